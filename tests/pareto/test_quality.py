@@ -1,0 +1,93 @@
+"""Collapse of text: each cause alone, at its limit, and the summary."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moalign.errors import RequestError
+from moalign.pareto.quality import CAUSES, collapse, collapse_report, distinct
+
+HEALTHY = "the small cat sat on the mat and looked at the moon"
+
+
+def different(count: int, prefix: str = "w") -> list[str]:
+    return [f"{prefix}{i}" for i in range(count)]
+
+
+def test_a_healthy_text_has_no_cause() -> None:
+    assert collapse(HEALTHY.split()) == set()
+
+
+def test_short_is_fewer_than_five_tokens() -> None:
+    assert collapse([]) == {"short"}
+    assert collapse(different(4)) == {"short"}
+    assert collapse(different(5)) == set()
+    assert collapse(["a"] * 4) == {"short"}, "two equal 3-grams are a ratio of 1/2"
+
+
+def test_repetitive_is_a_distinct_3_ratio_below_three_tenths() -> None:
+    # 11 equal tokens: 9 3-grams, 1 different. 3 different of 10 is exactly .3 and allowed.
+    assert collapse(["a"] * 11) == {"repetitive"}
+    cycle = ["a", "b", "c"] * 4
+    assert distinct(cycle) == 0.3
+    assert "repetitive" not in collapse(cycle)
+    assert distinct([*cycle, "a"]) == pytest.approx(3 / 11)
+    assert "repetitive" in collapse([*cycle, "a"])
+
+
+def test_loop_is_one_ten_gram_three_times() -> None:
+    phrase = different(10)
+    twice = phrase + different(3, "x") + phrase
+    assert collapse(twice + different(3, "y")) == set()
+    assert collapse(twice + different(3, "y") + phrase) == {"loop"}
+    # 12 equal tokens hold the same 10-gram three times (overlaps count); 11 hold it twice.
+    assert collapse(["a"] * 12) == {"repetitive", "loop"}
+
+
+def test_distinct_by_hand() -> None:
+    assert distinct(["a", "b"] * 3, 2) == pytest.approx(2 / 5)
+    assert distinct(["a", "b"], 3) is None
+
+
+def test_report_by_hand() -> None:
+    report = collapse_report([HEALTHY, "no", " ".join(["go"] * 12), HEALTHY])
+    assert report["rate"] == 0.5
+    assert report["causes"] == {"short": 0.25, "repetitive": 0.25, "loop": 0.25}
+    assert report["mean_length"] == (12 + 1 + 12 + 12) / 4
+    assert report["distinct_3"] == pytest.approx((1 + 0.1 + 1) / 3)
+
+
+def test_only_tiny_responses() -> None:
+    report = collapse_report(["", "a b"])
+    assert report["rate"] == report["causes"]["short"] == 1.0
+    assert report["distinct_3"] == 0.0
+
+
+@pytest.mark.parametrize("responses", [[], "one string"])
+def test_no_list_of_responses_is_refused(responses: object) -> None:
+    with pytest.raises(RequestError, match="at least one response"):
+        collapse_report(responses)  # type: ignore[arg-type]
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(st.sampled_from(["a", "b", "c"]), max_size=40), min_size=1, max_size=8))
+def test_report_counts_what_a_plain_count_of_n_grams_finds(texts: list[list[str]]) -> None:
+    expected = []
+    for tokens in texts:
+        threes = [" ".join(tokens[i : i + 3]) for i in range(max(0, len(tokens) - 2))]
+        tens = Counter(" ".join(tokens[i : i + 10]) for i in range(max(0, len(tokens) - 9)))
+        causes = {"short"} if len(tokens) < 5 else set()
+        causes |= {"repetitive"} if threes and 10 * len(set(threes)) < 3 * len(threes) else set()
+        causes |= {"loop"} if any(times >= 3 for times in tens.values()) else set()
+        assert collapse(tokens) == causes
+        expected.append(causes)
+    report = collapse_report([" ".join(tokens) for tokens in texts])
+    assert report["rate"] == pytest.approx(sum(map(bool, expected)) / len(texts))
+    assert list(report["causes"]) == list(CAUSES)
+    for cause in CAUSES:
+        assert report["causes"][cause] == pytest.approx(sum(cause in causes for causes in expected) / len(texts))
+    assert max(report["causes"].values()) <= report["rate"] <= sum(report["causes"].values()) + 1e-12
