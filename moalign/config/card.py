@@ -1,0 +1,201 @@
+"""The task card: everything that two runs must share to be comparable, typed and hashed.
+
+A card is frozen: :meth:`TaskCard.hash` covers all that changes a score (objectives, data, splits,
+model, generation, reference point, normaliser, evaluation); ``compare`` refuses to mix hashes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import PurePath
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from moalign.config.objectives import ObjectiveSpec
+from moalign.config.strict import Strict
+
+
+class SourceSpec(Strict):
+    """Where records come from: a local file (JSONL, CSV, Parquet; also .gz) or a hub dataset."""
+
+    path: str
+    """A file, or a hub dataset id when no such file exists. Relative paths are relative to the card."""
+    split: str = "train"
+    revision: str | None = None
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Our field name -> the column's name in the source, e.g. {prompt: question}."""
+    limit: int | None = Field(default=None, ge=1)
+
+
+class SplitSpec(Strict):
+    """Fixed splits by a hash of the prompt: shares of the prompts, summing to 1."""
+
+    train: float = Field(default=0.8, gt=0, lt=1)
+    calibration: float = Field(default=0.1, gt=0, lt=1)
+    eval: float = Field(default=0.1, gt=0, lt=1)
+    salt: str = "moalign"
+
+    @model_validator(mode="after")
+    def _sum_to_one(self) -> SplitSpec:
+        total = self.train + self.calibration + self.eval
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"train + calibration + eval must be 1; found {total:g}")
+        return self
+
+
+class DataSpec(Strict):
+    """The records of a task. ``prompts`` may be listed in the card itself, generated or read from a source."""
+
+    prompts: list[str] | SourceSpec | None = None
+    prompt_grammar: dict[str, list[str]] | None = None
+    """Prompts generated as every combination of the named parts: key ``template`` holds texts with
+    ``{part}`` fields, every other key the values of a part."""
+    responses: SourceSpec | None = None
+    """Scored or unscored responses: fields prompt, response and, if present, one column per objective."""
+    pairs: SourceSpec | None = None
+    """Preference pairs: fields prompt, chosen, rejected (or whole dialogues)."""
+
+
+class PoolSpec(Strict):
+    """Responses sampled from the base: for the calibration split always, for training where data has none."""
+
+    prompts: int = Field(default=256, ge=1)
+    per_prompt: int = Field(default=8, ge=1)
+    calibration_per_prompt: int = Field(default=4, ge=1)
+    seed: int = 0
+
+
+class NormaliserSpec(Strict):
+    """Frozen numbers for one objective; a card without them has them fitted on the calibration split."""
+
+    mean: float
+    sd: float = Field(gt=0)
+    lo: float
+    hi: float
+
+
+class TemplateSpec(Strict):
+    """How texts are put together for the policy. Reward models always see the bare prompt."""
+
+    preference: str = "[{preference}] {prompt}"
+    """A prompt with its preference in text; must hold both fields."""
+    plain: str = "{prompt}"
+    """A prompt without preference."""
+    scores: str = "{prompt} {scores}"
+    """A prompt with desired rewards (RiC); ``{scores}`` becomes ``<rm1_score> 1.2 <rm2_score> -0.3``."""
+    marker: str = ""
+    """Response marker, appended to every prompt."""
+    stop: list[str] = Field(default_factory=list)
+    """A response is cut at the first of these (for example the next turn marker)."""
+    system: str | None = None
+    chat: bool = False
+    """Use the tokenizer's chat template: the rendered prompt becomes the user turn."""
+
+
+class GenerationSpec(Strict):
+    """Limits of a response, the same for every method at evaluation."""
+
+    max_prompt_tokens: int = Field(default=512, ge=4)
+    max_new_tokens: int = Field(default=128, ge=1)
+    temperature: float = Field(default=1.0, ge=0)
+    """0 is greedy."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    batch_size: int = Field(default=256, ge=1)
+
+
+class EvaluationSpec(Strict):
+    """The judge's protocol."""
+
+    prompts: int = Field(default=128, ge=2)
+    samples: int = Field(default=1, ge=1)
+    seed: int = 1234
+    bootstrap: int = Field(default=1000, ge=100)
+
+
+class SandboxSpec(Strict):
+    """The built-in task: see :mod:`moalign.tasks.sandbox`."""
+
+    base: Literal["warm", "cold"] = "warm"
+    seed: int = 0
+
+
+class TaskCard(Strict):
+    """A frozen task card."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    kind: Literal["sandbox", "text"]
+    description: str
+    objectives: list[ObjectiveSpec] = Field(min_length=2)
+    model: str | None = None
+    """Policy: a model folder or hub id. Null: the sandbox's built-in base; needed for text tasks."""
+    model_revision: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    sandbox: SandboxSpec | None = None
+    data: DataSpec | None = None
+    splits: SplitSpec = SplitSpec()
+    pool: PoolSpec = PoolSpec()
+    normaliser: dict[str, NormaliserSpec] | None = None
+    reference_point: list[float]
+    """In normalised units (0 = the 1 % quantile of base and data responses)."""
+    sensitivity_point: list[float]
+    grid: int = Field(default=11, ge=2)
+    """Number of evaluation preferences (a Das-Dennis grid)."""
+    template: TemplateSpec = TemplateSpec()
+    generation: GenerationSpec = GenerationSpec()
+    evaluation: EvaluationSpec = EvaluationSpec()
+    suite: list[str] = Field(default_factory=list)
+    """Methods that ``moalign compare`` trains when none are named."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TaskCard:
+        names = [objective.name for objective in self.objectives]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"objective names must differ; found twice: {', '.join(twice)}")
+        for field in ("reference_point", "sensitivity_point"):
+            if len(getattr(self, field)) != len(names):
+                raise ValueError(
+                    f"{field} needs one number per objective ({len(names)}); found {len(getattr(self, field))}"
+                )
+        if self.normaliser is not None and sorted(self.normaliser) != sorted(names):
+            raise ValueError(
+                f"normaliser must name every objective ({', '.join(names)}); found {', '.join(self.normaliser)}"
+            )
+        if self.kind == "sandbox" and self.sandbox is None:
+            raise ValueError("kind: sandbox needs a section sandbox")
+        if self.kind == "text" and (
+            self.data is None or (self.data.prompts is None and self.data.prompt_grammar is None)
+        ):
+            raise ValueError("kind: text needs data.prompts or data.prompt_grammar")
+        return self
+
+    @property
+    def objective_names(self) -> list[str]:
+        """The objectives' names in the task's order."""
+        return [objective.name for objective in self.objectives]
+
+    def hash(self, **identity: Any) -> str:
+        """Return 16 hex digits over everything that changes a score.
+
+        ``identity`` adds what the card only points to (fingerprints of the model folder and of data
+        files), so that moving a folder keeps the hash and changing a weight changes it.
+        """
+        told = self.model_dump(
+            mode="json", exclude={"description", "suite", "model"} if identity else {"description", "suite"}
+        )
+        text = json.dumps([_without_folders(told), identity], sort_keys=True, ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _without_folders(told: Any) -> Any:
+    """Return the card with every absolute path cut to its last part: a moved file is the same file."""
+    if isinstance(told, dict):
+        return {
+            key: PurePath(value).name
+            if key in {"path", "model"} and isinstance(value, str) and PurePath(value).is_absolute()
+            else _without_folders(value)
+            for key, value in told.items()
+        }
+    return [_without_folders(item) for item in told] if isinstance(told, list) else told

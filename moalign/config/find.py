@@ -1,0 +1,83 @@
+"""Where recipes and task cards are, and how a name finds its file.
+
+Layout: ``<root>/<task>/task.yaml`` is a card, ``<root>/<task>/<method>.yaml`` a recipe.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from moalign import errors
+from moalign.errors import RequestError
+
+CARD = "task.yaml"
+_SUFFIXES = (".yaml", ".yml")
+
+
+def recipes_root() -> Path:
+    """Return the folder of the recipes: inside an installed wheel, else that of the checkout."""
+    package = Path(__file__).resolve().parent.parent
+    packed = package / "_recipes"
+    return packed if packed.is_dir() else package.parent / "recipes"
+
+
+def list_tasks() -> list[str]:
+    """Return the names of the tasks that have a card, sorted."""
+    return sorted(card.parent.name for card in recipes_root().glob(f"*/{CARD}"))
+
+
+def list_recipes() -> list[tuple[str, str, Path]]:
+    """Return ``(task, method, file)`` of every recipe, sorted by task and method."""
+    files = (file for file in recipes_root().glob("*/*.yaml") if file.name != CARD)
+    return sorted((file.parent.name, file.stem, file) for file in files)
+
+
+def is_path(name: str) -> bool:
+    """Return whether ``name`` is written as a path (a separator, ``~`` or a YAML suffix), not as a name."""
+    return os.sep in name or name.startswith("~") or name in {".", ".."} or name.endswith(_SUFFIXES)
+
+
+def find_task_file(name_or_path: str | Path, where: str = "--task") -> Path:
+    """Return the card's file for a task name, a card file or a folder that holds ``task.yaml``.
+
+    Raises RequestError for an unknown name (with the nearest) or a path that does not exist; ``where``
+    names the option or the file and line that asked.
+    """
+    name = str(name_or_path)
+    if isinstance(name_or_path, str) and not is_path(name):
+        tasks = list_tasks()
+        if name not in tasks:
+            raise errors.unknown("task", name, tasks, where)
+        return recipes_root() / name / CARD
+    path = Path(os.path.expanduser(name))
+    file = path / CARD if path.is_dir() else path
+    if not file.is_file():
+        raise RequestError(f"{where}: no task card {file}; give a .yaml file or one of: {', '.join(list_tasks())}")
+    return file
+
+
+def find_recipe_file(task: str | Path, method: str) -> Path | None:
+    """Return the recipe of ``method`` for ``task``, which stands beside the task's card; None without one.
+
+    Raises RequestError when the task itself does not exist.
+    """
+    file = find_task_file(task).parent / f"{method}.yaml"
+    return file if file.is_file() else None
+
+
+def find_recipe(name_or_path: str | Path, where: str = "RECIPE") -> Path:
+    """Return the file of a recipe named ``task/method`` or given as a path.
+
+    Raises RequestError for an unknown name (with the nearest) or a file that does not exist.
+    """
+    name = str(name_or_path)
+    path = Path(os.path.expanduser(name))
+    if path.is_file():
+        return path
+    known = {f"{task}/{method}": file for task, method, file in list_recipes()}
+    if name in known:
+        return known[name]
+    if isinstance(name_or_path, Path) or name.endswith(_SUFFIXES):
+        raise RequestError(f"{where}: no recipe file {path}")
+    raise errors.unknown("recipe", name, sorted(known), where)

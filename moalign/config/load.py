@@ -1,0 +1,313 @@
+"""From a name or a file, and ``--set`` options, to a checked card, recipe and method config.
+
+All problems of the card, the recipe, the method's config and the options are raised together.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_origin
+
+from moalign import errors, preferences
+from moalign.config import find, overrides, yaml_lines
+from moalign.config.card import TaskCard
+from moalign.config.describe import is_model
+from moalign.config.recipe import PolicySpec, Recipe
+from moalign.config.strict import Strict
+from moalign.config.validate import Origin, check
+from moalign.config.yaml_lines import Document
+from moalign.errors import RequestError
+
+_RECIPE_KEYS = tuple(name for name in Recipe.model_fields if name not in {"method", "task"})
+_DATA_FILE = re.compile(r"\.(jsonl|json|csv|parquet)(\.gz)?$")
+
+
+@dataclass(frozen=True)
+class ResolvedRequest:
+    """One training request, checked: what is run, and how it was asked for."""
+
+    recipe: Recipe
+    """``recipe.config`` holds every setting of the method, defaults included."""
+    config: Strict
+    """The method's own ``Config``."""
+    card: TaskCard
+    as_given: dict[str, Any]
+    """Method, task, the recipe file with its unchanged content, the ``--set`` texts: for the run record."""
+    card_path: Path
+    recipe_path: Path | None
+
+
+@dataclass(frozen=True)
+class _Set:
+    """One ``--set``: the key path inside the card or the recipe, and the label that messages use."""
+
+    keys: tuple[str, ...]
+    value: Any
+    label: str
+
+
+@dataclass
+class _Section:
+    """A file's data with the options applied, and where each value came from."""
+
+    data: dict[str, Any]
+    document: Document | None
+    sets: Sequence[_Set]
+    source: str
+
+    def origin(self, *prefix: str) -> Origin:
+        """Return where the values below ``prefix`` came from."""
+        size = len(prefix)
+        given = {item.keys[size:]: item.label for item in self.sets if item.keys[:size] == prefix}
+        return Origin(self.source, self.document, prefix, given)
+
+
+def load_card(name_or_path: str | Path, overrides: Sequence[str] = ()) -> TaskCard:
+    """Return the checked task card.
+
+    Args:
+        name_or_path: a task's name, a card file, or a folder that holds ``task.yaml``.
+        overrides: ``--set`` texts, each ``task.key=value``.
+
+    Paths in the card (``model``, ``data.*.path``, a classifier's ``model``) become absolute when such a file
+    or folder exists: relative to the card's folder, or to the current directory for ``--set``. Hub ids stay.
+
+    Raises:
+        RequestError: every problem of the card and of the options.
+    """
+    card_sets, _, found = _sort(overrides, None)
+    card, _, more = _card(name_or_path, card_sets, "--task")
+    if card is None or found:
+        raise RequestError(*found, *more)
+    return card
+
+
+def recipe_names(path: str | Path) -> tuple[str, str]:
+    """Return ``(method, task)`` of a recipe file, read before the method's ``Config`` is known.
+
+    Raises RequestError when the file is broken or does not name both; other problems are left to
+    :func:`load_recipe`.
+    """
+    document = yaml_lines.load(path)
+    names = [document.data.get(key) for key in ("method", "task")]
+    wrong = [
+        f"{document.source}:{document.line(key)}: {key}: "
+        + ("missing" if name is None else f"found {name!r}")
+        + f"; allowed: the name of a {key}"
+        + (errors.did_you_mean(key, [str(k) for k in document.data]) if name is None else "")
+        for key, name in zip(("method", "task"), names, strict=True)
+        if not isinstance(name, str)
+    ]
+    if wrong:
+        raise RequestError(*wrong)
+    return str(names[0]), str(names[1])
+
+
+def load_recipe(
+    path: str | Path | None,
+    method: str,
+    task: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    config_class: type[Strict] = Strict,
+) -> ResolvedRequest:
+    """Return the checked recipe, method config and card of one training request.
+
+    Args:
+        path: the recipe file; None for a method's defaults.
+        method: the method asked for; a recipe of another method is refused.
+        task: task name or card file; None for the recipe's own. It goes before the recipe's.
+        overrides: ``--set`` texts. ``task.X`` goes to the card; ``policy.X``, ``config.X``, ``needs.X``, ``seed``
+            and the like go to the recipe; ``X`` alone, a key of ``config_class``, is short for ``config.X``.
+        config_class: the method's ``Config``.
+
+    Raises:
+        RequestError: every problem of recipe, config, card and options at once.
+    """
+    card_sets, recipe_sets, found = _sort(overrides, config_class)
+    section, more = _recipe_section(path, method, task, recipe_sets)
+    found += more
+    asked, where = _task_asked(section, path, task)
+    card, card_path, more = _card(asked, card_sets, where) if asked is not None else (None, None, [])
+    found += more
+    recipe, config = None, None
+    if section is not None:
+        recipe, config, more = _recipe(section, method, config_class, card)
+        found += more
+    if found or recipe is None or config is None or card is None or card_path is None:
+        raise RequestError(*found)
+    as_given = {
+        "method": method,
+        "task": str(asked),
+        "recipe_file": None if path is None else yaml_lines.shown(path),
+        "recipe": section.document.data if section and section.document else None,
+        "set": list(overrides),
+    }
+    return ResolvedRequest(recipe, config, card, as_given, card_path, None if path is None else Path(path))
+
+
+# --- options ----------------------------------------------------------------------------------------------------
+
+
+def _sort(texts: Sequence[str], config_class: type[Strict] | None) -> tuple[list[_Set], list[_Set], list[str]]:
+    """Parse ``--set`` texts; return those of the card, those of the recipe, and the problems.
+
+    Without ``config_class`` only keys of the card are allowed.
+    """
+    card: list[_Set] = []
+    recipe: list[_Set] = []
+    found: list[str] = []
+    own = set(config_class.model_fields) if config_class else set()
+    for text in texts:
+        try:
+            keys, value = overrides.parse(text)
+        except RequestError as error:
+            found += error.problems
+            continue
+        label = f"--set {'.'.join(keys)}"
+        if keys[0] == "task" and len(keys) > 1:
+            card.append(_Set(keys[1:], value, label))
+        elif config_class and keys[0] in _RECIPE_KEYS:
+            recipe.append(_Set(keys, value, label))
+        elif keys[0] in own:
+            recipe.append(_Set(("config", *keys), value, label))
+        else:
+            found.append(f"{label}: {_not_a_setting(keys, config_class)}")
+    return card, recipe, found
+
+
+def _not_a_setting(keys: tuple[str, ...], config_class: type[Strict] | None) -> str:
+    """Say which settings there are; a key of the card or the policy alone is offered with its section."""
+    if keys[0] in {"task", "method"}:
+        option = "--task NAME, and its keys with --set task.KEY" if keys[0] == "task" else "the argument METHOD"
+        return f"the {keys[0]} itself is not a setting; name it with {option}"
+    offered = {name: f"task.{name}" for name in TaskCard.model_fields} | {"task": "task"}
+    allowed = ["task.KEY"]
+    if config_class is not None:
+        own = list(config_class.model_fields)
+        offered |= {name: f"policy.{name}" for name in PolicySpec.model_fields}
+        offered |= {name: name for name in (*_RECIPE_KEYS, *own)}
+        sections = [f"{name}.KEY" if _is_section(name) else name for name in _RECIPE_KEYS]
+        allowed = [*own, *sections, *allowed]
+    near = errors.nearest(keys[0], offered)
+    hint = f"; did you mean {'.'.join((offered[near], *keys[1:]))!r}?" if near else ""
+    return f"unknown setting; allowed: {', '.join(allowed)}{hint}"
+
+
+def _is_section(name: str) -> bool:
+    annotation = Recipe.model_fields[name].annotation
+    return is_model(annotation) or get_origin(annotation) is dict
+
+
+def _apply(data: Mapping[str, Any], sets: Sequence[_Set]) -> tuple[dict[str, Any], list[str]]:
+    result, found = dict(data), []
+    for item in sets:
+        try:
+            result = overrides.apply(result, [(item.keys, item.value)])
+        except RequestError as error:
+            found += [f"{item.label}: {text.split(': ', 1)[1]}" for text in error.problems]
+    return result, found
+
+
+# --- the card ---------------------------------------------------------------------------------------------------
+
+
+def _card(name_or_path: str | Path, sets: Sequence[_Set], where: str) -> tuple[TaskCard | None, Path | None, list[str]]:
+    try:
+        file = find.find_task_file(name_or_path, where)
+        document = yaml_lines.load(file)
+    except RequestError as error:
+        return None, None, list(error.problems)
+    data, found = _apply(document.data, sets)
+    section = _Section(data, document, sets, document.source)
+    found += _resolve_paths(section, file)
+    card, more = check(TaskCard, data, section.origin())
+    found += more
+    return (None if found else card), file, found
+
+
+def _resolve_paths(section: _Section, file: Path) -> list[str]:
+    """Make the card's existing relative paths absolute, in place; return those that cannot be a hub id."""
+    data, origin, found = section.data, section.origin(), []
+    places: list[tuple[str | int, ...]] = [("model",)]
+    if isinstance(data.get("data"), dict):
+        places += [("data", name, "path") for name in ("prompts", "responses", "pairs")]
+    if isinstance(data.get("objectives"), list):
+        places += [("objectives", index, "model") for index in range(len(data["objectives"]))]
+    for place in places:
+        holder: Any = data
+        for key in place[:-1]:
+            holder = holder.get(key) if isinstance(holder, dict) else holder[key]
+        value = holder.get(place[-1]) if isinstance(holder, dict) else None
+        if not isinstance(value, str):
+            continue
+        base = Path.cwd() if origin.option(place) else file.resolve().parent
+        path = base / os.path.expanduser(value)
+        if os.path.exists(path):
+            holder[place[-1]] = str(path.resolve())
+        elif value.startswith(("/", "./", "../", "~")) or (place[-1] == "path" and _DATA_FILE.search(value)):
+            kind = "file or folder" if place[-1] == "path" else "model folder"
+            found.append(origin.sentence(place, f"found {value!r}; there is no such {kind}: {path}"))
+    return found
+
+
+# --- the recipe -------------------------------------------------------------------------------------------------
+
+
+def _recipe_section(
+    path: str | Path | None, method: str, task: str | Path | None, sets: Sequence[_Set]
+) -> tuple[_Section | None, list[str]]:
+    if path is None:
+        document, source = None, f"{method} without a recipe"
+        data: dict[str, Any] = {"method": method, "task": str(task) if task is not None else "sandbox"}
+    else:
+        try:
+            document = yaml_lines.load(path)
+        except RequestError as error:
+            return None, list(error.problems)
+        data, source = dict(document.data), document.source
+        if task is not None:
+            data["task"] = str(task)
+    data, found = _apply(data, sets)
+    return _Section(data, document, sets, source), found
+
+
+def _task_asked(
+    section: _Section | None, path: str | Path | None, task: str | Path | None
+) -> tuple[str | Path | None, str]:
+    """Return the task to load and what to blame when there is none such."""
+    if task is not None or section is None:
+        return task, "--task"
+    named = section.data.get("task")
+    if not isinstance(named, str):
+        return None, ""
+    beside = Path(path).parent / os.path.expanduser(named) if path is not None else named
+    # A path in a recipe is relative to the recipe.
+    return (beside if find.is_path(named) else named), f"{section.origin().at(('task',))}: task"
+
+
+def _recipe(
+    section: _Section, method: str, config_class: type[Strict], card: TaskCard | None
+) -> tuple[Recipe | None, Strict | None, list[str]]:
+    recipe, found = check(Recipe, section.data, section.origin())
+    named = section.data.get("method")
+    if isinstance(named, str) and named != method:
+        text = f"found {named!r}, but the method asked for is {method!r}; give the recipe of {method}, or train {named}"
+        found.append(section.origin().sentence(("method",), text))
+    plain = section.data.get("config", {})
+    config: Strict | None = None
+    if isinstance(plain, dict):
+        config, more = check(config_class, plain, section.origin("config"))
+        found += more
+    if recipe is not None and card is not None:
+        for index, weights in enumerate(recipe.prefs or ()):
+            try:
+                preferences.check(weights, card.objective_names, section.origin().sentence(("prefs", index), "found"))
+            except RequestError as error:
+                found += error.problems
+    if found or recipe is None or config is None:
+        return None, None, found
+    return recipe.model_copy(update={"config": config.model_dump(mode="json")}), config, []

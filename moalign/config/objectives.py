@@ -1,0 +1,68 @@
+"""How a task card names an objective: one typed section per kind of scorer."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from moalign.config.strict import Strict
+
+
+class _Objective(Strict):
+    name: str = Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")
+    maximise: bool = True
+    """False: smaller scores are better; the reward layer turns the sign, so that larger is better everywhere."""
+    store: bool | None = None
+    """Keep scores in the sqlite store. None: yes for models and python scorers, no for rules (a rule is
+    faster than a look-up)."""
+
+
+class PythonObjective(_Objective):
+    """A Python callable: ``f(prompts: list[str], responses: list[str]) -> sequence of float``."""
+
+    kind: Literal["python"]
+    function: str
+    """Dotted path ``package.module:callable`` or the name of an entry point in ``moalign.rewards``."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments given to the callable at each call."""
+    revision: str = "1"
+    """Change it when the function changes: it is part of the store's key."""
+
+
+class RuleObjective(_Objective):
+    """A rule on the response text; :mod:`moalign.rewards.rules` lists the rules and their options."""
+
+    kind: Literal["rule"]
+    rule: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class ClassifierObjective(_Objective):
+    """Any ``AutoModelForSequenceClassification`` folder or hub id."""
+
+    kind: Literal["hf-classifier"]
+    model: str
+    revision: str | None = None
+    label: int | str | None = None
+    """Label index or label name whose logit is the score; None: the single output of a regression head."""
+    output: Literal["logit", "probability"] = "logit"
+    template: str = "{prompt}{response}"
+    """The text that the model reads; ``{prompt}`` and ``{response}`` are replaced."""
+    pair_template: str | None = None
+    """Second text for models that read a pair (tokenizer called with two texts)."""
+    max_length: int = Field(default=512, ge=8)
+    batch_tokens: int = Field(default=16384, ge=64)
+    """Upper bound of rows x longest row in one forward pass."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+
+class SandboxObjective(_Objective):
+    """An exact scorer of the built-in sandbox; the name is one of its three objectives."""
+
+    kind: Literal["sandbox"]
+
+
+ObjectiveSpec = Annotated[
+    PythonObjective | RuleObjective | ClassifierObjective | SandboxObjective, Field(discriminator="kind")
+]

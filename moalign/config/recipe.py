@@ -1,0 +1,53 @@
+"""The recipe: one run of one method on one task, pinned to one GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from moalign.config.strict import Strict
+
+
+class LoraSpec(Strict):
+    """Low-rank adapters on the frozen base."""
+
+    r: int = Field(default=64, ge=1)
+    alpha: float = Field(default=128, gt=0)
+    dropout: float = Field(default=0.05, ge=0, lt=1)
+    targets: list[str] | str = "all-linear"
+
+
+class PolicySpec(Strict):
+    """What is trained: adapters on the task's base model."""
+
+    lora: LoraSpec = LoraSpec()
+
+
+class NeedsSpec(Strict):
+    """What a run takes; shown by ``show`` and compared with the estimate by ``check``."""
+
+    gpu: str = "none"
+    """``none`` (CPU is enough) or a GPU's name such as ``A6000 48GB``."""
+    gpu_memory_gib: float | None = None
+    minutes: float | None = None
+    peak_gib: float | None = None
+    measured: str = "not measured on a GPU yet"
+    """The command that measured minutes and peak_gib, or that nothing was measured."""
+
+
+class Recipe(Strict):
+    """A recipe file. ``config`` is typed by the method's own ``Config`` (validated with this file's lines)."""
+
+    method: str
+    task: str
+    description: str = ""
+    seed: int = Field(default=0, ge=0)
+    prefs: list[list[float]] | None = None
+    policy: PolicySpec = PolicySpec()
+    config: dict[str, Any] = Field(default_factory=dict)
+    needs: NeedsSpec = NeedsSpec()
+    reported: dict[str, Any] = Field(default_factory=dict)
+    """Numbers that a paper reports for this setting; shown apart from measured ones."""
+    sources: dict[str, str] = Field(default_factory=dict)
+    """Where each number of ``config`` and ``policy`` comes from."""

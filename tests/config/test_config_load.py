@@ -1,0 +1,284 @@
+"""Card, recipe, config and options together: what they resolve to, and all their problems in one error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from pydantic import Field
+
+from moalign.config import load
+from moalign.config.strict import Strict
+from moalign.errors import RequestError
+
+
+class Pairing(Strict):
+    kind: Literal["random", "best"] = "random"
+
+
+class Config(Strict):
+    steps: int = Field(default=10, ge=1)
+    lr: float = 1e-3
+    pairing: Pairing = Pairing()
+
+
+RECIPE = Path("recipes/demo/ric.yaml")
+
+
+def recipe(path: Path | None = RECIPE, *sets: str, task: str | None = None) -> load.ResolvedRequest:
+    return load.load_recipe(path, "ric", task, sets, Config)
+
+
+def problems(path: Path | None = RECIPE, *sets: str, task: str | None = None) -> tuple[str, ...]:
+    with pytest.raises(RequestError) as caught:
+        recipe(path, *sets, task=task)
+    return caught.value.problems
+
+
+def edit(file: Path, *changes: tuple[str, str]) -> None:
+    text = file.read_text()
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    file.write_text(text)
+
+
+# --- what is resolved -------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_with_its_config_and_card(recipes: Path) -> None:
+    request = recipe()
+    assert request.config == Config(lr=1e-4)
+    assert request.recipe.config == {"steps": 10, "lr": 1e-4, "pairing": {"kind": "random"}}
+    assert (request.recipe.seed, request.recipe.policy.lora.r) == (7, 8)
+    assert request.card.objective_names == ["length", "polite"]
+    assert request.card_path == recipes / "demo" / "task.yaml"
+    assert request.as_given == {
+        "method": "ric",
+        "task": "demo",
+        "recipe_file": "recipes/demo/ric.yaml",
+        "recipe": {"method": "ric", "task": "demo", "seed": 7, "policy": {"lora": {"r": 8}}, "config": {"lr": 1e-4}},
+        "set": [],
+    }
+
+
+def test_without_a_recipe_the_methods_defaults_hold(recipes: Path) -> None:
+    request = recipe(None, task="demo")
+    assert request.config == Config()
+    assert (request.recipe.method, request.recipe.task, request.recipe.seed) == ("ric", "demo", 0)
+    assert request.as_given["recipe"] is None
+    assert request.recipe_path is None
+
+
+def test_options_go_to_recipe_config_and_card(recipes: Path) -> None:
+    sets = ["seed=3", "config.lr=1e-5", "steps=20", "pairing.kind=best", "policy.lora.r=2", "task.grid=3"]
+    request = recipe(RECIPE, *sets, "needs.minutes=4", "task.objectives.0.maximise=false")
+    assert request.config == Config(lr=1e-5, steps=20, pairing=Pairing(kind="best"))
+    assert (request.recipe.seed, request.recipe.policy.lora.r, request.recipe.needs.minutes) == (3, 2, 4)
+    assert request.card.grid == 3
+    assert [objective.maximise for objective in request.card.objectives] == [False, True]
+    assert request.as_given["set"] == [*sets, "needs.minutes=4", "task.objectives.0.maximise=false"]
+    assert request.as_given["recipe"]["seed"] == 7  # as it stands in the file
+
+
+def test_a_whole_config_and_the_last_of_two_options(recipes: Path) -> None:
+    assert recipe(None, "config={steps: 4}", "steps=5", "steps=6", task="demo").config == Config(steps=6)
+
+
+def test_the_task_option_goes_before_the_recipes_task(recipes: Path) -> None:
+    other = recipes / "other"
+    other.mkdir()
+    (other / "prompts.jsonl").touch()
+    (other / "task.yaml").write_text((recipes / "demo" / "task.yaml").read_text().replace("name: demo", "name: other"))
+    request = recipe(task="other")
+    assert (request.card.name, request.recipe.task) == ("other", "other")
+
+
+def test_a_task_path_in_a_recipe_is_relative_to_the_recipe(recipes: Path) -> None:
+    edit(recipes / "demo" / "ric.yaml", ("task: demo", "task: ./task.yaml"))
+    assert recipe().card.name == "demo"
+
+
+# --- paths ------------------------------------------------------------------------------------------------------
+
+
+def test_paths_of_the_card_are_relative_to_the_card(recipes: Path) -> None:
+    card = load.load_card("demo")
+    folder = recipes / "demo"
+    assert card.model == str(folder / "base")
+    assert card.data.prompts.path == str(folder / "prompts.jsonl")  # type: ignore[union-attr]
+    assert card.objectives[1].model == str(folder / "judge")  # type: ignore[union-attr]
+
+
+def test_a_model_given_by_an_option_is_relative_to_the_current_directory(recipes: Path, tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "mine").mkdir()
+    assert load.load_card("demo", ["task.model=mine"]).model == str(tmp_path / "mine")
+    assert load.load_card("demo", ["task.model=./base"]).model == str(tmp_path / "base")  # not recipes/demo/base
+    judge = load.load_card("demo", ["task.objectives.1.model=mine"]).objectives[1]
+    assert judge.model == str(tmp_path / "mine")  # type: ignore[union-attr]
+    assert recipe(None, "task.model=mine", task="demo").card.model == str(tmp_path / "mine")
+
+
+def test_the_home_folder_is_understood(recipes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "home" / "model").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert load.load_card("demo", ["task.model=~/model"]).model == str(tmp_path / "home" / "model")
+
+
+def test_hub_ids_stay(recipes: Path) -> None:
+    assert load.load_card("demo", ["task.model=owner/name"]).model == "owner/name"
+    data = load.load_card("demo", ["task.data.prompts.path=owner/name"]).data
+    assert data.prompts.path == "owner/name"  # type: ignore[union-attr]
+    assert load.load_card("demo", ["task.model=judge"]).model == "judge"  # stands beside the card, not here
+
+
+def test_paths_that_cannot_be_hub_ids_must_exist(recipes: Path, tmp_path: Path) -> None:
+    edit(recipes / "demo" / "task.yaml", ("model: base", "model: ../none"), ("prompts.jsonl", "none.jsonl.gz"))
+    with pytest.raises(RequestError) as caught:
+        load.load_card("demo", ["task.objectives.1.model=./no"])
+    assert caught.value.problems == (
+        f"recipes/demo/task.yaml:13: model: found '../none'; there is no such model folder: {recipes}/demo/../none",
+        "recipes/demo/task.yaml:16: data.prompts.path: found 'none.jsonl.gz'; there is no such file or folder: "
+        + f"{recipes}/demo/none.jsonl.gz",
+        f"--set task.objectives.1.model: found './no'; there is no such model folder: {tmp_path}/no",
+    )
+
+
+# --- what is refused --------------------------------------------------------------------------------------------
+
+
+def test_errors_of_card_recipe_config_and_options_are_one_error(recipes: Path) -> None:
+    edit(recipes / "demo" / "task.yaml", ("kind: rule", "kind: ruel"), ("[0, 0]", "[0, x]"))
+    edit(recipes / "demo" / "ric.yaml", ("seed: 7", "sede: 7"), ("lr: 1e-4", "lr: fast\n  stpes: 3"))
+    told = problems(RECIPE, "steps=none", "task.grid=1", "grdi=3", "policy.lora.r=0", "x")
+    assert told == (
+        "--set grdi: unknown setting; allowed: steps, lr, pairing, description, seed, prefs, policy.KEY, config.KEY, "
+        + "needs.KEY, reported.KEY, sources.KEY, task.KEY; did you mean 'task.grid'?",
+        "--set x: no '=' found; write --set key=value, like --set seed=3",
+        "--set task.grid: found 1; allowed: a whole number >= 2",
+        "recipes/demo/task.yaml:6: objectives.0.kind: found 'ruel'; allowed: hf-classifier, python, rule, sandbox; "
+        + "did you mean 'rule'?",
+        "recipes/demo/task.yaml:11: reference_point.1: found 'x'; allowed: a number",
+        "--set policy.lora.r: found 0; allowed: a whole number >= 1",
+        "recipes/demo/ric.yaml:3: sede: unknown key; allowed: method, task, description, seed, prefs, policy, config, "
+        + "needs, reported, sources; did you mean 'seed'?",
+        "--set steps: config.steps: found 'none'; allowed: a whole number >= 1",
+        "recipes/demo/ric.yaml:7: config.lr: found 'fast'; allowed: a number",
+        "recipes/demo/ric.yaml:8: config.stpes: unknown key; allowed: steps, lr, pairing; did you mean 'steps'?",
+    )
+
+
+@pytest.mark.parametrize(
+    ("option", "offered"),
+    [
+        ("stepz=1", "steps"),
+        ("pairng.kind=best", "pairing.kind"),
+        ("model=x", "task.model"),
+        ("lora.r=3", "policy.lora.r"),
+        ("tsk.grid=3", "task.grid"),
+        ("sed=3", "seed"),
+        ("confg.lr=1", "config.lr"),
+    ],
+)
+def test_an_unknown_option_offers_the_nearest_of_all(recipes: Path, option: str, offered: str) -> None:
+    (told,) = problems(RECIPE, option)
+    assert told.startswith(f"--set {option.split('=')[0]}: unknown setting; allowed: steps, lr, pairing,")
+    assert told.endswith(f"; did you mean {offered!r}?")
+
+
+def test_keys_inside_a_section_offer_the_nearest_there(recipes: Path) -> None:
+    told = problems(RECIPE, "config.stpes=1", "task.generation.temprature=1", "pairing.knd=best")
+    assert told == (
+        "--set task.generation.temprature: unknown key; allowed: max_prompt_tokens, max_new_tokens, temperature, "
+        + "top_p, batch_size; did you mean 'temperature'?",
+        "--set pairing.knd: config.pairing.knd: unknown key; allowed: kind; did you mean 'kind'?",
+        "--set config.stpes: unknown key; allowed: steps, lr, pairing; did you mean 'steps'?",
+    )
+
+
+def test_task_and_method_are_not_settings(recipes: Path) -> None:
+    told = problems(RECIPE, "task=other", "method=moc")
+    assert [text.split(";")[0] for text in told] == [
+        "--set task: the task itself is not a setting",
+        "--set method: the method itself is not a setting",
+    ]
+
+
+def test_an_option_through_a_plain_value(recipes: Path) -> None:
+    told = problems(RECIPE, "lr.x=1", "task.objectives.7.name=x")
+    assert told == (
+        "--set lr.x: config.lr is 0.0001, not a section; it has no key 'x'",
+        "--set task.objectives.7.name: objectives is a list; found position '7'; allowed: 0 to 1",
+    )
+
+
+def test_a_card_alone_takes_only_its_own_keys(recipes: Path) -> None:
+    with pytest.raises(RequestError) as caught:
+        load.load_card("demo", ["model=x", "zzz=1", "task.grdi=2"])
+    assert caught.value.problems[:2] == (
+        "--set model: unknown setting; allowed: task.KEY; did you mean 'task.model'?",
+        "--set zzz: unknown setting; allowed: task.KEY",
+    )
+    assert caught.value.problems[2].startswith("--set task.grdi: unknown key; allowed: name, kind,")
+
+
+def test_a_recipe_of_another_method(recipes: Path) -> None:
+    edit(recipes / "demo" / "ric.yaml", ("method: ric", "method: moc"))
+    (told,) = problems()
+    assert told.startswith("recipes/demo/ric.yaml:1: method: found 'moc', but the method asked for is 'ric'")
+
+
+def test_preferences_of_a_recipe_are_checked_against_the_cards_objectives(recipes: Path) -> None:
+    edit(recipes / "demo" / "ric.yaml", ("seed: 7", "prefs:\n  - [0.3, 0.7]\n  - [3, 7]\n  - [1, 0, 0]"))
+    assert problems() == (
+        "recipes/demo/ric.yaml:5: prefs.1: found 3,7: the weights sum to 10, not 1; did you mean 0.3,0.7?",
+        "recipes/demo/ric.yaml:6: prefs.2: found 1,0,0: 3 weights, but the task has 2 objectives (length, polite); "
+        + "give one weight each",
+    )
+
+
+def test_tasks_that_do_not_exist(recipes: Path) -> None:
+    assert problems(task="dmeo") == ("--task: unknown task 'dmeo'; allowed: demo; did you mean 'demo'?",)
+    edit(recipes / "demo" / "ric.yaml", ("task: demo", "task: dmeo"), ("lr: 1e-4", "lr: x"))
+    assert problems() == (
+        "recipes/demo/ric.yaml:2: task: unknown task 'dmeo'; allowed: demo; did you mean 'demo'?",
+        "recipes/demo/ric.yaml:7: config.lr: found 'x'; allowed: a number",
+    )
+
+
+def test_broken_files_do_not_hide_the_other_file(recipes: Path) -> None:
+    (recipes / "demo" / "ric.yaml").write_text("a: [1\n")
+    edit(recipes / "demo" / "task.yaml", ("kind: text", "kind: txt"))
+    told = problems(task="demo")
+    assert told[0].startswith("recipes/demo/ric.yaml:2: broken YAML")
+    assert told[1] == "recipes/demo/task.yaml:2: kind: found 'txt'; allowed: 'sandbox' or 'text'; did you mean 'text'?"
+    assert problems()[0].startswith("recipes/demo/ric.yaml:2: broken YAML")
+    assert problems(Path("none.yaml"))[0] == "none.yaml: cannot be read: No such file or directory"
+
+
+def test_a_config_that_needs_a_key_says_so_without_a_recipe(recipes: Path) -> None:
+    class Needs(Strict):
+        steps: int
+
+    with pytest.raises(RequestError, match=r"^ric without a recipe: config.steps: missing; allowed: a whole number$"):
+        load.load_recipe(None, "ric", "demo", (), Needs)
+    assert load.load_recipe(None, "ric", "demo", ["steps=2"], Needs).config == Needs(steps=2)
+
+
+def test_a_section_of_the_wrong_kind_is_told_once(recipes: Path) -> None:
+    edit(recipes / "demo" / "ric.yaml", ("config:\n  lr: 1e-4", "config: fast"))
+    assert problems() == ("recipes/demo/ric.yaml:6: config: found 'fast'; allowed: a section",)
+
+
+def test_names_of_a_recipe(recipes: Path) -> None:
+    file = recipes / "demo" / "ric.yaml"
+    assert load.recipe_names(file) == ("ric", "demo")
+    edit(file, ("method: ric", "methd: ric"), ("task: demo", "task: 3"))
+    with pytest.raises(RequestError) as caught:
+        load.recipe_names(file)
+    assert caught.value.problems == (
+        "recipes/demo/ric.yaml:1: method: missing; allowed: the name of a method; did you mean 'methd'?",
+        "recipes/demo/ric.yaml:2: task: found 3; allowed: the name of a task",
+    )
