@@ -1,0 +1,109 @@
+"""What a run ran on: Python, packages, hardware, commit. Nothing heavy is imported to find out."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "numpy", "moocore", "pymoo", "moalign")
+"""Packages whose versions are recorded."""
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+"""The folder that holds the package; a git checkout when moalign was not installed from a wheel."""
+
+
+def capture() -> dict[str, Any]:
+    """Return the environment as plain JSON values; what cannot be known is None.
+
+    Keys: ``python``, ``platform``, ``cpu`` (model name), ``cpus`` (usable by this process), ``threads``
+    (torch's when it is loaded, else OMP_NUM_THREADS), ``memory_bytes``, ``packages``, ``gpus`` (names; empty
+    unless torch is loaded and sees CUDA), ``commit`` and ``dirty`` (of the moalign checkout).
+    """
+    commit, dirty = git_state(CHECKOUT)
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cpus": _usable_cpus(),
+        "threads": _threads(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "packages": {name: version(name) for name in PACKAGES},
+        "gpus": _gpus(),
+        "commit": commit,
+        "dirty": dirty,
+    }
+
+
+def version(package: str) -> str | None:
+    """Return the installed version of ``package`` without importing it, or None."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def git_state(checkout: Path) -> tuple[str | None, bool | None]:
+    """Return (commit, dirty) of ``checkout``; (None, None) when it is no checkout or git is missing.
+
+    Untracked files count as dirty: a new method file changes what runs. Before the first commit the
+    commit is None and dirty True.
+    """
+    if not (checkout / ".git").exists():  # an installed package inside someone else's repository is not a checkout
+        return None, None
+    status = _git(checkout, "status", "--porcelain")
+    if status is None:
+        return None, None
+    return _git(checkout, "rev-parse", "--verify", "--quiet", "HEAD"), bool(status)
+
+
+def _git(checkout: Path, *arguments: str) -> str | None:
+    # GIT_DIR and its kin are set inside hooks and would point to another repository.
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+    environment["GIT_OPTIONAL_LOCKS"] = "0"  # looking must not write to the checkout
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(checkout), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            env=environment,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None  # no git, not a repository, or not ours to read: the commit is unknown
+    return done.stdout.strip()
+
+
+def _usable_cpus() -> int | None:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
+def _cpu_name() -> str | None:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.processor() or None
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or None
+
+
+def _threads() -> int | None:
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        return int(torch.get_num_threads())
+    told = os.environ.get("OMP_NUM_THREADS", "")
+    return int(told) if told.isdigit() else None
+
+
+def _gpus() -> list[str]:
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return []
+    return [str(torch.cuda.get_device_name(index)) for index in range(torch.cuda.device_count())]

@@ -1,0 +1,97 @@
+"""The meter: what training costs, counted in the same units for every method."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+
+class Meter:
+    """Counts tokens, reward calls and seconds, and knows the peak memory.
+
+    Save :meth:`state` with every checkpoint and give it to :meth:`load` on resume: the totals are then those of
+    the work that is in the result. Work lost to a kill (after the last checkpoint) is not counted twice.
+    """
+
+    def __init__(self) -> None:
+        self.tokens_generated = 0
+        self.tokens_trained = 0
+        self.reward_calls = 0
+        self._earlier_seconds = 0.0
+        self._earlier_peak = 0
+        self._started = time.monotonic()
+
+    def add_tokens_generated(self, count: int) -> None:
+        """Count response tokens sampled from a policy (padding excluded)."""
+        self.tokens_generated += _checked(count)
+
+    def add_tokens_trained(self, count: int) -> None:
+        """Count tokens of sequences that a gradient step read (prompt and response, padding excluded)."""
+        self.tokens_trained += _checked(count)
+
+    def add_reward_calls(self, count: int) -> None:
+        """Count scores asked for: responses x objectives."""
+        self.reward_calls += _checked(count)
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock seconds since the meter was made, plus those of the state loaded into it."""
+        return self._earlier_seconds + time.monotonic() - self._started
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """Peak GPU memory when this process used CUDA, else the process's peak resident memory; in bytes.
+
+        The maximum with the loaded state's. It belongs to the process: what ran in it before is included.
+        """
+        return max(self._earlier_peak, device_peak_bytes() or process_peak_bytes())
+
+    def cost(self) -> dict[str, int]:
+        """Return the record's ``cost`` section."""
+        return {
+            "tokens_generated": self.tokens_generated,
+            "tokens_trained": self.tokens_trained,
+            "reward_calls": self.reward_calls,
+            "peak_memory_bytes": self.peak_memory_bytes,
+        }
+
+    def state(self) -> dict[str, float]:
+        """Return the totals as plain numbers, for a checkpoint."""
+        return {**self.cost(), "seconds": self.seconds}
+
+    def load(self, state: Mapping[str, float]) -> None:
+        """Continue from a state: counts are replaced, seconds and peak memory continue from it."""
+        self.tokens_generated = int(state["tokens_generated"])
+        self.tokens_trained = int(state["tokens_trained"])
+        self.reward_calls = int(state["reward_calls"])
+        self._earlier_seconds = float(state["seconds"])
+        self._earlier_peak = int(state["peak_memory_bytes"])
+
+
+def _checked(count: int) -> int:
+    if count < 0:
+        raise ValueError(f"a meter counts upwards; found {count}")
+    return int(count)
+
+
+def process_peak_bytes() -> int:
+    """Return the peak resident memory of this process in bytes."""
+    # ru_maxrss survives exec: a child of an 800 MB process reports 800 MB. VmHWM is of this program alone.
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kibibytes
+
+
+def device_peak_bytes() -> int:
+    """Return the most memory that torch allocated on one GPU in this process; 0 when CUDA was not used."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
+        return 0
+    return max(int(torch.cuda.max_memory_allocated(index)) for index in range(torch.cuda.device_count()))

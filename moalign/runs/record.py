@@ -1,0 +1,99 @@
+"""The run record: ``run.json``, everything needed to know what a run was and to do it again."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from moalign.errors import RequestError
+from moalign.preferences import Preference
+from moalign.runs import atomic
+
+FILE = "run.json"
+
+Status = Literal["running", "done", "failed", "interrupted"]
+
+
+class Cost(BaseModel):
+    """What a run took, in the units that every comparison uses."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    tokens_generated: int = Field(default=0, ge=0)
+    tokens_trained: int = Field(default=0, ge=0)
+    reward_calls: int = Field(default=0, ge=0)
+    """Scores asked for (responses x objectives), whether computed or found in the store."""
+    peak_memory_bytes: int = Field(default=0, ge=0)
+
+
+class RunRecord(BaseModel):
+    """The content of ``run.json``."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+    format: Literal[1] = 1
+    """Version of this file's layout."""
+    run_id: str
+    method: str
+    task: str
+    card_hash: str
+    seed: int
+    preferences: list[Preference] | None = None
+    """``--prefs``, or None for the task's own."""
+    identity: dict[str, Any] = Field(default_factory=dict)
+    """What ``run_id`` is the hash of: two requests with the same identity are the same run."""
+    recipe: dict[str, Any] = Field(default_factory=dict)
+    """The recipe as resolved: every default and override filled in."""
+    as_given: dict[str, Any] = Field(default_factory=dict)
+    """The recipe and overrides as the user wrote them."""
+    status: Status = "running"
+    created: datetime
+    finished: datetime | None = None
+    seconds: float = Field(default=0.0, ge=0)
+    """Wall-clock time of the work that is in the result, over all resumes."""
+    cost: Cost = Field(default_factory=Cost)
+    phases: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Finished phases of training, with what each wants to remember."""
+    notes: dict[str, Any] = Field(default_factory=dict)
+    error: str | None = None
+    environment: dict[str, Any] = Field(default_factory=dict)
+    moalign_version: str | None = None
+
+    def write(self, folder: Path) -> None:
+        """Write ``folder/run.json`` atomically."""
+        atomic.write_json(folder / FILE, self.model_dump())
+
+
+def read(folder: Path) -> RunRecord:
+    """Read ``folder/run.json``.
+
+    Raises RequestError naming the file (and line or key) when it is missing, unreadable, not JSON or not a record.
+    """
+    path = folder / FILE
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RequestError(f"{folder}: not a run: it holds no {FILE}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"{path}: cannot be read: {error}") from error
+    try:
+        return RunRecord.model_validate(json.loads(text))
+    except json.JSONDecodeError as error:
+        raise RequestError(f"{path}:{error.lineno}: not JSON ({error.msg}); {_REMEDY}") from error
+    except ValidationError as error:
+        found = "; ".join(
+            f"{'.'.join(map(str, problem['loc'])) or 'the whole file'}: {problem['msg']}" for problem in error.errors()
+        )
+        raise RequestError(f"{path}: not a run record of this moalign: {found}; {_REMEDY}") from error
+
+
+_REMEDY = "move the run's folder away to train it again"
+
+
+def now() -> datetime:
+    """Return the current time, in UTC."""
+    return datetime.now(UTC)

@@ -1,0 +1,283 @@
+"""One run on disk: its record, lock, metrics, phases, checkpoints, tables and tensors."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import platform
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from moalign.errors import RequestError
+from moalign.runs import atomic, checkpoint
+from moalign.runs import record as records
+from moalign.runs.checkpoint import Checkpoint
+from moalign.runs.record import Cost, RunRecord, Status
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import torch
+
+    from moalign.runs.meter import Meter
+
+METRICS = "metrics.jsonl"
+LOCK = ".lock"
+OWNER = ".owner.json"
+CHECKPOINTS = "checkpoints"
+
+_GRACE = 0.5
+"""Seconds to wait for the lock: a look at it (``ls runs``) holds it for an instant."""
+
+
+class Run:
+    """A run's folder. Only the holder of :meth:`lock` may write; anyone may read at any time."""
+
+    def __init__(self, path: Path, record: RunRecord) -> None:
+        self.path = path
+        self.record = record
+        self._mended = False
+
+    @classmethod
+    def load(cls, path: Path) -> Run:
+        """Read the run in the folder ``path``; RequestError when there is none or its record is damaged."""
+        return cls(path, records.read(path))
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r}, {self.record.status})"
+
+    # -- record ------------------------------------------------------------------------------------
+
+    @property
+    def run_id(self) -> str:
+        """The run's identifier: 12 hex digits of what was asked for."""
+        return self.record.run_id
+
+    @property
+    def status(self) -> Status:
+        """The record's status; ``interrupted`` when it says running but no process holds the lock."""
+        if self.record.status == "running" and not self.is_locked():
+            return "interrupted"
+        return self.record.status
+
+    def save_record(self) -> None:
+        """Write ``run.json`` atomically."""
+        self.record.write(self.path)
+
+    def mark(self, status: Status, error: str | None = None, meter: Meter | None = None) -> None:
+        """Set the status (with the cost so far, if a meter is given) and save the record."""
+        self.record.status = status
+        self.record.error = error
+        self.record.finished = None if status == "running" else records.now()
+        if meter is not None:
+            self.record.cost = Cost(**meter.cost())
+            self.record.seconds = meter.seconds
+        self.save_record()
+
+    # -- lock --------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[Run]:
+        """Hold the run for writing.
+
+        The record is read again once the lock is held, since another process may have finished the run meanwhile;
+        leftovers of killed writers are removed. The lock is the system's: it dies with its process.
+
+        Raises RequestError naming the other process when it is held.
+        """
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(self.path / LOCK)
+        with atomic.refusals(self.path):
+            try:
+                lock.acquire(timeout=_GRACE, poll_interval=0.02)
+            except Timeout:
+                raise RequestError(self._busy()) from None
+        owner = self.path / OWNER
+        try:
+            atomic.write_json(owner, {"pid": os.getpid(), "host": platform.node(), "since": records.now()})
+            atomic.sweep(self.path)
+            self.record = records.read(self.path)
+            self._mended = False
+            yield self
+        finally:
+            owner.unlink(missing_ok=True)
+            lock.release()
+
+    def is_locked(self) -> bool:
+        """Whether some process is writing this run now. Needs no right to write."""
+        import fcntl
+
+        try:
+            descriptor = os.open(self.path / LOCK, os.O_RDONLY)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            # ENOSYS: no flock here, so filelock works by the file's existence, and the file exists.
+            if error.errno in (errno.EAGAIN, errno.EACCES, errno.ENOSYS):
+                return True
+            raise
+        finally:
+            os.close(descriptor)
+        return False
+
+    def _busy(self) -> str:
+        try:
+            owner = json.loads((self.path / OWNER).read_text(encoding="utf-8"))
+            who = f"another process (pid {owner['pid']} on {owner['host']}, since {owner['since'][:19]} UTC)"
+        except (OSError, ValueError, KeyError):
+            who = "another process"  # it has the lock but has not written its name yet
+        return f"{self.path}: {who} is training this run; wait for it or stop it, then repeat the command"
+
+    # -- metrics -----------------------------------------------------------------------------------
+
+    def log(self, step: int, phase: str = "train", **metrics: Any) -> None:
+        """Append one line to ``metrics.jsonl``: step, phase and the metrics (NaN and infinity become null)."""
+        line = atomic.json_bytes({"step": step, "phase": phase, **metrics})
+        path = self.path / METRICS
+        if not self._mended:
+            self._mend_metrics()
+            self._mended = True
+        with atomic.refusals(self.path), open(path, "ab", buffering=0) as stream:
+            end = stream.seek(0, os.SEEK_END)
+            try:
+                written = stream.write(line)
+                if written != len(line):  # the disk took only a part
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            except OSError:
+                stream.truncate(end)
+                raise
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Return all lines of ``metrics.jsonl``; a half-written last line (after a kill) is passed over.
+
+        Raises RequestError naming file and line when a line in the middle is damaged.
+        """
+        return [entry for _, entry in self._metric_lines()]
+
+    def truncate_metrics(self, phase: str, step: int) -> None:
+        """Drop the lines of ``phase`` after ``step``: a resume from the checkpoint of ``step`` writes them again."""
+        lines = self._metric_lines()
+        kept = [raw for raw, entry in lines if entry.get("phase") != phase or entry["step"] <= step]
+        path = self.path / METRICS
+        content = b"".join(raw + b"\n" for raw in kept)
+        if path.exists() and path.read_bytes() != content:
+            atomic.write_bytes(path, content)
+        self._mended = True
+
+    def _metric_lines(self) -> list[tuple[bytes, dict[str, Any]]]:
+        path = self.path / METRICS
+        if not path.exists():
+            return []
+        *lines, last = path.read_bytes().split(b"\n")
+        found = []
+        for number, raw in enumerate(lines, start=1):
+            entry = _metric(raw)
+            if entry is None:
+                raise RequestError(f"{path}:{number}: damaged line {raw[:60]!r}; delete it")
+            found.append((raw, entry))
+        entry = _metric(last)  # empty, unless a kill cut the last line (or only its newline)
+        return [*found, (last, entry)] if entry is not None else found
+
+    def _mend_metrics(self) -> None:
+        """Make the file end with a newline, so that a new line is not glued to a half one."""
+        path = self.path / METRICS
+        if not path.exists():
+            return
+        content = path.read_bytes()
+        last = content.rpartition(b"\n")[2]
+        if not last:
+            return
+        with atomic.refusals(self.path), open(path, "r+b") as stream:
+            if _metric(last) is None:
+                stream.truncate(len(content) - len(last))
+            else:
+                stream.seek(0, os.SEEK_END)
+                stream.write(b"\n")
+
+    # -- phases and checkpoints ----------------------------------------------------------------------
+
+    def phase_done(self, name: str) -> bool:
+        """Whether the phase was finished, by this process or an earlier one."""
+        return name in self.record.phases
+
+    def phase_info(self, name: str) -> dict[str, Any]:
+        """What :meth:`finish_phase` was given for a finished phase, and its time under ``finished``."""
+        return self.record.phases[name]
+
+    def finish_phase(self, name: str, **info: Any) -> None:
+        """Record that a phase is done, with small results. Call it after the phase's files are written."""
+        done = {"finished": records.now(), **info}
+        self.record.phases = {**self.record.phases, name: atomic.plain(done)}
+        self.save_record()
+
+    def checkpoint_dir(self, phase: str) -> Path:
+        """The folder of the phase's checkpoints (it may not exist yet)."""
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._,+=-]*", phase):
+            raise ValueError(f"a phase's name must do as a folder's name; found {phase!r}")
+        return self.path / CHECKPOINTS / phase
+
+    def save_checkpoint(
+        self, phase: str, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]
+    ) -> None:
+        """Save where ``phase`` stands after ``step`` steps; see :func:`moalign.runs.checkpoint.save`."""
+        checkpoint.save(self.checkpoint_dir(phase), step, tensors, state)
+
+    def load_checkpoint(self, phase: str) -> Checkpoint | None:
+        """Return the newest whole checkpoint (step, tensors, state) of ``phase``, or None."""
+        return checkpoint.load(self.checkpoint_dir(phase))
+
+    def drop_checkpoints(self) -> None:
+        """Remove every checkpoint: the run is finished."""
+        atomic.remove_directory(self.path / CHECKPOINTS)
+
+    # -- tables and tensors --------------------------------------------------------------------------
+
+    def write_table(self, name: str, table: pd.DataFrame) -> Path:
+        """Write ``<name>.parquet`` atomically, without the index; return its path."""
+        path = self._named(name, ".parquet")
+        with atomic.file(path) as temporary:
+            table.to_parquet(temporary, index=False)
+        return path
+
+    def read_table(self, name: str) -> pd.DataFrame:
+        """Read ``<name>.parquet``; RequestError when it is missing or damaged."""
+        import pandas as pd
+
+        path = self._named(name, ".parquet")
+        if not path.is_file():
+            raise RequestError(f"{path}: no such table in this run")
+        try:
+            return pd.read_parquet(path)
+        except (OSError, ValueError) as error:  # what pyarrow raises for a damaged footer or page
+            raise RequestError(f"{path}: truncated, or not a parquet file ({error})") from error
+
+    def save_tensors(self, name: str, tensors: Mapping[str, torch.Tensor]) -> Path:
+        """Write ``<name>.safetensors`` atomically; return its path."""
+        path = self._named(name, ".safetensors")
+        checkpoint.save_tensors(path, tensors)
+        return path
+
+    def load_tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """Read ``<name>.safetensors`` onto the CPU; RequestError when it is missing or truncated."""
+        return checkpoint.load_tensors(self._named(name, ".safetensors"))
+
+    def _named(self, name: str, suffix: str) -> Path:
+        inside = PurePosixPath(name if name.endswith(suffix) else name + suffix)
+        if inside.is_absolute() or ".." in inside.parts:
+            raise ValueError(f"a file of a run lies in its folder; found {name!r}")
+        return self.path / inside
+
+
+def _metric(raw: bytes) -> dict[str, Any] | None:
+    """Return the line's content, or None when it is not a whole line."""
+    try:
+        entry = json.loads(raw)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) and isinstance(entry.get("step"), int) else None

@@ -1,0 +1,345 @@
+"""Atomic files and folders: whole or not at all, whatever interrupts."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import moalign.errors
+from moalign.errors import RequestError
+from moalign.runs import atomic
+
+ROOT = Path(moalign.errors.__file__).parents[1]
+
+
+def python(code: str, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def failing(code: int) -> Callable[..., Any]:
+    def fail(path: Any, *_: Any, **__: Any) -> Any:
+        raise OSError(code, os.strerror(code), str(path))
+
+    return fail
+
+
+def test_writes_new_and_replaces_old(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "folder" / "a.txt"
+    atomic.write_text(target, "old é")
+    atomic.write_text(target, "new")
+    atomic.write_bytes(tmp_path / "b", b"\x00\xff")
+    assert target.read_text(encoding="utf-8") == "new"
+    assert (tmp_path / "b").read_bytes() == b"\x00\xff"
+    assert names(target.parent) == ["a.txt"]
+
+
+def test_new_file_has_the_usual_permissions(tmp_path: Path) -> None:
+    (tmp_path / "usual").write_text("x")
+    atomic.write_text(tmp_path / "ours", "x")
+    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_temporary_name_keeps_the_suffix_and_the_folder(tmp_path: Path) -> None:
+    with atomic.file(tmp_path / "front.png") as temporary:
+        assert temporary.suffix == ".png"
+        assert temporary.parent == tmp_path.resolve()
+        temporary.write_bytes(b"x")
+    assert names(tmp_path) == ["front.png"]
+
+
+def test_writes_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    atomic.write_text(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").read_text() == "new"
+
+
+@pytest.mark.parametrize("error", [ValueError("boom"), KeyboardInterrupt()])
+def test_an_exception_in_the_middle_leaves_the_old_file(tmp_path: Path, error: BaseException) -> None:
+    target = tmp_path / "a.json"
+    target.write_text("old")
+    with pytest.raises(type(error)), atomic.file(target) as temporary:
+        temporary.write_text("half")
+        raise error
+    assert target.read_text() == "old"
+    assert names(tmp_path) == ["a.json"]
+
+
+def test_a_value_that_json_cannot_hold_leaves_the_old_file(tmp_path: Path) -> None:
+    target = tmp_path / "a.json"
+    target.write_text("old")
+    with pytest.raises(TypeError, match="object cannot be written as JSON"):
+        atomic.write_json(target, {"a": object()})
+    assert target.read_text() == "old"
+    assert names(tmp_path) == ["a.json"]
+
+
+def test_sigkill_in_the_middle_leaves_the_old_file_and_sweep_cleans(tmp_path: Path) -> None:
+    target = tmp_path / "a.txt"
+    target.write_text("old")
+    code = """
+import sys, time
+from moalign.runs import atomic
+with atomic.file(sys.argv[1]) as temporary:
+    temporary.write_text("half")
+    print("writing", flush=True)
+    time.sleep(60)
+"""
+    with python(code, str(target)) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "writing\n"
+        atomic.sweep(tmp_path)  # its writer is alive: stays
+        assert len(names(tmp_path)) == 2
+        process.send_signal(signal.SIGKILL)
+    assert target.read_text() == "old"
+    assert len(names(tmp_path)) == 2
+    atomic.sweep(tmp_path)
+    assert names(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
+@pytest.mark.parametrize("where", ["open", "replace"])
+def test_refused_write_names_folder_and_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, where: str
+) -> None:
+    target = tmp_path / "a.txt"
+    target.write_text("old")
+    if where == "open":
+        monkeypatch.setattr(atomic, "open", failing(code), raising=False)
+    else:
+        monkeypatch.setattr(atomic.os, "replace", failing(code))
+    with pytest.raises(RequestError) as caught:
+        atomic.write_text(target, "new")
+    monkeypatch.undo()
+    assert str(caught.value).startswith(f"{tmp_path}: cannot write here: {os.strerror(code)}")
+    assert "--results DIR" in str(caught.value)
+    assert target.read_text() == "old"
+    assert names(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize("below", ["a.txt", "deep/er/a.txt"])
+def test_a_path_below_a_regular_file(tmp_path: Path, below: str) -> None:
+    (tmp_path / "plain").write_text("not a folder")
+    for write in (lambda path: atomic.write_text(path, "x"), lambda path: atomic.directory(path).__enter__()):
+        with pytest.raises(RequestError, match=r"plain.*cannot write here: .*--results DIR"):
+            write(tmp_path / "plain" / below)
+    assert names(tmp_path) == ["plain"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_folder(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(RequestError, match="Permission denied"):
+            atomic.write_text(tmp_path / "a.txt", "x")
+    finally:
+        tmp_path.chmod(0o700)
+
+
+FULL = """
+import resource, sys
+from moalign.errors import RequestError
+from moalign.runs import atomic, checkpoint
+kind, target = sys.argv[1:]
+if kind == "tensors":
+    import torch
+    tensors = {"a": torch.zeros(100_000)}
+if kind == "table":
+    import pandas
+    table = pandas.DataFrame({"a": range(100_000)})
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    if kind == "bytes":
+        atomic.write_bytes(target, b"x" * 100_000)
+    elif kind == "tensors":
+        checkpoint.save_tensors(__import__("pathlib").Path(target), tensors)
+    else:
+        with atomic.file(target) as temporary:
+            table.to_parquet(temporary)
+except RequestError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("kind", ["bytes", "tensors", "table"])
+def test_a_write_that_the_system_stops_halfway(tmp_path: Path, kind: str) -> None:
+    """A file-size limit stops the real write after 4096 bytes, as a full disk does."""
+    target = tmp_path / "file"
+    target.write_text("old")
+    process = python(FULL, kind, str(target))
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert output.startswith(f"{tmp_path}: cannot write here: File too large; ")
+    assert target.read_text() == "old"
+    assert names(tmp_path) == ["file"]
+
+
+def test_errors_about_other_files_pass_unchanged(tmp_path: Path) -> None:
+    (tmp_path / "input").mkdir()
+    with (
+        pytest.raises(IsADirectoryError),
+        atomic.file(tmp_path / "out" / "a") as temporary,
+        open(tmp_path / "input") as stream,
+    ):
+        temporary.write_text(stream.read())
+    with pytest.raises(FileNotFoundError), atomic.refusals(tmp_path):
+        (tmp_path / "missing").read_text()
+    assert names(tmp_path / "out") == []
+
+
+def test_a_refusal_at_a_folder_above_is_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "mkdir", lambda path, mode=0o777: failing(errno.EROFS)(tmp_path / "results"))
+    with pytest.raises(RequestError, match="Read-only file system; .*--results DIR"):
+        atomic.write_text(tmp_path / "results" / "runs" / "a.txt", "x")
+
+
+def test_only_regular_files_and_folders_are_replaced(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("folder", "pipe"):
+        with pytest.raises(RequestError, match=f"{name}: exists and is not a regular file"):
+            atomic.write_text(tmp_path / name, "x")
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(RequestError, match="file: exists and is not a folder"), atomic.directory(tmp_path / "file"):
+        pass
+    assert names(tmp_path) == ["file", "folder", "pipe"]
+
+
+def test_directory_appears_whole_and_replaces(tmp_path: Path) -> None:
+    target = tmp_path / "adapter"
+    for content in ("old", "new"):
+        with atomic.directory(target) as temporary:
+            (temporary / "sub").mkdir()
+            (temporary / "sub" / content).write_text(content)
+            assert not (target / "sub" / content).exists()
+    assert names(target / "sub") == ["new"]
+    assert names(tmp_path) == ["adapter"]
+
+
+def test_directory_on_error_keeps_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "adapter"
+    with atomic.directory(target) as temporary:
+        (temporary / "old").write_text("old")
+    with pytest.raises(ValueError, match="boom"), atomic.directory(target) as temporary:
+        (temporary / "new").write_text("half")
+        raise ValueError("boom")
+    assert (names(tmp_path), names(target)) == (["adapter"], ["old"])
+
+    rename = os.rename
+
+    def full(source: Path, destination: Path) -> None:
+        if Path(destination) == target and ".tmp-" in str(source):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(source))
+        rename(source, destination)
+
+    monkeypatch.setattr(atomic.os, "rename", full)
+    with pytest.raises(RequestError, match="No space left"), atomic.directory(target) as temporary:
+        (temporary / "new").write_text("new")
+    assert (names(tmp_path), names(target)) == (["adapter"], ["old"])
+
+
+def test_directory_without_replace_lets_the_first_win(tmp_path: Path) -> None:
+    target = tmp_path / "run"
+    with atomic.directory(target, replace=False) as temporary:
+        (temporary / "first").write_text("1")
+    with pytest.raises(FileExistsError), atomic.directory(target, replace=False) as temporary:
+        (temporary / "second").write_text("2")
+    assert (names(tmp_path), names(target)) == (["run"], ["first"])
+
+
+def test_sigkill_between_the_renames_is_put_back_by_sweep(tmp_path: Path) -> None:
+    code = """
+import os, signal, sys
+from pathlib import Path
+from moalign.runs import atomic
+target = Path(sys.argv[1])
+for content in ("old", "new"):
+    if content == "new":
+        rename = os.rename
+        def killed(source, destination):
+            rename(source, destination)
+            os.kill(os.getpid(), signal.SIGKILL)
+        os.rename = killed
+    with atomic.directory(target) as temporary:
+        (temporary / content).write_text(content)
+"""
+    target = tmp_path / "a-b-c-d-adapter"
+    process = python(code, str(target))
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    assert not target.exists()
+    atomic.sweep(tmp_path)
+    assert (names(tmp_path), names(target)) == (["a-b-c-d-adapter"], ["old"])
+
+
+def test_sweep_judges_leftovers_of_other_machines_by_age(tmp_path: Path) -> None:
+    gone = python("")
+    gone.communicate(timeout=60)  # no such process here, but there may be one over there
+    fresh, stale = (tmp_path / f".tmp-zzzzzz-{gone.pid}-{letter * 8}-x" for letter in "ab")
+    foreign = tmp_path / ".tmp-notours"
+    for path in (fresh, stale, foreign):
+        path.write_text("x")
+    two_days_ago = time.time() - 2 * 24 * 3600
+    for path in (stale, foreign):
+        os.utime(path, (two_days_ago, two_days_ago))
+    atomic.sweep(tmp_path)
+    assert names(tmp_path) == sorted([fresh.name, foreign.name])
+
+
+def test_remove_directory(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    atomic.remove_directory(tmp_path / "a")
+    atomic.remove_directory(tmp_path / "a")
+    assert names(tmp_path) == []
+
+
+def test_plain_values() -> None:
+    value = {
+        1: (np.float32(0.5), np.int64(3), np.array([[1.0, math.nan]])),
+        "inf": -math.inf,
+        "flag": True,
+        "path": Path("a/b"),
+        "time": datetime(2025, 1, 2, tzinfo=UTC),
+        "none": None,
+    }
+    assert atomic.plain(value) == {
+        "1": [0.5, 3, [[1.0, None]]],
+        "inf": None,
+        "flag": True,
+        "path": "a/b",
+        "time": "2025-01-02T00:00:00+00:00",
+        "none": None,
+    }
+    assert atomic.plain(True) is True
+
+
+def test_json_is_strict_and_reads_back_any_text(tmp_path: Path) -> None:
+    text = 'é "quoted" \n \ud800 \U0001f600'
+    atomic.write_json(tmp_path / "a.json", {"text": text, "loss": math.nan})
+    raw = (tmp_path / "a.json").read_bytes()
+    assert raw.endswith(b"}\n")
+    assert json.loads(raw) == {"text": text, "loss": None}
