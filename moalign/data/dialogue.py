@@ -1,0 +1,51 @@
+r"""Dialogues in the form of HH-RLHF: turns that begin with ``\n\nHuman:`` and ``\n\nAssistant:``.
+
+A preference pair of that data set is two whole dialogues that share a beginning. :func:`split_pair`
+takes them apart so that ``prompt + reply`` is the dialogue again, character by character: the space
+after ``Assistant:`` belongs to the reply, and nothing is stripped.
+"""
+
+from __future__ import annotations
+
+from moalign.errors import RequestError
+
+HUMAN = "\n\nHuman:"
+ASSISTANT = "\n\nAssistant:"
+
+
+def split_reply(dialogue: str, where: str = "dialogue") -> tuple[str, str]:
+    """Split a dialogue into (all up to and with the last ``Assistant:`` marker, the last reply).
+
+    Raises RequestError, beginning with ``where``, when there is no such marker.
+    """
+    start = dialogue.rfind(ASSISTANT)
+    if start < 0:
+        raise RequestError(f"{where}: a dialogue needs a turn {ASSISTANT!r}; found {shorten(dialogue)}")
+    start += len(ASSISTANT)
+    return dialogue[:start], dialogue[start:]
+
+
+def split_pair(chosen: str, rejected: str, where: str = "pair") -> tuple[str, str, str]:
+    """Split two dialogues into (shared prompt, chosen reply, rejected reply).
+
+    The prompt ends with the last ``Assistant:`` marker that both dialogues share. A reply may hold
+    further turns when the dialogues part before their last turn (rare in HH-RLHF); they are kept.
+    Raises RequestError, beginning with ``where``, when the dialogues share no such marker.
+    """
+    parting = (index for index, (one, other) in enumerate(zip(chosen, rejected, strict=False)) if one != other)
+    shared = chosen[: next(parting, min(len(chosen), len(rejected)))]
+    start = shared.rfind(ASSISTANT)
+    if start < 0:
+        raise RequestError(
+            f"{where}: chosen and rejected share no turn {ASSISTANT!r}, so their prompt is unknown; give a column "
+            f"prompt or whole dialogues that begin alike; found {shorten(chosen)} and {shorten(rejected)}"
+        )
+    prompt = shared[: start + len(ASSISTANT)]
+    return prompt, chosen.removeprefix(prompt), rejected.removeprefix(prompt)
+
+
+def shorten(value: object, width: int = 60) -> str:
+    """Return ``repr(value)`` cut to ``width`` characters, for messages."""
+    # A huge text is cut before it is quoted, so that the message costs nothing.
+    text = repr(value[: width + 1]) if isinstance(value, str) else repr(value)
+    return text if len(text) <= width + 2 else f"{text[:width]}..."

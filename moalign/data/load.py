@@ -1,0 +1,200 @@
+"""From a task's :class:`~moalign.config.card.DataSpec` to typed records.
+
+Prompts come from a list in the card, from a grammar, from a source, or from a grammar and one of the
+others. Responses and pairs are streams: nothing here holds a whole file in memory but the prompts.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import string
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from moalign.config.card import DataSpec, SourceSpec
+from moalign.data.dialogue import ASSISTANT, split_pair
+from moalign.data.readers import Field, Row, check_text, missing_column, read
+from moalign.data.records import Pair, ScoredResponse
+from moalign.errors import RequestError, did_you_mean
+
+GRAMMAR_LIMIT = 1_000_000
+"""Prompts; a larger grammar is refused before it is generated."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSet:
+    """Prompts without duplicates, in the order found, and how many duplicates were removed."""
+
+    prompts: list[str]
+    duplicates: int
+
+
+def load_prompts(spec: DataSpec, base_dir: Path | str = ".") -> list[str]:
+    """Return the task's prompts, each once; see :func:`load_prompt_set`."""
+    return load_prompt_set(spec, base_dir).prompts
+
+
+def load_prompt_set(spec: DataSpec, base_dir: Path | str = ".") -> PromptSet:
+    """Return the task's prompts and how many exact duplicates were dropped.
+
+    A source needs a field ``prompt``; a source of preference dialogues (``chosen`` and ``rejected``)
+    gives the prompts of its pairs. Raises RequestError for an empty prompt (with its line or
+    position), a broken grammar, or when there is no prompt at all.
+    """
+    prompts: dict[str, None] = {}
+    count = 0
+    for prompt in itertools.chain(_given(spec, base_dir), _generated(spec.prompt_grammar)):
+        prompts[prompt] = None
+        count += 1
+    if not prompts:
+        raise RequestError("data: no prompts; give data.prompts (a list or a source) or data.prompt_grammar")
+    return PromptSet(list(prompts), count - len(prompts))
+
+
+def load_responses(spec: DataSpec, objectives: Sequence[str], base_dir: Path | str = ".") -> Iterator[ScoredResponse]:
+    """Stream ``data.responses``: fields prompt, response and, where present, one column per objective.
+
+    ``scores`` is ``[objectives]`` in the order of ``objectives``, or None when a record has none of
+    them. Raises RequestError when the task has no responses, a score is no finite number, or a column
+    differs from an objective's name only in case or punctuation (its scores would be passed over).
+    """
+    if spec.responses is None:
+        raise RequestError("data.responses: the task has none; give a source with the columns prompt and response")
+    fields = [
+        Field("prompt", blank=False),
+        Field("response"),
+        *(Field(name, number=True, required=False) for name in objectives),
+    ]
+    return _responses(read(spec.responses, fields, base_dir), spec.responses, objectives)
+
+
+def load_pairs(spec: DataSpec, base_dir: Path | str = ".") -> Iterator[Pair]:
+    """Stream ``data.pairs``: fields prompt, chosen, rejected, or whole dialogues in chosen and rejected.
+
+    Raises RequestError when the task has no pairs, the dialogues share no prompt, or both replies of a
+    pair are the same text (with file and line).
+    """
+    if spec.pairs is None:
+        raise RequestError("data.pairs: the task has none; give a source with the columns prompt, chosen and rejected")
+    fields = [Field("prompt", required=False, blank=False), Field("chosen"), Field("rejected")]
+    return map(_pair, read(spec.pairs, fields, base_dir))
+
+
+def _responses(rows: Iterator[Row], source: SourceSpec, objectives: Sequence[str]) -> Iterator[ScoredResponse]:
+    for index, row in enumerate(rows):
+        if index == 0:
+            _refuse_near_miss(row, source, objectives)
+        scores = tuple(row.values[name] for name in objectives)
+        known = any(score is not None for score in scores)
+        yield ScoredResponse(row.values["prompt"], row.values["response"], scores if known else None)
+
+
+def _refuse_near_miss(row: Row, source: SourceSpec, objectives: Sequence[str]) -> None:
+    spare = {_letters(column): column for column in row.columns if column not in objectives}
+    for name in objectives:
+        column = spare.get(_letters(name))
+        if column is not None and name not in row.columns and name not in source.columns:
+            raise RequestError(
+                f"{row.where}: column {column!r} looks like the objective {name!r}, but has another name; "
+                f"rename it, or say columns: {{{name}: {column}}}"
+            )
+
+
+def _letters(name: str) -> str:
+    return "".join(character for character in name.casefold() if character.isalnum())
+
+
+def _pair(row: Row) -> Pair:
+    prompt, chosen, rejected = (row.values[name] for name in ("prompt", "chosen", "rejected"))
+    if chosen == rejected:
+        raise RequestError(f"{row.where}: chosen and rejected are the same text; a pair needs two different replies")
+    if prompt is None:
+        return Pair(*split_pair(chosen, rejected, row.where))
+    # Some data sets give the prompt and the whole dialogues too; the prompt would be read twice.
+    if prompt.endswith(ASSISTANT) and chosen.startswith(prompt) and rejected.startswith(prompt):
+        return Pair(prompt, chosen.removeprefix(prompt), rejected.removeprefix(prompt))
+    return Pair(prompt, chosen, rejected)
+
+
+def _given(spec: DataSpec, base_dir: Path | str) -> Iterator[str]:
+    if isinstance(spec.prompts, SourceSpec):
+        fields = [
+            Field("prompt", required=False, blank=False),
+            Field("chosen", required=False),
+            Field("rejected", required=False),
+        ]
+        rows = read(spec.prompts, fields, base_dir)
+        for row in rows:
+            yield _prompt(row, spec.prompts.columns.get("prompt", "prompt"))
+        return
+    for position, prompt in enumerate(spec.prompts or [], start=1):
+        if not prompt.strip():
+            raise RequestError(f"data.prompts: prompt {position} is empty; a text is needed")
+        check_text(prompt, f"data.prompts: prompt {position}")
+        yield prompt
+
+
+def _prompt(row: Row, column: str) -> str:
+    prompt, chosen, rejected = (row.values[name] for name in ("prompt", "chosen", "rejected"))
+    if prompt is not None:
+        return str(prompt)
+    if chosen is not None and rejected is not None:
+        return split_pair(chosen, rejected, row.where)[0]
+    if column in row.columns:
+        raise RequestError(f"{row.where}: column {column!r} must be text; found nothing (null)")
+    raise missing_column(row.where, "prompt", column, row.columns)
+
+
+def _generated(grammar: Mapping[str, Sequence[str]] | None) -> Iterator[str]:
+    """Yield every combination of a grammar's parts, the last part of a template changing fastest."""
+    if grammar is None:
+        return
+    where = "data.prompt_grammar"
+    templates = grammar.get("template", [])
+    if not templates:
+        raise RequestError(
+            f"{where}: needs a list 'template' of texts with {{part}} fields; found: {', '.join(grammar) or 'nothing'}"
+        )
+    parts = {name: values for name, values in grammar.items() if name != "template"}
+    parsed = [
+        _template(text, parts, f"{where}.template: text {index}") for index, text in enumerate(templates, start=1)
+    ]
+    used = {name for names in parsed for name in names}
+    for name, values in parts.items():
+        if name not in used:
+            raise RequestError(
+                f"{where}: the part {name!r} is in no template; write {{{name}}} in one, or leave it out"
+            )
+        if not values:
+            raise RequestError(f"{where}.{name}: the list is empty; at least one text is needed")
+    total = sum(math.prod(len(parts[name]) for name in names) for names in parsed)
+    if total > GRAMMAR_LIMIT:
+        raise RequestError(f"{where}: {total:,} combinations; at most {GRAMMAR_LIMIT:,} are allowed")
+    for text, names in zip(templates, parsed, strict=True):
+        for values in itertools.product(*(parts[name] for name in names)):
+            prompt = text.format(**dict(zip(names, values, strict=True)))
+            if not prompt.strip():
+                raise RequestError(f"{where}: the template {text!r} gives an empty prompt")
+            check_text(prompt, f"{where}: the prompt made from {text!r}")
+            yield prompt
+
+
+def _template(text: str, parts: Mapping[str, Sequence[str]], where: str) -> list[str]:
+    """Return the names of the parts in a template, each once, in order of appearance."""
+    try:
+        fields = [
+            (name, form, conversion) for _, name, form, conversion in string.Formatter().parse(text) if name is not None
+        ]
+    except ValueError as error:
+        raise RequestError(f"{where}: {error}; write {{{{ and }}}} for braces that are text; found {text!r}") from error
+    for name, form, conversion in fields:
+        if form or conversion:
+            raise RequestError(f"{where}: {{{name}}} may hold a part's name and nothing else; found {text!r}")
+        if name not in parts:
+            allowed = sorted(parts)
+            raise RequestError(
+                f"{where}: unknown part {name!r}; allowed: {', '.join(allowed) or 'none'}{did_you_mean(name, allowed)}"
+            )
+    return list(dict.fromkeys(name for name, _, _ in fields))
