@@ -1,0 +1,409 @@
+"""Objectives that are a sequence classifier or reward model: any ``AutoModelForSequenceClassification``.
+
+Rows are deduplicated, sorted by length and padded into batches bounded by tokens; the scores equal those of
+scoring one text at a time. Texts longer than the model reads lose the start of their *prompt*, never the answer
+(unless the answer alone is too long: then its end is cut, as if generation had stopped there).
+Only safetensors weights are loaded and no code from a model folder is ever run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moalign.config.objectives import ClassifierObjective
+from moalign.errors import MoalignError, RequestError, WorkError, did_you_mean
+from moalign.rewards import model_folder
+
+if TYPE_CHECKING:
+    import torch
+
+_FIELD = re.compile(r"\{([A-Za-z_]\w*)\}")
+_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
+"""How far a padded row may be from the same row alone before another way of padding is tried."""
+
+Row = dict[str, list[int]]
+"""One tokenised text: ``input_ids`` and, for models that read pairs, ``token_type_ids``."""
+
+
+class ClassifierScorer:
+    """A classifier objective. The model is loaded at the first score and kept; see the module's text."""
+
+    def __init__(self, spec: ClassifierObjective, base_dir: Path) -> None:
+        """Check all that can be checked without torch: folder, weights, tokenizer, label, templates.
+
+        Args:
+            spec: the objective as in the task card.
+            base_dir: the card's folder.
+
+        Raises:
+            RequestError: no such folder or hub id, missing or truncated weights, unknown label or template field.
+        """
+        self.spec = spec
+        self.name = spec.name
+        self.maximise = spec.maximise
+        self.cheap = spec.store is False
+        self.where = f"objective {spec.name!r}"
+        self.rows_scored = 0
+        """Rows given to the model so far: fewer than asked for where texts repeat."""
+        self.rows_shortened = 0
+        """Rows that were longer than the model reads."""
+        self._padding: str | None = None
+        self._check_templates()
+        self._folder = model_folder.local_folder(spec.model, base_dir, self.where)
+        if self._folder is not None:
+            model_folder.check(self._folder, self.where)
+        config_folder = self._folder or model_folder.fetch(spec.model, spec.revision, self.where, config_only=True)
+        self.labels = _labels(model_folder.read_config(config_folder, self.where))
+        self.index = self._label_index()
+
+    @cached_property
+    def folder(self) -> Path:
+        """The model's folder; a hub model is fetched here and its files checked."""
+        if self._folder is not None:
+            return self._folder
+        folder = model_folder.fetch(self.spec.model, self.spec.revision, self.where)
+        model_folder.check(folder, self.where)
+        return folder
+
+    @cached_property
+    def revision(self) -> str:
+        """Hash of the model's files (a hub model: its commit) and of every setting that changes a score."""
+        # The hub's cache names a snapshot's folder by its commit, which spares reading gigabytes.
+        content = model_folder.fingerprint(self.folder, self.where) if self._folder else self.folder.name
+        told = self.spec.model_dump(include={"output", "template", "pair_template", "max_length", "dtype"})
+        text = json.dumps([content, self.index, told], sort_keys=True)
+        return f"hf-classifier:{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        """Return the label's logit (or probability) of each pair, ``[samples]``, in the order given."""
+        order: dict[tuple[str, str], int] = {}
+        slots = [order.setdefault(pair, len(order)) for pair in zip(prompts, responses, strict=True)]
+        rows = self._tokenise(list(order))
+        values = [0.0] * len(rows)
+        for batch in self._batches(rows):
+            for at, value in zip(batch, self._forward([rows[i] for i in batch]), strict=True):
+                values[at] = value
+        self.rows_scored += len(rows)
+        return [values[slot] for slot in slots]
+
+    def prepare(self) -> None:
+        """Load the model now, so that problems of its files show before other work begins."""
+        _ = self._model
+
+    # --- texts
+
+    def _check_templates(self) -> None:
+        templates = {"template": self.spec.template, "pair_template": self.spec.pair_template or ""}
+        for key, template in templates.items():
+            for field in _FIELD.findall(template):
+                if field not in ("prompt", "response"):
+                    raise RequestError(
+                        f"{self.where}: {key} has the unknown field {{{field}}}; allowed: {{prompt}}, {{response}}"
+                        + did_you_mean(field, ["prompt", "response"])
+                    )
+        if not any("{response}" in template for template in templates.values()):
+            raise RequestError(f"{self.where}: neither template nor pair_template has the field {{response}}")
+
+    def _render(self, prompt: str, response: str) -> tuple[str, str | None]:
+        values = {"prompt": prompt, "response": response}
+
+        def fill(template: str) -> str:
+            # One pass, so that a prompt that itself holds "{response}" stays as it is.
+            return _FIELD.sub(lambda match: values[match.group(1)], template)
+
+        pair = self.spec.pair_template
+        return fill(self.spec.template), None if pair is None else fill(pair)
+
+    def _tokenise(self, pairs: Sequence[tuple[str, str]]) -> list[Row]:
+        if not pairs:
+            return []
+        rows = self._encode([self._render(*pair) for pair in pairs])
+        for at, (prompt, response) in enumerate(pairs):
+            if len(rows[at]["input_ids"]) > self._max_length:
+                rows[at] = self._shortened(prompt, response)
+                self.rows_shortened += 1
+            if not rows[at]["input_ids"]:
+                rows[at] = {key: [self._any_token] if key == "input_ids" else [0] for key in rows[at]}
+        return rows
+
+    def _encode(self, texts: Sequence[tuple[str, str | None]]) -> list[Row]:
+        firsts, seconds = [first for first, _ in texts], [second for _, second in texts]
+        given = [firsts] if self.spec.pair_template is None else [firsts, seconds]
+        coded = self._tokenizer(
+            *given, add_special_tokens=True, truncation=False, padding=False, return_attention_mask=False, verbose=False
+        )
+        keys = [key for key in ("input_ids", "token_type_ids") if key in coded]
+        rows = [{key: list(coded[key][at]) for key in keys} for at in range(len(texts))]
+        largest = max((max(row["input_ids"], default=0) for row in rows), default=0)
+        if largest >= self._vocabulary:
+            raise RequestError(
+                f"{self.where}: the tokenizer in {self.folder} gives token {largest}, but the model knows "
+                f"{self._vocabulary} tokens: tokenizer and weights do not belong together"
+            )
+        return rows
+
+    def _shortened(self, prompt: str, response: str) -> Row:
+        """Return the row with as much of the prompt's end as fits; then as much of the response's start."""
+
+        def from_end(kept: int) -> Row:
+            return self._encode([self._render(prompt[len(prompt) - kept :], response)])[0]
+
+        def from_start(kept: int) -> Row:
+            return self._encode([self._render("", response[:kept])])[0]
+
+        found = self._longest(from_end, len(prompt)) or self._longest(from_start, len(response))
+        if found is None:
+            raise RequestError(
+                f"{self.where}: the template alone is longer than {self._max_length} tokens; raise max_length or "
+                "shorten the template"
+            )
+        return found
+
+    def _longest(self, encode: Callable[[int], Row], most: int) -> Row | None:
+        """Return ``encode(kept)`` for the largest ``kept`` that fits (bisection), None when even 0 does not."""
+        low, best = 0, encode(0)
+        if len(best["input_ids"]) > self._max_length:
+            return None
+        high = most
+        while low < high:
+            middle = (low + high + 1) // 2
+            row = encode(middle)
+            if len(row["input_ids"]) <= self._max_length:
+                low, best = middle, row
+            else:
+                high = middle - 1
+        return best
+
+    # --- batches
+
+    def _batches(self, rows: Sequence[Row]) -> Iterator[list[int]]:
+        """Give row numbers, longest rows first, such that rows x longest row <= batch_tokens (at least one row)."""
+        lengths = [len(row["input_ids"]) for row in rows]
+        batch: list[int] = []
+        for at in sorted(range(len(rows)), key=lambda i: -lengths[i]):
+            full = batch and lengths[batch[0]] * (len(batch) + 1) > self.spec.batch_tokens
+            ragged = batch and lengths[at] != lengths[batch[0]] and self._padding_of(rows, [*batch, at]) == "none"
+            if full or ragged:
+                yield batch
+                batch = []
+            batch.append(at)
+        if batch:
+            yield batch
+
+    def _padding_of(self, rows: Sequence[Row], batch: Sequence[int]) -> str:
+        """Return how this model may be padded, found out once: a padded row must score as it does alone.
+
+        Nearly every model reads right-padded rows; some (XLNet) need the left. A model that neither suits is
+        given rows of equal length only.
+        """
+        if self._padding is None:
+            short, longest = rows[batch[-1]], rows[batch[0]]
+            alone = self._logits([short], "right")[0]
+            self._padding = "none"
+            for side in ("right", "left"):
+                padded = self._logits([longest, short], side)[1]
+                room = _TOLERANCE[self.spec.dtype] * (1 + alone.abs())
+                if bool(((padded - alone).abs() <= room).all()):
+                    self._padding = side
+                    break
+        return self._padding
+
+    def _forward(self, rows: Sequence[Row]) -> list[float]:
+        logits = self._logits(rows, self._padding or "right")
+        if self.spec.output == "probability":
+            # Several labels that do not exclude each other (and a single output) have a sigmoid each.
+            apart = logits.shape[1] == 1 or self._model.config.problem_type == "multi_label_classification"
+            logits = logits.sigmoid() if apart else logits.softmax(dim=-1)
+        return [float(value) for value in logits[:, self.index].tolist()]
+
+    def _logits(self, rows: Sequence[Row], side: str) -> torch.Tensor:
+        """Return float32 logits ``[rows, labels]`` of rows padded on one side."""
+        import torch
+
+        model, tokenizer = self._model, self._tokenizer
+        pad = self._pad_token(rows)
+        if pad is None:
+            return torch.cat([self._logits([row], side) for row in rows])
+
+        def block(lines: Sequence[list[int]], fill: int) -> torch.Tensor:
+            width = max(map(len, lines))
+            gaps = [[fill] * (width - len(line)) for line in lines]
+            padded = [line + gap if side == "right" else gap + line for line, gap in zip(lines, gaps, strict=True)]
+            return torch.tensor(padded, device=model.device)
+
+        inputs = {
+            "input_ids": block([row["input_ids"] for row in rows], pad),
+            "attention_mask": block([[1] * len(row["input_ids"]) for row in rows], 0),
+        }
+        if "token_type_ids" in rows[0]:
+            inputs["token_type_ids"] = block([row["token_type_ids"] for row in rows], tokenizer.pad_token_type_id)
+        with torch.inference_mode():
+            logits = model(**inputs).logits
+        if logits.ndim != 2 or logits.shape[1] != len(self.labels):
+            raise RequestError(
+                f"{self.where}: the model gives {list(logits.shape[1:])} outputs per text, but its config names "
+                f"{len(self.labels)} labels"
+            )
+        result: torch.Tensor = logits.float().cpu()
+        return result
+
+    def _pad_token(self, rows: Sequence[Row]) -> int | None:
+        """Return the token to pad with; None: only single rows are safe.
+
+        A decoder's head reads the last token that is not ``config.pad_token_id``. Where the model names no
+        pad token we lend it one (the tokenizer's, else end-of-text), but never one that ends a row of the
+        batch: that row would be read one token too early.
+        """
+        if self._own_pad is not None:
+            return self._own_pad
+        ends = {row["input_ids"][-1] for row in rows}
+        wanted = [self._tokenizer.pad_token_id, self._tokenizer.eos_token_id, *range(self._vocabulary)]
+        pad = next((token for token in wanted if token is not None and token not in ends), None)
+        if pad is None and len(rows) == 1:
+            pad = self._vocabulary  # one row is never padded: any number that is no token will do
+        if pad is not None:
+            for config in (self._model.config, self._model.config.get_text_config()):
+                config.pad_token_id = pad
+        return pad
+
+    # --- the model
+
+    @cached_property
+    def _loaded(self) -> tuple[Any, Any]:
+        import torch
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        told: dict[str, Any]
+        # The generators are put back: when a model is loaded must not change what is sampled afterwards.
+        with _explained(self.where, self.folder), _quiet(), torch.random.fork_rng(devices=[]):
+            tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
+            model, told = AutoModelForSequenceClassification.from_pretrained(
+                self.folder,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                dtype=getattr(torch, self.spec.dtype),
+                output_loading_info=True,
+            )
+            if told["missing_keys"]:
+                # The library would fill them with random numbers and only warn.
+                raise RequestError(
+                    f"{self.where}: model folder {self.folder} is not a whole classifier: its weights lack "
+                    f"{_few(told['missing_keys'])}; a folder saved from AutoModelForSequenceClassification is needed"
+                )
+            model.eval().requires_grad_(False)
+            model.to("cuda" if torch.cuda.is_available() else "cpu")
+        return model, tokenizer
+
+    @property
+    def _model(self) -> Any:
+        return self._loaded[0]
+
+    @property
+    def _tokenizer(self) -> Any:
+        return self._loaded[1]
+
+    @cached_property
+    def _own_pad(self) -> int | None:
+        pad = self._model.config.get_text_config().pad_token_id
+        return pad if isinstance(pad, int) and 0 <= pad < self._vocabulary else None
+
+    @cached_property
+    def _vocabulary(self) -> int:
+        return int(self._model.get_input_embeddings().weight.shape[0])
+
+    @cached_property
+    def _any_token(self) -> int:
+        """A token that stands for an empty text, which no model can read."""
+        tokenizer = self._tokenizer
+        named = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id, tokenizer.unk_token_id)
+        return next((token for token in named if token is not None), 0)
+
+    @cached_property
+    def _max_length(self) -> int:
+        """Tokens that the model can read, special tokens included: the smallest limit of card, tokenizer, positions."""
+        limits = [self.spec.max_length, int(self._tokenizer.model_max_length)]
+        limits.append(getattr(self._model.config.get_text_config(), "max_position_embeddings", None) or 0)
+        for name, module in self._model.named_modules():
+            if name.endswith("position_embeddings") and hasattr(module, "num_embeddings"):
+                # RoBERTa numbers its positions from padding_idx + 1.
+                start = 0 if module.padding_idx is None else module.padding_idx + 1
+                limits.append(module.num_embeddings - start)
+        return min(limit for limit in limits if limit > 0)
+
+    def _label_index(self) -> int:
+        label = self.spec.label
+        listed = ", ".join(f"{index}: {name}" for index, name in sorted(self.labels.items()))
+        if label is None:
+            if len(self.labels) == 1:
+                return 0
+            raise RequestError(
+                f"{self.where}: the model has {len(self.labels)} labels ({listed}); say which one is the score with "
+                "label: INDEX or label: NAME"
+            )
+        if isinstance(label, int):
+            if label in self.labels:
+                return label
+            raise RequestError(f"{self.where}: the model has no label {label}; its labels: {listed}")
+        found = [index for index, name in self.labels.items() if name == label]
+        if len(found) == 1:
+            return found[0]
+        why = "several labels" if found else "no label"
+        near = "" if found else did_you_mean(label, list(self.labels.values()))
+        raise RequestError(f"{self.where}: the model has {why} {label!r}; its labels: {listed}{near}")
+
+
+def _labels(config: dict[str, Any]) -> dict[int, str]:
+    """Return label index -> name of a config.json; the library's default is two labels."""
+    named = config.get("id2label")
+    if isinstance(named, dict) and named and all(str(key).isdigit() for key in named):
+        return {int(key): str(name) for key, name in named.items()}
+    count = config.get("num_labels")
+    return {index: f"LABEL_{index}" for index in range(count if isinstance(count, int) and count > 0 else 2)}
+
+
+def _few(names: Sequence[str] | set[str]) -> str:
+    listed = sorted(names)
+    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")
+
+
+@contextmanager
+def _explained(where: str, folder: Path) -> Iterator[None]:
+    """Turn whatever loading raises into one message; running out of memory is not the request's fault."""
+    import torch
+
+    try:
+        yield
+    except MoalignError:
+        raise
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise WorkError(f"{where}: not enough memory to load {folder}: {error}") from error
+    except Exception as error:
+        first = str(error).strip().partition("\n")[0]
+        raise RequestError(
+            f"{where}: model folder {folder} cannot be loaded: {type(error).__name__}: {first}"
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the library's load report and progress bar off the terminal: our messages say what is wrong."""
+    import transformers
+
+    logging: Any = transformers.utils.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,138 @@
+"""Objectives that are a Python callable: a dotted path or an entry point in ``moalign.rewards``.
+
+The callable gets ``(prompts: list[str], responses: list[str], **options)`` and gives one number each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.metadata
+import inspect
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from moalign.config.objectives import PythonObjective
+from moalign.errors import RequestError, did_you_mean
+
+GROUP = "moalign.rewards"
+"""The entry-point group in which installed packages offer reward functions."""
+
+
+class PythonScorer:
+    """An objective scored by a callable; the store is used unless the card says ``store: false``."""
+
+    def __init__(self, spec: PythonObjective, base_dir: Path) -> None:
+        """Find the callable and check that it takes the options; raises RequestError naming the objective."""
+        where = f"objective {spec.name!r}"
+        self.name = spec.name
+        self.maximise = spec.maximise
+        self.cheap = spec.store is False
+        self.options: dict[str, Any] = dict(spec.options)
+        self.function = load_function(spec.function, base_dir, where)
+        _check_options(self.function, spec.function, self.options, where)
+        told = json.dumps([self.options, spec.revision, _source(self.function)], sort_keys=True, default=repr)
+        self.revision = f"python:{spec.function}:{hashlib.sha256(told.encode()).hexdigest()[:16]}"
+
+    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Sequence[float]:
+        """Return what the callable gives, ``[samples]``; the panel checks length and values."""
+        given: Sequence[float] = self.function(list(prompts), list(responses), **self.options)
+        return given
+
+
+def load_function(name: str, base_dir: Path, where: str) -> Callable[..., Any]:
+    """Return the callable called ``package.module:callable``, or the entry point of that name.
+
+    A module that is not installed is also looked for in ``base_dir`` (the task card's folder).
+    Raises RequestError when it cannot be imported, does not exist or cannot be called.
+    """
+    if ":" in name:
+        found = _from_path(name, base_dir, where)
+    else:
+        found = _from_entry_point(name, where)
+    if not callable(found):
+        raise RequestError(f"{where}: function {name!r} is a {type(found).__name__}, which cannot be called")
+    return found  # type: ignore[no-any-return]
+
+
+def _from_entry_point(name: str, where: str) -> Any:
+    offered = {point.name: point for point in importlib.metadata.entry_points(group=GROUP)}
+    if name not in offered:
+        listed = ", ".join(sorted(offered)) or "none installed"
+        raise RequestError(
+            f"{where}: unknown function {name!r}; entry points in {GROUP}: {listed}{did_you_mean(name, list(offered))}"
+            "; or give a dotted path like package.module:callable"
+        )
+    try:
+        return offered[name].load()
+    except Exception as error:
+        raise RequestError(
+            f"{where}: entry point {name!r} ({offered[name].value}) cannot be loaded: {_told(error)}"
+        ) from error
+
+
+def _from_path(name: str, base_dir: Path, where: str) -> Any:
+    module_name, _, attribute = name.partition(":")
+    if not all(part.isidentifier() for part in [*module_name.split("."), *attribute.split(".")]):
+        raise RequestError(f"{where}: function {name!r} is not of the form package.module:callable")
+    found: Any = _import(module_name, base_dir, where)
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            near = did_you_mean(part, [key for key in dir(found) if not key.startswith("_")])
+            raise RequestError(f"{where}: {module_name} has no {part!r} (function {name!r}){near}")
+        found = getattr(found, part)
+    return found
+
+
+def _import(module_name: str, base_dir: Path, where: str) -> Any:
+    try:
+        try:
+            return importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            if error.name != module_name.partition(".")[0]:
+                raise
+        # Last on the path, so that a file beside the card never hides an installed package; it stays
+        # there because the module may import its neighbours later, inside a function.
+        folder = str(base_dir.resolve())
+        if folder not in sys.path:
+            sys.path.append(folder)
+        importlib.invalidate_caches()
+        return importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise RequestError(
+            f"{where}: module {module_name!r} cannot be imported: {error}; looked on the Python path and in {base_dir}"
+        ) from error
+    except Exception as error:
+        raise RequestError(f"{where}: importing {module_name!r} failed: {_told(error)}") from error
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _check_options(function: Callable[..., Any], name: str, options: dict[str, Any], where: str) -> None:
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return  # compiled callables tell no signature: the first call will
+    try:
+        signature.bind([], [], **options)
+    except TypeError as error:
+        allowed = list(signature.parameters)[2:]
+        wrong = [key for key in options if key not in signature.parameters]
+        near = did_you_mean(wrong[0], allowed) if wrong else ""
+        raise RequestError(
+            f"{where}: {name} does not take (prompts, responses) with options {sorted(options)}: {error}; "
+            f"its signature is {signature}{near}"
+        ) from None
+
+
+def _source(function: Callable[..., Any]) -> str:
+    """Return the callable's own source text: an edited function must not answer from old scores."""
+    try:
+        return inspect.getsource(function if inspect.isroutine(function) else type(function))
+    except (OSError, TypeError):
+        return ""

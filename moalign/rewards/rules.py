@@ -1,0 +1,331 @@
+"""Rules: objectives that a few lines of code can read off the response text.
+
+Each rule is one function ``(response, options) -> float`` with its options typed beside it; the prompt is
+not looked at. ``RULES`` holds them by name. A *word* is a run of letters or digits with inner apostrophes
+(``don't`` is one word); a *token* is anything between white space.
+
+Change ``_VERSION`` when the meaning of a rule changes: it is part of every rule's revision.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, field_validator
+
+from moalign.config.objectives import RuleObjective
+from moalign.config.strict import Strict
+from moalign.errors import RequestError, did_you_mean, unknown
+
+_VERSION = "1"
+_WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
+_SENTENCE_END = re.compile(r"(?<=[.!?])[\"”’']*\s+")
+
+Unit = Literal["words", "characters", "tokens"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A named rule: ``function(response, options)`` with ``options`` of the type beside it."""
+
+    name: str
+    options: type[Strict]
+    function: Callable[[str, Any], float]
+
+    @property
+    def summary(self) -> str:
+        """The first line of the rule's docstring."""
+        return (self.function.__doc__ or "").strip().splitlines()[0]
+
+
+RULES: dict[str, Rule] = {}
+
+
+def _rule(name: str, options: type[Strict]) -> Callable[[Callable[[str, Any], float]], Callable[[str, Any], float]]:
+    def register(function: Callable[[str, Any], float]) -> Callable[[str, Any], float]:
+        RULES[name] = Rule(name, options, function)
+        return function
+
+    return register
+
+
+def words(text: str) -> list[str]:
+    """Return the words of a text.
+
+    >>> words("Don't stop, 2 more!")
+    ["Don't", 'stop', '2', 'more']
+    """
+    return _WORD.findall(text)
+
+
+def _size(text: str, unit: Unit) -> int:
+    if unit == "characters":
+        return len(text)
+    return len(text.split()) if unit == "tokens" else len(words(text))
+
+
+class LengthOptions(Strict):
+    """Options of ``length``."""
+
+    unit: Unit = "words"
+    target: float | None = Field(default=None, ge=0)
+    """Score ``-|length - target|`` instead of the length: best when the target is hit."""
+
+
+@_rule("length", LengthOptions)
+def length(response: str, options: LengthOptions) -> float:
+    """Length in words, characters or white-space tokens; with a target minus the distance to it."""
+    size = _size(response, options.unit)
+    return float(size) if options.target is None else -abs(size - options.target)
+
+
+class BrevityOptions(Strict):
+    """Options of ``brevity``."""
+
+    unit: Unit = "words"
+
+
+@_rule("brevity", BrevityOptions)
+def brevity(response: str, options: BrevityOptions) -> float:
+    """Minus the length in words (or characters, or white-space tokens)."""
+    return -float(_size(response, options.unit))
+
+
+class NgramOptions(Strict):
+    """Options of ``distinct-n`` and ``repetition``."""
+
+    n: int = Field(default=2, ge=1)
+
+
+def _distinct_and_total(response: str, n: int) -> tuple[int, int]:
+    folded = [word.casefold() for word in words(response)]
+    counts = Counter(tuple(folded[at : at + n]) for at in range(len(folded) - n + 1))
+    return len(counts), counts.total()
+
+
+@_rule("distinct-n", NgramOptions)
+def distinct_n(response: str, options: NgramOptions) -> float:
+    """Share of distinct n-grams among all n-grams of words, 0 to 1; 0 for fewer than n words."""
+    distinct, total = _distinct_and_total(response, options.n)
+    return distinct / total if total else 0.0
+
+
+@_rule("repetition", NgramOptions)
+def repetition(response: str, options: NgramOptions) -> float:
+    """Share of n-grams of words that occurred before, 0 to 1 (use with ``maximise: false``)."""
+    distinct, total = _distinct_and_total(response, options.n)
+    return 1 - distinct / total if total else 0.0
+
+
+class KeywordOptions(Strict):
+    """Options of ``keyword-density``."""
+
+    keywords: list[str] = Field(min_length=1)
+    """Words or phrases; whole words only, so that ``art`` is not found in ``party``."""
+    ignore_case: bool = True
+
+    @field_validator("keywords")
+    @classmethod
+    def _not_blank(cls, keywords: list[str]) -> list[str]:
+        if any(not keyword.strip() for keyword in keywords):
+            raise ValueError("a keyword is blank")
+        return keywords
+
+
+@_rule("keyword-density", KeywordOptions)
+def keyword_density(response: str, options: KeywordOptions) -> float:
+    """Occurrences of the keywords per word of the response; 0 for a response without words."""
+    # Longest first, so that "ice cream" wins over "ice" where both would match.
+    ordered = sorted(set(options.keywords), key=len, reverse=True)
+    pattern = r"(?<!\w)(?:" + "|".join(re.escape(keyword.strip()) for keyword in ordered) + r")(?!\w)"
+    found = len(re.findall(pattern, response, re.IGNORECASE if options.ignore_case else 0))
+    total = len(words(response))
+    return found / total if total else 0.0
+
+
+class DialogueOptions(Strict):
+    """Options of ``dialogue-share``."""
+
+    unit: Literal["characters", "words"] = "characters"
+    """``characters`` counts all but white space and the quote marks themselves."""
+    unclosed: Literal["ignore", "count"] = "ignore"
+    """What to do with a quote that its line never closes."""
+
+
+@_rule("dialogue-share", DialogueOptions)
+def dialogue_share(response: str, options: DialogueOptions) -> float:
+    """Share of the text inside double quotes (straight or curly), 0 to 1; quotes pair within a line."""
+    inside, outside = [], []
+    for line in response.splitlines():
+        quoted, plain = _split_quotes(line, count_unclosed=options.unclosed == "count")
+        inside.append(quoted)
+        outside.append(plain)
+
+    def size(parts: list[str]) -> int:
+        text = " ".join(parts)
+        return len(words(text)) if options.unit == "words" else sum(map(len, text.split()))
+
+    said, rest = size(inside), size(outside)
+    return said / (said + rest) if said + rest else 0.0
+
+
+def _split_quotes(line: str, count_unclosed: bool) -> tuple[str, str]:
+    """Return the text inside and outside of double quotes; quote marks belong to neither."""
+    said: list[str] = []
+    plain: list[str] = []
+    current: list[str] = []
+    opened = False
+    for character in line:
+        if character == '"' or character == ("”" if opened else "“"):
+            (said if opened else plain).append("".join(current))
+            current, opened = [], not opened
+        elif character not in "“”":
+            current.append(character)
+    (said if opened and count_unclosed else plain).append("".join(current))
+    return " ".join(said), " ".join(plain)
+
+
+class EndingOptions(Strict):
+    """Options of ``ends-with``."""
+
+    endings: list[str] = Field(default=[".", "!", "?"], min_length=1)
+    ignore_quotes: bool = True
+    """Look behind closing quotes and brackets, so that ``He said "yes."`` ends with a full stop."""
+
+    @field_validator("endings")
+    @classmethod
+    def _not_empty(cls, endings: list[str]) -> list[str]:
+        if "" in endings:
+            raise ValueError("an ending is empty: every text ends with it")
+        return endings
+
+
+@_rule("ends-with", EndingOptions)
+def ends_with(response: str, options: EndingOptions) -> float:
+    """1 when the text, without trailing white space, ends with one of the endings, else 0."""
+    text = response.rstrip()
+    bare = text.rstrip("\"'”’)]} \t\r\n") if options.ignore_quotes else text
+    return float(text.endswith(tuple(options.endings)) or bare.endswith(tuple(options.endings)))
+
+
+class RegexOptions(Strict):
+    """Options of ``regex-count``."""
+
+    pattern: str = Field(min_length=1)
+    ignore_case: bool = False
+    per_word: bool = False
+    """Divide by the number of words."""
+
+    @field_validator("pattern")
+    @classmethod
+    def _usable(cls, pattern: str) -> str:
+        try:
+            compiled = re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from None
+        if compiled.search(""):
+            raise ValueError("the pattern matches the empty text, so that every position would count")
+        return pattern
+
+
+@_rule("regex-count", RegexOptions)
+def regex_count(response: str, options: RegexOptions) -> float:
+    """Number of non-overlapping matches of a pattern (Python syntax), or matches per word."""
+    flags = re.IGNORECASE if options.ignore_case else 0
+    found = sum(1 for _ in re.finditer(options.pattern, response, flags))
+    if not options.per_word:
+        return float(found)
+    total = len(words(response))
+    return found / total if total else 0.0
+
+
+class VaderOptions(Strict):
+    """Options of ``vader``."""
+
+    unit: Literal["text", "sentence"] = "text"
+    """``sentence``: the mean over sentences; the compound of a long text saturates near -1 and 1."""
+
+
+@_rule("vader", VaderOptions)
+def vader(response: str, options: VaderOptions) -> float:
+    """Positivity: the compound score of vaderSentiment, -1 to 1 (Hutto and Gilbert, ICWSM 2014)."""
+    analyser = _vader_analyser()
+    parts = [response] if options.unit == "text" else [p for p in _SENTENCE_END.split(response) if p.strip()]
+    if not parts:
+        return 0.0
+    return sum(float(analyser.polarity_scores(part)["compound"]) for part in parts) / len(parts)
+
+
+_analyser: Any = None
+
+
+def _vader_analyser() -> Any:
+    """Return the analyser, read once: its lexicon takes a tenth of a second."""
+    global _analyser
+    if _analyser is None:
+        try:
+            library = importlib.import_module("vaderSentiment.vaderSentiment")
+        except ImportError as error:
+            raise RequestError(
+                f"rule 'vader' needs the vaderSentiment library ({error}); install it with: pip install moalign[text]"
+            ) from None
+        _analyser = library.SentimentIntensityAnalyzer()
+    return _analyser
+
+
+def read_options(rule: str, options: dict[str, Any], where: str) -> Strict:
+    """Return the typed options of a rule.
+
+    Args:
+        rule: a name in ``RULES``.
+        options: as given in the task card.
+        where: how messages name the place, e.g. ``objective 'humor'``.
+
+    Raises:
+        RequestError: unknown rule, or every unknown or wrong option at once.
+    """
+    if rule not in RULES:
+        raise unknown("rule", rule, list(RULES), where)
+    model = RULES[rule].options
+    try:
+        return model.model_validate(options)
+    except ValidationError as error:
+        raise RequestError(*(_problem(dict(e), model, f"{where}: rule {rule!r}") for e in error.errors())) from None
+
+
+def _problem(error: dict[str, Any], model: type[Strict], where: str) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    allowed = sorted(model.model_fields)
+    if error["type"] == "extra_forbidden":
+        return f"{where}: unknown option {key!r}; allowed: {', '.join(allowed) or 'none'}{did_you_mean(key, allowed)}"
+    if error["type"] == "missing":
+        return f"{where}: option {key!r} is needed"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    return f"{where}: option {key!r}: found {error['input']!r}; {message}"
+
+
+class RuleScorer:
+    """An objective scored by a rule; cheap, so that it is kept out of the store unless the card asks."""
+
+    def __init__(self, spec: RuleObjective) -> None:
+        """Read the rule's options; raises RequestError naming the objective."""
+        self.name = spec.name
+        self.maximise = spec.maximise
+        self.cheap = not spec.store
+        self.options = read_options(spec.rule, spec.options, f"objective {spec.name!r}")
+        self.rule = RULES[spec.rule]
+        if spec.rule == "vader":
+            _vader_analyser()  # a missing library is told now, not after the base has been sampled
+        told = json.dumps([_VERSION, self.options.model_dump(mode="json")], sort_keys=True)
+        self.revision = f"rule:{spec.rule}:{hashlib.sha256(told.encode()).hexdigest()[:16]}"
+
+    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        """Return the rule's value of each response, ``[samples]``; prompts are not looked at."""
+        return [self.rule.function(response, self.options) for response in responses]
