@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from moalign.config.objectives import ClassifierObjective
 from moalign.errors import MoalignError, RequestError, WorkError, did_you_mean
-from moalign.rewards import model_folder
+from moalign import model_folder
 
 if TYPE_CHECKING:
     import torch

@@ -43,6 +43,17 @@ def local_folder(model: str, base_dir: Path, where: str) -> Path | None:
     return None
 
 
+def resolve(model: str, revision: str | None, where: str) -> Path:
+    """Return the checked local folder of a model: a folder as given, or a hub id's snapshot in the library's cache.
+
+    A relative path is relative to the current folder. Raises RequestError as :func:`local_folder`,
+    :func:`fetch` and :func:`check` do.
+    """
+    folder = local_folder(model, Path.cwd(), where) or fetch(model, revision, where)
+    check(folder, where)
+    return folder
+
+
 def read_config(folder: Path, where: str) -> dict[str, Any]:
     """Return the folder's config.json; raises RequestError when it is missing or not a JSON object."""
     path = folder / "config.json"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moalign.errors import RequestError
-from moalign.rewards import model_folder
+from moalign import model_folder
 
 
 def write_safetensors(path: Path, numbers: int = 4) -> None:

@@ -1,0 +1,42 @@
+"""``moalign check``: preflight of a recipe, every problem at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moalign.cli import output
+from moalign.errors import RequestError
+
+
+def check(
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="Recipe file, or task/method as moalign ls recipes names it.")
+    ],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; repeatable.")
+    ] = None,
+    results: Annotated[Path, typer.Option(metavar="DIR", help="Where runs are kept.")] = output.DEFAULT_RESULTS,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Check a recipe before training.
+
+    Settings, card, model, data, splits, objectives and memory: every problem at once, and nothing is written.
+    """
+    from moalign.workflow import check as workflow
+
+    with output.working():
+        report = workflow.check(recipe, tuple(set_ or ()), results)
+    if as_json:
+        output.as_json(report.told())
+    else:
+        output.pairs(report.checked)
+        for text in report.notes:
+            output.note(f"note: {text}")
+    if report.problems:
+        raise RequestError(*report.problems)
+    if not as_json:
+        output.say()
+        output.say(f"{report.recipe}: nothing wrong")

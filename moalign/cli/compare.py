@@ -1,0 +1,75 @@
+"""``moalign compare``: train what is missing, put every method before the same judge, and say which wins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moalign.cli import output
+from moalign.errors import RequestError
+
+
+def compare(
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RUN]...", help="Finished runs to compare; none: those of the task's suite."),
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(metavar="NAME|FILE", help="Task name or card file.  [default: sandbox]")
+    ] = None,
+    methods: Annotated[
+        str | None, typer.Option(metavar="A,B,..", help="Methods to compare; else the task's suite.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, metavar="N", help="Train every method with N seeds.")] = None,
+    grid: Annotated[int | None, typer.Option(metavar="N", help="Compare on an even grid of N preferences.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, metavar="N", help="Train N runs at a time.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; repeatable.")
+    ] = None,
+    results: Annotated[Path, typer.Option(metavar="DIR", help="Where runs are kept.")] = output.DEFAULT_RESULTS,
+    markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the comparison as Markdown.")] = None,
+    figure: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the fronts.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Compare methods under equal conditions.
+
+    Trains what is missing; one task card, one judge, differences paired over prompts.
+    """
+    from moalign.workflow import compare as workflow
+
+    request = workflow.CompareRequest(
+        runs=tuple(runs or ()),
+        task=task,
+        methods=_names(methods),
+        seeds=1 if seeds is None else seeds,
+        grid=grid,
+        jobs=jobs,
+        overrides=tuple(set_ or ()),
+        results=results,
+        figure=figure,
+        markdown=markdown,
+    )
+    with output.working() as say:
+        comparison = workflow.compare(request, say)
+    if output.debug:
+        for trace in comparison.traces:
+            output.note(trace)
+    if as_json:
+        output.as_json(comparison.told)
+    else:
+        from moalign.report.table import print_comparison
+
+        print_comparison(output.console(), comparison.told)
+    if comparison.exit_code:
+        raise typer.Exit(comparison.exit_code)
+
+
+def _names(text: str | None) -> tuple[str, ...]:
+    if text is None:
+        return ()
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise RequestError(f"--methods {text}: an empty name; give names separated by commas, like sft,ric")
+    return tuple(dict.fromkeys(names))

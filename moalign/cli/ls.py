@@ -1,0 +1,188 @@
+"""``moalign ls``: methods, tasks, recipes and runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moalign.cli import output
+from moalign.errors import RequestError, unknown
+from moalign.report.units import NONE
+
+KINDS = ("methods", "tasks", "recipes", "runs")
+
+
+def ls(
+    kind: Annotated[str, typer.Argument(metavar="|".join(KINDS), help="What to list.")],
+    results: Annotated[Path, typer.Option(metavar="DIR", help="Where runs are kept.")] = output.DEFAULT_RESULTS,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """List methods, tasks, recipes or runs."""
+    listers: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        "methods": _methods,
+        "tasks": _tasks,
+        "recipes": _recipes,
+        "runs": lambda: _runs(results),
+    }
+    if kind not in listers:
+        raise unknown("list", kind, KINDS)
+    found = listers[kind]()
+    if as_json:
+        output.as_json({kind: found})
+    elif kind == "runs":
+        _show_runs(found, results)
+    else:
+        columns = {
+            "methods": ("name", "steers", "needs", "summary"),
+            "tasks": ("name", "objectives", "description"),
+            "recipes": ("name", "gpu", "minutes", "description"),
+        }[kind]
+        table = output.table(*columns)
+        for row in found:
+            table.add_row(*(_cell(row[column]) for column in columns))
+        output.show(table)
+        output.say(f"details: moalign show NAME{'; run one: moalign train METHOD --task TASK' * (kind == 'recipes')}")
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(value)
+    return NONE if value is None else str(value)
+
+
+def _methods() -> list[dict[str, Any]]:
+    from moalign.methods import registry
+
+    rows = []
+    for name in registry.names():
+        try:
+            method = registry.get(name)
+        except RequestError as error:  # a broken plugin must not hide the others
+            output.warn(str(error))
+            continue
+        can = method.capabilities
+        needs = [("pairs", can.needs_pairs), ("rewards while training", can.needs_online_rewards and can.trains)]
+        steers = "any preference" if can.steerable else "the trained preferences only"
+        rows.append(
+            {
+                "name": name,
+                "summary": method.summary,
+                "steers": steers if can.trains else f"{steers}, untrained",
+                "needs": [text for text, wanted in needs if wanted],
+                "objectives": can.objectives,
+                "one_policy": can.one_policy,
+                "trains": can.trains,
+            }
+        )
+    return rows
+
+
+def _tasks() -> list[dict[str, Any]]:
+    from moalign.config import find
+    from moalign.config.load import load_card
+
+    rows = []
+    for name in find.list_tasks():
+        try:
+            card = load_card(name)
+        except RequestError as error:
+            output.errors(error.problems)
+            continue
+        rows.append(
+            {
+                "name": name,
+                "kind": card.kind,
+                "objectives": card.objective_names,
+                "description": card.description,
+                "suite": card.suite,
+                "path": str(find.find_task_file(name)),
+            }
+        )
+    return rows
+
+
+def _recipes() -> list[dict[str, Any]]:
+    from moalign.config import find, yaml_lines
+
+    rows = []
+    for task, method, path in find.list_recipes():
+        try:
+            data = yaml_lines.load(path).data
+        except RequestError as error:
+            output.errors(error.problems)
+            continue
+        needs = data.get("needs")
+        needs = needs if isinstance(needs, dict) else {}
+        rows.append(
+            {
+                "name": f"{task}/{method}",
+                "task": task,
+                "method": method,
+                "description": str(data.get("description", "")),
+                "gpu": needs.get("gpu", "none"),
+                "minutes": needs.get("minutes"),
+                "path": str(path),
+            }
+        )
+    return rows
+
+
+def _runs(results: Path) -> list[dict[str, Any]]:
+    from moalign.runs.store import RunStore
+
+    rows = []
+    for run in RunStore(results).runs():
+        record, told = run.record, _evaluation(run.path / "eval.json")
+        rows.append(
+            {
+                "run_id": run.run_id,
+                "task": record.task,
+                "method": record.method,
+                "seed": record.seed,
+                "status": run.status,
+                "created": record.created.isoformat(timespec="seconds"),
+                "seconds": record.seconds,
+                "hypervolume": told.get("hypervolume"),
+                "optimal_share": told.get("optimal_share"),
+                "path": str(run.path),
+            }
+        )
+    return rows
+
+
+def _evaluation(path: Path) -> dict[str, Any]:
+    """Return the run's evaluation on the task's grid; empty when there is none."""
+    import json
+
+    if not path.is_file():
+        return {}
+    try:
+        told: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        output.warn(f"{path}: not JSON ({error})")
+        return {}
+    return told
+
+
+def _show_runs(found: list[dict[str, Any]], results: Path) -> None:
+    if not found:
+        output.note(f"no runs in {results / 'runs'}; train one: moalign train METHOD")
+        return
+    columns = ("run", "task", "method", "seed", "status", "created (UTC)", "took", "hypervolume", "optimal share")
+    table = output.table(*columns, right=("seed", "took", "hypervolume", "optimal share"))
+    for row in found:
+        table.add_row(
+            row["run_id"],
+            row["task"],
+            row["method"],
+            str(row["seed"]),
+            row["status"],
+            row["created"][:16].replace("T", " "),
+            output.duration(row["seconds"]),
+            output.number(row["hypervolume"], 4),
+            output.percent(row["optimal_share"], 1),
+        )
+    output.show(table)

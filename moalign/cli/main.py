@@ -1,0 +1,189 @@
+"""The ``moalign`` command: its verbs, and how it ends.
+
+Exit codes: 0 done; 1 the work failed; 2 the request was wrong; 130 interrupted. Every error is one message on
+stderr; ``--debug``, anywhere on the command line, adds the traceback and lets the libraries' own messages through.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from moalign.cli import check, compare, generate, ls, output, score, show, train
+from moalign.cli import eval as evaluation
+from moalign.errors import MoalignError, RequestError, did_you_mean, unknown
+
+DEBUG = "--debug"
+
+_QUIET = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "TRL_EXPERIMENTAL_SILENCE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+"""Read by the libraries when they are imported; what the user has set stays."""
+
+
+class Verbs(TyperGroup):
+    """The group of verbs; an unknown one is answered with those there are and the nearest."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Return (name, command, remaining arguments); RequestError for an unknown verb."""
+        if args and not args[0].startswith("-") and args[0] not in self.commands:
+            raise unknown("command", args[0], list(self.commands))
+        return super().resolve_command(ctx, args)
+
+
+app = typer.Typer(
+    name="moalign",
+    cls=Verbs,
+    help="Multi-objective alignment of language models, compared under equal conditions.\n\n"
+    "First steps: moalign train ric --prefs 0.3,0.7, then moalign compare.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        import moalign
+
+        typer.echo(f"moalign {moalign.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+    debug: Annotated[
+        bool,
+        typer.Option(DEBUG, help="Anywhere on the command line: tracebacks, and the libraries' own messages."),
+    ] = False,
+) -> None:
+    """Options of every verb; ``--debug`` is taken out of the arguments by :func:`main`."""
+
+
+app.command("train")(train.train)
+app.command("eval")(evaluation.evaluate)
+app.command("compare")(compare.compare)
+app.command("generate")(generate.generate)
+app.command("score")(score.score)
+app.command("ls")(ls.ls)
+app.command("show")(show.show)
+app.command("check")(check.check)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code.
+
+    Args:
+        arguments: what follows the program's name; None takes them from ``sys.argv``.
+    """
+    args, debug = _without_debug(sys.argv[1:] if arguments is None else arguments)
+    output.debug = debug
+    if not debug:
+        _be_quiet()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a character shows ? instead of failing
+            stream.reconfigure(errors="replace")
+    try:
+        _run(args)
+        sys.stdout.flush()
+    except typer.Exit as stop:
+        return stop.exit_code
+    except typer.TyperException as error:
+        output.errors(_usage(error))
+        return error.exit_code
+    except MoalignError as error:
+        _traceback(debug)
+        output.errors(error.problems if isinstance(error, RequestError) else [str(error)])
+        return error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        _traceback(debug)
+        output.note("interrupted; finished work is kept: the same command resumes from there")
+        return 130
+    except BrokenPipeError:
+        _discard_output()  # whoever read it has gone, as in: moalign ls runs | head -1
+        return 1
+    except Exception as error:
+        _traceback(debug)
+        output.errors([_unexpected(error, debug)])
+        return 1
+    return 0
+
+
+def _run(args: list[str]) -> None:
+    command: Any = typer.main.get_command(app)
+    # Not command.main(): it turns an interruption and a closed pipe into exits before we can say anything.
+    with command.make_context("moalign", args) as context:
+        command.invoke(context)
+
+
+def _without_debug(arguments: Sequence[str]) -> tuple[list[str], bool]:
+    """Return the arguments without ``--debug``, and whether it was there (after ``--`` everything is text)."""
+    args = list(arguments)
+    end = args.index("--") if "--" in args else len(args)
+    options = [argument for argument in args[:end] if argument != DEBUG]
+    return options + args[end:], len(options) < end
+
+
+def _be_quiet() -> None:
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+
+
+def _usage(error: typer.TyperException) -> list[str]:
+    """Put a usage error in our words: what was found, the nearest option, where help is."""
+    context: Any = getattr(error, "ctx", None)
+    text = error.format_message().strip()
+    if context is None:
+        return [text]
+    option = getattr(error, "option_name", None)
+    if option is not None and hasattr(error, "possibilities"):
+        known = [name for param in context.command.params for name in param.opts if name.startswith("--")]
+        text = f"unknown option {option}{did_you_mean(option, [*known, DEBUG, '--help'])}"
+    elif not text.startswith("Usage:"):
+        text = text[:1].lower() + text[1:].rstrip(".")
+    else:
+        return [f"a command is missing; allowed: {', '.join(context.command.commands)}\n\n{text}"]
+    return [f"{text} (see {context.command_path} --help)"]
+
+
+def _unexpected(error: Exception, debug: bool) -> str:
+    name, text = type(error).__name__, " ".join(str(error).split())
+    hint = "" if debug else "; the same command with --debug shows where"
+    return f"{name}{': ' + text if text else ''}{hint}"
+
+
+def _traceback(debug: bool) -> None:
+    if debug:
+        import traceback
+
+        traceback.print_exc()
+
+
+def _discard_output() -> None:
+    """Point stdout nowhere: the interpreter flushes it once more at the end, and would complain."""
+    try:
+        descriptor = sys.stdout.fileno()
+    except (AttributeError, OSError, ValueError):
+        return  # stdout is not a file: there is nothing to flush into
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)

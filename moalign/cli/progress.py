@@ -1,0 +1,130 @@
+"""Progress of long work on stderr: a bar with rate and time left on a terminal, else one line every few seconds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TextIO
+
+from moalign.report.units import duration
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bars
+    from rich.progress import TaskID
+
+EVERY = 3.0
+"""Seconds between two lines where there is no terminal."""
+
+
+class Progress:
+    """Called as ``progress(what, done, total)``; use it as a context manager, so that bars are put away."""
+
+    def __init__(
+        self, stream: TextIO, terminal: bool | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Report to ``stream``; ``terminal`` None asks the stream."""
+        self._reporter: _Lines | _Bars
+        if stream.isatty() if terminal is None else terminal:
+            self._reporter = _Bars(stream)
+        else:
+            self._reporter = _Lines(stream, clock)
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Report that ``done`` of ``total`` steps of ``what`` are done."""
+        self._reporter.told(what, min(done, total), total)
+
+    def __enter__(self) -> Self:
+        """Start."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Put the bars away, also when the work failed."""
+        self._reporter.close()
+
+
+class _Lines:
+    """One line every few seconds, and one at the end of a stage that had lines."""
+
+    def __init__(self, stream: TextIO, clock: Callable[[], float]) -> None:
+        self.stream = stream
+        self.clock = clock
+        self.last = clock()
+        self.what = ""
+        self.started = self.last
+        self.first = 0
+        self.shown = False
+        self.finished = False
+
+    def told(self, what: str, done: int, total: int) -> None:
+        now = self.clock()
+        if what != self.what or (self.finished and done < total):
+            self.what, self.started, self.first = what, now, done
+            self.shown = self.finished = False
+        ends = done >= total and not self.finished
+        self.finished = done >= total
+        if now - self.last >= EVERY or (ends and self.shown):
+            self.last, self.shown = now, True
+            print(self._line(done, total, now), file=self.stream, flush=True)
+
+    def _line(self, done: int, total: int, now: float) -> str:
+        text = f"{self.what} {done}/{total}"
+        passed = now - self.started
+        made = done - self.first  # a resumed stage begins in the middle: what was there took no time
+        if passed <= 0 or made <= 0:
+            return text
+        rate = made / passed
+        if done >= total:
+            return f"{text}, {_rate(rate)}, {duration(passed)}"
+        return f"{text}, {_rate(rate)}, {duration((total - done) / rate)} left"
+
+    def close(self) -> None:
+        """Lines need no end."""
+
+
+def _rate(rate: float) -> str:
+    return f"{rate:.1f}/s" if rate < 10 else f"{rate:.0f}/s"
+
+
+class _Bars:
+    """A bar per stage with count, rate and time left; finished stages stay visible while work goes on."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+        self.bars: Bars | None = None
+        self.tasks: dict[str, TaskID] = {}
+
+    def told(self, what: str, done: int, total: int) -> None:
+        bars = self.bars or self._start()
+        if what not in self.tasks:
+            self.tasks[what] = bars.add_task(what, total=total, completed=done, rate="")
+        task = self.tasks[what]
+        state = next(one for one in bars.tasks if one.id == task)
+        if state.finished and done < total:
+            bars.reset(task)  # the same stage once more, as in a second round
+        bars.update(task, completed=done, total=total)
+        speed = state.finished_speed or state.speed
+        bars.update(task, rate=_rate(speed) if speed else "")
+
+    def _start(self) -> Bars:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bars
+
+        columns: list[Any] = [
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}", markup=False),
+            TimeRemainingColumn(elapsed_when_finished=True),
+        ]
+        self.bars = Bars(*columns, console=Console(file=self.stream), redirect_stdout=False, redirect_stderr=True)
+        self.bars.start()
+        return self.bars
+
+    def close(self) -> None:
+        if self.bars is not None:
+            self.bars.stop()
+            self.bars = None

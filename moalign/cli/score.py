@@ -1,0 +1,72 @@
+"""``moalign score``: score a file of responses with a task's reward panel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moalign.cli import output
+
+if TYPE_CHECKING:
+    from moalign.workflow.score import Scores
+
+SHOWN = 20
+"""Rows of the table without ``--out``."""
+
+
+def score(
+    task: Annotated[str, typer.Option(metavar="NAME|FILE", help="Task whose objectives score.")],
+    source: Annotated[
+        Path, typer.Option("--in", metavar="FILE.jsonl", help="Rows with prompt and response (JSONL, CSV, Parquet).")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE.parquet", help="Write raw and normalised scores; else they are shown.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="task.KEY=VALUE", help="Change the task card; repeatable.")
+    ] = None,
+    results: Annotated[
+        Path, typer.Option(metavar="DIR", help="Where normalisers and scores are kept.")
+    ] = output.DEFAULT_RESULTS,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Score prompts and responses with a task's objectives."""
+    from moalign.workflow import score as workflow
+
+    with output.working() as say:
+        scores = workflow.score(task, source, out, tuple(set_ or ()), results, say)
+    if as_json:
+        output.as_json(scores.told())
+        return
+    if out is None:
+        _show_rows(scores)
+    _show_summary(scores)
+
+
+def _show_rows(scores: Scores) -> None:
+    names = scores.objectives
+    table = output.table("prompt", "response", *names, right=names)
+    for row in scores.scored[:SHOWN]:
+        cells = [f"{output.number(row['raw'][name])} ({output.number(row['normalised'][name])})" for name in names]
+        table.add_row(_short(row["prompt"]), _short(row["response"]), *cells)
+    output.say("raw scores (normalised), larger is better")
+    output.show(table)
+    if scores.rows > SHOWN:
+        output.note(f"{scores.rows - SHOWN} more rows; --json shows them all, --out FILE.parquet writes them")
+
+
+def _show_summary(scores: Scores) -> None:
+    columns = ["mean", "sd", "min", "max", "normalised mean"]
+    table = output.table("objective", *columns, right=columns)
+    for name, numbers in scores.summary.items():
+        table.add_row(name, *(output.number(numbers[column.replace(" ", "_")]) for column in columns))
+    output.show(table)
+    where = "" if scores.out is None else f": {scores.out}"
+    output.say(f"{scores.rows} rows scored on {scores.task}{where}")
+
+
+def _short(text: str, most: int = 60) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= most else line[: most - 3] + "..."

@@ -1,0 +1,273 @@
+"""``moalign show``: a run, a recipe, a method or a task, in full."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moalign.cli import output
+from moalign.errors import RequestError
+from moalign.report.units import NONE
+
+if TYPE_CHECKING:
+    from moalign.config.recipe import Recipe
+    from moalign.config.yaml_lines import Document
+    from moalign.runs.run import Run
+
+
+def show(
+    name: Annotated[str, typer.Argument(metavar="RUN|RECIPE|METHOD|TASK", help="What to show.")],
+    results: Annotated[Path, typer.Option(metavar="DIR", help="Where runs are kept.")] = output.DEFAULT_RESULTS,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show a run, recipe, method or task in full.
+
+    A run: record, cost, evaluation. A recipe: every setting with its source. A method: what it does and its settings.
+    """
+    from moalign.config import find
+    from moalign.methods import registry
+    from moalign.runs.store import RunStore
+
+    recipes = {f"{task}/{method}": path for task, method, path in find.list_recipes()}
+    if name in registry.names():
+        _method(name, as_json)
+    elif name in find.list_tasks():
+        _task(name, as_json)
+    elif name in recipes or name.endswith((".yaml", ".yml")):
+        _recipe(name, find.find_recipe(name), as_json)
+    else:
+        try:
+            run = RunStore(results).find(name)
+        except RequestError as error:
+            raise _nothing_called(name, error, [*recipes, *registry.names(), *find.list_tasks()]) from error
+        _run(run, as_json)
+
+
+def _nothing_called(name: str, error: RequestError, others: list[str]) -> RequestError:
+    """Return the error for a name that fits nothing; when it looks like a recipe or method, that is offered."""
+    from moalign.errors import nearest
+
+    near = nearest(name, others)
+    if near is None or "did you mean" in str(error) or "runs fit" in str(error) or os.path.exists(name):
+        return error
+    return RequestError(f"no run, recipe, method or task is called {name!r}; did you mean {near!r}?")
+
+
+# -- method and task ---------------------------------------------------------------------------------------------------
+
+
+def _method(name: str, as_json: bool) -> None:
+    from moalign.config import describe
+    from moalign.methods import registry
+
+    method = registry.get(name)
+    module = inspect.getmodule(type(method))
+    text = inspect.cleandoc((module.__doc__ if module else None) or type(method).__doc__ or method.summary)
+    settings = describe.fields(method.Config)
+    can = method.capabilities
+    if as_json:
+        from dataclasses import asdict
+
+        output.as_json(
+            {
+                "method": name,
+                "summary": method.summary,
+                "description": text,
+                "capabilities": asdict(can),
+                "settings": [row._asdict() for row in settings],
+            }
+        )
+        return
+    output.say(f"{name}: {method.summary}")
+    output.say()
+    output.say(text)
+    output.say()
+    output.pairs([(key.replace("_", " "), _word(value)) for key, value in vars(can).items()])
+    output.say()
+    table = output.table("setting", "allowed", "default", "meaning")
+    for row in settings:
+        table.add_row(row.name, row.type, row.default, row.doc)
+    output.show(table)
+    output.next_commands(output.command("train", name), output.command("train", name, "--dry-run"))
+
+
+def _word(value: Any) -> str:
+    return {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value)
+
+
+def _task(name: str, as_json: bool) -> None:
+    from moalign.cli.train import flat
+    from moalign.config import find
+    from moalign.config.describe import yaml_form
+    from moalign.config.load import load_card
+
+    card = load_card(name)
+    told = card.model_dump(mode="json")
+    path = find.find_task_file(name)
+    if as_json:
+        output.as_json({"task": name, "path": str(path), "card": told})
+        return
+    output.say(f"{name}: {card.description}")
+    output.say(str(path))
+    output.say()
+    table = output.table("setting", "value")
+    for key, value in flat(told):
+        if key in ("name", "description"):
+            continue
+        items = value if key == "objectives" else [value]
+        for item in items:
+            table.add_row(key, yaml_form(item))
+    output.show(table)
+
+
+# -- recipe ------------------------------------------------------------------------------------------------------------
+
+
+def _recipe(name: str, path: Path, as_json: bool) -> None:
+    from moalign.config import load, yaml_lines
+    from moalign.methods import registry
+
+    method, _ = load.recipe_names(path)
+    resolved = load.load_recipe(path, method, None, (), registry.get(method).Config)
+    document, lines = yaml_lines.load(path), path.read_text(encoding="utf-8").splitlines()
+    settings = [
+        {"setting": key, "value": value, "source": _source(key, resolved.recipe, document, lines)}
+        for key, value in _settings(resolved.recipe)
+    ]
+    recipe = resolved.recipe
+    if as_json:
+        output.as_json(
+            {
+                "recipe": str(path),
+                "method": method,
+                "task": resolved.card.name,
+                "description": recipe.description,
+                "needs": recipe.needs.model_dump(),
+                "reported": recipe.reported,
+                "settings": settings,
+            }
+        )
+        return
+    _show_recipe(path, recipe, resolved.card.name, settings)
+    if name == f"{path.parent.name}/{path.stem}":
+        train = output.command("train", method, "--task", path.parent.name)
+    else:
+        train = output.command("train", method, "--recipe", name)
+    output.next_commands(output.command("check", name), train)
+
+
+def _show_recipe(path: Path, recipe: Recipe, task: str, settings: list[dict[str, Any]]) -> None:
+    from moalign.config.describe import yaml_form
+
+    needs = recipe.needs
+    rows = [("recipe", str(path)), ("method", recipe.method), ("task", task)]
+    if recipe.description:
+        rows.append(("about", recipe.description))
+    rows += [
+        ("gpu", needs.gpu + (f", {needs.gpu_memory_gib:g} GiB" if needs.gpu_memory_gib is not None else "")),
+        ("minutes", output.number(needs.minutes, 1)),
+        ("peak memory", NONE if needs.peak_gib is None else f"{needs.peak_gib:g} GiB"),
+        ("measured", needs.measured),
+    ]
+    rows += [(f"reported {key}", yaml_form(value)) for key, value in recipe.reported.items()]
+    output.pairs(rows)
+    output.say()
+    table = output.table("setting", "value", "source")
+    for row in settings:
+        table.add_row(row["setting"], yaml_form(row["value"]), row["source"])
+    output.show(table)
+
+
+def _settings(recipe: Recipe) -> list[tuple[str, Any]]:
+    from moalign.cli.train import flat
+
+    told = recipe.model_dump(mode="json")
+    return [("seed", told["seed"]), ("prefs", told["prefs"]), *flat({k: told[k] for k in ("config", "policy")})]
+
+
+def _source(key: str, recipe: Recipe, document: Document, lines: list[str]) -> str:
+    """Return where a value comes from.
+
+    The recipe's ``sources`` for it or its section, else the comment on its line or its section's, else ``recipe``;
+    ``default`` when the recipe does not set it.
+    """
+    parts = key.split(".")
+    for end in range(len(parts), 0, -1):
+        for name in (".".join(parts[:end]), ".".join(parts[1:end])):
+            if name in recipe.sources:
+                return recipe.sources[name]
+    if not document.has(*parts):
+        return "default"
+    for end in range(len(parts), 0, -1):
+        said = comment_of(lines[document.line(*parts[:end]) - 1])
+        if said:
+            return said
+    return "recipe"
+
+
+def comment_of(line: str) -> str:
+    """Return the comment at the end of a YAML line; empty without one.
+
+    >>> comment_of("name: 'a # b'  # the name")
+    'the name'
+    """
+    quote = ""
+    for at, character in enumerate(line):
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "'\"" and (at == 0 or line[at - 1] in " [{,:"):
+            quote = character
+        elif character == "#" and (at == 0 or line[at - 1].isspace()):
+            return line[at + 1 :].strip()
+    return ""
+
+
+# -- run ---------------------------------------------------------------------------------------------------------------
+
+
+def _run(run: Run, as_json: bool) -> None:
+    import json
+
+    from moalign.cli import eval as evaluation
+    from moalign.cli.train import cost_of, flat
+    from moalign.config.describe import yaml_form
+    from moalign.preferences import label
+
+    record = run.record
+    path = run.path / "eval.json"
+    told = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if as_json:
+        shown = {**record.model_dump(mode="json"), "status": run.status, "run": str(run.path), "evaluation": told}
+        output.as_json(shown)
+        return
+    environment = record.environment
+    commit = f"commit {environment['commit']}" if environment.get("commit") else "no commit known"
+    local = ", with local changes" if environment.get("dirty") else ""
+    rows = [
+        ("run", str(run.path)),
+        ("method", record.method),
+        ("task", f"{record.task} (card {record.card_hash})"),
+        ("seed", str(record.seed)),
+        ("preferences", "  ".join(map(label, record.preferences)) if record.preferences else "the task's own"),
+        ("status", run.status + (f": {record.error}" if record.error else "")),
+        ("created", record.created.isoformat(timespec="seconds")),
+        ("cost", cost_of(run)),
+        ("phases", ", ".join(record.phases) or "none"),
+        ("moalign", f"{record.moalign_version or 'not installed'}, {commit}{local}"),
+        ("machine", f"{environment.get('cpu')}, {', '.join(environment.get('gpus') or []) or 'no GPU'}"),
+    ]
+    rows += [(f"note {key}", yaml_form(value)) for key, value in record.notes.items()]
+    output.pairs(rows)
+    output.say()
+    table = output.table("setting", "value")
+    for section in ("config", "policy"):
+        for key, value in flat(record.recipe.get(section, {})):
+            table.add_row(f"{section}.{key}", yaml_form(value))
+    output.show(table)
+    if told is not None:
+        evaluation.show_points(told)
+        evaluation.show_summary(told)

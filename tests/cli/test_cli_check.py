@@ -1,0 +1,195 @@
+"""``moalign check`` as typed: every problem of a recipe and of what it points to, at once."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CARD = """\
+name: tales
+kind: text
+description: short stories
+model: ../base
+objectives:
+  - {name: brevity, kind: rule, rule: brevity}
+  - {name: dialogue, kind: rule, rule: dialogue-share}
+reference_point: [0, 0]
+sensitivity_point: [-0.1, -0.1]
+data:
+  prompts: {path: prompts.jsonl}
+splits: {train: 0.5, calibration: 0.25, eval: 0.25}
+"""
+RECIPE = """\
+method: sft
+task: ./task.yaml
+policy:
+  lora: {r: 4}
+config:
+  steps: 3
+needs:
+  gpu_memory_gib: 24
+"""
+SHAPES = {
+    "model.embed_tokens.weight": [100, 16],
+    "model.layers.0.self_attn.q_proj.weight": [16, 16],
+    "model.layers.0.mlp.up_proj.weight": [48, 16],
+    "model.norm.weight": [16],
+    "lm_head.weight": [100, 16],
+}
+
+
+def write_model(folder: Path) -> Path:
+    """Write a folder that has the form of a model: shapes in a safetensors header, zeros for weights."""
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "tokenizer.json").write_text("{}")
+    header, at = {}, 0
+    for name, shape in SHAPES.items():
+        size = 4
+        for side in shape:
+            size *= side
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(at))
+    return folder
+
+
+@pytest.fixture
+def recipe(moalign: Any, tmp_path: Path) -> Path:
+    """A sound recipe ``tales/sft.yaml`` with its card, prompts and model."""
+    write_model(tmp_path / "base")
+    folder = tmp_path / "tales"
+    folder.mkdir()
+    (folder / "task.yaml").write_text(CARD)
+    (folder / "prompts.jsonl").write_text("".join(f'{{"prompt": "Story {i} is about"}}\n' for i in range(40)))
+    path = folder / "sft.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+def test_a_sound_recipe_says_what_was_looked_at(moalign: Any, recipe: Path, tmp_path: Path) -> None:
+    ended = moalign("check", "tales/sft.yaml")
+    assert (ended.code, ended.errors) == (0, [])
+    for text in ("recipe", "card", "model", "data.prompts", "splits", "objective brevity", "memory", "nothing wrong"):
+        assert text in ended.out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "tales"]  # nothing was written
+
+
+def test_the_memory_estimate_counts_weights_and_adapters(moalign: Any, recipe: Path) -> None:
+    memory = json.loads(moalign("check", "tales/sft.yaml", "--json").out)["memory"]
+    assert memory["parameters"] == 100 * 16 + 16 * 16 + 48 * 16 + 16 + 100 * 16
+    assert memory["adapter_parameters"] == 4 * (16 + 16) + 4 * (48 + 16)  # q_proj and up_proj; not embedding or head
+    assert memory["weights_gib"] == memory["parameters"] * 4 / 2**30
+    assert memory["adapters_gib"] == memory["adapter_parameters"] * 16 / 2**30
+    assert memory["stated_gib"] == 24
+    named = moalign("check", "tales/sft.yaml", "--json", "--set", "policy.lora.targets=[q_proj]")
+    assert json.loads(named.out)["memory"]["adapter_parameters"] == 4 * (16 + 16)
+
+
+def test_a_model_that_does_not_fit_is_a_problem(moalign: Any, recipe: Path) -> None:
+    ended = moalign("check", "tales/sft.yaml", "--set", "needs.gpu_memory_gib=1e-6")
+    assert ended.code == 2
+    assert "needs.gpu_memory_gib" in ended.errors[0] and "1e-06 GiB are stated" in ended.errors[0]
+
+
+def test_every_kind_of_problem_is_told_at_once(moalign: Any, recipe: Path, tmp_path: Path) -> None:
+    recipe.write_text(RECIPE.replace("steps: 3", "step: 3") + "sed: 1\n")
+    (recipe.parent / "prompts.jsonl").write_text('{"prompt": "a"}\n' * 16 + "{broken\n")
+    (tmp_path / "base" / "model.safetensors").write_bytes(b"\0\0")
+    ended = moalign("check", "tales/sft.yaml", "--json")
+    assert ended.code == 2
+    told = json.loads(ended.out)
+    assert told["ok"] is False
+    assert told["problems"] == ended.errors
+    text = "\n".join(ended.errors)
+    assert "tales/sft.yaml:6: config.step: unknown key" in text and "did you mean 'steps'?" in text
+    assert "tales/sft.yaml:9: sed: unknown key" in text
+    assert "prompts.jsonl:17: broken JSON" in text
+    assert "model.safetensors is not a whole safetensors file" in text
+    assert [row["what"] for row in told["checked"]][-2:] == ["objective brevity", "objective dialogue"]
+
+
+def test_a_wrong_option_does_not_hide_the_data(moalign: Any, recipe: Path) -> None:
+    (recipe.parent / "prompts.jsonl").write_text("")
+    ended = moalign("check", "tales/sft.yaml", "--set", "task.model=./nowhere")
+    assert ended.code == 2
+    assert any("--set task.model: found './nowhere'; there is no such model folder" in text for text in ended.errors)
+    assert any("prompts.jsonl: the file is empty" in text for text in ended.errors)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("method: sft", "method: stf"), "tales/sft.yaml:1: unknown method 'stf'"),
+        (("method: sft\n", ""), "method: missing"),
+        (("task: ./task.yaml", "task: sandbx"), "did you mean 'sandbox'?"),
+        (("task: ./task.yaml\n", ""), "task: missing"),
+        (("method: sft", "method: [sft"), "tales/sft.yaml:2: broken YAML"),
+    ],
+)
+def test_broken_recipes(moalign: Any, recipe: Path, change: tuple[str, str], message: str) -> None:
+    recipe.write_text(RECIPE.replace(*change))
+    ended = moalign("check", "tales/sft.yaml")
+    assert ended.code == 2
+    assert any(message in text for text in ended.errors)
+    assert len(ended.errors) == len(set(ended.errors))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("rule: brevity", "rule: brevty", "did you mean 'brevity'?"),
+        ("model: ../base\n", "", "it needs a model; give a folder or a hub id"),
+        ("model: ../base", "model: ../base2", "there is no such model folder"),
+        ("grid: 11", "gird: 11", "did you mean 'grid'?"),
+    ],
+)
+def test_broken_cards(moalign: Any, recipe: Path, old: str, new: str, message: str) -> None:
+    card = recipe.parent / "task.yaml"
+    card.write_text((CARD + "grid: 11\n").replace(old, new))
+    ended = moalign("check", "tales/sft.yaml")
+    assert ended.code == 2
+    assert any(message in text for text in ended.errors)
+
+
+def test_a_model_folder_without_weights_is_a_problem(moalign: Any, recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "base" / "model.safetensors").rename(tmp_path / "base" / "pytorch_model.bin")
+    ended = moalign("check", "tales/sft.yaml")
+    assert ended.code == 2
+    assert "only pickled weights (pytorch_model.bin)" in ended.errors[0]
+
+
+def test_too_few_prompts_for_the_splits_are_a_problem(moalign: Any, recipe: Path) -> None:
+    (recipe.parent / "prompts.jsonl").write_text('{"prompt": "a"}\n{"prompt": "A "}\n')
+    ended = moalign("check", "tales/sft.yaml")
+    assert ended.code == 2
+    assert len(ended.errors) == 1
+    assert "split" in ended.errors[0]
+
+
+def test_a_hub_id_offline_points_to_a_local_folder(
+    moalign: Any, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    ended = moalign("check", "tales/sft.yaml", "--set", "task.model=someone/some-model")
+    assert ended.code == 2
+    assert "HF_HUB_OFFLINE=1 is set; give a local folder instead" in ended.errors[0]
+    assert "no revision is pinned" in ended.err
+    assert "memory: not known" in ended.err
+
+
+def test_the_sandbox_needs_no_gpu(moalign: Any) -> None:
+    ended = moalign("check", "sandbox/ric")
+    assert ended.code == 0
+    assert "no GPU needed" in ended.out
+
+
+def test_an_unknown_recipe_names_the_nearest(moalign: Any) -> None:
+    ended = moalign("check", "sandbox/rick")
+    assert ended.code == 2
+    assert "did you mean 'sandbox/ric'?" in ended.errors[0]

@@ -1,0 +1,81 @@
+"""``moalign compare`` as typed: what is asked for, what is printed, how it ends."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moalign.workflow import compare as workflow
+
+
+class Asked:
+    """Stands in for the workflow: keeps the request, gives a small answer."""
+
+    def __init__(self, failed: bool = False) -> None:
+        self.failed = failed
+        self.request: Any = None
+
+    def __call__(self, request: workflow.CompareRequest, say: Any) -> workflow.Comparison:
+        self.request = request
+        print("chatter")
+        return workflow.Comparison({"task": "sandbox", "failed": ["x"] if self.failed else []}, ["a trace"])
+
+
+def test_options_become_one_request(moalign: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = Asked()
+    monkeypatch.setattr(workflow, "compare", asked)
+    options = "--task sandbox --methods sft,ric,sft --seeds 3 --grid 5 --jobs 2 --set steps=4 --results r --json"
+    ended = moalign("compare", *options.split(), "--figure", "f.png", "--markdown", "m.md")
+    assert ended.code == 0
+    assert json.loads(ended.out) == {"task": "sandbox", "failed": []}
+    request = asked.request
+    assert (request.task, tuple(request.methods), request.seeds, request.grid, request.jobs) == (
+        "sandbox",
+        ("sft", "ric"),
+        3,
+        5,
+        2,
+    )
+    assert (tuple(request.overrides), request.results) == (("steps=4",), Path("r"))
+    assert (request.figure, request.markdown) == (Path("f.png"), Path("m.md"))
+
+
+def test_a_run_that_failed_makes_the_exit_code_1(moalign: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workflow, "compare", Asked(failed=True))
+    ended = moalign("compare", "--json")
+    assert ended.code == 1
+    assert json.loads(ended.out)["failed"] == ["x"]
+    assert "a trace" not in ended.err
+    assert "a trace" in moalign("compare", "--json", "--debug").err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "sft,,ric"], "--methods sft,,ric: an empty name"),
+        (["--methods", "rick"], "did you mean 'ric'?"),
+        (["--task", "sandbx"], "did you mean 'sandbox'?"),
+        (["nothing"], "unknown run 'nothing'"),
+        (["--seeds", "0"], "'--seeds'"),
+        (["--html", "x.html"], "unknown option --html"),
+    ],
+)
+def test_wrong_requests(moalign: Any, arguments: list[str], message: str) -> None:
+    ended = moalign("compare", *arguments)
+    assert (ended.code, ended.out) == (2, "")
+    assert message in ended.err
+
+
+def test_toys_are_compared_end_to_end(moalign: Any, toys: None) -> None:
+    small = ["--set", "task.evaluation.bootstrap=100"]
+    ended = moalign("compare", "--methods", "toy", *small, "--json")
+    assert ended.code == 0, ended.err
+    told = json.loads(ended.out)
+    assert {"task", "rows", "pairs", "winner"} <= set(told)
+    assert [row["method"] for row in told["rows"]] == ["toy"]
+    text = moalign("compare", "--methods", "toy", *small)
+    assert text.code == 0
+    assert "toy" in text.out

@@ -1,0 +1,198 @@
+"""``moalign eval`` as typed: runs, other preferences and reference points, and the calculator."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+POINTS = "helpfulness,harmlessness\n1,3\n2,2\n3,1\n"
+
+
+@pytest.fixture
+def run(moalign: Any, toys: None) -> dict[str, Any]:
+    """One finished, evaluated run."""
+    told: dict[str, Any] = json.loads(moalign("train", "toy", "--json").out)
+    return told
+
+
+def test_without_a_run_the_newest_finished_one_is_told(moalign: Any, run: dict[str, Any]) -> None:
+    ended = moalign("eval", "--hypervolume", "--json")
+    assert ended.code == 0
+    assert run["run"] in ended.err
+    told = json.loads(ended.out)
+    assert told["run"] == run["run"]
+    assert told["objectives"] == ["helpfulness", "harmlessness"]
+    assert set(told["points"][0]) >= {"prefs", "mean", "ci"}
+    assert {"hypervolume", "hypervolume_ci", "ref", "optimal_share", "indicators"} <= set(told)
+
+
+def test_text_shows_points_unless_only_the_hypervolume_is_wanted(moalign: Any, run: dict[str, Any]) -> None:
+    whole, short = moalign("eval", run["run_id"]).out, moalign("eval", run["run_id"], "--hypervolume").out
+    assert "0.5,0.5" in whole and "Kendall's tau" in whole
+    assert "0.5,0.5" not in short and "Kendall's tau" not in short
+    assert "hypervolume" in short and "optimal share" in short
+
+
+def test_several_runs_come_as_a_list(moalign: Any, run: dict[str, Any]) -> None:
+    other = json.loads(moalign("train", "toy", "--seed", "7", "--json").out)
+    told = json.loads(moalign("eval", run["run_id"], other["run"], "--json").out)
+    assert [one["seed"] for one in told["runs"]] == [0, 7]
+    one = json.loads(moalign("eval", run["run_id"], run["run"], "--json").out)
+    assert one["run_id"] == run["run_id"]  # named twice, told once
+
+
+def test_other_preferences_are_evaluated_and_kept_apart(moalign: Any, run: dict[str, Any]) -> None:
+    told = json.loads(moalign("eval", run["run_id"], "--prefs", "0.25,0.75", "--prefs", "1,0", "--json").out)
+    assert [point["prefs"] for point in told["points"]] == [[0.25, 0.75], [1.0, 0.0]]
+    assert len(json.loads(moalign("eval", run["run_id"], "--grid", "3", "--json").out)["points"]) == 3
+    assert len(json.loads((Path(run["run"]) / "eval.json").read_text())["points"]) == 11
+
+
+def test_another_reference_point_changes_the_hypervolume_only(moalign: Any, run: dict[str, Any]) -> None:
+    plain = json.loads(moalign("eval", run["run_id"], "--json").out)
+    same = json.loads(moalign("eval", run["run_id"], "--ref", "0,0", "--json").out)
+    assert same["hypervolume"] == pytest.approx(plain["hypervolume"])
+    assert same["hypervolume_ci"] == pytest.approx(plain["hypervolume_ci"])
+    assert same["optimal_share"] == pytest.approx(plain["optimal_share"])
+    moved = json.loads(moalign("eval", run["run_id"], "--ref", "0.2,-0.1", "--json").out)
+    means = [point["mean"] for point in moved["points"]]
+    front = sorted({tuple(mean) for mean in means}, reverse=True)
+    area, top = 0.0, -0.1  # by hand: slabs from the right, each above the last
+    for x, y in front:
+        if x > 0.2 and y > top:
+            area += (x - 0.2) * (y - top)
+            top = y
+    assert moved["hypervolume"] == pytest.approx(area)
+    assert moved["ref"] == [0.2, -0.1]
+    assert moved["points"] == plain["points"]
+    stored = json.loads((Path(run["run"]) / "eval.json").read_text())
+    assert stored["ref"] == [0.0, 0.0]
+
+
+def test_a_reference_point_above_the_optimum_leaves_no_share(moalign: Any, run: dict[str, Any]) -> None:
+    told = json.loads(moalign("eval", run["run_id"], "--ref", "9,9", "--json").out)
+    assert (told["hypervolume"], told["optimal_share"]) == (0.0, None)
+    assert "optimal share" not in moalign("eval", run["run_id"], "--ref", "9,9").out
+
+
+def test_a_run_named_by_its_path_brings_its_results_folder(
+    moalign: Any, run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = (tmp_path / run["run"]).resolve()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    told = json.loads(moalign("eval", str(path), "--json").out)
+    assert told["run"] == str(path)
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing"], "unknown run 'nothing'; runs in results/runs: sandbox/toy/"),
+        (["--prefs", "3,7"], "did you mean --prefs 0.3,0.7?"),
+        (["--prefs", "1,0", "--grid", "3"], "--prefs and --grid exclude each other"),
+        (["--grid", "1"], "--grid 1"),
+        (["--ref", "0"], "--ref 0: found 1 number; the task has 2 objectives (helpfulness, harmlessness)"),
+        (["--ref", "0,high"], "--ref 0,high: 'high' is not a finite number"),
+        (["--minimise"], "--minimise belongs to --points"),
+    ],
+)
+def test_wrong_requests(moalign: Any, run: dict[str, Any], arguments: list[str], message: str) -> None:
+    ended = moalign("eval", *arguments)
+    assert (ended.code, ended.out) == (2, "")
+    assert message in ended.errors[0]
+
+
+def test_fixed_preferences_serve_no_others(moalign: Any, toys: None) -> None:
+    told = json.loads(moalign("train", "fixed-toy", "--prefs", "0,1", "--prefs", "1,0", "--json").out)
+    ended = moalign("eval", told["run"], "--prefs", "0.5,0.5")
+    assert ended.code == 2
+    assert "answers only for the preferences it was trained on: 0,1; 1,0" in ended.errors[0]
+
+
+def test_without_runs_the_way_to_one_is_named(moalign: Any) -> None:
+    ended = moalign("eval")
+    assert ended.code == 2
+    assert "no finished run; train one: moalign train METHOD" in ended.errors[0]
+
+
+def test_an_unfinished_run_is_refused(moalign: Any, toys: None) -> None:
+    moalign("train", "toy", "--set", "fail=interrupt")
+    (record,) = Path("results").rglob("run.json")
+    ended = moalign("eval", str(record.parent))
+    assert ended.code == 2
+    assert "it is interrupted, not done" in ended.errors[0]
+
+
+# -- the calculator --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def points(tmp_path: Path, moalign: Any) -> Path:
+    """The table of the contract."""
+    path = tmp_path / "points.csv"
+    path.write_text(POINTS)
+    return path
+
+
+def test_the_calculator_prints_the_contract_s_object(moalign: Any, points: Path) -> None:
+    ended = moalign("eval", "--points", "points.csv", "--hypervolume", "--ref", "0,0", "--json")
+    assert ended.code == 0
+    assert json.loads(ended.out) == {
+        "hypervolume": 6.0,
+        "points": 3,
+        "front": 3,
+        "objectives": ["helpfulness", "harmlessness"],
+        "ref": [0.0, 0.0],
+    }
+    assert ended.err == ""
+
+
+def test_the_calculator_in_words_with_a_preference(moalign: Any, points: Path) -> None:
+    out = moalign("eval", "--points", "points.csv", "--ref", "0,0", "--prefs", "0.25,0.75").out
+    assert out.splitlines()[0].split() == ["hypervolume", "6"]
+    assert out.splitlines()[-1].split() == ["expected", "utility", "2.5"]
+
+
+def test_the_calculator_minimises_on_request(moalign: Any, points: Path) -> None:
+    told = json.loads(moalign("eval", "--points", "points.csv", "--ref", "4,4", "--minimise", "--json").out)
+    assert (told["hypervolume"], told["ref"]) == (6.0, [4.0, 4.0])
+
+
+def test_points_beyond_the_reference_are_mentioned_on_stderr(moalign: Any, points: Path) -> None:
+    ended = moalign("eval", "--points", "points.csv", "--ref", "1,0", "--json")
+    assert json.loads(ended.out)["hypervolume"] == 3.0
+    assert ended.err.startswith("warning: points.csv: 1 of 3 points add nothing")
+
+
+@pytest.mark.parametrize(
+    ("table", "arguments", "message"),
+    [
+        ("a,b\n1,2\n3,nan\n", ["--ref", "0,0"], "points.csv:3: row 2, column b: found nan"),
+        ("a,b\n1,-inf\n", ["--ref", "0,0"], "points.csv:2: row 1, column b: found -inf"),
+        ("a,b\n1,x\n", ["--ref", "0,0"], "row 1, column b: found 'x'"),
+        ("a,b\n", ["--ref", "0,0"], "no rows after the header"),
+        ("", ["--ref", "0,0"], "empty file"),
+        (POINTS, [], "--ref is missing"),
+        (POINTS, ["--ref", "0"], "--ref 0: found 1 number"),
+        (POINTS, ["--ref", "0,inf"], "'inf' is not a finite number"),
+        (POINTS, ["--ref", "0,0", "--prefs", "1,1"], "the weights sum to 2, not 1"),
+        (POINTS, ["--ref", "0,0", "--grid", "3"], "--grid is for runs"),
+        (POINTS, ["--ref", "0,0", "a-run"], "--points and RUN exclude each other"),
+    ],
+)
+def test_faulty_tables_and_options(moalign: Any, points: Path, table: str, arguments: list[str], message: str) -> None:
+    points.write_text(table)
+    ended = moalign("eval", "--points", "points.csv", "--json", *arguments)
+    assert (ended.code, ended.out) == (2, "")
+    assert message in ended.errors[0]
+
+
+def test_a_table_that_is_not_there(moalign: Any) -> None:
+    ended = moalign("eval", "--points", "nowhere.csv", "--ref", "0,0")
+    assert ended.code == 2
+    assert "nowhere.csv: no such file" in ended.errors[0]

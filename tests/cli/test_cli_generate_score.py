@@ -1,0 +1,178 @@
+"""``moalign generate`` and ``moalign score`` as typed."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moalign.tasks.sandbox.scorer import rewards
+from moalign.workflow import score as scoring
+
+
+@pytest.fixture
+def run(moalign: Any, toys: None) -> str:
+    """The identifier of one finished run."""
+    return str(json.loads(moalign("train", "toy", "--no-eval", "--json").out)["run_id"])
+
+
+# -- generate --------------------------------------------------------------------------------
+
+
+def test_without_a_prompt_the_task_s_own_are_answered_with_scores(moalign: Any, run: str) -> None:
+    ended = moalign("generate", run, "--prefs", "0.3,0.7")
+    assert ended.code == 0
+    assert ended.out.count("prompt ") == ended.out.count("scores ") == 3
+    assert "helpfulness" in ended.out and "(raw" in ended.out
+
+
+def test_one_prompt_gives_its_answer_and_nothing_else(moalign: Any, run: str) -> None:
+    first, second = (moalign("generate", run, "how do i make soup ?", "--prefs", w).out for w in ("1,0", "0,1"))
+    assert len(first.splitlines()) == len(second.splitlines()) == 1
+    assert first != second
+
+
+def test_json_holds_prompt_answer_and_both_kinds_of_scores(moalign: Any, run: str) -> None:
+    told = json.loads(moalign("generate", run, "how do i make soup ?", "--prefs", "1,0", "--json").out)
+    assert told["prefs"] == [1.0, 0.0]
+    (answer,) = told["answers"]
+    helpful, harmless, _ = rewards(answer["prompt"], answer["response"])
+    assert answer["raw"] == {"helpfulness": helpful, "harmlessness": harmless}
+    assert answer["normalised"]["helpfulness"] == pytest.approx((helpful + 8) / 16)  # lo -8, hi 8: see conftest
+
+
+def test_a_dash_reads_stdin_a_prompt_a_line(moalign: Any, run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("how do i make soup ?\n\nhow do i fix a tap ?\r\n"))
+    told = json.loads(moalign("generate", run, "-", "--prefs", "1,0", "--json").out)
+    assert [answer["prompt"] for answer in told["answers"]] == ["how do i make soup ?", "how do i fix a tap ?"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
+    ended = moalign("generate", run, "-", "--prefs", "1,0")
+    assert (ended.code, ended.errors) == (2, ["PROMPT -: stdin holds no prompt; give one a line"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--prefs is missing: one weight for each of helpfulness, harmlessness, like --prefs 0.3,0.7"),
+        (["--prefs", "3,7"], "did you mean --prefs 0.3,0.7?"),
+        (["--prefs", "1,0", "  "], "PROMPT: prompt 1 is empty"),
+        (["--prefs", "1,0", "--temperature", "-1"], "'--temperature'"),
+        (["--prefs", "1,0", "--temperature", "nan"], "--temperature"),
+    ],
+)
+def test_wrong_requests_to_generate(moalign: Any, run: str, arguments: list[str], message: str) -> None:
+    ended = moalign("generate", run, *arguments)
+    assert (ended.code, ended.out) == (2, "")
+    assert message in ended.errors[0]
+
+
+def test_an_unknown_run_lists_what_there_is(moalign: Any, run: str) -> None:
+    ended = moalign("generate", "zzz", "--prefs", "1,0")
+    assert ended.code == 2
+    assert f"unknown run 'zzz'; runs in results/runs: sandbox/toy/{run}" in ended.errors[0]
+
+
+def test_a_preference_that_the_run_cannot_serve(moalign: Any, toys: None) -> None:
+    told = json.loads(moalign("train", "fixed-toy", "--prefs", "1,0", "--no-eval", "--json").out)
+    ended = moalign("generate", told["run"], "--prefs", "0,1")
+    assert ended.code == 2
+    assert "answers only for the preferences it was trained on: 1,0" in ended.errors[0]
+
+
+# -- score --------------------------------------------------------------------------------
+
+
+def write(path: Path, rows: int) -> list[tuple[str, str]]:
+    pairs = [("how do i make soup ?", f"well , use the right tool {'sorry ' * (i % 7)}") for i in range(rows)]
+    path.write_text("".join(json.dumps({"prompt": p, "response": r, "id": i}) + "\n" for i, (p, r) in enumerate(pairs)))
+    return pairs
+
+
+def test_scores_are_shown_with_a_summary(moalign: Any, toys: None) -> None:
+    write(Path("in.jsonl"), 30)
+    ended = moalign("score", "--task", "sandbox", "--in", "in.jsonl")
+    assert ended.code == 0
+    assert "30 rows scored on sandbox" in ended.out
+    assert "normalised mean" in ended.out
+    assert "10 more rows" in ended.err
+
+
+def test_summary_and_columns_agree_with_the_scorer(moalign: Any, toys: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pandas as pd
+
+    monkeypatch.setattr(scoring, "CHUNK", 4)  # several chunks: the summary is put together from their parts
+    pairs = write(Path("in.jsonl"), 11)
+    ended = moalign("score", "--task", "sandbox", "--in", "in.jsonl", "--out", "deep/out.parquet", "--json")
+    told = json.loads(ended.out)
+    assert (told["rows"], told["out"]) == (11, "deep/out.parquet")
+    assert "scores" not in told
+    table = pd.read_parquet("deep/out.parquet")
+    exact = np.array([rewards(prompt, response)[:2] for prompt, response in pairs])
+    assert list(zip(table["prompt"], table["response"], strict=True)) == pairs
+    assert np.allclose(table[["helpfulness", "harmlessness"]], exact)
+    assert np.allclose(table[["helpfulness_normalised", "harmlessness_normalised"]], (exact + 8) / 16)
+    summary = told["summary"]["harmlessness"]
+    assert summary["mean"] == pytest.approx(exact[:, 1].mean())
+    assert summary["sd"] == pytest.approx(exact[:, 1].std())
+    assert (summary["min"], summary["max"]) == (exact[:, 1].min(), exact[:, 1].max())
+    assert summary["normalised_mean"] == pytest.approx((exact[:, 1].mean() + 8) / 16)
+
+
+def test_json_without_out_holds_every_row(moalign: Any, toys: None) -> None:
+    write(Path("in.jsonl"), 3)
+    told = json.loads(moalign("score", "--task", "sandbox", "--in", "in.jsonl", "--json").out)
+    assert told["out"] is None
+    assert len(told["scores"]) == 3
+    assert set(told["scores"][0]) == {"prompt", "response", "raw", "normalised"}
+
+
+def test_a_broken_line_17_is_named_and_no_file_appears(
+    moalign: Any, toys: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scoring, "CHUNK", 4)
+    write(Path("in.jsonl"), 16)
+    with open("in.jsonl", "a") as stream:
+        stream.write('{"prompt": "x", \n')
+    ended = moalign("score", "--task", "sandbox", "--in", "in.jsonl", "--out", "out/o.parquet")
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.errors[0].startswith("in.jsonl:17: broken JSON")
+    assert list(Path("out").iterdir()) == []
+
+
+def test_a_scorer_that_fails_is_named_with_the_sample(
+    moalign: Any, toys: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moalign.tasks.sandbox.scorer import SandboxScorer
+
+    monkeypatch.setattr(SandboxScorer, "score", lambda self, prompts, responses: [math.nan] * len(prompts))
+    write(Path("in.jsonl"), 2)
+    ended = moalign("score", "--task", "sandbox", "--in", "in.jsonl", "--out", "o.parquet")
+    assert (ended.code, ended.out) == (1, "")
+    assert "objective 'helpfulness': the scorer gave nan" in ended.errors[0]
+    assert not Path("o.parquet").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--task", "sandbox", "--in", "nowhere.jsonl"], "--in nowhere.jsonl: no such file"),
+        (["--task", "sandbx", "--in", "in.jsonl"], "did you mean 'sandbox'?"),
+        (["--task", "sandbox", "--in", "in.jsonl", "--out", "o.csv"], "--out o.csv: found .csv; allowed: .parquet"),
+        (["--task", "sandbox", "--in", "in.jsonl", "--set", "steps=3"], "--set steps: unknown setting"),
+        (["--task", "sandbox", "--in", "empty.jsonl"], "empty.jsonl: the file is empty"),
+        (["--task", "sandbox", "--in", "other.jsonl"], "other.jsonl:1: no column 'response'"),
+    ],
+)
+def test_wrong_requests_to_score(moalign: Any, toys: None, arguments: list[str], message: str) -> None:
+    write(Path("in.jsonl"), 2)
+    Path("empty.jsonl").write_text("")
+    Path("other.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
+    ended = moalign("score", *arguments)
+    assert (ended.code, ended.out) == (2, "")
+    assert message in ended.errors[0]

@@ -1,0 +1,185 @@
+"""``moalign ls`` and ``moalign show`` as typed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moalign.cli.show import comment_of
+from moalign.config import find
+from moalign.errors import RequestError
+from moalign.methods import registry
+
+CARD = Path(find.recipes_root()) / "sandbox" / "task.yaml"
+RECIPE = """\
+method: ric
+task: demo
+description: a recipe for tests
+needs: {gpu: A6000 48GB, gpu_memory_gib: 48, minutes: 90}
+reported: {hypervolume: 0.8}
+policy:
+  lora: {r: 8, alpha: 16}  # small
+config:
+  offline: {steps: 7, lr: 1e-4}
+  online_rounds: 2
+  offline_part: 5
+sources:
+  config.offline: paper, section 4
+  online_rounds: code
+  config.offline.lr: table 9
+"""
+
+
+@pytest.fixture
+def recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A recipes folder with one sound task and recipe."""
+    root = tmp_path / "my-recipes"
+    (root / "demo").mkdir(parents=True)
+    (root / "demo" / "task.yaml").write_text(CARD.read_text().replace("name: sandbox\n", "name: demo\n"))
+    (root / "demo" / "ric.yaml").write_text(RECIPE)
+    monkeypatch.setattr(find, "recipes_root", lambda: root)
+    return root
+
+
+# -- ls --------------------------------------------------------------------------------
+
+
+def test_methods_are_listed_with_what_they_need(moalign: Any) -> None:
+    told = json.loads(moalign("ls", "methods", "--json").out)
+    assert [row["name"] for row in told["methods"]] == registry.names()
+    by_name = {row["name"]: row for row in told["methods"]}
+    assert by_name["ric"]["needs"] == ["rewards while training"]
+    assert by_name["prompting"]["trains"] is False
+    out = moalign("ls", "methods").out
+    assert "arXiv 2402.10207" in out
+
+
+def test_a_broken_plugin_does_not_hide_the_others(moalign: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    get = registry.get
+
+    def broken(name: str) -> Any:
+        if name == "sft":
+            raise RequestError("method 'sft': its entry point cannot be loaded")
+        return get(name)
+
+    monkeypatch.setattr(registry, "get", broken)
+    ended = moalign("ls", "methods", "--json")
+    assert ended.code == 0
+    assert ended.err == "warning: method 'sft': its entry point cannot be loaded\n"
+    assert "ric" in [row["name"] for row in json.loads(ended.out)["methods"]]
+
+
+def test_tasks_and_recipes_are_listed(moalign: Any, recipes: Path) -> None:
+    tasks = json.loads(moalign("ls", "tasks", "--json").out)["tasks"]
+    assert [(row["name"], row["objectives"]) for row in tasks] == [("demo", ["helpfulness", "harmlessness"])]
+    (row,) = json.loads(moalign("ls", "recipes", "--json").out)["recipes"]
+    assert (row["name"], row["gpu"], row["minutes"]) == ("demo/ric", "A6000 48GB", 90)
+    assert "demo/ric" in moalign("ls", "recipes").out
+    assert "helpfulness, harmlessness" in moalign("ls", "tasks").out
+
+
+def test_a_broken_card_is_told_and_the_others_are_listed(moalign: Any, recipes: Path) -> None:
+    (recipes / "other").mkdir()
+    (recipes / "other" / "task.yaml").write_text("name: other\n")
+    ended = moalign("ls", "tasks", "--json")
+    assert [row["name"] for row in json.loads(ended.out)["tasks"]] == ["demo"]
+    assert "task.yaml" in ended.errors[0]
+
+
+def test_runs_are_listed_newest_first_with_their_hypervolume(moalign: Any, toys: None) -> None:
+    first = json.loads(moalign("train", "toy", "--json").out)
+    moalign("train", "toy", "--seed", "1", "--set", "fail=interrupt")
+    rows = json.loads(moalign("ls", "runs", "--json").out)["runs"]
+    assert [(row["seed"], row["status"]) for row in rows] == [(1, "interrupted"), (0, "done")]
+    assert rows[1]["hypervolume"] == first["evaluation"]["hypervolume"]
+    assert rows[0]["hypervolume"] is None
+    assert first["run_id"] in moalign("ls", "runs").out
+
+
+def test_without_runs_the_list_is_empty_and_says_how_to_start(moalign: Any) -> None:
+    ended = moalign("ls", "runs")
+    assert (ended.code, ended.out) == (0, "")
+    assert "moalign train METHOD" in ended.err
+    assert json.loads(moalign("ls", "runs", "--json").out) == {"runs": []}
+
+
+def test_an_unknown_list_names_the_nearest(moalign: Any) -> None:
+    ended = moalign("ls", "metods")
+    assert ended.code == 2
+    assert ended.errors == ["unknown list 'metods'; allowed: methods, recipes, runs, tasks; did you mean 'methods'?"]
+
+
+# -- show --------------------------------------------------------------------------------
+
+
+def test_a_method_is_shown_with_the_defaults_that_it_really_has(moalign: Any) -> None:
+    told = json.loads(moalign("show", "ric", "--json").out)
+    settings = {row["name"]: row for row in told["settings"]}
+    config = registry.get("ric").Config().model_dump()
+    assert settings["offline.steps"]["default"] == repr(config["offline"]["steps"])
+    assert settings["online.lr"]["default"] == repr(config["online"]["lr"])
+    assert settings["filter"]["type"] == "'any_quantile' or 'nondominated'"
+    out = moalign("show", "ric").out
+    assert "Rewards-in-Context" in out and "preference_map" in out
+
+
+def test_a_recipe_is_shown_with_the_source_of_every_value(moalign: Any, recipes: Path) -> None:
+    told = json.loads(moalign("show", "demo/ric", "--json").out)
+    rows = {row["setting"]: row for row in told["settings"]}
+    assert (rows["config.offline.lr"]["value"], rows["config.offline.lr"]["source"]) == (1e-4, "table 9")
+    assert rows["config.offline.steps"]["source"] == "paper, section 4"
+    assert rows["config.online_rounds"]["source"] == "code"
+    assert (rows["policy.lora.r"]["value"], rows["policy.lora.r"]["source"]) == (8, "small")
+    assert rows["policy.lora.dropout"]["source"] == "default"
+    assert rows["config.offline_part"]["source"] == "recipe"
+    out = moalign("show", "demo/ric").out
+    assert "A6000 48GB, 48 GiB" in out and "moalign train ric --task demo" in out
+    by_path = moalign("show", str(recipes / "demo" / "ric.yaml"))
+    assert f"--recipe {recipes / 'demo' / 'ric.yaml'}" in by_path.out
+
+
+@pytest.mark.parametrize(
+    ("line", "comment"),
+    [
+        ("steps: 3  # paper", "paper"),
+        ("# all of it", "all of it"),
+        ("name: 'a # b'", ""),
+        ("name: it's  # ours", "ours"),
+        ("colour: a#b", ""),
+        ('{a: "x # y"}  # z', "z"),
+    ],
+)
+def test_a_comment_is_told_from_text(line: str, comment: str) -> None:
+    assert comment_of(line) == comment
+
+
+def test_a_task_is_shown_in_full(moalign: Any) -> None:
+    assert "evaluation.bootstrap" in moalign("show", "sandbox").out
+    assert json.loads(moalign("show", "sandbox", "--json").out)["card"]["grid"] == 11
+
+
+def test_a_run_is_shown_with_record_and_evaluation(moalign: Any, toys: None) -> None:
+    trained = json.loads(moalign("train", "toy", "--json").out)
+    told = json.loads(moalign("show", trained["run_id"][:6], "--json").out)
+    assert (told["run"], told["status"], told["notes"]) == (trained["run"], "done", {"dropped": 2})
+    assert told["evaluation"]["hypervolume"] == trained["evaluation"]["hypervolume"]
+    out = moalign("show", trained["run"]).out
+    assert "note dropped" in out and "config.steps" in out and "hypervolume" in out
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("demo/rick", "did you mean 'demo/ric'?"),
+        ("ricc", "did you mean 'ric'?"),
+        ("nowhere.yaml", "no recipe file nowhere.yaml"),
+        ("0123", "unknown run '0123'"),
+    ],
+)
+def test_unknown_names(moalign: Any, recipes: Path, name: str, message: str) -> None:
+    ended = moalign("show", name)
+    assert (ended.code, ended.out) == (2, "")
+    assert message in ended.errors[0]

@@ -1,0 +1,97 @@
+"""Progress: sparse lines where there is no terminal, a bar where there is one."""
+
+from __future__ import annotations
+
+import io
+
+from moalign.cli.progress import Progress
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def lines(stream: io.StringIO) -> list[str]:
+    return stream.getvalue().splitlines()
+
+
+def test_a_line_every_few_seconds_with_rate_and_time_left() -> None:
+    stream, clock = io.StringIO(), Clock()
+    with Progress(stream, terminal=False, clock=clock) as progress:
+        for done in range(1, 101):
+            clock.now = done / 10  # ten steps a second for ten seconds
+            progress("training", done, 100)
+    shown = lines(stream)
+    assert len(shown) == 4
+    assert shown[0] == "training 30/100, 10/s, 7.0 s left"
+    assert shown[-1].startswith("training 100/100, 10/s, 9.9 s")
+
+
+def test_quick_stages_say_nothing() -> None:
+    stream, clock = io.StringIO(), Clock()
+    progress = Progress(stream, terminal=False, clock=clock)
+    for done in range(1, 6):
+        clock.now += 0.1
+        progress("scoring", done, 5)
+    assert lines(stream) == []
+
+
+def test_a_resumed_stage_does_not_count_what_was_there() -> None:
+    stream, clock = io.StringIO(), Clock()
+    progress = Progress(stream, terminal=False, clock=clock)
+    progress("training", 900, 1000)
+    clock.now = 5
+    progress("training", 910, 1000)
+    assert lines(stream) == ["training 910/1000, 2.0/s, 45 s left"]
+
+
+def test_the_end_is_told_once_and_a_second_round_counts_anew() -> None:
+    stream, clock = io.StringIO(), Clock()
+    progress = Progress(stream, terminal=False, clock=clock)
+    progress("scoring", 0, 10)
+    clock.now = 4
+    progress("scoring", 5, 10)
+    clock.now = 5
+    progress("scoring", 10, 10)
+    progress("scoring", 10, 10)
+    assert lines(stream) == ["scoring 5/10, 1.2/s, 4.0 s left", "scoring 10/10, 2.0/s, 5.0 s"]
+    clock.now = 6
+    progress("scoring", 0, 10)
+    clock.now = 10
+    progress("scoring", 8, 10)
+    assert lines(stream)[-1] == "scoring 8/10, 2.0/s, 1.0 s left"
+
+
+def test_more_than_all_is_all() -> None:
+    stream, clock = io.StringIO(), Clock()
+    progress = Progress(stream, terminal=False, clock=clock)
+    clock.now = 4
+    progress("answering", 12, 10)
+    assert lines(stream) == ["answering 10/10"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_gets_a_bar_with_counts() -> None:
+    stream = Terminal()
+    with Progress(stream, terminal=True) as progress:
+        progress("training [all]", 3, 10)
+        progress("training [all]", 10, 10)
+        progress("training [all]", 2, 10)
+    text = stream.getvalue()
+    assert "training [all]" in text
+    assert "10/10" in text or "2/10" in text
+
+
+def test_an_untouched_bar_leaves_nothing() -> None:
+    stream = Terminal()
+    with Progress(stream, terminal=True):
+        pass
+    assert stream.getvalue() == ""
