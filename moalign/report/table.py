@@ -1,0 +1,130 @@
+"""The comparison in the terminal: ranking, lead and cost as tables that fit 80 columns, then the verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from moalign.report import verdict
+from moalign.report.units import NONE, count, duration, interval, memory, number, percent, signed
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+WIDTH = 100
+"""Tables and sentences are not spread wider than this; wide lines are hard to read."""
+
+
+def print_comparison(console: Console, told: Mapping[str, Any]) -> None:
+    """Print what ``compare`` told: tables, verdict, failures, files. Numbers are right-aligned, text is literal."""
+    from rich.text import Text
+
+    width = min(console.width, WIDTH)
+    judged = [row for row in told["rows"] if row["status"] != "failed"]
+    console.print(Text(_heading(told)), width=width)
+    if judged:
+        console.print(ranking(told["rows"]), width=width)
+        leads = verdict.lead_over_each(told)
+        if leads:
+            console.print(lead(judged[0]["label"], leads), width=width)
+        console.print(cost(judged), width=width)
+        console.print()
+    failures = [(row["label"], run) for row in told["rows"] for run in row["runs"] if run["error"]]
+    for label, run in failures:
+        console.print(Text(f"{label} seed {run['seed']} failed: {run['error']}", style="red"), width=width)
+    if failures:
+        console.print()
+    for index, sentence in enumerate(told["verdict"]):
+        console.print(Text(sentence, style="bold" if index == 0 else ""), width=width)
+    console.print()
+    for name in ("figure", "markdown", "json"):
+        if told[name]:
+            console.print(Text(f"{name:<9}{told[name]}"), soft_wrap=True)
+
+
+def _heading(told: Mapping[str, Any]) -> str:
+    ref = ", ".join(f"{value:g}" for value in told["ref"])
+    known = ""
+    if told["optimum"]:
+        known = f"; optimum {number(told['optimum']['hypervolume'])}"
+    prompts = f", {told['prompts']} prompts" if told["prompts"] else ""
+    return (
+        f"{told['task']} ({', '.join(told['objectives'])}): hypervolume over {len(told['grid'])} preferences{prompts}, "
+        f"reference point ({ref}){known}"
+    )
+
+
+def ranking(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Return the main table: hypervolume with interval, percent of the optimum when known, control, quality."""
+    from rich.text import Text
+
+    known = any(row["optimal_share"] is not None for row in rows)
+    heads = ["#", "method", "hyperv.", "95 % interval", *(["optimum"] if known else []), "tau", "collapsed"]
+    table = _table(heads)
+    for row in rows:
+        name = row["label"] + ("" if row["status"] == "done" else f" ({row['status']})")
+        if row["status"] == "failed":
+            table.add_row(NONE, Text(name), *[NONE] * (5 if known else 4), style="red")
+            continue
+        table.add_row(
+            str(row["rank"]),
+            Text(name),
+            number(row["hypervolume"]),
+            interval(row["ci"]),
+            *([percent(row["optimal_share"])] if known else []),
+            number(row["indicators"]["tau"], 2),
+            percent(row["quality"]["rate"]),
+        )
+    return table
+
+
+def lead(label: str, pairs: Sequence[Mapping[str, Any]]) -> Table:
+    """Return what the first-ranked method is ahead of each other one, paired over prompts (and seeds)."""
+    from rich.text import Text
+
+    table = _table([f"{label} is ahead of", "by", "95 % interval", ""], name=0)
+    table.columns[-1].justify = "left"
+    for pair in pairs:
+        table.add_row(Text(pair["other"]), signed(pair["difference"]), interval(pair["ci"]), verdict.sure(pair))
+    return table
+
+
+def cost(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Return what training took (per seed): tokens generated and trained on, rewards; and the tokens of answering."""
+    from rich.text import Text
+
+    table = _table(["training took", "time", "generated", "trained", "rewards", "memory", "answering"], name=0)
+    table.caption = "tokens generated, tokens trained on, reward calls, peak memory; tokens of answering"
+    table.caption_justify, table.caption_style = "left", "dim"
+    for row in rows:
+        spent = row["cost"]
+        table.add_row(
+            Text(row["label"]),
+            duration(spent["seconds"]),
+            _count(spent["tokens_generated"]),
+            _count(spent["tokens_trained"]),
+            _count(spent["reward_calls"]),
+            memory(spent["peak_memory_bytes"]),
+            _count(spent["answering"]["tokens_generated"]),
+        )
+    return table
+
+
+def _count(value: float) -> str:
+    return count(value) if value else NONE
+
+
+def _table(heads: Sequence[str], name: int = 1) -> Table:
+    """Return a table with a column ``name`` of names, which may wrap; all others hold numbers, which never do."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, header_style="bold")
+    for index, head in enumerate(heads):
+        if index == name:
+            table.add_column(Text(head), justify="left", overflow="fold", min_width=8)
+        else:
+            table.add_column(head, justify="right", no_wrap=True, min_width=1)
+    return table

@@ -1,0 +1,93 @@
+"""Numbers as people read them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+NONE = "–"
+"""Shown where there is no number."""
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Return a fixed number of decimals, never ``-0.000``.
+
+    >>> number(0.98765)
+    '0.988'
+    """
+    return NONE if value is None else f"{value:.{digits}f}".replace(f"-{0:.{digits}f}", f"{0:.{digits}f}")
+
+
+def signed(value: float | None, digits: int = 3) -> str:
+    """Return a number with its sign; what rounds to zero has none.
+
+    >>> signed(0.0521)
+    '+0.052'
+    """
+    if value is None:
+        return NONE
+    return f"{value:+.{digits}f}" if round(value, digits) else f"{0:.{digits}f}"
+
+
+def interval(bounds: Sequence[float] | None, digits: int = 3) -> str:
+    """Return ``[lo, hi]``."""
+    return NONE if bounds is None else f"[{number(bounds[0], digits)}, {number(bounds[1], digits)}]"
+
+
+def percent(share: float | None, digits: int = 0) -> str:
+    """Return a share as percent.
+
+    >>> percent(0.967)
+    '97 %'
+    """
+    return NONE if share is None else f"{number(100 * share, digits)} %"
+
+
+def count(value: float | None) -> str:
+    """Return a count in three figures.
+
+    >>> count(1358367), count(45283), count(512)
+    ('1.36 M', '45.3 k', '512')
+    """
+    if value is None:
+        return NONE
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= 0.9995 * size:
+            return f"{_three(value / size)} {unit}"
+    return f"{value:.0f}"
+
+
+def memory(size: float | None) -> str:
+    """Return bytes in MiB or GiB.
+
+    >>> memory(735465472)
+    '701 MiB'
+    """
+    if size is None:
+        return NONE
+    mib = size / 2**20
+    return f"{_three(mib / 1024)} GiB" if mib >= 999.5 else f"{mib:.0f} MiB"
+
+
+def duration(seconds: float | None) -> str:
+    """Return a time in its two largest units.
+
+    >>> duration(0.42), duration(60.7), duration(7384)
+    ('0.4 s', '1 min 01 s', '2 h 03 min')
+    """
+    if seconds is None:
+        return NONE
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _three(value: float) -> str:
+    """Return three significant figures without an exponent."""
+    digits = 2 if value < 9.995 else 1 if value < 99.95 else 0
+    return f"{value:.{digits}f}"

@@ -1,0 +1,138 @@
+"""What a comparison says in words: who wins, how sure that is, and what to keep in mind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from moalign.report.units import interval, number, percent, signed
+
+COLLAPSED = 0.05
+"""Share of collapsed responses from which on a method's texts are worth a warning."""
+
+
+def sentences(told: Mapping[str, Any]) -> list[str]:
+    """Return the verdict, one sentence or two per item: first the winner (or that there is none), then caveats."""
+    judged = [row for row in told["rows"] if row["status"] != "failed"]
+    said = [_outcome(told, judged)]
+    said += _failures(told["rows"])
+    flips = (told["sensitivity"] or {}).get("flipped", [])
+    if flips:
+        ref = ", ".join(f"{value:g}" for value in told["sensitivity"]["ref"])
+        places = "; ".join(f"{b} before {a}" for a, b in flips)
+        said.append(f"The ranking depends on the reference point: at ({ref}) it is {places}.")
+    for row in judged:
+        if row["quality"]["rate"] >= COLLAPSED:
+            said.append(
+                f"{row['label']}: {percent(row['quality']['rate'])} of its responses are collapsed "
+                "(short, repetitive or looping); read some before trusting its hypervolume."
+            )
+    own = [row["label"] for row in judged if row["own_preferences"]]
+    if own:
+        others = "answered for other preferences than the comparison's grid, which can cost hypervolume."
+        said.append(f"{_listed(own)} {others}")
+    if len(judged) > 1:
+        said.append(_seeds(judged))
+    return said
+
+
+def _outcome(told: Mapping[str, Any], judged: Sequence[Mapping[str, Any]]) -> str:
+    if not judged:
+        return "No method finished, so there is nothing to compare."
+    if len(judged) == 1:
+        return f"Only {judged[0]['label']} can be judged, so there is nothing to compare it with."
+    if told["winner"] is None:
+        return _no_winner(told, judged)
+    label = told["winner"]
+    pair = min((_seen_from(label, pair) for pair in _pairs_of(label, told["pairs"])), key=lambda p: p["difference"])
+    wins = f"{label} wins: its hypervolume is above that of {_everyone(len(judged) - 1)} with {_level(told)} certainty"
+    adjusted = ", each pair by itself" if len(judged) > 2 else ""
+    return (
+        f"{wins}{adjusted}. Its lead over {pair['other']}{', the next' if len(judged) > 2 else ''}: "
+        f"{signed(pair['difference'])} {interval(pair['ci'])}."
+    )
+
+
+def _everyone(others: int) -> str:
+    return "the other method" if others == 1 else f"each of the {others} others"
+
+
+def _no_winner(told: Mapping[str, Any], judged: Sequence[Mapping[str, Any]]) -> str:
+    leader = judged[0]
+    seen = [_seen_from(leader["label"], pair) for pair in _pairs_of(leader["label"], told["pairs"])]
+    open_ = [pair for pair in seen if not pair["certain"]]
+    if not open_:
+        return f"No method wins: {leader['label']} leads, but not all of its seeds finished."
+    near = min(open_, key=lambda pair: pair["difference"])
+    beaten = [pair["other"] for pair in seen if pair["certain"]]
+    more = f" It is above {_listed(beaten)} with {_level(told)} certainty." if beaten else ""
+    if near["difference"] == 0:
+        return f"No method wins: {leader['label']} and {near['other']} have the same hypervolume.{more}"
+    return (
+        f"No method wins with certainty: {leader['label']} leads, but its lead over {near['other']} may be chance: "
+        f"{signed(near['difference'])} {interval(near['ci'])}, above 0 in {percent(near['p_improve'])} of the "
+        f"resamples.{more}"
+    )
+
+
+def _failures(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    failed = [row["label"] for row in rows if row["status"] == "failed"]
+    said = [f"{_listed(failed)} failed and {'is' if len(failed) == 1 else 'are'} not ranked."] if failed else []
+    for row in rows:
+        if row["status"] == "partial":
+            lost = sum(run["status"] != "done" for run in row["runs"])
+            said.append(
+                f"{row['label']}: {lost} of {len(row['runs'])} seeds failed; its numbers are those of the others, "
+                "and it cannot be named the winner."
+            )
+    return said
+
+
+def _seeds(judged: Sequence[Mapping[str, Any]]) -> str:
+    fewest = min((len(row["seeds"]) for row in judged if row["seeded"]), default=None)
+    if fewest is None:
+        return "Nothing was trained: the intervals are those of the evaluation prompts."
+    if fewest == 1:
+        return (
+            "One training seed: the intervals tell how sure the numbers are for these runs, "
+            "not how much another seed would change (--seeds 3)."
+        )
+    few = "; intervals from so few are rather too narrow, so look at the single seeds too" if fewest < 6 else ""
+    return f"Intervals are over prompts and {fewest} training seeds{few}."
+
+
+def _pairs_of(label: str, pairs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [pair for pair in pairs if label in (pair["a"], pair["b"])]
+
+
+def _seen_from(label: str, pair: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the pair as ``label`` minus ``other``."""
+    if pair["a"] == label:
+        return {**pair, "other": pair["b"]}
+    lo, hi = pair["ci"]
+    turned = {"difference": -pair["difference"], "ci": [-hi, -lo], "p_improve": 1 - pair["p_improve"]}
+    return {**pair, **turned, "other": pair["a"]}
+
+
+def lead_over_each(told: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the pairs of the first-ranked row, seen from it: what each other method is behind."""
+    judged = [row for row in told["rows"] if row["status"] != "failed"]
+    if len(judged) < 2:
+        return []
+    label = judged[0]["label"]
+    return [_seen_from(label, pair) for pair in _pairs_of(label, told["pairs"])]
+
+
+def sure(pair: Mapping[str, Any]) -> str:
+    """Return in a word whether a difference is certain."""
+    return "certain" if pair["certain"] else f"open (above 0 in {number(100 * pair['p_improve'], 0)} %)"
+
+
+def _level(told: Mapping[str, Any]) -> str:
+    return percent(told["level"])
+
+
+def _listed(names: Sequence[str], most: int = 5) -> str:
+    if len(names) > most:
+        names = [*names[: most - 1], f"{len(names) - most + 1} others"]
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

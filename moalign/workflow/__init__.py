@@ -1,0 +1,1 @@
+"""One module per verb of the command line: plan and do the work; the command line parses and prints."""

@@ -1,0 +1,219 @@
+"""``moalign eval``: one judge for all methods.
+
+Texts in, numbers out: a policy is asked for every preference of a grid on the task's evaluation prompts, the reward
+panel scores the answers, and ``pareto/`` turns the score matrix into indicators. Nothing here knows a method's name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moalign.errors import RequestError
+from moalign.methods.base import Method, RunContext
+from moalign.pareto import front, hypervolume, indicators, quality, statistics
+from moalign.preferences import Preference, label
+from moalign.tasks.task import Say, Task, silent
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from moalign.runs.run import Run
+
+Matrix = NDArray[np.float64]
+
+
+@dataclass
+class Evaluation:
+    """Scores of one run on one grid, and what follows from them."""
+
+    told: dict[str, Any]
+    """The content of ``eval.json``."""
+    scores: Matrix
+    """Normalised scores ``[prompts, preferences, objectives]``: the unit of every paired comparison."""
+
+
+def preferences_for(method: Method, context: RunContext, wanted: Sequence[Preference] | None) -> list[Preference]:
+    """Return the vectors to evaluate: those wanted, else the task's grid, or the trained ones of a method that
+    can serve no others (it says so by its capability)."""
+    if method.capabilities.steerable:
+        return list(wanted) if wanted else context.task.grid
+    if wanted:
+        unseen = [w for w in wanted if w not in context.preferences]
+        if unseen:
+            served = "; ".join(label(w) for w in context.preferences)
+            raise RequestError(
+                f"--prefs {label(unseen[0])}: {method.name} answers only for the preferences it was trained on: {served}"
+            )
+        return list(wanted)
+    return list(context.preferences)
+
+
+def names(task: Task, wanted: Sequence[Preference]) -> tuple[str, str]:
+    """Return the file names (without suffix) of an evaluation: the task's own grid is plain ``eval``."""
+    if list(wanted) == task.grid:
+        return "eval", "responses"
+    key = hashlib.sha256(json.dumps([list(w) for w in wanted]).encode()).hexdigest()[:8]
+    return f"eval-{key}", f"responses-{key}"
+
+
+def evaluate(
+    method: Method, context: RunContext, wanted: Sequence[Preference] | None = None, say: Say = silent
+) -> Evaluation:
+    """Evaluate a finished run; what was evaluated before is read back.
+
+    All preferences are generated and scored in batched passes. Responses with their scores go to
+    ``responses*.parquet``, the numbers to ``eval*.json``, both inside the run.
+    """
+    asked = preferences_for(method, context, wanted)
+    file, table_name = names(context.task, asked)
+    path = context.run.path / f"{file}.json"
+    if path.is_file():
+        told = _read(path)
+        if told["card_hash"] == context.task.hash:
+            return Evaluation(told, _scores(context, context.run.read_table(table_name), asked))
+    started = time.monotonic()
+    table, cost = respond(method, context, asked, say)
+    context.run.write_table(table_name, table)
+    scores = _scores(context, table, asked)
+    told = {
+        "run": str(context.run.path),
+        "run_id": context.run.record.run_id,
+        "method": method.name,
+        "task": context.task.card.name,
+        "card_hash": context.task.hash,
+        "seed": context.run.record.seed,
+        "objectives": context.task.names,
+        **judge(context.task, asked, scores),
+        "quality": dict(quality.collapse_report(table["response"].tolist())),
+        "cost": {**cost, "seconds": round(time.monotonic() - started, 3)},
+    }
+    from moalign.runs import atomic
+
+    atomic.write_json(path, told)
+    return Evaluation(_read(path), scores)
+
+
+def respond(
+    method: Method, context: RunContext, asked: Sequence[Preference], say: Say = silent
+) -> tuple[pd.DataFrame, dict[str, int]]:
+    """Answer every evaluation prompt at every preference, and score the answers.
+
+    Returns the table (prompt, preference, response, one raw score per objective) and the cost.
+    """
+    import pandas as pd
+
+    from moalign.policies.policy import respond_all
+    from moalign.runs.meter import Meter
+
+    spec = context.task.card.evaluation
+    prompts = [prompt for prompt in context.task.eval_prompts for _ in range(spec.samples)]
+    meter = Meter()
+    # What a policy scores to choose its answer is a cost of answering; what the judge scores is not.
+    metered = replace(context, panel=context.panel.with_meter(meter))
+    policies = [method.policy(metered, preference) for preference in asked]
+    total = done = 0
+    total = len(prompts) * len(policies)
+
+    def moved(count: int) -> None:
+        nonlocal done
+        done += count
+        say("answering", min(done, total), total)
+
+    answers = respond_all(policies, prompts, context.task.sampling(spec.seed), moved)
+    flat = [text for row in answers.responses for text in row]
+    raw = context.panel.score(prompts * len(policies), flat, lambda d, n: say("scoring", d, n))
+    table = pd.DataFrame(
+        {
+            "prompt": prompts * len(policies),
+            "preference": [label(w) for w in asked for _ in prompts],
+            "response": flat,
+        }
+    )
+    for column, name in enumerate(context.task.names):
+        table[name] = raw[:, column]
+    return table, {"tokens_generated": answers.tokens, "reward_calls": meter.reward_calls}
+
+
+def _scores(context: RunContext, table: pd.DataFrame, asked: Sequence[Preference]) -> Matrix:
+    """Return normalised scores ``[prompts, preferences, objectives]``, several samples of a prompt averaged."""
+    raw = table[context.task.names].to_numpy(dtype=np.float64)
+    unit = context.task.normaliser.unit(raw).reshape(len(asked), -1, len(context.task.names))
+    samples = context.task.card.evaluation.samples
+    return unit.reshape(len(asked), -1, samples, unit.shape[-1]).mean(axis=2).transpose(1, 0, 2)
+
+
+def judge(task: Task, asked: Sequence[Preference], scores: Matrix) -> dict[str, Any]:
+    """Return points, hypervolume, optimal share and indicators of normalised scores ``[prompts, k, m]``."""
+    spec, grid = task.card.evaluation, np.array(asked)
+    normaliser = task.normaliser
+    lo, hi = np.array(normaliser.lo), np.array(normaliser.hi)
+    ref, second = task.card.reference_point, task.card.sensitivity_point
+    means = scores.mean(axis=0)
+    drawn = statistics.bootstrap_means(scores, spec.bootstrap, spec.seed)
+    bounds = statistics.intervals(drawn)
+    volumes = statistics.each_draw(drawn, lambda m: hypervolume.hypervolume(m, ref))
+    volume = hypervolume.hypervolume(means, ref)
+    mask = front.nondominated(means)
+    points = [
+        {
+            "prefs": list(asked[k]),
+            "mean": means[k].tolist(),
+            "ci": bounds[:, k].T.tolist(),
+            "raw": (lo + means[k] * (hi - lo)).tolist(),
+            "raw_ci": (lo + bounds[:, k] * (hi - lo)).T.tolist(),
+            "nondominated": bool(mask[k]),
+        }
+        for k in range(len(asked))
+    ]
+    told: dict[str, Any] = {
+        "points": points,
+        "hypervolume": volume,
+        "hypervolume_ci": list(statistics.interval(volumes)),
+        "ref": list(ref),
+        "sensitivity": {"ref": list(second), "hypervolume": hypervolume.hypervolume(means, second)},
+        "front": int(mask.sum()),
+        "prompts": len(scores),
+        "optimal_share": None,
+        "indicators": _indicators(grid, means),
+    }
+    best = task.optimum(asked, task.eval_prompts)
+    if best is not None:
+        unit = normaliser.unit(best)
+        most = hypervolume.hypervolume(unit, ref)
+        regrets = indicators.regret(grid, means, unit)
+        told["optimal_share"] = volume / most
+        told["optimal_share_ci"] = [value / most for value in told["hypervolume_ci"]]
+        told["indicators"]["regret"] = float(np.mean(regrets))
+        told["indicators"]["igd_plus"] = indicators.igd_plus(means, unit)
+        told["optimum"] = {"hypervolume": most, "points": unit.tolist()}
+    return told
+
+
+def _indicators(grid: Matrix, means: Matrix) -> dict[str, Any]:
+    steered = indicators.controllability(grid, means)
+    return {
+        "tau": float(steered["tau"]),
+        "tau_per_objective": [float(t) for t in steered["per_objective"]],
+        "inner_product": indicators.inner_product(grid, means),
+        "expected_utility": indicators.expected_utility(grid, means),
+    }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    told: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return told
+
+
+def result_of(run: Run) -> dict[str, Any] | None:
+    """Return a run's stored evaluation on the task's own grid, or None."""
+    path = run.path / "eval.json"
+    return _read(path) if path.is_file() else None

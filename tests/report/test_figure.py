@@ -1,0 +1,79 @@
+"""The figure: same input, same bytes; what it must show is there."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from moalign.report import figure
+
+Build = Callable[..., dict[str, Any]]
+FIVE = {"best-of-n": 0.1, "mo-odpo": 0.3, "prompting": 0.0, "ric": 0.15, "sft": -0.1}
+
+
+def size(content: bytes) -> tuple[int, int]:
+    """Width and height from a PNG's header."""
+    assert content.startswith(b"\x89PNG\r\n\x1a\n")
+    return int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")
+
+
+@pytest.mark.parametrize("suffix", figure.FORMATS)
+def test_the_same_bytes_twice(compared: Build, suffix: str) -> None:
+    told = compared(FIVE)
+    assert figure.draw(told, suffix) == figure.draw(told, suffix)
+
+
+def test_size_of_one_panel(compared: Build) -> None:
+    assert size(figure.draw(compared(FIVE))) == (round(7.6 * figure.DPI), round(4.8 * figure.DPI))
+
+
+@pytest.mark.parametrize(("objectives", "expected"), [(3, (10.5, 4.2)), (4, (10.5, 7.5))])
+def test_size_of_pairwise_panels(compared: Build, objectives: int, expected: tuple[float, float]) -> None:
+    content = figure.draw(compared({"a": 0.2, "b": 0.0}, objectives=objectives))
+    assert size(content) == tuple(round(inches * figure.DPI) for inches in expected)
+
+
+def test_every_label_is_written(compared: Build) -> None:
+    """An SVG keeps its texts, so they can be read back."""
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        text = figure.draw(compared(FIVE, dead=("broken",)), ".svg").decode()
+    for wanted in [*FIVE, "optimum", "helpfulness (normalised)", "harmlessness (normalised)", "w = 0.5, 0.5"]:
+        assert wanted in text
+    assert "broken" not in text
+
+
+def test_no_optimum_no_share(compared: Build) -> None:
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        text = figure.draw(compared({"a": 0.2, "b": 0.0}, optimum=False), ".svg").decode()
+    assert "optimum" not in text and "%)" not in text
+
+
+def test_it_is_not_blank(compared: Build) -> None:
+    """Each method's colour is on the page."""
+    from matplotlib import colors, image
+
+    pixels = (image.imread(io.BytesIO(figure.draw(compared(FIVE))))[..., :3] * 255).round().astype(int)
+    for colour in figure.COLOURS[: len(FIVE)]:
+        wanted = [round(255 * part) for part in colors.to_rgb(colour)]
+        assert (abs(pixels - wanted).max(axis=-1) <= 2).sum() > 100, colour
+
+
+def test_drawing_leaves_the_users_matplotlib_alone(compared: Build) -> None:
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    figure.draw(compared({"a": 0.2, "b": 0.0}))
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_more_methods_than_colours(compared: Build) -> None:
+    told = compared({f"m{i}": 0.02 * i for i in range(12)})
+    looks = {(figure.COLOURS[i % len(figure.COLOURS)], figure.MARKERS[i % len(figure.MARKERS)]) for i in range(63)}
+    assert len(looks) == 63 and figure.draw(told)

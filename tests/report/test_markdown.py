@@ -1,0 +1,75 @@
+"""The Markdown page."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from moalign.report import markdown
+
+Build = Callable[..., dict[str, Any]]
+FOLDER = Path("results/compare/toy-1")
+
+
+def tables(page: str) -> list[list[str]]:
+    """Return the tables of a page, each as its lines."""
+    return [block.splitlines() for block in page.split("\n\n") if block.startswith("|")]
+
+
+def test_tables_are_whole(compared: Build) -> None:
+    page = markdown.page(compared({"a": 0.2, "b|c": 0.0}, dead=("x",)), FOLDER)
+    found = tables(page)
+    assert len(found) == 3
+    for lines in found:
+        columns = {len(re.findall(r"(?<!\\)\|", line)) for line in lines}
+        assert len(columns) == 1, lines
+
+
+def test_what_it_says(compared: Build) -> None:
+    told = compared({"a": 0.2, "b": 0.0}, seeds=2)
+    page = markdown.page(told, FOLDER)
+    assert page.startswith("# Comparison on `toy`\n")
+    assert told["verdict"][0] in page and "0123456789abcdef" in page
+    row = told["rows"][0]
+    ranking = tables(page)[0]
+    assert "each seed" in ranking[0] and "% of optimum" in ranking[0] and "regret" in ranking[0]
+    assert f"{row['hypervolume']:.4f}" in ranking[2]
+    assert ", ".join(f"{v:.3f}" for v in row["hypervolume_by_seed"]) in ranking[2]
+    assert tables(page)[1][2].startswith("| a | b | +0.") and tables(page)[1][2].endswith("| yes |")
+
+
+def test_every_rows_command_is_there(compared: Build) -> None:
+    told = compared({"a": 0.2, "b": 0.0}, seeds=2, dead=("x",))
+    page = markdown.page(told, FOLDER)
+    for row in told["rows"]:
+        for run in row["runs"]:
+            assert f"\n{run['command']}\n" in page
+    assert f"\n{told['command']}\n" in page
+
+
+def test_failures_are_a_section(compared: Build) -> None:
+    assert "## Failures" not in markdown.page(compared({"a": 0.2, "b": 0.0}), FOLDER)
+    page = markdown.page(compared({"a": 0.2}, dead=("x",)), FOLDER)
+    assert "- **x**, seed 0: WorkError: out of \\| memory" in page and "x (failed)" in page
+
+
+def test_the_figure_is_linked_from_where_the_page_lies(compared: Build) -> None:
+    told = compared({"a": 0.2, "b": 0.0})
+    assert "](fronts.png)" in markdown.page(told, FOLDER)
+    assert "](results/compare/toy-1/fronts.png)" in markdown.page(told, Path())
+    told["figure"] = "results/compare/toy-1/a (1).png"
+    assert "](a%20%281%29.png)" in markdown.page(told, FOLDER)
+    told["figure"] = None
+    assert "![" not in markdown.page(told, FOLDER)
+
+
+def test_nothing_but_failures(compared: Build) -> None:
+    page = markdown.page(compared({}, dead=("x",)), FOLDER)
+    assert "No method finished" in page and len(tables(page)) == 1
+
+
+def test_without_an_optimum(compared: Build) -> None:
+    ranking = tables(markdown.page(compared({"a": 0.2, "b": 0.0}, optimum=False), FOLDER))[0]
+    assert "optimum" not in ranking[0] and "regret" not in ranking[0]

@@ -1,0 +1,92 @@
+"""The terminal's tables."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from moalign.report.table import print_comparison
+
+Build = Callable[..., dict[str, Any]]
+
+
+def printed(told: dict[str, Any], width: int = 80) -> list[str]:
+    text = io.StringIO()
+    print_comparison(Console(file=text, width=width, markup=False, highlight=False, emoji=False), told)
+    return text.getvalue().splitlines()
+
+
+def line_of(lines: list[str], *words: str) -> str:
+    return next(line for line in lines if all(word in line for word in words))
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_it_fits_the_terminal(compared: Build, width: int) -> None:
+    gains = {"preference-prompting": 0.0, "mo-odpo (steps=400, batch=128)": 0.3, "sft": -0.1}
+    lines = printed(compared(gains, dead=("broken",)), width)
+    files = ("figure", "markdown", "json")
+    assert all(len(line) <= min(width, 100) for line in lines if not line.startswith(files))
+
+
+def test_numbers_are_whole_at_80_columns(compared: Build) -> None:
+    told = compared({"best-of-n": 0.1, "mo-odpo": 0.3, "prompting": 0.0, "ric": 0.15, "sft": -0.1})
+    lines = printed(told)
+    assert not any("…" in line for line in lines)
+    for row in told["rows"]:
+        line = line_of(lines, row["label"], f"{row['hypervolume']:.3f}")
+        assert f"[{row['ci'][0]:.3f}, {row['ci'][1]:.3f}]" in line
+        assert f"{100 * row['optimal_share']:.0f} %" in line
+        assert f"{row['indicators']['tau']:.2f}" in line
+    assert "1 min 01 s" in "".join(lines) and "1.36 M" in "".join(lines) and "701 MiB" in "".join(lines)
+
+
+def test_names_are_on_one_line_and_numbers_end_in_one_column(compared: Build) -> None:
+    told = compared({"best-of-n": 0.1, "mo-odpo": 0.3, "prompting": 0.0})
+    lines = printed(told)
+    ends = {line_of(lines, row["label"], f"{row['hypervolume']:.3f}").index("]") for row in told["rows"]}
+    assert len(ends) == 1
+
+
+def test_the_optimum_is_shown_only_when_known(compared: Build) -> None:
+    assert "optimum" in " ".join(printed(compared({"a": 0.1, "b": 0.0})))
+    assert "optimum" not in " ".join(printed(compared({"a": 0.1, "b": 0.0}, optimum=False)))
+
+
+def test_a_failed_method_is_shown(compared: Build) -> None:
+    lines = printed(compared({"a": 0.1, "b": 0.0}, dead=("broken",)))
+    assert line_of(lines, "broken (failed)")
+    assert line_of(lines, "broken seed 0 failed: WorkError: out of | memory")
+
+
+def test_nothing_but_failures(compared: Build) -> None:
+    told = compared({}, dead=("broken",))
+    told["figure"] = None
+    lines = printed(told)
+    assert line_of(lines, "broken seed 0 failed") and line_of(lines, "No method finished")
+    assert not any(line.startswith("figure") for line in lines)
+
+
+def test_leads_say_how_sure_they_are(compared: Build) -> None:
+    lines = printed(compared({"a": 0.1, "b": 0.1, "c": 0.0}))
+    assert "open (above 0 in 50 %)" in line_of(lines, "b", "[0.000, 0.000]")
+    assert "certain" in line_of(lines, "c", "+0.")
+
+
+def test_text_is_printed_as_it_is(compared: Build) -> None:
+    told = compared({"a": 0.1, "b": 0.0})
+    told["rows"][0]["label"] = "a [bold]x[/bold] :smile:"
+    text = io.StringIO()
+    # Even on a console that would read markup.
+    print_comparison(Console(file=text, width=120), told)
+    assert "[bold]x[/bold]" in text.getvalue()
+
+
+def test_verdict_and_files_come_last(compared: Build) -> None:
+    told = compared({"a": 0.3, "b": 0.0})
+    lines = [line for line in printed(told) if line]
+    assert lines[-1].endswith(told["json"]) and lines[-3].endswith(told["figure"])
+    assert told["verdict"][0].split(".")[0][:60] in " ".join(lines)

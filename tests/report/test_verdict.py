@@ -1,0 +1,90 @@
+"""The words: who wins, how sure, and what to keep in mind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from moalign.report import verdict
+
+Build = Callable[..., dict[str, Any]]
+
+
+def test_a_winner_is_named_with_its_lead(compared: Build) -> None:
+    said = compared({"a": 0.3, "b": 0.1, "c": 0.0})["verdict"]
+    assert said[0].startswith("a wins: its hypervolume is above that of each of the 2 others with 95 % certainty")
+    assert "Its lead over b, the next: +0." in said[0]
+
+
+def test_two_methods(compared: Build) -> None:
+    said = compared({"a": 0.3, "b": 0.1})["verdict"]
+    assert "above that of the other method with 95 % certainty. Its lead over b: +0." in said[0]
+
+
+def test_no_winner_says_what_is_open_and_what_is_not(compared: Build) -> None:
+    said = compared({"a": 0.0, "b": 0.0, "c": -0.2})["verdict"]
+    assert said[0] == "No method wins: a and b have the same hypervolume. It is above c with 95 % certainty."
+    told = compared({"a": 0.3, "b": 0.1})
+    told["winner"] = None
+    told["pairs"][0].update(certain=False, difference=0.01, ci=[-0.02, 0.04], p_improve=0.81)
+    assert verdict.sentences(told)[0] == (
+        "No method wins with certainty: a leads, but its lead over b may be chance: +0.010 [-0.020, 0.040], "
+        "above 0 in 81 % of the resamples."
+    )
+
+
+def test_a_leader_that_lost_a_seed(compared: Build) -> None:
+    told = compared({"a": 0.3, "b": 0.1})
+    told["winner"] = None
+    told["rows"][0]["status"] = "partial"
+    told["rows"][0]["runs"].append({"seed": 1, "status": "failed", "error": "burst", "command": ""})
+    said = verdict.sentences(told)
+    assert said[0] == "No method wins: a leads, but not all of its seeds finished."
+    assert "a: 1 of 2 seeds failed" in said[1]
+
+
+def test_failures_are_told(compared: Build) -> None:
+    assert "dead failed and is not ranked." in compared({"a": 0.1, "b": 0.0}, dead=("dead",))["verdict"]
+    said = compared({"a": 0.1}, dead=("x", "y"))["verdict"]
+    assert said[0].startswith("Only a can be judged") and "x and y failed and are not ranked." in said
+    assert compared({}, dead=("x",))["verdict"][0].startswith("No method finished")
+
+
+def test_collapsed_text_is_told(compared: Build) -> None:
+    said = " ".join(compared({"a": 0.3, "b": 0.0}, rates={"a": 0.2, "b": 0.01})["verdict"])
+    assert "a: 20 % of its responses are collapsed" in said and "b: 1 %" not in said
+
+
+def test_a_ranking_that_depends_on_the_reference_point(compared: Build) -> None:
+    told = compared({"a": 0.3, "b": 0.1})
+    assert "reference point" not in " ".join(told["verdict"])
+    told["sensitivity"]["flipped"] = [["a", "b"]]
+    assert "The ranking depends on the reference point: at (-0.1, -0.1) it is b before a." in verdict.sentences(told)
+
+
+def test_seeds_are_told(compared: Build) -> None:
+    assert compared({"a": 0.3, "b": 0.1})["verdict"][-1].startswith("One training seed")
+    assert "3 training seeds" in compared({"a": 0.3, "b": 0.1}, seeds=3)["verdict"][-1]
+
+
+def test_the_lead_is_seen_from_the_first(compared: Build) -> None:
+    told = compared({"a": 0.0, "b": 0.2, "c": 0.1})
+    leads = verdict.lead_over_each(told)
+    assert [lead["other"] for lead in leads] == ["c", "a"]
+    assert all(lead["difference"] > 0 for lead in leads)
+    # The same however a pair is written down.
+    for pair in told["pairs"]:
+        lo, hi = pair["ci"]
+        turned = {"difference": -pair["difference"], "ci": [-hi, -lo], "p_improve": 1 - pair["p_improve"]}
+        pair.update(a=pair["b"], b=pair["a"], **turned)
+    assert [(lead["other"], lead["difference"], lead["ci"]) for lead in verdict.lead_over_each(told)] == [
+        (lead["other"], lead["difference"], lead["ci"]) for lead in leads
+    ]
+
+
+def test_long_lists_are_cut(compared: Build) -> None:
+    gains = {f"m{i}": -0.05 * i for i in range(9)}
+    told = compared(gains)
+    told["winner"] = None
+    told["pairs"][0]["certain"] = False
+    assert "m2, m3, m4, m5 and 3 others" in verdict.sentences(told)[0]

@@ -1,0 +1,277 @@
+"""Rows, pairs, ranking and winner from score matrices alone."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moalign.config.card import EvaluationSpec
+from moalign.errors import WorkError
+from moalign.pareto import indicators
+from moalign.pareto.hypervolume import hypervolume
+from moalign.workflow.evaluate import Evaluation, judge
+from moalign.workflow.standings import Contender, average, standings
+
+GRID = [(0.0, 1.0), (0.5, 0.5), (1.0, 0.0)]
+FRONT = np.array([[0.1, 0.8], [0.6, 0.6], [0.8, 0.1]])
+DRAWS, SEED = 200, 7
+COST = {"tokens_generated": 100, "tokens_trained": 0, "reward_calls": 10, "seconds": 2.0, "peak_memory_bytes": 2**20}
+
+
+def task(optimum: np.ndarray | None = None, ref: tuple[float, float] = (0.0, 0.0), second: float = -0.1) -> Any:
+    return SimpleNamespace(
+        card=SimpleNamespace(
+            evaluation=EvaluationSpec(bootstrap=DRAWS, seed=SEED),
+            reference_point=list(ref),
+            sensitivity_point=[second, second],
+        ),
+        names=["help", "harm"],
+        normaliser=SimpleNamespace(lo=[0.0, 0.0], hi=[1.0, 1.0], unit=np.asarray),
+        eval_prompts=[],
+        optimum=lambda asked, prompts: optimum,
+    )
+
+
+def scores(means: np.ndarray, seed: int = 0, noise: float = 0.2, prompts: int = 60) -> np.ndarray:
+    """Scores ``[prompts, k, m]`` whose means are exactly ``means``; the prompts' noise is shared by equal seeds."""
+    drawn = np.random.default_rng(seed).normal(0, noise, (prompts, *means.shape))
+    return means + drawn - drawn.mean(axis=0)
+
+
+def evaluated(table: np.ndarray, on: Any = None, grid: list[tuple[float, ...]] | None = None) -> Evaluation:
+    told = judge(on or task(), grid or GRID, table)
+    told["quality"] = {"rate": 0.0, "causes": {"short": 0.0}, "mean_length": 20.0, "distinct_3": 1.0}
+    told["cost"] = {"tokens_generated": 500, "reward_calls": 40, "seconds": 1.0}
+    return Evaluation(told, table)
+
+
+def contender(label: str, *tables: np.ndarray, on: Any = None, seeded: bool = True, failed: int = 0) -> Contender:
+    runs = [{"seed": s, "status": "done", "error": None} for s in range(len(tables))]
+    runs += [{"seed": len(tables) + s, "status": "failed", "error": "ValueError: burst"} for s in range(failed)]
+    evaluations = [evaluated(table, on) for table in tables]
+    return Contender(label, label, seeded, list(range(len(tables))), evaluations, [dict(COST) for _ in tables], runs)
+
+
+def stand(*contenders: Contender) -> dict[str, Any]:
+    return standings(contenders, GRID, DRAWS, SEED)
+
+
+def test_rows_are_ranked_by_hypervolume() -> None:
+    told = stand(contender("low", scores(FRONT - 0.2)), contender("high", scores(FRONT, 1)))
+    assert [(row["label"], row["rank"]) for row in told["rows"]] == [("high", 1), ("low", 2)]
+    assert told["rows"][0]["hypervolume"] == pytest.approx(hypervolume(FRONT, [0, 0]))
+
+
+def test_the_interval_of_one_seed_is_the_evaluations_own() -> None:
+    one = contender("a", scores(FRONT))
+    assert stand(one)["rows"][0]["ci"] == one.evaluations[0].told["hypervolume_ci"]
+
+
+def test_identical_runs_differ_by_exactly_nothing() -> None:
+    told = stand(contender("a", scores(FRONT)), contender("b", scores(FRONT)))
+    (pair,) = told["pairs"]
+    assert pair["difference"] == 0 and pair["ci"] == [0, 0] and pair["ci_reflected"] == [0, 0]
+    assert pair["p_improve"] == 0.5 and not pair["certain"]
+    assert told["winner"] is None
+    assert [row["rank"] for row in told["rows"]] == [1, 1]
+
+
+def test_a_difference_between_methods_is_paired_over_prompts() -> None:
+    """What prompts share cancels: a small constant gain is certain though both intervals overlap widely."""
+    told = stand(contender("a", scores(FRONT, noise=0.5)), contender("b", scores(FRONT + 0.02, noise=0.5)))
+    first, second = told["rows"]
+    assert first["ci"][0] < second["hypervolume"] < first["ci"][1]
+    (pair,) = told["pairs"]
+    assert (pair["a"], pair["b"]) == ("b", "a")
+    assert pair["certain"] and pair["ci"][0] > 0 and told["winner"] == "b"
+
+
+def test_a_pair_matches_an_independent_bootstrap() -> None:
+    """A plain loop over resampled prompts agrees with the vectorised one within its noise."""
+    a, b = scores(FRONT + 0.03, 1), scores(FRONT, 2)
+    (pair,) = stand(contender("a", a), contender("b", b))["pairs"]
+    rng = np.random.default_rng(123)
+    drawn = []
+    for _ in range(2000):
+        chosen = rng.integers(len(a), size=len(a))
+        drawn.append(hypervolume(a[chosen].mean(axis=0), [0, 0]) - hypervolume(b[chosen].mean(axis=0), [0, 0]))
+    assert pair["difference"] == pytest.approx(hypervolume(FRONT + 0.03, [0, 0]) - hypervolume(FRONT, [0, 0]))
+    assert pair["ci"] == pytest.approx(np.quantile(drawn, [0.025, 0.975]).tolist(), abs=0.03)
+    assert pair["p_improve"] == pytest.approx(np.mean(np.array(drawn) > 0), abs=0.08)
+
+
+def test_no_winner_when_the_lead_may_be_chance() -> None:
+    a, b, low = scores(FRONT + 0.005, 1, 0.5), scores(FRONT, 2, 0.5), scores(FRONT - 0.4, 3, 0.1)
+    told = stand(contender("a", a), contender("b", b), contender("low", low))
+    assert told["winner"] is None
+    certain = {(pair["a"], pair["b"]): pair["certain"] for pair in told["pairs"]}
+    assert certain == {("a", "b"): False, ("a", "low"): True, ("b", "low"): True}
+
+
+def test_a_winner_beats_every_other_one() -> None:
+    low, mid, top = (contender(name, scores(FRONT + up, i, 0.1)) for i, (name, up) in enumerate(
+        [("low", -0.2), ("mid", 0.0), ("top", 0.2)]
+    ))
+    assert stand(low, mid, top)["winner"] == "top"
+
+
+def test_a_spread_that_is_only_noise_is_not_a_lead() -> None:
+    """Equal policies: one sampled anew for every preference (noise spreads its points), one sampled once.
+
+    The percentile interval alone would call the first one better in most of these trials.
+    """
+    grid = [(i / 10, 1 - i / 10) for i in range(11)]
+    named = percentile = 0
+    for trial in range(10):
+        rng = np.random.default_rng(trial)
+        spread = rng.normal(0.5, 0.5, (60, 11, 2))
+        shared = np.repeat(rng.normal(0.5, 0.5, (60, 1, 2)), 11, axis=1)
+        rows = [
+            Contender(name, name, True, [0], [evaluated(table, grid=grid)], [dict(COST)], [{"status": "done"}])
+            for name, table in (("spread", spread), ("shared", shared))
+        ]
+        told = standings(rows, grid, DRAWS, SEED)
+        (pair,) = told["pairs"]
+        seen = 1 if pair["a"] == "spread" else -1
+        percentile += bool(min(seen * bound for bound in pair["ci"]) > 0)
+        named += told["winner"] == "spread"
+    assert named < percentile
+
+
+def test_alone_there_is_no_winner() -> None:
+    told = stand(contender("a", scores(FRONT)))
+    assert told["winner"] is None and told["pairs"] == []
+
+
+def test_a_failed_method_keeps_its_row() -> None:
+    told = stand(contender("dead", failed=1), contender("a", scores(FRONT)))
+    assert [row["label"] for row in told["rows"]] == ["a", "dead"]
+    dead = told["rows"][1]
+    assert dead["status"] == "failed" and dead["error"] == "ValueError: burst" and dead["rank"] is None
+    assert set(dead) == set(told["rows"][0])
+
+
+def test_all_failed() -> None:
+    told = stand(contender("dead", failed=2))
+    assert told["rows"][0]["status"] == "failed"
+    assert told["winner"] is None and told["optimum"] is None and told["sensitivity"] is None
+
+
+def test_a_method_that_lost_a_seed_does_not_win() -> None:
+    top = contender("top", scores(FRONT + 0.2, 1, 0.1), failed=1)
+    told = stand(top, contender("low", scores(FRONT, 2, 0.1)))
+    assert told["rows"][0]["status"] == "partial" and told["rows"][0]["error"] == "ValueError: burst"
+    assert told["pairs"][0]["certain"] and told["winner"] is None
+
+
+# --- seeds ------------------------------------------------------------------------------------------------------
+
+
+def test_seeds_are_averaged_and_widen_the_interval() -> None:
+    shifts = (-0.1, 0.0, 0.15)
+    three = contender("a", *(scores(FRONT + shift, noise=0.05) for shift in shifts))
+    one = contender("b", scores(FRONT, noise=0.05))
+    rows = {row["label"]: row for row in stand(three, one)["rows"]}
+    volumes = [hypervolume(FRONT + shift, [0, 0]) for shift in shifts]
+    assert rows["a"]["hypervolume_by_seed"] == pytest.approx(volumes)
+    assert rows["a"]["hypervolume"] == pytest.approx(np.mean(volumes))
+    assert rows["a"]["hypervolume_median"] == pytest.approx(volumes[1])
+    width = {label: row["ci"][1] - row["ci"][0] for label, row in rows.items()}
+    assert width["a"] > 2 * width["b"]
+
+
+def test_points_over_seeds() -> None:
+    three = contender("a", *(scores(FRONT + shift, noise=0.05) for shift in (-0.1, 0.0, 0.1)))
+    points = stand(three)["rows"][0]["points"]
+    assert [tuple(point["prefs"]) for point in points] == GRID
+    assert np.array([point["mean"] for point in points]) == pytest.approx(FRONT)
+    for point, mean in zip(points, FRONT, strict=True):
+        for (lo, hi), value in zip(point["ci"], mean, strict=True):
+            assert lo < value < hi and hi - lo > 0.1
+
+
+def test_different_seeds_are_compared_on_those_both_have() -> None:
+    a = contender("a", scores(FRONT, 1), scores(FRONT + 0.3, 2))
+    b = contender("b", scores(FRONT, 1))
+    told = stand(a, b)
+    (pair,) = told["pairs"]
+    assert pair["seeds"] == [0]
+    assert pair["difference"] == 0 and pair["ci"] == [0, 0]
+
+
+def test_a_method_without_training_stands_for_every_seed() -> None:
+    three = contender("a", *(scores(FRONT + 0.2, seed, 0.05) for seed in range(3)))
+    base = contender("base", scores(FRONT, 9, 0.05), seeded=False)
+    told = stand(three, base)
+    (pair,) = told["pairs"]
+    assert pair["seeds"] == [0, 1, 2]
+    assert pair["difference"] == pytest.approx(told["rows"][0]["hypervolume"] - told["rows"][1]["hypervolume"])
+    assert told["winner"] == "a"
+
+
+# --- the rest of a row ------------------------------------------------------------------------------------------
+
+
+def test_the_reference_point_can_turn_the_ranking_round() -> None:
+    """METRICS: {(.9,.2),(.2,.9)} against {(.6,.6)} gives .32 / .36 at 0 and 1.47 / 1.21 at -.5."""
+    on = task(second=-0.5)
+    wide = contender("wide", scores(np.array([[0.2, 0.9], [0.55, 0.0], [0.9, 0.2]])), on=on)
+    middle = contender("middle", scores(np.array([[0.6, 0.6]] * 3)), on=on)
+    told = stand(wide, middle)
+    assert [row["label"] for row in told["rows"]] == ["middle", "wide"]
+    assert [row["hypervolume"] for row in told["rows"]] == pytest.approx([0.36, 0.32])
+    assert [row["sensitivity_hypervolume"] for row in told["rows"]] == pytest.approx([1.21, 1.47])
+    assert told["sensitivity"] == {
+        "ref": [-0.5, -0.5],
+        "ranking": ["wide", "middle"],
+        "flips": True,
+        "flipped": [["middle", "wide"]],
+    }
+
+
+def test_shares_of_a_known_optimum() -> None:
+    best = FRONT + 0.2
+    told = stand(contender("a", scores(FRONT), on=task(best)))
+    row, most = told["rows"][0], hypervolume(best, [0, 0])
+    assert told["optimum"]["hypervolume"] == pytest.approx(most)
+    assert row["optimal_share"] == pytest.approx(row["hypervolume"] / most)
+    assert row["optimal_share_ci"] == pytest.approx([bound / most for bound in row["ci"]])
+    assert told["igd_plus_to"] == "optimum"
+
+
+def test_without_an_optimum_the_distance_is_to_the_best_of_all() -> None:
+    high, low = FRONT + 0.1, FRONT - 0.1
+    told = stand(contender("high", scores(high)), contender("low", scores(low)))
+    assert told["igd_plus_to"] == "union front" and told["optimum"] is None
+    distances = [row["indicators"]["igd_plus"] for row in told["rows"]]
+    assert distances == pytest.approx([0.0, indicators.igd_plus(low, high)])
+    assert told["rows"][0]["optimal_share"] is None
+
+
+def test_cost_is_told_in_common_units() -> None:
+    row = stand(contender("a", scores(FRONT), scores(FRONT, 1)))["rows"][0]
+    assert {key: row["cost"][key] for key in COST} == COST
+    assert row["cost"]["answering"] == {"tokens_generated": 500, "reward_calls": 40, "seconds": 1.0}
+    per = row["hypervolume_per_cost"]
+    assert per["seconds"] == pytest.approx(row["hypervolume"] / 2) and per["tokens_trained"] is None
+
+
+def test_other_preferences_are_marked() -> None:
+    two = [GRID[0], GRID[2]]
+    table = scores(FRONT[[0, 2]])
+    own = Contender("own", "own", True, [0], [evaluated(table, grid=two)], [dict(COST)], [{"status": "done"}])
+    told = stand(own, contender("a", scores(FRONT)))
+    assert {row["label"]: row["own_preferences"] for row in told["rows"]} == {"a": False, "own": True}
+
+
+def test_evaluations_that_cannot_be_paired_are_refused() -> None:
+    with pytest.raises(WorkError, match="b answered 40, a answered 60"):
+        stand(contender("a", scores(FRONT)), contender("b", scores(FRONT, prompts=40)))
+
+
+def test_average() -> None:
+    rows = [{"a": 1, "b": {"c": [1.0, 3.0]}, "d": None}, {"a": 2, "b": {"c": [3.0, 5.0]}, "d": 1.0}]
+    assert average(rows) == {"a": 1.5, "b": {"c": [2.0, 4.0]}, "d": None}
