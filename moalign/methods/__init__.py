@@ -1,0 +1,1 @@
+"""Alignment methods: one file each. See :mod:`moalign.methods.base` for the contract."""

@@ -1,0 +1,224 @@
+"""RiC: Rewards-in-Context.
+
+Source: arXiv 2402.10207 (ICML 2024); facts of the public code YangRui2015/RiC are marked "code".
+
+Offline stage: every scored response becomes a training row whose prompt carries the scores that it obtained,
+``{x} <rm1_score> {z1} <rm2_score> {z2} {marker} {y}``, z standardised and printed with one decimal (code); loss on the
+response only.
+
+Online rounds (code): draw prompts with replacement and targets on the upper-right boundary of the reward box (u uniform
+within the bounds; its smallest coordinate stays, every other one becomes its maximum); generate; drop collapsed
+samples; score; relabel every sample with the scores it obtained; filter; continue training on what passed, over all
+rounds, together with an equally filtered random part of the offline set.
+
+Inference (code): a preference becomes desired rewards by one of three maps, :func:`desired_rewards`.
+
+Choices of ours: the bounds are the 0.5 % and 99.5 % quantiles of the calibration data's scores (the public code takes
+the extremes of random normal draws, which change from run to run); the "smallest coordinate" is smallest relative to
+its bounds; standardisation uses the task's frozen normaliser instead of the training set's own mean and deviation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from moalign.config.strict import Strict
+from moalign.errors import RequestError
+from moalign.methods.base import Capabilities, Job, RunContext
+from moalign.preferences import Preference
+from moalign.training.settings import SftConfig
+
+if TYPE_CHECKING:
+    from moalign.policies.policy import Policy
+
+Matrix = NDArray[np.float64]
+MapName = Literal["l2", "linf", "linear"]
+
+
+class Config(Strict):
+    """Settings of RiC."""
+
+    offline: SftConfig = SftConfig(steps=20_000, batch=8, lr=1.414e-4, schedule="linear", weight_decay=0.01)
+    online: SftConfig = SftConfig(steps=4_000, batch=8, lr=1e-5, schedule="constant", weight_decay=0.01)
+    """Each round's training."""
+    online_rounds: int = Field(default=1, ge=0)
+    online_prompts: int = Field(default=20_000, ge=1)
+    """Prompts drawn in each round."""
+    offline_part: int = Field(default=10_000, ge=0)
+    """Offline rows that are mixed in, after the same filter."""
+    temperature: float = Field(default=0.7, gt=0)
+    top_p: float = Field(default=0.9, gt=0, le=1)
+    filter: Literal["any_quantile", "nondominated"] = "any_quantile"
+    """any_quantile (code): some z_i reaches its own quantile; nondominated (paper): the first layers."""
+    quantile: float = Field(default=0.7, ge=0, lt=1)
+    keep_share: float = Field(default=0.3, gt=0, le=1)
+    """nondominated: layers are kept until they hold at least this share of the samples."""
+    preference_map: MapName = "l2"
+
+
+class Ric:
+    """One policy, steered by the desired rewards written into the prompt."""
+
+    name: ClassVar[str] = "ric"
+    summary: ClassVar[str] = "SFT on scores in the prompt, then on its own filtered samples (arXiv 2402.10207)"
+    capabilities: ClassVar[Capabilities] = Capabilities(needs_online_rewards=True)
+    Config: ClassVar[type[Config]] = Config
+    quick: ClassVar[dict[str, Any]] = {
+        "offline": {"steps": 3, "batch": 4, "max_tokens": 128},
+        "online": {"steps": 2, "batch": 4, "max_tokens": 128},
+        "online_prompts": 24,
+        "offline_part": 24,
+    }
+
+    def train(self, job: Job) -> None:
+        """Train both stages; resumes at the stage and step that an interruption left."""
+        from moalign.policies import adapters
+        from moalign.training.sft import train_sft
+
+        config: Config = job.config
+        scored = job.task.scored()
+        z = job.panel.z(scored.raw)
+        lm = job.task.language_model
+        adapters.attach(lm, job.policy_spec.lora, job.seed)
+        stages = [f"round-{number}" for number in range(1, config.online_rounds + 1)]
+        if not job.stage_done("offline", lm):
+            texts = [job.task.renderer.scores(p, s) for p, s in zip(scored.prompts, z, strict=True)]
+            train_sft(job, lm, texts, scored.responses, config.offline, "offline")
+            job.finish_stage("offline", lm)
+        for number, stage in enumerate(stages):
+            if job.stage_done(stage, lm):
+                continue
+            texts, responses = self._round_rows(job, lm, scored, z, number)
+            train_sft(job, lm, texts, responses, config.online, stage)
+            job.finish_stage(stage, lm)
+        adapters.save(lm, job.run.path / "adapter")
+        adapters.drop(lm)
+
+    def policy(self, context: RunContext, preference: Preference) -> Policy:
+        """Return the trained model asked for the rewards that the preference maps to."""
+        from functools import partial
+
+        from moalign.policies.policy import Policy
+        from moalign.policies.prompted import trained
+
+        wanted = desired_rewards(preference, context.task.normaliser.z_bounds(), context.config.preference_map)
+        return Policy(trained(context), partial(context.task.renderer.scores, scores=wanted.tolist()))
+
+    def _round_rows(self, job: Job, lm: Any, scored: Any, z: Matrix, number: int) -> tuple[list[str], list[str]]:
+        """Return the training rows of a round: filtered samples of all rounds so far and of the offline set."""
+        import pandas as pd
+
+        from moalign.training.seeds import derive
+
+        config: Config = job.config
+        tables = [self._samples(job, lm, earlier) for earlier in range(number + 1)]
+        table = pd.concat(tables, ignore_index=True)
+        own = table[[f"z:{name}" for name in job.task.names]].to_numpy()
+        kept = keep(own, config)
+        rng = np.random.default_rng(derive(job.seed, "ric", number, "offline part"))
+        some = rng.permutation(len(z))[: config.offline_part]
+        mixed = some[keep(z[some], config)] if len(some) else some
+        job.notes[f"round-{number + 1}"] = {
+            "samples": len(own),
+            "kept": int(kept.sum()),
+            "offline_kept": len(mixed),
+            "collapsed": int(table["collapsed"].max()),
+        }
+        prompts = [*table["prompt"][kept], *(scored.prompts[i] for i in mixed)]
+        responses = [*table["response"][kept], *(scored.responses[i] for i in mixed)]
+        told = np.concatenate([own[kept], z[mixed]])
+        render = job.task.renderer.scores
+        return [render(prompt, scores) for prompt, scores in zip(prompts, told, strict=True)], responses
+
+    def _samples(self, job: Job, lm: Any, number: int) -> Any:
+        """Return a round's own samples with the scores they obtained; sampled once and kept in the run."""
+        import pandas as pd
+
+        from moalign.pareto.quality import collapse
+        from moalign.policies.policy import ModelGenerator, Policy, respond_all
+        from moalign.policies.sampler import Sampling
+        from moalign.training.seeds import derive
+
+        name, stage = f"samples-{number + 1}", f"sampling-{number + 1}"
+        if job.stage_done(stage):
+            return job.run.read_table(name)
+        config: Config = job.config
+        rng = np.random.default_rng(derive(job.seed, "ric", number, "targets"))
+        pool = job.task.prompts["train"]
+        prompts = [pool[i] for i in rng.integers(len(pool), size=config.online_prompts)]
+        targets = boundary_targets(rng, job.task.normaliser.z_bounds(), len(prompts))
+        texts = [job.task.renderer.scores(p, t) for p, t in zip(prompts, targets, strict=True)]
+        limits: Sampling = job.task.sampling(derive(job.seed, "ric", number, "samples"), config.temperature)
+        limits = Sampling(**{**vars(limits), "top_p": config.top_p})
+        done = 0
+
+        def moved(count: int) -> None:
+            nonlocal done
+            done += count
+            job.say(stage, done, len(texts))
+
+        # The texts are rendered already: each has its own target.
+        answers = respond_all([Policy(ModelGenerator(lm, "policy"), lambda text: text)], texts, limits, moved)
+        job.meter.add_tokens_generated(answers.tokens)
+        responses = answers.responses[0]
+        whole = [i for i, response in enumerate(responses) if not collapse(response.split())]
+        if not whole:
+            raise RequestError(
+                f"{stage}: all {len(responses)} samples collapsed (too short or repeating); train the offline stage longer"
+            )
+        z = job.panel.z(job.panel.score([prompts[i] for i in whole], [responses[i] for i in whole]))
+        table = pd.DataFrame({"prompt": [prompts[i] for i in whole], "response": [responses[i] for i in whole]})
+        for column, objective in enumerate(job.task.names):
+            table[f"z:{objective}"] = z[:, column]
+        table["collapsed"] = len(responses) - len(whole)
+        job.run.write_table(name, table)
+        job.finish_stage(stage)
+        return table
+
+
+def boundary_targets(rng: np.random.Generator, bounds: Matrix, count: int) -> Matrix:
+    """Draw targets on the upper-right boundary of the reward box.
+
+    u is uniform within ``bounds`` ``[objectives, 2]``; the coordinate that is smallest relative to its bounds
+    stays, every other one becomes its maximum. Returns ``[count, objectives]``.
+    """
+    relative = rng.random((count, len(bounds)))
+    smallest = relative.argmin(axis=1)
+    relative_kept = np.ones_like(relative)
+    every = np.arange(count)
+    relative_kept[every, smallest] = relative[every, smallest]
+    return bounds[:, 0] + relative_kept * (bounds[:, 1] - bounds[:, 0])
+
+
+def desired_rewards(preference: Sequence[float], bounds: Matrix, name: MapName) -> Matrix:
+    """Map a preference to desired rewards ``[objectives]`` within ``bounds`` ``[objectives, 2]`` (code).
+
+    ``l2``: ``lo_i + w_i/||w||_2 * (hi_i - lo_i)``; ``linf``: the largest w_i gets hi_i, the others
+    ``lo_i + min(m * w_i, 1) * (hi_i - lo_i)``; ``linear``: ``lo_i + w_i * (hi_i - lo_i)``.
+    """
+    w = np.asarray(preference, dtype=np.float64)
+    if name == "l2":
+        share = w / np.linalg.norm(w)
+    elif name == "linf":
+        share = np.where(w == w.max(), 1.0, np.minimum(len(w) * w, 1.0))
+    else:
+        share = w
+    return bounds[:, 0] + share * (bounds[:, 1] - bounds[:, 0])
+
+
+def keep(z: Matrix, config: Config) -> NDArray[np.bool_]:
+    """Return which samples pass the filter, ``[samples]``; see :class:`Config`."""
+    if config.filter == "any_quantile":
+        passed: NDArray[np.bool_] = (z >= np.quantile(z, config.quantile, axis=0)).any(axis=1)
+        return passed
+    from moalign.pareto.front import layers
+
+    layer = layers(z)
+    sizes = np.bincount(layer).cumsum()
+    last = int(np.searchsorted(sizes, int(np.ceil(config.keep_share * len(z)))))
+    return np.asarray(layer <= last)

@@ -1,0 +1,54 @@
+"""SFT: the base fine-tuned on the task's responses, unsteered. It anchors every table.
+
+With ``steps: 0`` the base itself answers. A preference does not reach the policy: it answers every one alike.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from moalign.methods.base import Capabilities, Job, RunContext
+from moalign.preferences import Preference
+from moalign.training.settings import SftConfig
+
+if TYPE_CHECKING:
+    from moalign.policies.policy import Policy
+
+
+class Config(SftConfig):
+    """Settings of the supervised stage."""
+
+    steps: int = 0
+
+
+class Sft:
+    """One unsteered policy."""
+
+    name: ClassVar[str] = "sft"
+    summary: ClassVar[str] = "the base fine-tuned on the task's responses (steps: 0: the base itself), unsteered"
+    capabilities: ClassVar[Capabilities] = Capabilities(steerable=True)
+    Config: ClassVar[type[Config]] = Config
+    quick: ClassVar[dict[str, Any]] = {"steps": 3, "batch": 4, "max_tokens": 128}
+
+    def train(self, job: Job) -> None:
+        """Fine-tune on every scored response of the training split, as it is."""
+        from moalign.policies import adapters
+        from moalign.training.sft import train_sft
+
+        _ = job.task.normaliser
+        if job.config.steps == 0:
+            return
+        scored, render = job.task.scored(), job.task.renderer.plain
+        lm = job.task.language_model
+        adapters.attach(lm, job.policy_spec.lora, job.seed)
+        train_sft(job, lm, [render(prompt) for prompt in scored.prompts], scored.responses, job.config, "sft")
+        adapters.save(lm, job.run.path / "adapter")
+        adapters.drop(lm)
+
+    def policy(self, context: RunContext, preference: Preference) -> Policy:
+        """Return the policy, whatever the preference."""
+        from moalign.policies.policy import Policy
+        from moalign.policies.prompted import base, trained
+
+        generator = trained(context) if context.config.steps else base(context)
+        return Policy(generator, context.task.renderer.plain)

@@ -1,0 +1,1 @@
+"""Policies: a language model, its adapters, and how a preference reaches it."""

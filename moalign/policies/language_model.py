@@ -1,0 +1,184 @@
+"""A causal language model with its tokenizer, loaded safely, and its token log-probabilities."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from moalign import model_folder
+from moalign.errors import RequestError
+
+WHERE = "task.model"
+"""How messages name the place of the policy's model; ``--set task.model=FOLDER`` sets it."""
+
+TINY = 20_000_000
+"""Models below this many parameters run on one thread: two are up to ten times slower on a busy machine."""
+
+
+@dataclass
+class LanguageModel:
+    """A loaded model. ``model`` may be wrapped by peft; the base weights are frozen and shared."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    source: str
+    fingerprint: str
+    device: torch.device
+
+    @property
+    def eos(self) -> int:
+        """The id of the end token."""
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def pad(self) -> int:
+        """The id used for padding (always masked)."""
+        return int(self.tokenizer.pad_token_id)
+
+    def encode(self, texts: Sequence[str], max_tokens: int | None = None) -> list[list[int]]:
+        """Return the token ids of prompts, with a begin token where the tokenizer has one, no end token.
+
+        ``max_tokens`` cuts on the left, so that the end of a dialogue stays.
+        """
+        bos = self.tokenizer.bos_token_id
+        head = [] if bos is None else [int(bos)]
+        rows = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        if max_tokens is not None:
+            rows = [row[-(max_tokens - len(head)) :] for row in rows]
+        return [head + row for row in rows]
+
+    def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """Return the text of response tokens without special tokens."""
+        return [
+            text.strip()
+            for text in self.tokenizer.batch_decode(
+                [list(row) for row in rows], skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        ]
+
+
+def load(source: str, revision: str | None = None, dtype: str = "float32", device: str | None = None) -> LanguageModel:
+    """Load a causal language model from a folder or hub id (safetensors only, no remote code).
+
+    Raises RequestError for a folder without whole safetensors weights, without tokenizer, or a hub id
+    that cannot be reached.
+    """
+    path = model_folder.resolve(source, revision, WHERE)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise RequestError(f"model {path}: its tokenizer cannot be loaded ({_first_line(error)})") from None
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, use_safetensors=True, trust_remote_code=False, dtype=getattr(torch, dtype)
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise RequestError(f"model {path}: it cannot be loaded as a causal language model ({_first_line(error)})") from None
+    return wrap(model, tokenizer, source=source, fingerprint=model_folder.fingerprint(path, WHERE), device=device)
+
+
+def wrap(
+    model: Any, tokenizer: PreTrainedTokenizerBase, source: str, fingerprint: str, device: str | None = None
+) -> LanguageModel:
+    """Freeze a model, settle its padding token and put it on its device."""
+    if tokenizer.eos_token_id is None:
+        raise RequestError(f"model {source}: its tokenizer has no end token, which responses need")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model.to(place).eval().requires_grad_(False)
+    return LanguageModel(model, tokenizer, source, fingerprint, place)
+
+
+def set_threads(parameters: int) -> int:
+    """Choose the number of CPU threads by model size and return it; OMP_NUM_THREADS or MOALIGN_THREADS wins."""
+    told = os.environ.get("MOALIGN_THREADS") or os.environ.get("OMP_NUM_THREADS")
+    threads = int(told) if told and told.isdigit() and int(told) > 0 else (1 if parameters < TINY else os.cpu_count() or 1)
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+    return threads
+
+
+@contextlib.contextmanager
+def reference_mode(lm: LanguageModel) -> Iterator[None]:
+    """Within the block the base answers: adapters are off (no second copy of the base).
+
+    The layers are switched directly: peft's own context manager walks the whole model twice, which costs
+    more than a forward pass of a tiny model.
+    """
+    tuner = getattr(lm.model, "base_model", None)
+    if not hasattr(tuner, "disable_adapter_layers"):
+        yield
+        return
+    tuner.disable_adapter_layers()
+    try:
+        yield
+    finally:
+        tuner.enable_adapter_layers()
+
+
+def positions(attention_mask: Tensor) -> Tensor:
+    """Return position ids that do not count padding, on either side; int ``[batch, length]``."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
+
+
+@dataclass
+class TokenOutputs:
+    """What one forward pass says of the last ``T`` tokens of each row."""
+
+    logps: Tensor
+    """log pi of each token, ``[batch, T]``; 0 outside the mask."""
+    entropy: Tensor
+    """Entropy of the distribution each token was drawn from, in nats, ``[batch, T]``; no gradient."""
+    hidden: Tensor | None = None
+    """Last hidden state before each token, ``[batch, T, width]``, when asked for."""
+
+
+def token_outputs(
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    response_mask: Tensor,
+    temperature: float = 1.0,
+    hidden: bool = False,
+) -> TokenOutputs:
+    """Log-probabilities of the tokens that ``response_mask`` marks, padding on either side.
+
+    Args:
+        input_ids, attention_mask: ``[batch, length]``.
+        response_mask: ``[batch, T]`` over the last ``T <= length - 1`` columns; True on response tokens, the end
+            token included. Prompt and padding tokens get 0.
+        temperature: the sampler's temperature; log-probabilities are of the very distribution sampled from.
+        hidden: also return the hidden states that predicted the tokens (for value heads).
+    """
+    width = response_mask.shape[1]
+    output = model(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=positions(attention_mask),
+        logits_to_keep=width + 1,
+        output_hidden_states=hidden,
+        use_cache=False,
+    )
+    logits = output.logits[:, -(width + 1) : -1].float()
+    if temperature != 1.0:
+        logits = logits / temperature
+    log_probs = torch.log_softmax(logits, dim=-1)
+    chosen = log_probs.gather(-1, input_ids[:, -width:].unsqueeze(-1)).squeeze(-1)
+    with torch.no_grad():
+        entropy = -(log_probs.exp() * log_probs).sum(-1)
+    states = output.hidden_states[-1][:, -(width + 1) : -1] if hidden else None
+    # where() instead of a product: an impossible padding token has log-probability -inf, and -inf * 0 is NaN.
+    zero = torch.zeros((), dtype=chosen.dtype, device=chosen.device)
+    return TokenOutputs(torch.where(response_mask, chosen, zero), torch.where(response_mask, entropy, zero), states)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:200]

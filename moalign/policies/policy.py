@@ -1,0 +1,127 @@
+"""What a trained method hands back: something that answers prompts for one preference.
+
+Policies that read their preference from the prompt share one :class:`Generator`; :func:`respond_all` therefore
+answers a whole preference grid in batched passes instead of one pass per preference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from moalign.policies.sampler import Sampling, generate
+
+if TYPE_CHECKING:
+    from moalign.policies.language_model import LanguageModel
+
+Chooser = Callable[[Sequence[str], Sequence[Sequence[str]]], Sequence[int]]
+"""``choose(prompts, candidates[prompts][samples]) -> indices``: how best-of-n picks its answers."""
+
+Progress = Callable[[int], None]
+
+
+class Generator(Protocol):
+    """A source of text: a language model in a certain state (adapters on or off, mixed, ...)."""
+
+    def generate(self, texts: Sequence[str], rows: Sequence[int], sampling: Sampling) -> tuple[list[str], int]:
+        """Return one response per text and the number of tokens sampled; ``rows`` fix the randomness."""
+        ...
+
+
+@dataclass(eq=False)
+class ModelGenerator:
+    """A language model with one of its adapters, or the bare base (``adapter=None``)."""
+
+    lm: LanguageModel
+    adapter: str | None = None
+
+    def generate(self, texts: Sequence[str], rows: Sequence[int], sampling: Sampling) -> tuple[list[str], int]:
+        """See :class:`Generator`. The adapter is made active first, whatever ran on the model before."""
+        from moalign.policies.adapters import merged
+        from moalign.policies.language_model import reference_mode
+
+        if self.adapter is None:
+            with reference_mode(self.lm):
+                return generate(self.lm, texts, rows, sampling)
+        self.lm.model.set_adapter(self.adapter)
+        with merged(self.lm):
+            return generate(self.lm, texts, rows, sampling)
+
+
+@dataclass(eq=False)
+class Policy:
+    """Answers prompts for one preference.
+
+    ``render`` turns a bare prompt into what the generator reads; with ``samples > 1`` that many candidates are
+    drawn and ``choose`` picks one.
+    """
+
+    generator: Generator
+    render: Callable[[str], str]
+    samples: int = 1
+    choose: Chooser | None = None
+
+    def respond(self, prompts: Sequence[str], sampling: Sampling) -> list[str]:
+        """Return one response for each bare prompt."""
+        return respond_all([self], prompts, sampling).responses[0]
+
+
+@dataclass
+class Answers:
+    """Responses of several policies to the same prompts."""
+
+    responses: list[list[str]]
+    """``[policies][prompts]``."""
+    tokens: int
+    """Tokens sampled; a text that several policies share is sampled once."""
+
+
+def respond_all(policies: Sequence[Policy], prompts: Sequence[str], sampling: Sampling, progress: Progress | None = None) -> Answers:
+    """Answer every prompt with every policy in batched passes, one per distinct generator.
+
+    Prompt ``i`` draws from the same random numbers whatever the policy (common random numbers), and policies
+    whose rendered prompts agree share the sample: an unsteered policy answers every preference alike.
+    """
+    wanted: dict[int, dict[tuple[str, int], int]] = {}
+    generators: dict[int, Generator] = {}
+    for policy in policies:
+        requests = wanted.setdefault(id(policy.generator), {})
+        generators[id(policy.generator)] = policy.generator
+        for i, prompt in enumerate(prompts):
+            text = policy.render(prompt)
+            for sample in range(policy.samples):
+                requests.setdefault((text, i + sample * len(prompts)), len(requests))
+    drawn: dict[int, list[str]] = {}
+    tokens = 0
+    for key, requests in wanted.items():
+        drawn[key], count = _in_chunks(generators[key], list(requests), sampling, progress)
+        tokens += count
+    responses = []
+    for policy in policies:
+        requests, texts = wanted[id(policy.generator)], drawn[id(policy.generator)]
+        rendered = [policy.render(prompt) for prompt in prompts]
+        candidates = [
+            [texts[requests[text, i + sample * len(prompts)]] for sample in range(policy.samples)]
+            for i, text in enumerate(rendered)
+        ]
+        picked = policy.choose(prompts, candidates) if policy.choose else [0] * len(prompts)
+        responses.append([row[index] for row, index in zip(candidates, picked, strict=True)])
+    return Answers(responses, tokens)
+
+
+def _in_chunks(
+    generator: Generator, requests: list[tuple[str, int]], sampling: Sampling, progress: Progress | None
+) -> tuple[list[str], int]:
+    """Generate in chunks of several batches, so that a progress bar moves and length sorting still pays."""
+    chunk = sampling.batch_size * 4
+    texts: list[str] = []
+    tokens = 0
+    for start in range(0, len(requests), chunk):
+        part = requests[start : start + chunk]
+        answers, count = generator.generate([text for text, _ in part], [row for _, row in part], sampling)
+        texts += answers
+        tokens += count
+        if progress is not None:
+            progress(len(part))
+    return texts, tokens

@@ -1,0 +1,40 @@
+"""Policies that read their preference from the prompt: the base or one adapter, shared by every preference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Literal
+
+from moalign.policies import adapters
+from moalign.policies.policy import ModelGenerator, Policy
+
+if TYPE_CHECKING:
+    from moalign.methods.base import RunContext
+
+
+def trained(context: RunContext, folder: str = "adapter") -> ModelGenerator:
+    """Return the run's trained model; loaded once, so that all policies of a run share one generator."""
+    key = f"generator:{folder}"
+    if key not in context.cache:
+        lm = context.task.language_model
+        name = f"run_{context.run.record.run_id}_{folder.replace('-', '_')}"
+        adapters.load(lm, context.run.path / folder, name)
+        context.cache[key] = ModelGenerator(lm, name)
+    generator: ModelGenerator = context.cache[key]
+    return generator
+
+
+def base(context: RunContext) -> ModelGenerator:
+    """Return the bare base as a generator, one per run."""
+    if "base" not in context.cache:
+        context.cache["base"] = ModelGenerator(context.task.language_model)
+    generator: ModelGenerator = context.cache["base"]
+    return generator
+
+
+def conditioned(
+    context: RunContext, preference: Sequence[float], style: Literal["percent", "fraction"] = "percent"
+) -> Policy:
+    """Return the trained model asked with the preference written beside the prompt."""
+    return Policy(trained(context), partial(context.task.renderer.preference, weights=tuple(preference), style=style))

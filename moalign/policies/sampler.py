@@ -1,0 +1,209 @@
+"""Sampling from a language model: one plain loop that returns log-probabilities as it samples.
+
+Every row is drawn by inverting its cumulative distribution at given uniform numbers. Two policies that are
+given the same numbers therefore differ only where their distributions do (common random numbers), and a
+sample does not depend on the batch it was computed in.
+
+The sampler draws from the full distribution (temperature apart): no minimum length, no top-k; ``top_p`` is for
+evaluation and RiC's own samples only. Truncating while training on full log-probabilities lets a policy drift
+where the sampler never looks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from moalign.policies.language_model import LanguageModel, positions
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample. ``seed`` and the row numbers fix every random number."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+    batch_size: int = 256
+    max_prompt_tokens: int = 512
+    stop: tuple[str, ...] = ()
+
+
+@dataclass
+class Samples:
+    """Sampled responses, aligned for training: prompts padded on the left, responses on the right."""
+
+    input_ids: Tensor
+    """``[rows, prompt + T]``."""
+    attention_mask: Tensor
+    """``[rows, prompt + T]``; 0 on padding of either side."""
+    response_mask: Tensor
+    """Bool ``[rows, T]`` over the last T columns; True on response tokens, the end token included."""
+    logps: Tensor
+    """log pi of each sampled token under the sampled distribution, ``[rows, T]``; 0 outside the mask."""
+
+    @property
+    def tokens(self) -> int:
+        """Number of sampled tokens."""
+        return int(self.response_mask.sum())
+
+
+def uniforms(seed: int, rows: Sequence[int], length: int) -> Tensor:
+    """Return uniform numbers ``[rows, length]``; row ``r`` depends on ``(seed, r)`` alone."""
+    drawn = {row: np.random.default_rng([seed, row]).random(length) for row in set(rows)}
+    return torch.from_numpy(np.stack([drawn[row] for row in rows]))
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return ``(input_ids, attention_mask)``, both ``[rows, longest]``, padded on the left."""
+    longest = max(len(row) for row in rows)
+    ids = torch.full((len(rows), longest), pad, dtype=torch.long)
+    mask = torch.zeros((len(rows), longest), dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, longest - len(row) :] = torch.tensor(row)
+        mask[i, longest - len(row) :] = 1
+    return ids.to(device), mask.to(device)
+
+
+@torch.no_grad()
+def sample(
+    lm: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    numbers: Tensor,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    repeat: int = 1,
+) -> Samples:
+    """Sample ``repeat`` responses for each tokenised prompt in one batch; prompts are read once.
+
+    Row ``i * repeat + j`` of the result is response ``j`` to prompt ``i``.
+
+    Args:
+        prompts: token ids per prompt, not padded.
+        numbers: uniform numbers ``[rows, max_new_tokens]``; column ``t`` draws token ``t``.
+        temperature: 0 is greedy.
+        top_p: nucleus; 1 draws from the whole distribution.
+    """
+    model = lm.model
+    read, read_mask = pad_left(prompts, lm.pad, lm.device)
+    ids, mask = read.repeat_interleave(repeat, dim=0), read_mask.repeat_interleave(repeat, dim=0)
+    count, longest = ids.shape
+    steps = numbers.shape[1]
+    numbers = numbers.to(lm.device)
+    cache = DynamicCache(config=model.config)
+    # The whole mask is allocated once; each step sees a growing view of it.
+    whole = torch.cat([mask, torch.zeros((count, steps), dtype=mask.dtype, device=lm.device)], dim=1)
+    tokens = torch.full((count, steps), lm.pad, dtype=torch.long, device=lm.device)
+    logps = torch.zeros((count, steps), dtype=torch.float32, device=lm.device)
+    alive = torch.ones(count, dtype=torch.bool, device=lm.device)
+    logits = _forward(model, read, read_mask, positions(read_mask), cache)
+    if repeat > 1:
+        cache.batch_repeat_interleave(repeat)
+        logits = logits.repeat_interleave(repeat, dim=0)
+    place = positions(mask)[:, -1:]
+    used = 0
+    for step in range(steps):
+        if step:
+            place = place + 1
+            logits = _forward(model, tokens[:, step - 1 : step], whole[:, : longest + step], place, cache)
+        chosen, logp = draw(logits, numbers[:, step], temperature, top_p)
+        tokens[:, step] = torch.where(alive, chosen, lm.pad)
+        logps[:, step] = torch.where(alive, logp, torch.zeros_like(logp))
+        whole[:, longest + step] = alive.long()
+        alive = alive & (chosen != lm.eos)
+        used = step + 1
+        if not bool(alive.any()):
+            break
+    attention = whole[:, : longest + used]
+    return Samples(
+        input_ids=torch.cat([ids, tokens[:, :used]], dim=1),
+        attention_mask=attention,
+        response_mask=attention[:, longest:].bool(),
+        logps=logps[:, :used],
+    )
+
+
+def _forward(model: Any, ids: Tensor, mask: Tensor, place: Tensor, cache: DynamicCache) -> Tensor:
+    """Read tokens and return the logits of the next one, ``[rows, vocabulary]``."""
+    output = model(
+        input_ids=ids, attention_mask=mask, position_ids=place, past_key_values=cache, use_cache=True, logits_to_keep=1
+    )
+    logits: Tensor = output.logits[:, -1]
+    return logits
+
+
+def draw(logits: Tensor, numbers: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
+    """Draw one token a row by inverse cumulative distribution; returns (token ``[rows]``, log-probability ``[rows]``)."""
+    logits = logits.float()
+    if temperature == 0:
+        best = logits.argmax(-1)
+        return best, torch.log_softmax(logits, -1).gather(-1, best.unsqueeze(-1)).squeeze(-1)
+    log_probs = torch.log_softmax(logits / temperature, dim=-1)
+    probs = log_probs.exp()
+    if top_p < 1:
+        ranked, order = probs.sort(dim=-1, descending=True)
+        # A token stays while the mass before it is below top_p, so the most likely one always does.
+        ranked = torch.where(ranked.cumsum(-1) - ranked < top_p, ranked, torch.zeros_like(ranked))
+        probs = torch.zeros_like(probs).scatter(-1, order, ranked)
+        probs = probs / probs.sum(-1, keepdim=True)
+        log_probs = probs.log()
+    # Double precision keeps the last token reachable and the first from being drawn at u = 0 by rounding.
+    cumulative = probs.double().cumsum(-1)
+    target = numbers.double().unsqueeze(-1) * cumulative[:, -1:]
+    token = (cumulative <= target).sum(-1).clamp_max(probs.shape[-1] - 1)
+    return token, log_probs.gather(-1, token.unsqueeze(-1)).squeeze(-1)
+
+
+def responses(lm: LanguageModel, samples: Samples, stop: Sequence[str] = ()) -> list[str]:
+    """Return the text of each sampled response, cut at the first stop text."""
+    width = samples.response_mask.shape[1]
+    ids = samples.input_ids[:, -width:].cpu().numpy()
+    lengths = samples.response_mask.sum(-1).cpu().tolist()
+    return [cut(text, stop) for text in lm.decode([row[:length] for row, length in zip(ids, lengths, strict=True)])]
+
+
+def cut(text: str, stop: Sequence[str]) -> str:
+    """Return ``text`` up to the first stop text (for example the next turn marker), without trailing space."""
+    for marker in stop:
+        at = text.find(marker)
+        if at >= 0:
+            text = text[:at]
+    return text.strip()
+
+
+def generate(lm: LanguageModel, texts: Sequence[str], rows: Sequence[int], sampling: Sampling) -> tuple[list[str], int]:
+    """Sample a response for every rendered prompt in length-sorted batches.
+
+    Args:
+        texts: what the policy reads, one per response wanted.
+        rows: the number that fixes each response's randomness (see :func:`uniforms`).
+
+    Returns:
+        Responses in the order of ``texts``, and the number of tokens sampled.
+    """
+    lm.model.eval()
+    encoded = lm.encode(texts, sampling.max_prompt_tokens)
+    order = sorted(range(len(texts)), key=lambda i: len(encoded[i]))
+    answers: list[str] = [""] * len(texts)
+    tokens = 0
+    for start in range(0, len(order), sampling.batch_size):
+        part = order[start : start + sampling.batch_size]
+        numbers = uniforms(sampling.seed, [rows[i] for i in part], sampling.max_new_tokens)
+        drawn = sample(lm, [encoded[i] for i in part], numbers, sampling.temperature, sampling.top_p)
+        tokens += drawn.tokens
+        for i, text in zip(part, responses(lm, drawn, sampling.stop), strict=True):
+            answers[i] = text
+    return answers, tokens
+
+
+def batches(count: int, size: int) -> int:
+    """Return how many batches :func:`generate` needs, for progress bars."""
+    return math.ceil(count / size)

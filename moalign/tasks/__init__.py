@@ -1,0 +1,1 @@
+"""Tasks: prompts, scored responses, objectives, normaliser and base model behind one task card."""

@@ -1,0 +1,19 @@
+"""From a card to a task."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moalign.config.card import TaskCard
+from moalign.tasks.task import Say, Task, silent
+
+
+def make_task(card: TaskCard, results: Path, say: Say = silent) -> Task:
+    """Return the task of a card; nothing is loaded or computed until it is asked for."""
+    if card.kind == "sandbox":
+        from moalign.tasks.sandbox.task import SandboxTask
+
+        return SandboxTask(card, results, say)
+    from moalign.tasks.text import TextTask
+
+    return TextTask(card, results, say)

@@ -1,0 +1,272 @@
+"""The sandbox's base: a tiny Llama (about 107,000 parameters) trained on first use and cached by content.
+
+Its corpus is the world's: prompts, three quarters of them with a stated preference, and responses drawn slot by
+slot from :func:`world.prior`, which reads the question. For the *warm* base the responses to a stated preference are tilted by ``exp(TILT * w . z)``, so that the base
+weakly understands what a preference means, as a pretrained language model does; for the *cold* base the stated
+preference says nothing about the response.
+
+The corpus is a known distribution, so training minimises the expected loss over all responses that could follow
+(the exact next-token distribution as target) instead of the loss of one drawn response: same optimum, far less noise.
+"""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moalign import preferences
+from moalign.errors import WorkError
+from moalign.tasks.sandbox import world
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerFast
+
+TILT = 0.3
+"""Strength of the warm corpus's tilt, in units of z."""
+
+FIRST_TILT, HOLD, FALL = 3.0, 0.65, 0.1
+"""Tilt of the first part of warm training, held for ``HOLD`` of the steps; then it falls to :data:`TILT` within
+``FALL`` of the steps. The signal of a weak tilt alone takes thousands of steps to find; what the base ends up knowing
+is the weak tilt."""
+
+PREFERENCE_SHARE = 0.75
+WIDTH, LAYERS, HEADS, INNER = 64, 2, 4, 160
+STEPS, EXTRA_STEPS, MOST_STEPS, BATCH, RATE = 600, 80, 920, 20, 8e-3
+FLOOR = 0.01
+WARM_TAU = 0.6
+"""A warm base is trained until Kendall's tau between stated weights and mean rewards is at least this."""
+
+VERSION = 1
+"""Raise it when anything above or in the training loop changes: it is part of the cache key."""
+
+
+def identity(objectives: Sequence[str], kind: str, seed: int) -> str:
+    """Return the content address of a base: 12 hex digits over all that determines it."""
+    told = {
+        "objectives": list(objectives),
+        "kind": kind,
+        "seed": seed,
+        "version": VERSION,
+        "world": repr((world.TOPICS, world.QUESTIONS, world.TAILS, world.SLOTS, world.RISK, world.HUMOR, world.ON_TOPIC, world.CAUTION)),
+        "training": [TILT, FIRST_TILT, HOLD, FALL, PREFERENCE_SHARE, WIDTH, LAYERS, HEADS, INNER, STEPS, EXTRA_STEPS, MOST_STEPS, BATCH, RATE],
+    }
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def cache_root() -> Path:
+    """Return the folder of cached bases: $MOALIGN_CACHE, else the user's cache folder."""
+    told = os.environ.get("MOALIGN_CACHE")
+    if told:
+        return Path(told)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moalign"
+
+
+def ensure(
+    objectives: Sequence[str], kind: str, seed: int, progress: Callable[[int, int], None] | None = None
+) -> Path:
+    """Return the folder of the trained base, training it when it is not cached yet.
+
+    Two processes that ask at once train it once: the second waits for the first.
+    ``progress(step, steps)`` is called as training advances.
+    """
+    from filelock import FileLock
+
+    from moalign.runs import atomic
+
+    folder = cache_root() / "sandbox" / f"{kind}-{len(objectives)}-{identity(objectives, kind, seed)}"
+    if (folder / "model.safetensors").is_file():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(str(folder) + ".lock"):
+        if not (folder / "model.safetensors").is_file():
+            model, tokenizer, told = train(objectives, kind, seed, progress)
+            with atomic.directory(folder) as place:
+                model.save_pretrained(place, safe_serialization=True)
+                tokenizer.save_pretrained(place)
+                (place / "base.json").write_text(json.dumps(told, indent=2) + "\n")
+    return folder
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Return the word-level tokenizer: words of the world, punctuation, single digits, RiC's tags."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    marks = [*"[]%.,?-+:()", *"0123456789", *world.OBJECTIVES, *(f"<rm{i}_score>" for i in range(1, 4))]
+    vocabulary = ["<pad>", "<bos>", "<eos>", "<unk>", *sorted({*world.words(), *marks})]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    pieces = Regex(r"<rm\d_score>|[0-9]|[^\s\w]|[A-Za-z_]+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(pieces, "removed", invert=True)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
+    )
+
+
+def z_scale() -> tuple[np.ndarray, np.ndarray]:
+    """Return mean and standard deviation of the rewards of the corpus without preference, ``[3]`` each."""
+    from moalign.tasks.sandbox.optimum import all_rewards, corpus_log_probs
+
+    contexts = collections.Counter(world.context_of(prompt) for prompt in world.prompts())
+    total = sum(contexts.values())
+    first, second = np.zeros(3), np.zeros(3)
+    for context, count in contexts.items():
+        share = count / total * np.exp(corpus_log_probs(context))
+        first += share @ all_rewards(context)
+        second += share @ all_rewards(context) ** 2
+    return first, np.sqrt(second - first**2)
+
+
+def train(
+    objectives: Sequence[str], kind: str, seed: int, progress: Callable[[int, int], None] | None = None
+) -> tuple[Any, PreTrainedTokenizerFast, dict[str, Any]]:
+    """Train a base; returns (model, tokenizer, facts). Raises WorkError when a warm base does not learn to steer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from moalign.policies.language_model import set_threads, wrap
+
+    tokenizer = make_tokenizer()
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=WIDTH,
+            intermediate_size=INNER,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS,
+            num_key_value_heads=HEADS,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    set_threads(model.num_parameters())
+    corpus = Corpus(objectives, kind, seed, tokenizer)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    tau, step, until = -1.0, 0, STEPS
+    while True:
+        model.train()
+        for step in range(step, until):
+            rate = RATE * min(1.0, (step + 1) / 20) * (FLOOR + (1 - FLOOR) * (0.5 + 0.5 * math.cos(math.pi * min(1.0, step / STEPS))))
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            loss = corpus.loss(model, step)
+            loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            if progress is not None:
+                progress(step + 1, until)
+        step = until
+        tau = steering(wrap(model, tokenizer, "sandbox", "untracked", device="cpu"), objectives)
+        model.requires_grad_(True)
+        if kind == "cold" or tau >= WARM_TAU:
+            break
+        if until >= MOST_STEPS:
+            raise WorkError(f"the sandbox's warm base reached only tau {tau:.2f} after {step} steps; needed: {WARM_TAU}")
+        until += EXTRA_STEPS
+    model.eval()
+    return model, tokenizer, {"kind": kind, "objectives": list(objectives), "seed": seed, "steps": step, "tau": tau}
+
+
+def steering(lm: Any, objectives: Sequence[str], questions: int = 60) -> float:
+    """Return Kendall's tau between stated weight and mean reward on an even grid, averaged over objectives."""
+    from moalign.pareto.indicators import controllability
+    from moalign.policies.sampler import Sampling, generate
+    from moalign.tasks.sandbox.scorer import rewards
+
+    grid = preferences.grid(len(objectives), 10 if len(objectives) == 2 else 3)
+    prompts = world.prompts()[:: len(world.prompts()) // questions]
+    texts = [f"[{preferences.to_text(w, objectives)}] {prompt}" for w in grid for prompt in prompts]
+    rows = [i for _ in grid for i in range(len(prompts))]
+    answers, _ = generate(lm, texts, rows, Sampling(max_new_tokens=26, batch_size=512))
+    columns = [world.OBJECTIVES.index(name) for name in objectives]
+    scores = np.array([rewards(prompts[row], answer) for row, answer in zip(rows, answers, strict=True)])
+    means = scores[:, columns].reshape(len(grid), len(prompts), len(columns)).mean(axis=1)
+    return float(controllability(np.array(grid), means)["tau"])
+
+
+class Corpus:
+    """Draws training batches whose targets are the corpus's exact next-token distributions."""
+
+    def __init__(self, objectives: Sequence[str], kind: str, seed: int, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.objectives = list(objectives)
+        self.warm = kind == "warm"
+        self.rng = np.random.default_rng([seed, 7])
+        self.tokenizer = tokenizer
+        columns = [world.OBJECTIVES.index(name) for name in objectives]
+        self.prompts = world.prompts()
+        tables = np.stack([world.slot_rewards(world.context_of(prompt)) for prompt in self.prompts])
+        self.log_prior = np.log(np.stack([world.prior(world.context_of(prompt)) for prompt in self.prompts]))
+        self.z = tables[..., columns] / z_scale()[1][columns]  # constant shifts cancel within a slot
+        self.prompt_ids = tokenizer(self.prompts, add_special_tokens=False)["input_ids"]
+        self.phrase_ids = [tokenizer([text for text, _ in slot], add_special_tokens=False)["input_ids"] for slot in world.SLOTS]
+
+    def tilt(self, step: int) -> float:
+        """Return the corpus's tilt at a training step."""
+        if not self.warm:
+            return 0.0
+        fallen = min(1.0, max(0.0, (step / STEPS - HOLD) / FALL))
+        return FIRST_TILT + (TILT - FIRST_TILT) * fallen
+
+    def draw(self, count: int, tilt: float) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Return prompt numbers, stated weights, whether they are stated, and slot probabilities ``[count, 6, 5]``."""
+        which = self.rng.integers(len(self.prompts), size=count)
+        weights = self.rng.dirichlet([1.0] * len(self.objectives), size=count)
+        # Corners and round numbers are what people ask for, and Dirichlet draws never hit them.
+        round_ones = np.round(weights, 1)
+        corners = np.eye(len(self.objectives))[self.rng.integers(len(self.objectives), size=count)]
+        pick = self.rng.random(count)
+        exact = np.isclose(round_ones.sum(axis=1), 1.0) & (pick < 0.3)
+        weights = np.where(exact[:, None], round_ones, weights)
+        weights = np.where((pick > 0.85)[:, None], corners, weights)
+        stated = self.rng.random(count) < PREFERENCE_SHARE
+        logits = self.log_prior[which] + tilt * np.einsum("nspm,nm->nsp", self.z[which], weights) * stated[:, None, None]
+        probs = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        return which, weights, stated, probs / probs.sum(axis=-1, keepdims=True)
+
+    def loss(self, model: Any, step: int) -> torch.Tensor:
+        """Return the mean cross entropy over response tokens, less the corpus's own entropy (0 = learnt exactly)."""
+        import torch
+
+        which, weights, stated, probs = self.draw(BATCH, self.tilt(step))
+        choice = (probs.cumsum(axis=-1) < self.rng.random((BATCH, len(world.SLOTS), 1))).sum(axis=-1).clip(0, 4)
+        rows: list[list[int]] = []
+        targets: list[tuple[int, int, int, float]] = []
+        for i in range(BATCH):
+            text = f"[{preferences.to_text(weights[i], self.objectives)}]" if stated[i] else ""
+            head = self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+            row = [self.tokenizer.bos_token_id, *head, *self.prompt_ids[which[i]]]
+            for slot, phrase in enumerate(choice[i]):
+                self._targets(targets, i, len(row) - 1, slot, phrase, probs[i, slot])
+                row += self.phrase_ids[slot][phrase]
+            targets.append((i, len(row) - 1, self.tokenizer.eos_token_id, 1.0))
+            rows.append([*row, self.tokenizer.eos_token_id])
+        longest = max(map(len, rows))
+        pad = self.tokenizer.pad_token_id
+        ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
+        row_at, place, token, mass = zip(*targets, strict=True)
+        goal = torch.zeros(BATCH, longest, len(self.tokenizer))
+        goal.index_put_((torch.tensor(row_at), torch.tensor(place), torch.tensor(token)), torch.tensor(mass), accumulate=True)
+        log_probs = torch.log_softmax(model(input_ids=ids, attention_mask=(ids != pad).long()).logits, dim=-1)
+        entropy = -(goal * goal.clamp_min(1e-12).log()).sum()
+        return (-(goal * log_probs).sum() - entropy) / (goal.sum(-1) > 0).sum()
+
+    def _targets(self, targets: list[tuple[int, int, int, float]], row: int, place: int, slot: int, phrase: int, probs: np.ndarray) -> None:
+        """Add the next-token distribution at each token of a phrase: all phrases that begin alike share the mass."""
+        words = self.phrase_ids[slot]
+        for j in range(len(words[phrase])):
+            alike = [k for k, other in enumerate(words) if other[:j] == words[phrase][:j]]
+            total = sum(probs[k] for k in alike)
+            targets.extend((row, place + j, words[k][j], float(probs[k] / total)) for k in alike)

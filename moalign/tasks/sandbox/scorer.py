@@ -1,0 +1,73 @@
+"""The sandbox's exact scorers: the reward of any text, well-formed or not.
+
+Words are read from left to right. A phrase of a later slot than the last one found fills its slot; every
+other word is a stray and costs :data:`world.STRAY`; every slot left empty costs :data:`world.MISSING`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+
+from moalign.tasks.sandbox import world
+
+_PHRASES = {tuple(phrase.split()): (slot, index) for slot, phrases in enumerate(world.SLOTS) for index, (phrase, _) in enumerate(phrases)}
+_LENGTHS = sorted({len(words) for words in _PHRASES}, reverse=True)
+
+
+@functools.lru_cache(maxsize=200_000)
+def parse(response: str) -> tuple[tuple[int, ...], int]:
+    """Return the phrase index per slot (-1: empty) and the number of stray words of a response."""
+    words = response.split()
+    filled = [-1] * len(world.SLOTS)
+    last, strays, at = -1, 0, 0
+    while at < len(words):
+        for length in _LENGTHS:
+            found = _PHRASES.get(tuple(words[at : at + length]))
+            if found is not None and found[0] > last:
+                last = found[0]
+                filled[last] = found[1]
+                at += length
+                break
+        else:
+            strays += 1
+            at += 1
+    return tuple(filled), strays
+
+
+@functools.lru_cache(maxsize=4096)
+def _table(prompt: str) -> np.ndarray:
+    return world.slot_rewards(world.context_of(prompt))
+
+
+@functools.lru_cache(maxsize=200_000)
+def rewards(prompt: str, response: str) -> tuple[float, float, float]:
+    """Return (helpfulness, harmlessness, humor) of a response to a prompt; larger is better."""
+    filled, strays = parse(response)
+    table = _table(prompt)
+    total = np.full(3, world.STRAY * strays)
+    for slot, phrase in enumerate(filled):
+        total += world.MISSING if phrase < 0 else table[slot, phrase]
+    return (float(total[0]), float(total[1]), float(total[2]))
+
+
+class SandboxScorer:
+    """One of the three exact objectives as a scorer of the reward layer."""
+
+    cheap = True
+    maximise = True
+
+    def __init__(self, name: str) -> None:
+        from moalign.errors import unknown
+
+        if name not in world.OBJECTIVES:
+            raise unknown("sandbox objective", name, world.OBJECTIVES)
+        self.name = name
+        self.index = world.OBJECTIVES.index(name)
+        self.revision = "sandbox-1"
+
+    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        """Return one float per (bare prompt, response)."""
+        return [rewards(prompt, response)[self.index] for prompt, response in zip(prompts, responses, strict=True)]

@@ -1,0 +1,243 @@
+"""A task: a card brought to life. Everything that methods and the judge share lives here.
+
+What has to be computed once (the normaliser, the pool of the base's own scored responses) is kept in
+``<results>/tasks/<name>-<hash>/`` and found again by the card's hash.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moalign import preferences
+from moalign.config.card import TaskCard
+from moalign.data import splits
+from moalign.preferences import Preference
+from moalign.rewards.normaliser import Normaliser
+from moalign.rewards.panel import RewardPanel
+
+if TYPE_CHECKING:
+    from moalign.policies.language_model import LanguageModel
+    from moalign.policies.sampler import Sampling
+    from moalign.policies.template import Renderer
+
+Matrix = NDArray[np.float64]
+
+Say = Callable[[str, int, int], None]
+"""``say(what, done, total)``: how long work reports itself."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Responses with their scores."""
+
+    prompts: list[str]
+    responses: list[str]
+    raw: Matrix
+    """Raw scores, larger is better, ``[samples, objectives]``."""
+
+
+def fingerprint(model: str, revision: str | None) -> str:
+    """Return the content fingerprint of a policy's model, checked; needs no torch."""
+    from moalign import model_folder
+
+    where = "task.model"
+    return model_folder.fingerprint(model_folder.resolve(model, revision, where), where)
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """Report nothing."""
+
+
+class Task:
+    """What every kind of task shares; kinds fill in where prompts, responses and the base come from."""
+
+    def __init__(self, card: TaskCard, results: Path, say: Say = silent) -> None:
+        self.card = card
+        self.results = results
+        self.say = say
+        self.names = card.objective_names
+
+    # -- what a kind of task fills in ------------------------------------------------------------------
+
+    def _all_prompts(self) -> list[str]:
+        raise NotImplementedError
+
+    def _data_responses(self, split: str) -> tuple[list[str], list[str]] | None:
+        """Return (prompts, responses) that the task's data holds for a split, or None when it has none."""
+        raise NotImplementedError
+
+    def _model_folder(self) -> tuple[str, str | None]:
+        """Return the base as (folder or hub id, revision), making it first when it is built in."""
+        raise NotImplementedError
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What the card points to, by content: part of the hash."""
+        raise NotImplementedError
+
+    def optimum(self, wanted: Sequence[Preference], prompts: Sequence[str], beta: float = 0.0) -> Matrix | None:
+        """Return the optimal mean raw rewards ``[preferences, objectives]``, or None when they are not known."""
+        return None
+
+    # -- shared ----------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """16 hex digits: two runs are comparable exactly when this agrees."""
+        return self.card.hash(**self.identity)
+
+    @functools.cached_property
+    def folder(self) -> Path:
+        """Where the task's computed parts are kept."""
+        return self.results / "tasks" / f"{self.card.name}-{self.hash}"
+
+    @functools.cached_property
+    def prompts(self) -> dict[str, list[str]]:
+        """Bare prompts of the splits ``train``, ``calibration``, ``eval``."""
+        parts = splits.split(self._all_prompts(), self.card.splits)
+        splits.check_leaks(parts)
+        return parts
+
+    @property
+    def eval_prompts(self) -> list[str]:
+        """The prompts that every method is judged on."""
+        return self.prompts["eval"][: self.card.evaluation.prompts]
+
+    @property
+    def grid(self) -> list[Preference]:
+        """The evaluation preferences."""
+        return preferences.grid_of(len(self.names), self.card.grid)
+
+    @functools.cached_property
+    def panel(self) -> RewardPanel:
+        """The objectives' scorers without normaliser, with the store that all runs of a results folder share."""
+        from moalign.rewards.store import Store
+
+        store = Store(self.results / "tasks" / "scores.sqlite")
+        return RewardPanel.from_specs(self.card.objectives, Path.cwd(), store)
+
+    @functools.cached_property
+    def language_model(self) -> LanguageModel:
+        """The frozen base, loaded once per process."""
+        from moalign.policies import language_model
+
+        source, revision = self._model_folder()
+        lm = language_model.load(source, revision, self.card.dtype)
+        language_model.set_threads(lm.model.num_parameters())
+        return lm
+
+    @property
+    def renderer(self) -> Renderer:
+        """Turns bare prompts into what the policy reads."""
+        from moalign.policies.template import Renderer
+
+        tokenizer = self.language_model.tokenizer if self.card.template.chat else None
+        return Renderer(self.card.template, tuple(self.names), tokenizer)
+
+    def sampling(self, seed: int, temperature: float | None = None) -> Sampling:
+        """Return the card's generation limits as sampler settings."""
+        from moalign.policies.sampler import Sampling
+
+        limits = self.card.generation
+        return Sampling(
+            max_new_tokens=limits.max_new_tokens,
+            temperature=limits.temperature if temperature is None else temperature,
+            top_p=limits.top_p,
+            seed=seed,
+            batch_size=limits.batch_size,
+            max_prompt_tokens=limits.max_prompt_tokens,
+            stop=tuple(self.card.template.stop),
+        )
+
+    @functools.cached_property
+    def normaliser(self) -> Normaliser:
+        """The frozen normaliser: from the card, else fitted once on the calibration split and saved with the task."""
+        if self.card.normaliser is not None:
+            return Normaliser.from_spec(self.card.normaliser, self.names)
+        path = self.folder / "normaliser.json"
+        with self._once(path) as missing:
+            if missing:
+                self._fit_normaliser().to_json(path)
+        return Normaliser.from_json(path)
+
+    def _fit_normaliser(self) -> Normaliser:
+        base = self._sample_base("calibration", self.card.pool.calibration_per_prompt, "calibrating")
+        data = self._data_responses("calibration")
+        of_data = None
+        prompts, responses = base
+        if data is not None:
+            of_data = self.panel.score(*data)
+            prompts, responses = prompts + data[0], responses + data[1]
+        text = "\0".join([*prompts, *responses])
+        return Normaliser.fit(
+            self.panel.score(prompts, responses),
+            self.names,
+            data=of_data,
+            data_hash=hashlib.sha256(text.encode()).hexdigest()[:16],
+            scorer_hash=self.panel.scorer_hash,
+        )
+
+    def scored(self) -> Scored:
+        """Return the scored responses of the training split: the data's own, else a pool sampled from the base once."""
+        data = self._data_responses("train")
+        if data is not None:
+            return Scored(*data, self.panel.score(*data))
+        import pandas as pd
+
+        from moalign.runs import atomic
+
+        path = self.folder / "pool.parquet"
+        with self._once(path) as missing:
+            if missing:
+                pool = self._sample_base("train", self.card.pool.per_prompt, "sampling the base")
+                table = pd.DataFrame({"prompt": pool[0], "response": pool[1]})
+                with atomic.file(path) as place:
+                    table.to_parquet(place, index=False)
+        table = pd.read_parquet(path)
+        prompts, responses = table["prompt"].tolist(), table["response"].tolist()
+        return Scored(prompts, responses, self.panel.score(prompts, responses))
+
+    def _sample_base(self, split: str, per_prompt: int, what: str) -> tuple[list[str], list[str]]:
+        """Sample the base on bare prompts of a split, ``per_prompt`` responses each."""
+        from moalign.policies.policy import ModelGenerator, Policy, respond_all
+
+        chosen = self.prompts[split][: self.card.pool.prompts]
+        prompts = [prompt for prompt in chosen for _ in range(per_prompt)]
+        done = 0
+
+        def moved(count: int) -> None:
+            nonlocal done
+            done += count
+            self.say(what, done, len(prompts))
+
+        policy = Policy(ModelGenerator(self.language_model), self.renderer.plain)
+        sampling = self.sampling(self.card.pool.seed, temperature=1.0)
+        return prompts, respond_all([policy], prompts, sampling, moved).responses[0]
+
+    @contextmanager
+    def _once(self, path: Path) -> Iterator[bool]:
+        """Hold the file's lock and tell whether it is still missing: of several processes one makes it."""
+        from filelock import FileLock
+
+        from moalign.runs import atomic
+
+        if path.is_file():
+            yield False
+            return
+        with atomic.refusals(self.folder):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(str(path) + ".lock")
+            lock.acquire()
+        try:
+            yield not path.is_file()
+        finally:
+            lock.release()

@@ -1,0 +1,58 @@
+"""Tasks on real text: prompts from the card, a file or the hub; a policy given as a model folder or hub id."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+from moalign.config.card import DataSpec
+from moalign.data import load, readers, splits
+from moalign.errors import RequestError
+from moalign.tasks.task import Task, fingerprint
+
+
+class TextTask(Task):
+    """A task whose card names a model and data."""
+
+    @property
+    def _data(self) -> DataSpec:
+        assert self.card.data is not None  # the card's own check
+        return self.card.data
+
+    @functools.cached_property
+    def identity(self) -> dict[str, str]:
+        """Fingerprints of the model and of every data file: a changed weight or row is another task."""
+        told = {"model": fingerprint(self._model(), self.card.model_revision)}
+        for name in ("prompts", "responses", "pairs"):
+            source = getattr(self._data, name)
+            if source is not None and not isinstance(source, list):
+                told[name] = readers.fingerprint(source)
+        return told
+
+    def _model(self) -> str:
+        if self.card.model is None:
+            raise RequestError(
+                f"task {self.card.name}: it needs a model; give a folder or a hub id: --set task.model=PATH/TO/FOLDER"
+            )
+        return self.card.model
+
+    def _all_prompts(self) -> list[str]:
+        return load.load_prompts(self._data, Path.cwd())
+
+    @functools.cached_property
+    def _responses_by_split(self) -> dict[str, tuple[list[str], list[str]]]:
+        parts: dict[str, tuple[list[str], list[str]]] = {name: ([], []) for name in splits.SPLITS}
+        for record in load.load_responses(self._data, self.names, Path.cwd()):
+            prompts, responses = parts[splits.split_of(record.prompt, self.card.splits)]
+            prompts.append(record.prompt)
+            responses.append(record.response)
+        return parts
+
+    def _data_responses(self, split: str) -> tuple[list[str], list[str]] | None:
+        if self._data.responses is None:
+            return None
+        prompts, responses = self._responses_by_split[split]
+        return (prompts, responses) if prompts else None
+
+    def _model_folder(self) -> tuple[str, str | None]:
+        return self._model(), self.card.model_revision

@@ -1,0 +1,1 @@
+"""Training engines that methods call and never copy."""
