@@ -1,0 +1,52 @@
+# make demo    on a fresh machine: set-up, then train and compare on the built-in task
+# make help    every target
+
+VENV    := .venv
+BIN     := $(VENV)/bin
+STAMP   := $(VENV)/.moalign-installed
+RESULTS := results
+# The newest version of torch that the lock was made with; installed first, from whatever source pip is set up with,
+# so that the machine decides between its CPU and CUDA builds.
+TORCH   := torch==2.13.0
+# Two cores are assumed; a larger machine may say `make test JOBS=8`.
+JOBS    := 2
+PYTEST  := $(BIN)/python -m pytest -q
+
+# Tiny models run as fast on one thread as on two, and up to ten times slower on two when the machine is busy.
+test test-slow check: export OMP_NUM_THREADS := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow check bench clean
+
+help:  ## show this
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+setup: $(STAMP)  ## create .venv with the pinned packages (every other target does this by itself)
+
+$(STAMP): pyproject.toml requirements.lock
+	@./.ci/python.sh $(VENV)
+	@echo "== installing pinned packages into $(VENV) (once; a few minutes)" >&2
+	@$(BIN)/python -m pip install --quiet "$(TORCH)"
+	@$(BIN)/python -m pip install --quiet -r requirements.lock
+	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: $(STAMP)  ## train every method of the sandbox suite and compare them: table, figure, next commands
+	@$(BIN)/moalign compare --task sandbox --results $(RESULTS)
+
+test: $(STAMP)  ## the quick tests
+	@$(PYTEST) -n $(JOBS)
+
+test-slow: $(STAMP)  ## the slow tests: training to the end, resume after a kill, the wheel
+	@$(PYTEST) -m "slow and not gpu"
+
+check: $(STAMP)  ## ruff and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+bench: $(STAMP)  ## measure time and memory of the main commands; writes results/bench/cpu.json and cpu.md
+	@$(BIN)/python results/bench/bench.py
+
+clean:  ## remove caches and build output; keeps .venv and results/
+	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	@find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
