@@ -58,6 +58,4 @@ def unknown(kind: str, name: str, allowed: Sequence[str], where: str = "") -> Re
     """
     prefix = f"{where}: " if where else ""
     listed = ", ".join(sorted(allowed)) or "none"
-    return RequestError(
-        f"{prefix}unknown {kind} {name!r}; allowed: {listed}{did_you_mean(name, allowed)}"
-    )
+    return RequestError(f"{prefix}unknown {kind} {name!r}; allowed: {listed}{did_you_mean(name, allowed)}")

@@ -16,6 +16,9 @@ from pydantic import Field, model_validator
 from moalign.config.objectives import ObjectiveSpec
 from moalign.config.strict import Strict
 
+_NOT_HASHED = {"description", "suite", "recipes_from"}
+"""What changes no score."""
+
 
 class SourceSpec(Strict):
     """Where records come from: a local file (JSONL, CSV, Parquet; also .gz) or a hub dataset."""
@@ -147,6 +150,8 @@ class TaskCard(Strict):
     evaluation: EvaluationSpec = EvaluationSpec()
     suite: list[str] = Field(default_factory=list)
     """Methods that ``moalign compare`` trains when none are named."""
+    recipes_from: str | None = None
+    """A task whose recipes serve this one for every method that has none here."""
 
     @model_validator(mode="after")
     def _consistent(self) -> TaskCard:
@@ -182,9 +187,7 @@ class TaskCard(Strict):
         ``identity`` adds what the card only points to (fingerprints of the model folder and of data
         files), so that moving a folder keeps the hash and changing a weight changes it.
         """
-        told = self.model_dump(
-            mode="json", exclude={"description", "suite", "model"} if identity else {"description", "suite"}
-        )
+        told = self.model_dump(mode="json", exclude=_NOT_HASHED | ({"model"} if identity else set()))
         text = json.dumps([_without_folders(told), identity], sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 from moalign import errors
+from moalign.config import yaml_lines
 from moalign.errors import RequestError
 
 CARD = "task.yaml"
@@ -58,12 +59,20 @@ def find_task_file(name_or_path: str | Path, where: str = "--task") -> Path:
 
 
 def find_recipe_file(task: str | Path, method: str) -> Path | None:
-    """Return the recipe of ``method`` for ``task``, which stands beside the task's card; None without one.
+    """Return the recipe of ``method`` for ``task``; None without one.
 
-    Raises RequestError when the task itself does not exist.
+    It stands beside the task's card, or beside the card that the task's ``recipes_from`` names. Raises RequestError
+    when a task does not exist or its card is broken.
     """
-    file = find_task_file(task).parent / f"{method}.yaml"
-    return file if file.is_file() else None
+    card = find_task_file(task)
+    file = card.parent / f"{method}.yaml"
+    if file.is_file():
+        return file
+    lender = yaml_lines.load(card).data.get("recipes_from")
+    if not isinstance(lender, str):
+        return None
+    borrowed = find_task_file(lender, f"{yaml_lines.shown(card)}: recipes_from").parent / f"{method}.yaml"
+    return borrowed if borrowed.is_file() else None
 
 
 def find_recipe(name_or_path: str | Path, where: str = "RECIPE") -> Path:

@@ -19,12 +19,12 @@ from moalign.config.strict import Strict
 from moalign.preferences import Preference
 
 if TYPE_CHECKING:
+    from moalign.config.recipe import PolicySpec
     from moalign.policies.language_model import LanguageModel
     from moalign.policies.policy import Policy
     from moalign.rewards.panel import RewardPanel
     from moalign.runs.meter import Meter
     from moalign.runs.run import Run
-    from moalign.config.recipe import PolicySpec
     from moalign.tasks.task import Task
 
 

@@ -119,7 +119,7 @@ class PairLoss:
         return loss, {"accuracy": float(right), **self._entropies(outputs, part)}
 
     def _entropies(self, outputs: TokenOutputs, part: Part) -> dict[str, float]:
-        """Mean token entropy, and by the objective that a prompt's preference weighs most: collapse shows here first."""
+        """Mean token entropy, and by the objective that a preference weighs most: collapse shows here first."""
         tokens = part.response_mask.sum(-1).clamp_min(1)
         per_row = outputs.entropy.sum(-1) / tokens
         leading = part.extras["preferences"].argmax(-1).repeat_interleave(2).to(per_row.device)

@@ -43,14 +43,18 @@ def get(name: str) -> Method:
     """
     if name in _own():
         module = importlib.import_module(f"moalign.methods.{name.replace('-', '_')}")
-        classes = [value for _, value in inspect.getmembers(module, inspect.isclass) if value.__module__ == module.__name__]
+        classes = [
+            value for _, value in inspect.getmembers(module, inspect.isclass) if value.__module__ == module.__name__
+        ]
         return _checked(next((c for c in classes if getattr(c, "name", None) == name), None), name, module.__name__)
     if name in _entry_points():
         point = _entry_points()[name]
         try:
             return _checked(point.load(), name, point.value)
         except (ImportError, AttributeError) as error:
-            raise RequestError(f"method {name!r}: its entry point {point.value!r} cannot be loaded ({error})") from error
+            raise RequestError(
+                f"method {name!r}: its entry point {point.value!r} cannot be loaded ({error})"
+            ) from error
     raise unknown("method", name, names())
 
 
@@ -59,6 +63,8 @@ def _checked(found: object, name: str, where: str) -> Method:
     wanted = ("name", "summary", "capabilities", "Config", "quick", "train", "policy")
     missing = [part for part in wanted if not hasattr(method, part)]
     if missing:
-        raise RequestError(f"method {name!r} ({where}): the plugin lacks {', '.join(missing)}; see moalign.methods.base")
+        raise RequestError(
+            f"method {name!r} ({where}): the plugin lacks {', '.join(missing)}; see moalign.methods.base"
+        )
     assert isinstance(method, Method)
     return method

@@ -169,7 +169,8 @@ class Ric:
         whole = [i for i, response in enumerate(responses) if not collapse(response.split())]
         if not whole:
             raise RequestError(
-                f"{stage}: all {len(responses)} samples collapsed (too short or repeating); train the offline stage longer"
+                f"{stage}: all {len(responses)} samples collapsed (too short or repeating); "
+                "train the offline stage longer"
             )
         z = job.panel.z(job.panel.score([prompts[i] for i in whole], [responses[i] for i in whole]))
         table = pd.DataFrame({"prompt": [prompts[i] for i in whole], "response": [responses[i] for i in whole]})
@@ -214,8 +215,7 @@ def desired_rewards(preference: Sequence[float], bounds: Matrix, name: MapName) 
 def keep(z: Matrix, config: Config) -> NDArray[np.bool_]:
     """Return which samples pass the filter, ``[samples]``; see :class:`Config`."""
     if config.filter == "any_quantile":
-        passed: NDArray[np.bool_] = (z >= np.quantile(z, config.quantile, axis=0)).any(axis=1)
-        return passed
+        return np.asarray((z >= np.quantile(z, config.quantile, axis=0)).any(axis=1))
     from moalign.pareto.front import layers
 
     layer = layers(z)

@@ -101,7 +101,9 @@ def set_tensors(lm: LanguageModel, weights: dict[str, Tensor], name: str = ADAPT
         key for key in expected if expected[key].shape != weights[key].shape
     ]
     if wrong:
-        raise RequestError(f"adapter {name!r} does not fit the base {lm.source}: {len(wrong)} tensors differ, first {wrong[0]}")
+        raise RequestError(
+            f"adapter {name!r} does not fit the base {lm.source}: {len(wrong)} tensors differ, first {wrong[0]}"
+        )
     set_peft_model_state_dict(lm.model, weights, adapter_name=name)
 
 
@@ -117,7 +119,9 @@ def save(lm: LanguageModel, folder: Path, name: str = ADAPTER) -> None:
     config["inference_mode"] = True
     with atomic.directory(folder) as place:
         save_file(tensors(lm, name), place / "adapter_model.safetensors", metadata={"base_fingerprint": lm.fingerprint})
-        atomic.write_text(place / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")
+        atomic.write_text(
+            place / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True, default=str) + "\n"
+        )
 
 
 def load(lm: LanguageModel, folder: Path, name: str = ADAPTER) -> None:
@@ -134,7 +138,7 @@ def load(lm: LanguageModel, folder: Path, name: str = ADAPTER) -> None:
     check_safetensors(weights_path, f"adapter folder {folder}")
     with safe_open(weights_path, framework="pt") as file:
         told = (file.metadata() or {}).get("base_fingerprint")
-        weights = {key: file.get_tensor(key) for key in file.keys()}
+        weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping: it cannot be iterated)
     if told is not None and told != lm.fingerprint:
         raise RequestError(
             f"adapter folder {folder}: trained on a base with fingerprint {told}, but {lm.source} has {lm.fingerprint}"

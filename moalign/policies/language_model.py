@@ -80,7 +80,9 @@ def load(source: str, revision: str | None = None, dtype: str = "float32", devic
             path, use_safetensors=True, trust_remote_code=False, dtype=getattr(torch, dtype)
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise RequestError(f"model {path}: it cannot be loaded as a causal language model ({_first_line(error)})") from None
+        raise RequestError(
+            f"model {path}: it cannot be loaded as a causal language model ({_first_line(error)})"
+        ) from None
     return wrap(model, tokenizer, source=source, fingerprint=model_folder.fingerprint(path, WHERE), device=device)
 
 
@@ -100,7 +102,9 @@ def wrap(
 def set_threads(parameters: int) -> int:
     """Choose the number of CPU threads by model size and return it; OMP_NUM_THREADS or MOALIGN_THREADS wins."""
     told = os.environ.get("MOALIGN_THREADS") or os.environ.get("OMP_NUM_THREADS")
-    threads = int(told) if told and told.isdigit() and int(told) > 0 else (1 if parameters < TINY else os.cpu_count() or 1)
+    threads = (
+        int(told) if told and told.isdigit() and int(told) > 0 else (1 if parameters < TINY else os.cpu_count() or 1)
+    )
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
     return threads
@@ -113,7 +117,7 @@ def reference_mode(lm: LanguageModel) -> Iterator[None]:
     The layers are switched directly: peft's own context manager walks the whole model twice, which costs
     more than a forward pass of a tiny model.
     """
-    tuner = getattr(lm.model, "base_model", None)
+    tuner: Any = getattr(lm.model, "base_model", None)
     if not hasattr(tuner, "disable_adapter_layers"):
         yield
         return

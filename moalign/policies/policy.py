@@ -77,7 +77,9 @@ class Answers:
     """Tokens sampled; a text that several policies share is sampled once."""
 
 
-def respond_all(policies: Sequence[Policy], prompts: Sequence[str], sampling: Sampling, progress: Progress | None = None) -> Answers:
+def respond_all(
+    policies: Sequence[Policy], prompts: Sequence[str], sampling: Sampling, progress: Progress | None = None
+) -> Answers:
     """Answer every prompt with every policy in batched passes, one per distinct generator.
 
     Prompt ``i`` draws from the same random numbers whatever the policy (common random numbers), and policies

@@ -141,7 +141,7 @@ def _forward(model: Any, ids: Tensor, mask: Tensor, place: Tensor, cache: Dynami
 
 
 def draw(logits: Tensor, numbers: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
-    """Draw one token a row by inverse cumulative distribution; returns (token ``[rows]``, log-probability ``[rows]``)."""
+    """Draw one token a row by inverse cumulative distribution; returns (token, log-probability), ``[rows]`` each."""
     logits = logits.float()
     if temperature == 0:
         best = logits.argmax(-1)

@@ -38,7 +38,10 @@ class Renderer:
         turns = [{"role": "user", "content": text}]
         if self.template.system:
             turns.insert(0, {"role": "system", "content": self.template.system})
-        return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)) + self.template.marker
+        return (
+            str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+            + self.template.marker
+        )
 
 
 def _fill(template: str, **fields: str) -> str:

@@ -17,9 +17,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moalign import model_folder
 from moalign.config.objectives import ClassifierObjective
 from moalign.errors import MoalignError, RequestError, WorkError, did_you_mean
-from moalign import model_folder
 
 if TYPE_CHECKING:
     import torch

@@ -103,9 +103,7 @@ class RunStore:
                 return Run.load(folder)
         return Run.load(folder)
 
-    def runs(
-        self, task: str | None = None, method: str | None = None, status: Status | None = None
-    ) -> list[Run]:
+    def runs(self, task: str | None = None, method: str | None = None, status: Status | None = None) -> list[Run]:
         """Return the runs, newest first, of one task, method or status if given.
 
         A run whose record is damaged is named once on stderr and left out.

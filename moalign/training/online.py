@@ -210,9 +210,7 @@ class OnlineEngine:
                 self.counts["updates_skipped"] += 1
                 return {**told, "skipped": 1.0}
             for group in self.optimizer.param_groups:
-                group["lr"] = self.config.lr * factor(
-                    self.config.schedule, step, self.config.steps, self.config.warmup
-                )
+                group["lr"] = self.config.lr * factor(self.config.schedule, step, self.config.steps, self.config.warmup)
             self.optimizer.zero_grad(set_to_none=True)
             for name, value in self._accumulate(rollout, selection, method).items():
                 told[name] = value

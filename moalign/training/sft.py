@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
 from moalign.errors import RequestError
 from moalign.training.schedule import factor
 from moalign.training.seeds import derive

@@ -51,7 +51,8 @@ def preferences_for(method: Method, context: RunContext, wanted: Sequence[Prefer
         if unseen:
             served = "; ".join(label(w) for w in context.preferences)
             raise RequestError(
-                f"--prefs {label(unseen[0])}: {method.name} answers only for the preferences it was trained on: {served}"
+                f"--prefs {label(unseen[0])}: {method.name} answers only for the preferences it was trained on: "
+                f"{served}"
             )
         return list(wanted)
     return list(context.preferences)

@@ -79,9 +79,7 @@ def planned(plan: Plan) -> Work:
     return Work(plan.method, plan.seed, plan.identity, plan.folder, command, plan=plan)
 
 
-def arguments(
-    as_given: Mapping[str, Any], seed: int, prefs: Sequence[Preference] | None, results: Path
-) -> list[str]:
+def arguments(as_given: Mapping[str, Any], seed: int, prefs: Sequence[Preference] | None, results: Path) -> list[str]:
     """Return the ``moalign`` arguments that ask for a run again."""
     method, task = str(as_given["method"]), str(as_given["task"])
     parts = ["train", method, "--task", task]
@@ -248,9 +246,7 @@ def evaluate_all(works: Sequence[Work], wanted: Sequence[Preference] | None, say
         gc.collect()
 
 
-def _served(
-    method: Method, context: RunContext, wanted: Sequence[Preference] | None
-) -> Sequence[Preference] | None:
+def _served(method: Method, context: RunContext, wanted: Sequence[Preference] | None) -> Sequence[Preference] | None:
     """Return the preferences to ask for: the method's own (None) when it cannot serve all of those wanted."""
     if wanted is None or method.capabilities.steerable or set(wanted) <= set(context.preferences):
         return wanted

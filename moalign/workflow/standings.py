@@ -65,9 +65,7 @@ def standings(
     ``winner`` is the label of the contender whose paired difference in hypervolume to every other one is above 0
     with certainty (see :func:`_pair`), or None. Contenders that lost a seed can be beaten but cannot win.
     """
-    judged = sorted(
-        (one for one in contenders if one.evaluations), key=lambda one: (-_mean(_volumes(one)), one.label)
-    )
+    judged = sorted((one for one in contenders if one.evaluations), key=lambda one: (-_mean(_volumes(one)), one.label))
     _same_prompts(judged)
     samples = {one.label: _samples(one, one.seeds, draws, seed) for one in judged}
     asked = [list(preference) for preference in grid]
@@ -181,9 +179,7 @@ def _winner(rows: Sequence[Mapping[str, Any]], pairs: Sequence[Mapping[str, Any]
     for row in judged:
         label = row["label"]
         won = [
-            pair
-            for pair in pairs
-            if pair["certain"] and (pair["a"] if pair["difference"] > 0 else pair["b"]) == label
+            pair for pair in pairs if pair["certain"] and (pair["a"] if pair["difference"] > 0 else pair["b"]) == label
         ]
         if row["status"] == "done" and len(judged) > 1 and len(won) == len(judged) - 1:
             return str(label)

@@ -74,7 +74,9 @@ def plan(request: TrainRequest, say: Say = silent) -> Plan:
     if recipe is not None:
         named = load.recipe_names(recipe)[0]
         if named != request.method:
-            raise RequestError(f"--recipe {recipe}: it is a recipe of {named}, but the method asked for is {request.method}")
+            raise RequestError(
+                f"--recipe {recipe}: it is a recipe of {named}, but the method asked for is {request.method}"
+            )
     else:
         recipe = find.find_recipe_file(request.task or DEFAULT_TASK, request.method)
     task_name = request.task or (None if request.recipe is not None else DEFAULT_TASK)
@@ -184,9 +186,7 @@ def context_of(run: Run, results: Path, say: Say = silent) -> tuple[Method, RunC
     """
     record = run.record
     if run.status != "done":
-        raise RequestError(
-            f"run {run.path}: it is {run.status}, not done; finish it with the same train command first"
-        )
+        raise RequestError(f"run {run.path}: it is {run.status}, not done; finish it with the same train command first")
     method = registry.get(record.method)
     recipe = dict(record.recipe)
     card = TaskCard.model_validate(recipe.pop("card"))

@@ -1,9 +1,9 @@
 """The sandbox's base: a tiny Llama (about 107,000 parameters) trained on first use and cached by content.
 
 Its corpus is the world's: prompts, three quarters of them with a stated preference, and responses drawn slot by
-slot from :func:`world.prior`, which reads the question. For the *warm* base the responses to a stated preference are tilted by ``exp(TILT * w . z)``, so that the base
-weakly understands what a preference means, as a pretrained language model does; for the *cold* base the stated
-preference says nothing about the response.
+slot from :func:`world.prior`, which reads the question. For the *warm* base the responses to a stated preference are
+tilted by ``exp(TILT * w . z)``, so that the base weakly understands what a preference means, as a pretrained language
+model does; for the *cold* base the stated preference says nothing about the response.
 
 The corpus is a known distribution, so training minimises the expected loss over all responses that could follow
 (the exact next-token distribution as target) instead of the loss of one drawn response: same optimum, far less noise.
@@ -42,6 +42,7 @@ PREFERENCE_SHARE = 0.75
 WIDTH, LAYERS, HEADS, INNER = 64, 2, 4, 160
 STEPS, EXTRA_STEPS, MOST_STEPS, BATCH, RATE = 600, 80, 920, 20, 8e-3
 FLOOR = 0.01
+"""Last learning rate as a share of the first."""
 WARM_TAU = 0.6
 """A warm base is trained until Kendall's tau between stated weights and mean rewards is at least this."""
 
@@ -56,8 +57,35 @@ def identity(objectives: Sequence[str], kind: str, seed: int) -> str:
         "kind": kind,
         "seed": seed,
         "version": VERSION,
-        "world": repr((world.TOPICS, world.QUESTIONS, world.TAILS, world.SLOTS, world.RISK, world.HUMOR, world.ON_TOPIC, world.CAUTION)),
-        "training": [TILT, FIRST_TILT, HOLD, FALL, PREFERENCE_SHARE, WIDTH, LAYERS, HEADS, INNER, STEPS, EXTRA_STEPS, MOST_STEPS, BATCH, RATE],
+        "world": repr(
+            (
+                world.TOPICS,
+                world.QUESTIONS,
+                world.TAILS,
+                world.SLOTS,
+                world.RISK,
+                world.HUMOR,
+                world.ON_TOPIC,
+                world.CAUTION,
+            )
+        ),
+        "training": [
+            TILT,
+            FIRST_TILT,
+            HOLD,
+            FALL,
+            PREFERENCE_SHARE,
+            WIDTH,
+            LAYERS,
+            HEADS,
+            INNER,
+            STEPS,
+            EXTRA_STEPS,
+            MOST_STEPS,
+            BATCH,
+            RATE,
+            FLOOR,
+        ],
     }
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -70,9 +98,7 @@ def cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moalign"
 
 
-def ensure(
-    objectives: Sequence[str], kind: str, seed: int, progress: Callable[[int, int], None] | None = None
-) -> Path:
+def ensure(objectives: Sequence[str], kind: str, seed: int, progress: Callable[[int, int], None] | None = None) -> Path:
     """Return the folder of the trained base, training it when it is not cached yet.
 
     Two processes that ask at once train it once: the second waits for the first.
@@ -154,30 +180,47 @@ def train(
     set_threads(model.num_parameters())
     corpus = Corpus(objectives, kind, seed, tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.01)
-    tau, step, until = -1.0, 0, STEPS
+    done, until = 0, STEPS
     while True:
-        model.train()
-        for step in range(step, until):
-            rate = RATE * min(1.0, (step + 1) / 20) * (FLOOR + (1 - FLOOR) * (0.5 + 0.5 * math.cos(math.pi * min(1.0, step / STEPS))))
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            loss = corpus.loss(model, step)
-            loss.backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            if progress is not None:
-                progress(step + 1, until)
-        step = until
+        _steps(model, corpus, optimizer, done, until, progress)
+        done = until
         tau = steering(wrap(model, tokenizer, "sandbox", "untracked", device="cpu"), objectives)
-        model.requires_grad_(True)
         if kind == "cold" or tau >= WARM_TAU:
             break
         if until >= MOST_STEPS:
-            raise WorkError(f"the sandbox's warm base reached only tau {tau:.2f} after {step} steps; needed: {WARM_TAU}")
+            raise WorkError(
+                f"the sandbox's warm base reached only tau {tau:.2f} after {done} steps; needed: {WARM_TAU}"
+            )
         until += EXTRA_STEPS
+    facts = {"kind": kind, "objectives": list(objectives), "seed": seed, "steps": done, "tau": tau}
+    return model, tokenizer, facts
+
+
+def _steps(
+    model: Any,
+    corpus: Corpus,
+    optimizer: torch.optim.Optimizer,
+    done: int,
+    until: int,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Train from step ``done`` to step ``until``: short warm-up, then half a cosine down to a floor."""
+    import torch
+
+    model.requires_grad_(True)
+    model.train()
+    for step in range(done, until):
+        cosine = 0.5 + 0.5 * math.cos(math.pi * min(1.0, step / STEPS))
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * min(1.0, (step + 1) / 20) * (FLOOR + (1 - FLOOR) * cosine)
+        loss = corpus.loss(model, step)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if progress is not None:
+            progress(step + 1, until)
     model.eval()
-    return model, tokenizer, {"kind": kind, "objectives": list(objectives), "seed": seed, "steps": step, "tau": tau}
 
 
 def steering(lm: Any, objectives: Sequence[str], questions: int = 60) -> float:
@@ -211,7 +254,9 @@ class Corpus:
         self.log_prior = np.log(np.stack([world.prior(world.context_of(prompt)) for prompt in self.prompts]))
         self.z = tables[..., columns] / z_scale()[1][columns]  # constant shifts cancel within a slot
         self.prompt_ids = tokenizer(self.prompts, add_special_tokens=False)["input_ids"]
-        self.phrase_ids = [tokenizer([text for text, _ in slot], add_special_tokens=False)["input_ids"] for slot in world.SLOTS]
+        self.phrase_ids = [
+            tokenizer([text for text, _ in slot], add_special_tokens=False)["input_ids"] for slot in world.SLOTS
+        ]
 
     def tilt(self, step: int) -> float:
         """Return the corpus's tilt at a training step."""
@@ -232,7 +277,9 @@ class Corpus:
         weights = np.where(exact[:, None], round_ones, weights)
         weights = np.where((pick > 0.85)[:, None], corners, weights)
         stated = self.rng.random(count) < PREFERENCE_SHARE
-        logits = self.log_prior[which] + tilt * np.einsum("nspm,nm->nsp", self.z[which], weights) * stated[:, None, None]
+        logits = (
+            self.log_prior[which] + tilt * np.einsum("nspm,nm->nsp", self.z[which], weights) * stated[:, None, None]
+        )
         probs = np.exp(logits - logits.max(axis=-1, keepdims=True))
         return which, weights, stated, probs / probs.sum(axis=-1, keepdims=True)
 
@@ -258,12 +305,22 @@ class Corpus:
         ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
         row_at, place, token, mass = zip(*targets, strict=True)
         goal = torch.zeros(BATCH, longest, len(self.tokenizer))
-        goal.index_put_((torch.tensor(row_at), torch.tensor(place), torch.tensor(token)), torch.tensor(mass), accumulate=True)
+        goal.index_put_(
+            (torch.tensor(row_at), torch.tensor(place), torch.tensor(token)), torch.tensor(mass), accumulate=True
+        )
         log_probs = torch.log_softmax(model(input_ids=ids, attention_mask=(ids != pad).long()).logits, dim=-1)
         entropy = -(goal * goal.clamp_min(1e-12).log()).sum()
         return (-(goal * log_probs).sum() - entropy) / (goal.sum(-1) > 0).sum()
 
-    def _targets(self, targets: list[tuple[int, int, int, float]], row: int, place: int, slot: int, phrase: int, probs: np.ndarray) -> None:
+    def _targets(
+        self,
+        targets: list[tuple[int, int, int, float]],
+        row: int,
+        place: int,
+        slot: int,
+        phrase: int,
+        probs: np.ndarray,
+    ) -> None:
         """Add the next-token distribution at each token of a phrase: all phrases that begin alike share the mass."""
         words = self.phrase_ids[slot]
         for j in range(len(words[phrase])):

@@ -13,7 +13,11 @@ import numpy as np
 
 from moalign.tasks.sandbox import world
 
-_PHRASES = {tuple(phrase.split()): (slot, index) for slot, phrases in enumerate(world.SLOTS) for index, (phrase, _) in enumerate(phrases)}
+_PHRASES = {
+    tuple(phrase.split()): (slot, index)
+    for slot, phrases in enumerate(world.SLOTS)
+    for index, (phrase, _) in enumerate(phrases)
+}
 _LENGTHS = sorted({len(words) for words in _PHRASES}, reverse=True)
 
 

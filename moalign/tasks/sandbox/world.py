@@ -164,7 +164,7 @@ def slot_rewards(context: Context) -> np.ndarray:
 
 
 def prior(context: Context) -> np.ndarray:
-    """Return the corpus's probability of each phrase when no preference is stated; ``[slots, phrases]``, rows sum to 1."""
+    """Return the corpus's probability of each phrase, no preference stated; ``[slots, phrases]``, rows sum to 1."""
     logits = np.array([[CAUTION * (RISK[context.risk] - 1.0) * values[1] for _, values in slot] for slot in SLOTS])
     if context.domain >= 0:
         logits[TOOL_SLOT, context.domain] += ON_TOPIC

@@ -1,0 +1,1 @@
+"""Typed recipes and task cards: found, read with their lines, overridden, checked."""
