@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from moalign.errors import RequestError
 from moalign import model_folder
+from moalign.errors import RequestError
 
 
 def write_safetensors(path: Path, numbers: int = 4) -> None:

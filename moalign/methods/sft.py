@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from pydantic import Field
+
 from moalign.methods.base import Capabilities, Job, RunContext
 from moalign.preferences import Preference
 from moalign.training.settings import SftConfig
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 class Config(SftConfig):
     """Settings of the supervised stage."""
 
-    steps: int = 0
+    steps: int = Field(default=0, ge=0)
 
 
 class Sft:

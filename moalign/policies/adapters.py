@@ -70,13 +70,13 @@ def merged(lm: LanguageModel) -> Iterator[None]:
         yield
         return
     kept = []
-    for layer in layers:
-        weight = layer.get_base_layer().weight
-        kept.append((weight, weight.data))
-        for name in layer.active_adapters:
-            if name in layer.lora_A:
-                weight.data = weight.data + layer.get_delta_weight(name)
     try:
+        for layer in layers:
+            weight = layer.get_base_layer().weight
+            kept.append((weight, weight.data))
+            for name in layer.active_adapters:
+                if name in layer.lora_A:
+                    weight.data = weight.data + layer.get_delta_weight(name)
         with reference_mode(lm):
             yield
     finally:
@@ -143,10 +143,14 @@ def load(lm: LanguageModel, folder: Path, name: str = ADAPTER) -> None:
         raise RequestError(
             f"adapter folder {folder}: trained on a base with fingerprint {told}, but {lm.source} has {lm.fingerprint}"
         )
-    config = json.loads(config_path.read_text())
-    spec = LoraSpec(
-        r=config["r"], alpha=config["lora_alpha"], dropout=config["lora_dropout"], targets=config["target_modules"]
-    )
+    try:
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+        spec = LoraSpec(
+            r=config["r"], alpha=config["lora_alpha"], dropout=config["lora_dropout"], targets=config["target_modules"]
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        told = f"{config_path.name} is damaged ({type(error).__name__})"
+        raise RequestError(f"adapter folder {folder}: {told}") from error
     attach(lm, spec, seed=0, name=name)
     set_tensors(lm, weights, name)
     lm.model.requires_grad_(False)

@@ -31,6 +31,8 @@ class LanguageModel:
     source: str
     fingerprint: str
     device: torch.device
+    in_reference: bool = False
+    """Whether a :func:`reference_mode` block is open, so that an inner one does not end it."""
 
     @property
     def eos(self) -> int:
@@ -118,13 +120,15 @@ def reference_mode(lm: LanguageModel) -> Iterator[None]:
     more than a forward pass of a tiny model.
     """
     tuner: Any = getattr(lm.model, "base_model", None)
-    if not hasattr(tuner, "disable_adapter_layers"):
+    if lm.in_reference or not hasattr(tuner, "disable_adapter_layers"):
         yield
         return
     tuner.disable_adapter_layers()
+    lm.in_reference = True
     try:
         yield
     finally:
+        lm.in_reference = False
         tuner.enable_adapter_layers()
 
 
@@ -177,7 +181,7 @@ def token_outputs(
     log_probs = torch.log_softmax(logits, dim=-1)
     chosen = log_probs.gather(-1, input_ids[:, -width:].unsqueeze(-1)).squeeze(-1)
     with torch.no_grad():
-        entropy = -(log_probs.exp() * log_probs).sum(-1)
+        entropy = torch.special.entr(log_probs.exp()).sum(-1)
     states = output.hidden_states[-1][:, -(width + 1) : -1] if hidden else None
     # where() instead of a product: an impossible padding token has log-probability -inf, and -inf * 0 is NaN.
     zero = torch.zeros((), dtype=chosen.dtype, device=chosen.device)

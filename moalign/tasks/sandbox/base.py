@@ -50,6 +50,24 @@ VERSION = 1
 """Raise it when anything above or in the training loop changes: it is part of the cache key."""
 
 
+_WORLD = (
+    "TOPICS",
+    "QUESTIONS",
+    "TAILS",
+    "SLOTS",
+    "RISK",
+    "HUMOR",
+    "TOOL_SLOT",
+    "TOOL_RIGHT",
+    "TOOL_WRONG",
+    "ON_TOPIC",
+    "CAUTION",
+    "MISSING",
+    "STRAY",
+)
+"""What of the world a base and its stop depend on."""
+
+
 def identity(objectives: Sequence[str], kind: str, seed: int) -> str:
     """Return the content address of a base: 12 hex digits over all that determines it."""
     told = {
@@ -57,18 +75,7 @@ def identity(objectives: Sequence[str], kind: str, seed: int) -> str:
         "kind": kind,
         "seed": seed,
         "version": VERSION,
-        "world": repr(
-            (
-                world.TOPICS,
-                world.QUESTIONS,
-                world.TAILS,
-                world.SLOTS,
-                world.RISK,
-                world.HUMOR,
-                world.ON_TOPIC,
-                world.CAUTION,
-            )
-        ),
+        "world": repr([getattr(world, name) for name in _WORLD]),
         "training": [
             TILT,
             FIRST_TILT,
@@ -85,6 +92,7 @@ def identity(objectives: Sequence[str], kind: str, seed: int) -> str:
             BATCH,
             RATE,
             FLOOR,
+            WARM_TAU,
         ],
     }
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]

@@ -11,7 +11,7 @@ from moalign.preferences import Preference
 from moalign.tasks.sandbox import base, world
 from moalign.tasks.task import Matrix, Task, fingerprint
 
-PER_PROMPT = 8
+PER_PROMPT = 16
 """Data responses per prompt, drawn from the corpus without preference: a logged data set of mixed quality."""
 
 

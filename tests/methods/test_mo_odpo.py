@@ -1,0 +1,210 @@
+"""MO-ODPO: pairs, labels, and which preferences are drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moalign.methods.mo_odpo import Config, PairLoss, pairs
+from moalign.policies.language_model import TokenOutputs
+from moalign.training.online import Part, Rollout
+from moalign.workflow.train import TrainRequest, plan, train
+
+W = np.array([[0.25, 0.75], [1.0, 0.0]])
+TEXTS = ["a", "b", "c", "d"]
+
+
+def rewards(*rows: tuple[float, float]) -> np.ndarray:
+    return np.array(rows, dtype=np.float64)
+
+
+# -- pairs ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_better_response_by_the_weighted_score_comes_first() -> None:
+    # w.r: .25 * 4 + .75 * 0 = 1 against .25 * 0 + .75 * 2 = 1.5; then 4 against 0.
+    rows, labels = pairs(rewards((4, 0), (0, 2), (4, 0), (0, 2)), W, 2, TEXTS, "weighted")
+    assert rows.tolist() == [[1, 0], [2, 3]]
+    assert labels.tolist() == [[1.0], [1.0]]
+
+
+def test_of_more_than_two_the_best_meets_the_worst() -> None:
+    z = rewards((0, 1), (0, 3), (0, -1), (5, 0), (1, 9), (2, 2))
+    rows, labels = pairs(z, W, 3, ["a", "b", "c", "d", "e", "f"], "weighted")
+    assert rows.tolist() == [[1, 2], [3, 4]]
+    assert labels.tolist() == [[1.0], [1.0]]
+
+
+def test_exact_ties_have_label_zero() -> None:
+    # .25 * 3 + .75 * 0 = .25 * 0 + .75 * 1, exactly
+    _, labels = pairs(rewards((3, 0), (0, 1), (3, 0), (0, 1)), W, 2, TEXTS, "weighted")
+    assert labels.tolist() == [[0.0], [1.0]]
+    _, labels = pairs(np.zeros((6, 2)), W, 3, ["a", "b", "c", "d", "e", "f"], "weighted")
+    assert labels.tolist() == [[0.0], [0.0]]
+
+
+@pytest.mark.parametrize("pairing", ["weighted", "per_objective"])
+def test_identical_responses_make_no_pair_whatever_their_scores(pairing: Any) -> None:
+    _, labels = pairs(rewards((4, 0), (0, 2), (4, 0), (0, 2)), W, 2, ["same", "same", "c", "d"], pairing)
+    assert not labels[0].any()
+    assert labels[1].any()
+
+
+def test_a_label_per_objective_keeps_the_order_of_sampling() -> None:
+    rows, labels = pairs(rewards((1, 5), (3, 2), (7, 0), (7, 1)), W, 2, TEXTS, "per_objective")
+    assert rows.tolist() == [[0, 1], [2, 3]]
+    assert labels.tolist() == [[-1.0, 1.0], [0.0, -1.0]]
+
+
+@given(st.integers(1, 6), st.integers(2, 5), st.integers(2, 3), st.integers(0, 2**32 - 1))
+@settings(deadline=None, max_examples=50)
+def test_pairs_hold_for_any_numbers(prompts: int, samples: int, objectives: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    z = rng.integers(-2, 3, size=(prompts * samples, objectives)).astype(float)  # small integers: ties happen
+    w = rng.dirichlet(np.ones(objectives), size=prompts)
+    rows, labels = pairs(z, w, samples, [str(i) for i in range(len(z))], "weighted")
+    assert rows.shape == (prompts, 2)
+    assert labels.shape == (prompts, 1)
+    for i, ((best, worst), label) in enumerate(zip(rows.tolist(), labels[:, 0].tolist(), strict=True)):
+        own = range(i * samples, (i + 1) * samples)
+        assert best in own
+        assert worst in own
+        utility = {row: float(z[row] @ w[i]) for row in own}
+        assert utility[best] == pytest.approx(max(utility.values()))
+        assert utility[worst] == pytest.approx(min(utility.values()))
+        assert label in (0.0, 1.0)
+        if max(utility.values()) - min(utility.values()) > 1e-9:
+            assert label == 1.0
+
+
+def test_a_label_per_objective_needs_exactly_two_samples() -> None:
+    assert Config(pairing="per_objective").samples == 2
+    with pytest.raises(ValueError, match="per_objective needs samples: 2; found 4"):
+        Config(pairing="per_objective", samples=4)
+    with pytest.raises(ValueError, match="samples"):
+        Config(samples=1)
+
+
+# -- the loss --------------------------------------------------------------------------------------------------------
+
+
+def loss_of(pairing: str = "weighted", beta: float = 0.1, given: Any = None, alpha: float = 1.0) -> PairLoss:
+    config = Config.model_validate({"pairing": pairing, "beta": beta, "alpha": alpha})
+    job: Any = SimpleNamespace(config=config, task=SimpleNamespace(names=["one", "two"]), given_preferences=given)
+    return PairLoss(job)
+
+
+def rollout(z: np.ndarray, texts: list[str]) -> Rollout:
+    nothing: Any = None
+    return Rollout(["p", "q"], W, len(z) // 2, nothing, texts, z, z, nothing)
+
+
+def test_pairs_that_teach_nothing_are_left_out_and_counted() -> None:
+    chosen = loss_of().select(rollout(rewards((3, 0), (0, 1), (3, 0), (0, 1)), TEXTS))
+    assert chosen.rows.tolist() == [2, 3]
+    assert chosen.group == 2
+    assert chosen.metrics == {"dropped": 1.0, "dropped_share": 0.5}
+    assert chosen.extras["labels"].tolist() == [[1.0]]
+    assert chosen.extras["weights"].tolist() == [[1.0]]
+    assert chosen.extras["preferences"].tolist() == [[1.0, 0.0]]
+
+
+def test_when_all_tie_nothing_is_left() -> None:
+    chosen = loss_of().select(rollout(np.zeros((4, 2)), TEXTS))
+    assert len(chosen.rows) == 0
+    assert chosen.metrics == {"dropped": 2.0, "dropped_share": 1.0}
+
+
+def test_labels_per_objective_weigh_as_the_preference_does() -> None:
+    chosen = loss_of("per_objective").select(rollout(rewards((1, 5), (3, 2), (7, 0), (7, 0)), TEXTS))
+    assert chosen.rows.tolist() == [0, 1]
+    assert chosen.extras["labels"].tolist() == [[-1.0, 1.0]]
+    assert chosen.extras["weights"].tolist() == [[0.25, 0.75]]
+
+
+def test_the_loss_of_a_part_by_hand() -> None:
+    """D+ = 2, D- = -1 in the first pair (.554355), the other way round in the second (.854355): mean .704355."""
+    mask = torch.tensor([[True, True], [True, False], [True, True], [True, False]])
+    logps = torch.tensor([[1.0, 1.0], [-1.0, 0.0], [-0.5, -0.5], [2.0, 0.0]])
+    part = Part(
+        response_mask=mask,
+        old_logps=logps,
+        ref_logps=torch.zeros(4, 2),
+        extras={"labels": torch.ones(2, 1), "weights": torch.ones(2, 1), "preferences": torch.tensor(W).float()},
+    )
+    entropy = torch.tensor([[1.0, 3.0], [2.0, 0.0], [0.5, 0.5], [0.1, 0.0]])
+    value, told = loss_of().loss(TokenOutputs(logps, entropy), part)
+    assert value.item() == pytest.approx(0.704355, abs=1e-5)
+    assert told["accuracy"] == 0.5
+    assert told["entropy"] == pytest.approx((2 + 2 + 0.5 + 0.1) / 4)
+    assert told["entropy/two"] == pytest.approx(2.0)  # the first prompt weighs the second objective most
+    assert told["entropy/one"] == pytest.approx(0.3)
+
+
+# -- preferences -----------------------------------------------------------------------------------------------------
+
+
+def test_alpha_is_the_concentration() -> None:
+    drawn = loss_of(alpha=0.3).preferences(np.random.default_rng(0), 20_000)
+    assert drawn[:, 0].var() == pytest.approx(0.25 / 1.6, rel=0.03)  # m = 2: (1/4) / (2 alpha + 1)
+
+
+def test_only_the_vectors_given_are_trained_on(
+    small_task: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``--prefs`` reaches the prompts of every rollout; without it every prompt has a vector of its own."""
+    seen: list[np.ndarray] = []
+    select = PairLoss.select
+
+    def look(self: PairLoss, rollout: Rollout) -> Any:
+        seen.append(rollout.preferences)
+        return select(self, rollout)
+
+    monkeypatch.setattr(PairLoss, "select", look)
+    few = (*small_task, "steps=2", "batch=6")
+    train(plan(TrainRequest("mo-odpo", overrides=few, prefs=("0.3,0.7", "1,0"), results=tmp_path)))
+    assert {tuple(row) for row in np.concatenate(seen).tolist()} == {(0.3, 0.7), (1.0, 0.0)}
+    seen.clear()
+    train(plan(TrainRequest("mo-odpo", overrides=few, results=tmp_path)))
+    assert len({tuple(row) for row in np.concatenate(seen).tolist()}) == 12
+
+
+def test_the_preference_is_in_the_prompt_and_the_scorer_sees_the_bare_one(
+    small_task: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moalign.policies.language_model import LanguageModel
+    from moalign.rewards.panel import RewardPanel
+
+    read: list[str] = []
+    scored: list[str] = []
+    encode, score = LanguageModel.encode, RewardPanel.score
+
+    def look(self: LanguageModel, texts: Any, *rest: Any) -> Any:
+        read.extend(texts)
+        return encode(self, texts, *rest)
+
+    def judge(self: RewardPanel, prompts: Any, *rest: Any) -> Any:
+        scored.extend(prompts)
+        return score(self, prompts, *rest)
+
+    made = plan(
+        TrainRequest("mo-odpo", overrides=(*small_task, "steps=1", "batch=3"), prefs=("0.3,0.7",), results=tmp_path)
+    )
+    _ = made.task.normaliser
+    monkeypatch.setattr(LanguageModel, "encode", look)
+    monkeypatch.setattr(RewardPanel, "score", judge)
+    train(made)
+    bare = made.task.prompts["train"]
+    assert len(read) == 3
+    assert all(
+        text.startswith("[helpfulness 30.0% harmlessness 70.0%] ") and text.split("] ")[1] in bare for text in read
+    )
+    assert len(scored) == 6
+    assert set(scored) <= set(bare)

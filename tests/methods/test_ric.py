@@ -1,0 +1,237 @@
+"""RiC: targets, filters, relabelled rows, and how a preference becomes desired rewards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moalign.config.card import TemplateSpec
+from moalign.errors import RequestError
+from moalign.methods import ric
+from moalign.methods.base import Job
+from moalign.methods.ric import Config, Ric, boundary_targets, desired_rewards, keep
+from moalign.pareto.front import layers
+from moalign.policies import adapters
+from moalign.policies.template import Renderer
+from moalign.runs.meter import Meter
+from moalign.workflow.train import TrainRequest, context_of, plan, train
+
+BOX = np.array([[-4.0, 4.0], [-4.0, 4.0]])
+QUICK = (
+    "offline={steps: 2, batch: 4, max_tokens: 64}",
+    "online={steps: 2, batch: 4, max_tokens: 64}",
+    "offline_part=10",
+)
+
+
+# -- inference: preference -> desired rewards ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("preference", "name", "wanted"),
+    [
+        ((0.5, 0.5), "l2", (1.7, 1.7)),
+        ((0.5, 0.5), "linf", (4.0, 4.0)),
+        ((0.5, 0.5), "linear", (0.0, 0.0)),
+        ((0.8, 0.2), "l2", (3.8, -2.1)),
+        ((0.8, 0.2), "linf", (4.0, -0.8)),
+        ((0.8, 0.2), "linear", (2.4, -2.4)),
+        ((1.0, 0.0), "l2", (4.0, -4.0)),
+        ((1.0, 0.0), "linf", (4.0, -4.0)),
+        ((0.0, 1.0), "linear", (-4.0, 4.0)),
+    ],
+)
+def test_the_three_maps(preference: tuple[float, ...], name: Any, wanted: tuple[float, ...]) -> None:
+    found = desired_rewards(preference, BOX, name)
+    assert [round(float(value), 1) for value in found] == list(wanted)
+
+
+@pytest.mark.parametrize("name", ["l2", "linf", "linear"])
+def test_the_maps_stay_in_a_box_that_is_not_square(name: Any) -> None:
+    box = np.array([[-1.0, 3.0], [0.0, 0.5], [-2.0, -1.0]])
+    for preference in np.random.default_rng(0).dirichlet(np.ones(3), size=50):
+        found = desired_rewards(preference.tolist(), box, name)
+        assert (found >= box[:, 0] - 1e-12).all()
+        assert (found <= box[:, 1] + 1e-12).all()
+
+
+def test_three_objectives_by_hand() -> None:
+    box = np.array([[0.0, 1.0]] * 3)
+    assert desired_rewards((0.5, 0.3, 0.2), box, "linf").tolist() == pytest.approx([1.0, 0.9, 0.6])
+    assert desired_rewards((0.6, 0.0, 0.4), box, "l2").tolist() == pytest.approx([0.8320503, 0.0, 0.5547002])
+
+
+# -- targets and filters ---------------------------------------------------------------------------------------------
+
+
+def test_targets_lie_on_the_upper_right_boundary() -> None:
+    box = np.array([[-1.0, 3.0], [0.0, 0.5], [-2.0, -1.0]])
+    targets = boundary_targets(np.random.default_rng(0), box, 6000)
+    below = targets < box[:, 1]
+    assert (below.sum(axis=1) == 1).all()  # exactly one coordinate is not at its maximum
+    assert (targets >= box[:, 0]).all()
+    assert below.mean(axis=0) == pytest.approx([1 / 3] * 3, abs=0.03)
+    # The smallest of three uniform numbers has mean 1/4.
+    relative = ((targets - box[:, 0]) / (box[:, 1] - box[:, 0]))[below]
+    assert relative.mean() == pytest.approx(0.25, abs=0.01)
+    assert relative.max() > 0.8
+
+
+@pytest.mark.parametrize("objectives", [2, 3])
+def test_any_quantile_keeps_one_minus_seven_tenths_to_the_m(objectives: int) -> None:
+    z = np.random.default_rng(1).normal(size=(20_000, objectives))
+    kept = keep(z, Config())
+    assert kept.mean() == pytest.approx(1 - 0.7**objectives, abs=0.01)
+    bounds = np.quantile(z, 0.7, axis=0)
+    assert (kept == (z >= bounds).any(axis=1)).all()
+
+
+def test_any_quantile_by_hand() -> None:
+    z = np.array([[float(i), float((7 * i) % 11)] for i in range(11)])  # both columns are a permutation of 0..10
+    kept = keep(z, Config(quantile=0.8))
+    assert np.flatnonzero(kept).tolist() == [3, 6, 8, 9, 10]  # the first is 8, 9, 10; the second at 9, 6 (9), 3 (10)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.9, 1.0])
+def test_nondominated_keeps_whole_first_layers_and_no_more_than_needed(share: float) -> None:
+    z = np.random.default_rng(2).normal(size=(300, 2))
+    kept = keep(z, Config(filter="nondominated", keep_share=share))
+    layer = layers(z)
+    last = layer[kept].max()
+    assert (kept == (layer <= last)).all()
+    assert kept.mean() >= share
+    assert (layer < last).mean() < share
+
+
+# -- tags ------------------------------------------------------------------------------------------------------------
+
+
+def test_scores_are_written_as_plain_text_with_one_decimal() -> None:
+    renderer = Renderer(TemplateSpec(scores="{prompt} {scores}", marker=" ->"), ("one", "two"))
+    assert renderer.scores("hello", [1.249, -0.35001]) == "hello <rm1_score> 1.2 <rm2_score> -0.4 ->"
+
+
+def test_a_score_that_rounds_to_zero_has_no_sign() -> None:
+    """``-0.0`` and ``0.0`` would be two texts for one reward."""
+    renderer = Renderer(TemplateSpec(), ("one", "two"))
+    assert renderer.scores("x", [-0.04, 0.04]) == "x <rm1_score> 0.0 <rm2_score> 0.0"
+
+
+# -- rounds ----------------------------------------------------------------------------------------------------------
+
+
+def make_job(task: tuple[str, ...], results: Path, *overrides: str) -> Job:
+    made = plan(TrainRequest("ric", overrides=(*task, *QUICK, *overrides), results=results))
+    run = made.store.open("ric", made.task.card.name, made.identity, card_hash=made.task.hash, seed=0)
+    meter = Meter()
+    job = Job(
+        task=made.task,
+        config=made.resolved.config,
+        run=run,
+        preferences=made.preferences,
+        policy_spec=made.resolved.recipe.policy,
+        panel=made.task.panel.with_normaliser(made.task.normaliser).with_meter(meter),
+        seed=0,
+        meter=meter,
+    )
+    adapters.attach(job.task.language_model, job.policy_spec.lora, job.seed)
+    return job
+
+
+def test_samples_are_relabelled_with_the_scores_they_obtained(small_task: tuple[str, ...], tmp_path: Path) -> None:
+    job = make_job(small_task, tmp_path, "online_prompts=40")
+    scored = job.task.scored()
+    z = job.panel.z(scored.raw)
+    texts, responses = Ric()._round_rows(job, job.task.language_model, scored, z, 0)
+    table = job.run.read_table("samples-1")
+    own = job.panel.z(job.panel.score(table["prompt"].tolist(), table["response"].tolist()))
+    assert np.array_equal(table[[f"z:{name}" for name in job.task.names]].to_numpy(), own)
+
+    passed = keep(own, job.config)
+    told = job.notes["round-1"]
+    assert told["samples"] + told["collapsed"] == 40
+    assert told["kept"] == passed.sum()
+    assert len(texts) == len(responses) == told["kept"] + told["offline_kept"]
+    assert 1 <= told["offline_kept"] <= 10
+
+    render = job.task.renderer.scores
+    expected = [render(p, s) for p, s in zip(table["prompt"][passed], own[passed], strict=True)]
+    assert texts[: len(expected)] == expected
+    assert responses[: len(expected)] == table["response"][passed].tolist()
+    bounds = job.task.normaliser.z_bounds()
+    at_maximum = [text for text in expected if f"{bounds[0, 1]:.1f}" in text or f"{bounds[1, 1]:.1f}" in text]
+    assert len(at_maximum) < len(expected) / 2  # every target had a coordinate at its maximum: targets are gone
+
+    offline = {(render(p, s), r) for p, s, r in zip(scored.prompts, z, scored.responses, strict=True)}
+    assert set(zip(texts[len(expected) :], responses[len(expected) :], strict=True)) <= offline
+
+
+def test_the_targets_are_what_the_samples_were_asked_for(
+    small_task: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moalign.policies import policy
+
+    job = make_job(small_task, tmp_path, "online_prompts=9", "top_p=0.8", "temperature=0.6")
+    seen: list[Any] = []
+    respond_all = policy.respond_all
+    monkeypatch.setattr(policy, "respond_all", lambda *given: (seen.append(given), respond_all(*given))[1])
+    Ric()._samples(job, job.task.language_model, 0)
+    _, texts, limits, _ = seen[0]
+    assert (limits.top_p, limits.temperature) == (0.8, 0.6)
+    bounds = job.task.normaliser.z_bounds()
+    top = [f"<rm{i}_score> {bounds[i - 1, 1]:.1f}" for i in (1, 2)]
+    assert all(top[0] in text or top[1] in text for text in texts)
+    assert job.meter.tokens_generated > 0
+
+
+def test_a_round_trains_on_the_samples_of_all_rounds_so_far(small_task: tuple[str, ...], tmp_path: Path) -> None:
+    job = make_job(small_task, tmp_path, "online_prompts=20", "online_rounds=2")
+    scored = job.task.scored()
+    z = job.panel.z(scored.raw)
+    Ric()._round_rows(job, job.task.language_model, scored, z, 0)
+    Ric()._round_rows(job, job.task.language_model, scored, z, 1)
+    first, second = (len(job.run.read_table(f"samples-{i}")) for i in (1, 2))
+    assert job.notes["round-2"]["samples"] == first + second
+    assert job.run.read_table("samples-1")["response"].tolist() != job.run.read_table("samples-2")["response"].tolist()
+
+
+def test_when_all_samples_collapse_it_says_so(small_task: tuple[str, ...], tmp_path: Path) -> None:
+    short = "task.generation.max_new_tokens=3"  # fewer than five words are a collapsed sample
+    request = TrainRequest("ric", overrides=(*small_task, *QUICK, "online_prompts=6", short), results=tmp_path)
+    with pytest.raises(RequestError, match="sampling-1: all 6 samples collapsed .* train the offline stage longer"):
+        train(plan(request))
+
+
+def test_a_preference_is_asked_for_as_desired_rewards(small_task: tuple[str, ...], tmp_path: Path) -> None:
+    request = TrainRequest(
+        "ric", overrides=(*small_task, *QUICK, "online_rounds=0", "preference_map=linf"), results=tmp_path
+    )
+    run, _ = train(plan(request))
+    assert list(run.record.phases) == ["offline"]
+    method, context = context_of(run, tmp_path)
+    policies = [method.policy(context, preference) for preference in ((0.5, 0.5), (1.0, 0.0))]
+    bounds = context.task.normaliser.z_bounds()
+    assert policies[0].render("hi") == f"hi <rm1_score> {bounds[0, 1]:z.1f} <rm2_score> {bounds[1, 1]:z.1f}"
+    assert policies[1].render("hi") == f"hi <rm1_score> {bounds[0, 1]:z.1f} <rm2_score> {bounds[1, 0]:z.1f}"
+    assert policies[0].generator is policies[1].generator  # one policy: a grid is answered in one pass
+
+
+def test_the_defaults_are_the_papers() -> None:
+    config = ric.Config()
+    assert (config.offline.steps, config.offline.batch, config.offline.lr, config.offline.schedule) == (
+        20_000,
+        8,
+        1.414e-4,
+        "linear",
+    )
+    assert (config.online.steps, config.online.lr, config.online.schedule) == (4_000, 1e-5, "constant")
+    assert (config.online_prompts, config.offline_part, config.temperature, config.top_p) == (20_000, 10_000, 0.7, 0.9)
+    assert (config.filter, config.quantile, config.preference_map, config.online_rounds) == (
+        "any_quantile",
+        0.7,
+        "l2",
+        1,
+    )

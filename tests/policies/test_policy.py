@@ -1,0 +1,134 @@
+"""Many policies asked at once: as if each had been asked alone, and shared texts sampled once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+
+from moalign import preferences
+from moalign.config.card import TemplateSpec
+from moalign.config.recipe import LoraSpec
+from moalign.policies import adapters
+from moalign.policies.language_model import LanguageModel
+from moalign.policies.policy import ModelGenerator, Policy, respond_all
+from moalign.policies.sampler import Sampling
+from moalign.policies.template import Renderer
+
+PROMPTS = ["make soup", "read a map", "make soup", "fix a chair"]
+SAMPLING = Sampling(max_new_tokens=8, seed=3, batch_size=2)
+GRID = preferences.grid(2, 4)
+RENDERER = Renderer(TemplateSpec(), ("helpfulness", "harmlessness"))
+
+
+class Echo:
+    """Answers with what it was asked and the number of the row; notes every request."""
+
+    def __init__(self, name: str = "echo") -> None:
+        self.name = name
+        self.asked: list[tuple[str, int]] = []
+        self.calls: list[int] = []
+
+    def generate(self, texts: Sequence[str], rows: Sequence[int], sampling: Sampling) -> tuple[list[str], int]:
+        self.asked += zip(texts, rows, strict=True)
+        self.calls.append(len(texts))
+        return [f"{self.name}|{text}|{row}|{sampling.seed}" for text, row in zip(texts, rows, strict=True)], len(texts)
+
+
+def tagged(prompt: str, tag: str) -> str:
+    return f"{tag} {prompt}"
+
+
+def test_batched_grid_equals_one_policy_at_a_time(lm: LanguageModel) -> None:
+    generator = ModelGenerator(lm)
+    policies = [Policy(generator, partial(RENDERER.preference, weights=w)) for w in GRID]
+    together = respond_all(policies, PROMPTS, SAMPLING)
+    assert together.responses == [policy.respond(PROMPTS, SAMPLING) for policy in policies]
+    assert len({text for row in together.responses for text in row}) > len(GRID)
+
+
+def test_prompts_draw_the_same_numbers_for_every_policy() -> None:
+    echo = Echo()
+    found = respond_all([Policy(echo, partial(tagged, tag=tag)) for tag in "ab"], PROMPTS, SAMPLING).responses
+    assert found[0] == [f"echo|a {prompt}|{i}|3" for i, prompt in enumerate(PROMPTS)]
+    assert found[1] == [f"echo|b {prompt}|{i}|3" for i, prompt in enumerate(PROMPTS)]
+
+
+def test_shared_texts_are_sampled_once() -> None:
+    echo = Echo()
+    same = [Policy(echo, partial(tagged, tag="same")) for _ in GRID]
+    answers = respond_all([*same, Policy(echo, partial(tagged, tag="own"))], PROMPTS, SAMPLING)
+    assert sorted(echo.asked) == sorted((f"{tag} {p}", i) for tag in ("same", "own") for i, p in enumerate(PROMPTS))
+    assert answers.tokens == 2 * len(PROMPTS)  # what was sampled, not what was handed out
+    assert all(row == answers.responses[0] for row in answers.responses[:-1])
+    assert answers.responses[-1] != answers.responses[0]
+    # a prompt that is asked twice is answered twice
+    assert answers.responses[0][0] != answers.responses[0][2]
+
+
+def test_each_generator_answers_its_own_policies() -> None:
+    one, two = Echo("one"), Echo("two")
+    render = partial(tagged, tag="x")
+    found = respond_all([Policy(one, render), Policy(two, render), Policy(one, render)], PROMPTS, SAMPLING).responses
+    assert [row[0].split("|")[0] for row in found] == ["one", "two", "one"]
+    assert len(one.asked) == len(two.asked) == len(PROMPTS)
+
+
+def test_best_of_n_chooses_among_independent_samples() -> None:
+    echo = Echo()
+    seen: list[tuple[list[str], list[list[str]]]] = []
+
+    def choose(prompts: Sequence[str], candidates: Sequence[Sequence[str]]) -> list[int]:
+        seen.append((list(prompts), [list(row) for row in candidates]))
+        return [2, 0, 1, 2]
+
+    found = respond_all([Policy(echo, partial(tagged, tag="x"), samples=3, choose=choose)], PROMPTS, SAMPLING)
+    prompts, candidates = seen[0]
+    assert prompts == PROMPTS  # bare prompts: that is what scorers see
+    assert [len(row) for row in candidates] == [3] * 4
+    assert len({text for row in candidates for text in row}) == 12
+    assert found.responses[0] == [candidates[0][2], candidates[1][0], candidates[2][1], candidates[3][2]]
+    assert found.tokens == 12
+
+
+def test_best_of_n_shares_its_candidates_with_other_preferences_and_the_plain_policy() -> None:
+    echo = Echo()
+    render = partial(tagged, tag="x")
+    first = Policy(echo, render, samples=2, choose=lambda prompts, _: [0] * len(prompts))
+    last = Policy(echo, render, samples=2, choose=lambda prompts, _: [1] * len(prompts))
+    plain = Policy(echo, render)
+    answers = respond_all([first, last, plain], PROMPTS, SAMPLING)
+    assert answers.tokens == 2 * len(PROMPTS)
+    assert answers.responses[0] == answers.responses[2] != answers.responses[1]
+
+
+def test_progress_tells_every_sampled_response_in_chunks() -> None:
+    echo, told = Echo(), []
+    policies = [Policy(echo, partial(tagged, tag=tag), samples=2) for tag in "abc"]
+    respond_all(policies, PROMPTS, SAMPLING, told.append)
+    assert sum(told) == len(echo.asked) == 24
+    assert told == echo.calls == [8, 8, 8]  # four batches of two
+
+
+def test_generators_switch_between_base_and_adapters(make_lm: Callable[..., LanguageModel]) -> None:
+    """Whatever ran before, a generator answers with its own adapter, and the base with none."""
+    bare = ModelGenerator(make_lm())
+    expected = {"base": bare.generate(PROMPTS, range(4), SAMPLING)}
+    lm = make_lm()
+    generators = {"base": ModelGenerator(lm)}
+    for seed, name in enumerate(("first", "second")):
+        adapters.attach(lm, LoraSpec(r=4, alpha=8, dropout=0.5), seed, name)
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for key, value in lm.model.named_parameters():
+                if "lora_B" in key and name in key:
+                    value.normal_(std=0.3)
+        generators[name] = ModelGenerator(lm, name)
+        expected[name] = generators[name].generate(PROMPTS, range(4), SAMPLING)
+    assert len({tuple(texts) for texts, _ in expected.values()}) == 3
+    for name in ("second", "base", "first", "first", "base", "second"):
+        assert generators[name].generate(PROMPTS, range(4), SAMPLING) == expected[name]
+    policies = [Policy(generators[name], partial(tagged, tag="")) for name in expected]
+    again = respond_all(policies, PROMPTS, SAMPLING).responses
+    assert again == [Policy(generators[name], partial(tagged, tag="")).respond(PROMPTS, SAMPLING) for name in expected]

@@ -1,0 +1,275 @@
+"""The sampler: exact distributions, its log-probabilities, common random numbers, padding, end tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import chisquare
+
+from moalign.policies.language_model import LanguageModel, token_outputs
+from moalign.policies.sampler import (
+    Samples,
+    Sampling,
+    batches,
+    cut,
+    draw,
+    generate,
+    pad_left,
+    responses,
+    sample,
+    uniforms,
+)
+
+PROMPTS = ["how do i make soup today ?", "soup", "tell me how to burn dry leaves with my kids ."]
+STEPS = 12
+
+
+def drawn(lm: LanguageModel, texts: list[str] = PROMPTS, repeat: int = 1, **more: float) -> Samples:
+    rows = range(len(texts) * repeat)
+    return sample(lm, lm.encode(texts), uniforms(7, rows, STEPS), repeat=repeat, **more)
+
+
+# -- one token -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_draw_follows_the_softmax_by_chi_square(temperature: float) -> None:
+    logits = np.random.default_rng(1).normal(size=12) * 1.5
+    expected = np.exp(logits / temperature) / np.exp(logits / temperature).sum()
+    count = 20_000
+    numbers = torch.from_numpy(np.random.default_rng(2).random(count))
+    tokens, logps = draw(torch.tensor(logits).expand(count, -1), numbers, temperature, 1.0)
+    found = np.bincount(tokens.numpy(), minlength=12)
+    assert chisquare(found, expected * count).pvalue > 1e-3
+    np.testing.assert_allclose(logps.numpy(), np.log(expected)[tokens.numpy()], atol=1e-5)
+    # The same counts against the other temperature fail, so the test can.
+    other = np.exp(logits / (1.7 - temperature)) / np.exp(logits / (1.7 - temperature)).sum()
+    assert chisquare(found, other * count).pvalue < 1e-6
+
+
+@given(
+    logits=st.lists(st.floats(-4, 4), min_size=2, max_size=8),
+    temperature=st.sampled_from([0.5, 0.7, 1.0, 2.0]),
+)
+@settings(deadline=None, max_examples=60)
+def test_even_numbers_give_exactly_the_softmax(logits: list[float], temperature: float) -> None:
+    """Inverse distribution: 1,000 evenly spaced numbers hit every token its share of times, give or take one."""
+    numbers = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    tokens, _ = draw(torch.tensor(logits).expand(1000, -1), numbers, temperature, 1.0)
+    weights = np.exp(np.array(logits) / temperature)
+    np.testing.assert_allclose(np.bincount(tokens, minlength=len(logits)), 1000 * weights / weights.sum(), atol=1.01)
+    assert (tokens.diff() >= 0).all()  # one number, one place: common random numbers
+
+
+def test_ends_of_the_unit_interval_draw_possible_tokens() -> None:
+    logits = torch.log(torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]]))
+    for number, token in ((0.0, 1), (0.2499, 1), (0.2501, 3), (1 - 2**-53, 3)):
+        for top_p in (1.0, 0.99):
+            found, logp = draw(logits, torch.tensor([number], dtype=torch.float64), 1.0, top_p)
+            assert found.item() == token
+            assert logp.item() == pytest.approx(np.log([0.25, 0.75][token // 3]), abs=1e-5)
+
+
+NUCLEI = [(0.01, {2}), (0.45, {2}), (0.55, {2, 0}), (0.85, {2, 0, 3}), (0.99, {0, 1, 2, 3})]
+
+
+@pytest.mark.parametrize(("top_p", "kept"), NUCLEI)
+def test_top_p_keeps_exactly_the_nucleus(top_p: float, kept: set[int]) -> None:
+    probs = np.array([0.3, 0.05, 0.5, 0.15])
+    numbers = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
+    tokens, logps = draw(torch.tensor(np.log(probs)).expand(4000, -1), numbers, 1.0, top_p)
+    assert set(tokens.tolist()) == kept
+    share = np.where([i in kept for i in range(4)], probs, 0)
+    share /= share.sum()
+    np.testing.assert_allclose(np.bincount(tokens, minlength=4) / 4000, share, atol=1 / 2000)
+    np.testing.assert_allclose(logps.numpy(), np.log(share[tokens.numpy()]), atol=1e-5)
+
+
+def test_greedy_takes_the_most_likely_token_whatever_the_number() -> None:
+    logits = torch.tensor([[0.0, 2.0, 1.0], [3.0, 0.0, 0.0]])
+    for number in (0.0, 0.999):
+        tokens, logps = draw(logits, torch.full((2,), number), 0.0, 1.0)
+        assert tokens.tolist() == [1, 0]
+        torch.testing.assert_close(logps, torch.log_softmax(logits, -1)[[0, 1], [1, 0]])
+
+
+# -- whole responses -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probabilities_are_those_of_a_fresh_pass(lm: LanguageModel, temperature: float) -> None:
+    """What training computes on the same rows, without cache, is what the sampler said."""
+    rows = drawn(lm, repeat=6, temperature=temperature)
+    again = token_outputs(lm.model, rows.input_ids, rows.attention_mask, rows.response_mask, temperature)
+    torch.testing.assert_close(again.logps, rows.logps, atol=1e-4, rtol=0)
+    assert (rows.logps[rows.response_mask] < 0).all()
+    assert rows.tokens == int(rows.response_mask.sum()) > 0
+
+
+def test_a_row_does_not_depend_on_its_batch(lm: LanguageModel) -> None:
+    together = drawn(lm)
+    width = together.response_mask.shape[1]
+    numbers = uniforms(7, range(3), STEPS)
+    for i, ids in enumerate(lm.encode(PROMPTS)):
+        alone = sample(lm, [ids], numbers[i : i + 1])
+        length = int(alone.response_mask.sum())
+        assert int(together.response_mask[i].sum()) == length
+        assert together.input_ids[i, -width:][:length].tolist() == alone.input_ids[0, len(ids) :].tolist()
+        torch.testing.assert_close(together.logps[i, :length], alone.logps[0], atol=1e-4, rtol=0)
+
+
+def test_repeat_is_the_same_as_asking_again_and_again(lm: LanguageModel) -> None:
+    repeated = drawn(lm, repeat=4)
+    asked = drawn(lm, [text for text in PROMPTS for _ in range(4)])
+    assert torch.equal(repeated.input_ids, asked.input_ids)
+    assert torch.equal(repeated.attention_mask, asked.attention_mask)
+    assert torch.equal(repeated.response_mask, asked.response_mask)
+    torch.testing.assert_close(repeated.logps, asked.logps, atol=1e-4, rtol=0)
+
+
+def test_numbers_depend_on_seed_and_row_alone() -> None:
+    table = uniforms(3, [5, 0, 5], 8)
+    assert table.shape == (3, 8) and table.dtype == torch.float64
+    assert torch.equal(table[0], table[2]) and not torch.equal(table[0], table[1])
+    assert torch.equal(uniforms(3, [0], 8)[0], table[1])
+    assert torch.equal(uniforms(3, [0], 20)[0, :8], table[1])  # a longer response begins alike
+    assert not torch.equal(uniforms(4, [0], 8)[0], table[1])
+    assert ((table >= 0) & (table < 1)).all()
+
+
+def test_first_tokens_follow_the_model(lm: LanguageModel) -> None:
+    count = 3000
+    ids = lm.encode(PROMPTS[:1])
+    rows = sample(lm, ids, uniforms(11, range(count), 1), repeat=count)
+    with torch.no_grad():
+        expected = torch.softmax(lm.model(torch.tensor(ids)).logits[0, -1].double(), -1).numpy()
+    found = np.bincount(rows.input_ids[:, -1], minlength=len(expected))
+    common = expected * count >= 5
+    pool = [*(found[common]), found[~common].sum()], [*(expected[common] * count), expected[~common].sum() * count]
+    assert chisquare(*pool).pvalue > 1e-3
+
+
+def test_greedy_equals_plain_decoding(lm: LanguageModel) -> None:
+    rows = drawn(lm, temperature=0.0)
+    for i, ids in enumerate(lm.encode(PROMPTS)):
+        expected = list(ids)
+        while len(expected) < len(ids) + STEPS and (len(expected) == len(ids) or expected[-1] != lm.eos):
+            with torch.no_grad():
+                expected.append(int(lm.model(torch.tensor([expected])).logits[0, -1].argmax()))
+        assert rows.input_ids[i][rows.attention_mask[i].bool()].tolist() == expected
+
+
+def test_end_token_ends_a_row(make_lm: Callable[..., LanguageModel]) -> None:
+    """It counts as part of the response; padding follows and is masked everywhere."""
+    lm = make_lm(end=6.0)
+    rows = drawn(lm, repeat=40)
+    width = rows.response_mask.shape[1]
+    tokens = rows.input_ids[:, -width:]
+    lengths = rows.response_mask.sum(1).tolist()
+    assert min(lengths) < STEPS and len(set(lengths)) > 2
+    for row, mask, logps, length in zip(tokens.tolist(), rows.response_mask, rows.logps, lengths, strict=True):
+        assert mask.tolist() == [True] * length + [False] * (width - length)
+        assert lm.eos not in row[: length - 1]
+        assert row[length - 1] == lm.eos or length == STEPS
+        assert row[length:] == [lm.pad] * (width - length)
+        assert (logps[length:] == 0).all()
+    texts = responses(lm, rows)
+    assert all("<eos>" not in text and "<pad>" not in text for text in texts)
+    assert any(text == "" for text in texts) == (1 in lengths)
+
+
+def test_sampling_stops_when_every_row_has_ended(make_lm: Callable[..., LanguageModel]) -> None:
+    lm = make_lm()
+    with torch.no_grad():  # whatever came before, the end token comes next
+        lm.model.lm_head.weight.zero_()
+        lm.model.lm_head.weight[lm.eos] = 100 * lm.model.model.norm.weight
+    forced = lm.model.forward
+
+    def ended(**told: object) -> object:
+        output = forced(**told)
+        output.logits[..., lm.eos] = 1e4
+        return output
+
+    lm.model.forward = ended
+    rows = drawn(lm)
+    assert rows.response_mask.shape[1] == 1 and rows.tokens == 3
+    assert responses(lm, rows) == ["", "", ""]
+
+
+def test_prompts_are_padded_on_the_left() -> None:
+    ids, mask = pad_left([[5], [6, 7, 8]], 0, torch.device("cpu"))
+    assert ids.tolist() == [[0, 0, 5], [6, 7, 8]] and mask.tolist() == [[0, 0, 1], [1, 1, 1]]
+
+
+def test_sampler_leaves_no_gradient_and_no_cache(lm: LanguageModel) -> None:
+    first, second = drawn(lm), drawn(lm)
+    assert not first.logps.requires_grad
+    assert torch.equal(first.input_ids, second.input_ids) and torch.equal(first.logps, second.logps)
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "left"),
+    [
+        ("yes . Human: more", ("Human:",), "yes ."),
+        ("a b c", ("c", "b"), "a"),
+        ("a b c", ("b", "c"), "a"),
+        ("stop here", ("stop",), ""),
+        (" no marker ", ("x",), "no marker"),
+        ("kept whole", (), "kept whole"),
+    ],
+)
+def test_cut_at_the_first_stop_text(text: str, stop: tuple[str, ...], left: str) -> None:
+    assert cut(text, stop) == left
+
+
+# -- batches -------------------------------------------------------------------------------------------
+
+SAMPLING = Sampling(max_new_tokens=STEPS, seed=7, batch_size=64)
+
+
+def test_generate_answers_in_order_whatever_the_batch_size(lm: LanguageModel) -> None:
+    texts = PROMPTS * 4
+    rows = list(range(len(texts)))
+    whole, tokens = generate(lm, texts, rows, SAMPLING)
+    small, same = generate(lm, texts, rows, replace(SAMPLING, batch_size=5))
+    assert whole == small and tokens == same
+    assert len(set(whole)) > 6
+    for i in (0, 7, 11):
+        assert generate(lm, [texts[i]], [rows[i]], SAMPLING)[0] == [whole[i]]
+    backwards, _ = generate(lm, texts[::-1], rows[::-1], SAMPLING)
+    assert backwards[::-1] == whole
+
+
+def test_generate_is_seeded(lm: LanguageModel) -> None:
+    torch.manual_seed(1)
+    first = generate(lm, PROMPTS, range(3), SAMPLING)
+    torch.manual_seed(2)
+    assert generate(lm, PROMPTS, range(3), SAMPLING) == first
+    assert generate(lm, PROMPTS, range(3), replace(SAMPLING, seed=8))[0] != first[0]
+    assert generate(lm, PROMPTS, range(3, 6), SAMPLING)[0] != first[0]
+
+
+def test_generate_counts_end_tokens_and_cuts_at_stop(lm: LanguageModel) -> None:
+    texts, tokens = generate(lm, PROMPTS, range(3), SAMPLING)
+    assert tokens == drawn(lm).tokens
+    word = texts[0].split()[2]
+    stopped, same = generate(lm, PROMPTS, range(3), replace(SAMPLING, stop=(word,)))
+    assert same == tokens
+    assert stopped == [text.split(word)[0].strip() for text in texts]
+
+
+def test_generate_cuts_long_prompts_on_the_left(lm: LanguageModel) -> None:
+    words = PROMPTS[2].split()
+    short, _ = generate(lm, [" ".join(words[-3:])], [0], SAMPLING)
+    assert generate(lm, [PROMPTS[2]], [0], replace(SAMPLING, max_prompt_tokens=4))[0] == short
+    assert generate(lm, [PROMPTS[2]], [0], SAMPLING)[0] != short
+
+
+def test_number_of_batches() -> None:
+    assert [batches(count, 4) for count in (1, 4, 5, 8)] == [1, 1, 2, 2]

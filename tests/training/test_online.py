@@ -1,0 +1,363 @@
+"""The online engine: gradients, references, value heads, books; on a base of random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from moalign.methods.base import Job
+from moalign.methods.mo_odpo import PairLoss
+from moalign.policies import adapters
+from moalign.policies.language_model import TokenOutputs
+from moalign.training.online import REFERENCE, OnlineEngine, Part, Rollout, Selection, preference_sampler
+
+MakeJob = Callable[..., Job]
+Same = Callable[..., None]
+FEW = ("batch=4", "steps=3", "lr=0.01", "log_every=1")
+
+
+def weights(job: Job, name: str = adapters.ADAPTER) -> dict[str, torch.Tensor]:
+    return {key: value.clone() for key, value in adapters.tensors(job.task.language_model, name).items()}
+
+
+def farthest(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:
+    return max(float((left[name] - right[name]).abs().max()) for name in left)
+
+
+def train(job: Job, loss: Any = None, **given: Any) -> OnlineEngine:
+    engine = OnlineEngine(job, job.task.language_model, job.config, **given)
+    engine.run(loss or PairLoss(job))
+    return engine
+
+
+def warm_up(job: Job) -> None:
+    """Move the adapter away from zero, so that policy and base differ."""
+    generator = torch.Generator().manual_seed(1)
+    moved = {
+        name: value + 0.2 * torch.randn(value.shape, generator=generator)
+        for name, value in adapters.tensors(job.task.language_model).items()
+    }
+    adapters.set_tensors(job.task.language_model, moved)
+
+
+# -- gradients -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pairing", ["weighted", "per_objective"])
+def test_the_gradient_does_not_depend_on_the_micro_batch(make_job: MakeJob, assert_same: Same, pairing: str) -> None:
+    """8 prompts, 16 rows, in parts of 4, of 6 (which does not divide 16), and in one."""
+    gradients = []
+    for where, size in (("a", 4), ("b", 6), ("c", 64)):
+        job = make_job("mo-odpo", "batch=8", f"micro_batch={size}", f"pairing={pairing}", where=where)
+        warm_up(job)
+        engine = OnlineEngine(job, job.task.language_model, job.config)
+        loss = PairLoss(job)
+        rollout = engine.rollout(0, loss)
+        engine._accumulate(rollout, loss.select(rollout), loss)
+        named = job.task.language_model.model.named_parameters()
+        gradients.append({name: p.grad.clone() for name, p in named if p.grad is not None})
+    assert gradients[0]
+    assert max(float(g.abs().max()) for g in gradients[0].values()) > 1e-3
+    assert_same(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
+    assert_same(gradients[0], gradients[2], rtol=1e-4, atol=1e-6)
+
+
+def test_a_step_does_not_depend_on_the_micro_batch(make_job: MakeJob, assert_same: Same) -> None:
+    found = []
+    for where, size in (("a", 4), ("b", 64)):
+        job = make_job("mo-odpo", "batch=8", "steps=1", "lr=0.01", f"micro_batch={size}", where=where)
+        warm_up(job)
+        before = weights(job)
+        train(job)
+        assert farthest(weights(job), before) > 1e-3
+        found.append(weights(job))
+    assert_same(found[0], found[1], rtol=0.0, atol=1e-4)  # Adam's first step is lr * sign: tiny gradients may differ
+
+
+def test_the_log_probabilities_trained_on_are_those_sampled_from(make_job: MakeJob) -> None:
+    job = make_job("mo-odpo", *FEW, "temperature=0.7")
+    warm_up(job)
+    ratios = []
+
+    class Look(PairLoss):
+        def loss(self, outputs: TokenOutputs, part: Part) -> tuple[torch.Tensor, dict[str, float]]:
+            if not ratios:
+                ratios.append((outputs.logps.detach() - part.old_logps, part.ref_logps - part.old_logps))
+            return super().loss(outputs, part)
+
+    train(job, Look(job))
+    assert float(ratios[0][0].abs().max()) < 1e-4
+    assert float(ratios[0][1].abs().max()) > 1e-2  # the base is another policy by now
+
+
+# -- batches that teach nothing --------------------------------------------------------------------------------------
+
+
+def test_a_batch_of_ties_is_counted_and_skipped_and_training_goes_on(
+    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job("mo-odpo", *FEW)
+    score, calls = job.panel.score, []
+
+    def constant_at_first(*given: Any, **named: Any) -> NDArray[np.float64]:
+        raw = score(*given, **named)
+        calls.append(len(raw))
+        return np.ones_like(raw) if len(calls) <= 2 else raw
+
+    monkeypatch.setattr(job.panel, "score", constant_at_first)
+    moments = []
+    job.say = lambda *what: moments.append(weights(job))
+    start = weights(job)
+    train(job)
+    assert farthest(moments[1], start) == 0.0
+    assert farthest(moments[2], start) > 0.0
+    lines = job.run.metrics()
+    assert [line.get("skipped") for line in lines] == [1.0, 1.0, None]
+    assert [line["dropped"] for line in lines[:2]] == [4.0, 4.0]
+    assert [line["dropped_share"] for line in lines[:2]] == [1.0, 1.0]
+    assert job.notes["updates_skipped"] == 2
+    assert job.notes["pairs_dropped"] == 8 + lines[2]["dropped"]
+
+
+def test_identical_responses_are_counted_and_skipped(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when the scorer tells two identical responses apart (a noisy one)."""
+    job = make_job("mo-odpo", *FEW)
+    noise = np.random.default_rng(0)
+    monkeypatch.setattr(job.panel, "score", lambda prompts, texts: noise.normal(size=(len(texts), 2)))
+    monkeypatch.setattr("moalign.training.online.responses", lambda lm, drawn, stop: ["same"] * len(drawn.logps))
+    start = weights(job)
+    train(job)
+    assert farthest(weights(job), start) == 0.0
+    assert job.notes == {"pairs_dropped": 12, "updates_skipped": 3}
+
+
+# -- references ----------------------------------------------------------------------------------------------------
+
+
+def test_the_untrained_policy_is_at_no_distance_from_the_base(make_job: MakeJob) -> None:
+    job = make_job("mo-odpo", "batch=8", "steps=1", "log_every=1")
+    train(job)
+    (line,) = job.run.metrics()
+    assert line["kl"] == pytest.approx(0.0, abs=1e-3)
+    assert line["loss"] == pytest.approx(np.log(2), abs=1e-3)  # every pair at margin 0
+
+
+def test_distance_from_the_base_is_seen_when_there_is_one(make_job: MakeJob) -> None:
+    job = make_job("mo-odpo", "batch=32", "steps=1", "log_every=1")
+    warm_up(job)
+    train(job)
+    assert job.run.metrics()[0]["kl"] > 0.05
+
+
+def test_the_reference_may_be_the_policy_at_the_start(make_job: MakeJob, assert_same: Same) -> None:
+    job = make_job("mo-odpo", *FEW, "reference=start")
+    warm_up(job)
+    start, kept = weights(job), []
+    job.say = lambda *what: kept.append(weights(job, REFERENCE))
+    train(job)
+    lines = job.run.metrics()
+    assert lines[0]["kl"] == pytest.approx(0.0, abs=1e-3)
+    assert abs(lines[2]["kl"]) > 1e-3
+    assert_same(kept[-1], start)
+    assert farthest(weights(job), start) > 1e-3
+    assert REFERENCE not in job.task.language_model.model.peft_config
+
+
+def test_the_reference_follows_the_policy_every_so_many_steps(make_job: MakeJob) -> None:
+    job = make_job("mo-odpo", "batch=4", "steps=4", "lr=0.01", "log_every=1", "ref_sync_steps=2")
+    gaps = []
+    job.say = lambda *what: gaps.append(farthest(weights(job, REFERENCE), weights(job)))
+    train(job)
+    assert [gap == 0.0 for gap in gaps] == [False, True, False, True]
+
+
+def test_the_reference_is_never_trained(make_job: MakeJob) -> None:
+    job = make_job("mo-odpo", *FEW, "reference=start")
+    engine = OnlineEngine(job, job.task.language_model, job.config)
+    trained = {id(p) for p in engine.parameters}
+    named = dict(job.task.language_model.model.named_parameters())
+    assert trained == {id(p) for name, p in named.items() if f".{adapters.ADAPTER}." in name}
+    assert trained
+
+
+# -- value heads -----------------------------------------------------------------------------------------------------
+
+
+class Critics:
+    """A toy loss with one value head per objective, as a method with critics would write it: advantages from the
+    heads for the policy, squared error to the reward for the heads."""
+
+    def __init__(self, job: Job) -> None:
+        self.preferences = preference_sampler(None, len(job.task.names), 1.0)
+
+    def select(self, rollout: Rollout) -> Selection:
+        return Selection(
+            rows=np.arange(len(rollout.responses)), extras={"z": torch.as_tensor(rollout.z, dtype=torch.float32)}
+        )
+
+    def loss(self, outputs: TokenOutputs, part: Part) -> tuple[torch.Tensor, dict[str, float]]:
+        assert part.values is not None
+        assert part.values.shape == (*part.response_mask.shape, 2)
+        mask, wanted = part.response_mask, part.extras["z"][:, None, :]
+        error = (part.values - wanted)[mask].square().mean()
+        advantage = (wanted - part.values.detach()).sum(-1)
+        policy = -((outputs.logps - part.old_logps).exp() * advantage)[mask].mean()
+        return policy + error, {"value_error": float(error.detach())}
+
+
+def heads(job: Job) -> torch.nn.Linear:
+    torch.manual_seed(3)
+    width = job.task.language_model.model.config.hidden_size
+    return torch.nn.Linear(width, 2)
+
+
+CRITIC = ("batch=4", "samples=2", "steps=6", "lr=0.01", "log_every=1", "checkpoint_every=2", "micro_batch=6")
+
+
+def with_critics(job: Job) -> torch.nn.Linear:
+    module = heads(job)
+    train(job, Critics(job), phase="critic", style="fraction", value_heads=module)
+    return module
+
+
+def test_value_heads_are_trained_along(make_job: MakeJob) -> None:
+    job = make_job("mo-odpo", *CRITIC)
+    start, first = weights(job), heads(job)
+    module = with_critics(job)
+    assert float((module.weight - first.weight).detach().abs().max()) > 0.01
+    assert farthest(weights(job), start) > 0.01
+    assert [line["phase"] for line in job.run.metrics()] == ["critic"] * 6
+    assert all("value_error" in line for line in job.run.metrics())
+
+
+def test_value_heads_are_kept_in_checkpoints_and_restored(
+    make_job: MakeJob, assert_same: Same, stop: Callable[..., Any], interrupted: type[Exception]
+) -> None:
+    whole = make_job("mo-odpo", *CRITIC, where="whole")
+    wanted = with_critics(whole)
+    say = stop("critic", 5)
+    with pytest.raises(interrupted):
+        with_critics(make_job("mo-odpo", *CRITIC, say=say))
+    job = make_job("mo-odpo", *CRITIC, say=say)
+    found = with_critics(job)
+    assert say.seen[5:] == [("critic", 5), ("critic", 6)]  # it went on from the checkpoint of step 4
+    assert torch.equal(found.weight, wanted.weight)
+    assert torch.equal(found.bias, wanted.bias)
+    assert_same(weights(job), weights(whole))
+
+
+# -- resume and books ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param(("policy.lora.dropout=0.2",), id="dropout"),
+        pytest.param(("ref_sync_steps=2",), id="moving reference"),
+        pytest.param(("epochs=2", "schedule=cosine", "warmup=2"), id="two epochs, schedule"),
+    ],
+)
+def test_a_resume_goes_on_bit_for_bit(
+    make_job: MakeJob,
+    assert_same: Same,
+    stop: Callable[..., Any],
+    interrupted: type[Exception],
+    changes: tuple[str, ...],
+) -> None:
+    settings = ("batch=4", "steps=6", "lr=0.01", "log_every=1", "checkpoint_every=3", *changes)
+    whole = make_job("mo-odpo", *settings, where="whole")
+    train(whole)
+    say = stop("online", 5)
+    with pytest.raises(interrupted):
+        train(make_job("mo-odpo", *settings, say=say))
+    job = make_job("mo-odpo", *settings, say=say)
+    train(job)
+    assert_same(weights(job), weights(whole))
+    assert job.notes == whole.notes
+    assert [line["step"] for line in job.run.metrics()] == [1, 2, 3, 4, 5, 6]
+    measured = ("loss", "kl", "utility", "grad_norm", "tokens_trained", "reward_calls")
+    for found, wanted in zip(job.run.metrics(), whole.run.metrics(), strict=True):
+        assert {key: found.get(key) for key in measured} == {key: wanted.get(key) for key in measured}
+
+
+def test_what_every_step_logs(make_job: MakeJob) -> None:
+    job = make_job("mo-odpo", "batch=6", "steps=5", "log_every=2", "checkpoint_every=1")
+    train(job)
+    lines = job.run.metrics()
+    assert [line["step"] for line in lines] == [2, 4, 5]
+    wanted = {
+        "kl",
+        "length",
+        "unfinished",
+        "utility",
+        "loss",
+        "accuracy",
+        "entropy",
+        "dropped",
+        "dropped_share",
+        "grad_norm",
+    }
+    wanted |= {f"reward/{name}" for name in job.task.names}
+    wanted |= {"tokens_generated", "tokens_trained", "reward_calls"}
+    assert all(wanted <= set(line) for line in lines)
+    assert all(0 <= line["unfinished"] <= 1 and 1 <= line["length"] <= 12 and line["entropy"] > 0 for line in lines)
+    assert lines[-1]["reward_calls"] == 5 * 6 * 2 * 2  # steps x prompts x samples x objectives
+    assert lines[-1]["tokens_generated"] <= 5 * 12 * 12
+    assert lines[-1]["tokens_trained"] > lines[-1]["tokens_generated"] / 2
+
+
+def test_a_rollout_is_fixed_by_seed_and_step(make_job: MakeJob) -> None:
+    def drawn(where: str, step: int, **changes: Any) -> Rollout:
+        job = make_job("mo-odpo", *FEW, where=where, **changes)
+        torch.rand(len(where))  # what ran before must not matter
+        return OnlineEngine(job, job.task.language_model, job.config).rollout(step, PairLoss(job))
+
+    first, again, later = drawn("a", 0), drawn("other", 0), drawn("a", 1)
+    other = drawn("a", 0, seed=5)
+    assert first.responses == again.responses
+    assert np.array_equal(first.preferences, again.preferences)
+    assert np.array_equal(first.raw, again.raw)
+    assert first.prompts != later.prompts
+    assert first.prompts != other.prompts
+    assert len(set(first.prompts)) == 4
+    assert set(first.prompts) <= set(make_job("mo-odpo").task.prompts["train"])
+
+
+def test_reference_log_probabilities_are_computed_when_asked_for_and_once(make_job: MakeJob) -> None:
+    job = make_job("mo-odpo", *FEW, "samples=4")
+    engine = OnlineEngine(job, job.task.language_model, job.config)
+    rollout = engine.rollout(0, PairLoss(job))
+    asked: list[list[int]] = []
+    score = rollout.score_reference
+    rollout.score_reference = lambda rows: (asked.append(rows.tolist()), score(rows))[1]
+    few = rollout.ref_logps(torch.tensor([5, 2]))
+    more = rollout.ref_logps(torch.tensor([2, 7, 5]))
+    assert asked == [[5, 2], [7]]
+    assert torch.equal(few[1], more[0])
+    assert torch.equal(few[0], more[2])
+    whole = score(torch.arange(16))
+    torch.testing.assert_close(more, whole[[2, 7, 5]], rtol=0.0, atol=1e-5)
+
+
+# -- preferences -----------------------------------------------------------------------------------------------------
+
+
+def test_given_preferences_are_the_only_ones_drawn() -> None:
+    given = [(0.25, 0.75), (1.0, 0.0)]
+    drawn = preference_sampler(given, 2, 1.0)(np.random.default_rng(0), 200)
+    assert drawn.shape == (200, 2)
+    assert {tuple(row) for row in drawn.tolist()} == set(given)
+
+
+@pytest.mark.parametrize("alpha", [0.3, 1.0, 5.0])
+def test_without_them_they_are_dirichlet(alpha: float) -> None:
+    drawn = preference_sampler(None, 3, alpha)(np.random.default_rng(0), 20_000)
+    assert np.allclose(drawn.sum(axis=1), 1)
+    assert np.allclose(drawn.mean(axis=0), 1 / 3, atol=0.01)
+    # Var w_i = (1/m)(1 - 1/m) / (m alpha + 1)
+    assert np.allclose(drawn.var(axis=0), (2 / 9) / (3 * alpha + 1), rtol=0.05)
