@@ -89,7 +89,7 @@ def tensors(lm: LanguageModel, name: str = ADAPTER) -> dict[str, Tensor]:
     from peft import get_peft_model_state_dict
 
     state = get_peft_model_state_dict(lm.model, adapter_name=name)
-    return {key: value.detach().cpu().contiguous() for key, value in sorted(state.items())}
+    return {key: value.detach().cpu().clone().contiguous() for key, value in sorted(state.items())}
 
 
 def set_tensors(lm: LanguageModel, weights: dict[str, Tensor], name: str = ADAPTER) -> None:

@@ -40,10 +40,18 @@ def encode_rows(
         if not answer:
             raise RequestError(f"training row {number}: the response has no tokens ({responses[number]!r})")
         tail = [*answer[: max_tokens - 2], lm.eos]
-        kept = head[-(max_tokens - len(tail)) :]
+        kept = _cut_left(head, max_tokens - len(tail), lm.tokenizer.bos_token_id is not None)
         inputs.append(kept + tail)
         labels.append([-100] * len(kept) + tail)
     return inputs, labels
+
+
+def _cut_left(head: list[int], room: int, begins: bool) -> list[int]:
+    """Return the end of a prompt that fits, behind its begin token: what the sampler reads of a long prompt, too."""
+    if len(head) <= room:
+        return head
+    first = head[:1] if begins and room > 1 else []
+    return first + head[len(head) - (room - len(first)) :]
 
 
 def order(rows: int, steps: int, batch: int, seed: int) -> np.ndarray:
@@ -177,15 +185,18 @@ def _keeper(
             job.meter.add_tokens_trained(sum(lengths[here]))
             control.should_log = done % config.log_every == 0 or done == config.steps
             job.say(phase, done, config.steps)
-            if done % config.checkpoint_every == 0 and done < config.steps:
-                self.save(done)
+            if not control.should_log:
+                self.keep(done)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if logs and "loss" in logs:
                 told = {name: float(logs[name]) for name in ("loss", "grad_norm", "learning_rate") if name in logs}
                 job.run.log(start + state.global_step, phase, **told, **job.meter.cost())
+                self.keep(start + state.global_step)  # after its line: a kill between the two must not lose the line
 
-        def save(self, step: int) -> None:
+        def keep(self, step: int) -> None:
+            if step % config.checkpoint_every or step >= config.steps:
+                return
             kept, plain = pack_optimizer(optimizer)
             kept.update({f"adapter.{key}": value for key, value in adapters.tensors(lm).items()})
             job.run.save_checkpoint(phase, step, kept, {"optimizer": plain, "meter": job.meter.state()})

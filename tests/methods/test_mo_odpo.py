@@ -168,7 +168,7 @@ def test_only_the_vectors_given_are_trained_on(
         return select(self, rollout)
 
     monkeypatch.setattr(PairLoss, "select", look)
-    few = (*small_task, "steps=2", "batch=6")
+    few = (*small_task, "steps=2", "batch=6", "samples=2")
     train(plan(TrainRequest("mo-odpo", overrides=few, prefs=("0.3,0.7", "1,0"), results=tmp_path)))
     assert {tuple(row) for row in np.concatenate(seen).tolist()} == {(0.3, 0.7), (1.0, 0.0)}
     seen.clear()
@@ -195,7 +195,9 @@ def test_the_preference_is_in_the_prompt_and_the_scorer_sees_the_bare_one(
         return score(self, prompts, *rest)
 
     made = plan(
-        TrainRequest("mo-odpo", overrides=(*small_task, "steps=1", "batch=3"), prefs=("0.3,0.7",), results=tmp_path)
+        TrainRequest(
+            "mo-odpo", overrides=(*small_task, "steps=1", "batch=3", "samples=2"), prefs=("0.3,0.7",), results=tmp_path
+        )
     )
     _ = made.task.normaliser
     monkeypatch.setattr(LanguageModel, "encode", look)

@@ -57,11 +57,16 @@ MakeJob = Callable[..., Job]
 def make_job(small_task: tuple[str, ...], tmp_path: Path) -> MakeJob:
     """``make_job(method, *overrides, where=..., say=...)``: a job with its run opened and a fresh adapter attached.
 
-    The same ``where`` gives the same run folder, with a model and a meter of its own: what a new process would have.
+    Settings are the method's defaults, not those of the task's recipe. The same ``where`` gives the same run folder,
+    with a model and a meter of its own: what a new process would have.
     """
 
     def make(method: str, *overrides: str, where: str = "a", lora: str = LORA, **changes: Any) -> Job:
-        request = TrainRequest(method, overrides=(*small_task, lora, *overrides), results=tmp_path / where)
+        recipe = tmp_path / f"{method}.yaml"
+        recipe.write_text(f"method: {method}\ntask: sandbox\n")
+        request = TrainRequest(
+            method, recipe=recipe, overrides=(*small_task, lora, *overrides), results=tmp_path / where
+        )
         made = plan(request)
         run = made.store.open(method, made.task.card.name, made.identity, card_hash=made.task.hash, seed=made.seed)
         meter = Meter()

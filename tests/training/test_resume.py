@@ -23,7 +23,7 @@ STAGE = "{steps: 6, batch: 4, lr: 0.01, max_tokens: 48, log_every: 1, checkpoint
 SETTINGS = {
     "sft": ("steps=6", "batch=4", "lr=0.01", "max_tokens=48", "log_every=1", "checkpoint_every=2"),
     "ric": (f"offline={STAGE}", f"online={STAGE}", "online_rounds=2", "online_prompts=12", "offline_part=12"),
-    "mo-odpo": ("steps=6", "batch=4", "lr=0.01", "log_every=1", "checkpoint_every=2"),
+    "mo-odpo": ("steps=6", "batch=4", "samples=2", "lr=0.01", "log_every=1", "checkpoint_every=2"),
 }
 CLOCKS = {"seconds", "peak_memory_bytes"}
 
@@ -78,7 +78,7 @@ def whole(
         ("sft", "sft", 5),
         ("mo-odpo", "online", 5),
         pytest.param("ric", "offline", 3, marks=pytest.mark.slow),
-        ("ric", "sampling-1", 12),  # all sampled, nothing kept yet
+        pytest.param("ric", "sampling-1", 12, marks=pytest.mark.slow),  # all sampled, nothing kept yet
         ("ric", "round-1", 5),
         pytest.param("ric", "round-2", 3, marks=pytest.mark.slow),
     ],
@@ -148,7 +148,7 @@ LONG_SETTINGS = {
         "offline_part=200",
         "task.generation.batch_size=8",
     ),
-    "mo-odpo": ("steps=120", "batch=4", "lr=0.002", "log_every=20", "checkpoint_every=20"),
+    "mo-odpo": ("steps=120", "batch=4", "samples=2", "lr=0.002", "log_every=20", "checkpoint_every=20"),
 }
 
 

@@ -76,8 +76,8 @@ def test_a_row_too_long_loses_the_left_of_its_prompt(lm: LanguageModel) -> None:
     whole = encode_rows(lm, TEXTS[1:2], ANSWERS[:1], 64)
     inputs, labels = encode_rows(lm, TEXTS[1:2], ANSWERS[:1], 12)
     assert len(whole[0][0]) > 12
-    assert inputs[0] == whole[0][0][-12:]
-    assert labels[0] == whole[1][0][-12:]
+    assert inputs[0] == whole[0][0][:1] + whole[0][0][-11:]  # the begin token stays, as when sampling
+    assert labels[0] == whole[1][0][:1] + whole[1][0][-11:]
     assert labels[0].count(-100) == 12 - len(ANSWERS[0].split()) - 1
 
 
@@ -223,3 +223,20 @@ def test_steps_are_logged_at_the_same_places_after_a_resume(
     job = make_job("sft", say=say)
     train_sft(job, job.task.language_model, TEXTS, ANSWERS, config, "here")
     assert [line["step"] for line in job.run.metrics()] == [2, 4, 6, 8]
+
+
+def test_a_checkpoint_is_never_ahead_of_the_log(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill right after a checkpoint loses no line: those up to its step are written by then."""
+    from moalign.runs.run import Run
+
+    job = make_job("sft")
+    seen: dict[int, list[int]] = {}
+    monkeypatch.setattr(
+        Run,
+        "save_checkpoint",
+        lambda run, phase, step, *rest: seen.update({step: [line["step"] for line in run.metrics()]}),
+    )
+    config = settings(steps=7, log_every=2, checkpoint_every=3)
+    train_sft(job, job.task.language_model, TEXTS, ANSWERS, config, "here")
+    assert seen == {3: [2], 6: [2, 4, 6]}
+    assert [line["step"] for line in job.run.metrics()] == [2, 4, 6, 7]

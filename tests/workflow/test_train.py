@@ -139,8 +139,8 @@ def test_the_run_is_the_same_exactly_when_the_request_is(
     same = folder()
     assert folder() == same
     assert folder(results=tmp_path / "elsewhere") == same
-    assert folder(seed=0) == same  # the default
-    assert folder("mo-odpo", "beta=0.1") == same  # the default again
+    assert folder(seed=0) == same  # the recipe's
+    assert folder("mo-odpo", "clip=1.0") == same  # the default again
     others = [
         folder("sft"),
         folder("mo-odpo", "steps=3"),
