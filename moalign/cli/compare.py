@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -62,8 +62,29 @@ def compare(
         from moalign.report.table import print_comparison
 
         print_comparison(output.console(), comparison.told)
+        _next(comparison.told, results)
     if comparison.exit_code:
         raise typer.Exit(comparison.exit_code)
+
+
+def _next(told: dict[str, Any], results: Path) -> None:
+    """Print what to type next, with the leading run filled in."""
+    from moalign.preferences import example
+
+    ranked = sorted((row for row in told["rows"] if row["rank"] is not None), key=lambda row: row["rank"])
+    done = [run["run_id"] for row in ranked for run in row["runs"] if run["status"] == "done"]
+    if not done:
+        return
+    seeds = 1 + max(len(row["seeds"]) for row in ranked)
+    commands = [
+        output.command("generate", done[0], "--prefs", example(len(told["objectives"])), results=results),
+        output.command("eval", done[0], "--hypervolume", results=results),
+        output.command("show", done[0], results=results),
+    ]
+    if told["task"] == "sandbox":
+        commands.append(output.command("compare", "--task", "sandbox", "--seeds", str(max(3, seeds)), results=results))
+        commands.append(output.command("compare", "--task", "sandbox-cold", results=results))
+    output.next_commands(*commands)
 
 
 def _names(text: str | None) -> tuple[str, ...]:

@@ -79,3 +79,7 @@ def test_toys_are_compared_end_to_end(moalign: Any, toys: None) -> None:
     text = moalign("compare", "--methods", "toy", *small)
     assert text.code == 0
     assert "toy" in text.out
+    tail = text.out.split("next:\n")[1]
+    best = told["rows"][0]["runs"][0]["run_id"]
+    assert f"moalign generate {best} --prefs 0.3,0.7" in tail
+    assert "moalign eval" in tail
