@@ -204,8 +204,11 @@ def test_tilt_falls_for_the_warm_base_and_is_never_there_for_the_cold_one() -> N
     assert {cold.tilt(step) for step in range(0, base.MOST_STEPS, 10)} == {0.0}
 
 
-def test_corpus_loss_is_nought_for_a_model_that_knows_the_corpus() -> None:
-    """The loss is a mean KL divergence: a uniform model pays log of the vocabulary less the corpus's entropy."""
+def test_corpus_loss_is_the_distance_from_the_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss is a mean KL divergence: a uniform model pays log of the vocabulary less the corpus's entropy.
+
+    The weight on impossible words adds to it for a model that gives them mass.
+    """
     tokenizer = base.make_tokenizer()
 
     class Uniform:
@@ -213,7 +216,12 @@ def test_corpus_loss_is_nought_for_a_model_that_knows_the_corpus() -> None:
             logits = torch.zeros(*input_ids.shape, len(tokenizer))
             return dataclasses.make_dataclass("Output", ["logits"])(logits)
 
+    weighted = float(base.Corpus(NAMES, "cold", 0, tokenizer).loss(Uniform(), 0))
+    monkeypatch.setattr(base, "GRAMMAR", 0.0)
     loss = float(base.Corpus(NAMES, "cold", 0, tokenizer).loss(Uniform(), 0))
+    # Of 185 words between 1 and 5 can follow, and a uniform model gives each of them 1/185.
+    fewest, most = np.log(len(tokenizer) / 5), np.log(len(tokenizer))
+    assert 4.0 * fewest <= weighted - loss <= 4.0 * most
     # At most log(vocabulary); the entropy of 6 slots of at most log(5) is spread over about 20 tokens.
     assert np.log(len(tokenizer)) - 6 * np.log(5) / 16 < loss < np.log(len(tokenizer))
 
