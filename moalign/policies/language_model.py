@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from moalign import model_folder
 from moalign.errors import RequestError
@@ -72,6 +73,7 @@ def load(source: str, revision: str | None = None, dtype: str = "float32", devic
     Raises RequestError for a folder without whole safetensors weights, without tokenizer, or a hub id
     that cannot be reached.
     """
+    transformers_logging.disable_progress_bar()  # moalign shows its own
     path = model_folder.resolve(source, revision, WHERE)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)

@@ -41,6 +41,8 @@ is the weak tilt."""
 PREFERENCE_SHARE = 0.75
 WIDTH, LAYERS, HEADS, INNER = 64, 2, 4, 160
 STEPS, EXTRA_STEPS, MOST_STEPS, BATCH, RATE = 600, 80, 920, 20, 8e-3
+MORE_STEPS = 300
+"""Steps more for every objective beyond two: its stated preferences are longer and say more."""
 FLOOR, GRAMMAR = 0.01, 4.0
 """Last learning rate as a share of the first; extra weight of the probability given to words that cannot follow."""
 WARM_TAU = 0.6
@@ -96,6 +98,8 @@ def identity(objectives: Sequence[str], kind: str, seed: int) -> str:
             WARM_TAU,
         ],
     }
+    if len(objectives) > 2:
+        told["more"] = MORE_STEPS * (len(objectives) - 2)
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -189,14 +193,14 @@ def train(
     set_threads(model.num_parameters())
     corpus = Corpus(objectives, kind, seed, tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.01)
-    done, until = 0, STEPS
+    done, until = 0, corpus.steps
     while True:
         _steps(model, corpus, optimizer, done, until, progress)
         done = until
         tau = steering(wrap(model, tokenizer, "sandbox", "untracked", device="cpu"), objectives)
         if kind == "cold" or tau >= WARM_TAU:
             break
-        if until >= MOST_STEPS:
+        if until >= MOST_STEPS + corpus.steps - STEPS:
             raise WorkError(
                 f"the sandbox's warm base reached only tau {tau:.2f} after {done} steps; needed: {WARM_TAU}"
             )
@@ -219,7 +223,7 @@ def _steps(
     model.requires_grad_(True)
     model.train()
     for step in range(done, until):
-        cosine = 0.5 + 0.5 * math.cos(math.pi * min(1.0, step / STEPS))
+        cosine = 0.5 + 0.5 * math.cos(math.pi * min(1.0, step / corpus.steps))
         for group in optimizer.param_groups:
             group["lr"] = RATE * min(1.0, (step + 1) / 20) * (FLOOR + (1 - FLOOR) * cosine)
         loss = corpus.loss(model, step)
@@ -254,6 +258,7 @@ class Corpus:
 
     def __init__(self, objectives: Sequence[str], kind: str, seed: int, tokenizer: PreTrainedTokenizerFast) -> None:
         self.objectives = list(objectives)
+        self.steps = STEPS + MORE_STEPS * (len(objectives) - 2)
         self.warm = kind == "warm"
         self.rng = np.random.default_rng([seed, 7])
         self.tokenizer = tokenizer
@@ -271,7 +276,7 @@ class Corpus:
         """Return the corpus's tilt at a training step."""
         if not self.warm:
             return 0.0
-        fallen = min(1.0, max(0.0, (step / STEPS - HOLD) / FALL))
+        fallen = min(1.0, max(0.0, (step / self.steps - HOLD) / FALL))
         return FIRST_TILT + (TILT - FIRST_TILT) * fallen
 
     def draw(self, count: int, tilt: float) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
