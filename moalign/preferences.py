@@ -2,7 +2,7 @@
 
 A preference ``w`` is a point of the simplex: one non-negative weight per objective, in the task's
 order, summing to 1. Vectors are plain tuples of float; arrays are ``[preferences, objectives]``.
-Only numpy is needed, and only by :func:`dirichlet`.
+Only numpy is needed, and only by :func:`dirichlet` and :func:`on_grid`.
 """
 
 from __future__ import annotations
@@ -145,6 +145,20 @@ def same(left: Sequence[float], right: Sequence[float]) -> bool:
 def dirichlet(rng: np.random.Generator, objectives: int, count: int, alpha: float = 1.0) -> np.ndarray:
     """Draw ``count`` preferences from Dirichlet(alpha * 1); float array ``[count, objectives]``."""
     return rng.dirichlet([alpha] * objectives, size=count)
+
+
+def on_grid(weights: np.ndarray, steps: int) -> np.ndarray:
+    """Move preferences ``[count, objectives]`` to the even grid of ``steps`` steps; they still sum to 1.
+
+    By largest remainders: every weight becomes one of the two multiples of ``1 / steps`` beside it.
+    """
+    import numpy as np
+
+    scaled = np.asarray(weights, dtype=np.float64) * steps
+    below = np.floor(scaled)
+    left = np.rint(steps - below.sum(axis=1)).astype(np.int64)
+    rank = np.argsort(np.argsort(below - scaled, axis=1, kind="stable"), axis=1)
+    return np.asarray((below + (rank < left[:, None])) / steps)
 
 
 def to_text(weights: Sequence[float], objectives: Sequence[str], style: str = "percent") -> str:

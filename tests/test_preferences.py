@@ -152,6 +152,23 @@ def test_the_example_is_itself_accepted(objectives: int) -> None:
     assert len(preferences.parse(preferences.example(objectives), names)) == objectives
 
 
+@given(
+    weights=st.lists(st.lists(st.floats(0.01, 1), min_size=4, max_size=4), min_size=1, max_size=5),
+    steps=st.integers(1, 200),
+)
+def test_preferences_move_to_a_neighbour_on_the_grid(weights: list[list[float]], steps: int) -> None:
+    before = np.array(weights) / np.sum(weights, axis=1, keepdims=True)
+    after = preferences.on_grid(before, steps)
+    assert np.allclose(after * steps, np.rint(after * steps)) and np.allclose(after.sum(axis=1), 1)
+    assert (after >= 0).all() and np.abs(after - before).max() < 1 / steps + 1e-9
+    assert np.allclose(preferences.on_grid(after, steps), after)  # a grid point stays
+
+
+def test_the_largest_remainders_are_moved_up() -> None:
+    found = preferences.on_grid(np.array([[0.46, 0.33, 0.21], [0.3, 0.7, 0.0]]), 10)
+    assert found.tolist() == [[0.5, 0.3, 0.2], [0.3, 0.7, 0.0]]
+
+
 def test_dirichlet_draws_are_preferences_and_follow_the_seed() -> None:
     draws = preferences.dirichlet(np.random.default_rng(3), 3, 2000)
     assert draws.shape == (2000, 3)

@@ -11,12 +11,14 @@ already show what to answer at each preference.
 
 ``steps: 0`` leaves the online part out: a preference-conditioned distillation of best-of-n, an offline method. The
 parts are known (best-of-n distillation, hindsight relabelling, online DPO); the combination for multi-objective
-steering is what we claim, with evidence only (results/hindsight).
+steering is what we claim, with evidence only (results/ablations/hindsight.md).
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
 
 from moalign.methods.base import Capabilities, Job, RunContext
 from moalign.preferences import Preference
@@ -30,6 +32,8 @@ class Config(ConditionedConfig):
     """Settings of hindsight: ``distil`` for the distillation, the others for the online part."""
 
     warm_start: Literal["hindsight"] = "hindsight"
+    resolution: int | None = Field(default=20, ge=1)
+    """As ``distil.resolution``."""
 
 
 class Hindsight:

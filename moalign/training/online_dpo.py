@@ -28,8 +28,8 @@ class OnlineDpoConfig(OnlineConfig):
 
     alpha: float = Field(default=1.0, gt=0)
     """Dirichlet concentration; the sensitive knob: a badly chosen one makes the policy collapse."""
-    corners: float = Field(default=0.0, ge=0, le=1)
-    """Share of the draws that are one-hot preferences."""
+    resolution: int | None = Field(default=None, ge=1)
+    """Preferences are drawn in steps of one over this; None: as the Dirichlet gives them, never quite round."""
     beta: float = Field(default=0.1, gt=0)
     pairing: Literal["weighted", "per_objective"] = "weighted"
     sft_coef: float = Field(default=0.0, ge=0)
@@ -75,7 +75,7 @@ class PairLoss:
 
         self.config = config
         self.names = job.task.names
-        self.preferences = preference_sampler(job.given_preferences, len(self.names), config.alpha, config.corners)
+        self.preferences = preference_sampler(job.given_preferences, len(self.names), config.alpha, config.resolution)
 
     def select(self, rollout: Rollout) -> Selection:
         """Pair the responses of every prompt; see :func:`pairs`."""

@@ -42,8 +42,8 @@ class DistilConfig(SftConfig):
     """Responses per prompt that the best is picked from."""
     alpha: float = Field(default=0.5, gt=0)
     """Dirichlet concentration of the preferences."""
-    corners: float = Field(default=0.1, ge=0, le=1)
-    """Share of the draws that are one-hot preferences."""
+    resolution: int | None = Field(default=20, ge=1)
+    """Preferences are drawn in steps of one over this; None: as the Dirichlet gives them."""
 
 
 class WarmStart(Strict):

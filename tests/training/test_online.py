@@ -363,10 +363,11 @@ def test_without_them_they_are_dirichlet(alpha: float) -> None:
     assert np.allclose(drawn.var(axis=0), (2 / 9) / (3 * alpha + 1), rtol=0.05)
 
 
-def test_a_share_of_the_draws_can_be_corners() -> None:
-    drawn = preference_sampler(None, 3, 1.0, corners=0.3)(np.random.default_rng(0), 10_000)
-    whole = (drawn == 1).any(axis=1)
-    assert whole.mean() == pytest.approx(0.3, abs=0.02)
-    assert drawn[whole].mean(axis=0) == pytest.approx(np.full(3, 1 / 3), abs=0.03)
-    assert drawn.sum(axis=1) == pytest.approx(np.ones(10_000))
-    assert drawn[~whole].var(axis=0) == pytest.approx(np.full(3, (2 / 9) / 4), abs=0.005)  # as Dirichlet(1, 1, 1)'s
+def test_draws_of_a_resolution_are_round_numbers_and_corners() -> None:
+    drawn = preference_sampler(None, 3, 0.5, resolution=20)(np.random.default_rng(0), 10_000)
+    assert np.allclose(drawn * 20, np.rint(drawn * 20)) and np.allclose(drawn.sum(axis=1), 1)
+    free = preference_sampler(None, 3, 0.5)(np.random.default_rng(0), 10_000)
+    assert np.abs(drawn - free).max() < 1 / 20  # the same draws, moved
+    corners = (drawn == 1).any(axis=1)
+    assert corners.mean() > 0.03 and not (free == 1).any()
+    assert drawn[corners].mean(axis=0) == pytest.approx(np.full(3, 1 / 3), abs=0.1)

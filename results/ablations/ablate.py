@@ -1,0 +1,220 @@
+"""Runs a list of settings of one method over several training seeds, and writes what each of them does and costs.
+
+A list is a YAML file beside this one: the task, the method, the seeds and groups of rows; a row is a label and the
+``--set`` settings that make it (or another method). Every run is an ordinary ``moalign train``: what was trained before
+is found again, and the same command after an interruption goes on. Written beside the list: ``NAME.json`` (every run
+with its command), ``NAME.md`` and ``NAME.png``.
+
+    python results/ablations/ablate.py NAME [--results DIR] [--jobs N] [--seeds N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+HERE = Path(__file__).resolve().parent
+COSTS = ("tokens_generated", "tokens_trained", "reward_calls")
+
+
+def arguments(spec: Mapping[str, Any], row: Mapping[str, Any], seed: int, results: Path) -> list[str]:
+    """Return the ``moalign`` arguments of one run."""
+    settings = [part for text in row.get("set", ()) for part in ("--set", str(text))]
+    method, task = row.get("method", spec["method"]), spec["task"]
+    return ["train", method, "--task", task, "--seed", str(seed), *settings, "--results", str(results)]
+
+
+def train(command: Sequence[str]) -> dict[str, Any]:
+    """Run ``moalign`` to its end; returns what it told. Raises SystemExit with its messages when it fails."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "moalign", *command, "--json"], capture_output=True, text=True, env=environment
+    )
+    if done.returncode != 0:
+        raise SystemExit(f"{shlex.join(['moalign', *command])} failed:\n{done.stderr[-2000:]}")
+    print(shlex.join(command), file=sys.stderr, flush=True)
+    return dict(json.loads(done.stdout))
+
+
+def judged(told: Mapping[str, Any], results: Path) -> tuple[dict[str, Any], np.ndarray]:
+    """Return a finished run's numbers, and its normalised scores ``[prompts, preferences, objectives]``."""
+    from moalign.runs.run import Run
+    from moalign.workflow.evaluate import evaluate
+    from moalign.workflow.train import context_of
+
+    method, context = context_of(Run.load(Path(told["run"])), results)
+    evaluation = evaluate(method, context)
+    found = evaluation.told
+    return {
+        "run": Path(told["run"]).name,
+        "seed": told["seed"],
+        "optimal_share": found["optimal_share"],
+        "optimum": (found.get("optimum") or {}).get("hypervolume"),
+        "hypervolume": found["hypervolume"],
+        "ref": found["ref"],
+        "tau": found["indicators"]["tau"],
+        "regret": found["indicators"].get("regret"),
+        "points": [point["mean"] for point in found["points"]],
+        "generalisation": found.get("generalisation"),
+        **{name: told["cost"][name] for name in COSTS},
+        "seconds": round(told["seconds"], 1),
+    }, evaluation.scores
+
+
+def summary(runs: Sequence[Mapping[str, Any]], scores: Sequence[np.ndarray]) -> dict[str, Any]:
+    """Return a row's numbers over its seeds; the interval is of the mean, over seeds and prompts."""
+    from moalign.pareto.hypervolume import hypervolume
+    from moalign.pareto.statistics import interval, two_level_bootstrap
+
+    ref, most = runs[0]["ref"], runs[0]["optimum"] or 1.0
+    drawn = two_level_bootstrap(scores, lambda means: hypervolume(means, ref) / most)
+    shares = [run["hypervolume"] / most for run in runs]
+    return {
+        "median": statistics.median(shares),
+        "mean": statistics.mean(shares),
+        "worst": min(shares),
+        "best": max(shares),
+        "ci": list(interval(drawn)),
+        "tau": statistics.median(run["tau"] for run in runs),
+        "tau_worst": min(run["tau"] for run in runs),
+        **{name: statistics.mean(run[name] for run in runs) for name in (*COSTS, "seconds")},
+        **generalisation(runs),
+    }
+
+
+def generalisation(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the medians of the optimal shares on trained and on held-out preferences, where runs have them."""
+    both = [run["generalisation"] for run in runs if run["generalisation"]]
+    if not both:
+        return {}
+    return {side: statistics.median(one[side]["optimal_share"] for one in both) for side in ("trained", "held_out")}
+
+
+def markdown(told: Mapping[str, Any]) -> str:
+    """Return the page."""
+    many = any("held_out" in row for group in told["groups"] for row in group["rows"])
+    lines = [
+        f"# {told['title']}",
+        "",
+        f"{told['text'].strip()}",
+        "",
+        f"Made by `{told['command']}`: task {told['task']}, {told['seeds']} training seeds (0 to {told['seeds'] - 1}), "
+        "each with the recipe's settings but for those named. Share: hypervolume over that of the exact optimum; the "
+        "interval (95 %) is that of the mean, over seeds and prompts. Costs are means per seed; time was measured "
+        "beside another job and is rough.",
+    ]
+    for group in told["groups"]:
+        head = ["settings", "share: median", "worst", "best", "95 % of the mean", "tau", "worst"]
+        head += ["share where trained", "share held out"] if many else []
+        head += ["generated", "trained on", "reward calls", "time"]
+        lines += ["", f"## {group['title']}", ""]
+        lines += [f"| {' | '.join(head)} |", "| --- " + "| ---: " * (len(head) - 1) + "|"]
+        for row in group["rows"]:
+            lines.append(f"| {' | '.join([row['label'], *_cells(row['summary'], many)])} |")
+        if group.get("text"):
+            lines += ["", group["text"].strip()]
+    lines += ["", f"![share of the optimum against tokens]({told['name']}.png)", ""]
+    lines += [f"Commands and every run's numbers: [{told['name']}.json]({told['name']}.json). {_where(told)}", ""]
+    return "\n".join(lines)
+
+
+def _cells(one: Mapping[str, Any], many: bool) -> list[str]:
+    cells = [f"{100 * one[name]:.1f} %" for name in ("median", "worst", "best")]
+    cells += [f"{100 * one['ci'][0]:.1f} to {100 * one['ci'][1]:.1f} %", f"{one['tau']:.2f}", f"{one['tau_worst']:.2f}"]
+    if many:
+        cells += [f"{100 * one[side]:.1f} %" if side in one else "" for side in ("trained", "held_out")]
+    return [*cells, *(f"{one[name] / 1e6:.2f} M" for name in COSTS), f"{one['seconds']:.0f} s"]
+
+
+def _where(told: Mapping[str, Any]) -> str:
+    made = told["environment"]
+    return f"Python {made['python']}, torch {made['packages'].get('torch')}, on {made['cpu']}."
+
+
+def draw(told: Mapping[str, Any]) -> bytes:
+    """Return the figure: share of the optimum against tokens generated and trained on, a line for each group."""
+    from moalign.report import style
+
+    with style.canvas(7.6, 4.8, "light") as (figure, colours):
+        panel = figure.subplots()
+        for index, group in enumerate(told["groups"]):
+            colour, marker = style.look(index, colours)
+            rows = sorted((row["summary"] | {"label": row["label"]} for row in group["rows"]), key=_tokens)
+            spent = [_tokens(row) for row in rows]
+            low, high = ([abs(row["median"] - row[end]) for row in rows] for end in ("worst", "best"))
+            panel.errorbar(
+                spent,
+                [row["median"] for row in rows],
+                yerr=[low, high],
+                color=colour,
+                marker=marker,
+                elinewidth=0.8,
+                linewidth=1.0 if group.get("line", True) else 0.0,
+                label=style.wrapped(group["title"], 30),
+            )
+            for row, x in zip(rows, spent, strict=True):
+                panel.annotate(
+                    row["label"], (x, row["median"]), (4, -9), textcoords="offset points", fontsize=6.5, color=colour
+                )
+        panel.set_xlabel("tokens generated and trained on, millions per seed")
+        panel.set_ylabel("share of the optimal hypervolume")
+        handles, labels = panel.get_legend_handles_labels()
+        style.legend(figure, handles, labels, "", beside=False)
+        style.headline(figure, f"{told['title']}: median, worst and best of {told['seeds']} seeds")
+        return style.content(figure, ".png")
+
+
+def _tokens(row: Mapping[str, Any]) -> float:
+    return float(row["tokens_generated"] + row["tokens_trained"]) / 1e6
+
+
+def main() -> None:
+    """Train what is missing, judge, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", help="a list beside this file, without .yaml")
+    parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once")
+    parser.add_argument("--seeds", type=int, help="fewer or more seeds than the list says")
+    asked = parser.parse_args()
+    spec = yaml.safe_load((HERE / f"{asked.name}.yaml").read_text(encoding="utf-8"))
+    seeds = asked.seeds or spec["seeds"]
+    rows = [row for group in spec["groups"] for row in group["rows"]]
+    # All rows at seed 0 first: an interrupted list has something to say of each of them.
+    wanted = [(i, arguments(spec, row, seed, asked.results)) for seed in range(seeds) for i, row in enumerate(rows)]
+    with ThreadPoolExecutor(asked.jobs) as pool:
+        done = list(pool.map(lambda one: (one[0], train(one[1])), wanted))
+    for index, row in enumerate(rows):
+        pairs = [judged(told, asked.results) for at, told in done if at == index]
+        row["runs"] = [run for run, _ in pairs]
+        row["summary"] = summary(row["runs"], [scores for _, scores in pairs])
+        row["command"] = shlex.join(["moalign", *arguments(spec, row, 0, Path("results"))])
+    from moalign.runs import environment
+
+    given = f" --seeds {asked.seeds}" if asked.seeds else ""
+    told = {
+        "name": asked.name,
+        "command": f"python results/ablations/ablate.py {asked.name}{given}",
+        **{key: spec[key] for key in ("title", "text", "task")},
+        "seeds": seeds,
+        "groups": spec["groups"],
+        "environment": environment.capture(),
+    }
+    (HERE / f"{asked.name}.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    (HERE / f"{asked.name}.md").write_text(markdown(told), encoding="utf-8")
+    (HERE / f"{asked.name}.png").write_bytes(draw(told))
+
+
+if __name__ == "__main__":
+    main()
