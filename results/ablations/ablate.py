@@ -191,12 +191,14 @@ def main() -> None:
     spec = yaml.safe_load((HERE / f"{asked.name}.yaml").read_text(encoding="utf-8"))
     seeds = asked.seeds or spec["seeds"]
     rows = [row for group in spec["groups"] for row in group["rows"]]
-    # All rows at seed 0 first: an interrupted list has something to say of each of them.
-    wanted = [(i, arguments(spec, row, seed, asked.results)) for seed in range(seeds) for i, row in enumerate(rows)]
+    # All rows at seed 0 first: an interrupted list has something to say of each of them. A row that two groups share
+    # is one run.
+    commands = {tuple(arguments(spec, row, seed, asked.results)): None for seed in range(seeds) for row in rows}
     with ThreadPoolExecutor(asked.jobs) as pool:
-        done = list(pool.map(lambda one: (one[0], train(one[1])), wanted))
-    for index, row in enumerate(rows):
-        pairs = [judged(told, asked.results) for at, told in done if at == index]
+        done = dict(zip(commands, pool.map(train, commands), strict=True))
+    for row in rows:
+        mine = [done[tuple(arguments(spec, row, seed, asked.results))] for seed in range(seeds)]
+        pairs = [judged(told, asked.results) for told in mine]
         row["runs"] = [run for run, _ in pairs]
         row["summary"] = summary(row["runs"], [scores for _, scores in pairs])
         row["command"] = shlex.join(["moalign", *arguments(spec, row, 0, Path("results"))])
