@@ -168,7 +168,7 @@ def show_points(told: dict[str, Any]) -> None:
 def show_summary(told: dict[str, Any], short: bool = False) -> None:
     """Print the hypervolume with its interval, the optimal share and (unless ``short``) the indicators."""
     corner = ", ".join(f"{r:g}" for r in told["ref"])
-    mark = "" if short else " (*)"
+    mark = "" if short else f" (*){_spread(told)}"
     rows = [
         (
             "hypervolume",
@@ -191,7 +191,23 @@ def show_summary(told: dict[str, Any], short: bool = False) -> None:
         ]
         if "rate" in quality:
             rows.append(("collapse rate", output.percent(quality["rate"], 1)))
+        if quality.get("kl") is not None:
+            rows.append(("KL to base", _moved(told)))
     output.pairs(rows)
+
+
+def _spread(told: dict[str, Any]) -> str:
+    """Return how evenly the front is spread, where it has two points and the evaluation says so."""
+    spacing = told["indicators"].get("spacing")
+    return "" if spacing is None or told["front"] < 2 else f", spacing {output.number(spacing)}"
+
+
+def _moved(told: dict[str, Any]) -> str:
+    """Return the mean KL to base and, where preferences differ, its range over them."""
+    each = [point["kl"] for point in told["points"]]
+    low, high = output.number(min(each), 2), output.number(max(each), 2)
+    spread = f", {low} to {high} over the preferences" if low != high else ""
+    return f"{output.nats(told['quality'])} nats per response{spread}"
 
 
 def _generalisation_rows(told: dict[str, Any]) -> list[tuple[str, str]]:

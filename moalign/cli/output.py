@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moalign.report.units import count, duration, interval, memory, number, percent
+from moalign.report.units import count, duration, interval, memory, nats, number, percent
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from moalign.cli.progress import Progress
 
-__all__ = ["count", "duration", "interval", "memory", "number", "percent"]  # numbers, as every verb shows them
+__all__ = ["count", "duration", "interval", "memory", "nats", "number", "percent"]  # numbers, as every verb shows them
 
 PIPED_WIDTH = 200
 """Columns of a table that goes into a file or a pipe, where nothing tells the width."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +57,7 @@ class LanguageModel:
             rows = [row[-(max_tokens - len(head)) :] for row in rows]
         return [head + row for row in rows]
 
-    def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
+    def decode(self, rows: Sequence[Iterable[int]]) -> list[str]:
         """Return the text of response tokens without special tokens."""
         return [
             text.strip()

@@ -19,7 +19,7 @@ from moalign.policies import adapters
 from moalign.policies.adapters import Adapter, Turns
 from moalign.policies.language_model import LanguageModel
 from moalign.policies.policy import LazyGenerator, ModelGenerator, Policy
-from moalign.policies.sampler import Direct, Sampling, generate
+from moalign.policies.sampler import Direct, Generated, Sampling, generate
 from moalign.preferences import Preference
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class MixedGenerator:
         self.experts = [expert for expert, _ in kept]
         self.weights = [weight for _, weight in kept]
 
-    def generate(self, texts: Sequence[str], rows: Sequence[int], sampling: Sampling) -> tuple[list[str], int]:
+    def generate(self, texts: Sequence[str], rows: Sequence[int], sampling: Sampling) -> Generated:
         """See :class:`~moalign.policies.policy.Generator`."""
         if self.weights == [1.0]:
             return self.experts[0].generate(texts, rows, sampling)

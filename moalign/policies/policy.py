@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from moalign.policies.sampler import Sampling, generate
+from moalign.policies.sampler import Generated, Sampling, Traces, generate
 
 if TYPE_CHECKING:
     from moalign.policies.language_model import LanguageModel
@@ -28,8 +28,13 @@ class Generator(Protocol):
     RequestError from it says why there is none.
     """
 
-    def generate(self, texts: Sequence[str], rows: Sequence[int], sampling: Sampling) -> tuple[list[str], int]:
-        """Return one response per text and the number of tokens sampled; ``rows`` fix the randomness."""
+    def generate(
+        self, texts: Sequence[str], rows: Sequence[int], sampling: Sampling
+    ) -> Generated | tuple[list[str], int]:
+        """Return one response per text, how many tokens were sampled and, if known, which; ``rows`` fix the randomness.
+
+        A generator that has no token ids and log-probabilities may return the pair (responses, number of tokens).
+        """
         ...
 
 
@@ -40,7 +45,7 @@ class ModelGenerator:
     lm: LanguageModel
     adapter: str | None = None
 
-    def generate(self, texts: Sequence[str], rows: Sequence[int], sampling: Sampling) -> tuple[list[str], int]:
+    def generate(self, texts: Sequence[str], rows: Sequence[int], sampling: Sampling) -> Generated:
         """See :class:`Generator`. The adapter is made active first, whatever ran on the model before."""
         from moalign.policies.adapters import merged
         from moalign.policies.language_model import reference_mode
@@ -75,7 +80,7 @@ class LazyGenerator:
     cache: dict[str, Any]
     """Shared by the generators of a run that take turns."""
 
-    def generate(self, texts: Sequence[str], rows: Sequence[int], sampling: Sampling) -> tuple[list[str], int]:
+    def generate(self, texts: Sequence[str], rows: Sequence[int], sampling: Sampling) -> Generated:
         """See :class:`Generator`."""
         return self.as_model().generate(texts, rows, sampling)
 
@@ -119,6 +124,9 @@ class Answers:
     """``[policies][prompts]``."""
     tokens: int
     """Tokens sampled; a text that several policies share is sampled once."""
+    traces: list[Traces | None]
+    """The tokens of each policy's responses, ``[policies]``; None where its generator does not tell them. A policy
+    that chose among samples has those of the sample it chose."""
 
 
 def respond_all(
@@ -138,36 +146,36 @@ def respond_all(
             text = policy.render(prompt)
             for sample in range(policy.samples):
                 requests.setdefault((text, i + sample * len(prompts)), len(requests))
-    drawn: dict[int, list[str]] = {}
-    tokens = 0
-    for key, requests in wanted.items():
-        drawn[key], count = _in_chunks(generators[key], list(requests), sampling, progress)
-        tokens += count
-    responses = []
+    drawn = {key: _in_chunks(generators[key], list(requests), sampling, progress) for key, requests in wanted.items()}
+    answers = Answers([], sum(made.tokens for made in drawn.values()), [])
     for policy in policies:
-        requests, texts = wanted[id(policy.generator)], drawn[id(policy.generator)]
-        rendered = [policy.render(prompt) for prompt in prompts]
-        candidates = [
-            [texts[requests[text, i + sample * len(prompts)]] for sample in range(policy.samples)]
-            for i, text in enumerate(rendered)
+        requests, made = wanted[id(policy.generator)], drawn[id(policy.generator)]
+        places = [
+            [requests[text, i + sample * len(prompts)] for sample in range(policy.samples)]
+            for i, text in enumerate(map(policy.render, prompts))
         ]
+        candidates = [[made.responses[place] for place in row] for row in places]
         picked = policy.choose(prompts, candidates) if policy.choose else [0] * len(prompts)
-        responses.append([row[index] for row, index in zip(candidates, picked, strict=True)])
-    return Answers(responses, tokens)
+        chosen = [row[index] for row, index in zip(places, picked, strict=True)]
+        answers.responses.append([made.responses[place] for place in chosen])
+        answers.traces.append(None if made.traces is None else made.traces.at(chosen))
+    return answers
 
 
 def _in_chunks(
     generator: Generator, requests: list[tuple[str, int]], sampling: Sampling, progress: Progress | None
-) -> tuple[list[str], int]:
+) -> Generated:
     """Generate in chunks of several batches, so that a progress bar moves and length sorting still pays."""
     chunk = sampling.batch_size * 4
-    texts: list[str] = []
-    tokens = 0
+    parts: list[Generated] = []
     for start in range(0, len(requests), chunk):
         part = requests[start : start + chunk]
-        answers, count = generator.generate([text for text, _ in part], [row for _, row in part], sampling)
-        texts += answers
-        tokens += count
+        told = generator.generate([text for text, _ in part], [row for _, row in part], sampling)
+        parts.append(Generated(*told) if isinstance(told, tuple) else told)
         if progress is not None:
             progress(len(part))
-    return texts, tokens
+    return Generated(
+        [text for part in parts for text in part.responses],
+        sum(part.tokens for part in parts),
+        Traces.joined([part.traces for part in parts]),
+    )

@@ -18,10 +18,12 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DynamicCache
 
 from moalign.policies.language_model import LanguageModel, positions
+from moalign.policies.stopping import length
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ class Samples:
     response_mask: Tensor
     """Bool ``[rows, T]`` over the last T columns; True on response tokens, the end token included."""
     logps: Tensor
-    """log pi of each sampled token under the sampled distribution, ``[rows, T]``; 0 outside the mask."""
+    """log pi of each sampled token at the sampling temperature, ``[rows, T]``; 0 outside the mask. Of the whole
+    distribution: a nucleus chooses where to draw and is no part of the policy (see :func:`draw`)."""
     hidden: Tensor | None = None
     """Last hidden state before each token, ``[rows, T, width]``, when asked for (what value heads read)."""
 
@@ -56,6 +59,45 @@ class Samples:
     def tokens(self) -> int:
         """Number of sampled tokens."""
         return int(self.response_mask.sum())
+
+
+@dataclass(eq=False)
+class Traces:
+    """The tokens behind responses, in the responses' order, and what the policy that wrote them thinks of them."""
+
+    vocabulary: Any
+    """The tokenizer that the ids are numbers of."""
+    ids: list[NDArray[np.int64]]
+    """Token ids of each response, ``[length]``, the end token included. They end with the token that completes the
+    first stop text: what follows it is no part of the response. At least one token each."""
+    logps: list[float]
+    """log pi of those tokens together, in nats, at the sampling temperature: at temperature 1 that of the policy
+    itself. A nucleus is left out (see :func:`draw`); for greedy answers it is that of temperature 1."""
+
+    def at(self, places: Sequence[int]) -> Traces:
+        """Return those of the responses at ``places``."""
+        return Traces(self.vocabulary, [self.ids[place] for place in places], [self.logps[place] for place in places])
+
+    @classmethod
+    def joined(cls, parts: Sequence[Traces | None]) -> Traces | None:
+        """Return the parts, all of one vocabulary, as one; None where a part is not known."""
+        known = [part for part in parts if part is not None]
+        if not known or len(known) < len(parts):
+            return None
+        ids, logps = [row for part in known for row in part.ids], [value for part in known for value in part.logps]
+        return cls(known[0].vocabulary, ids, logps)
+
+
+@dataclass(eq=False)
+class Generated:
+    """What a generator answers."""
+
+    responses: list[str]
+    """One for each text asked."""
+    tokens: int
+    """Number of tokens sampled, those after a stop text included."""
+    traces: Traces | None = None
+    """The tokens of the responses; None where the generator does not know them."""
 
 
 def uniforms(seed: int, rows: Sequence[int], length: int) -> Tensor:
@@ -194,7 +236,12 @@ def sample(
 
 
 def draw(logits: Tensor, numbers: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
-    """Draw one token a row by inverse cumulative distribution; returns (token, log-probability), ``[rows]`` each."""
+    """Draw one token a row by inverse cumulative distribution; returns (token, log-probability), ``[rows]`` each.
+
+    The log-probability is that of the policy at ``temperature``, whatever the nucleus: truncated and renormalised it
+    would tell how much was cut off, and two policies that cut differently could not be compared by it. Greedy tokens
+    have that of temperature 1.
+    """
     logits = logits.float()
     if temperature == 0:
         best = logits.argmax(-1)
@@ -207,7 +254,6 @@ def draw(logits: Tensor, numbers: Tensor, temperature: float, top_p: float) -> t
         ranked = torch.where(ranked.cumsum(-1) - ranked < top_p, ranked, torch.zeros_like(ranked))
         probs = torch.zeros_like(probs).scatter(-1, order, ranked)
         probs = probs / probs.sum(-1, keepdim=True)
-        log_probs = probs.log()
     # Double precision keeps the last token reachable and the first from being drawn at u = 0 by rounding.
     cumulative = probs.double().cumsum(-1)
     target = numbers.double().unsqueeze(-1) * cumulative[:, -1:]
@@ -217,10 +263,15 @@ def draw(logits: Tensor, numbers: Tensor, temperature: float, top_p: float) -> t
 
 def responses(lm: LanguageModel, samples: Samples, stop: Sequence[str] = ()) -> list[str]:
     """Return the text of each sampled response, cut at the first stop text."""
+    return [cut(text, stop) for text in lm.decode(_tokens(samples))]
+
+
+def _tokens(samples: Samples) -> list[NDArray[np.int64]]:
+    """Return the token ids of each response, ``[length]``, the end token included."""
     width = samples.response_mask.shape[1]
     ids = samples.input_ids[:, -width:].cpu().numpy()
     lengths = samples.response_mask.sum(-1).cpu().tolist()
-    return [cut(text, stop) for text in lm.decode([row[:length] for row, length in zip(ids, lengths, strict=True)])]
+    return [row[:count] for row, count in zip(ids, lengths, strict=True)]
 
 
 def cut(text: str, stop: Sequence[str]) -> str:
@@ -238,7 +289,7 @@ def generate(
     rows: Sequence[int],
     sampling: Sampling,
     source: Callable[[], NextToken] | None = None,
-) -> tuple[list[str], int]:
+) -> Generated:
     """Sample a response for every rendered prompt in length-sorted batches.
 
     Args:
@@ -247,13 +298,13 @@ def generate(
         source: makes the source of next-token distributions of each batch; None: the model as it stands.
 
     Returns:
-        Responses in the order of ``texts``, and the number of tokens sampled.
+        Responses in the order of ``texts``, the number of tokens sampled, and the responses' tokens.
     """
     lm.model.eval()
     encoded = lm.encode(texts, sampling.max_prompt_tokens)
     order = sorted(range(len(texts)), key=lambda i: len(encoded[i]))
-    answers: list[str] = [""] * len(texts)
-    tokens = 0
+    made = Generated([""] * len(texts), 0)
+    ids, logps = [np.empty(0, dtype=np.int64)] * len(texts), [0.0] * len(texts)
     for start in range(0, len(order), sampling.batch_size):
         part = order[start : start + sampling.batch_size]
         numbers = uniforms(sampling.seed, [rows[i] for i in part], sampling.max_new_tokens)
@@ -265,10 +316,16 @@ def generate(
             sampling.top_p,
             source=None if source is None else source(),
         )
-        tokens += drawn.tokens
-        for i, text in zip(part, responses(lm, drawn, sampling.stop), strict=True):
-            answers[i] = text
-    return answers, tokens
+        made.tokens += drawn.tokens
+        rows_ids, rows_logps = _tokens(drawn), drawn.logps.cpu().double().numpy()
+        for i, row, logp, text in zip(part, rows_ids, rows_logps, lm.decode(rows_ids), strict=True):
+            made.responses[i] = cut(text, sampling.stop)
+            stopped = any(marker in text for marker in sampling.stop)
+            count = length(lm, row.tolist(), sampling.stop) if stopped else len(row)
+            # A copy: a view of one row would keep the whole batch in memory.
+            ids[i], logps[i] = row[:count].copy(), float(logp[:count].sum())
+    made.traces = Traces(lm.tokenizer, ids, logps)
+    return made
 
 
 def batches(count: int, size: int) -> int:

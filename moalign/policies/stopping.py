@@ -26,7 +26,7 @@ def trim(lm: LanguageModel, samples: Samples, stop: Sequence[str]) -> Samples:
     lengths = samples.response_mask.sum(-1).cpu().tolist()
     rows = [row[:length] for row, length in zip(ids, lengths, strict=True)]
     kept = [
-        _length(lm, row, stop) if found else len(row) for row, found in zip(rows, _holds(lm, rows, stop), strict=True)
+        length(lm, row, stop) if found else len(row) for row, found in zip(rows, _holds(lm, rows, stop), strict=True)
     ]
     inside = torch.arange(width)[None, :] < torch.tensor(kept)[:, None]
     mask = samples.response_mask & inside.to(samples.response_mask.device)
@@ -44,8 +44,11 @@ def _holds(lm: LanguageModel, rows: Sequence[Sequence[int]], stop: Sequence[str]
     return [any(marker in text for marker in stop) for text in texts]
 
 
-def _length(lm: LanguageModel, row: Sequence[int], stop: Sequence[str]) -> int:
-    """Return how many tokens it takes until the first stop text is complete (bisection: it stays complete)."""
+def length(lm: LanguageModel, row: Sequence[int], stop: Sequence[str]) -> int:
+    """Return how many tokens of a row that holds a stop text it takes until the first one is complete.
+
+    By bisection: a stop text stays complete.
+    """
     low, high = 1, len(row)
     while low < high:
         middle = (low + high) // 2

@@ -19,7 +19,7 @@ from urllib.parse import quote
 from moalign.errors import MoalignError, RequestError
 from moalign.report import drawings, markdown
 from moalign.report.markdown import escaped, table
-from moalign.report.units import NONE, count, duration, interval, memory, number, percent
+from moalign.report.units import NONE, any_nats, count, duration, interval, memory, nats, number, percent
 from moalign.runs import atomic
 
 _INTRO = (
@@ -123,7 +123,8 @@ def _picture(place: str, name: str, text: str) -> str:
 def _ranking(told: Mapping[str, Any]) -> str:
     known = told.get("optimum") is not None
     heads = ["#", "method", "hypervolume", "95 % interval", *(["% of optimum"] if known else []), "each seed"]
-    heads += ["tau", "inner product", "collapsed", "command"]
+    moved = any_nats(told["rows"])
+    heads += ["tau", "inner product", "collapsed", *(["KL to base"] if moved else []), "command"]
     lines = []
     for row in told["rows"]:
         if row["status"] == "failed":
@@ -133,7 +134,8 @@ def _ranking(told: Mapping[str, Any]) -> str:
         cells += [percent(row["optimal_share"], 1)] if known else []
         cells += [", ".join(number(value) for value in row["hypervolume_by_seed"])]
         cells += [number(row["indicators"]["tau"], 2), number(row["indicators"]["inner_product"])]
-        lines.append([*cells, percent(row["quality"]["rate"], 1), _command(row)])
+        cells += [percent(row["quality"]["rate"], 1), *([nats(row["quality"])] if moved else [])]
+        lines.append([*cells, _command(row)])
     return table(heads, lines, last_left=True)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from moalign.report.units import NONE, count, duration, interval, memory, number, percent, signed
+from moalign.report.units import NONE, any_nats, count, duration, interval, memory, nats, number, percent, signed
 
 
 def page(told: Mapping[str, Any], folder: Path) -> str:
@@ -23,7 +23,7 @@ def page(told: Mapping[str, Any], folder: Path) -> str:
     if told["pairs"]:
         parts += ["## Paired differences in hypervolume", _PAIRS, _pairs(told["pairs"])]
     if judged:
-        parts += ["## Quality and cost", _COST, _cost(judged)]
+        parts += ["## Quality and cost", f"{_COST} {_KL}" if any_nats(judged) else _COST, _cost(judged)]
     parts += _blocks(told, judged)
     more = {name: place for name, place in (told.get("figures") or {}).items() if name != "fronts"}
     if more:
@@ -48,6 +48,10 @@ _FIGURES = {
 _COST = (
     "Cost of training is the mean per seed (memory: the largest). Answering: what the evaluation's responses took. "
     "Collapsed: responses that are short, repetitive or looping."
+)
+_KL = (
+    "KL to base: how far the policy has moved from the base that is asked without a preference, in nats per response, "
+    "mean over the preferences; ≤ marks an upper bound."
 )
 
 
@@ -75,7 +79,7 @@ def _ranking(told: Mapping[str, Any]) -> str:
     heads = ["#", "method", "hypervolume", "95 % interval"]
     heads += ["% of optimum"] if known else []
     heads += ["each seed", "interquartile mean"] if many else []
-    heads += ["tau", "inner product", "expected utility", *(["regret"] if known else []), "IGD+"]
+    heads += ["tau", "inner product", "expected utility", *(["regret"] if known else []), "IGD+", "spacing"]
     lines = []
     for row in told["rows"]:
         if row["status"] == "failed":
@@ -94,7 +98,8 @@ def _ranking(told: Mapping[str, Any]) -> str:
         cells += by_seed if many else []
         cells += [number(found[name]) for name in ("tau", "inner_product", "expected_utility")]
         cells += [number(found.get("regret"))] if known else []
-        lines.append([*cells, number(found["igd_plus"])])
+        # Fewer than two points have no spacing to speak of; it is 0 then.
+        lines.append([*cells, number(found["igd_plus"]), number(found.get("spacing") if row["front"] >= 2 else None)])
     return table(heads, lines)
 
 
@@ -117,7 +122,9 @@ def _pairs(pairs: Sequence[Mapping[str, Any]]) -> str:
 
 def _cost(rows: Sequence[Mapping[str, Any]]) -> str:
     heads = ["#", "method", "time", "tokens generated", "tokens trained on", "reward calls", "peak memory"]
+    moved = any_nats(rows)
     heads += ["answering: tokens", "answering: reward calls", "collapsed", "mean words", "distinct-3"]
+    heads += ["KL to base"] if moved else []
     lines = []
     for row in rows:
         spent, answering, quality = row["cost"], row["cost"]["answering"], row["quality"]
@@ -133,6 +140,7 @@ def _cost(rows: Sequence[Mapping[str, Any]]) -> str:
                 percent(quality["rate"], 1),
                 number(quality["mean_length"], 1),
                 number(quality["distinct_3"]),
+                *([nats(quality)] if moved else []),
             ]
         )
     return table(heads, lines)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moalign.report import verdict
-from moalign.report.units import NONE, count, duration, interval, memory, number, percent, signed
+from moalign.report.units import NONE, any_nats, count, duration, interval, memory, nats, number, percent, signed
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -67,12 +67,18 @@ def ranking(rows: Sequence[Mapping[str, Any]]) -> Table:
     from rich.text import Text
 
     known = any(row["optimal_share"] is not None for row in rows)
+    moved = any_nats(rows)
     heads = ["#", "method", "hyperv.", "95 % interval", *(["optimum"] if known else []), "tau", "collapsed"]
+    heads += ["KL to\nbase"] if moved else []
     table = _table(heads)
+    if moved:
+        table.collapse_padding = True  # so that names still fit on one line at 80 columns
+        table.caption = "KL to base: nats per response"
+        table.caption_justify, table.caption_style = "left", "dim"
     for row in rows:
         name = row["label"] + ("" if row["status"] == "done" else f" ({row['status']})")
         if row["status"] == "failed":
-            table.add_row(NONE, Text(name), *[NONE] * (5 if known else 4), style="red")
+            table.add_row(NONE, Text(name), *[NONE] * (len(heads) - 2), style="red")
             continue
         table.add_row(
             str(row["rank"]),
@@ -82,6 +88,7 @@ def ranking(rows: Sequence[Mapping[str, Any]]) -> Table:
             *([percent(row["optimal_share"])] if known else []),
             number(row["indicators"]["tau"], 2),
             percent(row["quality"]["rate"]),
+            *([nats(row["quality"])] if moved else []),
         )
     return table
 

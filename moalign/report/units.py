@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 NONE = "–"
 """Shown where there is no number."""
@@ -40,6 +41,21 @@ def percent(share: float | None, digits: int = 0) -> str:
     '97 %'
     """
     return NONE if share is None else f"{number(100 * share, digits)} %"
+
+
+def nats(quality: Mapping[str, Any], digits: int = 2) -> str:
+    """Return the KL to base that quality guards hold, marked where it is an upper bound.
+
+    >>> nats({"kl": 3.208}), nats({"kl": 0.6363, "kl_bound": True}), nats({})
+    ('3.21', '≤ 0.64', '–')
+    """
+    value = quality.get("kl")
+    return f"≤ {number(value, digits)}" if quality.get("kl_bound") and value is not None else number(value, digits)
+
+
+def any_nats(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether a row of a comparison knows its KL to base; records of older versions do not."""
+    return any((row["quality"] or {}).get("kl") is not None for row in rows)
 
 
 def count(value: float | None) -> str:

@@ -1,14 +1,15 @@
-"""Log-probabilities of fixed responses under the reference, computed once for whoever needs the same ones.
+"""Log-probabilities of fixed responses under the reference; for training, computed once for whoever needs the same.
 
 They are kept by content (the model's weights, the very tokens): in the task's folder for the base, shared by every
-preference, seed and method that trains on the same rows; in the run's folder for a trained start.
+preference, seed and method that trains on the same rows; in the run's folder for a trained start. The judge asks once
+for each evaluation (:func:`log_probs`) and keeps nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -67,7 +68,27 @@ def _content(lm: LanguageModel, rows: Sequence[Row], own: bool) -> str:
 
 
 def _compute(job: Job, lm: LanguageModel, rows: Sequence[Row], own: bool) -> torch.Tensor:
-    """Score rows in batches of about equal length."""
+    half = lm.device.type != "cpu"  # as in training
+    return log_probs(lm, rows, own, half=half, say=lambda done, total: job.say("reference", done, total))
+
+
+def log_probs(
+    lm: LanguageModel,
+    rows: Sequence[Row],
+    own: bool = False,
+    temperature: float = 1.0,
+    half: bool = False,
+    say: Callable[[int, int], None] | None = None,
+) -> torch.Tensor:
+    """Return ``log pi`` of each row's response in nats, ``[rows]`` on the CPU; batches of about equal length.
+
+    Args:
+        rows: token ids and response lengths.
+        own: by the active adapter of ``lm`` as it is now; else by the base.
+        temperature: above 0; the distribution that a sampler would draw from at it.
+        half: compute in bfloat16 where the model's operations allow it.
+        say: ``say(done, total)``, called after every batch.
+    """
     import torch
 
     from moalign.policies.language_model import reference_mode
@@ -75,26 +96,26 @@ def _compute(job: Job, lm: LanguageModel, rows: Sequence[Row], own: bool) -> tor
     lm.model.eval()
     found = torch.zeros(len(rows))
     longest_first = sorted(range(len(rows)), key=lambda row: -len(rows[row][0]))
-    half = torch.autocast(lm.device.type, torch.bfloat16, enabled=lm.device.type != "cpu")  # as in training
+    precision = torch.autocast(lm.device.type, torch.bfloat16, enabled=half)
     done = 0
-    with torch.no_grad(), contextlib.nullcontext() if own else reference_mode(lm), half:
+    with torch.no_grad(), contextlib.nullcontext() if own else reference_mode(lm), precision:
         while done < len(rows):
             count = max(1, BATCH_TOKENS // len(rows[longest_first[done]][0]))
             some = longest_first[done : done + count]
-            found[some] = _score(lm, [rows[row] for row in some])
+            found[some] = _score(lm, [rows[row] for row in some], temperature)
             done += len(some)
-            job.say("reference", done, len(rows))
+            if say is not None:
+                say(done, len(rows))
     return found
 
 
-def _score(lm: LanguageModel, rows: Sequence[Row]) -> torch.Tensor:
+def _score(lm: LanguageModel, rows: Sequence[Row], temperature: float = 1.0) -> torch.Tensor:
     from moalign.policies.language_model import token_outputs
 
     batch = pad_rows(rows, lm.pad, lm.device)
     width = batch["input_ids"].shape[1] - min(len(ids) - length for ids, length in rows)
-    out = token_outputs(
-        lm.model, batch["input_ids"], batch["attention_mask"], batch["completion_mask"][:, -width:].bool()
-    )
+    response = batch["completion_mask"][:, -width:].bool()
+    out = token_outputs(lm.model, batch["input_ids"], batch["attention_mask"], response, temperature)
     return out.logps.sum(-1).float().cpu()
 
 

@@ -23,6 +23,8 @@ from moalign.methods.base import Method, RunContext
 from moalign.pareto import front, hypervolume, indicators, quality, statistics
 from moalign.preferences import Preference, label, same
 from moalign.tasks.task import Say, Task, silent
+from moalign.workflow import divergence
+from moalign.workflow.divergence import KlToBase
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -88,7 +90,7 @@ def evaluate(
         if told["card_hash"] == context.task.hash:
             return Evaluation(told, _scores(context, context.run.read_table(table_name), asked))
     started = time.monotonic()
-    table, cost = respond(method, context, asked, say)
+    table, cost, moved = respond(method, context, asked, say)
     context.run.write_table(table_name, table)
     scores = _scores(context, table, asked)
     told = {
@@ -101,9 +103,11 @@ def evaluate(
         "objectives": context.task.names,
         **judge(context.task, asked, scores),
         **believed(context, table, asked),
-        "quality": dict(quality.collapse_report(table["response"].tolist())),
+        "quality": {**quality.collapse_report(table["response"].tolist()), **_moved(moved)},
         "cost": {**cost, "seconds": round(time.monotonic() - started, 3)},
     }
+    for point, one in zip(told["points"], moved, strict=True):
+        point.update(kl=one.nats, kl_bound=one.bound)
     held = held_out(context)
     if held and not all(_has(held, w) for w in asked):
         told["generalisation"] = _generalisation(method, context, asked, scores, held, say)
@@ -154,10 +158,11 @@ def _generalisation(
 
 def respond(
     method: Method, context: RunContext, asked: Sequence[Preference], say: Say = silent
-) -> tuple[pd.DataFrame, dict[str, int]]:
+) -> tuple[pd.DataFrame, dict[str, int], list[KlToBase]]:
     """Answer every evaluation prompt at every preference, and score the answers.
 
-    Returns the table (prompt, preference, response, one raw score per objective) and the cost.
+    Returns the table (prompt, preference, response, one raw score per objective), the cost, and how far the policy of
+    each preference has moved from the base.
     """
     import pandas as pd
 
@@ -178,7 +183,9 @@ def respond(
 
     with _generators_kept():
         policies = [method.policy(metered, preference) for preference in asked]
-        answers = respond_all(policies, prompts, context.task.sampling(spec.seed), moved)
+        sampling = context.task.sampling(spec.seed)
+        answers = respond_all(policies, prompts, sampling, moved)
+        away = divergence.from_base(context.task, policies, prompts, answers, sampling, say)
         flat = [text for row in answers.responses for text in row]
         raw = context.task.judge_panel.score(prompts * len(asked), flat, lambda d, n: say("scoring", d, n))
     table = pd.DataFrame(
@@ -190,7 +197,14 @@ def respond(
     )
     for column, name in enumerate(context.task.names):
         table[name] = raw[:, column]
-    return table, {"tokens_generated": answers.tokens, "reward_calls": meter.reward_calls}
+    return table, {"tokens_generated": answers.tokens, "reward_calls": meter.reward_calls}, away
+
+
+def _moved(policies: Sequence[KlToBase]) -> dict[str, Any]:
+    """Return the mean KL to base over the preferences, None where one is not known, and whether it is a bound."""
+    known = [one.nats for one in policies if one.nats is not None]
+    mean = float(np.mean(known)) if len(known) == len(policies) else None
+    return {"kl": mean, "kl_bound": any(one.bound for one in policies)}
 
 
 def _generators_kept() -> AbstractContextManager[None]:
@@ -284,6 +298,7 @@ def _indicators(grid: Matrix, means: Matrix) -> dict[str, Any]:
         "tau_per_objective": [float(t) for t in steered["per_objective"]],
         "inner_product": indicators.inner_product(grid, means),
         "expected_utility": indicators.expected_utility(grid, means),
+        "spacing": indicators.spacing(means),
     }
 
 

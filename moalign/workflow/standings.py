@@ -115,7 +115,7 @@ def _row(one: Contender, judged: Sequence[Contender], samples: Array, draws: int
         "optimal_share_ci": [bound / most for bound in ci] if most else None,
         "sensitivity_hypervolume": _mean([t["sensitivity"]["hypervolume"] for t in told]),
         "indicators": _indicators(one, judged),
-        "quality": average([t["quality"] for t in told]),
+        "quality": _quality(told),
         "diagnostics": _diagnostics(one.diagnostics),
         "generalisation": _generalisation(told),
         "gap": _mean([t["gap"] for t in told]) if all("gap" in t for t in told) else None,
@@ -282,7 +282,9 @@ def _generalisation(told: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, fl
 
 def _indicators(one: Contender, judged: Sequence[Contender]) -> dict[str, Any]:
     """Average the indicators over the seeds; IGD+ is to the optimum, or to the best of all methods together."""
-    found = average([evaluation.told["indicators"] for evaluation in one.evaluations])
+    # Spacing is taken from the points, which every evaluation has; those of older versions do not hold it.
+    stored = [evaluation.told["indicators"] for evaluation in one.evaluations]
+    found = average([{name: value for name, value in told.items() if name != "spacing"} for told in stored])
     means = [_means(evaluation) for evaluation in one.evaluations]
     if "igd_plus" not in found:
         union = np.concatenate([_means(e) for other in judged for e in other.evaluations])
@@ -290,6 +292,13 @@ def _indicators(one: Contender, judged: Sequence[Contender]) -> dict[str, Any]:
         found["igd_plus"] = _mean([indicators.igd_plus(points, union) for points in means])
     found["spacing"] = _mean([indicators.spacing(points) for points in means])
     return found
+
+
+def _quality(told: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Average the quality guards; KL to base is None where a seed lacks it (older versions did not measure it)."""
+    kept = [{"kl": None, **one["quality"]} for one in told]
+    bound = any(one.pop("kl_bound", False) for one in kept)
+    return {**average(kept), "kl_bound": bound}
 
 
 def _cost(one: Contender) -> dict[str, Any]:

@@ -222,7 +222,7 @@ def inside(grid: Path, one: Path, repeats: int) -> dict[str, Any]:
     for _ in range(repeats + 1):  # the first loads the model and warms the allocator
         for name, asked in opened.items():  # in turn, so that both meet the same load of the machine
             started = time.perf_counter()
-            table, _ = evaluate.respond(*asked)
+            table, *_ = evaluate.respond(*asked)
             times[name].append(time.perf_counter() - started)
             assert len(table) == 11 * 128
     middle = {name: round(statistics.median(found[1:]), 3) for name, found in times.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,41 @@ def test_text_shows_points_unless_only_the_hypervolume_is_wanted(moalign: Any, r
     assert "0.5,0.5" in whole and "Kendall's tau" in whole
     assert "0.5,0.5" not in short and "Kendall's tau" not in short
     assert "hypervolume" in short and "optimal share" in short
+
+
+def test_kl_to_base_and_spacing_are_told_where_they_are_known(
+    moalign: Any, run: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from moalign.cli.eval import show_summary
+
+    def shown(**changes: Any) -> str:
+        show_summary({**told, **changes})
+        return capsys.readouterr().out
+
+    told = json.loads(moalign("eval", run["run_id"], "--json").out)
+    points, quality = told["points"], told["quality"]
+    assert "KL to base" not in shown()  # the toy tells nothing of its tokens
+    assert f"(*), spacing {told['indicators']['spacing']:.3f}\n" in shown() and told["front"] >= 2
+    assert "spacing" not in shown(front=1)
+    assert "spacing" not in moalign("eval", run["run_id"], "--hypervolume").out
+    each = [{**point, "kl": 1.0 + 0.1 * k} for k, point in enumerate(points)]
+    moved = shown(points=each, quality={**quality, "kl": 1.5, "kl_bound": False})
+    assert re.search(r"^KL to base +1.50 nats per response, 1.00 to 2.00 over the preferences$", moved, re.MULTILINE)
+    same = [{**point, "kl": 0.6363} for point in points]
+    bound = shown(points=same, quality={**quality, "kl": 0.6363, "kl_bound": True})
+    assert re.search(r"^KL to base +≤ 0.64 nats per response$", bound, re.MULTILINE)
+
+
+def test_an_evaluation_from_before_these_were_kept_is_read(moalign: Any, run: dict[str, Any]) -> None:
+    path = Path(run["run"]) / "eval.json"
+    told = json.loads(path.read_text())
+    del told["indicators"]["spacing"], told["quality"]["kl"], told["quality"]["kl_bound"]
+    for point in told["points"]:
+        del point["kl"], point["kl_bound"]
+    path.write_text(json.dumps(told))
+    shown = moalign("eval", run["run_id"])
+    assert shown.code == 0 and "collapse rate" in shown.out and "spacing" not in shown.out
+    assert json.loads(moalign("eval", run["run_id"], "--json").out)["quality"] == told["quality"]
 
 
 def test_held_out_preferences_are_told_beside_the_trained_ones(moalign: Any, toys: None) -> None:

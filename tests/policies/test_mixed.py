@@ -250,7 +250,8 @@ def test_one_hot_and_identical_experts_give_the_expert(
     limits = Sampling(max_new_tokens=10, seed=5, batch_size=3, temperature=temperature)
 
     def answers(generator: MixedGenerator | ModelGenerator) -> tuple[list[str], int]:
-        return generator.generate(PROMPTS, range(len(PROMPTS)), limits)
+        made = generator.generate(PROMPTS, range(len(PROMPTS)), limits)
+        return made.responses, made.tokens
 
     alone = answers(first), answers(second)
     assert alone[0] != alone[1]
@@ -260,6 +261,28 @@ def test_one_hot_and_identical_experts_give_the_expert(
     between = answers(MixedGenerator([first, second], (0.5, 0.5)))
     assert between not in alone
     assert answers(MixedGenerator([first, second], (0.5, 0.5))) == between  # and nothing was left behind
+
+
+def test_what_a_mixture_says_of_its_answers_is_the_mixture_s_own(make_lm: Make) -> None:
+    """Each expert reads the answer alone; their log-probabilities are combined and normalised at every token."""
+    lm, weights = make_lm(), (0.3, 0.7)
+    experts = on_model(lm)
+    made = MixedGenerator(experts, weights).generate(PROMPTS, range(4), SAMPLING)
+    traces = made.traces
+    assert traces is not None and traces.vocabulary is lm.tokenizer
+    assert sum(map(len, traces.ids)) == made.tokens
+    for prompt, ids, told in zip(lm.encode(PROMPTS), traces.ids, traces.logps, strict=True):
+        combined = torch.zeros(len(ids), len(lm.tokenizer))
+        for one, weight in zip(experts, weights, strict=True):
+            lm.model.set_adapter(one.adapter)
+            with torch.no_grad():
+                out = lm.model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
+            combined += weight * out.log_softmax(-1)
+        wanted = combined.log_softmax(-1)[range(len(ids)), ids].sum()
+        assert told == pytest.approx(float(wanted), abs=1e-3)
+    alone = experts[0].generate(PROMPTS, range(4), SAMPLING).traces
+    one_hot = MixedGenerator(experts, (1.0, 0.0)).generate(PROMPTS, range(4), SAMPLING).traces
+    assert alone is not None and one_hot is not None and one_hot.logps == alone.logps
 
 
 def test_greedy_takes_the_likeliest_token_of_the_mixture(make_lm: Make) -> None:
@@ -282,16 +305,16 @@ def test_greedy_takes_the_likeliest_token_of_the_mixture(make_lm: Make) -> None:
 def test_a_sample_does_not_depend_on_its_batch_and_shares_random_numbers(make_lm: Make) -> None:
     lm = make_lm()
     generator = MixedGenerator(on_model(lm), (0.5, 0.5))
-    together, _ = generator.generate(PROMPTS, range(4), SAMPLING)
-    apart = [generator.generate([text], [row], SAMPLING)[0][0] for row, text in enumerate(PROMPTS)]
+    together = generator.generate(PROMPTS, range(4), SAMPLING).responses
+    apart = [generator.generate([text], [row], SAMPLING).responses[0] for row, text in enumerate(PROMPTS)]
     assert together == apart
     # Weights that hardly differ, on the same numbers: nearly every sample is the same one.
     rows = range(40)
     near = [
-        MixedGenerator(generator.experts, (share, 1 - share)).generate(PROMPTS * 10, rows, SAMPLING)[0]
+        MixedGenerator(generator.experts, (share, 1 - share)).generate(PROMPTS * 10, rows, SAMPLING).responses
         for share in (0.5, 0.5001)
     ]
-    other = generator.generate(PROMPTS * 10, rows, Sampling(max_new_tokens=10, seed=6, batch_size=3))[0]
+    other = generator.generate(PROMPTS * 10, rows, Sampling(max_new_tokens=10, seed=6, batch_size=3)).responses
     assert np.mean([a == b for a, b in zip(*near, strict=True)]) > 0.9
     assert np.mean([a == b for a, b in zip(near[0], other, strict=True)]) < 0.5
 
@@ -324,7 +347,9 @@ def test_the_plain_path_is_the_direct_source(make_lm: Make) -> None:
     from moalign.policies.sampler import Direct
 
     given = generate(lm, PROMPTS, range(4), SAMPLING, source=lambda: Direct(lm.model))
-    assert given == generate(lm, PROMPTS, range(4), SAMPLING)
+    plain = generate(lm, PROMPTS, range(4), SAMPLING)
+    assert given.responses == plain.responses and given.tokens == plain.tokens
+    assert given.traces is not None and plain.traces is not None and given.traces.logps == plain.traces.logps
 
 
 # -- what cannot be mixed --------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import numpy as np
 import torch
 
 from moalign import preferences
@@ -13,7 +14,7 @@ from moalign.config.recipe import LoraSpec
 from moalign.policies import adapters
 from moalign.policies.language_model import LanguageModel
 from moalign.policies.policy import ModelGenerator, Policy, respond_all
-from moalign.policies.sampler import Sampling
+from moalign.policies.sampler import Generated, Sampling, Traces
 from moalign.policies.template import Renderer
 
 PROMPTS = ["make soup", "read a map", "make soup", "fix a chair"]
@@ -34,6 +35,20 @@ class Echo:
         self.asked += zip(texts, rows, strict=True)
         self.calls.append(len(texts))
         return [f"{self.name}|{text}|{row}|{sampling.seed}" for text, row in zip(texts, rows, strict=True)], len(texts)
+
+
+class Traced(Echo):
+    """The same, and tells tokens: the number of the row, once for each letter of its own name."""
+
+    def generate(self, texts: Sequence[str], rows: Sequence[int], sampling: Sampling) -> Generated:
+        pair = super().generate(texts, rows, sampling)
+        ids = [np.full(len(self.name), row) for row in rows]
+        return Generated(*pair, Traces(self.name, ids, [-float(row) for row in rows]))
+
+
+def told(made: Generated) -> tuple[list[str], int, list[float]]:
+    assert made.traces is not None
+    return made.responses, made.tokens, made.traces.logps
 
 
 def tagged(prompt: str, tag: str) -> str:
@@ -103,6 +118,26 @@ def test_best_of_n_shares_its_candidates_with_other_preferences_and_the_plain_po
     assert answers.responses[0] == answers.responses[2] != answers.responses[1]
 
 
+def test_every_policy_gets_the_tokens_of_the_answers_it_gave() -> None:
+    """Over several chunks (four batches of two), with another policy that chooses and a generator that tells none."""
+    one, none = Traced("ab"), Echo()
+    picks = [2, 0, 1, 2]
+    policies = [
+        Policy(one, partial(tagged, tag="x"), samples=3, choose=lambda prompts, _: picks),
+        Policy(none, partial(tagged, tag="x")),
+        Policy(one, partial(tagged, tag="y")),
+    ]
+    answers = respond_all(policies, PROMPTS, SAMPLING)
+    assert len(one.calls) > 1
+    best, silent, plain = answers.traces
+    assert silent is None and best is not None and plain is not None
+    rows = [i + pick * len(PROMPTS) for i, pick in enumerate(picks)]
+    assert [ids.tolist() for ids in best.ids] == [[row, row] for row in rows]
+    assert best.logps == [-float(row) for row in rows]
+    assert [text.split("|")[2] for text in answers.responses[0]] == [str(row) for row in rows]
+    assert plain.vocabulary == "ab" and plain.logps == [0.0, -1.0, -2.0, -3.0]
+
+
 def test_progress_tells_every_sampled_response_in_chunks() -> None:
     echo, told = Echo(), []
     policies = [Policy(echo, partial(tagged, tag=tag), samples=2) for tag in "abc"]
@@ -114,7 +149,7 @@ def test_progress_tells_every_sampled_response_in_chunks() -> None:
 def test_generators_switch_between_base_and_adapters(make_lm: Callable[..., LanguageModel]) -> None:
     """Whatever ran before, a generator answers with its own adapter, and the base with none."""
     bare = ModelGenerator(make_lm())
-    expected = {"base": bare.generate(PROMPTS, range(4), SAMPLING)}
+    expected = {"base": told(bare.generate(PROMPTS, range(4), SAMPLING))}
     lm = make_lm()
     generators = {"base": ModelGenerator(lm)}
     for seed, name in enumerate(("first", "second")):
@@ -125,10 +160,10 @@ def test_generators_switch_between_base_and_adapters(make_lm: Callable[..., Lang
                 if "lora_B" in key and name in key:
                     value.normal_(std=0.3)
         generators[name] = ModelGenerator(lm, name)
-        expected[name] = generators[name].generate(PROMPTS, range(4), SAMPLING)
-    assert len({tuple(texts) for texts, _ in expected.values()}) == 3
+        expected[name] = told(generators[name].generate(PROMPTS, range(4), SAMPLING))
+    assert len({tuple(texts) for texts, *_ in expected.values()}) == 3
     for name in ("second", "base", "first", "first", "base", "second"):
-        assert generators[name].generate(PROMPTS, range(4), SAMPLING) == expected[name]
+        assert told(generators[name].generate(PROMPTS, range(4), SAMPLING)) == expected[name]
     policies = [Policy(generators[name], partial(tagged, tag="")) for name in expected]
     again = respond_all(policies, PROMPTS, SAMPLING).responses
     assert again == [Policy(generators[name], partial(tagged, tag="")).respond(PROMPTS, SAMPLING) for name in expected]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -12,10 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
+from moalign.policies import sampler
 from moalign.policies.language_model import LanguageModel, token_outputs
 from moalign.policies.sampler import (
+    Generated,
     Samples,
     Sampling,
+    Traces,
     batches,
     cut,
     draw,
@@ -88,7 +91,7 @@ def test_top_p_keeps_exactly_the_nucleus(top_p: float, kept: set[int]) -> None:
     share = np.where([i in kept for i in range(4)], probs, 0)
     share /= share.sum()
     np.testing.assert_allclose(np.bincount(tokens, minlength=4) / 4000, share, atol=1 / 2000)
-    np.testing.assert_allclose(logps.numpy(), np.log(share[tokens.numpy()]), atol=1e-5)
+    np.testing.assert_allclose(logps.numpy(), np.log(probs[tokens.numpy()]), atol=1e-5)  # the policy's, not the cut's
 
 
 def test_greedy_takes_the_most_likely_token_whatever_the_number() -> None:
@@ -236,39 +239,124 @@ SAMPLING = Sampling(max_new_tokens=STEPS, seed=7, batch_size=64)
 def test_generate_answers_in_order_whatever_the_batch_size(lm: LanguageModel) -> None:
     texts = PROMPTS * 4
     rows = list(range(len(texts)))
-    whole, tokens = generate(lm, texts, rows, SAMPLING)
-    small, same = generate(lm, texts, rows, replace(SAMPLING, batch_size=5))
-    assert whole == small and tokens == same
+    made = generate(lm, texts, rows, SAMPLING)
+    small = generate(lm, texts, rows, replace(SAMPLING, batch_size=5))
+    whole = made.responses
+    assert whole == small.responses and made.tokens == small.tokens
     assert len(set(whole)) > 6
     for i in (0, 7, 11):
-        assert generate(lm, [texts[i]], [rows[i]], SAMPLING)[0] == [whole[i]]
-    backwards, _ = generate(lm, texts[::-1], rows[::-1], SAMPLING)
-    assert backwards[::-1] == whole
+        assert generate(lm, [texts[i]], [rows[i]], SAMPLING).responses == [whole[i]]
+    backwards = generate(lm, texts[::-1], rows[::-1], SAMPLING)
+    assert backwards.responses[::-1] == whole
+    for other, turn in ((small, 1), (backwards, -1)):
+        assert all(map(np.array_equal, traced(other).ids[::turn], traced(made).ids))
+        assert traced(other).logps[::turn] == pytest.approx(traced(made).logps, abs=1e-3)
 
 
 def test_generate_is_seeded(lm: LanguageModel) -> None:
     torch.manual_seed(1)
     first = generate(lm, PROMPTS, range(3), SAMPLING)
     torch.manual_seed(2)
-    assert generate(lm, PROMPTS, range(3), SAMPLING) == first
-    assert generate(lm, PROMPTS, range(3), replace(SAMPLING, seed=8))[0] != first[0]
-    assert generate(lm, PROMPTS, range(3, 6), SAMPLING)[0] != first[0]
+    again = generate(lm, PROMPTS, range(3), SAMPLING)
+    assert again.responses == first.responses and traced(again).logps == traced(first).logps
+    assert generate(lm, PROMPTS, range(3), replace(SAMPLING, seed=8)).responses != first.responses
+    assert generate(lm, PROMPTS, range(3, 6), SAMPLING).responses != first.responses
 
 
 def test_generate_counts_end_tokens_and_cuts_at_stop(lm: LanguageModel) -> None:
-    texts, tokens = generate(lm, PROMPTS, range(3), SAMPLING)
-    assert tokens == drawn(lm).tokens
-    word = texts[0].split()[2]
-    stopped, same = generate(lm, PROMPTS, range(3), replace(SAMPLING, stop=(word,)))
-    assert same == tokens
-    assert stopped == [text.split(word)[0].strip() for text in texts]
+    made = generate(lm, PROMPTS, range(3), SAMPLING)
+    assert made.tokens == drawn(lm).tokens
+    word = made.responses[0].split()[2]
+    stopped = generate(lm, PROMPTS, range(3), replace(SAMPLING, stop=(word,)))
+    assert stopped.tokens == made.tokens
+    assert stopped.responses == [text.split(word)[0].strip() for text in made.responses]
 
 
 def test_generate_cuts_long_prompts_on_the_left(lm: LanguageModel) -> None:
     words = PROMPTS[2].split()
-    short, _ = generate(lm, [" ".join(words[-3:])], [0], SAMPLING)
-    assert generate(lm, [PROMPTS[2]], [0], replace(SAMPLING, max_prompt_tokens=4))[0] == short
-    assert generate(lm, [PROMPTS[2]], [0], SAMPLING)[0] != short
+    short = generate(lm, [" ".join(words[-3:])], [0], SAMPLING).responses
+    assert generate(lm, [PROMPTS[2]], [0], replace(SAMPLING, max_prompt_tokens=4)).responses == short
+    assert generate(lm, [PROMPTS[2]], [0], SAMPLING).responses != short
+
+
+# -- what the policy thinks of its answers ---------------------------------------------------------------
+
+
+def traced(made: Generated) -> Traces:
+    assert made.traces is not None
+    return made.traces
+
+
+def read(lm: LanguageModel, prompt: str, ids: Sequence[int], temperature: float = 1.0) -> float:
+    """Return log pi of a response's tokens: one plain pass without cache, mask or padding."""
+    (head,) = lm.encode([prompt])
+    with torch.no_grad():
+        logits = lm.model(torch.tensor([[*head, *ids]])).logits[0].double() / temperature
+    shares = torch.log_softmax(logits[len(head) - 1 : -1], dim=-1)
+    return float(shares[range(len(ids)), list(ids)].sum())
+
+
+@pytest.mark.parametrize("more", [{}, {"temperature": 0.7}, {"top_p": 0.6, "temperature": 0.8}, {"temperature": 0.0}])
+def test_traces_are_the_sampled_tokens_and_what_a_plain_pass_says_of_them(
+    lm: LanguageModel, more: dict[str, float]
+) -> None:
+    """A nucleus and greedy choice say which tokens are taken, not how likely the policy finds them."""
+    sampling = replace(SAMPLING, batch_size=2, **more)
+    texts = PROMPTS * 3
+    made = generate(lm, texts, range(9), sampling)
+    traces = traced(made)
+    assert traces.vocabulary is lm.tokenizer
+    assert sum(map(len, traces.ids)) == made.tokens and len({len(ids) for ids in traces.ids}) > 1
+    for i, (text, ids, told) in enumerate(zip(texts, traces.ids, traces.logps, strict=True)):
+        alone = sample(lm, lm.encode([text]), uniforms(7, [i], STEPS), sampling.temperature, sampling.top_p)
+        assert ids.tolist() == alone.input_ids[0, -alone.response_mask.shape[1] :].tolist()
+        assert told == pytest.approx(read(lm, text, ids, sampling.temperature or 1.0), abs=1e-3)
+
+
+class ThreeTokens:
+    """The end token (id 2), 5 and 6 have a quarter, a half and a quarter at every step."""
+
+    state = None
+
+    def read(self, ids: torch.Tensor, mask: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+        shares = torch.zeros(len(ids), 8)
+        shares[:, [2, 5, 6]] = torch.tensor([0.25, 0.5, 0.25])
+        return shares.log() + 3.0  # logits are known up to a constant
+
+    def repeat(self, times: int) -> None: ...
+
+
+def test_a_log_probability_by_hand(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """5, 6, end: 1/2 * 1/4 * 1/4. The second row ends at once: 1/4. The third is cut by the limit."""
+    numbers = torch.tensor([[0.5, 0.9, 0.1, 0.5], [0.2, 0.5, 0.5, 0.5], [0.3, 0.74, 0.76, 0.5]])
+    monkeypatch.setattr(sampler, "uniforms", lambda *given: numbers)
+    made = generate(lm, ["go"] * 3, range(3), SAMPLING, source=ThreeTokens)
+    assert [ids.tolist() for ids in traced(made).ids] == [[5, 6, 2], [2], [5, 5, 6, 5]]
+    assert traced(made).logps == pytest.approx(np.log([1 / 32, 1 / 4, 1 / 32]).tolist())
+    assert made.tokens == 8
+
+
+def test_traces_end_where_the_first_stop_text_is_complete(lm: LanguageModel) -> None:
+    whole = generate(lm, PROMPTS, range(3), SAMPLING)
+    word = whole.responses[0].split()[2]
+    cut_off = traced(generate(lm, PROMPTS, range(3), replace(SAMPLING, stop=(word,))))
+    for row, (prompt, ids) in enumerate(zip(PROMPTS, traced(whole).ids, strict=True)):
+        said = lm.tokenizer.decode(ids, skip_special_tokens=True).split()
+        kept = said.index(word) + 1 if word in said else len(ids)
+        assert cut_off.ids[row].tolist() == ids[:kept].tolist()
+        assert cut_off.logps[row] == pytest.approx(read(lm, prompt, ids[:kept]), abs=1e-3)
+    assert len(cut_off.ids[0]) == 3 < len(traced(whole).ids[0])
+
+
+def test_traces_are_picked_and_joined() -> None:
+    def made(*numbers: int) -> Traces:
+        return Traces("words", [np.array([n]) for n in numbers], [-float(n) for n in numbers])
+
+    both = Traces.joined([made(1, 2), made(3)])
+    assert both is not None and both.vocabulary == "words"
+    assert [ids.tolist() for ids in both.at([2, 0, 2]).ids] == [[3], [1], [3]]
+    assert both.at([2, 0, 2]).logps == [-3.0, -1.0, -3.0]
+    assert Traces.joined([made(1), None]) is None and Traces.joined([]) is None
 
 
 def test_number_of_batches() -> None:

@@ -71,6 +71,17 @@ def test_tables_are_whole_and_links_lead_somewhere(records: Path) -> None:
             assert (page.parent / link).exists(), link
 
 
+def test_kl_to_base_has_a_column_where_a_record_has_it(records: Path) -> None:
+    path = records / "two" / "compare.json"
+    told = json.loads(path.read_text())
+    told["rows"][0]["quality"].update(kl=3.207, kl_bound=True)
+    path.write_text(json.dumps(told))
+    leaderboard.make(records, records.parent / "LEADERBOARD.md")
+    text = (records.parent / "LEADERBOARD.md").read_text()
+    assert text.count("| collapsed | KL to base | command |") == 1  # the other record is from before
+    assert "| ≤ 3.21 | `moalign train a" in text and "| – | `moalign train b" in text
+
+
 def test_the_figure_follows_the_readers_colours(records: Path) -> None:
     leaderboard.make(records, records.parent / "LEADERBOARD.md")
     text = (records.parent / "LEADERBOARD.md").read_text()

@@ -96,6 +96,27 @@ def test_blocks_stand_only_where_there_is_something_to_show(compared: Build) -> 
     assert "| R\\|C | HV | 7B | arXiv 2402.10207, table 2 | 0.8 |" in page
 
 
+def test_kl_to_base_stands_where_a_row_has_it(compared: Build) -> None:
+    told = compared({"a": 0.2, "b": 0.1, "c": 0.0}, dead=("x",))
+    assert "KL to base" not in markdown.page(told, FOLDER)
+    told["rows"][0]["quality"].update(kl=3.207, kl_bound=False)
+    told["rows"][1]["quality"].update(kl=0.6363, kl_bound=True)
+    page = markdown.page(told, FOLDER)
+    heads, _, *rows = next(lines for lines in tables(page) if "distinct-3" in lines[0])
+    assert heads.endswith("| KL to base |")
+    assert [row.rsplit("|", 2)[1].strip() for row in rows] == ["3.21", "≤ 0.64", "–"]
+    assert "in nats per response" in page
+
+
+def test_spacing_stands_beside_the_hypervolume_of_a_front(compared: Build) -> None:
+    told = compared({"a": 0.2, "b": 0.0})
+    told["rows"][1]["front"] = 1.0
+    heads, _, *rows = tables(markdown.page(told, FOLDER))[0]
+    assert "hypervolume" in heads and heads.endswith("| spacing |")
+    spread = f"{told['rows'][0]['indicators']['spacing']:.3f}"
+    assert [row.rsplit("|", 2)[1].strip() for row in rows] == [spread, "–"]
+
+
 def test_figures_and_the_page_are_linked(compared: Build) -> None:
     told = compared({"a": 0.2, "b": 0.0})
     told["figures"] = {"fronts": told["figure"], "cost": "results/compare/toy-1/cost.png"}

@@ -308,6 +308,24 @@ def test_the_leaderboard_sorts(compared: Build, shown: Callable[..., Any]) -> No
     assert browser.run("document.querySelector('#board th:nth-child(3)').ariaSort") == "ascending"
 
 
+def test_kl_to_base_has_a_column_where_a_row_has_it(compared: Build, shown: Callable[..., Any]) -> None:
+    told = compared({"a": 0.2, "b": 0.1, "c": 0.0}, dead=("x",))
+    told["rows"][1]["front"] = 1.0
+    row = "(n) => [...document.querySelectorAll(`#board tbody tr:nth-child(${n}) td`)].map((one) => one.textContent)"
+    heads = "[...document.querySelectorAll('#board th, #cost th')].map((one) => one.textContent)"
+    browser = shown(told, answered(told))
+    assert "KL to base" not in browser.run(heads)
+    spread = browser.run(heads).index("spacing")
+    assert browser.run(f"({row})(1)")[spread] == f"{told['rows'][0]['indicators']['spacing']:.3f}"
+    assert browser.run(f"({row})(2)")[spread] == "–"  # a single point is not spread at all
+    told["rows"][0]["quality"].update(kl=3.207, kl_bound=False)
+    told["rows"][1]["quality"].update(kl=0.6363, kl_bound=True)
+    browser = shown(told, answered(told))
+    assert browser.run(heads).count("KL to base") == 2
+    at = browser.run(heads).index("KL to base")
+    assert [browser.run(f"({row})({n})")[at] for n in (1, 2, 3, 4)] == ["3.21", "≤ 0.64", "–", "–"]
+
+
 def test_three_objectives_choose_on_the_grid(compared: Build, shown: Callable[..., Any]) -> None:
     told = compared({"a": 0.2, "b": 0.0}, objectives=3)
     browser = shown(told, answered(told))

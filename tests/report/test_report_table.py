@@ -56,6 +56,18 @@ def test_the_optimum_is_shown_only_when_known(compared: Build) -> None:
     assert "optimum" not in " ".join(printed(compared({"a": 0.1, "b": 0.0}, optimum=False)))
 
 
+def test_kl_to_base_is_shown_only_when_known(compared: Build) -> None:
+    told = compared({"rewarded-soups": 0.1, "best-of-n": 0.05, "c": 0.0}, dead=("broken",))
+    assert "KL" not in " ".join(printed(told))
+    told["rows"][0]["quality"].update(kl=13.2, kl_bound=False)
+    told["rows"][1]["quality"].update(kl=0.6363, kl_bound=True)
+    lines = printed(told)
+    assert line_of(lines, "rewarded-soups", f"{told['rows'][0]['hypervolume']:.3f}").rstrip().endswith("13.20")
+    assert line_of(lines, "best-of-n", f"{told['rows'][1]['hypervolume']:.3f}").rstrip().endswith("≤ 0.64")
+    assert line_of(lines, "KL to base: nats per response") and line_of(lines, "broken (failed)")
+    assert all(len(line) <= 80 for line in lines if not line.startswith(("figure", "markdown", "json")))
+
+
 def test_a_failed_method_is_shown(compared: Build) -> None:
     lines = printed(compared({"a": 0.1, "b": 0.0}, dead=("broken",)))
     assert line_of(lines, "broken (failed)")

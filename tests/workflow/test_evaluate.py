@@ -15,6 +15,7 @@ from moalign.errors import RequestError
 from moalign.methods.base import Capabilities, Method, RunContext
 from moalign.methods.sft import Sft
 from moalign.pareto.hypervolume import hypervolume
+from moalign.pareto.indicators import spacing
 from moalign.policies import policy, sampler
 from moalign.preferences import Preference
 from moalign.tasks.sandbox import world
@@ -129,6 +130,9 @@ def test_what_eval_json_holds(steered: Opened) -> None:
     assert told["optimal_share"] == pytest.approx(told["hypervolume"] / most)
     assert 0 < told["optimal_share"] < 1
     assert {"tau", "inner_product", "expected_utility", "regret", "igd_plus"} <= set(told["indicators"])
+    assert told["indicators"]["spacing"] == pytest.approx(spacing(means))
+    assert [point["kl"] for point in told["points"]] == [None] * 3  # the speaker tells nothing of its tokens
+    assert told["quality"]["kl"] is None and told["quality"]["kl_bound"] is False
     assert told["cost"]["tokens_generated"] == PROMPTS * 3 * 10
     assert told["cost"]["reward_calls"] == 0  # what the judge scores is not the policy's cost
     assert result_of(context.run) == told

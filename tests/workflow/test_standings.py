@@ -147,6 +147,32 @@ def test_alone_there_is_no_winner() -> None:
     assert told["winner"] is None and told["pairs"] == []
 
 
+def test_kl_to_base_is_averaged_over_seeds_and_stays_a_bound() -> None:
+    def quality(one: Contender, *told: dict[str, Any]) -> dict[str, Any]:
+        for evaluation, more in zip(one.evaluations, told, strict=True):
+            evaluation.told["quality"].update(more)
+        found: dict[str, Any] = stand(one)["rows"][0]["quality"]
+        return found
+
+    def two() -> Contender:
+        return contender("a", scores(FRONT), scores(FRONT, 1))
+
+    known = quality(two(), {"kl": 1.0, "kl_bound": False}, {"kl": 2.0, "kl_bound": False})
+    assert known["kl"] == 1.5 and known["kl_bound"] is False and known["mean_length"] == 20.0
+    assert quality(two(), {"kl": 1.0, "kl_bound": True}, {"kl": 2.0, "kl_bound": True})["kl_bound"] is True
+    for old in (0, 1):  # one of the evaluations is from before it was measured
+        told: list[dict[str, Any]] = [{"kl": 1.0, "kl_bound": False}] * 2
+        told[old] = {}
+        assert quality(two(), *told)["kl"] is None
+
+
+def test_evaluations_from_before_spacing_was_kept_are_read() -> None:
+    one = contender("a", scores(FRONT), scores(FRONT - 0.1, 1))
+    del one.evaluations[1].told["indicators"]["spacing"]
+    wanted = np.mean([indicators.spacing(FRONT), indicators.spacing(FRONT - 0.1)])
+    assert stand(one)["rows"][0]["indicators"]["spacing"] == pytest.approx(wanted)
+
+
 def test_a_failed_method_keeps_its_row() -> None:
     told = stand(contender("dead", failed=1), contender("a", scores(FRONT)))
     assert [row["label"] for row in told["rows"]] == ["a", "dead"]

@@ -49,10 +49,20 @@ const NAME = { name: "method", value: (r) => r.label, up: true, left: true };
 // A column whose text is its value, written by a function; ``up``: small values are good, so they come first.
 const column = (name, value, write, up = false) => ({ name, value, text: (row) => write(value(row)), up });
 
+// KL to base in nats; some rows only know an upper bound, records of older versions nothing.
+const KL = {
+  name: "KL to base",
+  value: (r) => r.quality?.kl,
+  text: (r) => (r.quality?.kl_bound && !missing(r.quality.kl) ? "≤ " : "") + number(r.quality?.kl, 2),
+  up: true,
+};
+const moved = () => told.rows.some((row) => !missing(row.quality?.kl));
+
 function board() {
   const known = told.rows.some((row) => !missing(row.optimal_share));
   const many = told.rows.some((row) => row.seeds.length > 1);
   const of = (name) => (row) => row.indicators?.[name];
+  const spacing = (row) => (row.front >= 2 ? row.indicators?.spacing : null); // of one point it says nothing
   const tokens = (row) => (row.cost ? row.cost.tokens_generated + row.cost.tokens_trained : null);
   const each = (row) => row.hypervolume_by_seed.map((value) => number(value)).join(", ");
   const columns = [
@@ -67,7 +77,9 @@ function board() {
     column("expected utility", of("expected_utility"), number),
     known && column("regret", of("regret"), number, true),
     column("IGD+", of("igd_plus"), number, true),
+    column("spacing", spacing, number, true),
     column("collapsed", (r) => r.quality?.rate, percent, true),
+    moved() && KL,
     column("time", (r) => r.cost?.seconds, duration, true),
     column("tokens", tokens, count, true),
   ];
@@ -102,7 +114,8 @@ function cost() {
     column("collapsed", (r) => r.quality.rate, percent, true),
     column("mean words", (r) => r.quality.mean_length, (v) => number(v, 1)),
     column("distinct-3", (r) => r.quality.distinct_3, number),
-  ], judged, true);
+    moved() && KL,
+  ].filter(Boolean), judged, true);
 }
 
 function generalisation() {

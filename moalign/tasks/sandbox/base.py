@@ -246,7 +246,7 @@ def steering(lm: Any, objectives: Sequence[str], questions: int = 60) -> float:
     prompts = world.prompts()[:: len(world.prompts()) // questions]
     texts = [f"[{preferences.to_text(w, objectives)}] {prompt}" for w in grid for prompt in prompts]
     rows = [i for _ in grid for i in range(len(prompts))]
-    answers, _ = generate(lm, texts, rows, Sampling(max_new_tokens=26, batch_size=512))
+    answers = generate(lm, texts, rows, Sampling(max_new_tokens=26, batch_size=512)).responses
     columns = [world.OBJECTIVES.index(name) for name in objectives]
     scores = np.array([rewards(prompts[row], answer) for row, answer in zip(rows, answers, strict=True)])
     means = scores[:, columns].reshape(len(grid), len(prompts), len(columns)).mean(axis=1)

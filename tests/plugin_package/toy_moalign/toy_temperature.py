@@ -20,7 +20,7 @@ from moalign.preferences import Preference
 
 if TYPE_CHECKING:
     from moalign.policies.policy import Generator, Policy
-    from moalign.policies.sampler import Sampling
+    from moalign.policies.sampler import Generated, Sampling
 
 
 class Config(Strict):
@@ -62,6 +62,8 @@ class Cooled:
         self.inner = inner
         self.factor = factor
 
-    def generate(self, texts: Sequence[str], rows: Sequence[int], sampling: Sampling) -> tuple[list[str], int]:
-        """Return one response per text, and the tokens sampled; greedy sampling (temperature 0) stays greedy."""
+    def generate(
+        self, texts: Sequence[str], rows: Sequence[int], sampling: Sampling
+    ) -> Generated | tuple[list[str], int]:
+        """Return what the other one answers; greedy sampling (temperature 0) stays greedy."""
         return self.inner.generate(texts, rows, replace(sampling, temperature=sampling.temperature * self.factor))
