@@ -24,7 +24,13 @@ def compare(
     ] = None,
     seeds: Annotated[int | None, typer.Option(min=1, metavar="N", help="Train every method with N seeds.")] = None,
     grid: Annotated[int | None, typer.Option(metavar="N", help="Compare on an even grid of N preferences.")] = None,
-    jobs: Annotated[int | None, typer.Option(min=1, metavar="N", help="Train N runs at a time.")] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Train N runs at a time; else 1, with ray as many as it has room for."),
+    ] = None,
+    executor: Annotated[
+        str, typer.Option(metavar="local|ray", help="Train on this machine, or as tasks of a ray cluster.")
+    ] = "local",
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; repeatable.")
     ] = None,
@@ -49,6 +55,7 @@ def compare(
         seeds=1 if seeds is None else seeds,
         grid=grid,
         jobs=jobs,
+        executor=executor,
         overrides=tuple(set_ or ()),
         results=results,
         figure=figure,

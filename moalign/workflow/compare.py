@@ -27,7 +27,7 @@ from moalign.runs import store as stores
 from moalign.runs.run import Run
 from moalign.runs.store import RunStore
 from moalign.tasks.task import Say, silent
-from moalign.workflow import artefacts, contenders, jobs
+from moalign.workflow import artefacts, contenders, executors, jobs
 from moalign.workflow.artefacts import Places
 from moalign.workflow.jobs import Work
 from moalign.workflow.standings import standings
@@ -47,8 +47,10 @@ class CompareRequest:
     """Training seeds per method: the recipe's own and those that follow it."""
     grid: int | None = None
     """Size of the evaluation grid; None: the task card's."""
-    jobs: int | None = 1
-    """Runs trained at a time (None: 1); more than one: each in a process of its own."""
+    jobs: int | None = None
+    """Runs trained at a time; more than one: each in a process of its own. None: 1, and with ray all that find room."""
+    executor: str = "local"
+    """Where runs are trained: one of :data:`moalign.workflow.executors.NAMES`."""
     overrides: Sequence[str] = ()
     """``key=value``, for every method that has the setting; ``METHOD.key=value`` for one method."""
     results: Path = Path("results")
@@ -85,11 +87,7 @@ def compare(request: CompareRequest, say: Say = silent) -> Comparison:
     wanted = _wanted(request, card)
     _refuse_lost_answers(works, card, wanted)
     places = _places(request, works, card, card_hash)
-    at_a_time = 1 if request.jobs is None else request.jobs
-    if at_a_time > 1:
-        jobs.train_apart(works, at_a_time, say)
-    else:
-        jobs.train_here(works, say)
+    jobs.train_missing(works, request.executor, request.jobs, say)
     jobs.evaluate_all(works, wanted, say, keep=not request.runs)
     _same_bounds(works)
     grid = wanted or preferences.grid_of(len(card.objectives), card.grid)
@@ -108,6 +106,7 @@ def _planned(request: CompareRequest) -> tuple[list[Work], TaskCard, str]:
         for name, number in (("seeds", request.seeds), ("jobs", request.jobs))
         if number is not None and number < 1
     ]
+    problems += executors.problems(request.executor)
     methods: dict[str, Method] = {}
     try:
         for name in _names(request):
@@ -205,6 +204,7 @@ def _found(request: CompareRequest) -> tuple[list[Work], TaskCard, str]:
         for option, given in refused.items()
         if given
     ]
+    problems += executors.problems(request.executor)
     store, found = RunStore(request.results), []
     for name in request.runs:
         try:
