@@ -14,7 +14,9 @@ from moalign.errors import RequestError
 def compare(
     runs: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[RUN]...", help="Finished runs to compare; none: those of the task's suite."),
+        typer.Argument(
+            metavar="[RUN]...", help="Finished, evaluated runs to compare; none: those of the task's suite."
+        ),
     ] = None,
     task: Annotated[
         str | None, typer.Option(metavar="NAME|FILE", help="Task name or card file.  [default: sandbox]")

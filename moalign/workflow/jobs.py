@@ -242,22 +242,44 @@ def evaluate_all(works: Sequence[Work], wanted: Sequence[Preference] | None, say
         gc.collect()
 
 
+def not_evaluated(works: Sequence[Work], card: TaskCard) -> str | None:
+    """Return what is wrong when finished runs were not evaluated on the task's grid (or their own vectors), else None.
+
+    All of them are named at once, with the command that evaluates them.
+    """
+    lacking = []
+    for work in works:
+        assert work.run is not None
+        file, _ = _evaluation_of(work, work.run, card, None)
+        if not (work.run.path / f"{file}.json").is_file():
+            lacking.append(str(work.run.path))
+    if not lacking:
+        return None
+    who = f"run {lacking[0]}: it is" if len(lacking) == 1 else f"runs {', '.join(lacking)}: they are"
+    command = shlex.join(["moalign", "eval", *lacking])
+    return f"{who} finished but not evaluated; compare reads the runs that it is given: evaluate first, {command}"
+
+
 def lost_answers(work: Work, card: TaskCard, wanted: Sequence[Preference] | None) -> str | None:
     """Return what is wrong when a finished run has its evaluation but not the answers it was made from, else None."""
     run = work.run if work.run is not None else work.plan.found if work.plan is not None else None
     if run is None:
         return None
-    grid = preferences.grid_of(len(card.objectives), card.grid)
-    trained = [tuple(row) for row in run.record.preferences or grid]
-    able = work.method.capabilities.steerable or (wanted is not None and set(wanted) <= set(trained))
-    asked = (wanted or grid) if able else trained
-    file, table = evaluate.names_on(grid, asked)
+    file, table = _evaluation_of(work, run, card, wanted)
     if not (run.path / f"{file}.json").is_file() or (run.path / f"{table}.parquet").is_file():
         return None
     return (
         f"{run.path / table}.parquet: missing, and {file}.json beside it was made from it; put it back, or delete "
         f"{file}.json to have the run evaluated again"
     )
+
+
+def _evaluation_of(work: Work, run: Run, card: TaskCard, wanted: Sequence[Preference] | None) -> tuple[str, str]:
+    """Return the names (without suffix) of a run's evaluation and of its answers; no model is loaded to know them."""
+    grid = preferences.grid_of(len(card.objectives), card.grid)
+    trained = [tuple(row) for row in run.record.preferences or grid]
+    able = work.method.capabilities.steerable or (wanted is not None and set(wanted) <= set(trained))
+    return evaluate.names_on(grid, (wanted or grid) if able else trained)
 
 
 def _served(method: Method, context: RunContext, wanted: Sequence[Preference] | None) -> Sequence[Preference] | None:
