@@ -85,7 +85,7 @@ def compare(request: CompareRequest, say: Say = silent) -> Comparison:
         RequestError: every problem of the request at once, before anything is trained: unknown names, settings that
             no method has, runs of different task cards or without evaluation, places that cannot be written.
     """
-    works, card, card_hash = _found(request) if request.runs else _planned(request)
+    works, card, card_hash = _found(request) if request.runs else plan_all(request)
     wanted = _wanted(request, card)
     _refuse_lost_answers(works, card, wanted)
     places = _places(request, works, card, card_hash)
@@ -102,7 +102,7 @@ def compare(request: CompareRequest, say: Say = silent) -> Comparison:
 # --- what is compared -------------------------------------------------------------------------------------------
 
 
-def _planned(request: CompareRequest) -> tuple[list[Work], TaskCard, str]:
+def plan_all(request: CompareRequest) -> tuple[list[Work], TaskCard, str]:
     """Check the request for every method and seed; nothing is trained yet."""
     problems = [
         f"--{name} {number}: allowed: 1 or more"

@@ -421,7 +421,7 @@ def test_runs_of_differing_normalisers_are_refused() -> None:
 
 
 def planned(card: str, results: Path, **more: Any) -> list[jobs.Work]:
-    return workflow._planned(CompareRequest(**{"task": card, "results": results, **more}))[0]
+    return workflow.plan_all(CompareRequest(**{"task": card, "results": results, **more}))[0]
 
 
 def test_jobs_are_trained_in_processes(card: str, results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
