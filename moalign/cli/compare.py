@@ -14,7 +14,7 @@ from moalign.errors import RequestError
 def compare(
     runs: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[RUN]...", help="Finished runs to compare; none: those of the task's suite."),
+        typer.Argument(metavar="[RUN]...", help="Evaluated runs to compare; none: those of the task's suite."),
     ] = None,
     task: Annotated[
         str | None, typer.Option(metavar="NAME|FILE", help="Task name or card file.  [default: sandbox]")
@@ -24,7 +24,12 @@ def compare(
     ] = None,
     seeds: Annotated[int | None, typer.Option(min=1, metavar="N", help="Train every method with N seeds.")] = None,
     grid: Annotated[int | None, typer.Option(metavar="N", help="Compare on an even grid of N preferences.")] = None,
-    jobs: Annotated[int | None, typer.Option(min=1, metavar="N", help="Train N runs at a time.")] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Train N runs at a time; else 1, with ray all that fit.")
+    ] = None,
+    executor: Annotated[
+        str, typer.Option(metavar="local|ray", help="Train on this machine, or as tasks of a ray cluster.")
+    ] = "local",
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; repeatable.")
     ] = None,
@@ -49,6 +54,7 @@ def compare(
         seeds=1 if seeds is None else seeds,
         grid=grid,
         jobs=jobs,
+        executor=executor,
         overrides=tuple(set_ or ()),
         results=results,
         figure=figure,
@@ -57,18 +63,21 @@ def compare(
     )
     with output.working() as say:
         comparison = workflow.compare(request, say)
-    if output.debug:
-        for trace in comparison.traces:
-            output.note(trace)
+    for trace in comparison.traces if output.debug else ():
+        output.note(trace)
     if as_json:
         output.as_json(comparison.told)
     else:
-        from moalign.report.table import print_comparison
-
-        print_comparison(output.console(), comparison.told)
-        _next(comparison.told, results)
+        _show(comparison.told, results)
     if comparison.exit_code:
         raise typer.Exit(comparison.exit_code)
+
+
+def _show(told: dict[str, Any], results: Path) -> None:
+    from moalign.report.table import print_comparison
+
+    print_comparison(output.console(), told)
+    _next(told, results)
 
 
 def _next(told: dict[str, Any], results: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from moalign.cli import check, compare, export, generate, ls, output, reward, score, show, train
+from moalign.cli import bench, check, compare, export, generate, ls, output, reward, score, show, train
 from moalign.cli import eval as evaluation
 from moalign.errors import MoalignError, RequestError, did_you_mean, unknown
 
@@ -86,6 +86,7 @@ app.command("score")(score.score)
 app.command("ls")(ls.ls)
 app.command("show")(show.show)
 app.command("check")(check.check)
+app.command("bench")(bench.bench)
 app.add_typer(reward.app)
 
 

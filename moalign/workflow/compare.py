@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from moalign import preferences
 from moalign.config import load, overrides
 from moalign.config.card import TaskCard
@@ -27,7 +29,7 @@ from moalign.runs import store as stores
 from moalign.runs.run import Run
 from moalign.runs.store import RunStore
 from moalign.tasks.task import Say, silent
-from moalign.workflow import artefacts, contenders, jobs
+from moalign.workflow import artefacts, contenders, executors, jobs
 from moalign.workflow.artefacts import Places
 from moalign.workflow.jobs import Work
 from moalign.workflow.standings import standings
@@ -39,7 +41,7 @@ class CompareRequest:
     """What the user asked for: finished runs, or methods on a task."""
 
     runs: Sequence[str] = ()
-    """Folders or identifiers of finished runs; empty: train what is missing."""
+    """Folders or identifiers of finished, evaluated runs; empty: train and evaluate what is missing."""
     task: str | None = None
     methods: Sequence[str] | None = None
     """None or empty: the task card's suite."""
@@ -47,8 +49,10 @@ class CompareRequest:
     """Training seeds per method: the recipe's own and those that follow it."""
     grid: int | None = None
     """Size of the evaluation grid; None: the task card's."""
-    jobs: int | None = 1
-    """Runs trained at a time (None: 1); more than one: each in a process of its own."""
+    jobs: int | None = None
+    """Runs trained at a time; more than one: each in a process of its own. None: 1, and with ray all that find room."""
+    executor: str = "local"
+    """Where runs are trained: one of :data:`moalign.workflow.executors.NAMES`."""
     overrides: Sequence[str] = ()
     """``key=value``, for every method that has the setting; ``METHOD.key=value`` for one method."""
     results: Path = Path("results")
@@ -79,18 +83,15 @@ def compare(request: CompareRequest, say: Say = silent) -> Comparison:
 
     Raises:
         RequestError: every problem of the request at once, before anything is trained: unknown names, settings that
-            no method has, runs of different task cards, places that cannot be written.
+            no method has, runs of different task cards or without evaluation, places that cannot be written.
     """
-    works, card, card_hash = _found(request) if request.runs else _planned(request)
+    works, card, card_hash = _found(request) if request.runs else plan_all(request)
     wanted = _wanted(request, card)
     _refuse_lost_answers(works, card, wanted)
     places = _places(request, works, card, card_hash)
-    at_a_time = 1 if request.jobs is None else request.jobs
-    if at_a_time > 1:
-        jobs.train_apart(works, at_a_time, say)
-    else:
-        jobs.train_here(works, say)
+    jobs.train_missing(works, request.executor, request.jobs, say)
     jobs.evaluate_all(works, wanted, say, keep=not request.runs)
+    _refuse_not_finite(works, card)
     _same_bounds(works)
     grid = wanted or preferences.grid_of(len(card.objectives), card.grid)
     told = _told(request, works, card, card_hash, grid)
@@ -101,13 +102,14 @@ def compare(request: CompareRequest, say: Say = silent) -> Comparison:
 # --- what is compared -------------------------------------------------------------------------------------------
 
 
-def _planned(request: CompareRequest) -> tuple[list[Work], TaskCard, str]:
+def plan_all(request: CompareRequest) -> tuple[list[Work], TaskCard, str]:
     """Check the request for every method and seed; nothing is trained yet."""
     problems = [
         f"--{name} {number}: allowed: 1 or more"
         for name, number in (("seeds", request.seeds), ("jobs", request.jobs))
         if number is not None and number < 1
     ]
+    problems += executors.problems(request.executor)
     methods: dict[str, Method] = {}
     try:
         for name in _names(request):
@@ -194,7 +196,7 @@ def _overrides(texts: Sequence[str], methods: Mapping[str, Method]) -> dict[str,
 
 
 def _found(request: CompareRequest) -> tuple[list[Work], TaskCard, str]:
-    """Find the runs named; refuse what is not finished and what is not of one task card."""
+    """Find the runs named; refuse what is not finished, not evaluated or not of one task card."""
     refused = {
         "--methods": bool(request.methods),
         "--seeds": request.seeds != 1,
@@ -205,6 +207,7 @@ def _found(request: CompareRequest) -> tuple[list[Work], TaskCard, str]:
         for option, given in refused.items()
         if given
     ]
+    problems += executors.problems(request.executor)
     store, found = RunStore(request.results), []
     for name in request.runs:
         try:
@@ -229,7 +232,11 @@ def _found(request: CompareRequest) -> tuple[list[Work], TaskCard, str]:
     if request.task is not None and request.task != runs[0].record.task:
         raise RequestError(f"--task {request.task}: the runs named are of task {runs[0].record.task}; leave out --task")
     card = TaskCard.model_validate(runs[0].record.recipe["card"])
-    return [_of_run(run) for run in runs], card, runs[0].record.card_hash
+    works = [_of_run(run) for run in runs]
+    lacking = jobs.not_evaluated(works, card)
+    if lacking is not None:
+        raise RequestError(lacking)
+    return works, card, runs[0].record.card_hash
 
 
 def _of_run(run: Run) -> Work:
@@ -271,6 +278,21 @@ def _refuse_lost_answers(works: Sequence[Work], card: TaskCard, wanted: Sequence
 
 def _wanted(request: CompareRequest, card: TaskCard) -> list[Preference] | None:
     return None if request.grid is None else preferences.grid_of(len(card.objectives), request.grid)
+
+
+def _refuse_not_finite(works: Sequence[Work], card: TaskCard) -> None:
+    """Refuse stored answers with a score that is no number; the judge itself lets none through."""
+    problems = []
+    for work in works:
+        if work.evaluation is not None and not np.isfinite(work.evaluation.scores).all():
+            prompt, vector, objective = np.argwhere(~np.isfinite(work.evaluation.scores))[0]
+            problems.append(
+                f"{work.folder / str(work.table)}.parquet: {card.objective_names[objective]} is NaN or infinite at "
+                f"prompt {prompt + 1}, preference {vector + 1}; allowed: finite scores; delete the file and the "
+                f"eval*.json made from it, then {shlex.join(['moalign', 'eval', str(work.folder)])}"
+            )
+    if problems:
+        raise RequestError(*problems)
 
 
 def _same_bounds(works: Sequence[Work]) -> None:

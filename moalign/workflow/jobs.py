@@ -10,11 +10,7 @@ import contextlib
 import gc
 import importlib
 import shlex
-import signal
-import subprocess
 import sys
-import threading
-import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -30,7 +26,7 @@ from moalign.methods.base import Method, RunContext
 from moalign.preferences import Preference
 from moalign.runs.run import Run
 from moalign.tasks.task import Say
-from moalign.workflow import evaluate, train
+from moalign.workflow import evaluate, executors, train
 from moalign.workflow.evaluate import Evaluation
 from moalign.workflow.train import Plan
 
@@ -120,6 +116,19 @@ def _default_recipe(task: str, method: str) -> str | None:
 # --- training ---------------------------------------------------------------------------------------------------
 
 
+def train_missing(works: Sequence[Work], executor: str, jobs: int | None, say: Say) -> None:
+    """Train what is not trained yet, ``jobs`` at a time.
+
+    Args:
+        executor: one of :data:`moalign.workflow.executors.NAMES`.
+        jobs: None: one on this machine; with ray as many as its cluster has room for.
+    """
+    if executor == "local" and (jobs is None or jobs == 1):
+        train_here(works, say)
+    else:
+        train_apart(works, executor, jobs, say)
+
+
 def train_here(works: Sequence[Work], say: Say) -> None:
     """Train what is not trained yet, one after another in this process (they share its imports)."""
     missing = [work for work in works if not _finished(work)]
@@ -134,16 +143,16 @@ def train_here(works: Sequence[Work], say: Say) -> None:
         gc.collect()
 
 
-def train_apart(works: Sequence[Work], jobs: int, say: Say) -> None:
-    """Train what is not trained yet in processes of their own, ``jobs`` at a time.
+def train_apart(works: Sequence[Work], executor: str, jobs: int | None, say: Say) -> None:
+    """Train what is not trained yet in processes of their own, ``jobs`` at a time (None: all that find room).
 
     A process that crashes or is killed fails its own run only. An interruption is passed on to all of them.
     """
     missing = [work for work in works if not _finished(work)]
-    if missing:
-        _prepare(missing[0], say)
-    pool = _Processes()
-    with ThreadPoolExecutor(max_workers=jobs) as threads:
+    if not missing:
+        return
+    _prepare(missing[0], say)
+    with executors.opened(executor) as pool, ThreadPoolExecutor(max_workers=jobs or len(missing)) as threads:
         waiting = {threads.submit(pool.run, work.command): work for work in missing}
         try:
             say("training", 0, len(missing))
@@ -156,56 +165,6 @@ def train_apart(works: Sequence[Work], jobs: int, say: Say) -> None:
             pool.stop()
             threads.shutdown(cancel_futures=True)
             raise
-
-
-GRACE = 5.0
-"""Seconds that an interrupted process has to end by itself."""
-
-
-class _Processes:
-    """Child processes that an interruption reaches."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._alive: set[subprocess.Popen[str]] = set()
-        self._stopping = False
-
-    def run(self, command: Sequence[str]) -> tuple[int, str]:
-        """Run ``moalign`` with these arguments; return (exit code, stderr)."""
-        with self._lock:
-            if self._stopping:
-                return -signal.SIGINT, ""
-            child = subprocess.Popen(
-                [sys.executable, "-m", "moalign", *command, "--json"],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-                errors="replace",
-            )
-            self._alive.add(child)
-        _, messages = child.communicate()
-        with self._lock:
-            self._alive.discard(child)
-        return child.returncode, messages
-
-    def stop(self) -> None:
-        """Interrupt every child and start no more; their runs can be resumed.
-
-        A shell that starts a command in the background has it ignore interrupts, and its children inherit that: those
-        which are still there after a while are terminated, which a run survives as it survives a crash.
-        """
-        with self._lock:
-            self._stopping = True
-            alive = list(self._alive)
-        for child in alive:
-            child.send_signal(signal.SIGINT)
-        last = time.monotonic() + GRACE
-        while time.monotonic() < last and any(child.poll() is None for child in alive):
-            time.sleep(0.05)
-        for child in alive:
-            if child.poll() is None:
-                child.terminate()
 
 
 def _collect(work: Work, code: int, messages: str) -> None:
@@ -283,22 +242,44 @@ def evaluate_all(works: Sequence[Work], wanted: Sequence[Preference] | None, say
         gc.collect()
 
 
+def not_evaluated(works: Sequence[Work], card: TaskCard) -> str | None:
+    """Return what is wrong when finished runs were not evaluated on the task's grid (or their own vectors), else None.
+
+    All of them are named at once, with the command that evaluates them.
+    """
+    lacking = []
+    for work in works:
+        assert work.run is not None
+        file, _ = _evaluation_of(work, work.run, card, None)
+        if not (work.run.path / f"{file}.json").is_file():
+            lacking.append(str(work.run.path))
+    if not lacking:
+        return None
+    who = f"run {lacking[0]}: it is" if len(lacking) == 1 else f"runs {', '.join(lacking)}: they are"
+    command = shlex.join(["moalign", "eval", *lacking])
+    return f"{who} finished but not evaluated; compare reads the runs that it is given: evaluate first, {command}"
+
+
 def lost_answers(work: Work, card: TaskCard, wanted: Sequence[Preference] | None) -> str | None:
     """Return what is wrong when a finished run has its evaluation but not the answers it was made from, else None."""
     run = work.run if work.run is not None else work.plan.found if work.plan is not None else None
     if run is None:
         return None
-    grid = preferences.grid_of(len(card.objectives), card.grid)
-    trained = [tuple(row) for row in run.record.preferences or grid]
-    able = work.method.capabilities.steerable or (wanted is not None and set(wanted) <= set(trained))
-    asked = (wanted or grid) if able else trained
-    file, table = evaluate.names_on(grid, asked)
+    file, table = _evaluation_of(work, run, card, wanted)
     if not (run.path / f"{file}.json").is_file() or (run.path / f"{table}.parquet").is_file():
         return None
     return (
         f"{run.path / table}.parquet: missing, and {file}.json beside it was made from it; put it back, or delete "
         f"{file}.json to have the run evaluated again"
     )
+
+
+def _evaluation_of(work: Work, run: Run, card: TaskCard, wanted: Sequence[Preference] | None) -> tuple[str, str]:
+    """Return the names (without suffix) of a run's evaluation and of its answers; no model is loaded to know them."""
+    grid = preferences.grid_of(len(card.objectives), card.grid)
+    trained = [tuple(row) for row in run.record.preferences or grid]
+    able = work.method.capabilities.steerable or (wanted is not None and set(wanted) <= set(trained))
+    return evaluate.names_on(grid, (wanted or grid) if able else trained)
 
 
 def _served(method: Method, context: RunContext, wanted: Sequence[Preference] | None) -> Sequence[Preference] | None:

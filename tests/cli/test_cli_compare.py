@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ def test_options_become_one_request(moalign: Any, monkeypatch: pytest.MonkeyPatc
     asked = Asked()
     monkeypatch.setattr(workflow, "compare", asked)
     options = "--task sandbox --methods sft,ric,sft --seeds 3 --grid 5 --jobs 2 --set steps=4 --results r --json"
+    options += " --executor ray"
     ended = moalign("compare", *options.split(), "--figure", "f.png", "--markdown", "m.md")
     assert ended.code == 0
     assert json.loads(ended.out) == {"task": "sandbox", "failed": []}
@@ -39,6 +41,7 @@ def test_options_become_one_request(moalign: Any, monkeypatch: pytest.MonkeyPatc
         5,
         2,
     )
+    assert request.executor == "ray"
     assert (tuple(request.overrides), request.results) == (("steps=4",), Path("r"))
     assert (request.figure, request.markdown) == (Path("f.png"), Path("m.md"))
 
@@ -60,6 +63,7 @@ def test_a_run_that_failed_makes_the_exit_code_1(moalign: Any, monkeypatch: pyte
         (["--task", "sandbx"], "did you mean 'sandbox'?"),
         (["nothing"], "unknown run 'nothing'"),
         (["--seeds", "0"], "'--seeds'"),
+        (["--executor", "rey"], "unknown executor 'rey'; allowed: local, ray; did you mean 'ray'?"),
         (["--htm", "x.html"], "unknown option --htm"),
     ],
 )
@@ -67,6 +71,14 @@ def test_wrong_requests(moalign: Any, arguments: list[str], message: str) -> Non
     ended = moalign("compare", *arguments)
     assert (ended.code, ended.out) == (2, "")
     assert message in ended.err
+
+
+def test_without_ray_there_is_one_message(moalign: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    ended = moalign("compare", "--methods", "sft", "--executor", "ray")
+    assert (ended.code, ended.out, len(ended.err.splitlines())) == (2, "", 1)
+    assert ended.errors[0].startswith("--executor ray: the package ray is not installed; pip install ray")
+    assert list(Path().iterdir()) == []
 
 
 def test_toys_are_compared_end_to_end(moalign: Any, toys: None) -> None:

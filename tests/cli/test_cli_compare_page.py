@@ -145,24 +145,63 @@ def test_damaged_answers(moalign: Any, runs: list[Path]) -> None:
     refused(moalign("compare", *map(str, runs), "--json"), str(damaged), "truncated")
 
 
-def test_a_run_without_an_evaluation_is_evaluated_or_refused(
-    moalign: Any, runs: list[Path], monkeypatch: pytest.MonkeyPatch, toys: None
+def test_runs_without_an_evaluation(moalign: Any, compare: Compare, runs: list[Path]) -> None:
+    """All are named in one message, whose command is the remedy; what compare trains itself is still evaluated."""
+    both = list(map(str, runs))
+    before = {path.parent: path.read_bytes() for run in runs for path in run.glob("eval*.json")}
+
+    def without(*which: Path) -> None:
+        for run in which:
+            for path in run.glob("eval*.json"):
+                path.unlink()
+
+    without(runs[0])
+    ended = moalign("compare", *both, "--json")
+    refused(ended, f"run {runs[0]}: it is finished but not evaluated", f"moalign eval {runs[0]}")
+    assert both[1] not in ended.errors[0]
+    refused(moalign("compare", *both, "--grid", "3", "--json"), f"moalign eval {runs[0]}")
+    without(*runs)
+    ended = moalign("compare", *both, "--json")
+    refused(ended, f"runs {both[0]}, {both[1]}: they are finished but not evaluated")
+    remedy = ended.errors[0].partition("evaluate first, moalign ")[2].split()
+    assert moalign(*remedy, "--json").code == 0
+    assert moalign("compare", *both, "--json").code == 0
+    without(*runs)
+    assert compare().code == 0
+    assert {path.parent for run in runs for path in run.glob("eval*.json")} == set(before)
+
+
+def test_a_run_trained_without_an_evaluation(moalign: Any, runs: list[Path]) -> None:
+    """As ``train --no-eval`` leaves it, also when its own vectors are not the task's grid."""
+    for more in ([], ["--prefs", "0.3,0.7"]):
+        told = json.loads(moalign("train", "fixed-toy", *SMALL, "--seed", "5", *more, "--no-eval", "--json").out)
+        refused(moalign("compare", str(runs[0]), told["run"], "--json"), f"moalign eval {told['run']}")
+        assert moalign("eval", told["run"]).code == 0
+        assert moalign("compare", str(runs[0]), told["run"], "--json").code == 0
+
+
+def test_a_run_that_cannot_be_evaluated_on_another_grid(
+    moalign: Any, runs: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for path in runs[0].glob("eval*.json"):
-        path.unlink()
-    ended = moalign("compare", *map(str, runs), "--json")
-    assert ended.code == 0 and next(runs[0].glob("eval*.json")).is_file()
     from moalign.errors import RequestError
     from moalign.methods import registry
 
     def gone(*_: Any) -> Any:
         raise RequestError(f"{runs[0]}/adapter: no such folder")
 
-    method = json.loads((runs[0] / "run.json").read_text())["method"]
-    monkeypatch.setattr(type(registry.get(method)), "policy", gone)
-    for path in runs[0].glob("eval*.json"):
-        path.unlink()
-    refused(moalign("compare", *map(str, runs), "--json"), "adapter: no such folder")
+    monkeypatch.setattr(type(registry.get("toy")), "policy", gone)
+    refused(moalign("compare", *map(str, runs), "--grid", "5", "--json"), "adapter: no such folder")
+
+
+def test_answers_with_nan_for_a_score(moalign: Any, compare: Compare, runs: list[Path]) -> None:
+    import pandas as pd
+
+    place = next(runs[0].glob("responses*.parquet"))
+    table = pd.read_parquet(place)
+    table.loc[2, "harmlessness"] = float("nan")
+    table.to_parquet(place, index=False)
+    for ended in (moalign("compare", *map(str, runs), "--json"), compare()):
+        refused(ended, f"{place}: harmlessness is NaN", "prompt 3, preference 1", f"moalign eval {runs[0]}")
 
 
 def test_a_run_in_flight(moalign: Any, compare: Compare, runs: list[Path]) -> None:

@@ -40,7 +40,7 @@ def imported(*arguments: str, cwd: Path) -> tuple[int, set[str]]:
     return code, set(names)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["--version"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["bench", "--help"], ["--version"]])
 def test_help_and_version_import_nothing_heavy(arguments: list[str], tmp_path: Path) -> None:
     code, names = imported(*arguments, cwd=tmp_path)
     assert code == 0
@@ -95,7 +95,7 @@ def test_version_is_looked_up_when_asked_for() -> None:
 def test_help_lists_every_verb(moalign: Any) -> None:
     ended = moalign("--help")
     assert ended.code == 0
-    for verb in ("train", "eval", "compare", "generate", "score", "ls", "show", "check"):
+    for verb in ("train", "eval", "compare", "generate", "score", "ls", "show", "check", "bench"):
         assert f"\n  {verb} " in ended.out
     assert "--debug" in ended.out
 
@@ -111,7 +111,7 @@ def test_without_a_verb_the_help_is_a_usage_error(moalign: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trian", "ric"], "unknown command 'trian'; allowed: check, compare, eval,"),
+        (["trian", "ric"], "unknown command 'trian'; allowed: bench, check, compare, eval,"),
         (["trian", "ric"], "did you mean 'train'?"),
         (["train", "ric", "--pref", "1,0"], "unknown option --pref; did you mean '--prefs'?"),
         (["eval", "--hypervolum"], "unknown option --hypervolum; did you mean '--hypervolume'?"),

@@ -21,7 +21,7 @@ from moalign.preferences import label
 from moalign.report import drawings
 from moalign.runs.record import RunRecord
 from moalign.workflow import compare as workflow
-from moalign.workflow import evaluate, jobs
+from moalign.workflow import evaluate, executors, jobs
 from moalign.workflow.compare import CompareRequest, Comparison, compare
 
 CARD = """
@@ -421,7 +421,7 @@ def test_runs_of_differing_normalisers_are_refused() -> None:
 
 
 def planned(card: str, results: Path, **more: Any) -> list[jobs.Work]:
-    return workflow._planned(CompareRequest(**{"task": card, "results": results, **more}))[0]
+    return workflow.plan_all(CompareRequest(**{"task": card, "results": results, **more}))[0]
 
 
 def test_jobs_are_trained_in_processes(card: str, results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -436,7 +436,7 @@ def test_jobs_are_trained_in_processes(card: str, results: Path, monkeypatch: py
         jobs.train.train(work.plan)
         return 0, ""
 
-    monkeypatch.setattr(jobs._Processes, "run", run)
+    monkeypatch.setattr(executors.Processes, "run", run)
     compared = ask(card, results, jobs=2)
     assert sorted(command[1] for command in seen) == ["bad", "good"]
     assert compared.exit_code == 0 and compared.told["winner"] == "good"
@@ -453,39 +453,32 @@ def test_jobs_are_trained_in_processes(card: str, results: Path, monkeypatch: py
 def test_a_process_that_fails_fails_its_run(
     card: str, results: Path, monkeypatch: pytest.MonkeyPatch, code: int, messages: str, error: str
 ) -> None:
-    monkeypatch.setattr(jobs._Processes, "run", lambda self, command: (code, messages))
+    monkeypatch.setattr(executors.Processes, "run", lambda self, command: (code, messages))
     compared = ask(card, results, jobs=2)
     assert [row["error"] for row in compared.told["rows"]] == [error, error]
 
 
+def test_where_runs_are_trained_is_asked_of_the_executor(
+    card: str, results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here for one at a time, else by the executor; what stands against it is told with the other problems."""
+    asked: list[tuple[str, int | None]] = []
+    monkeypatch.setattr(jobs, "train_here", lambda works, say: asked.append(("here", 1)))
+    monkeypatch.setattr(jobs, "train_apart", lambda works, executor, count, say: asked.append((executor, count)))
+    for more in ({}, {"jobs": 1}, {"jobs": 3}, {"executor": "ray"}, {"executor": "ray", "jobs": 1}):
+        monkeypatch.setattr(executors, "problems", lambda name: [])
+        ask(card, results, **more)
+    assert asked == [("here", 1), ("here", 1), ("local", 3), ("ray", None), ("ray", 1)]
+    monkeypatch.undo()
+    with pytest.raises(RequestError) as caught:
+        compare(CompareRequest(task=card, results=results, methods=["goood"], executor="rya"))
+    assert "did you mean 'ray'" in str(caught.value) and "'goood'" in str(caught.value)
+
+
 def test_a_process_that_leaves_no_run(card: str, results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs._Processes, "run", lambda self, command: (0, "all fine"))
+    monkeypatch.setattr(executors.Processes, "run", lambda self, command: (0, "all fine"))
     rows = ask(card, results, jobs=2).told["rows"]
     assert all("left no finished run" in row["error"] for row in rows)
-
-
-def test_an_interruption_reaches_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A child that would run for a minute is gone soon after ``stop``, and none is started after it."""
-    import subprocess
-    import threading
-    import time
-
-    real = subprocess.Popen
-
-    def sleeper(_: list[str], **more: Any) -> Any:
-        return real([sys.executable, "-c", "import time; print('up', flush=True); time.sleep(60)"], **more)
-
-    monkeypatch.setattr(jobs.subprocess, "Popen", sleeper)
-    pool, ended = jobs._Processes(), []
-    thread = threading.Thread(target=lambda: ended.append(pool.run(["train"])))
-    thread.start()
-    while not pool._alive:
-        time.sleep(0.01)
-    time.sleep(0.3)
-    pool.stop()
-    thread.join(timeout=20)
-    assert ended and ended[0][0] != 0
-    assert pool.run(["train"])[0] != 0 and not pool._alive
 
 
 def test_a_run_in_progress_elsewhere_is_waited_for_by_the_user(card: str, results: Path) -> None:
