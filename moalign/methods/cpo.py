@@ -14,7 +14,8 @@ Rewards become levels 1..5, ``P_i(y)``, by the quintiles of the calibration spli
 A preference becomes levels by RiC's ``l2`` map, ``1 + 4 w_i / ||w||_2``, rounded: all objectives are controlled.
 
 Choices of ours: tags stand where the task's template puts a preference; with ``uncontrolled`` above 0 an objective is
-left out of C with that chance (one always stays), in both stages; the number of pairs per prompt.
+left out of C with that chance (one always stays), in both stages; the number of pairs per prompt; ``labels:
+bradley-terry``, off by default, for models that certain labels drive away from their language.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from moalign.config.strict import Strict
 from moalign.errors import RequestError
 from moalign.methods.base import Capabilities, Job, RunContext
 from moalign.preferences import Preference
-from moalign.training.settings import DpoStage, SftConfig
+from moalign.training.settings import DpoStage, Labels, SftConfig
 
 if TYPE_CHECKING:
     from moalign.policies.policy import Policy
@@ -51,6 +52,9 @@ class Config(Strict):
     """lambda of objectives by name; those not named count 1."""
     uncontrolled: float = Field(default=0.0, ge=0, lt=1)
     """Chance that an objective is left out of a condition."""
+    labels: Labels = "order"
+    """Of CDPO's pairs. order: the response of higher value is chosen. bradley-terry: it is chosen with probability
+    ``sigma(R(y_w|c) - R(y_l|c))``; the loss is the expectation over that choice, and its optimum is finite."""
 
 
 class Cpo:
@@ -122,14 +126,16 @@ class Cpo:
             )
         job.notes["cdpo_pairs"] = {"pairs": len(pairs), **told}
         names = job.task.names
-        texts = [job.task.renderer.beside(scored.prompts[a], tags(c, names, some)) for a, _, c, some in pairs]
+        texts = [job.task.renderer.beside(scored.prompts[a], tags(c, names, some)) for a, _, c, some, _ in pairs]
+        gaps = np.array([gap for *_, gap in pairs])
         rows = encode_pairs(
             job,
             lm,
             texts,
-            [scored.responses[a] for a, _, _, _ in pairs],
-            [scored.responses[b] for _, b, _, _ in pairs],
+            [scored.responses[a] for a, *_ in pairs],
+            [scored.responses[b] for _, b, *_ in pairs],
             config.cdpo.max_tokens,
+            chance=None if config.labels == "order" else 1 / (1 + np.exp(-gaps)),
             own_reference=True,
         )
         job.notes["diagnostics"] = train_dpo(job, lm, rows, config.cdpo, "cdpo")
@@ -177,8 +183,9 @@ def controlled(rng: np.random.Generator, count: int, objectives: int, left_out: 
     return np.asarray(shown)
 
 
-Conditioned = tuple[int, int, Ints, NDArray[np.bool_]]
-"""Chosen row, rejected row, condition ``[objectives]``, which of it are controlled ``[objectives]``."""
+Conditioned = tuple[int, int, Ints, NDArray[np.bool_], float]
+"""Chosen row, rejected row, condition ``[objectives]``, which of it are controlled ``[objectives]``, and by how much
+the chosen one's value is higher."""
 
 
 def conditioned_pairs(
@@ -205,5 +212,6 @@ def conditioned_pairs(
             elif first == second:
                 told["ties"] += 1
             else:
-                found.append((a, b, c, shown) if first > second else (b, a, c, shown))
+                better, worse = (a, b) if first > second else (b, a)
+                found.append((better, worse, c, shown, abs(first - second)))
     return found, told

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moalign.errors import RequestError
+from moalign.training.settings import Labels
 
 if TYPE_CHECKING:
     from moalign.tasks.task import Scored
 
 Matrix = NDArray[np.float64]
-Labels = Literal["order", "bradley-terry"]
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,9 @@ from pydantic import Field, model_validator
 from moalign.config.strict import Strict
 from moalign.training.schedule import ScheduleName
 
+Labels = Literal["order", "bradley-terry"]
+"""Of pairs that scores order: for certain, or with the probability that Bradley-Terry gives the difference."""
+
 
 class SftConfig(Strict):
     """Settings of one supervised stage."""
@@ -155,6 +158,6 @@ class DpoConfig(DpoStage):
     objective; auto: the data's where it has them."""
     per_prompt: int = Field(default=8, ge=1)
     """Most pairs of a prompt that are built from its scored responses."""
-    labels: Literal["order", "bradley-terry"] = "order"
+    labels: Labels = "order"
     """Of pairs built from scores. order: the better response is chosen. bradley-terry: it is chosen with probability
     ``sigma(r_better - r_worse)`` of the normalised scores; the loss is the expectation over that choice."""

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from moalign.errors import RequestError
+from moalign.methods import cpo
 from moalign.methods.cpo import (
     Config,
+    Cpo,
     conditioned_pairs,
     controlled,
     desired_levels,
@@ -21,6 +25,7 @@ from moalign.methods.cpo import (
 )
 from moalign.runs.run import Run
 from moalign.tasks.task import Scored, silent
+from moalign.training import offline_dpo
 from moalign.workflow.train import TrainRequest, context_of, plan, train
 
 NAMES = ["helpfulness", "honesty"]
@@ -102,9 +107,30 @@ def test_pairs_follow_the_value_under_a_response_s_own_levels() -> None:
     pairs, dropped = conditioned_pairs(told, levels, ONES, Config(per_prompt=6), seed=3)
     assert len(pairs) + dropped["ties"] == 6
     assert len(pairs) >= 3
-    for a, b, c, shown in pairs:
+    for a, b, c, shown, gap in pairs:
         assert c.tolist() in levels.tolist()
-        assert value(levels[a], c, shown, ONES) > value(levels[b], c, shown, ONES)
+        assert value(levels[a], c, shown, ONES) - value(levels[b], c, shown, ONES) == gap > 0
+
+
+@pytest.mark.parametrize(("labels", "expected"), [("order", None), ("bradley-terry", [0.731059, 0.982014])])
+def test_labels_are_certain_or_as_likely_as_the_values_say(
+    labels: str, expected: list[float] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+    both = np.array([True, True])
+    pairs = [(0, 1, np.array([5, 1]), both, 1.0), (1, 0, np.array([1, 5]), both, 4.0)]
+    monkeypatch.setattr(cpo, "conditioned_pairs", lambda *_: (pairs, {}))
+    monkeypatch.setattr(offline_dpo, "encode_pairs", lambda *_, **named: seen.update(named))
+    monkeypatch.setattr(offline_dpo, "train_dpo", lambda *_: {})
+    renderer = SimpleNamespace(beside=lambda prompt, told: f"{told} {prompt}")
+    task = SimpleNamespace(names=["one", "two"], renderer=renderer)
+    job = SimpleNamespace(config=Config(labels=labels), task=task, seed=0, notes={})
+    Cpo()._cdpo(job, None, scored([("p", "a"), ("p", "b")]), np.ones((2, 2), dtype=int), ONES)
+    assert seen["own_reference"]
+    if expected is None:
+        assert seen["chance"] is None
+    else:
+        np.testing.assert_allclose(seen["chance"], expected, atol=1e-6)
 
 
 def test_ties_and_identical_texts_are_skipped_and_counted() -> None:

@@ -23,6 +23,7 @@ from moalign.runs.record import RunRecord
 from moalign.workflow import compare as workflow
 from moalign.workflow import evaluate, executors, jobs
 from moalign.workflow.compare import CompareRequest, Comparison, compare
+from moalign.workflow.divergence import KlToBase
 
 CARD = """
 name: toy
@@ -96,7 +97,9 @@ FIGURES = {".png": b"\x89PNG a figure", ".svg": b"<?xml a figure"}
 """Stand in for drawings, which take seconds; one test below draws them all."""
 
 
-def respond(method: Any, context: RunContext, asked: Any, say: Any) -> tuple[pd.DataFrame, dict[str, int]]:
+def respond(
+    method: Any, context: RunContext, asked: Any, say: Any
+) -> tuple[pd.DataFrame, dict[str, int], list[KlToBase]]:
     prompts = context.task.eval_prompts
     noise = np.random.default_rng(3).normal(0, 0.3, (len(prompts), 2)) + 0.01 * context.run.record.seed
     rows = [
@@ -110,7 +113,11 @@ def respond(method: Any, context: RunContext, asked: Any, say: Any) -> tuple[pd.
         for w in asked
         for i, prompt in enumerate(prompts)
     ]
-    return pd.DataFrame(rows), {"tokens_generated": 6 * len(rows), "reward_calls": 2 * len(rows)}
+    return (
+        pd.DataFrame(rows),
+        {"tokens_generated": 6 * len(rows), "reward_calls": 2 * len(rows)},
+        [KlToBase(None)] * len(asked),
+    )
 
 
 @pytest.fixture
