@@ -221,5 +221,7 @@ def _generalisation_rows(told: dict[str, Any]) -> list[tuple[str, str]]:
         if part["optimal_share"] is not None:
             share, (low, high) = output.percent(part["optimal_share"], 1), part["optimal_share_ci"]
             found += f", {share} [{100 * low:.1f}, {100 * high:.1f}] of the optimum's"
+        if part.get("utility_share") is not None:
+            found += f"; utility {output.percent(part['utility_share'], 1)} of the optimum's"
         rows.append((name, found))
     return rows

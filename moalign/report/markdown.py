@@ -168,7 +168,10 @@ def _blocks(told: Mapping[str, Any], judged: Sequence[Mapping[str, Any]]) -> lis
 _DIAGNOSTICS = (
     "What each method measured of itself at the end of training, mean over seeds; the names are the method's own."
 )
-_HELD_OUT = "Preferences that training did not see, beside those that it did; mean over seeds."
+_HELD_OUT = (
+    "Preferences that training did not see, beside those that it did; mean over seeds. Compare the two by utility (the "
+    "mean of w.n, as a share of the optimum's): a hypervolume also depends on how close its preferences lie."
+)
 _GAP = (
     "Hypervolume by the rewards that were trained on, minus the judge's: what was gained in those rewards' eyes only. "
     "The larger, the more they were exploited."
@@ -177,7 +180,8 @@ _REPORTED = "Other models, data and judges: not comparable with any number above
 
 
 def _generalisation(rows: Sequence[Mapping[str, Any]]) -> str:
-    heads = ["method", "preferences", "how many", "hypervolume", "% of optimum", "tau", "inner product"]
+    heads = ["method", "preferences", "how many", "hypervolume", "% of optimum", "utility, % of optimum"]
+    heads += ["tau", "inner product"]
     lines = [
         [
             escaped(row["label"]),
@@ -185,6 +189,7 @@ def _generalisation(rows: Sequence[Mapping[str, Any]]) -> str:
             str(told["preferences"]),
             number(told["hypervolume"], 4),
             percent(told["optimal_share"], 1),
+            percent(told.get("utility_share"), 1),
             number(told["tau"]),
             number(told["inner_product"]),
         ]

@@ -136,8 +136,9 @@ def _generalisation(
 ) -> dict[str, Any]:
     """Return the judge's numbers apart for trained and for held-out vectors.
 
-    Each side's optimal share is against the optimum for its own vectors. Held-out vectors that are not among those
-    asked for are answered too, as an evaluation of their own.
+    Each side's optimal share is against the optimum for its own vectors; the utility share (mean w.n over that of the
+    optimum) is the one to compare between sides, since a hypervolume depends on how close its vectors lie. Held-out
+    vectors that are not among those asked for are answered too, as an evaluation of their own.
     """
     if all(_has(asked, w) for w in held):
         unseen = [k for k, w in enumerate(asked) if _has(held, w)]
@@ -153,6 +154,9 @@ def _generalisation(
         judged = judge(context.task, vectors, part)
         kept = ("hypervolume", "hypervolume_ci", "optimal_share", "optimal_share_ci", "indicators")
         told[name] = {"prefs": [list(w) for w in vectors], **{key: judged[key] for key in kept if key in judged}}
+        if "optimum" in judged:
+            most = indicators.inner_product(np.array(vectors), judged["optimum"]["points"])
+            told[name]["utility_share"] = judged["indicators"]["inner_product"] / most
     return told
 
 

@@ -270,11 +270,11 @@ def _generalisation(told: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, fl
     sides: dict[str, dict[str, float | None]] = {}
     for side in ("trained", "held_out"):
         parts = [one["generalisation"][side] for one in told]
-        shares = [part.get("optimal_share") for part in parts]
+        shares = {name: [part.get(name) for part in parts] for name in ("optimal_share", "utility_share")}
         sides[side] = {
             "preferences": len(parts[0]["prefs"]),
             "hypervolume": _mean([part["hypervolume"] for part in parts]),
-            "optimal_share": None if None in shares else _mean(shares),
+            **{name: None if None in values else _mean(values) for name, values in shares.items()},
             **{name: _mean([part["indicators"][name] for part in parts]) for name in ("tau", "inner_product")},
         }
     return sides

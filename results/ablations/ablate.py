@@ -95,11 +95,11 @@ def summary(runs: Sequence[Mapping[str, Any]], scores: Sequence[np.ndarray]) -> 
 
 
 def generalisation(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the medians of the optimal shares on trained and on held-out preferences, where runs have them."""
+    """Return the medians of the utility shares on trained and on held-out preferences, where runs have them."""
     both = [run["generalisation"] for run in runs if run["generalisation"]]
     if not both:
         return {}
-    return {side: statistics.median(one[side]["optimal_share"] for one in both) for side in ("trained", "held_out")}
+    return {side: statistics.median(one[side]["utility_share"] for one in both) for side in ("trained", "held_out")}
 
 
 def markdown(told: Mapping[str, Any]) -> str:
@@ -113,11 +113,12 @@ def markdown(told: Mapping[str, Any]) -> str:
         f"Made by `{told['command']}`: task {told['task']}, {told['seeds']} training seeds (0 to {told['seeds'] - 1}), "
         "each with the recipe's settings but for those named. Share: hypervolume over that of the exact optimum; the "
         "interval (95 %) is that of the mean, over seeds and prompts. Costs are means per seed; time was measured "
-        "beside another job and is rough.",
+        "beside another job and is rough."
+        + (" Utility: mean of w.n, as a share of the optimum's on the same preferences." if many else ""),
     ]
     for group in told["groups"]:
         head = ["settings", "share: median", "worst", "best", "95 % of the mean", "tau", "worst"]
-        head += ["share where trained", "share held out"] if many else []
+        head += ["utility where trained", "utility held out"] if many else []
         head += ["generated", "trained on", "reward calls", "time"]
         lines += ["", f"## {group['title']}", ""]
         lines += [f"| {' | '.join(head)} |", "| --- " + "| ---: " * (len(head) - 1) + "|"]

@@ -81,7 +81,7 @@ def test_blocks_stand_only_where_there_is_something_to_show(compared: Build) -> 
     assert not any(head in markdown.page(told, FOLDER) for head in heads)
     side = {"preferences": 2, "hypervolume": 0.5, "optimal_share": None, "tau": 0.25, "inner_product": 0.75}
     told["rows"][0].update(
-        generalisation={"trained": {**side, "preferences": 9}, "held_out": side},
+        generalisation={"trained": {**side, "preferences": 9, "utility_share": 0.875}, "held_out": side},
         gap=0.125,
         diagnostics={"k|l": 0.12345},
     )
@@ -90,7 +90,8 @@ def test_blocks_stand_only_where_there_is_something_to_show(compared: Build) -> 
     ]
     page = markdown.page(told, FOLDER)
     assert all(page.count(head) == 1 for head in heads)
-    assert "| a | held out | 2 | 0.5000 | – | 0.250 | 0.750 |" in page and "| a | trained | 9 |" in page
+    assert "| a | held out | 2 | 0.5000 | – | – | 0.250 | 0.750 |" in page
+    assert "| a | trained | 9 | 0.5000 | – | 87.5 % | 0.250 | 0.750 |" in page
     assert "| +0.1250 |" in page and "| b | " in page
     assert f"| a | k\\|l | {0.12345:.4g} |" in page
     assert "| R\\|C | HV | 7B | arXiv 2402.10207, table 2 | 0.8 |" in page

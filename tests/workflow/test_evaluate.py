@@ -274,6 +274,9 @@ def test_held_out_preferences_are_judged_beside_the_trained_ones(small_task: tup
         volume = hypervolume(means[rows], ref)
         assert told[side]["hypervolume"] == pytest.approx(volume)
         assert told[side]["optimal_share"] == pytest.approx(volume / hypervolume(best[rows], ref))
+        weights = np.array(told[side]["prefs"])
+        utility, most = ((weights * found[rows]).sum(axis=1).mean() for found in (means, best))
+        assert told[side]["utility_share"] == pytest.approx(utility / most)
     assert json.loads((context.run.path / "eval.json").read_text())["generalisation"] == told
 
 

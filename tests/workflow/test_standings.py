@@ -317,7 +317,7 @@ def test_held_out_preferences_and_the_gap_are_averaged_over_seeds() -> None:
     for number, evaluation in enumerate(one.evaluations):
         side = {"prefs": [[1, 0]], "hypervolume": number, "indicators": {"tau": 0.5, "inner_product": number}}
         evaluation.told["generalisation"] = {
-            "trained": {**side, "optimal_share": 0.5 + number},
+            "trained": {**side, "optimal_share": 0.5 + number, "utility_share": 0.75},
             "held_out": {**side, "optimal_share": None},
         }
         evaluation.told["gap"] = 0.1 * number
@@ -327,10 +327,12 @@ def test_held_out_preferences_and_the_gap_are_averaged_over_seeds() -> None:
         "preferences": 1,
         "hypervolume": 0.5,
         "optimal_share": 1.0,
+        "utility_share": 0.75,
         "tau": 0.5,
         "inner_product": 0.5,
     }
-    assert row["generalisation"]["held_out"]["optimal_share"] is None
+    held_out = row["generalisation"]["held_out"]
+    assert held_out["optimal_share"] is None and held_out["utility_share"] is None
 
 
 def test_three_seeds_are_widened_by_students_t() -> None:

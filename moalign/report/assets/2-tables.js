@@ -128,6 +128,7 @@ function generalisation() {
     column("how many", (l) => l.found.preferences, String),
     column("hypervolume", (l) => l.found.hypervolume, (v) => number(v, 4)),
     column("% of optimum", (l) => l.found.optimal_share, percent),
+    column("utility, % of optimum", (l) => l.found.utility_share, percent),
     column("tau", (l) => l.found.tau, (v) => number(v, 2)),
     column("inner product", (l) => l.found.inner_product, number),
   ], lines);
