@@ -5,8 +5,11 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+Work = Callable[[], object]
 
 
 def reward_ratios(repeats: int) -> dict[str, Any]:
@@ -16,17 +19,44 @@ def reward_ratios(repeats: int) -> dict[str, Any]:
     a plain padded forward pass per batch (promised >= 0.95). ``more_step``: forward and backward pass with MORE's
     weights over one with the plain mean of the same batch (promised <= 1.1). A random model of 2.8 million parameters.
     """
-    import numpy as np
     import torch
+
+    torch.set_num_threads(1)
+    times = _timed(_works(), repeats)
+
+    def ratio(above: str, below: str) -> float:
+        """Return the median of the ratios within a round, which the machine's load touches alike."""
+        pairs = zip(times[above][1:], times[below][1:], strict=True)
+        return round(statistics.median(one / other for one, other in pairs), 3)
+
+    return {
+        "seconds": {name: round(statistics.median(found[1:]), 4) for name, found in times.items()},
+        "scoring": ratio("plain", "scorer"),
+        "more_step": ratio("more", "multitask"),
+    }
+
+
+def _timed(works: Mapping[str, Work], repeats: int) -> dict[str, list[float]]:
+    """Return the seconds of each work by round; the first round warms up."""
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(repeats + 1):
+        for name, work in works.items():  # in turn, so that all meet the same load of the machine
+            started = time.perf_counter()
+            work()
+            times[name].append(time.perf_counter() - started)
+    return times
+
+
+def _works() -> dict[str, Work]:
+    """Return what is timed, by name."""
+    import numpy as np
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig
 
     from moalign.config.objectives import ClassifierObjective
     from moalign.rewards.hf_classifier import ClassifierScorer
-    from moalign.rewards.more import Balancer, HeadWatch, weighted
     from moalign.tasks.sandbox import world
     from moalign.tasks.sandbox.base import make_tokenizer
 
-    torch.set_num_threads(1)
     words = make_tokenizer()
     sizes = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 3, "num_attention_heads": 4}
     told = LlamaConfig(vocab_size=len(words), num_labels=1, pad_token_id=words.pad_token_id, **sizes)
@@ -43,53 +73,48 @@ def reward_ratios(repeats: int) -> dict[str, Any]:
         scorer.prepare()
         plain = AutoModelForSequenceClassification.from_pretrained(temporary).eval()
         tokenizer = AutoTokenizer.from_pretrained(temporary)
+    texts = [f"{p} {r}" for p, r in zip(prompts, answers, strict=True)]
+    return {
+        "plain": lambda: _by_hand(plain, tokenizer, texts, spec.batch_tokens),
+        "scorer": lambda: scorer.score(prompts, answers),
+        **_steps(plain, rng.integers(4, len(words), size=(20, 64)), int(words.pad_token_id)),
+    }
 
-    def by_hand() -> None:
-        rows = tokenizer([f"{p} {r}" for p, r in zip(prompts, answers, strict=True)])["input_ids"]
-        rows.sort(key=len, reverse=True)
-        start = 0
-        with torch.inference_mode():
-            while start < len(rows):
-                some = rows[start : start + max(1, spec.batch_tokens // len(rows[start]))]
-                plain(**tokenizer.pad({"input_ids": some}, return_tensors="pt"))
-                start += len(some)
 
-    watch, balancer = HeadWatch(plain), Balancer(5, normalise=True, momentum=0.99)
-    ids = torch.from_numpy(rng.integers(4, len(words), size=(20, 64)))
+def _by_hand(model: Any, tokenizer: Any, texts: list[str], batch_tokens: int) -> None:
+    """Score texts the plainest way: longest first, a padded batch at a time."""
+    import torch
+
+    rows = tokenizer(texts)["input_ids"]
+    rows.sort(key=len, reverse=True)
+    start = 0
+    with torch.inference_mode():
+        while start < len(rows):
+            some = rows[start : start + max(1, batch_tokens // len(rows[start]))]
+            model(**tokenizer.pad({"input_ids": some}, return_tensors="pt"))
+            start += len(some)
+
+
+def _steps(model: Any, rows: Any, pad: int) -> dict[str, Work]:
+    """Return a training step with each loss; the first half of ``rows`` ``[texts, tokens]`` won."""
+    import torch
+
+    from moalign.rewards.more import Balancer, HeadWatch, weighted
+
+    watch, balancer = HeadWatch(model), Balancer(5, normalise=True, momentum=0.99)
+    ids = torch.from_numpy(rows)
     group = torch.arange(len(ids) // 2) % 5
 
     def step(more: bool) -> None:
         with watch.watching():
-            winner, loser = plain(input_ids=ids).logits.squeeze(-1).chunk(2)
+            winner, loser = model(input_ids=ids).logits.squeeze(-1).chunk(2)
         delta = winner - loser
         if more:
-            chosen, rejected = watch.states(ids, int(words.pad_token_id)).chunk(2)
+            chosen, rejected = watch.states(ids, pad).chunk(2)
             loss = weighted(delta, group, balancer.weights(chosen, rejected, delta.detach(), group))
         else:
             loss = -torch.nn.functional.logsigmoid(delta).mean()
-        plain.zero_grad()
+        model.zero_grad()
         loss.backward()
 
-    works = {
-        "plain": by_hand,
-        "scorer": lambda: scorer.score(prompts, answers),
-        "multitask": lambda: step(False),
-        "more": lambda: step(True),
-    }
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(repeats + 1):
-        for name, work in works.items():  # in turn, so that all meet the same load of the machine
-            started = time.perf_counter()
-            work()
-            times[name].append(time.perf_counter() - started)
-
-    def ratio(above: str, below: str) -> float:
-        """Return the median of the ratios within a round, which the machine's load touches alike."""
-        pairs = zip(times[above][1:], times[below][1:], strict=True)
-        return round(statistics.median(one / other for one, other in pairs), 3)
-
-    return {
-        "seconds": {name: round(statistics.median(found[1:]), 4) for name, found in times.items()},
-        "scoring": ratio("plain", "scorer"),
-        "more_step": ratio("more", "multitask"),
-    }
+    return {"multitask": lambda: step(False), "more": lambda: step(True)}
