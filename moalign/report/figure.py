@@ -26,10 +26,6 @@ _ANGLES = [math.radians(degrees) for degrees in (45, 90, 0, 135, -45, 180, -90, 
 """Where a label may stand, seen from its point; outside the front first."""
 
 
-LEGEND_ENTRY = 0.42
-"""Inches that a method takes in the legend."""
-
-
 def draw(told: Mapping[str, Any], suffix: str = ".png", theme: ThemeName = "light") -> bytes:
     """Return the figure of a comparison as a file's content; the same input gives the same bytes.
 
@@ -44,7 +40,7 @@ def draw(told: Mapping[str, Any], suffix: str = ".png", theme: ThemeName = "ligh
     pairs = list(itertools.combinations(range(len(told["objectives"])), 2))
     columns = min(3, len(pairs))
     lines = math.ceil(len(pairs) / columns)
-    tall = max(4.8, LEGEND_ENTRY * len(told["rows"]) + 0.9)  # the legend stands beside a single panel
+    tall = max(4.8, style.LEGEND_ENTRY * len(told["rows"]) + 0.9)  # the legend stands beside a single panel
     size = (7.6 + 0.6 * (tall - 4.8), tall) if len(pairs) == 1 else (3.5 * columns, 3.3 * lines + 0.9)
     with style.canvas(*size, theme) as (figure, colours):
         panels = list(np.atleast_1d(figure.subplots(lines, columns)).flat)

@@ -64,6 +64,9 @@ _METADATA: dict[str, dict[str, Any]] = {
 }
 """Fixed, so that the same comparison gives the same bytes."""
 
+LEGEND_ENTRY = 0.42
+"""Inches that a method takes in the legend."""
+
 
 def look(index: int, theme: Theme) -> tuple[str, str]:
     """Return (colour, marker) of the method at ``index``: 63 looks before one comes back."""

@@ -61,7 +61,8 @@ def _best(told: Mapping[str, Any]) -> tuple[Array, Array] | None:
 
 
 def _lines(told: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], suffix: str, theme: ThemeName) -> bytes:
-    with style.canvas(7.6, 4.2, theme) as (figure, colours):
+    tall = max(4.2, style.LEGEND_ENTRY * (len(rows) + 1) + 0.9)
+    with style.canvas(7.6, tall, theme) as (figure, colours):
         panel = figure.subplots()
         best = _best(told)
         if best is not None:
