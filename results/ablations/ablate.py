@@ -104,13 +104,13 @@ def generalisation(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def markdown(told: Mapping[str, Any]) -> str:
     """Return the page."""
-    many = any("held_out" in row for group in told["groups"] for row in group["rows"])
+    many = any("held_out" in row["summary"] for group in told["groups"] for row in group["rows"])
     lines = [
         f"# {told['title']}",
         "",
         f"{told['text'].strip()}",
         "",
-        f"Made by `{told['command']}`: task {told['task']}, {told['seeds']} training seeds (0 to {told['seeds'] - 1}), "
+        f"Made by `{told['command']}`: task {told['task']}, {_seeds(told['seeds'])}, "
         "each with the recipe's settings but for those named. Share: hypervolume over that of the exact optimum; the "
         "interval (95 %) is that of the mean, over seeds and prompts. Costs are means per seed; time was measured "
         "beside another job and is rough."
@@ -126,9 +126,13 @@ def markdown(told: Mapping[str, Any]) -> str:
             lines.append(f"| {' | '.join([row['label'], *_cells(row['summary'], many)])} |")
         if group.get("text"):
             lines += ["", group["text"].strip()]
-    lines += ["", f"![share of the optimum against tokens]({told['name']}.png)", ""]
+    lines += ["", f"![share of the optimum, and tokens, by row]({told['name']}.png)", ""]
     lines += [f"Commands and every run's numbers: [{told['name']}.json]({told['name']}.json). {_where(told)}", ""]
     return "\n".join(lines)
+
+
+def _seeds(count: int) -> str:
+    return "one training seed (0)" if count == 1 else f"{count} training seeds (0 to {count - 1})"
 
 
 def _cells(one: Mapping[str, Any], many: bool) -> list[str]:
@@ -145,40 +149,29 @@ def _where(told: Mapping[str, Any]) -> str:
 
 
 def draw(told: Mapping[str, Any]) -> bytes:
-    """Return the figure: share of the optimum against tokens generated and trained on, a line for each group."""
+    """Return the figure: a line for each row, its share of the optimum on the left and its tokens on the right."""
     from moalign.report import style
 
-    with style.canvas(7.6, 4.8, "light") as (figure, colours):
-        panel = figure.subplots()
-        for index, group in enumerate(told["groups"]):
-            colour, marker = style.look(index, colours)
-            rows = sorted((row["summary"] | {"label": row["label"]} for row in group["rows"]), key=_tokens)
-            spent = [_tokens(row) for row in rows]
-            low, high = ([abs(row["median"] - row[end]) for row in rows] for end in ("worst", "best"))
-            panel.errorbar(
-                spent,
-                [row["median"] for row in rows],
-                yerr=[low, high],
-                color=colour,
-                marker=marker,
-                elinewidth=0.8,
-                linewidth=1.0 if group.get("line", True) else 0.0,
-                label=style.wrapped(group["title"], 30),
+    rows = [(index, row) for index, group in enumerate(told["groups"]) for row in group["rows"]]
+    with style.canvas(7.6, 0.27 * len(rows) + 1.3, "light") as (figure, colours):
+        share, spent = figure.subplots(1, 2, sharey=True, width_ratios=[2, 1])
+        for y, (index, row) in enumerate(rows):
+            one, (colour, marker) = row["summary"], style.look(index, colours)
+            title = told["groups"][index]["title"] if row is told["groups"][index]["rows"][0] else None
+            ends = [[100 * abs(one["median"] - one[end])] for end in ("worst", "best")]
+            share.errorbar(
+                100 * one["median"], y, xerr=ends, color=colour, marker=marker, linestyle="none", label=title
             )
-            for row, x in zip(rows, spent, strict=True):
-                panel.annotate(
-                    row["label"], (x, row["median"]), (4, -9), textcoords="offset points", fontsize=6.5, color=colour
-                )
-        panel.set_xlabel("tokens generated and trained on, millions per seed")
-        panel.set_ylabel("share of the optimal hypervolume")
-        handles, labels = panel.get_legend_handles_labels()
+            spent.barh(y, (one["tokens_generated"] + one["tokens_trained"]) / 1e6, color=colour, height=0.6)
+        share.set_yticks(range(len(rows)), [row["label"] for _, row in rows])
+        share.invert_yaxis()
+        share.set_xlabel("share of the optimal hypervolume, %")
+        spent.set_xlabel("million tokens in training")
+        handles, labels = share.get_legend_handles_labels()
         style.legend(figure, handles, labels, "", beside=False)
-        style.headline(figure, f"{told['title']}: median, worst and best of {told['seeds']} seeds")
+        seeds = f"median, worst and best of {told['seeds']} seeds" if told["seeds"] > 1 else "one seed"
+        style.headline(figure, f"{told['method']} on {told['task']}: {seeds}")
         return style.content(figure, ".png")
-
-
-def _tokens(row: Mapping[str, Any]) -> float:
-    return float(row["tokens_generated"] + row["tokens_trained"]) / 1e6
 
 
 def main() -> None:
@@ -209,7 +202,7 @@ def main() -> None:
     told = {
         "name": asked.name,
         "command": f"python results/ablations/ablate.py {asked.name}{given}",
-        **{key: spec[key] for key in ("title", "text", "task")},
+        **{key: spec[key] for key in ("title", "text", "task", "method")},
         "seeds": seeds,
         "groups": spec["groups"],
         "environment": environment.capture(),
