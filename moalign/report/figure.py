@@ -57,8 +57,9 @@ def draw(told: Mapping[str, Any], suffix: str = ".png", theme: ThemeName = "ligh
 
 
 def _title(told: Mapping[str, Any]) -> str:
-    seeds = max(len(row["seeds"]) for row in told["rows"])
-    over = f" and {seeds} seeds" if seeds > 1 else ""
+    seeds = {len(row["seeds"]) for row in told["rows"]}
+    upto = "" if len(seeds) == 1 else "up to "
+    over = f" and {upto}{max(seeds)} seeds" if max(seeds) > 1 else ""
     return f"{told['task']}: mean rewards by preference, 95 % intervals over {told['prompts']} prompts{over}"
 
 

@@ -98,8 +98,9 @@ def _contents(records: Mapping[Path, Mapping[str, Any]]) -> str:
 
 
 def _seeds(told: Mapping[str, Any]) -> str:
-    most = max(len(row["seeds"]) for row in told["rows"])
-    return f"{most} seed{'s' if most != 1 else ''}"
+    counts = {len(row["seeds"]) for row in told["rows"]}
+    most = max(counts)
+    return f"{'' if len(counts) == 1 else 'up to '}{most} seed{'' if most == 1 else 's'}"
 
 
 def _section(path: Path, told: Mapping[str, Any], folder: Path) -> list[str]:
