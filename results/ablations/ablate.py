@@ -160,7 +160,13 @@ def draw(told: Mapping[str, Any]) -> bytes:
             title = told["groups"][index]["title"] if row is told["groups"][index]["rows"][0] else None
             ends = [[100 * abs(one["median"] - one[end])] for end in ("worst", "best")]
             share.errorbar(
-                100 * one["median"], y, xerr=ends, color=colour, marker=marker, linestyle="none", label=title
+                100 * one["median"],
+                y,
+                xerr=ends,
+                color=colour,
+                marker=marker,
+                linestyle="none",
+                label=title and style.wrapped(title, 20),
             )
             spent.barh(y, (one["tokens_generated"] + one["tokens_trained"]) / 1e6, color=colour, height=0.6)
         share.set_yticks(range(len(rows)), [row["label"] for _, row in rows])
