@@ -407,7 +407,8 @@ def _keeper(
             job.meter.add_tokens_trained(
                 sum(lengths[(state.global_step - 1) * settings.batch : state.global_step * settings.batch])
             )
-            control.should_log = done % settings.log_every == 0 or done == job.steps
+            # At checkpoints, too: a line is a mean since the last one, and what a resume cannot know must not be in it.
+            control.should_log = done == job.steps or 0 in (done % settings.log_every, done % settings.checkpoint_every)
             job.say(f"training on {sum(map(len, job.sets))} pairs", done, job.steps)
             if not control.should_log:
                 self.keep(done)

@@ -29,6 +29,7 @@ class SftConfig(Strict):
     """Longest row; the prompt is cut on its left, so that the response stays."""
     checkpoint_every: int = Field(default=100, ge=1)
     log_every: int = Field(default=10, ge=1)
+    """A line of the log is the mean of the steps since the last one; a checkpoint ends one, too."""
 
     @model_validator(mode="after")
     def _even_parts(self) -> SftConfig:

@@ -131,7 +131,8 @@ def make_books(
             done = start + state.global_step
             here = slice((state.global_step - 1) * config.batch, state.global_step * config.batch)
             job.meter.add_tokens_trained(sum(tokens[here]))
-            control.should_log = done % config.log_every == 0 or done == config.steps
+            # At checkpoints, too: a line is a mean since the last one, and what a resume cannot know must not be in it.
+            control.should_log = done == config.steps or 0 in (done % config.log_every, done % config.checkpoint_every)
             job.say(phase, done, config.steps)
             if not control.should_log:
                 self.keep(done)

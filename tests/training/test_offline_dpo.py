@@ -297,7 +297,7 @@ def test_no_steps_change_nothing(job: Job, assert_same: Callable[..., None]) -> 
 def test_an_interrupted_stage_ends_bit_for_bit_as_a_whole_one(
     make_job: MakeJob, stop: Callable[..., Any], interrupted: type[Exception], assert_same: Callable[..., None]
 ) -> None:
-    config, margin = settings(steps=6, checkpoint_every=2), Margin(GAPS, [0.3, 0.2], 0.5)
+    config, margin = settings(steps=6, checkpoint_every=2, log_every=3), Margin(GAPS, [0.3, 0.2], 0.5)
     lora = "policy.lora={r: 4, alpha: 8, dropout: 0.1}"
     whole = make_job("sft", where="whole", lora=lora)
     train_dpo(whole, whole.task.language_model, encoded(whole), config, "here", margin)
