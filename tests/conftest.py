@@ -15,6 +15,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MOALIGN_THREADS", "1")
+os.environ.setdefault("MOALIGN_JOBS", "1")  # in this process, where a test may have put its hands on something
 os.environ.setdefault("MPLBACKEND", "agg")
 
 from pathlib import Path

@@ -25,7 +25,12 @@ def compare(
     seeds: Annotated[int | None, typer.Option(min=1, metavar="N", help="Train every method with N seeds.")] = None,
     grid: Annotated[int | None, typer.Option(metavar="N", help="Compare on an even grid of N preferences.")] = None,
     jobs: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Train N runs at a time; else 1, with ray all that fit.")
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Runs trained at a time.  [default: 1; tiny models: 1 per CPU]",
+        ),
     ] = None,
     executor: Annotated[
         str, typer.Option(metavar="local|ray", help="Train on this machine, or as tasks of a ray cluster.")

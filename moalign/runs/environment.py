@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import subprocess
@@ -29,7 +30,7 @@ def capture() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": _cpu_name(),
-        "cpus": _usable_cpus(),
+        "cpus": usable_cpus(),
         "threads": _threads(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "packages": {name: version(name) for name in PACKAGES},
@@ -79,10 +80,14 @@ def _git(checkout: Path, *arguments: str) -> str | None:
     return done.stdout.strip()
 
 
-def _usable_cpus() -> int | None:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
+def usable_cpus() -> int:
+    """Return how many CPUs this process may keep busy: those it is bound to, or fewer where a container is held."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, _, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").partition(" ")
+        return max(1, min(bound, math.ceil(float(quota) / float(period))))
+    except (OSError, ValueError):  # no such file, or "max": no limit
+        return bound
 
 
 def _cpu_name() -> str | None:

@@ -110,7 +110,7 @@ class Task:
         """Return the training split's pairs that people labelled for an objective, or None when the data has none."""
         return None
 
-    def _model_folder(self) -> tuple[str, str | None]:
+    def base_source(self) -> tuple[str, str | None]:
         """Return the base as (folder or hub id, revision), making it first when it is built in."""
         raise NotImplementedError
 
@@ -168,7 +168,7 @@ class Task:
         """The frozen base, loaded once per process."""
         from moalign.policies import language_model
 
-        source, revision = self._model_folder()
+        source, revision = self.base_source()
         lm = language_model.load(source, revision, self.card.dtype)
         language_model.set_threads(lm.model.num_parameters())
         return lm

@@ -67,5 +67,6 @@ class TextTask(Task):
             if splits.split_of(pair.prompt, self.card.splits) == "train"
         ]
 
-    def _model_folder(self) -> tuple[str, str | None]:
+    def base_source(self) -> tuple[str, str | None]:
+        """Return the card's model and its revision."""
         return self._model(), self.card.model_revision

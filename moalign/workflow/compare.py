@@ -29,7 +29,7 @@ from moalign.runs import store as stores
 from moalign.runs.run import Run
 from moalign.runs.store import RunStore
 from moalign.tasks.task import Say, silent
-from moalign.workflow import artefacts, contenders, executors, jobs
+from moalign.workflow import artefacts, contenders, executors, jobs, slots
 from moalign.workflow.artefacts import Places
 from moalign.workflow.jobs import Work
 from moalign.workflow.standings import standings
@@ -50,7 +50,8 @@ class CompareRequest:
     grid: int | None = None
     """Size of the evaluation grid; None: the task card's."""
     jobs: int | None = None
-    """Runs trained at a time; more than one: each in a process of its own. None: 1, and with ray all that find room."""
+    """Runs trained at a time, other than 1: in other processes. None: see :mod:`moalign.workflow.slots`; with ray all
+    that find room."""
     executor: str = "local"
     """Where runs are trained: one of :data:`moalign.workflow.executors.NAMES`."""
     overrides: Sequence[str] = ()
@@ -110,6 +111,10 @@ def plan_all(request: CompareRequest) -> tuple[list[Work], TaskCard, str]:
         if number is not None and number < 1
     ]
     problems += executors.problems(request.executor)
+    try:
+        slots.asked()
+    except RequestError as error:
+        problems += error.problems
     methods: dict[str, Method] = {}
     try:
         for name in _names(request):

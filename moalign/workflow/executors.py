@@ -1,7 +1,8 @@
 """Where the trainings of a comparison run: child processes of this machine, or tasks that ray places on a cluster.
 
-Either way a job is the command ``moalign train ... --json`` in a process of its own, so a run and its failure are the
-same wherever it was made. The results folder must be the same for all: ray's nodes share it, at the same path.
+Either way a job is the command ``moalign train ... --json`` in a process that does nothing else meanwhile, so a run and
+its failure are the same wherever it was made. The results folder must be the same for all: ray's nodes share it, at the
+same path.
 """
 
 from __future__ import annotations
@@ -9,10 +10,13 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import json
 import os
+import queue
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -65,7 +69,11 @@ def opened(name: str) -> Iterator[Executor]:
     Raises WorkError when ray cannot be started or reached.
     """
     if name == "local":
-        yield Processes()
+        processes = Processes()
+        try:
+            yield processes
+        finally:
+            processes.close()
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else it reports to its makers over the network
     ray: Any = importlib.import_module("ray")
@@ -85,15 +93,69 @@ def opened(name: str) -> Iterator[Executor]:
             ray.shutdown()
 
 
+class Child:
+    """A process that runs commands one after another (:mod:`moalign.cli.jobs`)."""
+
+    def __init__(self, folder: str | None, settings: Mapping[str, str]) -> None:
+        self._said = tempfile.TemporaryFile("a+", encoding="utf-8", errors="replace")  # noqa: SIM115 - closed with it
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "moalign.cli.jobs"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._said,
+            text=True,
+            errors="replace",
+            cwd=folder,
+            env={**os.environ, **settings},
+        )
+        self._answers: queue.SimpleQueue[str] = queue.SimpleQueue()
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self._answers.put(line)
+        self._answers.put("")
+
+    def run(self, command: Sequence[str]) -> tuple[int, str]:
+        """Run ``moalign`` with these arguments; return (exit code, stderr)."""
+        begin = self._said.seek(0, os.SEEK_END)
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended: its exit code says how
+            self.process.stdin.write(json.dumps([*command, "--json"]) + "\n")
+            self.process.stdin.flush()
+        answer = None
+        while answer is None:
+            with contextlib.suppress(queue.Empty):
+                answer = self._answers.get(timeout=_LOOK)
+        code = int(answer) if answer else self.process.wait()
+        self._said.seek(begin)
+        # A process that ends without an answer did not do what it was asked for, whatever its exit code.
+        return code or int(not answer), self._said.read()
+
+    def close(self) -> None:
+        """Let it end; it has nothing to do."""
+        with contextlib.suppress(BrokenPipeError):
+            assert self.process.stdin is not None
+            self.process.stdin.close()
+        try:
+            self.process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self._said.close()
+
+
 class Processes:
-    """Child processes that an interruption reaches."""
+    """Child processes that an interruption reaches; one that has done its command well takes the next."""
 
     def __init__(self, folder: str | None = None, settings: Mapping[str, str] | None = None) -> None:
         """Run in ``folder`` (None: here) with ``settings`` on top of this process's environment."""
         self._folder = folder
         self._settings = dict(settings or {})
         self._lock = threading.Lock()
-        self._alive: set[subprocess.Popen[str]] = set()
+        self._alive: set[Child] = set()
+        self._idle: list[Child] = []
         self._stopping = False
 
     def run(self, command: Sequence[str]) -> tuple[int, str]:
@@ -101,24 +163,24 @@ class Processes:
         with self._lock:
             if self._stopping:
                 return -signal.SIGINT, ""
-            child = subprocess.Popen(
-                [sys.executable, "-m", "moalign", *command, "--json"],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-                errors="replace",
-                cwd=self._folder,
-                env={**os.environ, **self._settings},
-            )
+            child = self._idle.pop() if self._idle else Child(self._folder, self._settings)
             self._alive.add(child)
-        messages = None
-        while messages is None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                messages = child.communicate(timeout=_LOOK)[1]
+        code, messages = child.run(command)
         with self._lock:
             self._alive.discard(child)
-        return child.returncode, messages
+            kept = code == 0 and not self._stopping
+            if kept:
+                self._idle.append(child)
+        if not kept:
+            child.close()
+        return code, messages
+
+    def close(self) -> None:
+        """End the children that wait for a command."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for child in idle:
+            child.close()
 
     def stop(self) -> None:
         """Interrupt every child and start no more; their runs can be resumed.
@@ -128,15 +190,15 @@ class Processes:
         """
         with self._lock:
             self._stopping = True
-            alive = list(self._alive)
-        for child in alive:
-            child.send_signal(signal.SIGINT)
+            alive = [child.process for child in self._alive]
+        for process in alive:
+            process.send_signal(signal.SIGINT)
         last = time.monotonic() + GRACE
-        while time.monotonic() < last and any(child.poll() is None for child in alive):
+        while time.monotonic() < last and any(process.poll() is None for process in alive):
             time.sleep(0.05)
-        for child in alive:
-            if child.poll() is None:
-                child.terminate()
+        for process in alive:
+            if process.poll() is None:
+                process.terminate()
 
 
 class RayTasks:
@@ -196,6 +258,8 @@ def _on_worker(command: Sequence[str], folder: str, settings: Mapping[str, str])
     except BaseException:
         here.stop()
         raise
+    finally:
+        here.close()
 
 
 def _settings() -> dict[str, str]:

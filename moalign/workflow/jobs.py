@@ -25,8 +25,8 @@ from moalign.errors import MoalignError, RequestError, WorkError
 from moalign.methods.base import Method, RunContext
 from moalign.preferences import Preference
 from moalign.runs.run import Run
-from moalign.tasks.task import Say
-from moalign.workflow import evaluate, executors, train
+from moalign.tasks.task import Say, Task
+from moalign.workflow import evaluate, executors, slots, train
 from moalign.workflow.evaluate import Evaluation
 from moalign.workflow.train import Plan
 
@@ -121,46 +121,45 @@ def train_missing(works: Sequence[Work], executor: str, jobs: int | None, say: S
 
     Args:
         executor: one of :data:`moalign.workflow.executors.NAMES`.
-        jobs: None: one on this machine; with ray as many as its cluster has room for.
+        jobs: None: what :mod:`moalign.workflow.slots` says of this machine; with ray all that its cluster has room for.
     """
-    if executor == "local" and (jobs is None or jobs == 1):
-        train_here(works, say)
+    missing = [work for work in works if not _finished(work)]
+    if not missing:
+        return
+    task = _prepare(missing[0], say)
+    if executor == "local" and jobs is None:
+        jobs = slots.asked() or slots.slots(task)
+    if executor == "local" and (jobs == 1 or len(missing) == 1):
+        train_here(missing, say)
     else:
-        train_apart(works, executor, jobs, say)
+        train_apart(missing, executor, jobs, say)
 
 
 def train_here(works: Sequence[Work], say: Say) -> None:
-    """Train what is not trained yet, one after another in this process (they share its imports)."""
-    missing = [work for work in works if not _finished(work)]
-    if missing:
-        _prepare(missing[0], say)
-    for number, work in enumerate(missing, start=1):
+    """Train one run after another in this process (they share its imports)."""
+    for number, work in enumerate(works, start=1):
         with _kept(work):
             assert work.plan is not None
             fresh_peak()
-            work.run, _ = train.train(work.plan, prefixed(say, f"{work.name} ({number}/{len(missing)})"))
+            work.run, _ = train.train(work.plan, prefixed(say, f"{work.name} ({number}/{len(works)})"))
         work.plan = None  # frees its task and model before the next one loads its own
         gc.collect()
 
 
 def train_apart(works: Sequence[Work], executor: str, jobs: int | None, say: Say) -> None:
-    """Train what is not trained yet in processes of their own, ``jobs`` at a time (None: all that find room).
+    """Train runs in other processes, ``jobs`` at a time (None: all that find room).
 
     A process that crashes or is killed fails its own run only. An interruption is passed on to all of them.
     """
-    missing = [work for work in works if not _finished(work)]
-    if not missing:
-        return
-    _prepare(missing[0], say)
-    with executors.opened(executor) as pool, ThreadPoolExecutor(max_workers=jobs or len(missing)) as threads:
-        waiting = {threads.submit(pool.run, work.command): work for work in missing}
+    with executors.opened(executor) as pool, ThreadPoolExecutor(max_workers=jobs or len(works)) as threads:
+        waiting = {threads.submit(pool.run, work.command): work for work in works}
         try:
-            say("training", 0, len(missing))
+            say("training", 0, len(works))
             for number, future in enumerate(as_completed(waiting), start=1):
                 work = waiting[future]
                 with _kept(work):
                     _collect(work, *future.result())
-                say(f"training: {work.name} {'failed' if work.error else 'done'}", number, len(missing))
+                say(f"training: {work.name} {'failed' if work.error else 'done'}", number, len(works))
         except BaseException:
             pool.stop()
             threads.shutdown(cancel_futures=True)
@@ -194,7 +193,7 @@ def _finished(work: Work) -> bool:
     return work.run is not None
 
 
-def _prepare(work: Work, say: Say) -> None:
+def _prepare(work: Work, say: Say) -> Task:
     """Make what all methods share, so that none of them is charged for it: imports, base, normaliser."""
     assert work.plan is not None
     task = work.plan.task
@@ -204,6 +203,7 @@ def _prepare(work: Work, say: Say) -> None:
     _ = task.normaliser
     task.__dict__.pop("language_model", None)  # loaded again where it is needed: no two copies in memory
     gc.collect()
+    return task
 
 
 def fresh_peak() -> None:

@@ -5,7 +5,7 @@ reward model is trained on all groups with each loss, from the sandbox's base, a
 pairs; differences are paired over seeds. Groups that disagree (diverse) and, as a control, groups with one taste
 (alike). Written beside this file: ``more.json``, ``more.md``, ``more.png``.
 
-    python results/calibration/calibration.py [--seeds N] [--pairs N] [--steps N] [--results DIR]
+    python results/calibration/calibration.py [--seeds N] [--pairs N] [--steps N] [--sharpness X]
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def judged(kind: str, loss: str, seed: int, asked: argparse.Namespace, folder: P
     from moalign.rewards.settings import RewardSettings
     from moalign.tasks.sandbox import annotators, base, world
 
-    groups = annotators.groups_of(kind, world.OBJECTIVES, 1.0)
+    groups = annotators.groups_of(kind, world.OBJECTIVES, asked.sharpness)
     sets = annotators.label(groups, world.prompts(), asked.pairs, seed)
     settings = RewardSettings(
         loss=loss,
@@ -117,7 +117,8 @@ def markdown(told: dict[str, Any]) -> str:
         "# MORE and multitask reward models on the sandbox's annotators",
         "",
         f"Made by `{told['command']}`: {asked['seeds']} seeds, {asked['pairs']} labelled pairs per group (70 % trained "
-        f"on, 20 % judged on), five groups, {asked['steps']} steps of 80 pairs, learning rate {asked['lr']:g}, the "
+        f"on, 20 % judged on), five groups, {asked['steps']} steps of 80 pairs, learning rate {asked['lr']:g}, "
+        f"sharpness {asked['sharpness']:g} (1: what is one unit of taste better wins in 73 %), the "
         "sandbox's base (107,000 parameters) as backbone. Means over groups; 95 % intervals over seeds (Student's t). "
         "ECE: 10 bins, both orders; true: against the annotators' known probabilities instead of their labels.",
         "",
@@ -200,6 +201,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=3000, help="labelled pairs per group")
     parser.add_argument("--steps", type=int, default=260, help="about two passes")
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--sharpness", type=float, default=3.0, help="how sure annotators are of what they like")
     parser.add_argument("--results", type=Path, help="where the reward models are kept; else a temporary folder")
     parser.add_argument("--out", type=Path, default=HERE)
     asked = parser.parse_args()
@@ -219,8 +221,8 @@ def main() -> None:
     found = {kind: summary(rows, kind) for kind in ("diverse", "alike")}
     told = {
         "command": "python results/calibration/calibration.py"
-        + "".join(f" --{name} {getattr(asked, name)}" for name in ("seeds", "pairs", "steps", "lr")),
-        "asked": {name: getattr(asked, name) for name in ("seeds", "pairs", "steps", "lr")},
+        + "".join(f" --{name} {getattr(asked, name)}" for name in ("seeds", "pairs", "steps", "lr", "sharpness")),
+        "asked": {name: getattr(asked, name) for name in ("seeds", "pairs", "steps", "lr", "sharpness")},
         "packages": {name: metadata.version(name) for name in ("moalign", "torch", "transformers", "trl", "numpy")},
         "python": platform.python_version(),
         "rows": rows,

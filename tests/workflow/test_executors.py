@@ -61,16 +61,68 @@ def test_a_process_says_how_it_ended() -> None:
     assert code == 2 and "did you mean 'ric'" in said
 
 
-def test_a_process_runs_where_and_with_what_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+ECHO = """
+import json, os, sys
+for line in sys.stdin:
+    print(os.getpid(), os.getcwd(), os.environ["MOALIGN_X"], *json.loads(line), file=sys.stderr, flush=True)
+    if "die" in line:
+        os._exit(0)
+    print(7 if "fail" in line else 0, flush=True)
+"""
+
+
+@pytest.fixture
+def echoes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[executors.Processes]:
+    """Processes that say who they are, where they are, and what they were told."""
     real = subprocess.Popen
+    monkeypatch.setattr(executors.subprocess, "Popen", lambda _, **more: real([sys.executable, "-c", ECHO], **more))
+    pool = executors.Processes(str(tmp_path), {"MOALIGN_X": "y"})
+    yield pool
+    pool.close()
 
-    def told(_: list[str], **more: Any) -> Any:
-        code = "import os, sys; print(os.getcwd(), os.environ['MOALIGN_X'], file=sys.stderr)"
-        return real([sys.executable, "-c", code], **more)
 
-    monkeypatch.setattr(executors.subprocess, "Popen", told)
-    seen = executors.Processes(str(tmp_path), {"MOALIGN_X": "y"}).run([])
-    assert seen == (0, f"{tmp_path} y\n")
+def test_a_process_runs_where_and_with_what_it_is_told(echoes: executors.Processes, tmp_path: Path) -> None:
+    code, said = echoes.run(["train", "ric"])
+    assert code == 0 and said.split()[1:] == [str(tmp_path), "y", "train", "ric", "--json"]
+
+
+def test_a_process_that_did_well_takes_the_next_command(echoes: executors.Processes) -> None:
+    """One that failed is left, for nobody knows what it holds; what was said belongs to the command that said it."""
+    ended = [echoes.run([word]) for word in ("one", "two", "fail", "four")]
+    assert [code for code, _ in ended] == [0, 0, 7, 0]
+    processes = [said.split()[0] for _, said in ended]
+    assert processes[0] == processes[1] == processes[2] != processes[3]
+    assert [said.split()[3] for _, said in ended] == ["one", "two", "fail", "four"]
+    (idle,) = echoes._idle
+    echoes.close()
+    assert idle.process.poll() == 0 and not echoes._idle
+
+
+def test_a_process_that_ends_without_an_answer_has_failed(echoes: executors.Processes) -> None:
+    code, said = echoes.run(["die"])
+    assert code == 1 and "die" in said
+    assert echoes.run(["again"])[0] == 0
+
+
+def test_a_killed_process_says_by_what(waiting: list[str]) -> None:
+    pool = executors.Processes()
+    thread, ended = in_thread(lambda: pool.run(waiting))
+    until(lambda: pool._alive)
+    (child,) = pool._alive
+    child.process.kill()
+    thread.join(timeout=20)
+    assert ended[0][0] == -9
+
+
+def test_two_commands_of_one_process_print_nothing_and_are_what_they_would_be_alone(tmp_path: Path) -> None:
+    """In earnest: the second command begins with the first one's imports, and neither reaches the answers' pipe."""
+    table = tmp_path / "points.csv"
+    table.write_text("a,b\n1,2\n2,1\n", encoding="utf-8")
+    pool = executors.Processes()
+    assert pool.run(["eval", "--points", str(table), "--ref", "0,0"]) == (0, "")
+    (child,) = pool._idle
+    code, said = pool.run(["eval", "--points", str(table), "--ref", "0"])
+    assert code == 2 and said.startswith("error: ") and child.process.wait(20) == 2
 
 
 def test_an_interruption_reaches_the_processes(waiting: list[str]) -> None:

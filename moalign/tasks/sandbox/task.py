@@ -93,9 +93,10 @@ class SandboxTask(Task):
     @property
     def base_folder(self) -> str:
         """The base's folder, trained first when it is built in and not there yet."""
-        return self._model_folder()[0]
+        return self.base_source()[0]
 
-    def _model_folder(self) -> tuple[str, str | None]:
+    def base_source(self) -> tuple[str, str | None]:
+        """Return the base's folder, having trained it first when it is built in and not there yet."""
         if self.card.model is not None:
             return self.card.model, self.card.model_revision
         what = f"training the {self._spec.base} base (first use only)"

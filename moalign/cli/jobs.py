@@ -1,0 +1,44 @@
+"""``python -m moalign.cli.jobs``: runs one command after another, so that they share the imports, which take seconds.
+
+Read from stdin: a line of JSON per command, its list of arguments. Written to stdout: a line for each, its exit code.
+Everything else that a command prints goes to stderr, or nowhere. Ends when stdin does, and after a command that failed
+or was interrupted: what it left behind in the process is not known.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+
+from moalign.cli.main import main
+from moalign.workflow.jobs import fresh_peak
+
+
+def serve() -> int:
+    """Run commands until there are no more; returns the last one's exit code."""
+    with os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8") as answers:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())  # also for what libraries write past Python's streams
+        os.close(nowhere)
+        code = 0
+        while code == 0 and (line := _next()):
+            fresh_peak()
+            code = main(json.loads(line))
+            sys.stderr.flush()
+            gc.collect()
+            answers.write(f"{code}\n")
+            answers.flush()
+        return code
+
+
+def _next() -> str:
+    try:
+        return sys.stdin.readline()
+    except KeyboardInterrupt:  # interrupted while it waited: there is nothing to keep
+        return ""
+
+
+if __name__ == "__main__":
+    sys.exit(serve())
