@@ -148,19 +148,14 @@ def markdown(told: dict[str, Any]) -> str:
 def verdict(found: dict[str, Any]) -> str:
     """Say what was found for the diverse groups, as it is."""
     one = found["diverse"]["difference"]
-    ece, accuracy = one["true_ece"], one["accuracy"]
 
-    def said(interval: dict[str, float], less: str, more: str) -> str:
-        if interval["hi"] < 0:
-            return less
-        return more if interval["lo"] > 0 else "not told apart"
+    def said(name: str, words: str) -> str:
+        low, high = one[name]["lo"], one[name]["hi"]
+        how = "lower with MORE" if high < 0 else "higher with MORE" if low > 0 else "not told apart"
+        return f"{words} {how} ({one[name]['mean']:+.4f} [{low:+.4f}, {high:+.4f}])"
 
-    return (
-        f"Found here with diverse annotators: true ECE {said(ece, 'lower with MORE', 'higher with MORE')} "
-        f"({ece['mean']:+.4f} [{ece['lo']:+.4f}, {ece['hi']:+.4f}]), accuracy "
-        f"{said(accuracy, 'lower with MORE', 'higher with MORE')} ({accuracy['mean']:+.4f} "
-        f"[{accuracy['lo']:+.4f}, {accuracy['hi']:+.4f}])."
-    )
+    told = ("true_ece", "true ECE"), ("accuracy", "accuracy"), ("true_accuracy", "true accuracy")
+    return f"Found here with diverse annotators: {', '.join(said(*one) for one in told)}."
 
 
 def draw(told: dict[str, Any], path: Path) -> None:
