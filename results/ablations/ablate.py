@@ -1,9 +1,9 @@
 """Runs a list of settings of one method over several training seeds, and writes what each of them does and costs.
 
 A list is a YAML file beside this one: the task, the method, the seeds and groups of rows; a row is a label and the
-``--set`` settings that make it (or another method). Every run is an ordinary ``moalign train``: what was trained before
-is found again, and the same command after an interruption goes on. Written beside the list: ``NAME.json`` (every run
-with its command), ``NAME.md`` and ``NAME.png``.
+``--set`` settings that make it (or another method), and may have fewer seeds of its own. Every run is an ordinary
+``moalign train``: what was trained before is found again, and the same command after an interruption goes on. Written
+beside the list: ``NAME.json`` (every run with its command), ``NAME.md`` and ``NAME.png``.
 
     python results/ablations/ablate.py NAME [--results DIR] [--jobs N] [--seeds N]
 """
@@ -104,26 +104,37 @@ def generalisation(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def markdown(told: Mapping[str, Any]) -> str:
     """Return the page."""
-    many = any("held_out" in row["summary"] for group in told["groups"] for row in group["rows"])
+    every = [row for group in told["groups"] for row in group["rows"]]
+    many, uneven = any("held_out" in row["summary"] for row in every), len({len(row["runs"]) for row in every}) > 1
     lines = [
         f"# {told['title']}",
         "",
         f"{told['text'].strip()}",
         "",
-        f"Made by `{told['command']}`: task {told['task']}, {_seeds(told['seeds'])}, "
+        f"Made by `{told['command']}`: task {told['task']}, {'up to ' if uneven else ''}{_seeds(told['seeds'])}, "
         "each with the recipe's settings but for those named. Share: hypervolume over that of the exact optimum; the "
         "interval (95 %) is that of the mean, over seeds and prompts. Costs are means per seed; time was measured "
         "beside another job and is rough."
         + (" Utility: mean of w.n, as a share of the optimum's on the same preferences." if many else ""),
     ]
     for group in told["groups"]:
-        head = ["settings", "share: median", "worst", "best", "95 % of the mean", "tau", "worst"]
+        head = [
+            "settings",
+            *(["seeds"] if uneven else []),
+            "share: median",
+            "worst",
+            "best",
+            "95 % of the mean",
+            "tau",
+            "worst",
+        ]
         head += ["utility where trained", "utility held out"] if many else []
         head += ["generated", "trained on", "reward calls", "time"]
         lines += ["", f"## {group['title']}", ""]
         lines += [f"| {' | '.join(head)} |", "| --- " + "| ---: " * (len(head) - 1) + "|"]
         for row in group["rows"]:
-            lines.append(f"| {' | '.join([row['label'], *_cells(row['summary'], many)])} |")
+            label = [row["label"], *([str(len(row["runs"]))] if uneven else [])]
+            lines.append(f"| {' | '.join([*label, *_cells(row['summary'], many)])} |")
         if group.get("text"):
             lines += ["", group["text"].strip()]
     lines += ["", f"![share of the optimum, and tokens, by row]({told['name']}.png)", ""]
@@ -175,7 +186,8 @@ def draw(told: Mapping[str, Any]) -> bytes:
         spent.set_xlabel("million tokens in training")
         handles, labels = share.get_legend_handles_labels()
         style.legend(figure, handles, labels, "", beside=False)
-        seeds = f"median, worst and best of {told['seeds']} seeds" if told["seeds"] > 1 else "one seed"
+        counts = sorted({len(row["runs"]) for _, row in rows})
+        seeds = f"median, worst and best of {' or '.join(map(str, counts))} seeds" if told["seeds"] > 1 else "one seed"
         style.headline(figure, f"{told['method']} on {told['task']}: {seeds}")
         return style.content(figure, ".png")
 
@@ -189,15 +201,22 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, help="fewer or more seeds than the list says")
     asked = parser.parse_args()
     spec = yaml.safe_load((HERE / f"{asked.name}.yaml").read_text(encoding="utf-8"))
-    seeds = asked.seeds or spec["seeds"]
     rows = [row for group in spec["groups"] for row in group["rows"]]
+    for row in rows:
+        row["seeds"] = min(asked.seeds or spec["seeds"], row.get("seeds", spec["seeds"]))
+    seeds = max(row["seeds"] for row in rows)
     # All rows at seed 0 first: an interrupted list has something to say of each of them. A row that two groups share
     # is one run.
-    commands = {tuple(arguments(spec, row, seed, asked.results)): None for seed in range(seeds) for row in rows}
+    commands = {
+        tuple(arguments(spec, row, seed, asked.results)): None
+        for seed in range(seeds)
+        for row in rows
+        if seed < row["seeds"]
+    }
     with ThreadPoolExecutor(asked.jobs) as pool:
         done = dict(zip(commands, pool.map(train, commands), strict=True))
     for row in rows:
-        mine = [done[tuple(arguments(spec, row, seed, asked.results))] for seed in range(seeds)]
+        mine = [done[tuple(arguments(spec, row, seed, asked.results))] for seed in range(row["seeds"])]
         pairs = [judged(told, asked.results) for told in mine]
         row["runs"] = [run for run, _ in pairs]
         row["summary"] = summary(row["runs"], [scores for _, scores in pairs])
