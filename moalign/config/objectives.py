@@ -56,6 +56,12 @@ class ClassifierObjective(_Objective):
     """Upper bound of rows x longest row in one forward pass."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
+    @property
+    def reading(self) -> tuple[object, ...]:
+        """What a text and the model's answer to it depend on: objectives in which it agrees are labels of one model."""
+        same = self.model, self.revision, self.dtype
+        return *same, self.template, self.pair_template, self.max_length, self.batch_tokens
+
 
 class SandboxObjective(_Objective):
     """An exact scorer of the built-in sandbox; the name is one of its three objectives."""

@@ -3,7 +3,8 @@
 Rows are deduplicated, sorted by length and padded into batches bounded by tokens; the scores equal those of
 scoring one text at a time. Texts longer than the model reads lose the start of their *prompt*, never the answer
 (unless the answer alone is too long: then its end is cut, as if generation had stopped there).
-Only safetensors weights are loaded and no code from a model folder is ever run.
+Only safetensors weights are loaded and no code from a model folder is ever run. Objectives that are labels of one
+model share it: it is loaded once and reads each text once.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 _TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 """How far a padded row may be from the same row alone before another way of padding is tried."""
 
+_MOST_KEPT = 100_000
+"""Texts whose logits are kept for the other labels of a model."""
+
 
 class ClassifierScorer:
     """A classifier objective. The model is loaded at the first score and kept; see the module's text."""
@@ -49,6 +53,10 @@ class ClassifierScorer:
         self.rows_scored = 0
         """Rows given to the model so far: fewer than asked for where texts repeat."""
         self._padding: str | None = None
+        self._reader = self
+        """Whose model reads the texts: another objective's, where both are labels of one model (:func:`share`)."""
+        self._kept: dict[tuple[str, str], torch.Tensor] | None = None
+        """What the model gave, where others will ask for another label of it."""
         check_templates(spec.template, spec.pair_template, self.where)
         self._folder = model_folder.local_folder(spec.model, base_dir, self.where)
         if self._folder is not None:
@@ -79,13 +87,39 @@ class ClassifierScorer:
         """Return the label's logit (or probability) of each pair, ``[samples]``, in the order given."""
         order: dict[tuple[str, str], int] = {}
         slots = [order.setdefault(pair, len(order)) for pair in zip(prompts, responses, strict=True)]
-        rows = self._encoder.rows(list(order))
-        values = [0.0] * len(rows)
-        for batch in self._batches(rows):
-            for at, value in zip(batch, self._forward([rows[i] for i in batch]), strict=True):
-                values[at] = value
-        self.rows_scored += len(rows)
+        values = self._values(self._reader.read(list(order)))
         return [values[slot] for slot in slots]
+
+    def read(self, pairs: Sequence[tuple[str, str]]) -> torch.Tensor:
+        """Return the logits of all labels, float32 ``[texts, labels]``."""
+        import torch
+
+        if self._kept is None:
+            return self._read(pairs)
+        new = [pair for pair in pairs if pair not in self._kept]
+        if new:
+            if len(self._kept) + len(new) > _MOST_KEPT:  # those of this call stay: they are read again below
+                wanted = set(pairs)
+                self._kept = {pair: row for pair, row in self._kept.items() if pair in wanted}
+            self._kept.update(zip(new, self._read(new), strict=True))
+        return torch.stack([self._kept[pair] for pair in pairs])
+
+    def _read(self, pairs: Sequence[tuple[str, str]]) -> torch.Tensor:
+        import torch
+
+        rows = self._encoder.rows(list(pairs))
+        logits = torch.empty(len(rows), len(self.labels))
+        for batch in self._batches(rows):
+            logits[batch] = self._logits([rows[i] for i in batch], self._padding or "right")
+        self.rows_scored += len(rows)
+        return logits
+
+    def _values(self, logits: torch.Tensor) -> list[float]:
+        if self.spec.output == "probability":
+            # Several labels that do not exclude each other (and a single output) have a sigmoid each.
+            apart = logits.shape[1] == 1 or self._model.config.problem_type == "multi_label_classification"
+            logits = logits.sigmoid() if apart else logits.softmax(dim=-1)
+        return [float(value) for value in logits[:, self.index].tolist()]
 
     def prepare(self) -> None:
         """Load the model now, so that problems of its files show before other work begins."""
@@ -94,7 +128,7 @@ class ClassifierScorer:
     @property
     def rows_shortened(self) -> int:
         """Rows so far that were longer than the model reads."""
-        return self._encoder.shortened
+        return self._reader._encoder.shortened
 
     @cached_property
     def _encoder(self) -> RowEncoder:
@@ -135,14 +169,6 @@ class ClassifierScorer:
                     self._padding = side
                     break
         return self._padding
-
-    def _forward(self, rows: Sequence[Row]) -> list[float]:
-        logits = self._logits(rows, self._padding or "right")
-        if self.spec.output == "probability":
-            # Several labels that do not exclude each other (and a single output) have a sigmoid each.
-            apart = logits.shape[1] == 1 or self._model.config.problem_type == "multi_label_classification"
-            logits = logits.sigmoid() if apart else logits.softmax(dim=-1)
-        return [float(value) for value in logits[:, self.index].tolist()]
 
     def _logits(self, rows: Sequence[Row], side: str) -> torch.Tensor:
         """Return float32 logits ``[rows, labels]`` of rows padded on one side."""
@@ -233,11 +259,11 @@ class ClassifierScorer:
 
     @property
     def _model(self) -> Any:
-        return self._loaded[0]
+        return self._reader._loaded[0]
 
     @property
     def _tokenizer(self) -> Any:
-        return self._loaded[1]
+        return self._reader._loaded[1]
 
     @cached_property
     def _own_pad(self) -> int | None:
@@ -268,6 +294,16 @@ class ClassifierScorer:
         why = "several labels" if found else "no label"
         near = "" if found else did_you_mean(label, list(self.labels.values()))
         raise RequestError(f"{self.where}: the model has {why} {label!r}; its labels: {listed}{near}")
+
+
+def share(scorers: Sequence[ClassifierScorer]) -> None:
+    """Have objectives that are labels of one model, read in one way, use one copy of it."""
+    first: dict[tuple[object, ...], ClassifierScorer] = {}
+    for scorer in scorers:
+        leader = first.setdefault(scorer.spec.reading, scorer)
+        if leader is not scorer:
+            scorer._reader = leader
+            leader._kept = {}
 
 
 def is_score_model(config: dict[str, Any]) -> bool:

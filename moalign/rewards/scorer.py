@@ -92,7 +92,10 @@ def build_scorer(spec: ObjectiveSpec, base_dir: Path) -> Scorer:
 
 
 def build_scorers(specs: Sequence[ObjectiveSpec], base_dir: Path) -> list[Scorer]:
-    """Build every objective of a card; all problems are reported in one RequestError."""
+    """Build every objective of a card; all problems are reported in one RequestError.
+
+    Classifiers that are labels of one model share it.
+    """
     scorers: list[Scorer] = []
     problems: list[str] = []
     for spec in specs:
@@ -102,6 +105,10 @@ def build_scorers(specs: Sequence[ObjectiveSpec], base_dir: Path) -> list[Scorer
             problems.extend(error.problems)
     if problems:
         raise RequestError(*problems)
+    if any(spec.kind == "hf-classifier" for spec in specs):
+        from moalign.rewards.hf_classifier import ClassifierScorer, share
+
+        share([scorer for scorer in scorers if isinstance(scorer, ClassifierScorer)])
     return scorers
 
 

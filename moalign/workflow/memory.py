@@ -129,11 +129,15 @@ def estimate(resolved: ResolvedRequest, policy: Architecture, trains: bool = Tru
 
 
 def reward_models(card: TaskCard) -> tuple[list[tuple[ClassifierObjective, Architecture]], list[str]]:
-    """Return the card's reward models with their sizes, and the names of those whose sizes are not known."""
-    models, unknown = [], []
+    """Return the card's reward models with their sizes, and the names of those whose sizes are not known.
+
+    Objectives that are labels of one model are loaded once.
+    """
+    models, unknown, seen = [], [], set()
     for spec in card.objectives:
-        if not isinstance(spec, ClassifierObjective):
+        if not isinstance(spec, ClassifierObjective) or spec.reading in seen:
             continue
+        seen.add(spec.reading)
         found = sizes_of(spec.model)
         if found is None:
             unknown.append(spec.model)

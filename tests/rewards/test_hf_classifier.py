@@ -9,7 +9,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -174,6 +174,50 @@ def test_equal_texts_are_scored_once(models: Path) -> None:
     assert built.rows_scored == 3
     assert told[0] == told[2]
     assert built.score([], []) == []
+
+
+def shared(models: Path, *changes: dict[str, Any]) -> tuple[RewardPanel, list[ClassifierScorer]]:
+    """A panel with an objective for each of ``changes`` to one objective."""
+    told = {"kind": "hf-classifier", "model": "named", "template": "{prompt} {response}", "label": 0}
+    specs = [ClassifierObjective.model_validate({"name": f"o{i}", **told, **more}) for i, more in enumerate(changes)]
+    panel = RewardPanel.from_specs(specs, models)
+    return panel, cast("list[ClassifierScorer]", panel.objectives)
+
+
+def test_labels_of_one_model_are_read_once(models: Path) -> None:
+    """Whatever is asked of them: the scores are those of objectives that have the model to themselves."""
+    changes: list[dict[str, Any]] = [{"label": "rude"}, {"label": "polite", "output": "probability"}, {"label": 2}]
+    panel, scorers = shared(models, *changes)
+    prompts, responses = texts(30)
+    told = panel.score(prompts * 2, responses * 2)
+    assert [one.rows_scored for one in scorers] == [30, 0, 0]
+    assert len({id(one._model) for one in scorers}) == 1
+    for column, more in enumerate(changes):
+        alone = scorer(models, "named", **more).score(prompts, responses)
+        assert told[:30, column].tolist() == told[30:, column].tolist() == alone
+    assert panel.score(prompts[:3], responses[3:6]).shape == (3, 3)
+    assert scorers[0].rows_scored == 33
+
+
+def test_another_label_may_be_asked_first_and_of_other_texts(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the store knows differs by objective; what is kept is bounded, and what was dropped is read again."""
+    monkeypatch.setattr("moalign.rewards.hf_classifier._MOST_KEPT", 10)
+    _, (first, second) = shared(models, {"label": 1}, {"label": 2})
+    prompts, responses = texts(24)
+    alone = scorer(models, "named", label=2).score(prompts, responses)
+    assert second.score(prompts[:8], responses[:8]) == pytest.approx(alone[:8], abs=1e-6)
+    assert second.score(prompts, responses) == pytest.approx(alone, abs=1e-6)
+    wanted = scorer(models, "named", label=1).score(prompts, responses)
+    assert first.score(prompts[4:20], responses[4:20]) == pytest.approx(wanted[4:20], abs=1e-6)
+    assert second.score(prompts[:8], responses[:8]) == pytest.approx(alone[:8], abs=1e-6)
+    assert first.rows_scored == 24
+
+
+@pytest.mark.parametrize("other", [{"template": "{response}"}, {"max_length": 8}, {"dtype": "bfloat16"}])
+def test_models_that_read_differently_are_not_shared(models: Path, other: dict[str, Any]) -> None:
+    panel, scorers = shared(models, {}, {"label": 1, **other})
+    panel.score(*texts(6))
+    assert [one.rows_scored for one in scorers] == [6, 6]
 
 
 def test_label_by_index_by_name_and_as_probability(models: Path) -> None:
