@@ -15,6 +15,7 @@ def sentences(told: Mapping[str, Any]) -> list[str]:
     """Return the verdict, one sentence or two per item: first the winner (or that there is none), then caveats."""
     judged = [row for row in told["rows"] if row["status"] != "failed"]
     said = [_outcome(told, judged)]
+    said += _asked_for(told, judged)
     said += _failures(told["rows"])
     flips = (told["sensitivity"] or {}).get("flipped", [])
     if flips:
@@ -51,6 +52,24 @@ def _outcome(told: Mapping[str, Any], judged: Sequence[Mapping[str, Any]]) -> st
         f"{wins}{adjusted}. Its lead over {pair['other']}{', the next' if len(judged) > 2 else ''}: "
         f"{signed(pair['difference'])} {interval(pair['ci'])}."
     )
+
+
+def _asked_for(told: Mapping[str, Any], judged: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Say who gives preferences what they ask for: a front may be good and each of its points asked for by another."""
+    pairs = [pair["inner_product"] for pair in told["pairs"] if pair.get("inner_product")]
+    if not pairs:  # records of older versions do not hold it
+        return []
+    compared = {pair[side] for pair in pairs for side in "ab"}
+    leader = max(
+        (row for row in judged if row["label"] in compared), key=lambda row: row["indicators"]["inner_product"]
+    )
+    seen = [_seen_from(leader["label"], pair) for pair in _pairs_of(leader["label"], pairs)]
+    near = min(seen, key=lambda pair: pair["difference"])
+    how = "with certainty" if near["certain"] else f"which may be chance (above 0 in {percent(near['p_improve'])})"
+    return [
+        f"By what each preference asked for (inner product) {leader['label']} leads {near['other']} by "
+        f"{signed(near['difference'])} {interval(near['ci'])}, {how}."
+    ]
 
 
 def _everyone(others: int) -> str:

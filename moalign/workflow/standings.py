@@ -8,10 +8,11 @@ second level.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import statistics as plain_statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,8 @@ from moalign.pareto import front, hypervolume, indicators, statistics
 from moalign.workflow.evaluate import Evaluation
 
 Array = NDArray[np.float64]
+Statistic = Callable[[Array], float]
+"""Of the mean points of all preferences, ``[k, m]``."""
 
 COUNTED = ("tokens_generated", "tokens_trained", "reward_calls", "seconds")
 """Costs that add up; a hypervolume is also told per unit of each."""
@@ -68,7 +71,9 @@ def standings(
         seed: of the bootstrap; the task card's, so that intervals agree with those of ``moalign eval``.
 
     ``winner`` is the label of the contender whose paired difference in hypervolume to every other one is above 0
-    with certainty (see :func:`_pair`), or None. Contenders that lost a seed can be beaten but cannot win.
+    with certainty (see :func:`_pair`), or None. Contenders that lost a seed can be beaten but cannot win. Pairs that
+    were asked for the same preferences also tell their difference in inner product: a hypervolume counts the best
+    points of a front, whoever asked for them.
     """
     judged = sorted((one for one in contenders if one.evaluations), key=lambda one: (-_mean(_volumes(one)), one.label))
     _same_prompts(judged)
@@ -81,7 +86,14 @@ def standings(
     for row in rows:  # equal hypervolumes share the better rank
         row["rank"] = 1 + sum(other["hypervolume"] > row["hypervolume"] for other in rows)
     rows += [_failed(one) for one in contenders if not one.evaluations]
-    pairs = [_pair(a, b, samples, draws, seed) for a, b in itertools.combinations(judged, 2)]
+    utilities = {one.label: _samples(one, one.seeds, draws, seed, _utility(one)) for one in judged}
+    pairs = [
+        {
+            **_pair(a, b, samples, draws, seed),
+            "inner_product": _pair(a, b, utilities, draws, seed, _utility(a)) if _grid_of(a) == _grid_of(b) else None,
+        }
+        for a, b in itertools.combinations(judged, 2)
+    ]
     best = _optimum(judged, asked)
     return {
         "rows": rows,
@@ -154,22 +166,28 @@ def _failed(one: Contender) -> dict[str, Any]:
     }
 
 
-def _pair(a: Contender, b: Contender, samples: Mapping[str, Array], draws: int, seed: int) -> dict[str, Any]:
-    """Return the paired difference in hypervolume, a (ranked better) minus b.
+def _pair(
+    a: Contender,
+    b: Contender,
+    samples: Mapping[str, Array],
+    draws: int,
+    seed: int,
+    statistic: Statistic | None = None,
+) -> dict[str, Any]:
+    """Return the paired difference in a statistic of the mean points (None: hypervolume), a minus b.
 
-    ``ci`` is the percentile interval; ``ci_reflected`` the basic one, which does not mistake the spread that noise
-    alone gives to nearly equal points for a front (:func:`moalign.pareto.statistics.basic_interval`). The pair is
-    ``certain`` only when both exclude 0.
+    ``samples`` holds its resamples by label, over all seeds. ``ci`` is the percentile interval; ``ci_reflected`` the
+    basic one, which does not mistake the spread that noise alone gives to nearly equal points for a front
+    (:func:`moalign.pareto.statistics.basic_interval`). The pair is ``certain`` only when both exclude 0.
     """
     seeds = None
     if a.seeded and b.seeded and a.seeds != b.seeds:
         seeds = sorted(set(a.seeds) & set(b.seeds)) or None
     if seeds is None:
         of_a, of_b = samples[a.label], samples[b.label]
-        observed = _mean(_volumes(a)) - _mean(_volumes(b))
     else:
-        of_a, of_b = _samples(a, seeds, draws, seed), _samples(b, seeds, draws, seed)
-        observed = _mean(_volumes(a, seeds)) - _mean(_volumes(b, seeds))
+        of_a, of_b = (_samples(one, seeds, draws, seed, statistic) for one in (a, b))
+    observed = _observed(a, seeds, statistic) - _observed(b, seeds, statistic)
     found = statistics.paired_difference(of_a, of_b, observed)
     reflected = statistics.basic_interval(of_a - of_b, observed)
     lo, hi = min(found["ci"][0], reflected[0]), max(found["ci"][1], reflected[1])
@@ -227,11 +245,25 @@ def _volumes(one: Contender, seeds: Sequence[int] | None = None) -> list[float]:
     ]
 
 
-def _samples(one: Contender, seeds: Sequence[int], draws: int, seed: int) -> Array:
-    """Return the resampled hypervolume ``[draws]``, averaged over resampled training seeds."""
-    ref = one.evaluations[0].told["ref"]
+def _utility(one: Contender) -> Statistic:
+    """Return the inner product with the preferences that a contender was asked for."""
+    return functools.partial(indicators.inner_product, _grid_of(one))
+
+
+def _observed(one: Contender, seeds: Sequence[int] | None, statistic: Statistic | None) -> float:
+    """Return a statistic of the mean points (None: hypervolume), averaged over the seeds (None: all)."""
+    if statistic is None:
+        return _mean(_volumes(one, seeds))
+    pairs = zip(one.seeds, one.evaluations, strict=True)
+    return _mean([statistic(_means(evaluation)) for seed, evaluation in pairs if seeds is None or seed in seeds])
+
+
+def _samples(one: Contender, seeds: Sequence[int], draws: int, seed: int, statistic: Statistic | None = None) -> Array:
+    """Return a resampled statistic (None: hypervolume) ``[draws]``, averaged over resampled training seeds."""
+    if statistic is None:
+        statistic = functools.partial(hypervolume.hypervolume, ref=one.evaluations[0].told["ref"])
     chosen = [e.scores for s, e in zip(one.seeds, one.evaluations, strict=True) if s in seeds]
-    return statistics.two_level_bootstrap(chosen, lambda means: hypervolume.hypervolume(means, ref), draws, seed)
+    return statistics.two_level_bootstrap(chosen, statistic, draws, seed)
 
 
 def _points(one: Contender, draws: int, seed: int) -> list[dict[str, Any]]:

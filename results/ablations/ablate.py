@@ -113,7 +113,8 @@ def markdown(told: Mapping[str, Any]) -> str:
         "",
         f"Made by `{told['command']}`: task {told['task']}, {'up to ' if uneven else ''}{_seeds(told['seeds'])}, "
         "each with the recipe's settings but for those named. Share: hypervolume over that of the exact optimum; the "
-        "interval (95 %) is that of the mean, over seeds and prompts. Costs are means per seed; time was measured "
+        "interval (95 %) is that of the mean, over seeds and prompts. Regret: what answers miss of a preference's best "
+        "w.n, mean over preferences, median of seeds. Costs are means per seed; time was measured "
         "beside another job and is rough."
         + (" Utility: mean of w.n, as a share of the optimum's on the same preferences." if many else ""),
     ]
@@ -134,7 +135,7 @@ def markdown(told: Mapping[str, Any]) -> str:
         lines += [f"| {' | '.join(head)} |", "| --- " + "| ---: " * (len(head) - 1) + "|"]
         for row in group["rows"]:
             label = [row["label"], *([str(len(row["runs"]))] if uneven else [])]
-            lines.append(f"| {' | '.join([*label, *_cells(row['summary'], many)])} |")
+            lines.append(f"| {' | '.join([*label, *_cells(row, many)])} |")
         if group.get("text"):
             lines += ["", group["text"].strip()]
     lines += ["", f"![share of the optimum, and tokens, by row]({told['name']}.png)", ""]
@@ -146,9 +147,11 @@ def _seeds(count: int) -> str:
     return "one training seed (0)" if count == 1 else f"{count} training seeds (0 to {count - 1})"
 
 
-def _cells(one: Mapping[str, Any], many: bool) -> list[str]:
+def _cells(row: Mapping[str, Any], many: bool) -> list[str]:
+    one = row["summary"]
     cells = [f"{100 * one[name]:.1f} %" for name in ("median", "worst", "best")]
     cells += [f"{100 * one['ci'][0]:.1f} to {100 * one['ci'][1]:.1f} %", f"{one['tau']:.2f}", f"{one['tau_worst']:.2f}"]
+    cells += [f"{statistics.median(run['regret'] for run in row['runs']):.4f}"]
     if many:
         cells += [f"{100 * one[side]:.1f} %" if side in one else "" for side in ("trained", "held_out")]
     return [*cells, *(f"{one[name] / 1e6:.2f} M" for name in COSTS), f"{one['seconds']:.0f} s"]

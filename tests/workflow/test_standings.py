@@ -343,3 +343,41 @@ def test_three_seeds_are_widened_by_students_t() -> None:
     for (lo, hi), mean in zip(row["points"][1]["ci"], FRONT[1], strict=True):
         # At least 2.5 % of resamples take the lowest seed three times (1 in 27): its distance, widened.
         assert [lo, hi] == pytest.approx([mean - 0.05 * statistics.widening(3), mean + 0.05 * statistics.widening(3)])
+
+
+# --- what preferences asked for -------------------------------------------------------------------------------------
+
+
+def test_equal_fronts_asked_for_the_wrong_way_round() -> None:
+    """Worked by hand: w.n is .8, .6, .8 for the one and .1, .6, .1 for the other; their hypervolumes are equal."""
+    (pair,) = stand(contender("right", scores(FRONT)), contender("wrong", scores(FRONT[::-1].copy())))["pairs"]
+    assert pair["difference"] == pytest.approx(0, abs=1e-12) and not pair["certain"]
+    inner = pair["inner_product"]
+    assert (inner["a"], inner["b"], inner["certain"], inner["p_improve"]) == ("right", "wrong", True, 1.0)
+    assert inner["difference"] == pytest.approx((0.8 + 0.6 + 0.8 - 0.1 - 0.6 - 0.1) / 3)
+    assert inner["ci"] == pytest.approx([inner["difference"]] * 2)  # the prompts' noise is shared and cancels
+
+
+def test_the_interval_of_what_was_asked_for_is_that_of_a_mean_over_prompts() -> None:
+    """The inner product is linear: its interval is that of the mean of each prompt's own difference."""
+    of_a, of_b = scores(FRONT + 0.02, seed=1), scores(FRONT, seed=2)
+    (pair,) = standings([contender("a", of_a), contender("b", of_b)], GRID, 4000, SEED)["pairs"]
+    each = ((of_a - of_b) * np.array(GRID)).sum(axis=2).mean(axis=1)
+    half = 1.96 * each.std(ddof=1) / np.sqrt(len(each))
+    assert pair["inner_product"]["difference"] == pytest.approx(0.02)
+    assert pair["inner_product"]["ci"] == pytest.approx([0.02 - half, 0.02 + half], abs=0.1 * half)
+
+
+def test_what_was_asked_for_is_compared_over_the_seeds_that_both_have() -> None:
+    both = [scores(FRONT + gain, seed=k) for k, gain in enumerate((0.0, 0.02, 0.04))]
+    a, b = contender("a", *both), contender("b", scores(FRONT - 0.1, seed=0), scores(FRONT - 0.1, seed=1))
+    (pair,) = stand(a, b)["pairs"]
+    assert pair["inner_product"]["seeds"] == [0, 1]
+    assert pair["inner_product"]["difference"] == pytest.approx(0.1 + 0.01)
+
+
+def test_those_that_were_asked_other_preferences_are_not_compared_by_it() -> None:
+    own = contender("own", scores(FRONT))
+    own.evaluations = [evaluated(scores(FRONT[:2]), grid=GRID[:2])]
+    (pair,) = stand(contender("all", scores(FRONT)), own)["pairs"]
+    assert pair["inner_product"] is None and pair["difference"] > 0

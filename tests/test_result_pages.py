@@ -1,0 +1,95 @@
+"""The pages in results/ that scripts beside them write: they say what their records say, and their lists can be run."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+ABLATIONS = sorted((RESULTS / "ablations").glob("*.yaml"))
+
+
+def script(name: str) -> ModuleType:
+    path = RESULTS / name
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def record(path: Path) -> Any:
+    return json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+
+
+def test_there_are_lists() -> None:
+    assert {path.stem for path in ABLATIONS} >= {"moc", "hindsight"}
+
+
+@pytest.mark.parametrize("path", ABLATIONS, ids=lambda path: path.stem)
+def test_an_ablations_page_is_made_of_its_record(path: Path) -> None:
+    ablate = script("ablations/ablate.py")
+    told = record(path)
+    assert path.with_suffix(".md").read_text(encoding="utf-8") == ablate.markdown(told)
+    assert ablate.draw(told).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("path", ABLATIONS, ids=lambda path: path.stem)
+def test_an_ablations_rows_are_those_of_its_list_and_can_be_asked_for(path: Path, tmp_path: Path) -> None:
+    """Every row resolves to a checked run; the record has the list's labels and as many runs as it says."""
+    from moalign.workflow.train import TrainRequest, plan
+
+    ablate = script("ablations/ablate.py")
+    spec, told = yaml.safe_load(path.read_text(encoding="utf-8")), record(path)
+    wanted = [(group["title"], row["label"]) for group in spec["groups"] for row in group["rows"]]
+    assert wanted == [(group["title"], row["label"]) for group in told["groups"] for row in group["rows"]]
+    for group, recorded in zip(spec["groups"], told["groups"], strict=True):
+        for row, one in zip(group["rows"], recorded["rows"], strict=True):
+            assert len(one["runs"]) == min(told["seeds"], row.get("seeds", spec["seeds"]))
+            arguments = ablate.arguments(spec, row, 0, tmp_path)
+            settings = [text for before, text in itertools.pairwise(arguments) if before == "--set"]
+            asked = TrainRequest(arguments[1], task=arguments[3], overrides=settings, results=tmp_path)
+            assert plan(asked).method.name == row.get("method", spec["method"])
+
+
+def test_a_rows_summary_is_that_of_its_seeds() -> None:
+    """Median, worst and best of the shares, and means of the costs, by hand."""
+    import numpy as np
+
+    ablate = script("ablations/ablate.py")
+    rng = np.random.default_rng(0)
+    scores = [0.5 + 0.01 * rng.standard_normal((40, 3, 2)) for _ in range(3)]
+    runs = [
+        {
+            "ref": [0.0, 0.0],
+            "optimum": 0.5,
+            "hypervolume": value,
+            "tau": value,
+            "generalisation": None,
+            "tokens_generated": 10 * k,
+            "tokens_trained": k,
+            "reward_calls": 1,
+            "seconds": 2.0,
+        }
+        for k, value in enumerate((0.2, 0.4, 0.25))
+    ]
+    one = ablate.summary(runs, scores)
+    assert (one["median"], one["worst"], one["best"], one["tau"], one["tau_worst"]) == (0.5, 0.4, 0.8, 0.25, 0.2)
+    assert (one["tokens_generated"], one["tokens_trained"], one["reward_calls"]) == (10, 1, 1)
+    assert one["ci"][0] < 0.5 < one["ci"][1]  # scores near (.5, .5) everywhere: .25 of .5
+
+
+def test_the_calibration_page_is_made_of_its_record() -> None:
+    calibration = script("calibration/calibration.py")
+    path = RESULTS / "calibration" / "more.md"
+    told = record(path)
+    assert told["summary"] == {kind: calibration.summary(told["rows"], kind) for kind in told["summary"]}
+    assert told["verdict"] == calibration.verdict(told["summary"])
+    assert path.read_text(encoding="utf-8") == calibration.markdown(told)
