@@ -135,7 +135,7 @@ def load_recipe(
     found += more
     recipe, config = None, None
     if section is not None:
-        recipe, config, more = _recipe(section, method, config_class, card)
+        recipe, config, more = _recipe(section, method, config_class, card, asked)
         found += more
     if found or recipe is None or config is None or card is None or card_path is None:
         raise RequestError(*found)
@@ -293,7 +293,7 @@ def _task_asked(
 
 
 def _recipe(
-    section: _Section, method: str, config_class: type[Strict], card: TaskCard | None
+    section: _Section, method: str, config_class: type[Strict], card: TaskCard | None, asked: str | Path | None
 ) -> tuple[Recipe | None, Strict | None, list[str]]:
     recipe, found = check(Recipe, section.data, section.origin())
     named = section.data.get("method")
@@ -303,6 +303,8 @@ def _recipe(
     plain = section.data.get("config", {})
     config: Strict | None = None
     if isinstance(plain, dict):
+        if card is not None and asked is not None:
+            plain = {**plain, **_borrowed(config_class.borrows(plain), plain, asked)}
         config, more = check(config_class, plain, section.origin("config"))
         found += more
     if recipe is not None and card is not None:
@@ -315,3 +317,15 @@ def _recipe(
     if found or recipe is None or config is None:
         return None, None, found
     return recipe.model_copy(update={"config": config.model_dump(mode="json")}), config, []
+
+
+def _borrowed(sections: Mapping[str, str], plain: Mapping[str, Any], asked: str | Path) -> dict[str, Any]:
+    """Return the sections that the task's recipes of other methods complete."""
+    filled = {}
+    for section, method in sections.items():
+        file = find.find_recipe_file(asked, method)
+        lent = (yaml_lines.load(file).data.get("config") or {}).get(section) if file is not None else None
+        own = plain.get(section, {})
+        if isinstance(lent, dict) and isinstance(own, dict):
+            filled[section] = {**lent, **own}
+    return filled

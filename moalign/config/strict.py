@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict
 
 
@@ -13,3 +16,8 @@ class Strict(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    @classmethod
+    def borrows(cls, given: Mapping[str, Any]) -> dict[str, str]:
+        """Return section -> method: what ``given`` leaves open there is taken from the task's recipe of that method."""
+        return {}

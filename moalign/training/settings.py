@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -56,7 +57,12 @@ class WarmStart(Strict):
     warm_start: Literal["none", "hindsight"] = "none"
     """hindsight: distil the best of n for every preference before the method's own training."""
     distil: DistilConfig = DistilConfig()
-    """Settings of ``warm_start: hindsight``."""
+    """Settings of ``warm_start: hindsight``; what is not given is taken from the task's recipe of hindsight."""
+
+    @classmethod
+    def borrows(cls, given: Mapping[str, Any]) -> dict[str, str]:
+        """Distillation is hindsight's, and its recipe knows what it needs on a task."""
+        return {"distil": "hindsight"} if given.get("warm_start") == "hindsight" else {}
 
 
 class OnlineConfig(Strict):

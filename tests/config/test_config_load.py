@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 from pydantic import Field
 
-from moalign.config import load
+from moalign.config import find, load
 from moalign.config.strict import Strict
 from moalign.errors import RequestError
+from moalign.methods import registry
+from moalign.training.settings import DistilConfig, WarmStart
 
 
 class Pairing(Strict):
@@ -282,3 +284,50 @@ def test_names_of_a_recipe(recipes: Path) -> None:
         "recipes/demo/ric.yaml:1: method: missing; allowed: the name of a method; did you mean 'methd'?",
         "recipes/demo/ric.yaml:2: task: found 3; allowed: the name of a task",
     )
+
+
+# --- what is borrowed from another method's recipe ------------------------------------------------------------------
+
+LENDER = "method: hindsight\ntask: demo\nconfig:\n  distil: {steps: 40, batch: 4, n: 2, lr: 0.01}\n"
+
+
+class Warm(WarmStart):
+    steps: int = 10
+
+
+def warm(*sets: str, task: str = "demo") -> Warm:
+    config = load.load_recipe(None, "moc", task, sets, Warm).config
+    assert isinstance(config, Warm)
+    return config
+
+
+def test_a_warm_start_takes_what_is_open_from_hindsights_recipe(recipes: Path) -> None:
+    (recipes / "demo" / "hindsight.yaml").write_text(LENDER)
+    plain = DistilConfig()
+    assert warm() == Warm() and warm().distil == plain
+    taken = warm("warm_start=hindsight").distil
+    assert (taken.steps, taken.batch, taken.n, taken.lr) == (40, 4, 2, 0.01)
+    assert (taken.alpha, taken.resolution) == (plain.alpha, plain.resolution)
+    own = warm("warm_start=hindsight", "distil.n=5").distil
+    assert own == taken.model_copy(update={"n": 5})
+
+
+def test_a_task_without_that_recipe_has_the_defaults(recipes: Path) -> None:
+    assert warm("warm_start=hindsight").distil == DistilConfig()
+    assert warm("warm_start=hindsight", "distil.n=5").distil == DistilConfig(n=5)
+
+
+def test_what_is_wrong_in_the_section_is_still_told(recipes: Path) -> None:
+    (recipes / "demo" / "hindsight.yaml").write_text(LENDER)
+    for given, said in (("distil.m=5", r"distil\.m: unknown key; allowed: steps"), ("distil=[1]", "distil")):
+        with pytest.raises(RequestError, match=said):
+            warm("warm_start=hindsight", given)
+
+
+@pytest.mark.parametrize("method", ["moc", "mo-odpo", "p-morl"])
+def test_the_sandboxs_warm_starts_distil_as_its_hindsight_does(method: str) -> None:
+    def resolved(name: str, *sets: str) -> Any:
+        file = find.find_recipe_file("sandbox-cold", name)
+        return load.load_recipe(file, name, "sandbox-cold", sets, registry.get(name).Config).config
+
+    assert resolved(method, "warm_start=hindsight").distil == resolved("hindsight").distil
