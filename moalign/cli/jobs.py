@@ -1,8 +1,9 @@
 """``python -m moalign.cli.jobs``: runs one command after another, so that they share the imports, which take seconds.
 
-Read from stdin: a line of JSON per command, its list of arguments. Written to stdout: a line for each, its exit code.
-Everything else that a command prints goes to stderr, or nowhere. Ends when stdin does, and after a command that failed
-or was interrupted: what it left behind in the process is not known.
+Read from stdin: a line of JSON per command, its list of arguments. Written to stdout, as lines of JSON: now and then
+the command's progress, [what, done, total], and at its end its exit code. Everything else that a command prints goes
+to stderr, or nowhere. Ends when stdin does, and after a command that failed or was interrupted: what it left behind in
+the process is not known.
 """
 
 from __future__ import annotations
@@ -11,9 +12,16 @@ import gc
 import json
 import os
 import sys
+import time
+from collections.abc import Callable
+from typing import TextIO
 
+from moalign.cli import output
 from moalign.cli.main import main
 from moalign.workflow.jobs import fresh_peak
+
+EVERY = 0.5
+"""Least seconds between two lines of progress; the end of a stage is always told."""
 
 
 def serve() -> int:
@@ -22,6 +30,7 @@ def serve() -> int:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())  # also for what libraries write past Python's streams
         os.close(nowhere)
+        output.listener = listener(answers)
         code = 0
         while code == 0 and (line := _next()):
             fresh_peak()
@@ -31,6 +40,21 @@ def serve() -> int:
             answers.write(f"{code}\n")
             answers.flush()
         return code
+
+
+def listener(answers: TextIO, clock: Callable[[], float] = time.monotonic) -> Callable[[str, int, int], None]:
+    """Return a ``say(what, done, total)`` that writes to ``answers``."""
+    last = clock() - EVERY
+
+    def told(what: str, done: int, total: int) -> None:
+        nonlocal last
+        now = clock()
+        if done >= total or now - last >= EVERY:
+            last = now
+            answers.write(json.dumps([what, done, total]) + "\n")
+            answers.flush()
+
+    return told
 
 
 def _next() -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from moalign.cli.progress import Progress
-
 __all__ = ["count", "duration", "interval", "memory", "nats", "number", "percent"]  # numbers, as every verb shows them
 
 PIPED_WIDTH = 200
@@ -28,6 +26,8 @@ DEFAULT_RESULTS = Path("results")
 
 debug = False
 """``--debug`` was given; set by :func:`moalign.cli.main.main`."""
+listener: Callable[[str, int, int], None] | None = None
+"""Who is told of progress instead of stderr; set by :mod:`moalign.cli.jobs`."""
 
 
 def note(text: str) -> None:
@@ -62,7 +62,7 @@ def as_json(value: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def working() -> Iterator[Progress]:
+def working() -> Iterator[Callable[[str, int, int], None]]:
     """Show progress on stderr while the block works; whatever a library prints meanwhile goes there too.
 
     Yields a ``say(what, done, total)`` as methods and evaluation expect it.
@@ -70,7 +70,7 @@ def working() -> Iterator[Progress]:
     from moalign.cli.progress import Progress
 
     with contextlib.redirect_stdout(sys.stderr), Progress(sys.stderr) as progress:
-        yield progress
+        yield progress if listener is None else listener
 
 
 def console() -> Console:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
@@ -47,34 +48,40 @@ class Progress:
         self._reporter.close()
 
 
+@dataclass
+class _Stage:
+    """What lines remember of a stage."""
+
+    started: float
+    first: int
+    """Steps that were done when it was first heard of: a resumed stage begins in the middle, which took no time."""
+    shown: bool = False
+    finished: bool = False
+
+
 class _Lines:
-    """One line every few seconds, and one at the end of a stage that had lines."""
+    """One line every few seconds, and one at the end of a stage that had lines; stages may go on side by side."""
 
     def __init__(self, stream: TextIO, clock: Callable[[], float]) -> None:
         self.stream = stream
         self.clock = clock
         self.last = clock()
-        self.what = ""
-        self.started = self.last
-        self.first = 0
-        self.shown = False
-        self.finished = False
+        self.stages: dict[str, _Stage] = {}
 
     def told(self, what: str, done: int, total: int) -> None:
         now = self.clock()
-        if what != self.what or (self.finished and done < total):
-            self.what, self.started, self.first = what, now, done
-            self.shown = self.finished = False
-        ends = done >= total and not self.finished
-        self.finished = done >= total
-        if now - self.last >= EVERY or (ends and self.shown):
-            self.last, self.shown = now, True
-            print(self._line(done, total, now), file=self.stream, flush=True)
+        stage = self.stages.get(what)
+        if stage is None or (stage.finished and done < total):
+            stage = self.stages[what] = _Stage(now, done)
+        ends = done >= total and not stage.finished
+        stage.finished = done >= total
+        if now - self.last >= EVERY or (ends and stage.shown):
+            self.last, stage.shown = now, True
+            print(self._line(what, stage, done, total, now), file=self.stream, flush=True)
 
-    def _line(self, done: int, total: int, now: float) -> str:
-        text = f"{self.what} {done}/{total}"
-        passed = now - self.started
-        made = done - self.first  # a resumed stage begins in the middle: what was there took no time
+    def _line(self, what: str, stage: _Stage, done: int, total: int, now: float) -> str:
+        text = f"{what} {done}/{total}"
+        passed, made = now - stage.started, done - stage.first
         if passed <= 0 or made <= 0:
             return text
         rate = made / passed

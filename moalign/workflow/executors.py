@@ -23,6 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from moalign.errors import WorkError, unknown
+from moalign.tasks.task import Say, silent
 
 NAMES = ("local", "ray")
 
@@ -38,8 +39,10 @@ that was started before knows nothing of them."""
 class Executor(Protocol):
     """Runs jobs, several at a time from as many threads."""
 
-    def run(self, command: Sequence[str]) -> tuple[int, str]:
+    def run(self, command: Sequence[str], say: Say = silent) -> tuple[int, str]:
         """Run ``moalign`` with these arguments to its end; return (exit code, stderr).
+
+        ``say`` is told of its progress where that can be known, from any thread.
 
         Raises WorkError when it could not be run at all, or was lost.
         """
@@ -109,16 +112,22 @@ class Child:
             env={**os.environ, **settings},
         )
         self._answers: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._say: Say = silent
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            self._answers.put(line)
+            if line.startswith("["):
+                with contextlib.suppress(Exception):  # a display that fails must not lose the answer
+                    self._say(*json.loads(line))
+            else:
+                self._answers.put(line)
         self._answers.put("")
 
-    def run(self, command: Sequence[str]) -> tuple[int, str]:
+    def run(self, command: Sequence[str], say: Say) -> tuple[int, str]:
         """Run ``moalign`` with these arguments; return (exit code, stderr)."""
+        self._say = say
         begin = self._said.seek(0, os.SEEK_END)
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it has ended: its exit code says how
@@ -153,19 +162,24 @@ class Processes:
         """Run in ``folder`` (None: here) with ``settings`` on top of this process's environment."""
         self._folder = folder
         self._settings = dict(settings or {})
-        self._lock = threading.Lock()
+        self._lock, self._saying = threading.Lock(), threading.Lock()
         self._alive: set[Child] = set()
         self._idle: list[Child] = []
         self._stopping = False
 
-    def run(self, command: Sequence[str]) -> tuple[int, str]:
+    def run(self, command: Sequence[str], say: Say = silent) -> tuple[int, str]:
         """Run ``moalign`` with these arguments; return (exit code, stderr)."""
+
+        def one_at_a_time(what: str, done: int, total: int) -> None:
+            with self._saying:
+                say(what, done, total)
+
         with self._lock:
             if self._stopping:
                 return -signal.SIGINT, ""
             child = self._idle.pop() if self._idle else Child(self._folder, self._settings)
             self._alive.add(child)
-        code, messages = child.run(command)
+        code, messages = child.run(command, one_at_a_time)
         with self._lock:
             self._alive.discard(child)
             kept = code == 0 and not self._stopping
@@ -217,8 +231,8 @@ class RayTasks:
         self._alive: set[Any] = set()
         self._stopping = False
 
-    def run(self, command: Sequence[str]) -> tuple[int, str]:
-        """Run ``moalign`` with these arguments as a task; return (exit code, stderr)."""
+    def run(self, command: Sequence[str], say: Say = silent) -> tuple[int, str]:
+        """Run ``moalign`` with these arguments as a task; return (exit code, stderr); its progress is not known."""
         with self._lock:
             if self._stopping:
                 return -signal.SIGINT, ""

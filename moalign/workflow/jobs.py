@@ -152,7 +152,7 @@ def train_apart(works: Sequence[Work], executor: str, jobs: int | None, say: Say
     A process that crashes or is killed fails its own run only. An interruption is passed on to all of them.
     """
     with executors.opened(executor) as pool, ThreadPoolExecutor(max_workers=jobs or len(works)) as threads:
-        waiting = {threads.submit(pool.run, work.command): work for work in works}
+        waiting = {threads.submit(pool.run, work.command, prefixed(say, work.name)): work for work in works}
         try:
             say("training", 0, len(works))
             for number, future in enumerate(as_completed(waiting), start=1):

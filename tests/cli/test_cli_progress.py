@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 
+from moalign.cli import jobs
 from moalign.cli.progress import Progress
 
 
@@ -64,6 +66,34 @@ def test_the_end_is_told_once_and_a_second_round_counts_anew() -> None:
     clock.now = 10
     progress("scoring", 8, 10)
     assert lines(stream)[-1] == "scoring 8/10, 2.0/s, 1.0 s left"
+
+
+def test_stages_side_by_side_have_rates_of_their_own() -> None:
+    stream, clock = io.StringIO(), Clock()
+    progress = Progress(stream, terminal=False, clock=clock)
+    for second in range(1, 8):
+        clock.now = second
+        progress("a: online", 10 * second, 100)
+        progress("b: online", 5 * second, 100)
+    assert lines(stream) == ["a: online 30/100, 10/s, 7.0 s left", "a: online 60/100, 10/s, 4.0 s left"]
+    clock.now = 10
+    progress("b: online", 50, 100)
+    assert lines(stream)[-1] == "b: online 50/100, 5.0/s, 10 s left"
+
+
+def test_a_job_tells_its_progress_now_and_then_and_every_end() -> None:
+    stream, clock = io.StringIO(), Clock()
+    say = jobs.listener(stream, clock)
+    for step in range(1, 11):
+        clock.now = step / 10
+        say("online", step, 10)
+    say("scoring", 3, 3)
+    assert [json.loads(line) for line in lines(stream)] == [
+        ["online", 1, 10],
+        ["online", 6, 10],
+        ["online", 10, 10],
+        ["scoring", 3, 3],
+    ]
 
 
 def test_more_than_all_is_all() -> None:

@@ -436,7 +436,7 @@ def test_jobs_are_trained_in_processes(card: str, results: Path, monkeypatch: py
     seen: list[list[str]] = []
     here = {work.folder: work for work in planned(card, results)}
 
-    def run(self: Any, command: list[str]) -> tuple[int, str]:
+    def run(self: Any, command: list[str], say: Any) -> tuple[int, str]:
         seen.append(command)
         work = next(work for work in here.values() if work.command == command)
         assert work.plan is not None
@@ -460,7 +460,7 @@ def test_jobs_are_trained_in_processes(card: str, results: Path, monkeypatch: py
 def test_a_process_that_fails_fails_its_run(
     card: str, results: Path, monkeypatch: pytest.MonkeyPatch, code: int, messages: str, error: str
 ) -> None:
-    monkeypatch.setattr(executors.Processes, "run", lambda self, command: (code, messages))
+    monkeypatch.setattr(executors.Processes, "run", lambda self, command, say: (code, messages))
     compared = ask(card, results, jobs=2)
     assert [row["error"] for row in compared.told["rows"]] == [error, error]
 
@@ -483,7 +483,7 @@ def test_where_runs_are_trained_is_asked_of_the_executor(
 
 
 def test_a_process_that_leaves_no_run(card: str, results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(executors.Processes, "run", lambda self, command: (0, "all fine"))
+    monkeypatch.setattr(executors.Processes, "run", lambda self, command, say: (0, "all fine"))
     rows = ask(card, results, jobs=2).told["rows"]
     assert all("left no finished run" in row["error"] for row in rows)
 

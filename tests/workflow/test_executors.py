@@ -65,6 +65,8 @@ ECHO = """
 import json, os, sys
 for line in sys.stdin:
     print(os.getpid(), os.getcwd(), os.environ["MOALIGN_X"], *json.loads(line), file=sys.stderr, flush=True)
+    if "tell" in line:
+        print('["online", 1, 2]\\n["online", 2, 2]', flush=True)
     if "die" in line:
         os._exit(0)
     print(7 if "fail" in line else 0, flush=True)
@@ -96,6 +98,20 @@ def test_a_process_that_did_well_takes_the_next_command(echoes: executors.Proces
     (idle,) = echoes._idle
     echoes.close()
     assert idle.process.poll() == 0 and not echoes._idle
+
+
+def test_progress_is_told_while_a_command_works(echoes: executors.Processes) -> None:
+    """Of the command that is being run, and a display that fails does not lose the answer."""
+    told: list[tuple[str, int, int]] = []
+    assert echoes.run(["tell"], lambda *one: told.append(one))[0] == 0
+    assert told == [("online", 1, 2), ("online", 2, 2)]
+    assert echoes.run(["quiet"], lambda *one: told.append(one))[0] == 0
+    assert len(told) == 2
+
+    def broken(*_: Any) -> None:
+        raise OSError("the terminal is gone")
+
+    assert echoes.run(["tell"], broken)[0] == 0
 
 
 def test_a_process_that_ends_without_an_answer_has_failed(echoes: executors.Processes) -> None:
