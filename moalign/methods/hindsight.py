@@ -11,8 +11,8 @@ already show what to answer at each preference.
 
 ``steps: 0`` leaves the online part out: a preference-conditioned distillation of best-of-n, an offline method. The
 parts are known (best-of-n distillation, hindsight relabelling, online DPO). What each of them is worth is measured in
-results/ablations/hindsight.md: so far (one seed) reading round preferences (``resolution``) steers, and what the
-distillation adds to the online part is less than seeds differ by.
+results/ablations/hindsight.md: by hypervolume the online part alone is not told apart from both together; with the
+distillation seeds end closer together and answers are nearer to what was asked (regret .013, without it .020).
 """
 
 from __future__ import annotations

@@ -128,6 +128,7 @@ def markdown(told: Mapping[str, Any]) -> str:
             "95 % of the mean",
             "tau",
             "worst",
+            "regret",
         ]
         head += ["utility where trained", "utility held out"] if many else []
         head += ["generated", "trained on", "reward calls", "time"]
@@ -190,7 +191,8 @@ def draw(told: Mapping[str, Any]) -> bytes:
         handles, labels = share.get_legend_handles_labels()
         style.legend(figure, handles, labels, "", beside=False)
         counts = sorted({len(row["runs"]) for _, row in rows})
-        seeds = f"median, worst and best of {' or '.join(map(str, counts))} seeds" if told["seeds"] > 1 else "one seed"
+        spread = " to ".join(map(str, sorted({counts[0], counts[-1]})))
+        seeds = f"median, worst and best of {spread} seeds" if told["seeds"] > 1 else "one seed"
         style.headline(figure, f"{told['method']} on {told['task']}: {seeds}")
         return style.content(figure, ".png")
 
