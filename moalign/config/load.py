@@ -324,8 +324,8 @@ def _borrowed(sections: Mapping[str, str], plain: Mapping[str, Any], asked: str 
     filled = {}
     for section, method in sections.items():
         file = find.find_recipe_file(asked, method)
-        lent = (yaml_lines.load(file).data.get("config") or {}).get(section) if file is not None else None
-        own = plain.get(section, {})
+        config = yaml_lines.load(file).data.get("config") if file is not None else None
+        lent, own = config.get(section) if isinstance(config, dict) else None, plain.get(section, {})
         if isinstance(lent, dict) and isinstance(own, dict):
             filled[section] = {**lent, **own}
     return filled

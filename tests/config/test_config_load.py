@@ -314,6 +314,9 @@ def test_a_warm_start_takes_what_is_open_from_hindsights_recipe(recipes: Path) -
 
 def test_a_task_without_that_recipe_has_the_defaults(recipes: Path) -> None:
     assert warm("warm_start=hindsight").distil == DistilConfig()
+    for nothing in ("config: {steps: 3}\n", "config: [1]\n", ""):
+        (recipes / "demo" / "hindsight.yaml").write_text("method: hindsight\ntask: demo\n" + nothing)
+        assert warm("warm_start=hindsight").distil == DistilConfig()
     assert warm("warm_start=hindsight", "distil.n=5").distil == DistilConfig(n=5)
 
 
