@@ -42,7 +42,9 @@ def test_an_ablations_page_is_made_of_its_record(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ABLATIONS, ids=lambda path: path.stem)
-def test_an_ablations_rows_are_those_of_its_list_and_can_be_asked_for(path: Path, tmp_path: Path) -> None:
+def test_an_ablations_rows_are_those_of_its_list_and_can_be_asked_for(
+    path: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     """Every row resolves to a checked run; the record has the list's labels and as many runs as it says."""
     from moalign.workflow.train import TrainRequest, plan
 
@@ -55,6 +57,9 @@ def test_an_ablations_rows_are_those_of_its_list_and_can_be_asked_for(path: Path
             assert len(one["runs"]) == min(told["seeds"], row.get("seeds", spec["seeds"]))
             arguments = ablate.arguments(spec, row, 0, tmp_path)
             settings = [text for before, text in itertools.pairwise(arguments) if before == "--set"]
+            if any(text.startswith("task.model=") for text in settings):
+                model = request.getfixturevalue("stories")  # skips where the model is not there
+                settings = [f"task.model={model}" if text.startswith("task.model=") else text for text in settings]
             asked = TrainRequest(arguments[1], task=arguments[3], overrides=settings, results=tmp_path)
             assert plan(asked).method.name == row.get("method", spec["method"])
 

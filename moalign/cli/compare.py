@@ -24,6 +24,9 @@ def compare(
     ] = None,
     seeds: Annotated[int | None, typer.Option(min=1, metavar="N", help="Train every method with N seeds.")] = None,
     grid: Annotated[int | None, typer.Option(metavar="N", help="Compare on an even grid of N preferences.")] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Answers to each prompt.  [default: the task card's]")
+    ] = None,
     jobs: Annotated[
         int | None,
         typer.Option(
@@ -58,6 +61,7 @@ def compare(
         methods=_names(methods),
         seeds=1 if seeds is None else seeds,
         grid=grid,
+        samples=samples,
         jobs=jobs,
         executor=executor,
         overrides=tuple(set_ or ()),

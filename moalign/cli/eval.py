@@ -28,6 +28,12 @@ def evaluate(
         typer.Option(metavar="W1,W2[,..]", help="Evaluate this preference instead of the task's grid; repeatable."),
     ] = None,
     grid: Annotated[int | None, typer.Option(metavar="N", help="Evaluate an even grid of N preferences.")] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Answers to each prompt: more of them, less noise.  [default: the card's]"
+        ),
+    ] = None,
     points: Annotated[
         Path | None,
         typer.Option(metavar="FILE.csv", help="Calculate from a table of reward vectors; its header names objectives."),
@@ -42,7 +48,7 @@ def evaluate(
 ) -> None:
     """Evaluate finished runs, or calculate from a table of points."""
     if points is not None:
-        _refuse_with_points(runs, grid)
+        _refuse_with_points(runs, grid, samples)
         told = _calculate(points, ref, minimise, prefs or [])
         if as_json:
             output.as_json(told)
@@ -51,7 +57,7 @@ def evaluate(
         return
     if minimise:
         raise RequestError("--minimise belongs to --points: the objectives of a run's task know their direction")
-    evaluations = _evaluate(runs or [], prefs or [], grid, ref, results)
+    evaluations = _evaluate(runs or [], prefs or [], grid, samples, ref, results)
     if as_json:
         output.as_json(evaluations[0] if len(evaluations) == 1 else {"runs": evaluations})
         return
@@ -68,11 +74,13 @@ def evaluate(
 # -- the calculator ------------------------------------------------------------------------------------------------
 
 
-def _refuse_with_points(runs: list[str] | None, grid: int | None) -> None:
+def _refuse_with_points(runs: list[str] | None, grid: int | None, samples: int | None) -> None:
     if runs:
         raise RequestError(f"--points and RUN exclude each other; found both (RUN {' '.join(runs)})")
     if grid is not None:
         raise RequestError("--grid is for runs; with --points name the vectors with --prefs")
+    if samples is not None:
+        raise RequestError("--samples is for runs; a table of points has no prompts to answer")
 
 
 def _calculate(path: Path, ref: str | None, minimise: bool, prefs: list[str]) -> dict[str, Any]:
@@ -100,7 +108,7 @@ def _show_calculated(told: dict[str, Any]) -> None:
 
 
 def _evaluate(
-    names: list[str], prefs: list[str], grid: int | None, ref: str | None, results: Path
+    names: list[str], prefs: list[str], grid: int | None, samples: int | None, ref: str | None, results: Path
 ) -> list[dict[str, Any]]:
     from moalign.workflow import evaluate as workflow
     from moalign.workflow import finished
@@ -120,7 +128,7 @@ def _evaluate(
     with output.working() as say:
         for run, wanted, corner in asked:
             method, context = finished.opened(run, results, say)
-            made = workflow.evaluate(method, context, wanted, say)
+            made = workflow.evaluate(method, context, wanted, say, samples)
             told = made.told if corner is None else at_reference(made, context.task, corner)
             evaluations.append({**told, "run": str(run.path)})  # the file may have been written from elsewhere
     return evaluations

@@ -57,10 +57,12 @@ _KL = (
 
 def _protocol(told: Mapping[str, Any]) -> str:
     ref = ", ".join(f"{value:g}" for value in told["ref"])
+    samples = told.get("samples") or 1  # comparisons of before did not say
     said = [
         f"Objectives: {', '.join(f'`{name}`' for name in told['objectives'])}, normalised by the task card "
         f"(`{told['card_hash']}`).",
-        f"Reference point ({ref}); {len(told['grid'])} preferences; {told['prompts'] or 0} evaluation prompts; "
+        f"Reference point ({ref}); {len(told['grid'])} preferences; {told['prompts'] or 0} evaluation prompts"
+        f"{f', {samples} answers to each' if samples > 1 else ''}; "
         f"{percent(told['level'])} intervals from {told['draws']} paired resamples.",
     ]
     if told["optimum"]:

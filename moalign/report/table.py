@@ -55,7 +55,9 @@ def _heading(told: Mapping[str, Any]) -> str:
     known = ""
     if told["optimum"]:
         known = f"; optimum {number(told['optimum']['hypervolume'])}"
-    prompts = f", {told['prompts']} prompts" if told["prompts"] else ""
+    samples = told.get("samples") or 1
+    answers = f" x {samples} answers" if samples > 1 else ""
+    prompts = f", {told['prompts']} prompts{answers}" if told["prompts"] else ""
     return (
         f"{told['task']} ({', '.join(told['objectives'])}): hypervolume over {len(told['grid'])} preferences{prompts}, "
         f"reference point ({ref}){known}"

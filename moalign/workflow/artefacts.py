@@ -76,13 +76,14 @@ def write(told: dict[str, Any], places: Places, works: Sequence[Work], card: Tas
 
 def answers(works: Sequence[Work], card: TaskCard) -> list[page.Answers]:
     """Return what each row's first finished seed answered; of several samples of a prompt the first."""
-    samples, names = card.evaluation.samples, card.objective_names
+    names = card.objective_names
     found = []
     for row, group in grouped(works).items():
         one = next((work for work in group if work.evaluation is not None), None)
         if one is None or one.run is None or one.table is None or one.evaluation is None:
             continue
         table = one.run.read_table(one.table)
+        samples = one.evaluation.told["samples"]
         wanted = [tuple(point["prefs"]) for point in one.evaluation.told["points"]]
         parts = [table[table["preference"] == label(preference)].iloc[::samples] for preference in wanted]
         found.append(

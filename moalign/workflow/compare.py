@@ -49,6 +49,8 @@ class CompareRequest:
     """Training seeds per method: the recipe's own and those that follow it."""
     grid: int | None = None
     """Size of the evaluation grid; None: the task card's."""
+    samples: int | None = None
+    """Answers to each evaluation prompt at each preference; None: as many as the task card says."""
     jobs: int | None = None
     """Runs trained at a time, other than 1: in other processes. None: see :mod:`moalign.workflow.slots`; with ray all
     that find room."""
@@ -88,10 +90,10 @@ def compare(request: CompareRequest, say: Say = silent) -> Comparison:
     """
     works, card, card_hash = _found(request) if request.runs else plan_all(request)
     wanted = _wanted(request, card)
-    _refuse_lost_answers(works, card, wanted)
+    _refuse_lost_answers(works, card, wanted, request.samples)
     places = _places(request, works, card, card_hash)
     jobs.train_missing(works, request.executor, request.jobs, say)
-    jobs.evaluate_all(works, wanted, say, keep=not request.runs)
+    jobs.evaluate_all(works, wanted, say, keep=not request.runs, samples=request.samples)
     _refuse_not_finite(works, card)
     _same_bounds(works)
     grid = wanted or preferences.grid_of(len(card.objectives), card.grid)
@@ -274,9 +276,11 @@ def _differences(first: Mapping[str, Any], other: Mapping[str, Any], most: int =
     return keys[:most] + more
 
 
-def _refuse_lost_answers(works: Sequence[Work], card: TaskCard, wanted: Sequence[Preference] | None) -> None:
+def _refuse_lost_answers(
+    works: Sequence[Work], card: TaskCard, wanted: Sequence[Preference] | None, samples: int | None
+) -> None:
     """Refuse runs whose answers were deleted: nothing can be paired without them."""
-    problems = [lost for work in works if (lost := jobs.lost_answers(work, card, wanted)) is not None]
+    problems = [lost for work in works if (lost := jobs.lost_answers(work, card, wanted, samples)) is not None]
     if problems:
         raise RequestError(*problems)
 
@@ -328,6 +332,7 @@ def _told(
         "ref": list(card.reference_point),
         "grid": [list(preference) for preference in grid],
         "prompts": next((work.evaluation.told["prompts"] for work in works if work.evaluation), None),
+        "samples": request.samples or spec.samples,
         "draws": spec.bootstrap,
         "level": 0.95,
         "bounds": None if bounds is None else {"lo": list(bounds[0]), "hi": list(bounds[1])},
@@ -362,6 +367,8 @@ def _command(request: CompareRequest) -> str:
         parts += ["--seeds", str(request.seeds)]
     if request.grid is not None:
         parts += ["--grid", str(request.grid)]
+    if request.samples is not None:
+        parts += ["--samples", str(request.samples)]
     parts += [part for text in request.overrides for part in ("--set", text)]
     return shlex.join([*parts, "--results", str(request.results)])
 
@@ -369,6 +376,8 @@ def _command(request: CompareRequest) -> str:
 def _places(request: CompareRequest, works: Sequence[Work], card: TaskCard, card_hash: str) -> Places:
     """Return where the files go, having checked that they can be written there."""
     asked = {"card": card_hash, "runs": sorted(work.folder.name for work in works), "grid": request.grid}
+    if request.samples not in (None, card.evaluation.samples):
+        asked["samples"] = request.samples
     folder = request.results / "compare" / f"{card.name}-{stores.identity(asked)[:8]}"
     places = Places(
         folder / "compare.json",

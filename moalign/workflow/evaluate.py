@@ -61,38 +61,51 @@ def preferences_for(method: Method, context: RunContext, wanted: Sequence[Prefer
     return list(context.preferences)
 
 
-def names(task: Task, wanted: Sequence[Preference]) -> tuple[str, str]:
-    """Return the file names (without suffix) of an evaluation: the task's own grid is plain ``eval``."""
-    return names_on(task.grid, wanted)
+def names(task: Task, wanted: Sequence[Preference], samples: int | None = None) -> tuple[str, str]:
+    """Return the file names (without suffix) of an evaluation: the task's own, on its own grid, is plain ``eval``."""
+    return names_on(task.grid, wanted, None if samples == task.card.evaluation.samples else samples)
 
 
-def names_on(grid: Sequence[Preference], wanted: Sequence[Preference]) -> tuple[str, str]:
-    """Return the same for a task whose own grid is ``grid``."""
-    if list(wanted) == list(grid):
-        return "eval", "responses"
-    key = hashlib.sha256(json.dumps([list(w) for w in wanted]).encode()).hexdigest()[:8]
-    return f"eval-{key}", f"responses-{key}"
+def names_on(grid: Sequence[Preference], wanted: Sequence[Preference], samples: int | None = None) -> tuple[str, str]:
+    """Return the same for a task whose own grid is ``grid``; ``samples`` None: as many as its card says."""
+    key = ""
+    if list(wanted) != list(grid):
+        key += "-" + hashlib.sha256(json.dumps([list(w) for w in wanted]).encode()).hexdigest()[:8]
+    if samples is not None:
+        key += f"-x{samples}"
+    return f"eval{key}", f"responses{key}"
 
 
 def evaluate(
-    method: Method, context: RunContext, wanted: Sequence[Preference] | None = None, say: Say = silent
+    method: Method,
+    context: RunContext,
+    wanted: Sequence[Preference] | None = None,
+    say: Say = silent,
+    samples: int | None = None,
 ) -> Evaluation:
     """Evaluate a finished run; what was evaluated before is read back.
 
     All preferences are generated and scored in batched passes. Responses with their scores go to
     ``responses*.parquet``, the numbers to ``eval*.json``, both inside the run.
+
+    Args:
+        wanted: the vectors to answer for; None: see :func:`preferences_for`.
+        samples: answers to each prompt at each preference, averaged before anything is resampled; None: the task
+            card's. With more of them the same numbers are estimated with less noise.
     """
     asked = preferences_for(method, context, wanted)
-    file, table_name = names(context.task, asked)
+    samples = samples or context.task.card.evaluation.samples
+    file, table_name = names(context.task, asked, samples)
     path = context.run.path / f"{file}.json"
     if path.is_file():
         told = _read(path)
         if told["card_hash"] == context.task.hash:
-            return Evaluation(told, _scores(context, context.run.read_table(table_name), asked))
+            stored = _scores(context, context.run.read_table(table_name), asked, samples)
+            return Evaluation({"samples": samples, **told}, stored)  # files of before did not say how many
     started = time.monotonic()
-    table, cost, moved = respond(method, context, asked, say)
+    table, cost, moved = respond(method, context, asked, say, samples)
     context.run.write_table(table_name, table)
-    scores = _scores(context, table, asked)
+    scores = _scores(context, table, asked, samples)
     told = {
         "run": str(context.run.path),
         "run_id": context.run.record.run_id,
@@ -102,6 +115,7 @@ def evaluate(
         "seed": context.run.record.seed,
         "objectives": context.task.names,
         **judge(context.task, asked, scores),
+        "samples": samples,
         **believed(context, table, asked),
         "quality": {**quality.collapse_report(table["response"].tolist()), **_moved(moved)},
         "cost": {**cost, "seconds": round(time.monotonic() - started, 3)},
@@ -110,7 +124,7 @@ def evaluate(
         point.update(kl=one.nats, kl_bound=one.bound)
     held = held_out(context)
     if held and not all(_has(held, w) for w in asked):
-        told["generalisation"] = _generalisation(method, context, asked, scores, held, say)
+        told["generalisation"] = _generalisation(method, context, asked, scores, held, say, samples)
     from moalign.runs import atomic
 
     atomic.write_json(path, told)
@@ -133,6 +147,7 @@ def _generalisation(
     scores: Matrix,
     held: Sequence[Preference],
     say: Say,
+    samples: int,
 ) -> dict[str, Any]:
     """Return the judge's numbers apart for trained and for held-out vectors.
 
@@ -144,7 +159,7 @@ def _generalisation(
         unseen = [k for k, w in enumerate(asked) if _has(held, w)]
         others, their_scores = [asked[k] for k in unseen], scores[:, unseen]
     else:
-        others, their_scores = list(held), evaluate(method, context, held, say).scores
+        others, their_scores = list(held), evaluate(method, context, held, say, samples).scores
     seen = [k for k, w in enumerate(asked) if not _has(held, w)]
     told = {}
     for name, vectors, part in (
@@ -161,9 +176,13 @@ def _generalisation(
 
 
 def respond(
-    method: Method, context: RunContext, asked: Sequence[Preference], say: Say = silent
+    method: Method,
+    context: RunContext,
+    asked: Sequence[Preference],
+    say: Say = silent,
+    samples: int | None = None,
 ) -> tuple[pd.DataFrame, dict[str, int], list[KlToBase]]:
-    """Answer every evaluation prompt at every preference, and score the answers.
+    """Answer every evaluation prompt at every preference ``samples`` times (None: the card's), and score the answers.
 
     Returns the table (prompt, preference, response, one raw score per objective), the cost, and how far the policy of
     each preference has moved from the base.
@@ -174,7 +193,7 @@ def respond(
     from moalign.runs.meter import Meter
 
     spec = context.task.card.evaluation
-    prompts = [prompt for prompt in context.task.eval_prompts for _ in range(spec.samples)]
+    prompts = [prompt for prompt in context.task.eval_prompts for _ in range(samples or spec.samples)]
     meter = Meter()
     # What a policy scores to choose its answer is a cost of answering; what the judge scores is not.
     metered = replace(context, panel=context.panel.with_meter(meter))
@@ -218,11 +237,10 @@ def _generators_kept() -> AbstractContextManager[None]:
     return torch.random.fork_rng(devices=range(torch.cuda.device_count()))
 
 
-def _scores(context: RunContext, table: pd.DataFrame, asked: Sequence[Preference]) -> Matrix:
+def _scores(context: RunContext, table: pd.DataFrame, asked: Sequence[Preference], samples: int) -> Matrix:
     """Return normalised scores ``[prompts, preferences, objectives]``, several samples of a prompt averaged."""
     raw = table[context.task.names].to_numpy(dtype=np.float64)
     unit = context.task.judge_normaliser.unit(raw).reshape(len(asked), -1, len(context.task.names))
-    samples = context.task.card.evaluation.samples
     return unit.reshape(len(asked), -1, samples, unit.shape[-1]).mean(axis=2).transpose(1, 0, 2)
 
 

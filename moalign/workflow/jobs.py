@@ -222,8 +222,16 @@ def fresh_peak() -> None:
 # --- evaluation -------------------------------------------------------------------------------------------------
 
 
-def evaluate_all(works: Sequence[Work], wanted: Sequence[Preference] | None, say: Say, keep: bool = True) -> None:
+def evaluate_all(
+    works: Sequence[Work],
+    wanted: Sequence[Preference] | None,
+    say: Say,
+    keep: bool = True,
+    samples: int | None = None,
+) -> None:
     """Evaluate every run that was trained; what was evaluated before is read back.
+
+    ``samples``: answers to each prompt; None: the task card's.
 
     With ``keep`` a failure is that run's own and the others go on; without, a wrong request (a run that was named and
     cannot be evaluated) is raised.
@@ -235,8 +243,8 @@ def evaluate_all(works: Sequence[Work], wanted: Sequence[Preference] | None, say
             told = prefixed(say, f"{work.name} ({number}/{len(trained)})")
             method, context = train.context_of(work.run, results_of(work.run), told)
             asked = evaluate.preferences_for(method, context, _served(method, context, wanted))
-            work.evaluation = evaluate.evaluate(method, context, asked, told)
-            work.table = evaluate.names(context.task, asked)[1]
+            work.evaluation = evaluate.evaluate(method, context, asked, told, samples)
+            work.table = evaluate.names(context.task, asked, work.evaluation.told["samples"])[1]
             normaliser = context.task.judge_normaliser
             work.bounds = tuple(normaliser.lo), tuple(normaliser.hi)
         gc.collect()
@@ -260,12 +268,14 @@ def not_evaluated(works: Sequence[Work], card: TaskCard) -> str | None:
     return f"{who} finished but not evaluated; compare reads the runs that it is given: evaluate first, {command}"
 
 
-def lost_answers(work: Work, card: TaskCard, wanted: Sequence[Preference] | None) -> str | None:
+def lost_answers(
+    work: Work, card: TaskCard, wanted: Sequence[Preference] | None, samples: int | None = None
+) -> str | None:
     """Return what is wrong when a finished run has its evaluation but not the answers it was made from, else None."""
     run = work.run if work.run is not None else work.plan.found if work.plan is not None else None
     if run is None:
         return None
-    file, table = _evaluation_of(work, run, card, wanted)
+    file, table = _evaluation_of(work, run, card, wanted, samples)
     if not (run.path / f"{file}.json").is_file() or (run.path / f"{table}.parquet").is_file():
         return None
     return (
@@ -274,12 +284,15 @@ def lost_answers(work: Work, card: TaskCard, wanted: Sequence[Preference] | None
     )
 
 
-def _evaluation_of(work: Work, run: Run, card: TaskCard, wanted: Sequence[Preference] | None) -> tuple[str, str]:
+def _evaluation_of(
+    work: Work, run: Run, card: TaskCard, wanted: Sequence[Preference] | None, samples: int | None = None
+) -> tuple[str, str]:
     """Return the names (without suffix) of a run's evaluation and of its answers; no model is loaded to know them."""
     grid = preferences.grid_of(len(card.objectives), card.grid)
     trained = [tuple(row) for row in run.record.preferences or grid]
     able = work.method.capabilities.steerable or (wanted is not None and set(wanted) <= set(trained))
-    return evaluate.names_on(grid, (wanted or grid) if able else trained)
+    other = None if samples == card.evaluation.samples else samples
+    return evaluate.names_on(grid, (wanted or grid) if able else trained, other)
 
 
 def _served(method: Method, context: RunContext, wanted: Sequence[Preference] | None) -> Sequence[Preference] | None:

@@ -1,9 +1,11 @@
 """Runs a list of settings of one method over several training seeds, and writes what each of them does and costs.
 
 A list is a YAML file beside this one: the task, the method, the seeds and groups of rows; a row is a label and the
-``--set`` settings that make it (or another method), and may have fewer seeds of its own. Every run is an ordinary
-``moalign train``: what was trained before is found again, and the same command after an interruption goes on. Written
-beside the list: ``NAME.json`` (every run with its command), ``NAME.md`` and ``NAME.png``.
+``--set`` settings that make it (or another method), and may have fewer seeds of its own; ``set`` beside the groups
+holds for all rows, and ``samples`` is how often each prompt is answered when runs are judged (``moalign eval RUN
+--samples N``). Every run is an ordinary ``moalign train``: what was trained before is found again, and the same command
+after an interruption goes on. Written beside the list: ``NAME.json`` (every run with its command), ``NAME.md`` and
+``NAME.png``. Where the optimum is not known, the page tells hypervolumes instead of shares of it.
 
     python results/ablations/ablate.py NAME [--results DIR] [--jobs N] [--seeds N]
 """
@@ -31,7 +33,7 @@ COSTS = ("tokens_generated", "tokens_trained", "reward_calls")
 
 def arguments(spec: Mapping[str, Any], row: Mapping[str, Any], seed: int, results: Path) -> list[str]:
     """Return the ``moalign`` arguments of one run."""
-    settings = [part for text in row.get("set", ()) for part in ("--set", str(text))]
+    settings = [part for text in (*spec.get("set", ()), *row.get("set", ())) for part in ("--set", str(text))]
     method, task = row.get("method", spec["method"]), spec["task"]
     return ["train", method, "--task", task, "--seed", str(seed), *settings, "--results", str(results)]
 
@@ -48,14 +50,14 @@ def train(command: Sequence[str]) -> dict[str, Any]:
     return dict(json.loads(done.stdout))
 
 
-def judged(told: Mapping[str, Any], results: Path) -> tuple[dict[str, Any], np.ndarray]:
+def judged(told: Mapping[str, Any], results: Path, samples: int | None) -> tuple[dict[str, Any], np.ndarray]:
     """Return a finished run's numbers, and its normalised scores ``[prompts, preferences, objectives]``."""
     from moalign.runs.run import Run
     from moalign.workflow.evaluate import evaluate
     from moalign.workflow.train import context_of
 
     method, context = context_of(Run.load(Path(told["run"])), results)
-    evaluation = evaluate(method, context)
+    evaluation = evaluate(method, context, samples=samples)
     found = evaluation.told
     return {
         "run": Path(told["run"]).name,
@@ -65,6 +67,8 @@ def judged(told: Mapping[str, Any], results: Path) -> tuple[dict[str, Any], np.n
         "hypervolume": found["hypervolume"],
         "ref": found["ref"],
         "tau": found["indicators"]["tau"],
+        "inner_product": found["indicators"]["inner_product"],
+        "collapsed": found["quality"]["rate"],
         "regret": found["indicators"].get("regret"),
         "points": [point["mean"] for point in found["points"]],
         "generalisation": found.get("generalisation"),
@@ -106,29 +110,37 @@ def markdown(told: Mapping[str, Any]) -> str:
     """Return the page."""
     every = [row for group in told["groups"] for row in group["rows"]]
     many, uneven = any("held_out" in row["summary"] for row in every), len({len(row["runs"]) for row in every}) > 1
+    known = _known(told)
+    meaning = (
+        "Share: hypervolume over that of the exact optimum; the interval (95 %) is that of the mean, over seeds and "
+        "prompts. Regret: what answers miss of a preference's best w.n, mean over preferences, median of seeds."
+        if known
+        else "The interval (95 %) is that of the mean hypervolume, over seeds and prompts. Inner product: mean over "
+        "preferences of w.n of the answers asked for with w; collapsed: answers that repeat, loop or say next to "
+        "nothing."
+    )
     lines = [
         f"# {told['title']}",
         "",
         f"{told['text'].strip()}",
         "",
         f"Made by `{told['command']}`: task {told['task']}, {'up to ' if uneven else ''}{_seeds(told['seeds'])}, "
-        "each with the recipe's settings but for those named. Share: hypervolume over that of the exact optimum; the "
-        "interval (95 %) is that of the mean, over seeds and prompts. Regret: what answers miss of a preference's best "
-        "w.n, mean over preferences, median of seeds. Costs are means per seed; time was measured "
+        f"each with the recipe's settings but for those named. {meaning} Costs are means per seed; time was measured "
         "beside another job and is rough."
+        + (f" Each prompt was answered {told['samples']} times at each preference." if told.get("samples") else "")
         + (" Utility: mean of w.n, as a share of the optimum's on the same preferences." if many else ""),
     ]
     for group in told["groups"]:
         head = [
             "settings",
             *(["seeds"] if uneven else []),
-            "share: median",
+            f"{'share' if known else 'hypervolume'}: median",
             "worst",
             "best",
             "95 % of the mean",
             "tau",
             "worst",
-            "regret",
+            *(["regret"] if known else ["inner product", "collapsed"]),
         ]
         head += ["utility where trained", "utility held out"] if many else []
         head += ["generated", "trained on", "reward calls", "time"]
@@ -136,10 +148,14 @@ def markdown(told: Mapping[str, Any]) -> str:
         lines += [f"| {' | '.join(head)} |", "| --- " + "| ---: " * (len(head) - 1) + "|"]
         for row in group["rows"]:
             label = [row["label"], *([str(len(row["runs"]))] if uneven else [])]
-            lines.append(f"| {' | '.join([*label, *_cells(row, many)])} |")
+            lines.append(f"| {' | '.join([*label, *_cells(row, many, known)])} |")
         if group.get("text"):
             lines += ["", group["text"].strip()]
-    lines += ["", f"![share of the optimum, and tokens, by row]({told['name']}.png)", ""]
+    lines += [
+        "",
+        f"![{'share of the optimum' if known else 'hypervolume'}, and tokens, by row]({told['name']}.png)",
+        "",
+    ]
     lines += [f"Commands and every run's numbers: [{told['name']}.json]({told['name']}.json). {_where(told)}", ""]
     return "\n".join(lines)
 
@@ -148,11 +164,25 @@ def _seeds(count: int) -> str:
     return "one training seed (0)" if count == 1 else f"{count} training seeds (0 to {count - 1})"
 
 
-def _cells(row: Mapping[str, Any], many: bool) -> list[str]:
+def _known(told: Mapping[str, Any]) -> bool:
+    """Whether the task's optimum is known, so that hypervolumes are told as shares of it."""
+    return all(run["optimum"] is not None for group in told["groups"] for row in group["rows"] for run in row["runs"])
+
+
+def _cells(row: Mapping[str, Any], many: bool, known: bool) -> list[str]:
     one = row["summary"]
-    cells = [f"{100 * one[name]:.1f} %" for name in ("median", "worst", "best")]
-    cells += [f"{100 * one['ci'][0]:.1f} to {100 * one['ci'][1]:.1f} %", f"{one['tau']:.2f}", f"{one['tau_worst']:.2f}"]
-    cells += [f"{statistics.median(run['regret'] for run in row['runs']):.4f}"]
+
+    def median(name: str) -> float:
+        return statistics.median(run[name] for run in row["runs"])
+
+    if known:
+        cells = [f"{100 * one[name]:.1f} %" for name in ("median", "worst", "best")]
+        cells += [f"{100 * one['ci'][0]:.1f} to {100 * one['ci'][1]:.1f} %"]
+    else:
+        cells = [f"{one[name]:.3f}" for name in ("median", "worst", "best")]
+        cells += [f"{one['ci'][0]:.3f} to {one['ci'][1]:.3f}"]
+    cells += [f"{one['tau']:.2f}", f"{one['tau_worst']:.2f}"]
+    cells += [f"{median('regret'):.4f}"] if known else [f"{median('inner_product'):.3f}", f"{median('collapsed'):.1%}"]
     if many:
         cells += [f"{100 * one[side]:.1f} %" if side in one else "" for side in ("trained", "held_out")]
     return [*cells, *(f"{one[name] / 1e6:.2f} M" for name in COSTS), f"{one['seconds']:.0f} s"]
@@ -168,14 +198,16 @@ def draw(told: Mapping[str, Any]) -> bytes:
     from moalign.report import style
 
     rows = [(index, row) for index, group in enumerate(told["groups"]) for row in group["rows"]]
+    known = _known(told)
+    unit = 100 if known else 1
     with style.canvas(7.6, 0.27 * len(rows) + 1.3, "light") as (figure, colours):
         share, spent = figure.subplots(1, 2, sharey=True, width_ratios=[2, 1])
         for y, (index, row) in enumerate(rows):
             one, (colour, marker) = row["summary"], style.look(index, colours)
             title = told["groups"][index]["title"] if row is told["groups"][index]["rows"][0] else None
-            ends = [[100 * abs(one["median"] - one[end])] for end in ("worst", "best")]
+            ends = [[unit * abs(one["median"] - one[end])] for end in ("worst", "best")]
             share.errorbar(
-                100 * one["median"],
+                unit * one["median"],
                 y,
                 xerr=ends,
                 color=colour,
@@ -186,7 +218,7 @@ def draw(told: Mapping[str, Any]) -> bytes:
             spent.barh(y, (one["tokens_generated"] + one["tokens_trained"]) / 1e6, color=colour, height=0.6)
         share.set_yticks(range(len(rows)), [row["label"] for _, row in rows])
         share.invert_yaxis()
-        share.set_xlabel("share of the optimal hypervolume, %")
+        share.set_xlabel("share of the optimal hypervolume, %" if known else "hypervolume")
         spent.set_xlabel("million tokens in training")
         handles, labels = share.get_legend_handles_labels()
         style.legend(figure, handles, labels, "", beside=False)
@@ -222,7 +254,7 @@ def main() -> None:
         done = dict(zip(commands, pool.map(train, commands), strict=True))
     for row in rows:
         mine = [done[tuple(arguments(spec, row, seed, asked.results))] for seed in range(row["seeds"])]
-        pairs = [judged(told, asked.results) for told in mine]
+        pairs = [judged(told, asked.results, spec.get("samples")) for told in mine]
         row["runs"] = [run for run, _ in pairs]
         row["summary"] = summary(row["runs"], [scores for _, scores in pairs])
         row["command"] = shlex.join(["moalign", *arguments(spec, row, 0, Path("results"))])
@@ -234,6 +266,7 @@ def main() -> None:
         "command": f"python results/ablations/ablate.py {asked.name}{given}",
         **{key: spec[key] for key in ("title", "text", "task", "method")},
         "seeds": seeds,
+        "samples": spec.get("samples"),
         "groups": spec["groups"],
         "environment": environment.capture(),
     }

@@ -11,7 +11,6 @@ The sandbox's base is trained before, outside every measurement but its own. Wri
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import platform
@@ -28,8 +27,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import judge  # beside this file, as is the next
+import judge  # beside this file, as are the next two
 import rewards
+import steps
 
 HERE = Path(__file__).resolve().parent
 MOALIGN = Path(sys.executable).parent / "moalign"
@@ -105,10 +105,10 @@ Commands = Callable[[Path], list[list[str]]]
 def _evaluate(method: str, prompts: int, samples: int, *more: str) -> tuple[Commands, Callable[[Path], list[str]]]:
     """Return (prepare, command) that evaluate a briefly trained run: how long it was trained does not matter."""
     task = ["--set", f"task.evaluation.prompts={prompts}", "--set", f"task.evaluation.samples={samples}"]
-    steps = ["--set", "steps=2"]
+    brief = ["--set", "steps=2"]
 
     def prepare(folder: Path) -> list[list[str]]:
-        return [["train", method, "--no-eval", *steps, *task, "--results", str(folder)]]
+        return [["train", method, "--no-eval", *brief, *task, "--results", str(folder)]]
 
     return prepare, lambda folder: ["eval", *more, "--results", str(folder), "--json"]
 
@@ -134,6 +134,14 @@ def benches() -> list[Bench]:
         Bench("train-ric", "train RiC on the sandbox", _train("ric", "--no-eval"), 60),
         Bench("train-mo-odpo", "train MO-ODPO on the sandbox", _train("mo-odpo", "--no-eval"), 75),
         Bench("train-moc", "train MOC on the sandbox", _train("moc", "--no-eval"), 75),
+        Bench("train-modpo", "train MODPO on the sandbox, 11 preferences", _train("modpo", "--no-eval"), 150, 1),
+        Bench(
+            "train-paretohqd",
+            "train ParetoHqD on the sandbox, 11 preferences",
+            _train("paretohqd", "--no-eval"),
+            150,
+            1,
+        ),
         Bench("eval-grid", "evaluate 11 preferences, 1408 responses in total", GRID[1], prepare=GRID[0]),
         Bench("eval-one", "evaluate 1 preference, 1408 responses in total", ONE[1], prepare=ONE[0]),
         Bench(
@@ -141,6 +149,14 @@ def benches() -> list[Bench]:
             "make demo after installation: five methods on the sandbox from an empty cache",
             lambda folder: ["compare", "--task", "sandbox", "--methods", DEMO, "--results", str(folder), "--json"],
             240,
+            1,
+            cold_cache=True,
+        ),
+        Bench(
+            "suite",
+            "the sandbox's whole suite of 16 methods from an empty cache: trained, evaluated, compared",
+            lambda folder: ["compare", "--task", "sandbox", "--results", str(folder), "--json"],
+            480,
             1,
             cold_cache=True,
         ),
@@ -234,10 +250,6 @@ def inside(grid: Path, one: Path, repeats: int) -> dict[str, Any]:
     return told
 
 
-OBJECTIVES = (2, 5)
-"""For how many objectives MOC's update is measured against that of PPO with one reward."""
-
-
 def in_one_process(option: str, repeats: int) -> dict[str, Any]:
     """Run this file with a hidden option in a fresh process; returns what it prints."""
     command = [sys.executable, str(Path(__file__).resolve()), option, "--repeats", str(repeats)]
@@ -248,122 +260,11 @@ def in_one_process(option: str, repeats: int) -> dict[str, Any]:
 
 
 def update_ratio(repeats: int) -> dict[str, Any]:
-    """Return the time of MOC's update over that of PPO with a scalar reward, for :data:`OBJECTIVES`.
+    """Return the time of MOC's update over that of PPO with a scalar reward, for :data:`steps.OBJECTIVES`.
 
     Measured in one process, in turn, with the batch of MOC's sandbox recipe.
     """
     return in_one_process("--inside-updates", repeats)
-
-
-def inside_updates(repeats: int) -> dict[str, Any]:
-    """Time rollouts and updates of MORLHF (one head) and of MOC, on one model in this process.
-
-    MOC's rewards are drawn at random, as many per response as there are objectives: what an update costs does not
-    depend on what they say.
-    """
-    import numpy as np
-
-    from moalign.methods import moc, morlhf
-    from moalign.policies import adapters
-    from moalign.runs.meter import Meter
-    from moalign.training.online import OnlineEngine
-    from moalign.training.ppo import PpoLoss, ValueHeads, grouped, only
-    from moalign.workflow.train import TrainRequest, plan
-
-    with tempfile.TemporaryDirectory() as folder:
-        made = plan(TrainRequest("moc", results=Path(folder)))
-        job = made.job(made.open(), Meter())
-        lm, config = job.task.language_model, job.config
-        adapters.attach(lm, job.policy_spec.lora, job.seed)
-        draw = grouped(job.preferences, config.groups)
-        losses = {"morlhf": PpoLoss(config, ["utility"], draw, morlhf.utility, only)}
-        for size in OBJECTIVES:
-            names = [f"r{k}" for k in range(size)]
-            control = moc.Control(config, names)
-            losses[f"moc-{size}"] = PpoLoss(config, names, draw, moc.normalised, control.combine)
-        width = lm.model.config.hidden_size
-        engines = {
-            name: OnlineEngine(job, lm, config, "online", config.style, ValueHeads(width, len(loss.heads)))
-            for name, loss in losses.items()
-        }
-        times: dict[str, dict[str, list[float]]] = {name: {"update": [], "step": []} for name in losses}
-        for step in range(repeats + 1):  # the first warms the allocator
-            for name, engine in engines.items():
-                size = len(losses[name].heads)
-                started = time.perf_counter()
-                rollout = engine.rollout(step, losses[name])
-                if size > 1:
-                    rng = np.random.default_rng([step, size])
-                    vectors = rng.dirichlet(np.ones(size), size=config.groups)
-                    rollout.preferences = grouped(vectors.tolist(), config.groups)(rng, len(rollout.prompts))
-                    rollout.z = rng.normal(size=(len(rollout.responses), size))
-                sampled = time.perf_counter()
-                engine._update(step, rollout, losses[name])
-                times[name]["update"].append(time.perf_counter() - sampled)
-                times[name]["step"].append(time.perf_counter() - started)
-        told: dict[str, Any] = {"batch": config.batch, "repeats": repeats}
-        for name, found in times.items():
-            told[name] = {kind: round(statistics.median(each[1:]), 4) for kind, each in found.items()}
-        for size in OBJECTIVES:
-            own = told[f"moc-{size}"]
-            own["ratio"] = round(own["update"] / told["morlhf"]["update"], 3)
-            own["ratio_of_steps"] = round(own["step"] / told["morlhf"]["step"], 3)
-        return told
-
-
-def inside_dpo(repeats: int) -> dict[str, Any]:
-    """Time steps of trl's unchanged DPO loss, of plain DPO here and of MODPO, in turn on the same batches.
-
-    The batch is that of MODPO's sandbox recipe; a step is what lies between two calls of the progress callback.
-    """
-    from moalign.methods.modpo import margin_of
-    from moalign.policies import adapters
-    from moalign.runs.meter import Meter
-    from moalign.training import offline_dpo
-    from moalign.training.pair_rows import objective_pairs
-    from moalign.workflow.train import TrainRequest, plan
-
-    own = offline_dpo.trainer_class
-
-    def unchanged() -> Any:
-        from trl import DPOTrainer
-
-        class Plain(own()):  # type: ignore[misc]
-            def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-                self.precompute_ref_logps = True
-                told = {name: inputs[name] for name in ("input_ids", "attention_mask", "completion_mask")}
-                told["ref_chosen_logps"], told["ref_rejected_logps"] = inputs["reference"].unbind(1)
-                return DPOTrainer.compute_loss(self, model, told)
-
-        return Plain
-
-    with tempfile.TemporaryDirectory() as folder:
-        made = plan(TrainRequest("modpo", results=Path(folder)))
-        job = made.job(made.open(), Meter())
-        lm, steps = job.task.language_model, 12
-        config = job.config.model_copy(update={"steps": steps, "log_every": steps + 1})
-        pairs = objective_pairs(job, lm, config, [0], scores=True)[0]
-        assert pairs.gaps is not None
-        margins = {"trl": None, "dpo": None, "modpo": margin_of((0.6, 0.4), 0, pairs.gaps)}
-        times: dict[str, list[float]] = {name: [] for name in margins}
-        stamps: list[float] = []
-        job.say = lambda *told: stamps.append(time.perf_counter())
-        for repeat in range(repeats + 1):  # the first warms the allocator
-            for name, margin in margins.items():
-                adapters.attach(lm, job.policy_spec.lora, job.seed)
-                stamps.clear()
-                offline_dpo.trainer_class = unchanged if name == "trl" else own
-                offline_dpo.train_dpo(job, lm, pairs.rows, config, f"bench-{name}-{repeat}", margin)
-                if repeat:
-                    times[name] += [after - before for before, after in itertools.pairwise(stamps)]
-        told = {name: round(statistics.median(found), 5) for name, found in times.items()}
-        return {
-            "batch": config.batch,
-            "steps": len(times["modpo"]),
-            "seconds": told,
-            "ratio": round(told["modpo"] / told["dpo"], 3),
-            "ratio_to_trl": round(told["modpo"] / told["trl"], 3),
-        }
 
 
 def table(told: dict[str, Any]) -> str:
@@ -396,7 +297,7 @@ def table(told: dict[str, Any]) -> str:
         ratios = ", ".join(
             f"{found[f'moc-{size}']['ratio']:.2f} with {size} objectives (whole step, sampling included: "
             f"{found[f'moc-{size}']['ratio_of_steps']:.2f})"
-            for size in OBJECTIVES
+            for size in steps.OBJECTIVES
         )
         lines += [
             "",
@@ -450,10 +351,10 @@ def main() -> None:
     parser.add_argument("--inside-dpo", action="store_true", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.inside_dpo:
-        print(json.dumps(inside_dpo(asked.repeats)))
+        print(json.dumps(steps.inside_dpo(asked.repeats)))
         return
     if asked.inside_updates:
-        print(json.dumps(inside_updates(asked.repeats)))
+        print(json.dumps(steps.inside_updates(asked.repeats)))
         return
     if asked.inside:
         print(json.dumps(inside(Path(asked.inside[0]), Path(asked.inside[1]), asked.repeats)))
@@ -477,8 +378,8 @@ def main() -> None:
     told["grid_ratio"] = grid_ratio(max(asked.repeats or 0, 5)) if whole else None
     updates = not asked.only or "updates" in asked.only
     told["update_ratio"] = update_ratio(max(asked.repeats or 0, 30)) if updates else None
-    steps = not asked.only or "dpo" in asked.only
-    told["dpo_ratio"] = in_one_process("--inside-dpo", max(asked.repeats or 0, 6)) if steps else None
+    stepped = not asked.only or "dpo" in asked.only
+    told["dpo_ratio"] = in_one_process("--inside-dpo", max(asked.repeats or 0, 6)) if stepped else None
     told["reward_ratios"] = rewards.reward_ratios(max(asked.repeats or 0, 15)) if whole else None
     told["judge"] = judge.judged(max(asked.repeats or 0, 25)) if whole else None
     asked.out.mkdir(parents=True, exist_ok=True)

@@ -171,6 +171,29 @@ def test_runs_without_an_evaluation(moalign: Any, compare: Compare, runs: list[P
     assert {path.parent for run in runs for path in run.glob("eval*.json")} == set(before)
 
 
+def test_more_answers_to_each_prompt(moalign: Any, runs: list[Path], tmp_path: Path) -> None:
+    """The comparison is one of its own, of answers generated for it; the page shows the first to each prompt."""
+    both = list(map(str, runs))
+    plain = json.loads(moalign("compare", *both, "--json").out)
+    page = tmp_path / "page.html"
+    told = json.loads(moalign("compare", *both, "--samples", "2", "--html", str(page), "--json").out)
+    assert (plain["samples"], told["samples"]) == (1, 2)
+    assert told["json"] != plain["json"]
+    assert "--samples 2" in told["command"]
+    assert told["prompts"] == plain["prompts"]
+    assert ", 2 answers to each" in Path(told["markdown"]).read_text()
+    assert "answers to each" not in Path(plain["markdown"]).read_text()
+    assert "2 answers" in moalign("compare", *both, "--samples", "2").out
+    for run in runs:
+        assert len(list(run.glob("responses*.parquet"))) == 2
+    assert page.stat().st_size > 0
+    again = json.loads(moalign("compare", *both, "--samples", "1", "--json").out)
+    assert again["json"] == plain["json"]
+    next(runs[0].glob("responses*-x2.parquet")).unlink()
+    refused(moalign("compare", *both, "--samples", "2", "--json"), "-x2.parquet: missing")
+    assert moalign("compare", *both, "--json").code == 0
+
+
 def test_a_run_trained_without_an_evaluation(moalign: Any, runs: list[Path]) -> None:
     """As ``train --no-eval`` leaves it, also when its own vectors are not the task's grid."""
     for more in ([], ["--prefs", "0.3,0.7"]):

@@ -102,6 +102,19 @@ def test_other_preferences_are_evaluated_and_kept_apart(moalign: Any, run: dict[
     assert len(json.loads((Path(run["run"]) / "eval.json").read_text())["points"]) == 11
 
 
+def test_more_answers_to_each_prompt(moalign: Any, run: dict[str, Any]) -> None:
+    plain = json.loads(moalign("eval", run["run_id"], "--json").out)
+    told = json.loads(moalign("eval", run["run_id"], "--samples", "3", "--json").out)
+    assert (plain["samples"], told["samples"]) == (1, 3)
+    assert told["prompts"] == plain["prompts"]
+    assert told["cost"]["tokens_generated"] > 2 * plain["cost"]["tokens_generated"]
+    kept = {file.name for file in Path(run["run"]).glob("eval*.json")}
+    assert kept == {"eval.json", "eval-x3.json"}
+    on_three = json.loads(moalign("eval", run["run_id"], "--samples", "3", "--grid", "3", "--json").out)
+    assert (len(on_three["points"]), on_three["samples"]) == (3, 3)
+    assert on_three["points"][0]["mean"] == told["points"][0]["mean"]  # (0, 1), from the same random numbers
+
+
 def test_another_reference_point_changes_the_hypervolume_only(moalign: Any, run: dict[str, Any]) -> None:
     plain = json.loads(moalign("eval", run["run_id"], "--json").out)
     same = json.loads(moalign("eval", run["run_id"], "--ref", "0,0", "--json").out)
@@ -147,6 +160,7 @@ def test_a_run_named_by_its_path_brings_its_results_folder(
         (["--prefs", "3,7"], "did you mean --prefs 0.3,0.7?"),
         (["--prefs", "1,0", "--grid", "3"], "--prefs and --grid exclude each other"),
         (["--grid", "1"], "--grid 1"),
+        (["--samples", "0"], "'--samples': Input should be greater than or equal to 1"),
         (["--ref", "0"], "--ref 0: found 1 number; the task has 2 objectives (helpfulness, harmlessness)"),
         (["--ref", "0,high"], "--ref 0,high: 'high' is not a finite number"),
         (["--minimise"], "--minimise belongs to --points"),
@@ -233,6 +247,7 @@ def test_points_beyond_the_reference_are_mentioned_on_stderr(moalign: Any, point
         (POINTS, ["--ref", "0,inf"], "'inf' is not a finite number"),
         (POINTS, ["--ref", "0,0", "--prefs", "1,1"], "the weights sum to 2, not 1"),
         (POINTS, ["--ref", "0,0", "--grid", "3"], "--grid is for runs"),
+        (POINTS, ["--ref", "0,0", "--samples", "2"], "--samples is for runs"),
         (POINTS, ["--ref", "0,0", "a-run"], "--points and RUN exclude each other"),
     ],
 )

@@ -233,6 +233,43 @@ def test_several_samples_of_a_prompt_are_averaged(small_task: tuple[str, ...], t
             assert result.scores[p, k] == pytest.approx(context.task.normaliser.unit(raw).mean(axis=0))
 
 
+def test_more_samples_than_the_card_asks_for(small_task: tuple[str, ...], tmp_path: Path, steered: Opened) -> None:
+    """As a card with as many would have it; the card's own evaluation stays, and the run is the same."""
+    method, context = steered
+    own = evaluate(method, context)
+    assert own.told["samples"] == 1
+    asked = evaluate(method, context, samples=2)
+    assert (asked.told["samples"], asked.told["prompts"]) == (2, PROMPTS)
+    other = evaluate(*opened((*small_task, "task.evaluation.samples=2"), tmp_path / "other", Steered()))
+    assert np.array_equal(asked.scores, other.scores)
+    assert asked.told["points"] == other.told["points"] and asked.told["hypervolume"] == other.told["hypervolume"]
+    assert not np.allclose(asked.scores, own.scores)
+    assert json.loads((context.run.path / "eval.json").read_text()) == own.told
+    assert json.loads((context.run.path / "eval-x2.json").read_text()) == asked.told
+    assert len(context.run.read_table("responses-x2")) == 2 * len(context.run.read_table("responses"))
+    calls = Speaker.calls
+    assert_equal(evaluate(method, context, samples=2), asked)
+    assert_equal(evaluate(method, context, samples=1), own)  # the card's number spelt out is the card's evaluation
+    assert Speaker.calls == calls
+
+
+def test_more_samples_narrow_the_intervals(small_task: tuple[str, ...], tmp_path: Path) -> None:
+    """With a policy that samples: prompts differ less when each is the mean of several answers."""
+    run, _ = train(plan(TrainRequest("prompting", overrides=small_task, results=tmp_path)))
+    opened_ = context_of(run, tmp_path)
+    one, many = (evaluate(*opened_, samples=count) for count in (1, 8))
+    spread = [float(result.scores.var(axis=0).mean()) for result in (one, many)]
+    assert spread[1] < 0.5 * spread[0]
+
+
+def test_an_evaluation_that_does_not_say_how_many_answers_is_of_the_cards_number(steered: Opened) -> None:
+    method, context = steered
+    own = evaluate(method, context)
+    path = context.run.path / "eval.json"
+    path.write_text(json.dumps({key: value for key, value in own.told.items() if key != "samples"}))
+    assert_equal(evaluate(method, context), own)
+
+
 def test_a_method_that_is_not_steerable_answers_for_what_it_was_trained_on(
     small_task: tuple[str, ...], tmp_path: Path
 ) -> None:

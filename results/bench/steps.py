@@ -1,0 +1,124 @@
+"""What an update costs: MOC's over PPO's, MODPO's over DPO's; called by ``bench.py`` (hidden options alone)."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+OBJECTIVES = (2, 5)
+"""For how many objectives MOC's update is measured against that of PPO with one reward."""
+
+
+def inside_updates(repeats: int) -> dict[str, Any]:
+    """Time rollouts and updates of MORLHF (one head) and of MOC, on one model in this process.
+
+    MOC's rewards are drawn at random, as many per response as there are objectives: what an update costs does not
+    depend on what they say.
+    """
+    import numpy as np
+
+    from moalign.methods import moc, morlhf
+    from moalign.policies import adapters
+    from moalign.runs.meter import Meter
+    from moalign.training.online import OnlineEngine
+    from moalign.training.ppo import PpoLoss, ValueHeads, grouped, only
+    from moalign.workflow.train import TrainRequest, plan
+
+    with tempfile.TemporaryDirectory() as folder:
+        made = plan(TrainRequest("moc", results=Path(folder)))
+        job = made.job(made.open(), Meter())
+        lm, config = job.task.language_model, job.config
+        adapters.attach(lm, job.policy_spec.lora, job.seed)
+        draw = grouped(job.preferences, config.groups)
+        losses = {"morlhf": PpoLoss(config, ["utility"], draw, morlhf.utility, only)}
+        for size in OBJECTIVES:
+            names = [f"r{k}" for k in range(size)]
+            control = moc.Control(config, names)
+            losses[f"moc-{size}"] = PpoLoss(config, names, draw, moc.normalised, control.combine)
+        width = lm.model.config.hidden_size
+        engines = {
+            name: OnlineEngine(job, lm, config, "online", config.style, ValueHeads(width, len(loss.heads)))
+            for name, loss in losses.items()
+        }
+        times: dict[str, dict[str, list[float]]] = {name: {"update": [], "step": []} for name in losses}
+        for step in range(repeats + 1):  # the first warms the allocator
+            for name, engine in engines.items():
+                size = len(losses[name].heads)
+                started = time.perf_counter()
+                rollout = engine.rollout(step, losses[name])
+                if size > 1:
+                    rng = np.random.default_rng([step, size])
+                    vectors = rng.dirichlet(np.ones(size), size=config.groups)
+                    rollout.preferences = grouped(vectors.tolist(), config.groups)(rng, len(rollout.prompts))
+                    rollout.z = rng.normal(size=(len(rollout.responses), size))
+                sampled = time.perf_counter()
+                engine._update(step, rollout, losses[name])
+                times[name]["update"].append(time.perf_counter() - sampled)
+                times[name]["step"].append(time.perf_counter() - started)
+        told: dict[str, Any] = {"batch": config.batch, "repeats": repeats}
+        for name, found in times.items():
+            told[name] = {kind: round(statistics.median(each[1:]), 4) for kind, each in found.items()}
+        for size in OBJECTIVES:
+            own = told[f"moc-{size}"]
+            own["ratio"] = round(own["update"] / told["morlhf"]["update"], 3)
+            own["ratio_of_steps"] = round(own["step"] / told["morlhf"]["step"], 3)
+        return told
+
+
+def inside_dpo(repeats: int) -> dict[str, Any]:
+    """Time steps of trl's unchanged DPO loss, of plain DPO here and of MODPO, in turn on the same batches.
+
+    The batch is that of MODPO's sandbox recipe; a step is what lies between two calls of the progress callback.
+    """
+    from moalign.methods.modpo import margin_of
+    from moalign.policies import adapters
+    from moalign.runs.meter import Meter
+    from moalign.training import offline_dpo
+    from moalign.training.pair_rows import objective_pairs
+    from moalign.workflow.train import TrainRequest, plan
+
+    own = offline_dpo.trainer_class
+
+    def unchanged() -> Any:
+        from trl import DPOTrainer
+
+        class Plain(own()):  # type: ignore[misc]
+            def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+                self.precompute_ref_logps = True
+                told = {name: inputs[name] for name in ("input_ids", "attention_mask", "completion_mask")}
+                told["ref_chosen_logps"], told["ref_rejected_logps"] = inputs["reference"].unbind(1)
+                return DPOTrainer.compute_loss(self, model, told)
+
+        return Plain
+
+    with tempfile.TemporaryDirectory() as folder:
+        made = plan(TrainRequest("modpo", results=Path(folder)))
+        job = made.job(made.open(), Meter())
+        lm, steps = job.task.language_model, 12
+        config = job.config.model_copy(update={"steps": steps, "log_every": steps + 1})
+        pairs = objective_pairs(job, lm, config, [0], scores=True)[0]
+        assert pairs.gaps is not None
+        margins = {"trl": None, "dpo": None, "modpo": margin_of((0.6, 0.4), 0, pairs.gaps)}
+        times: dict[str, list[float]] = {name: [] for name in margins}
+        stamps: list[float] = []
+        job.say = lambda *told: stamps.append(time.perf_counter())
+        for repeat in range(repeats + 1):  # the first warms the allocator
+            for name, margin in margins.items():
+                adapters.attach(lm, job.policy_spec.lora, job.seed)
+                stamps.clear()
+                offline_dpo.trainer_class = unchanged if name == "trl" else own
+                offline_dpo.train_dpo(job, lm, pairs.rows, config, f"bench-{name}-{repeat}", margin)
+                if repeat:
+                    times[name] += [after - before for before, after in itertools.pairwise(stamps)]
+        told = {name: round(statistics.median(found), 5) for name, found in times.items()}
+        return {
+            "batch": config.batch,
+            "steps": len(times["modpo"]),
+            "seconds": told,
+            "ratio": round(told["modpo"] / told["dpo"], 3),
+            "ratio_to_trl": round(told["modpo"] / told["trl"], 3),
+        }
