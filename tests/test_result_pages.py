@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,9 +19,10 @@ ABLATIONS = sorted((RESULTS / "ablations").glob("*.yaml"))
 
 def script(name: str) -> ModuleType:
     path = RESULTS / name
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(f"result_script_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
@@ -98,3 +100,12 @@ def test_the_calibration_page_is_made_of_its_record() -> None:
     assert told["summary"] == {kind: calibration.summary(told["rows"], kind) for kind in told["summary"]}
     assert told["verdict"] == calibration.verdict(told["summary"])
     assert path.read_text(encoding="utf-8") == calibration.markdown(told)
+
+
+def test_the_page_of_times_is_made_of_its_record_and_promises_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(RESULTS / "bench"))
+    told = record(RESULTS / "bench/cpu.json")
+    assert (RESULTS / "bench/cpu.md").read_text(encoding="utf-8") == script("bench/bench.py").table(told)
+    promised = [row for row in told["rows"] if row["limit_seconds"] is not None]
+    assert len(promised) >= 9
+    assert [row["name"] for row in promised if row["seconds"] > row["limit_seconds"]] == []

@@ -284,55 +284,68 @@ def table(told: dict[str, Any]) -> str:
         limit = "" if row["limit_seconds"] is None else f"<= {row['limit_seconds']:g}"
         size = row["peak_bytes"] / 2**20
         lines.append(f"| {row['what']} | `{row['command']}` | {row['seconds']:.2f} | {limit} | {size:.0f} |")
-    if told["grid_ratio"] is not None:
-        both = told["grid_ratio"]
-        lines += [
-            "",
-            f"Answering and scoring {both['grid']['responses']} responses in one warm process: 11 preferences "
-            f"take {both['grid']['seconds']:.2f} s, one preference {both['one']['seconds']:.2f} s; "
-            f"ratio {both['ratio']:.2f} (promised <= 1.5).",
-        ]
-    if told.get("update_ratio") is not None:
-        found = told["update_ratio"]
-        ratios = ", ".join(
-            f"{found[f'moc-{size}']['ratio']:.2f} with {size} objectives (whole step, sampling included: "
-            f"{found[f'moc-{size}']['ratio_of_steps']:.2f})"
-            for size in steps.OBJECTIVES
-        )
-        lines += [
-            "",
-            f"MOC's update over that of PPO with one reward (MORLHF), {found['batch']} responses, medians of "
-            f"{found['repeats']} in one warm process: {ratios}; promised <= 1.1.",
-        ]
-    if told.get("dpo_ratio") is not None:
-        both = told["dpo_ratio"]
-        lines += [
-            "",
-            f"A step of MODPO over one of plain DPO, {both['batch']} pairs, medians of {both['steps']} steps in one "
-            f"warm process: {both['ratio']:.2f} (promised <= 1.05); over trl's own loss: {both['ratio_to_trl']:.2f}.",
-        ]
-    if told.get("reward_ratios") is not None:
-        both = told["reward_ratios"]
-        lines += [
-            "",
-            f"Reward models, medians of ratios in one process: scoring reaches {both['scoring']:.2f} of the throughput "
-            "of a plain batched forward pass on length-sorted batches (promised >= 0.95); a step with MORE takes "
-            f"{both['more_step']:.2f} of one with multitask (promised <= 1.1).",
-        ]
-    if told.get("judge") is not None:
-        found = told["judge"]
-        ratios = ", ".join(f"{m} objectives {ratio:.2f}" for m, ratio in found["hypervolume"].items())
-        sizes = ", ".join(
-            f"{words} words {made['bytes'] / 1e6:.1f} MB in {made['seconds']:.1f} s"
-            for words, made in found["page"].items()
-        )
-        lines += [
-            "",
-            f"Hypervolume of {found['points']} points over moocore's own call on the same array, medians: {ratios} "
-            f"(promised <= 1.1). Page of 10 methods, 11 preferences and 256 prompts, by the length of an answer: "
-            f"{sizes} (promised <= 10 MB).",
-        ]
+    for name, sentence in SENTENCES.items():
+        if told.get(name) is not None:
+            lines += ["", sentence(told[name])]
     return "\n".join(lines) + "\n"
+
+
+def _grid(found: dict[str, Any]) -> str:
+    return (
+        f"Answering and scoring {found['grid']['responses']} responses in one warm process: 11 preferences "
+        f"take {found['grid']['seconds']:.2f} s, one preference {found['one']['seconds']:.2f} s; "
+        f"ratio {found['ratio']:.2f} (promised <= 1.5)."
+    )
+
+
+def _updates(found: dict[str, Any]) -> str:
+    ratios = ", ".join(
+        f"{found[f'moc-{size}']['ratio']:.2f} with {size} objectives (whole step, sampling included: "
+        f"{found[f'moc-{size}']['ratio_of_steps']:.2f})"
+        for size in steps.OBJECTIVES
+    )
+    return (
+        f"MOC's update over that of PPO with one reward (MORLHF), {found['batch']} responses, medians of "
+        f"{found['repeats']} in one warm process: {ratios}; promised <= 1.1."
+    )
+
+
+def _dpo(found: dict[str, Any]) -> str:
+    return (
+        f"A step of MODPO over one of plain DPO, {found['batch']} pairs, medians of {found['steps']} steps in one "
+        f"warm process: {found['ratio']:.2f} (promised <= 1.05); over trl's own loss: {found['ratio_to_trl']:.2f}."
+    )
+
+
+def _rewards(found: dict[str, Any]) -> str:
+    return (
+        f"Reward models, medians of ratios in one process: scoring reaches {found['scoring']:.2f} of the throughput "
+        "of a plain batched forward pass on length-sorted batches (promised >= 0.95); a step with MORE takes "
+        f"{found['more_step']:.2f} of one with multitask (promised <= 1.1)."
+    )
+
+
+def _judge(found: dict[str, Any]) -> str:
+    ratios = ", ".join(f"{m} objectives {ratio:.2f}" for m, ratio in found["hypervolume"].items())
+    sizes = ", ".join(
+        f"{words} words {made['bytes'] / 1e6:.1f} MB in {made['seconds']:.1f} s"
+        for words, made in found["page"].items()
+    )
+    return (
+        f"Hypervolume of {found['points']} points over moocore's own call on the same array, medians: {ratios} "
+        f"(promised <= 1.1). Page of 10 methods, 11 preferences and 256 prompts, by the length of an answer: "
+        f"{sizes} (promised <= 10 MB)."
+    )
+
+
+SENTENCES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "grid_ratio": _grid,
+    "update_ratio": _updates,
+    "dpo_ratio": _dpo,
+    "reward_ratios": _rewards,
+    "judge": _judge,
+}
+"""What a part of the record says below the table."""
 
 
 def main() -> None:

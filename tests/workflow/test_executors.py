@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import subprocess
@@ -33,11 +34,13 @@ def in_thread(work: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
     return thread, ended
 
 
-def until(true: Callable[[], Any], seconds: float = 60) -> None:
+def until(true: Callable[[], Any], seconds: float = 60) -> Any:
+    """Wait for something; return it."""
     last = time.monotonic() + seconds
-    while not true():
+    while not (found := true()):
         assert time.monotonic() < last, "waited in vain"
         time.sleep(0.02)
+    return found
 
 
 # --- names ----------------------------------------------------------------------------------------------------------
@@ -379,25 +382,35 @@ def test_an_interruption_cancels_the_tasks(runs: list[Any], ray: FakeRay) -> Non
 @pytest.mark.slow
 def test_a_ray_cluster_runs_and_interrupts_commands(waiting: list[str], tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="ray is not installed (pip install ray)")
+    before = _children()
     with executors.opened("ray") as pool:
         assert pool.run(["ls", "methods"]) == (0, "")
         code, said = pool.run(["train", "rick"])
         assert code == 2 and "did you mean 'ric'" in said
         thread, ended = in_thread(lambda: pool.run(waiting))
-        until(lambda: _started(waiting))
+        writer = until(lambda: _writer(Path(waiting[2])))  # somebody reads the file
+        mine = _children() - before
+        assert mine
         pool.stop()
         thread.join(timeout=30)
         assert ended and ended[0][0] != 0
-        until(lambda: not _started(waiting), 10)
+        until(lambda: not mine & _children(), 10)
+    os.close(writer)
 
 
-def _started(command: list[str]) -> bool:
-    """Whether a process of this command runs and waits (it reads its file by now)."""
+def _writer(fifo: Path) -> int | None:
+    """Return a descriptor that keeps the command waiting for what is written, once it has opened its file."""
+    try:
+        return os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
+    except OSError:  # nobody reads it yet
+        return None
+
+
+def _children() -> set[str]:
+    """Return the numbers of the processes that run commands for a comparison."""
+    found = set()
     for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (folder / "cmdline").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if command[2].encode() in words:
-            return True
-    return False
+        with contextlib.suppress(OSError):
+            if b"moalign.cli.jobs" in (folder / "cmdline").read_bytes().split(b"\0"):
+                found.add(folder.name)
+    return found
