@@ -106,6 +106,12 @@ def _seeds(told: Mapping[str, Any]) -> str:
 def _section(path: Path, told: Mapping[str, Any], folder: Path) -> list[str]:
     place = Path(os.path.relpath(path.parent, folder)).as_posix()
     parts = [f"## {escaped(path.parent.name)}", escaped(told["description"]), *map(escaped, told["verdict"])]
+    samples = told.get("samples") or 1  # records of before did not say
+    if samples > 1:
+        parts.append(
+            f"{told['prompts']} evaluation prompts, each answered {samples} times at every preference: "
+            f"`moalign eval RUN --samples {samples}`."
+        )
     if any(row["points"] for row in told["rows"]):
         parts.append(_picture(place, "fronts", "Mean rewards of every method by preference"))
     parts += [_ranking(told), _cost(told), _whole(told, place)]

@@ -82,6 +82,15 @@ def test_kl_to_base_has_a_column_where_a_record_has_it(records: Path) -> None:
     assert "| ≤ 3.21 | `moalign train a" in text and "| – | `moalign train b" in text
 
 
+def test_a_record_of_several_answers_says_so(records: Path) -> None:
+    path = records / "two" / "compare.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "samples": 4}))
+    leaderboard.make(records, records.parent / "LEADERBOARD.md")
+    text = (records.parent / "LEADERBOARD.md").read_text()
+    assert text.count("each answered 4 times at every preference: `moalign eval RUN --samples 4`.") == 1
+    assert text.index("## two") < text.index("answered 4 times")
+
+
 def test_the_figure_follows_the_readers_colours(records: Path) -> None:
     leaderboard.make(records, records.parent / "LEADERBOARD.md")
     text = (records.parent / "LEADERBOARD.md").read_text()

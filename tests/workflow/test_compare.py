@@ -98,7 +98,7 @@ FIGURES = {".png": b"\x89PNG a figure", ".svg": b"<?xml a figure"}
 
 
 def respond(
-    method: Any, context: RunContext, asked: Any, say: Any
+    method: Any, context: RunContext, asked: Any, say: Any, samples: int
 ) -> tuple[pd.DataFrame, dict[str, int], list[KlToBase]]:
     prompts = context.task.eval_prompts
     noise = np.random.default_rng(3).normal(0, 0.3, (len(prompts), 2)) + 0.01 * context.run.record.seed
@@ -112,6 +112,7 @@ def respond(
         }
         for w in asked
         for i, prompt in enumerate(prompts)
+        for _ in range(samples)
     ]
     return (
         pd.DataFrame(rows),
@@ -212,6 +213,19 @@ def test_a_grid_of_its_own_size(card: str, results: Path) -> None:
     assert len(compared.told["grid"]) == 5
     for row in compared.told["rows"]:
         assert len(row["points"]) == 5 and not row["own_preferences"]
+
+
+def test_more_answers_to_each_prompt(card: str, results: Path) -> None:
+    """The same runs, other answers, a comparison of its own; the card's number spelt out is the plain one."""
+    plain = ask(card, results, methods=["good", "own-only"]).told
+    asked = ask(card, results, methods=["good", "own-only"], samples=3).told
+    assert (plain["samples"], asked["samples"]) == (1, 3)
+    assert asked["json"] != plain["json"] and "--samples 3" in asked["command"]
+    assert [row["runs"][0]["run"] for row in asked["rows"]] == [row["runs"][0]["run"] for row in plain["rows"]]
+    for one, other in zip(plain["rows"], asked["rows"], strict=True):
+        assert other["hypervolume"] == pytest.approx(one["hypervolume"])  # the stand-in says the same each time
+        assert other["cost"]["answering"]["tokens_generated"] == 3 * one["cost"]["answering"]["tokens_generated"]
+    assert ask(card, results, methods=["good", "own-only"], samples=1).told["json"] == plain["json"]
 
 
 def test_settings_go_to_the_methods_that_have_them(card: str, results: Path) -> None:
