@@ -109,3 +109,29 @@ def test_the_page_of_times_is_made_of_its_record_and_promises_are_kept(monkeypat
     promised = [row for row in told["rows"] if row["limit_seconds"] is not None]
     assert len(promised) >= 9
     assert [row["name"] for row in promised if row["seconds"] > row["limit_seconds"]] == []
+
+
+@pytest.mark.parametrize(
+    ("heading", "task"),
+    [
+        ("### Sandbox\n", "sandbox"),
+        ("### Sandbox, cold base\n", "sandbox-cold"),
+        ("### Sandbox, three objectives\n", "sandbox-3"),
+    ],
+)
+def test_readmes_tables_say_what_the_records_say(heading: str, task: str, checkout: Path) -> None:
+    told = record(RESULTS / "published" / task / "compare.json")
+    text = (checkout / "README.md").read_text(encoding="utf-8").partition(heading)[2].partition("\n### ")[0]
+    table = text[text.index("| method |") :].partition("\n\n")[0].splitlines()
+    heads = [cell.strip() for cell in table[0].strip("|").split("|")]
+    rows = [dict(zip(heads, (cell.strip() for cell in line.strip("|").split("|")), strict=True)) for line in table[2:]]
+    assert [row["method"].strip("`") for row in rows] == [row["label"] for row in told["rows"]]
+    most = told["optimum"]["hypervolume"]
+    for row, one in zip(rows, told["rows"], strict=True):
+        assert row["hypervolume"] == f"{one['hypervolume']:.3f}"
+        assert row["95 % interval"] == f"[{one['ci'][0]:.3f}, {one['ci'][1]:.3f}]"
+        shares = [f"{100 * value / most:.0f}" for value in one["hypervolume_by_seed"]]
+        seeds = f" ({', '.join(shares)})" if len(shares) > 1 else ""
+        assert row["% of optimum (each seed)"] == f"{100 * one['optimal_share']:.0f} %{seeds}"
+        assert row["inner product"] == f"{one['indicators']['inner_product']:.3f}"
+        assert row["tau"] == f"{one['indicators']['tau']:.2f}"
