@@ -90,10 +90,11 @@ def compare(request: CompareRequest, say: Say = silent) -> Comparison:
     """
     works, card, card_hash = _found(request) if request.runs else plan_all(request)
     wanted = _wanted(request, card)
-    _refuse_lost_answers(works, card, wanted, request.samples)
+    samples = _samples(request, card)
+    _refuse_lost_answers(works, card, wanted, samples)
     places = _places(request, works, card, card_hash)
     jobs.train_missing(works, request.executor, request.jobs, say)
-    jobs.evaluate_all(works, wanted, say, keep=not request.runs, samples=request.samples)
+    jobs.evaluate_all(works, wanted, say, keep=not request.runs, samples=samples)
     _refuse_not_finite(works, card)
     _same_bounds(works)
     grid = wanted or preferences.grid_of(len(card.objectives), card.grid)
@@ -289,6 +290,11 @@ def _wanted(request: CompareRequest, card: TaskCard) -> list[Preference] | None:
     return None if request.grid is None else preferences.grid_of(len(card.objectives), request.grid)
 
 
+def _samples(request: CompareRequest, card: TaskCard) -> int | None:
+    """Return how many answers to each prompt were asked for, None for as many as the card says."""
+    return None if request.samples == card.evaluation.samples else request.samples
+
+
 def _refuse_not_finite(works: Sequence[Work], card: TaskCard) -> None:
     """Refuse stored answers with a score that is no number; the judge itself lets none through."""
     problems = []
@@ -376,8 +382,9 @@ def _command(request: CompareRequest) -> str:
 def _places(request: CompareRequest, works: Sequence[Work], card: TaskCard, card_hash: str) -> Places:
     """Return where the files go, having checked that they can be written there."""
     asked = {"card": card_hash, "runs": sorted(work.folder.name for work in works), "grid": request.grid}
-    if request.samples not in (None, card.evaluation.samples):
-        asked["samples"] = request.samples
+    samples = _samples(request, card)
+    if samples is not None:
+        asked["samples"] = samples
     folder = request.results / "compare" / f"{card.name}-{stores.identity(asked)[:8]}"
     places = Places(
         folder / "compare.json",

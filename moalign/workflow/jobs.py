@@ -291,8 +291,7 @@ def _evaluation_of(
     grid = preferences.grid_of(len(card.objectives), card.grid)
     trained = [tuple(row) for row in run.record.preferences or grid]
     able = work.method.capabilities.steerable or (wanted is not None and set(wanted) <= set(trained))
-    other = None if samples == card.evaluation.samples else samples
-    return evaluate.names_on(grid, (wanted or grid) if able else trained, other)
+    return evaluate.names_on(grid, (wanted or grid) if able else trained, samples)
 
 
 def _served(method: Method, context: RunContext, wanted: Sequence[Preference] | None) -> Sequence[Preference] | None:
