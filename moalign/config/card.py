@@ -88,11 +88,23 @@ class PublishedSpec(Strict):
     sd: float = Field(gt=0)
 
 
+class WordsSpec(Strict):
+    """What one range of an objective's weight is called, for a model that does as it is told."""
+
+    up_to: float = Field(gt=0, le=1)
+    """The phrase is for weights up to this one and above the phrase before; the last of an objective has 1."""
+    text: str
+    """May be empty: nothing is said of the objective in this range."""
+
+
 class TemplateSpec(Strict):
     """How texts are put together for the policy. Reward models always see the bare prompt."""
 
     preference: str = "[{preference}] {prompt}"
     """A prompt with its preference in text; must hold both fields."""
+    words: dict[str, list[WordsSpec]] | None = None
+    """Preferences in words: objective -> phrases by weight. ``{preference}`` becomes the phrases of all objectives, in
+    the order in which they stand here, instead of names and numbers."""
     plain: str = "{prompt}"
     """A prompt without preference."""
     scores: str = "{prompt} {scores}"
@@ -100,13 +112,20 @@ class TemplateSpec(Strict):
     marker: str = ""
     """Response marker, appended to every prompt."""
     stop: list[str] = Field(default_factory=list)
-    """A response is cut at the first of these (for example the next turn marker)."""
+    """A response is cut at the first of these (for example the next turn marker); special tokens end it while it is
+    sampled, as do the tokenizer's end token, those of the generation config and the chat template's turn end."""
     end: str | None = None
-    """What ends a response in supervised training; None: the tokenizer's end token. A base that never learnt its end
-    token needs one of ``stop`` here: raising a token that it has never seen raises its unused neighbours, too."""
+    """What ends a response in supervised training; None: what the chat template writes behind an assistant's turn, or
+    the tokenizer's end token. A base that never learnt its end token needs one of ``stop`` here: raising a token that
+    it has never seen raises its unused neighbours, too."""
     system: str | None = None
     chat: bool = False
     """Use the tokenizer's chat template: the rendered prompt becomes the user turn."""
+    chat_kwargs: dict[str, Any] | None = None
+    """What else the chat template is given, such as ``{enable_thinking: false}``."""
+    date: str | None = Field(default=None, pattern=r"^\d{4}-\d{2}-\d{2}$")
+    """The day that chat templates which print the date take for today; null: 2024-07-26, so that texts never depend on
+    the day of the run."""
 
 
 class GenerationSpec(Strict):
@@ -177,6 +196,9 @@ class TaskCard(Strict):
     grid: int = Field(default=11, ge=2)
     """Number of evaluation preferences (a Das-Dennis grid)."""
     template: TemplateSpec = TemplateSpec()
+    overlong: Literal["cut", "drop"] | None = None
+    """Prompts that do not fit ``generation.max_prompt_tokens``. cut (null): the text in the place of ``{prompt}`` loses
+    its beginning, everything around it stays whole; drop: such prompts are left out of every split."""
     generation: GenerationSpec = GenerationSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
     suite: list[str] = Field(default_factory=list)
@@ -188,6 +210,26 @@ class TaskCard(Strict):
     @classmethod
     def _exact_is_the_default(cls, value: str | None) -> str | None:
         return None if value == "exact" else value  # one form, so that both have one hash
+
+    @field_validator("overlong")
+    @classmethod
+    def _cut_is_the_default(cls, value: str | None) -> str | None:
+        return None if value == "cut" else value
+
+    @model_validator(mode="after")
+    def _words_fit(self) -> TaskCard:
+        names = self.objective_names
+        for name, phrases in (self.template.words or {}).items():
+            if name not in names:
+                raise ValueError(
+                    f"template.words: {name!r} is no objective; allowed: {', '.join(names)}{did_you_mean(name, names)}"
+                )
+            limits = [phrase.up_to for phrase in phrases]
+            if not limits or limits != sorted(set(limits)) or limits[-1] != 1:
+                raise ValueError(
+                    f"template.words.{name}: up_to must rise and end with 1; found {', '.join(map(str, limits)) or 'none'}"
+                )
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> TaskCard:
