@@ -42,15 +42,17 @@ def is_path(name: str) -> bool:
 def find_task_file(name_or_path: str | Path, where: str = "--task") -> Path:
     """Return the card's file for a task name, a card file or a folder that holds ``task.yaml``.
 
-    Raises RequestError for an unknown name (with the nearest) or a path that does not exist; ``where``
-    names the option or the file and line that asked.
+    A task's name goes before a folder of that name here; ``./name`` is the folder in any case. Raises RequestError for
+    an unknown name (with the nearest) or a path that does not exist; ``where`` names the option or the file and line
+    that asked.
     """
     name = str(name_or_path)
     if isinstance(name_or_path, str) and not is_path(name):
         tasks = list_tasks()
-        if name not in tasks:
+        if name in tasks:
+            return recipes_root() / name / CARD
+        if not name or not (Path(name) / CARD).is_file():
             raise errors.unknown("task", name, tasks, where)
-        return recipes_root() / name / CARD
     path = Path(os.path.expanduser(name))
     file = path / CARD if path.is_dir() else path
     if not file.is_file():
