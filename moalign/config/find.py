@@ -60,6 +60,26 @@ def find_task_file(name_or_path: str | Path, where: str = "--task") -> Path:
     return file
 
 
+def find_card(name: str) -> Path | None:
+    """Return the card that ``name`` means; None when it means something else.
+
+    A card is a task's name, a folder that holds ``task.yaml``, a file of that name, or a YAML file that lists
+    ``objectives`` and names no ``method``.
+    """
+    path = Path(os.path.expanduser(name))
+    if name in list_tasks() or (name and (path / CARD).is_file()):
+        return find_task_file(name)
+    if not path.is_file() or path.suffix not in _SUFFIXES:
+        return None
+    if path.name == CARD:
+        return path
+    try:
+        told = yaml_lines.load(path).data
+    except RequestError:
+        return None  # whatever it is meant to be, reading it as such tells what is broken
+    return path if "objectives" in told and "method" not in told else None
+
+
 def find_recipe_file(task: str | Path, method: str) -> Path | None:
     """Return the recipe of ``method`` for ``task``; None without one.
 
