@@ -15,7 +15,7 @@ from moalign.policies import adapters
 from moalign.policies.language_model import LanguageModel
 from moalign.policies.policy import ModelGenerator, Policy, respond_all
 from moalign.policies.sampler import Generated, Sampling, Traces
-from moalign.policies.template import Renderer
+from moalign.lm.chat import Renderer
 
 PROMPTS = ["make soup", "read a map", "make soup", "fix a chair"]
 SAMPLING = Sampling(max_new_tokens=8, seed=3, batch_size=2)

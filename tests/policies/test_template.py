@@ -9,7 +9,7 @@ import pytest
 
 from moalign.config.card import TemplateSpec
 from moalign.policies.language_model import LanguageModel
-from moalign.policies.template import Renderer
+from moalign.lm.chat import Renderer
 
 NAMES = ("helpfulness", "harmlessness")
 CHAT = (
