@@ -1,0 +1,1 @@
+"""Language models that moalign knows by name."""
