@@ -55,6 +55,17 @@ def stories(shared: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The folder of the real instruct model that comes with the project; converted once, then kept in the cache."""
+    from moalign.lm import builtin
+
+    name = "smollm2-135m-instruct"
+    if builtin.converted(name) is None and builtin.installed(name) is None:
+        pytest.skip(f"the built-in model is not installed: {builtin.MODELS[name].command}")
+    return builtin.ensure(name, "test")
+
+
+@pytest.fixture(scope="session")
 def random_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny model with random weights and the sandbox's vocabulary.
 
