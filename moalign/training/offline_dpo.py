@@ -295,6 +295,8 @@ def trainer_class() -> Any:
     """Return trl's DPOTrainer, made to take tokenised pairs and our loss."""
     from trl import DPOTrainer
 
+    from moalign.training.dropout import without_dropout
+
     class PairTrainer(DPOTrainer):
         """DPOTrainer on rows that are ready."""
 
@@ -307,6 +309,7 @@ def trainer_class() -> Any:
             self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
         ) -> Any:
             """Return the loss of a batch of :class:`Batches`."""
+            without_dropout(model)  # the trainer has just put the model into training mode
             labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
             out = model(
                 input_ids=inputs["input_ids"],
@@ -354,7 +357,7 @@ def make_trainer(
     steps = len(batches.places) // config.batch
     settings = DPOConfig(
         beta=config.beta,
-        disable_dropout=False,  # it would stay off in the base for what runs after us; policy.lora.dropout says it
+        disable_dropout=False,  # for good, that is, also for what runs after us; see compute_loss
         **trainer_settings(job, lm, config, steps, phase),
     )
     trainer = trainer_class()(
