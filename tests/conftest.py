@@ -121,7 +121,7 @@ def picky(monkeypatch: pytest.MonkeyPatch) -> None:
     ``picky`` fine-tunes one adapter per preference on the responses that are best by w.r; ``picky-soup`` combines its
     policies at the corners: ``by: weights`` or ``by: logits``.
     """
-    from typing import Any, ClassVar, Literal
+    from typing import ClassVar, Literal
 
     from moalign.config.strict import Strict
     from moalign.methods import registry
