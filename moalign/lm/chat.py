@@ -53,17 +53,23 @@ class Codec:
     """Turns texts into token ids and back, for one tokenizer and one card's template."""
 
     def __init__(
-        self, tokenizer: Any, template: TemplateSpec = TemplateSpec(), ends: Sequence[int] = (), source: str = "the model"
+        self,
+        tokenizer: Any,
+        template: TemplateSpec | None = None,
+        ends: Sequence[int] = (),
+        source: str = "the model",
     ) -> None:
         """Take a tokenizer.
 
         Args:
+            template: a card's; None: its defaults.
             ends: end tokens of the model's generation config.
             source: the model's name, for messages.
 
         Raises:
             RequestError: no end token, or ``template.chat`` without a usable chat template.
         """
+        template = TemplateSpec() if template is None else template
         if tokenizer.eos_token_id is None:
             raise RequestError(f"model {source}: its tokenizer has no end token, which responses need")
         if template.chat and not tokenizer.chat_template:

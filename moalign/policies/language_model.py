@@ -36,6 +36,8 @@ class LanguageModel:
     device: torch.device
     codec: Codec
     """From text to the model's tokens and back."""
+    end_ids: frozenset[int]
+    """Ids that end a response when they are sampled."""
     in_reference: bool = False
     """Whether a :func:`reference_mode` block is open, so that an inner one does not end it."""
 
@@ -67,8 +69,10 @@ class LanguageModel:
         return self.codec.decode(rows)
 
 
-def load_codec(source: str, revision: str | None = None, template: TemplateSpec = TemplateSpec()) -> Codec:
+def load_codec(source: str, revision: str | None = None, template: TemplateSpec | None = None) -> Codec:
     """Load what turns text into a model's tokens: its tokenizer and generation config, no weights.
+
+    ``template`` is a card's; None: its defaults.
 
     Raises RequestError for a tokenizer that cannot be loaded or does not suit the template.
     """
@@ -127,7 +131,7 @@ def wrap(
         tokenizer.pad_token = tokenizer.eos_token
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model.to(place).eval().requires_grad_(False)
-    return LanguageModel(model, tokenizer, source, fingerprint, place, codec)
+    return LanguageModel(model, tokenizer, source, fingerprint, place, codec, codec.ends.ids)
 
 
 def set_threads(parameters: int) -> int:
