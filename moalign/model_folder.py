@@ -13,20 +13,30 @@ import re
 from pathlib import Path
 from typing import Any
 
-from moalign.errors import RequestError
+from moalign.errors import RequestError, did_you_mean
+from moalign.lm import builtin
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "*.vocab", "bpe.codes", "*.bpe")
 """One of these must be there: without them the library makes up an empty tokenizer and says nothing."""
-_READ = ("config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "merges.txt", *_TOKENIZER_FILES)
+_READ = (
+    "config.json",
+    "tokenizer*",
+    "chat_template*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    *_TOKENIZER_FILES,
+)
 """What can change a score, beside the weights."""
-_FETCHED = ["*.json", "*.txt", "*.model", "*.bpe", "*.tiktoken", "*.vocab", "model*.safetensors"]
+_FETCHED = ["*.json", "*.jinja", "*.txt", "*.model", "*.bpe", "*.tiktoken", "*.vocab", "model*.safetensors"]
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 
 
 def local_folder(model: str, base_dir: Path, where: str) -> Path | None:
     """Return the folder that ``model`` names, or None when it can only be a hub id.
 
-    A relative path is looked up from ``base_dir`` (the task card's folder), then from the current folder.
+    A relative path is looked up from ``base_dir`` (the task card's folder), then from the current folder; then the
+    name may be one of :data:`moalign.lm.builtin.MODELS`, whose folder is made at its first use.
     Raises RequestError when it is a path (``./x``, ``/x``, ``a/b/c``) that does not exist, or a file.
     """
     given = Path(model).expanduser()
@@ -35,16 +45,23 @@ def local_folder(model: str, base_dir: Path, where: str) -> Path | None:
             return candidate.resolve()
         if candidate.exists():
             raise RequestError(f"{where}: model {model!r} is a file; a model folder or a hub id is needed")
+    if model in builtin.MODELS:
+        return builtin.ensure(model, where)
     if not _HUB_ID.match(model):
         raise RequestError(
             f"{where}: there is no model folder {model!r} (looked in {base_dir} and the current folder), and it is not "
-            "of the form owner/name of a hub id"
+            f"of the form owner/name of a hub id{_near(model)}"
         )
     return None
 
 
+def _near(model: str) -> str:
+    """Return the hint for a built-in model's name mistyped; an owner's model has another's name by right."""
+    return "" if "/" in model else did_you_mean(model, list(builtin.MODELS))
+
+
 def resolve(model: str, revision: str | None, where: str) -> Path:
-    """Return the checked local folder of a model: a folder as given, or a hub id's snapshot in the library's cache.
+    """Return a model's checked local folder: as given, a built-in model's, or a hub id's in the library's cache.
 
     A relative path is relative to the current folder. Raises RequestError as :func:`local_folder`,
     :func:`fetch` and :func:`check` do.
@@ -165,7 +182,7 @@ def fetch(model: str, revision: str | None, where: str, config_only: bool = Fals
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "no connection"
         raise RequestError(
             f"{where}: hub model {model!r} is not in the local cache and the hub cannot be reached ({why}), and "
-            f"there is no folder of that name; name a local model folder instead: model: path/to/folder"
+            f"there is no folder of that name; name a local model folder instead: model: path/to/folder{_near(model)}"
         ) from error
     except errors.GatedRepoError as error:
         raise RequestError(
@@ -177,5 +194,5 @@ def fetch(model: str, revision: str | None, where: str, config_only: bool = Fals
         first = str(error).strip().partition("\n")[0]
         raise RequestError(
             f"{where}: hub model {model!r} cannot be fetched ({type(error).__name__}: {first}); check the id, or "
-            "name a local model folder instead"
+            f"name a local model folder instead{_near(model)}"
         ) from error

@@ -1,4 +1,4 @@
-"""``moalign ls``: methods, tasks, recipes and runs."""
+"""``moalign ls``: methods, tasks, recipes, runs and built-in language models."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moalign.cli import output
 from moalign.errors import RequestError, unknown
 from moalign.report.units import NONE
 
-KINDS = ("methods", "tasks", "recipes", "runs")
+KINDS = ("methods", "tasks", "recipes", "runs", "models")
 
 
 def ls(
@@ -20,12 +20,13 @@ def ls(
     results: Annotated[Path, typer.Option(metavar="DIR", help="Where runs are kept.")] = output.DEFAULT_RESULTS,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """List methods, tasks, recipes or runs."""
+    """List methods, tasks, recipes, runs, or the language models that can be had without a model hub."""
     listers: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "methods": _methods,
         "tasks": _tasks,
         "recipes": _recipes,
         "runs": lambda: _runs(results),
+        "models": _models,
     }
     if kind not in listers:
         raise unknown("list", kind, KINDS)
@@ -34,6 +35,8 @@ def ls(
         output.as_json({kind: found})
     elif kind == "runs":
         _show_runs(found, results)
+    elif kind == "models":
+        _show_models(found)
     else:
         columns = {
             "methods": ("name", "steers", "needs", "summary"),
@@ -186,3 +189,27 @@ def _show_runs(found: list[dict[str, Any]], results: Path) -> None:
             output.percent(row["optimal_share"], 1),
         )
     output.show(table)
+
+
+def _models() -> list[dict[str, Any]]:
+    from moalign.lm import builtin
+
+    return builtin.listing()
+
+
+def _show_models(found: list[dict[str, Any]]) -> None:
+    table = output.table(
+        "name", "parameters", "download", "licence", "package", "state", right=("parameters", "download")
+    )
+    missing = {}
+    for row in found:
+        ready = row["installed"] and row["library"]
+        if row["path"] is None and not ready:
+            missing[row["name"]] = row["command"]
+        state = "converted" if row["path"] else "installed, converted at its first use" if ready else "not installed"
+        sizes = f"{row['parameters'] / 1e6:.0f} M", f"{row['bytes'] / 1e6:.0f} MB"
+        table.add_row(row["name"], *sizes, row["licence"], row["package"], state)
+    output.show(table)
+    for name, command in missing.items():
+        output.say(f"get {name}: {command}")
+    output.say("use one: --set task.model=NAME")

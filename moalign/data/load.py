@@ -60,8 +60,8 @@ def load_responses(spec: DataSpec, objectives: Sequence[str], base_dir: Path | s
     them. Raises RequestError when the task has no responses, a score is no finite number, or a column
     differs from an objective's name only in case or punctuation (its scores would be passed over).
 
-    A source whose ``columns`` name ``chosen`` is read as preference pairs: both replies of a pair are responses,
-    without the white space around them, as sampled ones are (RiC).
+    A source whose ``columns`` name ``chosen`` is read as preference pairs: both replies of a pair are responses (RiC).
+    A column ``finished`` says which responses came to their end; without one all did.
     """
     if spec.responses is None:
         raise RequestError("data.responses: the task has none; give a source with the columns prompt and response")
@@ -70,6 +70,7 @@ def load_responses(spec: DataSpec, objectives: Sequence[str], base_dir: Path | s
     fields = [
         Field("prompt", blank=False),
         Field("response"),
+        Field("finished", truth=True, required=False),
         *(Field(name, number=True, required=False) for name in objectives),
     ]
     return _responses(read(spec.responses, fields, base_dir), spec.responses, objectives)
@@ -116,13 +117,14 @@ def _responses(rows: Iterator[Row], source: SourceSpec, objectives: Sequence[str
             _refuse_near_miss(row, source, objectives)
         scores = tuple(row.values[name] for name in objectives)
         known = any(score is not None for score in scores)
-        yield ScoredResponse(row.values["prompt"], row.values["response"], scores if known else None)
+        finished = row.values["finished"] is not False
+        yield ScoredResponse(row.values["prompt"], row.values["response"], scores if known else None, finished)
 
 
 def _replies(source: SourceSpec, base_dir: Path | str) -> Iterator[ScoredResponse]:
     for _, pair in load_grouped_pairs(source, base_dir):
         for reply in (pair.chosen, pair.rejected):
-            yield ScoredResponse(pair.prompt, reply.strip())
+            yield ScoredResponse(pair.prompt, reply)
 
 
 def _refuse_near_miss(row: Row, source: SourceSpec, objectives: Sequence[str]) -> None:

@@ -55,6 +55,8 @@ class Field:
     name: str
     number: bool = False
     """A number or nothing; otherwise text."""
+    truth: bool = False
+    """true or false (also 1 or 0) or nothing; otherwise text."""
     required: bool = True
     blank: bool = True
     """Whether a text may be empty or white space only."""
@@ -224,8 +226,12 @@ def _open(plan: _Plan) -> tuple[Iterator[Located], bool]:
 # Values
 
 
-def _value(where: str, field: Field, column: str, record: Mapping[str, Any], from_text: bool) -> str | float | None:
+def _value(
+    where: str, field: Field, column: str, record: Mapping[str, Any], from_text: bool
+) -> str | float | bool | None:
     value = record.get(column)
+    if field.truth:
+        return _truth(where, column, value, from_text)
     if field.number:
         return _number(where, column, value, from_text)
     if value is None and not field.required:
@@ -262,6 +268,15 @@ def _number(where: str, column: str, value: Any, from_text: bool) -> float | Non
         found = shorten(value) if from_text or isinstance(value, (int, float)) else _kind(value)
         raise RequestError(f"{where}: column {column!r} must be a finite number or nothing; found {found}")
     return number
+
+
+def _truth(where: str, column: str, value: Any, from_text: bool) -> bool | None:
+    if value is None or (from_text and not value.strip()):
+        return None
+    told = str(value).strip().casefold() if isinstance(value, str | bool | int) else ""
+    if told not in ("true", "false", "1", "0"):
+        raise RequestError(f"{where}: column {column!r} must be true, false or nothing; found {_kind(value)}")
+    return told in ("true", "1")
 
 
 def _kind(value: object) -> str:

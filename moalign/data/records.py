@@ -35,6 +35,8 @@ class ScoredResponse:
     prompt: str
     response: str
     scores: tuple[float | None, ...] | None = None
+    finished: bool = True
+    """False: a limit cut the response off (a column ``finished`` of the file says so)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,3 +46,25 @@ class Pair:
     prompt: str
     chosen: str
     rejected: str
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """A response to one prompt: text from a file, or a sample with the tokens that it was sampled as."""
+
+    text: str
+    """From a file: as it stands there, a space before it included. Sampled: without white space around it."""
+    ids: tuple[int, ...] | None = None
+    """Token ids as sampled, what ended the response included; None: the text is still to be tokenised."""
+    finished: bool = True
+    """Whether it came to its end; False: a limit cut it off, and nothing says where it would have ended."""
+
+    @classmethod
+    def of(cls, told: str | Response) -> Response:
+        """Return a finished response for a bare text, a response as it is."""
+        return cls(told) if isinstance(told, str) else told
+
+    @property
+    def shown(self) -> str:
+        """The text that scorers and people read: without white space around it."""
+        return self.text.strip()

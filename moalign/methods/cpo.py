@@ -207,7 +207,7 @@ def conditioned_pairs(
             drawn, conditions, controlled(rng, len(drawn), levels.shape[1], config.uncontrolled), strict=True
         ):
             first, second = (value(levels[row], c, shown, weights) for row in (a, b))
-            if scored.responses[a] == scored.responses[b]:
+            if scored.responses[a].shown == scored.responses[b].shown:
                 told["identical"] += 1
             elif first == second:
                 told["ties"] += 1

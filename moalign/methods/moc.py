@@ -14,6 +14,11 @@ update is enough whatever m is. For the responses of one preference in a rollout
 5. ``omega_i = (c_i + lam e_i) / (1 + lam)`` while active, else ``c_i``; one clipped PPO update with
    ``A = sum_i omega_i A_i``.
 
+The KL cost (``kl``): ``inside`` puts it into every objective's reward, as the parent method's code reads. It is then
+combined as they are, with the weight ``sum_i omega_i``: 1 / (1 + lam) for ``soft`` and 0 for ``switch`` while the
+constraint is active (the e_i sum to 0), anything once advantages are whitened. ``outside`` makes it an advantage of its
+own, added to A with weight 1 after step 5 and unknown to steps 2 to 5 (:mod:`moalign.training.ppo`, ``kl_apart``).
+
 Deviations, choices of ours: ``groups`` preferences share a rollout, with steps 2 to 5 for each of them and one common
 update. ``control: simplex`` takes ``s(R) = sigmoid(R) / sum sigmoid(R)``; ``raw_mse`` compares p with R itself, the
 literal reading, which pins rewards at p instead of growing them. The public text does not settle how control enters the
@@ -50,6 +55,7 @@ DIAGNOSTICS = ("kl", "entropy", "clip_fraction", "active", "psi", "c/", "omega/"
 
 Mode = Literal["soft", "switch", "stacked"]
 ControlMap = Literal["simplex", "raw_mse"]
+KlPlace = Literal["inside", "outside"]
 
 
 class Config(ConditionedPpoConfig):
@@ -57,6 +63,8 @@ class Config(ConditionedPpoConfig):
 
     mode: Mode = "soft"
     control: ControlMap = "simplex"
+    kl: KlPlace = "inside"
+    """Where the KL cost is: in every objective's reward, weighed as they are; or beside them, with weight 1."""
     phi: float = Field(default=1e-3, ge=0, le=1)
     """The constraint is active while the mean squared control error is above it; with ``simplex`` 1 is never."""
     lam_start: float = Field(default=2.0, ge=0)
@@ -85,7 +93,8 @@ class Moc:
         adapters.attach(lm, job.policy_spec.lora, job.seed)
         warm_start(job, lm, job.config, job.config.style)
         control = Control(job.config, names)
-        loss = PpoLoss(job.config, names, grouped(job.preferences, job.config.groups), normalised, control.combine)
+        draw, apart = grouped(job.preferences, job.config.groups), job.config.kl == "outside"
+        loss = PpoLoss(job.config, names, draw, normalised, control.combine, apart)
         train_ppo(job, lm, loss, PHASE, job.config.style, DIAGNOSTICS)
         adapters.save(lm, job.run.path / "adapter")
         adapters.drop(lm)

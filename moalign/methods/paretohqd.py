@@ -133,6 +133,7 @@ class ParetoHqd:
         from moalign.policies.adapters import ADAPTER
         from moalign.policies.policy import ModelGenerator, Policy, respond_all
         from moalign.policies.sampler import Sampling
+        from moalign.tasks.task import columns
         from moalign.training.seeds import derive
 
         config: Config = job.config
@@ -152,12 +153,13 @@ class ParetoHqd:
             _put_first(job, lm, index)
             answers = respond_all([policy], prompts, limits, moved)
             job.meter.add_tokens_generated(answers.tokens)
-            responses = answers.responses[0]
+            responses, records = answers.responses[0], answers.records(0)
             told[label(job.preferences[index])] = {"answers": len(responses), **collapse_report(responses)}
             whole = [i for i, response in enumerate(responses) if not collapse(response.split())]
-            part = pd.DataFrame({"prompt": [prompts[i] for i in whole], "response": [responses[i] for i in whole]})
-            parts.append(part.drop_duplicates())
-        table = pd.concat(parts, ignore_index=True).drop_duplicates(ignore_index=True)
+            parts.append(
+                pd.DataFrame({"prompt": [prompts[i] for i in whole], **columns([records[i] for i in whole])})
+            )
+        table = pd.concat(parts, ignore_index=True).drop_duplicates(["prompt", "response"], ignore_index=True)
         if table.empty:
             raise RequestError(
                 f"{AUGMENT}: all answers of the stage-1 models collapsed (too short or repeating); train stage 1 with "
@@ -240,10 +242,10 @@ def _drawn(prompts: list[str], count: int, seed: int) -> list[str]:
 
 
 def _scored(table: pd.DataFrame, names: list[str]) -> Scored:
-    from moalign.tasks.task import Scored
+    from moalign.tasks.task import Scored, from_columns
 
     raw = table[[f"raw:{name}" for name in names]].to_numpy(dtype=np.float64)
-    return Scored(table["prompt"].tolist(), table["response"].tolist(), raw)
+    return Scored(table["prompt"].tolist(), from_columns(table), raw)
 
 
 def _last_losses(job: Job, stage: str, part: str) -> dict[str, float]:

@@ -34,6 +34,7 @@ from moalign.preferences import Preference
 from moalign.training.settings import SftConfig
 
 if TYPE_CHECKING:
+    from moalign.data.records import Response
     from moalign.policies.policy import Policy
 
 Matrix = NDArray[np.float64]
@@ -109,10 +110,11 @@ class Ric:
         wanted = desired_rewards(preference, context.task.normaliser.z_bounds(), context.config.preference_map)
         return Policy(trained(context), partial(context.task.renderer.scores, scores=wanted.tolist()))
 
-    def _round_rows(self, job: Job, lm: Any, scored: Any, z: Matrix, number: int) -> tuple[list[str], list[str]]:
+    def _round_rows(self, job: Job, lm: Any, scored: Any, z: Matrix, number: int) -> tuple[list[str], list[Response]]:
         """Return the training rows of a round: filtered samples of all rounds so far and of the offline set."""
         import pandas as pd
 
+        from moalign.tasks.task import from_columns
         from moalign.training.seeds import derive
 
         config: Config = job.config
@@ -130,7 +132,8 @@ class Ric:
             "collapsed": int(table["collapsed"].max()),
         }
         prompts = [*table["prompt"][kept], *(scored.prompts[i] for i in mixed)]
-        responses = [*table["response"][kept], *(scored.responses[i] for i in mixed)]
+        own_responses = from_columns(table)
+        responses = [*(own_responses[i] for i in np.flatnonzero(kept)), *(scored.responses[i] for i in mixed)]
         told = np.concatenate([own[kept], z[mixed]])
         render = job.task.renderer.scores
         return [render(prompt, scores) for prompt, scores in zip(prompts, told, strict=True)], responses
@@ -142,6 +145,7 @@ class Ric:
         from moalign.pareto.quality import collapse
         from moalign.policies.policy import ModelGenerator, Policy, respond_all
         from moalign.policies.sampler import Sampling
+        from moalign.tasks.task import columns
         from moalign.training.seeds import derive
 
         name, stage = f"samples-{number + 1}", f"sampling-{number + 1}"
@@ -165,7 +169,7 @@ class Ric:
         # The texts are rendered already: each has its own target.
         answers = respond_all([Policy(ModelGenerator(lm, "policy"), lambda text: text)], texts, limits, moved)
         job.meter.add_tokens_generated(answers.tokens)
-        responses = answers.responses[0]
+        responses, records = answers.responses[0], answers.records(0)
         whole = [i for i, response in enumerate(responses) if not collapse(response.split())]
         if not whole:
             raise RequestError(
@@ -173,7 +177,7 @@ class Ric:
                 "train the offline stage longer"
             )
         z = job.panel.z(job.panel.score([prompts[i] for i in whole], [responses[i] for i in whole]))
-        table = pd.DataFrame({"prompt": [prompts[i] for i in whole], "response": [responses[i] for i in whole]})
+        table = pd.DataFrame({"prompt": [prompts[i] for i in whole], **columns([records[i] for i in whole])})
         for column, objective in enumerate(job.task.names):
             table[f"z:{objective}"] = z[:, column]
         table["collapsed"] = len(responses) - len(whole)

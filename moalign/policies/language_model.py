@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from moalign import model_folder
+from moalign.config.card import TemplateSpec
 from moalign.errors import RequestError
+from moalign.lm.chat import Codec, Rendered, generation_ends
 
 WHERE = "task.model"
 """How messages name the place of the policy's model; ``--set task.model=FOLDER`` sets it."""
@@ -32,6 +34,10 @@ class LanguageModel:
     source: str
     fingerprint: str
     device: torch.device
+    codec: Codec
+    """From text to the model's tokens and back."""
+    end_ids: frozenset[int]
+    """Ids that end a response when they are sampled."""
     in_reference: bool = False
     """Whether a :func:`reference_mode` block is open, so that an inner one does not end it."""
 
@@ -46,39 +52,59 @@ class LanguageModel:
         return int(self.tokenizer.pad_token_id)
 
     def encode(self, texts: Sequence[str], max_tokens: int | None = None) -> list[list[int]]:
-        """Return the token ids of prompts, with a begin token where the tokenizer has one, no end token.
+        """Return the token ids of rendered prompts (:meth:`moalign.lm.chat.Codec.prompt_ids`).
 
-        ``max_tokens`` cuts on the left, so that the end of a dialogue stays.
+        A text that is longer than ``max_tokens`` loses the beginning of the user's part, which of a bare text is all.
         """
-        bos = self.tokenizer.bos_token_id
-        head = [] if bos is None else [int(bos)]
-        rows = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-        if max_tokens is not None:
-            rows = [row[-(max_tokens - len(head)) :] for row in rows]
-        return [head + row for row in rows]
+        rows = self.codec.prompt_ids(texts)
+        for at, row in enumerate(rows):
+            if max_tokens is not None and len(row) > max_tokens:
+                whole = Rendered.whole(texts[at])
+                fitted = self.codec.fit(whole.prompt, whole.build, max_tokens, "generation.max_prompt_tokens")
+                rows[at] = self.codec.prompt_ids([fitted.text])[0]
+        return rows
 
     def decode(self, rows: Sequence[Iterable[int]]) -> list[str]:
         """Return the text of response tokens without special tokens."""
-        return [
-            text.strip()
-            for text in self.tokenizer.batch_decode(
-                [list(row) for row in rows], skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
-        ]
+        return self.codec.decode(rows)
 
 
-def load(source: str, revision: str | None = None, dtype: str = "float32", device: str | None = None) -> LanguageModel:
+def load_codec(source: str, revision: str | None = None, template: TemplateSpec | None = None) -> Codec:
+    """Load what turns text into a model's tokens: its tokenizer and generation config, no weights.
+
+    ``template`` is a card's; None: its defaults.
+
+    Raises RequestError for a tokenizer that cannot be loaded or does not suit the template.
+    """
+    path = model_folder.resolve(source, revision, WHERE)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise RequestError(f"model {path}: its tokenizer cannot be loaded ({_first_line(error)})") from None
+    try:
+        limits = GenerationConfig.from_pretrained(path)
+    except (OSError, ValueError):  # a folder need not have one; the model's own config names end tokens, too
+        limits = GenerationConfig.from_model_config(AutoConfig.from_pretrained(path, trust_remote_code=False))
+    return Codec(tokenizer, template, generation_ends(limits), source)
+
+
+def load(
+    source: str,
+    revision: str | None = None,
+    dtype: str = "float32",
+    device: str | None = None,
+    codec: Codec | None = None,
+) -> LanguageModel:
     """Load a causal language model from a folder or hub id (safetensors only, no remote code).
+
+    ``codec`` is the model's own, for a card's template; None: :func:`load_codec` for none in particular.
 
     Raises RequestError for a folder without whole safetensors weights, without tokenizer, or a hub id
     that cannot be reached.
     """
     transformers_logging.disable_progress_bar()  # moalign shows its own
     path = model_folder.resolve(source, revision, WHERE)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise RequestError(f"model {path}: its tokenizer cannot be loaded ({_first_line(error)})") from None
+    codec = load_codec(source, revision) if codec is None else codec
     try:
         model = AutoModelForCausalLM.from_pretrained(
             path, use_safetensors=True, trust_remote_code=False, dtype=getattr(torch, dtype)
@@ -87,20 +113,25 @@ def load(source: str, revision: str | None = None, dtype: str = "float32", devic
         raise RequestError(
             f"model {path}: it cannot be loaded as a causal language model ({_first_line(error)})"
         ) from None
-    return wrap(model, tokenizer, source=source, fingerprint=model_folder.fingerprint(path, WHERE), device=device)
+    return wrap(model, codec.tokenizer, source, model_folder.fingerprint(path, WHERE), device, codec)
 
 
 def wrap(
-    model: Any, tokenizer: PreTrainedTokenizerBase, source: str, fingerprint: str, device: str | None = None
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    fingerprint: str,
+    device: str | None = None,
+    codec: Codec | None = None,
 ) -> LanguageModel:
     """Freeze a model, settle its padding token and put it on its device."""
-    if tokenizer.eos_token_id is None:
-        raise RequestError(f"model {source}: its tokenizer has no end token, which responses need")
+    if codec is None:
+        codec = Codec(tokenizer, ends=generation_ends(getattr(model, "generation_config", None)), source=source)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model.to(place).eval().requires_grad_(False)
-    return LanguageModel(model, tokenizer, source, fingerprint, place)
+    return LanguageModel(model, tokenizer, source, fingerprint, place, codec, codec.ends.ids)
 
 
 def set_threads(parameters: int) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from moalign.data.records import Response
 from moalign.policies.sampler import Generated, Sampling, Traces, generate
 
 if TYPE_CHECKING:
@@ -127,6 +128,16 @@ class Answers:
     traces: list[Traces | None]
     """The tokens of each policy's responses, ``[policies]``; None where its generator does not tell them. A policy
     that chose among samples has those of the sample it chose."""
+
+    def records(self, policy: int) -> list[Response]:
+        """Return a policy's responses with the tokens they were sampled as, where its generator tells them."""
+        texts, traces = self.responses[policy], self.traces[policy]
+        if traces is None:
+            return [Response(text) for text in texts]
+        return [
+            Response(text, tuple(ids.tolist()), finished)
+            for text, ids, finished in zip(texts, traces.ids, traces.finished, strict=True)
+        ]
 
 
 def respond_all(

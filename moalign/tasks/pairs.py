@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from moalign.data.records import Response
 from moalign.errors import RequestError
 from moalign.training.settings import Labels
 
@@ -25,8 +26,8 @@ class Pairs:
     objective: int
     prompts: list[str]
     """Bare prompts, ``[pairs]``."""
-    chosen: list[str]
-    rejected: list[str]
+    chosen: list[Response]
+    rejected: list[Response]
     chance: Matrix
     """Probability that ``chosen`` is preferred, ``[pairs]``; 1 for a label that the data gives."""
     raw: tuple[Matrix, Matrix] | None = None
@@ -86,7 +87,7 @@ def from_scores(
     better, worse, dropped = [], [], {"ties": 0, "identical": 0}
     for group in groups.values():
         for a, b in matches(group, per_prompt, rng):
-            if scored.responses[a] == scored.responses[b]:
+            if scored.responses[a].shown == scored.responses[b].shown:
                 dropped["identical"] += 1
             elif values[a, objective] == values[b, objective] and labels == "order":
                 dropped["ties"] += 1
@@ -122,7 +123,7 @@ def _refuse_missing(scored: Scored, values: Matrix, names: Sequence[str]) -> Non
         )
     rows, columns = np.nonzero(~np.isfinite(values))
     if len(rows):
-        response = scored.responses[rows[0]]
+        response = scored.responses[rows[0]].shown
         shown = response if len(response) <= 60 else response[:57] + "..."
         raise RequestError(
             f"scored responses: {len(rows)} scores are missing, first that of {names[columns[0]]} for response "

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from moalign import preferences
 from moalign.config.card import TaskCard
 from moalign.data import splits
-from moalign.data.records import Pair
+from moalign.data.records import Pair, Response
 from moalign.errors import RequestError
 from moalign.preferences import Preference
 from moalign.rewards.normaliser import Normaliser
@@ -29,9 +29,11 @@ from moalign.rewards.panel import RewardPanel
 from moalign.tasks.pairs import Labels, Pairs, from_scores
 
 if TYPE_CHECKING:
+    import pandas as pd
+
+    from moalign.lm.chat import Codec, Renderer
     from moalign.policies.language_model import LanguageModel
     from moalign.policies.sampler import Sampling
-    from moalign.policies.template import Renderer
     from moalign.rewards.store import Store
 
 Matrix = NDArray[np.float64]
@@ -45,11 +47,16 @@ class Scored:
     """Responses with their scores."""
 
     prompts: list[str]
-    responses: list[str]
+    responses: list[Response]
+    """Bare texts that are given become finished responses."""
     raw: Matrix
     """Raw scores, larger is better, ``[samples, objectives]``."""
     sampled: int = 0
     """Tokens that the base sampled for them; 0 when they are the data's own."""
+
+    def __post_init__(self) -> None:
+        """Take bare texts, too."""
+        object.__setattr__(self, "responses", [Response.of(response) for response in self.responses])
 
     def first(self, per_prompt: int) -> Scored:
         """Return the first ``per_prompt`` responses of every prompt, in their order."""
@@ -71,9 +78,31 @@ class Sampled(NamedTuple):
     """Responses of the base."""
 
     prompts: list[str]
-    responses: list[str]
+    responses: list[Response]
     sampled: int
     """Tokens it took."""
+
+
+def shown(responses: Sequence[Response]) -> list[str]:
+    """Return the texts that scorers read."""
+    return [response.shown for response in responses]
+
+
+def columns(responses: Sequence[Response]) -> dict[str, list[Any]]:
+    """Return responses as columns of a table: ``response``, ``ids`` and ``finished``."""
+    return {
+        "response": [response.text for response in responses],
+        "ids": [None if response.ids is None else list(response.ids) for response in responses],
+        "finished": [response.finished for response in responses],
+    }
+
+
+def from_columns(table: pd.DataFrame) -> list[Response]:
+    """Return the responses of a table that :func:`columns` made."""
+    return [
+        Response(text, None if ids is None else tuple(int(i) for i in ids), bool(finished))
+        for text, ids, finished in zip(table["response"], table["ids"], table["finished"], strict=True)
+    ]
 
 
 def fingerprint(model: str, revision: str | None) -> str:
@@ -102,9 +131,17 @@ class Task:
     def _all_prompts(self) -> list[str]:
         raise NotImplementedError
 
-    def _data_responses(self, split: str) -> tuple[list[str], list[str]] | None:
+    def _data_responses(self, split: str) -> tuple[list[str], Sequence[str | Response]] | None:
         """Return (prompts, responses) that the task's data holds for a split, or None when it has none."""
         raise NotImplementedError
+
+    def _data_scored(self, split: str) -> Scored | None:
+        """Return the data's own responses of a split with their scores, or None when it has none."""
+        data = self._data_responses(split)
+        if data is None:
+            return None
+        responses = [Response.of(response) for response in data[1]]
+        return Scored(data[0], responses, self.panel.score(data[0], shown(responses)))
 
     def _data_pairs(self, objective: int) -> list[Pair] | None:
         """Return the training split's pairs that people labelled for an objective, or None when the data has none."""
@@ -138,9 +175,43 @@ class Task:
     @functools.cached_property
     def prompts(self) -> dict[str, list[str]]:
         """Bare prompts of the splits ``train``, ``calibration``, ``eval``."""
-        parts = splits.split(self._all_prompts(), self.card.splits)
+        kept = [prompt for prompt in self._all_prompts() if not self.left_out(prompt)]
+        if not kept:
+            raise RequestError(
+                f"task {self.card.name}: overlong: drop leaves no prompt; all are longer than "
+                f"generation.max_prompt_tokens = {self.card.generation.max_prompt_tokens}"
+            )
+        parts = splits.split(kept, self.card.splits)
         splits.check_leaks(parts)
         return parts
+
+    def left_out(self, prompt: str) -> bool:
+        """Whether the card leaves a prompt out because it is too long (``overlong: drop``)."""
+        return self.card.overlong == "drop" and self._cut(prompt) > 0
+
+    def _cut(self, prompt: str) -> int:
+        """Return how many tokens of a prompt the limit cuts off, with an even preference beside it."""
+        limit, around = self.card.generation.max_prompt_tokens, self._around
+        if len(prompt.encode(errors="surrogatepass")) + around <= limit:
+            return 0  # a token holds at least one byte
+        return self.renderer.preference(prompt, self._even).cut
+
+    @property
+    def _even(self) -> Preference:
+        return (1 / len(self.names),) * len(self.names)
+
+    @functools.cached_property
+    def _around(self) -> int:
+        """Most tokens of what stands around a prompt: its bytes, and the few that a tokenizer adds."""
+        return len(self.renderer.preference("", self._even).encode()) + 8
+
+    def overlong_report(self) -> dict[str, int]:
+        """Return how many prompts of all splits the limit cuts (and of how many tokens in all) or drops."""
+        cuts = [self._cut(prompt) for prompt in self._all_prompts()]
+        cut = [count for count in cuts if count]
+        if self.card.overlong == "drop":
+            return {"prompts": len(cuts), "dropped": len(cut)}
+        return {"prompts": len(cuts), "cut": len(cut), "cut_tokens": sum(cut)}
 
     @property
     def eval_prompts(self) -> list[str]:
@@ -169,17 +240,23 @@ class Task:
         from moalign.policies import language_model
 
         source, revision = self.base_source()
-        lm = language_model.load(source, revision, self.card.dtype)
+        lm = language_model.load(source, revision, self.card.dtype, codec=self.codec)
         language_model.set_threads(lm.model.num_parameters())
         return lm
 
-    @property
-    def renderer(self) -> Renderer:
-        """Turns bare prompts into what the policy reads."""
-        from moalign.policies.template import Renderer
+    @functools.cached_property
+    def codec(self) -> Codec:
+        """From text to the base's tokens, as the card's template asks; loads no weights."""
+        from moalign.policies import language_model
 
-        tokenizer = self.language_model.tokenizer if self.card.template.chat else None
-        return Renderer(self.card.template, tuple(self.names), tokenizer)
+        return language_model.load_codec(*self.base_source(), self.card.template)
+
+    @functools.cached_property
+    def renderer(self) -> Renderer:
+        """Turns bare prompts into what the policy reads, cut to the card's limit."""
+        from moalign.lm.chat import Renderer
+
+        return Renderer(self.card.template, tuple(self.names), self.codec, self.card.generation.max_prompt_tokens)
 
     def sampling(self, seed: int, temperature: float | None = None) -> Sampling:
         """Return the card's generation limits as sampler settings."""
@@ -225,10 +302,11 @@ class Task:
         base = self._sample_base("calibration", self.card.pool.calibration_per_prompt, "calibrating")
         data = self._data_responses("calibration")
         of_data = None
-        prompts, responses = base.prompts, base.responses
+        prompts, responses = base.prompts, shown(base.responses)
         if data is not None:
-            of_data = panel.score(*data)
-            prompts, responses = prompts + data[0], responses + data[1]
+            texts = shown([Response.of(response) for response in data[1]])
+            of_data = panel.score(data[0], texts)
+            prompts, responses = prompts + data[0], responses + texts
         text = "\0".join([*prompts, *responses])
         return Normaliser.fit(
             panel.score(prompts, responses),
@@ -240,31 +318,31 @@ class Task:
 
     def calibration(self) -> Scored:
         """Return the scored responses of the calibration split: the data's own, else samples of the base."""
-        data = self._data_responses("calibration")
+        data = self._data_scored("calibration")
         if data is not None:
-            return Scored(*data, self.panel.score(*data))
+            return data
         base = self._sample_base("calibration", self.card.pool.calibration_per_prompt, "calibrating")
-        return Scored(base.prompts, base.responses, self.panel.score(base.prompts, base.responses), base.sampled)
+        return Scored(base.prompts, base.responses, self.panel.score(base.prompts, shown(base.responses)), base.sampled)
 
     def scored(self) -> Scored:
         """Return the scored responses of the training split: the data's own, else a pool sampled from the base once."""
-        data = self._data_responses("train")
+        data = self._data_scored("train")
         if data is not None:
-            return Scored(*data, self.panel.score(*data))
+            return data
         import pandas as pd
 
         from moalign.runs import atomic
 
-        path = self.folder / "pool.parquet"
+        path = self.folder / "samples.parquet"
         with self._once(path) as missing:
             if missing:
                 pool = self._sample_base("train", self.card.pool.per_prompt, "sampling the base")
-                table = pd.DataFrame({"prompt": pool.prompts, "response": pool.responses, "sampled": pool.sampled})
+                table = pd.DataFrame({"prompt": pool.prompts, **columns(pool.responses), "sampled": pool.sampled})
                 with atomic.file(path) as place:
                     table.to_parquet(place, index=False)
         table = pd.read_parquet(path)
-        prompts, responses = table["prompt"].tolist(), table["response"].tolist()
-        return Scored(prompts, responses, self.panel.score(prompts, responses), int(table["sampled"].iloc[0]))
+        prompts, responses = table["prompt"].tolist(), from_columns(table)
+        return Scored(prompts, responses, self.panel.score(prompts, shown(responses)), int(table["sampled"].iloc[0]))
 
     def has_pairs(self, objective: int) -> bool:
         """Whether the task's data holds preference labels for an objective."""
@@ -307,8 +385,8 @@ class Task:
         return Pairs(
             objective=objective,
             prompts=[pair.prompt for pair in told],
-            chosen=[pair.chosen for pair in told],
-            rejected=[pair.rejected for pair in told],
+            chosen=[Response(pair.chosen) for pair in told],
+            rejected=[Response(pair.rejected) for pair in told],
             chance=np.ones(len(told)),
         )
 
@@ -328,7 +406,7 @@ class Task:
         policy = Policy(ModelGenerator(self.language_model), self.renderer.plain)
         sampling = self.sampling(self.card.pool.seed, temperature=1.0)
         answers = respond_all([policy], prompts, sampling, moved)
-        return Sampled(prompts, answers.responses[0], answers.tokens)
+        return Sampled(prompts, answers.records(0), answers.tokens)
 
     @contextmanager
     def _once(self, path: Path) -> Iterator[bool]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from moalign.config.card import DataSpec
 from moalign.config.objectives import PythonObjective
 from moalign.data import load, readers, splits
-from moalign.data.records import Pair
+from moalign.data.records import Pair, Response
 from moalign.errors import RequestError
 from moalign.rewards import python_scorer
 from moalign.tasks.task import Task, fingerprint
@@ -49,15 +49,17 @@ class TextTask(Task):
         return load.load_prompts(self._data, Path.cwd())
 
     @functools.cached_property
-    def _responses_by_split(self) -> dict[str, tuple[list[str], list[str]]]:
-        parts: dict[str, tuple[list[str], list[str]]] = {name: ([], []) for name in splits.SPLITS}
+    def _responses_by_split(self) -> dict[str, tuple[list[str], list[Response]]]:
+        parts: dict[str, tuple[list[str], list[Response]]] = {name: ([], []) for name in splits.SPLITS}
         for record in load.load_responses(self._data, self.names, Path.cwd()):
+            if self.left_out(record.prompt):
+                continue
             prompts, responses = parts[splits.split_of(record.prompt, self.card.splits)]
             prompts.append(record.prompt)
-            responses.append(record.response)
+            responses.append(Response(record.response, finished=record.finished))
         return parts
 
-    def _data_responses(self, split: str) -> tuple[list[str], list[str]] | None:
+    def _data_responses(self, split: str) -> tuple[list[str], list[Response]] | None:
         if self._data.responses is None:
             return None
         prompts, responses = self._responses_by_split[split]
@@ -70,7 +72,7 @@ class TextTask(Task):
         return [
             pair
             for pair in load.load_pairs(self._data, Path.cwd(), name)
-            if splits.split_of(pair.prompt, self.card.splits) == "train"
+            if splits.split_of(pair.prompt, self.card.splits) == "train" and not self.left_out(pair.prompt)
         ]
 
     def base_source(self) -> tuple[str, str | None]:

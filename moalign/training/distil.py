@@ -21,6 +21,7 @@ from moalign.training.settings import DistilConfig, WarmStart
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from moalign.data.records import Response
     from moalign.methods.base import Job
     from moalign.policies.language_model import LanguageModel
 
@@ -70,7 +71,7 @@ def distil(job: Job, lm: LanguageModel, config: DistilConfig, style: Style = "pe
     job.finish_stage(PHASE, lm)
 
 
-def pools(job: Job, n: int) -> tuple[list[str], list[list[str]], NDArray[np.float64]]:
+def pools(job: Job, n: int) -> tuple[list[str], list[list[Response]], NDArray[np.float64]]:
     """Return prompts, their first ``n`` scored responses ``[prompts][n]`` and normalised scores ``[prompts, n, m]``.
 
     Raises RequestError when no prompt has that many.

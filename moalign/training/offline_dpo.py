@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moalign.data.records import Response
 from moalign.errors import RequestError
+from moalign.lm.chat import pair_row
 from moalign.training.diagnostics import at_the_end
 from moalign.training.reference import Row, pad_rows, reference_log_probs
 from moalign.training.seeds import derive
 from moalign.training.settings import DpoConfig, DpoStage
-from moalign.training.sft import Ending, encode_rows
 from moalign.training.trainer_books import (
     make_books,
     make_optimizer,
@@ -97,13 +98,15 @@ def encode_pairs(
     job: Job,
     lm: LanguageModel,
     texts: Sequence[str],
-    chosen: Sequence[str],
-    rejected: Sequence[str],
+    chosen: Sequence[Response | str],
+    rejected: Sequence[Response | str],
     max_tokens: int,
     chance: Matrix | None = None,
     own_reference: bool = False,
 ) -> PairRows:
     """Tokenise pairs and look up the reference; pairs whose responses are the same tokens are left out.
+
+    Chosen and rejected share one prompt, cut so that the longer of them fits.
 
     Args:
         texts: rendered prompts, ``[pairs]``.
@@ -115,10 +118,16 @@ def encode_pairs(
     """
     if not texts:
         raise RequestError(f"{job.task.card.name}: no pairs to train on")
-    heads = [*texts, *texts]
-    inputs, labels = encode_rows(lm, heads, [*chosen, *rejected], max_tokens, Ending.of(job))
-    rows = [(ids, len(told) - told.count(-100)) for ids, told in zip(inputs, labels, strict=True)]
     count = len(texts)
+    both = [
+        pair_row(lm.codec, text, [Response.of(one), Response.of(other)], max_tokens)
+        for text, one, other in zip(texts, chosen, rejected, strict=True)
+    ]
+    rows = [(head + tail, len(tail)) for which in (0, 1) for head, tail in (pair[which] for pair in both)]
+    empty = next((at for at, (_, length) in enumerate(rows) if not length), None)
+    if empty is not None:
+        which = "chosen" if empty < count else "rejected"
+        raise RequestError(f"pair {empty % count}: the {which} response has no tokens")
     kept = [at for at in range(count) if rows[at][0] != rows[count + at][0]]
     if not kept:
         raise RequestError(
@@ -286,6 +295,8 @@ def trainer_class() -> Any:
     """Return trl's DPOTrainer, made to take tokenised pairs and our loss."""
     from trl import DPOTrainer
 
+    from moalign.training.dropout import without_dropout
+
     class PairTrainer(DPOTrainer):
         """DPOTrainer on rows that are ready."""
 
@@ -298,6 +309,7 @@ def trainer_class() -> Any:
             self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
         ) -> Any:
             """Return the loss of a batch of :class:`Batches`."""
+            without_dropout(model)  # the trainer has just put the model into training mode
             labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
             out = model(
                 input_ids=inputs["input_ids"],
@@ -345,7 +357,7 @@ def make_trainer(
     steps = len(batches.places) // config.batch
     settings = DPOConfig(
         beta=config.beta,
-        disable_dropout=False,  # it would stay off in the base for what runs after us; policy.lora.dropout says it
+        disable_dropout=False,  # for good, that is, also for what runs after us; see compute_loss
         **trainer_settings(job, lm, config, steps, phase),
     )
     trainer = trainer_class()(

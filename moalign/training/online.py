@@ -6,13 +6,14 @@ adapter switched off, or a frozen copy of it; never a second base), value heads,
 optimizer, logging, checkpoints and resume.
 
 Rollouts are drawn from the very distribution whose log-probabilities are trained on: full vocabulary, temperature
-included, the end token a token like any other. Every random number depends on (seed, phase, step) alone.
+included, the end token a token like any other. Dropout is off in all of it: every loss here is made of ratios of
+probabilities. Every random number depends on (seed, phase, step) alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -23,6 +24,7 @@ from moalign.policies import adapters
 from moalign.policies.language_model import LanguageModel, TokenOutputs, reference_mode, token_outputs
 from moalign.policies.sampler import Samples, responses, sample
 from moalign.policies.stopping import trim
+from moalign.training.dropout import without_dropout
 from moalign.training.schedule import factor
 from moalign.training.seeds import derive
 from moalign.training.settings import OnlineConfig
@@ -95,7 +97,8 @@ class Part:
     response_mask: Tensor
     """``[rows, T]``."""
     old_logps: Tensor
-    """Log-probabilities under the policy that sampled, ``[rows, T]``."""
+    """Log-probabilities under the policy that sampled, ``[rows, T]``: the sampler's own in float32, where they agree
+    with a pass over whole rows to 1e-4; else of such a pass."""
     ref_logps: Tensor
     """``[rows, T]``."""
     extras: dict[str, Tensor]
@@ -218,6 +221,10 @@ class OnlineEngine:
             values = None if self.value_heads is None else self.value_heads(drawn.hidden)
         self.job.meter.add_tokens_generated(drawn.tokens)
         drawn = trim(self.lm, drawn, self.job.task.card.template.stop)
+        if self.lm.model.dtype != torch.float32:
+            # Token by token, with a cache, half precision rounds otherwise than in the one pass that is trained on
+            # (measured: .04 nats a token, .8 % of PPO's ratios outside the clip before any update).
+            drawn = replace(drawn, logps=self._policy_logps(drawn))
         texts_out = responses(self.lm, drawn, self.job.task.card.template.stop)
         raw = self.job.panel.score([p for p in bare for _ in range(self.config.samples)], texts_out)
         return Rollout(
@@ -267,7 +274,7 @@ class OnlineEngine:
         groups = len(selection.rows) // selection.group
         per_part = max(1, self.config.micro_batch // selection.group)
         told: dict[str, float] = {}
-        self.lm.model.train()
+        without_dropout(self.lm.model)
         for first in range(0, groups, per_part):
             some = slice(first, min(first + per_part, groups))
             rows = torch.as_tensor(selection.rows[first * selection.group : some.stop * selection.group]).cpu()
@@ -297,12 +304,14 @@ class OnlineEngine:
 
     @torch.no_grad()
     def _policy_logps(self, drawn: Samples) -> Tensor:
-        """Return the log-probabilities of the policy as it is now ``[rows, T]``, in micro-batches."""
+        """Return the log-probabilities of the policy as it is now ``[rows, T]``, in micro-batches.
+
+        By the very pass that is trained on: the adapter is not folded into the weights, which rounds.
+        """
         parts = []
-        with adapters.merged(self.lm):
-            for some in torch.arange(len(drawn.input_ids)).split(self.config.micro_batch):
-                given = (drawn.input_ids[some], drawn.attention_mask[some], drawn.response_mask[some])
-                parts.append(token_outputs(self.lm.model, *given, temperature=self.config.temperature).logps)
+        for some in torch.arange(len(drawn.input_ids)).split(self.config.micro_batch):
+            given = (drawn.input_ids[some], drawn.attention_mask[some], drawn.response_mask[some])
+            parts.append(token_outputs(self.lm.model, *given, temperature=self.config.temperature).logps)
         return torch.cat(parts)
 
     @torch.no_grad()
@@ -337,18 +346,13 @@ class OnlineEngine:
         told: dict[str, Any] = {
             "kl": float((drawn.logps[first] - rollout.ref_logps(first)).sum(-1).mean()),
             "length": float(lengths.float().mean()),
-            "unfinished": float(self._unfinished(drawn).float().mean()),
+            "unfinished": float((~drawn.finished).float().mean()),
         }
         for name, value in zip(self.job.task.names, rollout.z.mean(axis=0), strict=True):
             told[f"reward/{name}"] = float(value)
         utility = (rollout.z * np.repeat(rollout.preferences, rollout.per_prompt, axis=0)).sum(axis=1)
         told["utility"] = float(utility.mean())
         return told
-
-    def _unfinished(self, drawn: Samples) -> Tensor:
-        """Return which rows the limit cut off before their end token or a stop text, bool ``[rows]``."""
-        whole = drawn.response_mask.sum(-1) == self.job.task.card.generation.max_new_tokens
-        return whole & (drawn.input_ids[:, -1] != self.lm.eos)
 
     def _checkpoint(self, step: int, method: RolloutLoss) -> None:
         tensors, plain = pack_optimizer(self.optimizer)

@@ -59,7 +59,10 @@ def objective_pairs(
 def _gaps(job: Job, pairs: Pairs) -> Matrix:
     raw = pairs.raw
     if raw is None:
-        raw = (job.panel.score(pairs.prompts, pairs.chosen), job.panel.score(pairs.prompts, pairs.rejected))
+        raw = (
+            job.panel.score(pairs.prompts, [response.shown for response in pairs.chosen]),
+            job.panel.score(pairs.prompts, [response.shown for response in pairs.rejected]),
+        )
     return np.asarray(job.panel.z(raw[0]) - job.panel.z(raw[1]))
 
 

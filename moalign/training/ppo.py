@@ -9,6 +9,15 @@ advantages become the one advantage of the update; everything else is here.
     A_i[t] = sum_l (gamma * lambda)^l * delta_i[t + l],   delta_i[t] = reward + gamma * V_i[t + 1] - V_i[t]
     loss = -mean_t min(u A, clip(u, 1 - eps, 1 + eps) A) + vf_coef * sum_i mean_t (V_i - (A_i + V_i,old))^2
     u = pi / pi_old
+
+With ``kl_apart`` the KL cost is no part of the heads' rewards but a stream of its own with a head of its own, whose
+advantage A_kl is added with weight 1 to the one advantage that the method makes of the others. Its head is there for
+the cost to come: without it GAE would forget the cost of tokens 20 steps ahead (lambda^20 = .36), and what all
+responses cost alike would push every sampled token down. ``kl_coef`` is in units of the normalised reward, and so A_kl
+is divided by no deviation of its own. Where the others are divided by theirs (``whiten``), equal weights 1 / m
+maximise ``sum_i (1 / m) r_i / sd_i = s * (a weighted mean of the rewards)``, s the mean of ``1 / sd_i``: A_kl is
+multiplied by this s, so that a nat costs ``kl_coef`` of that mean. s does not depend on how the method weighs the
+objectives: weights that sum to 0 must not switch the cost off.
 """
 
 from __future__ import annotations
@@ -33,6 +42,9 @@ if TYPE_CHECKING:
     from moalign.policies.language_model import LanguageModel
 
 TINY = 1e-8
+
+KL_HEAD = "kl"
+"""Name of the head that foresees the KL cost where it is apart."""
 
 Draw = Callable[[np.random.Generator, int], "NDArray[np.float64]"]
 Rewards = Callable[[Rollout], "NDArray[np.float64]"]
@@ -67,9 +79,11 @@ class Experience:
     old_logps: Tensor
     """``[rows, T]``."""
     advantages: Tensor
-    """``[rows, T, heads]``; 0 outside the mask."""
+    """``[rows, T, rewards]``; 0 outside the mask."""
     returns: Tensor
     """What the value heads are trained towards, ``[rows, T, heads]``."""
+    kl: Tensor | None = None
+    """Advantages of the KL cost where it is apart, on the scale of the others, ``[rows, T]``."""
 
 
 class Combine(Protocol):
@@ -88,14 +102,25 @@ def only(rollout: Rollout, experience: Experience, ratios: Tensor) -> tuple[Tens
 class PpoLoss:
     """The loss that the online engine is given."""
 
-    def __init__(self, config: PpoConfig, heads: Sequence[str], draw: Draw, rewards: Rewards, combine: Combine) -> None:
+    def __init__(
+        self,
+        config: PpoConfig,
+        rewarded: Sequence[str],
+        draw: Draw,
+        rewards: Rewards,
+        combine: Combine,
+        kl_apart: bool = False,
+    ) -> None:
         """Prepare the loss.
 
         Args:
-            heads: a name for every head, for the metrics.
+            rewarded: a name for every column of ``rewards``, for the metrics.
             draw: draws the preferences of a rollout, see :class:`~moalign.training.online.RolloutLoss`.
+            kl_apart: the KL cost is a stream of its own, which ``combine`` does not see; else part of every reward.
         """
-        self.config, self.heads, self.preferences, self.rewards, self.combine = config, heads, draw, rewards, combine
+        self.config, self.preferences, self.rewards, self.combine = config, draw, rewards, combine
+        self.kl_apart = kl_apart
+        self.heads = [*rewarded, KL_HEAD] if kl_apart else list(rewarded)
         self.kl_coef = config.kl_coef
         self._rollout: Rollout | None = None
         self._experience: Experience | None = None
@@ -118,6 +143,8 @@ class PpoLoss:
             experience = self._gather(rollout)
             ratios = torch.ones_like(experience.old_logps)  # nothing was trained since it was sampled
         advantages, metrics = self.combine(rollout, experience, ratios)
+        if experience.kl is not None:
+            advantages = advantages + experience.kl
         told.update(metrics)
         told["kl_coef"] = self.kl_coef
         rows, tokens = experience.mask.shape[0], float(experience.mask.sum())
@@ -139,15 +166,21 @@ class PpoLoss:
             raise ValueError("PPO needs an engine with value heads")
         ref_logps = rollout.ref_logps(torch.arange(len(drawn.logps)))
         terminal = torch.as_tensor(self.rewards(rollout), dtype=torch.float32, device=drawn.logps.device)
-        rewards = token_rewards(terminal, drawn.logps - ref_logps, drawn.response_mask, self.kl_coef)
-        config = self.config
-        advantages, returns = gae(rewards, rollout.values, drawn.response_mask, config.gamma, config.gae_lambda)
-        advantages = whitened(advantages, drawn.response_mask, config.whiten)
+        config, mask, log_ratio = self.config, drawn.response_mask, drawn.logps - ref_logps
+        rewards = token_rewards(terminal, log_ratio, mask, 0.0 if self.kl_apart else self.kl_coef)
+        if self.kl_apart:
+            cost = token_rewards(torch.zeros_like(terminal[:, :1]), log_ratio, mask, self.kl_coef)
+            rewards = torch.cat([rewards, cost], dim=-1)
+        advantages, returns = gae(rewards, rollout.values, mask, config.gamma, config.gae_lambda)
+        kl = None
+        if self.kl_apart:
+            advantages, kl = advantages[..., :-1], beside(advantages, mask, config.whiten)
+        advantages = whitened(advantages, mask, config.whiten)
         if config.kl_target is not None:
-            kl = float((drawn.logps - ref_logps).sum(-1).mean())
-            self.kl_coef = adapted(self.kl_coef, kl, config.kl_target, len(drawn.logps), config.kl_horizon)
+            nats = float(log_ratio.sum(-1).mean())
+            self.kl_coef = adapted(self.kl_coef, nats, config.kl_target, len(drawn.logps), config.kl_horizon)
         self._rollout = rollout
-        self._experience = Experience(drawn.response_mask, drawn.logps, advantages, returns)
+        self._experience = Experience(mask, drawn.logps, advantages, returns, kl)
         return self._experience
 
     def loss(self, outputs: TokenOutputs, part: Part) -> tuple[Tensor, dict[str, float]]:
@@ -217,6 +250,21 @@ def whitened(advantages: Tensor, mask: Tensor, how: str) -> Tensor:
     scaled = advantages - tokens.mean(dim=0) if how == "full" else advantages
     scaled = scaled / torch.where(spread > TINY, spread, torch.ones_like(spread))
     return torch.where(mask.unsqueeze(-1), scaled, torch.zeros_like(scaled))
+
+
+def beside(advantages: Tensor, mask: Tensor, how: str) -> Tensor:
+    """Return the last column of advantages ``[rows, T, rewards + 1]``, the KL cost's, on the scale of the others.
+
+    That is times the mean of ``1 / sd_i`` of those that vary, sd_i what :func:`whitened` divides them by.
+    """
+    cost = advantages[..., -1]
+    if how == "none":
+        return cost
+    if how == "full":
+        cost = torch.where(mask, cost - cost[mask].mean(), torch.zeros_like(cost))
+    spread = advantages[mask][..., :-1].std(dim=0, unbiased=False)
+    varies = spread[spread > TINY]
+    return cost * varies.reciprocal().mean() if len(varies) else cost
 
 
 def gate(ratios: Tensor, advantages: Tensor, clip_range: float) -> Tensor:

@@ -8,10 +8,11 @@ safetensors, and the result equals the uninterrupted run's bit for bit.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from moalign.data.records import Response
 from moalign.errors import RequestError
+from moalign.lm.chat import training_row
 from moalign.training.seeds import derive
 from moalign.training.settings import SftConfig
 from moalign.training.trainer_books import (
@@ -31,72 +32,39 @@ if TYPE_CHECKING:
     from moalign.policies.language_model import LanguageModel
 
 
-@dataclass(frozen=True)
-class Ending:
-    """How training rows end."""
-
-    text: str | None = None
-    """What ends a response; None: the tokenizer's end token."""
-    cut_at: int | None = None
-    """The sampler's limit: a response of so many tokens was cut there, and nothing says where it would have ended."""
-
-    @classmethod
-    def of(cls, job: Job) -> Ending:
-        """Return the ending that a task's card asks for."""
-        card = job.task.card
-        return cls(card.template.end, card.generation.max_new_tokens)
-
-
 def encode_rows(
-    lm: LanguageModel,
-    texts: Sequence[str],
-    responses: Sequence[str],
-    max_tokens: int,
-    ending: Ending = Ending(),
+    lm: LanguageModel, texts: Sequence[str], responses: Sequence[Response | str], max_tokens: int
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Tokenise rows; returns (input_ids, labels), where labels are -100 outside the response and its ending.
+    """Tokenise rows; returns (input_ids, labels), where labels are -100 outside the response and what ends it.
 
-    A response that was cut at the sampler's limit has no ending: training it in would teach to stop there.
+    A response that a limit cut off has no ending: training one in would teach to stop there.
 
     Raises RequestError when a row would train on nothing: an empty response mask is silent otherwise.
     """
-    answers = lm.tokenizer(list(responses), add_special_tokens=False)["input_ids"]
-    end = [lm.eos] if ending.text is None else _suffix(lm, ending.text)
     inputs, labels = [], []
-    for number, (head, answer) in enumerate(zip(lm.encode(texts), answers, strict=True)):
-        if not answer:
-            raise RequestError(f"training row {number}: the response has no tokens ({responses[number]!r})")
-        # Less one: a text may take a token less than what it was sampled as.
-        cut = ending.cut_at is not None and len(answer) >= ending.cut_at - 1
-        tail = answer[: max_tokens - 1] if cut else [*answer[: max_tokens - 1 - len(end)], *end]
-        kept = _cut_left(head, max_tokens - len(tail), lm.tokenizer.bos_token_id is not None)
-        inputs.append(kept + tail)
-        labels.append([-100] * len(kept) + tail)
+    for number, (text, told) in enumerate(zip(texts, responses, strict=True)):
+        response = Response.of(told)
+        head, tail = training_row(lm.codec, text, response, max_tokens)
+        if not tail:
+            raise RequestError(f"training row {number}: the response has no tokens ({response.text!r})")
+        inputs.append(head + tail)
+        labels.append([-100] * len(head) + tail)
     return inputs, labels
 
 
-def _suffix(lm: LanguageModel, text: str) -> list[int]:
-    """Return the tokens of ``text`` behind other text: alone, some tokenizers put a word boundary before it."""
-    alone, behind = lm.tokenizer(["a", "a" + text], add_special_tokens=False)["input_ids"]
-    return list(behind[len(alone) :])
-
-
-def _cut_left(head: list[int], room: int, begins: bool) -> list[int]:
-    """Return the end of a prompt that fits, behind its begin token: what the sampler reads of a long prompt, too."""
-    if len(head) <= room:
-        return head
-    first = head[:1] if begins and room > 1 else []
-    return first + head[len(head) - (room - len(first)) :]
-
-
 def train_sft(
-    job: Job, lm: LanguageModel, texts: Sequence[str], responses: Sequence[str], config: SftConfig, phase: str
+    job: Job,
+    lm: LanguageModel,
+    texts: Sequence[str],
+    responses: Sequence[Response | str],
+    config: SftConfig,
+    phase: str,
 ) -> None:
     """Train the active adapter of ``lm`` on rows; resumes from the phase's checkpoint.
 
     Args:
         texts: rendered prompts, ``[rows]``.
-        responses: their responses, ``[rows]``.
+        responses: their responses, ``[rows]``; sampled ones keep their tokens.
         phase: name of the stage in the run's record, metrics and checkpoints.
 
     Raises:
@@ -106,7 +74,7 @@ def train_sft(
         raise RequestError(f"{job.task.card.name}: no rows to train on in stage {phase}")
     if config.steps == 0:
         return
-    inputs, labels = encode_rows(lm, texts, responses, config.max_tokens, Ending.of(job))
+    inputs, labels = encode_rows(lm, texts, responses, config.max_tokens)
     places = order(len(inputs), config.steps, config.batch, derive(job.seed, phase, "order"))
     optimizer = make_optimizer(lm, config)
     start = resume(job, lm, optimizer, phase)

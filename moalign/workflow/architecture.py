@@ -47,6 +47,16 @@ KNOWN: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
         "tie_word_embeddings": True,
     },
+    "smollm2-135m-instruct": {
+        "model_type": "llama",
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "tie_word_embeddings": True,
+    },
     "Ray2333/gpt2-large-harmless-reward_model": _GPT2_LARGE,
     "Ray2333/gpt2-large-helpful-reward_model": _GPT2_LARGE,
     "Tristan/gpt2_reward_summarization": {

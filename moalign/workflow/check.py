@@ -15,6 +15,7 @@ from moalign.config.load import ResolvedRequest
 from moalign.config.objectives import ClassifierObjective, ObjectiveSpec
 from moalign.config.recipe import Recipe
 from moalign.errors import RequestError
+from moalign.lm import builtin
 from moalign.methods import registry
 from moalign.workflow import cost, memory
 from moalign.workflow.architecture import Architecture
@@ -124,14 +125,14 @@ def preview(resolved: ResolvedRequest) -> Preflight:
     """Return memory and cost of a request alone: what a dry run shows, before anything is downloaded."""
     report = Preflight(resolved.recipe_path or Path(resolved.recipe.method))
     model = resolved.card.model
-    folder = Path(model).expanduser() if model is not None else None
+    folder = (builtin.converted(model) or Path(model).expanduser()) if model is not None else None
     _sizes(report, resolved, folder if folder is not None and folder.is_dir() else None)
     return report
 
 
 def must_be_fetched(card: TaskCard) -> bool:
     """Whether the task's base is a hub model that is not on this machine."""
-    if card.model is None or Path(card.model).expanduser().is_dir():
+    if card.model is None or card.model in builtin.MODELS or Path(card.model).expanduser().is_dir():
         return False
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
@@ -228,7 +229,7 @@ def _model(report: Preflight, card: TaskCard) -> Path | None:
         from moalign import model_folder
 
         source = str(card.model)
-        if Path(source).expanduser().is_dir():
+        if source in builtin.MODELS or Path(source).expanduser().is_dir():
             found.append(model_folder.resolve(source, card.model_revision, "task.model"))
             return f"{source}: whole safetensors weights, content {model_folder.fingerprint(found[0], 'task.model')}"
         return _hub(report, source, card.model_revision, "model", found)

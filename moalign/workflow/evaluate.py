@@ -22,7 +22,7 @@ from moalign.errors import RequestError
 from moalign.methods.base import Method, RunContext
 from moalign.pareto import front, hypervolume, indicators, quality, statistics
 from moalign.preferences import Preference, label, same
-from moalign.tasks.task import Say, Task, silent
+from moalign.tasks.task import Say, Task, columns, silent
 from moalign.workflow import divergence
 from moalign.workflow.divergence import KlToBase
 
@@ -211,11 +211,12 @@ def respond(
         away = divergence.from_base(context.task, policies, prompts, answers, sampling, say)
         flat = [text for row in answers.responses for text in row]
         raw = context.task.judge_panel.score(prompts * len(asked), flat, lambda d, n: say("scoring", d, n))
+    records = [response for k in range(len(asked)) for response in answers.records(k)]
     table = pd.DataFrame(
         {
             "prompt": prompts * len(asked),
             "preference": [label(w) for w in asked for _ in prompts],
-            "response": flat,
+            **columns(records),
         }
     )
     for column, name in enumerate(context.task.names):

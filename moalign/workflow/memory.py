@@ -32,6 +32,7 @@ from moalign.config.load import ResolvedRequest
 from moalign.config.objectives import ClassifierObjective
 from moalign.config.recipe import LoraSpec
 from moalign.config.strict import Strict
+from moalign.lm import builtin
 from moalign.training.settings import DpoStage, OnlineConfig, PpoConfig, SftConfig
 from moalign.workflow import architecture
 from moalign.workflow.architecture import Architecture
@@ -148,7 +149,7 @@ def reward_models(card: TaskCard) -> tuple[list[tuple[ClassifierObjective, Archi
 
 def sizes_of(model: str) -> Architecture | None:
     """Return the sizes of a model folder or known hub model, None when they are not known."""
-    folder = Path(model).expanduser()
+    folder = builtin.converted(model) or Path(model).expanduser()
     return architecture.of_folder(folder) if folder.is_dir() else architecture.known(model)
 
 

@@ -11,6 +11,7 @@ import pytest
 from moalign.cli.show import comment_of
 from moalign.config import find
 from moalign.errors import RequestError
+from moalign.lm import builtin
 from moalign.methods import registry
 
 CARD = Path(find.recipes_root()) / "sandbox" / "task.yaml"
@@ -107,10 +108,24 @@ def test_without_runs_the_list_is_empty_and_says_how_to_start(moalign: Any) -> N
     assert json.loads(moalign("ls", "runs", "--json").out) == {"runs": []}
 
 
+def test_models_are_listed_with_what_brings_them(moalign: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MOALIGN_CACHE", str(tmp_path))
+    monkeypatch.setattr(builtin, "installed", lambda name: None)
+    (row,) = json.loads(moalign("ls", "models", "--json").out)["models"]
+    assert (row["name"], row["licence"], row["installed"], row["path"]) == (
+        "smollm2-135m-instruct", "Apache-2.0", False, None
+    )  # fmt: skip
+    ended = moalign("ls", "models")
+    assert "not installed" in ended.out
+    assert "make llm" in ended.out + ended.err
+
+
 def test_an_unknown_list_names_the_nearest(moalign: Any) -> None:
     ended = moalign("ls", "metods")
     assert ended.code == 2
-    assert ended.errors == ["unknown list 'metods'; allowed: methods, recipes, runs, tasks; did you mean 'methods'?"]
+    assert ended.errors == [
+        "unknown list 'metods'; allowed: methods, models, recipes, runs, tasks; did you mean 'methods'?"
+    ]
 
 
 # -- show --------------------------------------------------------------------------------

@@ -134,25 +134,29 @@ def test_labels_per_objective_weigh_as_the_preference_does() -> None:
 
 def test_the_loss_of_a_part_by_hand() -> None:
     """D+ = 2, D- = -1 in the first pair (.554355), the other way round in the second (.854355): mean .704355."""
-    mask = torch.tensor([[True, True], [True, False], [True, True], [True, False]])
-    logps = torch.tensor([[1.0, 1.0], [-1.0, 0.0], [-0.5, -0.5], [2.0, 0.0]])
+    lengths = torch.tensor([4, 1, 1, 1])
+    mask = torch.arange(4)[None] < lengths[:, None]
+    logps = torch.zeros(4, 4)
+    logps[0], logps[1:, 0] = 0.5, torch.tensor([-1.0, -1.0, 2.0])
     part = Part(
         response_mask=mask,
         old_logps=logps,
-        ref_logps=torch.zeros(4, 2),
+        ref_logps=torch.zeros(4, 4),
         extras={"labels": torch.ones(2, 1), "weights": torch.ones(2, 1), "preferences": torch.tensor(W).float()},
     )
-    entropy = torch.tensor([[1.0, 3.0], [2.0, 0.0], [0.5, 0.5], [0.1, 0.0]])
+    entropy = torch.zeros(4, 4)
+    entropy[0], entropy[1:, 0] = torch.tensor([1.0, 3.0, 2.5, 1.5]), torch.tensor([2.0, 0.5, 0.1])
     value, told = loss_of().loss(TokenOutputs(logps, entropy), part)
     assert value.item() == pytest.approx(0.704355, abs=1e-5)
     assert told["accuracy"] == 0.5
     assert told["entropy"] == pytest.approx((2 + 2 + 0.5 + 0.1) / 4)
     assert told["entropy/two"] == pytest.approx(2.0)  # the first prompt weighs the second objective most
     assert told["entropy/one"] == pytest.approx(0.3)
-    # The preferred rows have log-likelihoods per token of (1 + 1) / 2 and (-.5 - .5) / 2: their mean, .25, is added.
+    # The preferred rows have log-likelihoods per token of 2 / 4 and -1 / 1, mean -.25. The rejected ones would have .5,
+    # or .875 over the preferred ones' lengths; the preferred ones over the rejected ones' lengths .5.
     value, told = loss_of(sft_coef=0.2).loss(TokenOutputs(logps, entropy), part)
-    assert told["nll"] == pytest.approx(-0.25)
-    assert value.item() == pytest.approx(0.704355 - 0.2 * 0.25, abs=1e-5)
+    assert told["nll"] == pytest.approx(0.25)
+    assert value.item() == pytest.approx(0.704355 + 0.2 * 0.25, abs=1e-5)
 
 
 # -- preferences -----------------------------------------------------------------------------------------------------

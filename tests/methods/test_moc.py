@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,11 @@ from numpy.typing import NDArray
 
 from moalign import preferences
 from moalign.errors import RequestError, WorkError
-from moalign.methods.moc import Config, Control, control_error, policy_grams, ramp, weights
+from moalign.methods.moc import Config, Control, control_error, normalised, policy_grams, ramp, weights
 from moalign.pareto import indicators
 from moalign.pareto.hypervolume import hypervolume
 from moalign.training.online import Rollout
-from moalign.training.ppo import Experience, clipped, whitened
+from moalign.training.ppo import Experience, PpoLoss, clipped, grouped, whitened
 from moalign.workflow.train import TrainRequest, plan, train
 
 Matrix = NDArray[np.float64]
@@ -262,6 +263,59 @@ def test_a_reward_that_is_not_finite_stops_the_run_with_a_message() -> None:
 def test_settings_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Config.model_validate(wrong)
+
+
+# -- what a nat costs --------------------------------------------------------------------------------------------------
+
+
+def cost_of_a_nat(config: Config) -> float:
+    """The weight of the KL cost in the advantage of the update, as a share of ``kl_coef``.
+
+    Two responses of two tokens at preference (1, 0), one nat from the reference at each first token; lambda 0 and
+    critics that say 0 leave the first token nothing but that cost. Rewards are balanced: e = (1/2, -1/2).
+    """
+    mask = torch.ones(2, 2, dtype=torch.bool)
+    logps = torch.tensor([[-1.0, -1.0], [-1.0, -1.0]])
+    reference = torch.tensor([[-2.0, -1.0], [-2.0, -1.0]])
+    drawn: Any = SimpleNamespace(logps=logps, response_mask=mask)
+    z = np.array([[1.0, -1.0], [-1.0, 1.0]])
+    rollout = Rollout(["p"], np.array([[1.0, 0.0]]), 2, drawn, ["a", "b"], z, z, lambda rows: reference[rows])
+    apart = config.kl == "outside"
+    rollout.values = torch.zeros(2, 2, 3 if apart else 2)
+    control = Control(config, ["one", "two"])
+    loss = PpoLoss(config, control.names, grouped([(1.0, 0.0)], 1), normalised, control.combine, apart)
+    told = loss.select(rollout)
+    assert told.metrics["active"] == 1.0
+    first = told.extras["advantages"][:, 0]
+    assert first[0] == first[1]
+    return float(first[0]) / -config.kl_coef
+
+
+PLAIN: dict[str, Any] = {"gae_lambda": 0.0, "whiten": "none", "kl_coef": 0.2, "lam_start": 4.0, "lam": 4.0}
+
+
+@pytest.mark.parametrize("mode", ["soft", "switch", "stacked"])
+def test_outside_a_nat_costs_what_kl_coef_says(mode: Any) -> None:
+    assert cost_of_a_nat(Config(mode=mode, kl="outside", **PLAIN)) == pytest.approx(1.0)
+
+
+def test_outside_it_costs_that_of_the_rewards_as_they_are_scaled() -> None:
+    """Both advantages have values 0, 0, 1, -1: deviation 1 / sqrt(2), so that rewards count sqrt(2) fold."""
+    config = Config(kl="outside", **{**PLAIN, "whiten": "scale"})
+    assert cost_of_a_nat(config) == pytest.approx(np.sqrt(2))
+
+
+@pytest.mark.parametrize(("mode", "wanted"), [("soft", 1 / 5), ("switch", 0.0)])
+def test_inside_it_costs_the_sum_of_weights_that_need_not_be_one(mode: Any, wanted: float) -> None:
+    """The fault that ``outside`` is for: 1 / (1 + lam) and nothing at all."""
+    assert cost_of_a_nat(Config(mode=mode, **PLAIN)) == pytest.approx(wanted, abs=1e-6)
+
+
+def test_with_the_cost_outside_it_trains_and_keeps_a_head_for_it(small_task: tuple[str, ...], tmp_path: Path) -> None:
+    run, _ = train(plan(TrainRequest("moc", overrides=(*small_task, *FEW, "kl=outside"), results=tmp_path)))
+    assert run.load_tensors("value_heads-online")["linear.weight"].shape == (3, 16)
+    assert all("value_loss/kl" in line for line in run.metrics())
+    assert "value_loss/kl" in run.record.notes["diagnostics"]
 
 
 # -- on the engine -----------------------------------------------------------------------------------------------------

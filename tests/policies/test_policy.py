@@ -11,11 +11,11 @@ import torch
 from moalign import preferences
 from moalign.config.card import TemplateSpec
 from moalign.config.recipe import LoraSpec
+from moalign.lm.chat import Renderer
 from moalign.policies import adapters
 from moalign.policies.language_model import LanguageModel
 from moalign.policies.policy import ModelGenerator, Policy, respond_all
 from moalign.policies.sampler import Generated, Sampling, Traces
-from moalign.policies.template import Renderer
 
 PROMPTS = ["make soup", "read a map", "make soup", "fix a chair"]
 SAMPLING = Sampling(max_new_tokens=8, seed=3, batch_size=2)
@@ -43,7 +43,7 @@ class Traced(Echo):
     def generate(self, texts: Sequence[str], rows: Sequence[int], sampling: Sampling) -> Generated:
         pair = super().generate(texts, rows, sampling)
         ids = [np.full(len(self.name), row) for row in rows]
-        return Generated(*pair, Traces(self.name, ids, [-float(row) for row in rows]))
+        return Generated(*pair, Traces(self.name, ids, [-float(row) for row in rows], [True] * len(rows)))
 
 
 def told(made: Generated) -> tuple[list[str], int, list[float]]:

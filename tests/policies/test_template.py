@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from moalign.config.card import TemplateSpec
+from moalign.lm.chat import Renderer
 from moalign.policies.language_model import LanguageModel
-from moalign.policies.template import Renderer
 
 NAMES = ("helpfulness", "harmlessness")
 CHAT = (

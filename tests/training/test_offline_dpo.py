@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from moalign.errors import RequestError
 from moalign.methods.base import Job
@@ -18,6 +19,7 @@ from moalign.tasks.sandbox import world
 from moalign.tasks.sandbox.base import z_scale
 from moalign.tasks.sandbox.optimum import all_rewards, corpus_log_probs
 from moalign.training import reference
+from moalign.training.dropout import without_dropout
 from moalign.training.offline_dpo import (
     Batches,
     Margin,
@@ -30,7 +32,8 @@ from moalign.training.offline_dpo import (
 )
 from moalign.training.schedule import factor
 from moalign.training.seeds import derive
-from moalign.training.settings import DpoStage
+from moalign.training.settings import DpoStage, SftConfig
+from moalign.training.sft import train_sft
 from moalign.training.trainer_books import make_books, make_optimizer, order, quiet_libraries, trainable
 
 MakeJob = Callable[..., Job]
@@ -286,6 +289,51 @@ def test_it_counts_logs_and_leaves_the_model_as_it_was(job: Job) -> None:
     assert not lm.model.training
     for module in (lm.model, lm.model.get_base_model()):
         assert "forward" not in vars(module)  # trl's fused head is gone: the next trainer would wrap it again
+
+
+def test_dropout_is_off_in_ratios_and_on_in_supervised_training(make_job: MakeJob) -> None:
+    """From a reference that is the policy itself every pair of the first batch has margin 0."""
+    job = make_job("sft", lora="policy.lora={r: 4, alpha: 8, dropout: 0.3}")
+    lm = job.task.language_model
+    shake(job)
+    start = weights(job)
+    modes: list[bool] = []
+    dropout = next(m for m in lm.model.modules() if isinstance(m, torch.nn.Dropout) and m.p == 0.3)
+    dropout.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    train_dpo(job, lm, encoded(job, own_reference=True), settings(), "here")
+    line = job.run.metrics()[0]
+    assert line["preference"] == pytest.approx(0.0, abs=1e-5)
+    assert line["chosen_log_ratio"] == pytest.approx(0.0, abs=1e-4)
+    assert max(float((value - start[name]).abs().max()) for name, value in weights(job).items()) > 1e-3
+    assert modes and not any(modes)
+    modes.clear()
+    train_sft(job, lm, TEXTS, CHOSEN, SftConfig(steps=1, batch=2), "then")
+    assert dropout.p == 0.3
+    assert all(modes)
+
+
+def test_layers_that_compute_their_activations_again_still_do() -> None:
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
+    )
+    config.attention_dropout = 0.5
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    ids = torch.arange(12).reshape(1, 12)
+
+    def gradient() -> torch.Tensor:
+        model.train()  # as a trainer does
+        without_dropout(model)
+        model.zero_grad()
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        return model.model.layers[0].self_attn.q_proj.weight.grad.clone()
+
+    wanted, seen = gradient(), []
+    model.gradient_checkpointing_enable()
+    attention = model.model.layers[0].self_attn
+    attention.register_forward_pre_hook(lambda module, _: seen.append(module.training))
+    torch.testing.assert_close(gradient(), wanted)
+    assert seen == [False, False]  # once forward, once again for the gradient, without dropout both times
 
 
 def test_no_steps_change_nothing(job: Job, assert_same: Callable[..., None]) -> None:

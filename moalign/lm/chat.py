@@ -1,0 +1,416 @@
+"""From text to tokens, in one place: what a policy reads, where a response begins, and what ends it.
+
+* :class:`Renderer` writes a prompt the way a task's card asks for (preference, score tags, chat turns). A prompt that
+  is too long loses the beginning of the user's own text and nothing else.
+* :class:`Codec` turns rendered prompts and responses into token ids. A chat prompt has exactly the ids of the
+  tokenizer's own chat template, a plain one those of the tokenizer with its own special tokens.
+* :class:`Ends` is what ends a response: the tokenizer's end token, those of the generation config, the token with which
+  the chat template closes an assistant's turn, and the card's stop texts.
+
+Sampled responses keep the ids they were sampled with (:class:`moalign.data.records.Response`). Only text that comes
+from files is tokenised, together with its prompt.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from moalign import preferences
+from moalign.config.card import TemplateSpec
+from moalign.data.records import Response
+from moalign.errors import RequestError
+
+DATE = "2024-07-26"
+"""The day that chat templates take for today when the card names none (as Llama 3.1's own template does)."""
+
+Ids = list[int]
+
+
+@dataclass(frozen=True)
+class Ends:
+    """What ends a response."""
+
+    ids: frozenset[int]
+    """Any of these tokens ends it, in sampling too; the token belongs to the response."""
+    texts: tuple[str, ...]
+    """Stop texts that are no single special token: the response is cut at the first one."""
+    row: tuple[int, ...]
+    """What is written behind a finished response in training rows; the loss counts it."""
+
+
+def generation_ends(config: Any) -> tuple[int, ...]:
+    """Return the end tokens of a transformers ``GenerationConfig``, which may name none, one or several."""
+    told = getattr(config, "eos_token_id", None)
+    return () if told is None else tuple(told) if isinstance(told, list | tuple) else (int(told),)
+
+
+class Codec:
+    """Turns texts into token ids and back, for one tokenizer and one card's template."""
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        template: TemplateSpec | None = None,
+        ends: Sequence[int] = (),
+        source: str = "the model",
+    ) -> None:
+        """Take a tokenizer.
+
+        Args:
+            template: a card's; None: its defaults.
+            ends: end tokens of the model's generation config.
+            source: the model's name, for messages.
+
+        Raises:
+            RequestError: no end token, or ``template.chat`` without a usable chat template.
+        """
+        template = TemplateSpec() if template is None else template
+        if tokenizer.eos_token_id is None:
+            raise RequestError(f"model {source}: its tokenizer has no end token, which responses need")
+        if template.chat and not tokenizer.chat_template:
+            raise RequestError(
+                f"template.chat: true, but the tokenizer of {source} has no chat template; say chat: false and write "
+                "the turns into template.plain and template.preference"
+            )
+        self.tokenizer, self.template, self.source = tokenizer, template, source
+        self._model_ends = tuple(int(i) for i in ends)
+        self._special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+
+    # -- chat turns ------------------------------------------------------------------------------------------------
+
+    def turns(self, text: str, reply: str | None = None) -> str:
+        """Return the chat template's text for a user's turn, ready for the reply or with it.
+
+        Raises RequestError when the template refuses (a system prompt that it does not know, say).
+        """
+        told = [{"role": "user", "content": text}]
+        if self.template.system:
+            told.insert(0, {"role": "system", "content": self.template.system})
+        if reply is not None:
+            told.append({"role": "assistant", "content": reply})
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    told,
+                    tokenize=False,
+                    add_generation_prompt=reply is None,
+                    chat_template=self._dated_template,
+                    **(self.template.chat_kwargs or {}),
+                )
+            )
+        except Exception as error:  # jinja's own errors, and whatever a template raises
+            why = str(error).strip().split("\n")[0] or type(error).__name__
+            hint = "; template.system: null leaves the system prompt out" if self.template.system else ""
+            raise RequestError(f"the chat template of {self.source} refuses: {why}{hint}") from None
+
+    @functools.cached_property
+    def _dated_template(self) -> str | None:
+        """The chat template with ``strftime_now`` pinned to the card's day; None: the tokenizer's own.
+
+        A macro of that name goes before the function that transformers gives to templates.
+        """
+        own = self.tokenizer.get_chat_template()
+        if "strftime_now" not in own:
+            return None
+        day = datetime.date.fromisoformat(self.template.date or DATE)
+        formats = dict.fromkeys(re.findall(r"""strftime_now\(\s*["']([^"']*)["']\s*\)""", own))
+        told = "".join(
+            f"{{%- if format == {form!r} -%}}{{{{ {day.strftime(form)!r} }}}}{{%- endif -%}}" for form in formats
+        )
+        return f"{{%- macro strftime_now(format) -%}}{told}{{%- endmacro -%}}{own}"
+
+    @functools.cached_property
+    def _reply(self) -> tuple[str, bool, tuple[int, ...]]:
+        """How the chat template writes a reply: (text between the prompt and it, whether it loses white space around
+        it, token ids behind it up to the first special one; none when there is no special one)."""
+        user, reply = "moalign prompt", "moalign reply"
+        whole = self.turns(user, reply)
+        before, _, behind = whole.rpartition(reply)
+        head = self.turns(user)
+        # A template that opens replies differently in the history than when it asks for one (thinking) says nothing.
+        gap = before.removeprefix(head) if before.startswith(head) else ""
+        trims = f" {reply} " not in self.turns(user, f" {reply} ")
+        ids = self._plain_ids([behind])[0] if behind else []
+        first = next((at for at, token in enumerate(ids) if token in self._special), None)
+        return gap if not gap.strip() else "", trims, () if first is None else tuple(ids[: first + 1])
+
+    # -- prompts -----------------------------------------------------------------------------------------------------
+
+    def prompt_ids(self, texts: Sequence[str]) -> list[Ids]:
+        """Return the token ids of rendered prompts: exactly those that the tokenizer itself gives.
+
+        Chat text holds its special tokens already; plain text gets those that the tokenizer puts around a text, less an
+        end token behind it, after which there would be nothing to say.
+        """
+        if self.template.chat:
+            return self._plain_ids(texts)
+        rows = self.tokenizer(list(texts), add_special_tokens=True, verbose=False)["input_ids"] if texts else []
+        eos, bos = self.tokenizer.eos_token_id, self.tokenizer.bos_token_id
+        closes = eos != bos and self.tokenizer("")["input_ids"][-1:] == [eos]
+        return [list(row[:-1] if closes else row) for row in rows]
+
+    def _plain_ids(self, texts: Sequence[str]) -> list[Ids]:
+        """Return the ids of texts alone, without special tokens around them."""
+        if not texts:
+            return []
+        return [list(row) for row in self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]]
+
+    # -- responses -----------------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def ends(self) -> Ends:
+        """What ends a response."""
+        ids, texts = {int(self.tokenizer.eos_token_id), *self._model_ends}, []
+        turn = self._turn_end
+        ids.update(turn[-1:])
+        for text in self.template.stop:
+            alone = self._plain_ids([text])[0]
+            if len(alone) == 1 and alone[0] in self._special:
+                ids.add(alone[0])
+            else:
+                texts.append(text)
+        if self.template.end is not None:
+            row = tuple(self._behind(self.template.end))
+        else:
+            row = turn if self.template.chat and turn else (int(self.tokenizer.eos_token_id),)
+        return Ends(frozenset(ids), tuple(texts), row)
+
+    @property
+    def _turn_end(self) -> tuple[int, ...]:
+        """What the chat template writes behind a reply, its first special token last; none without a chat template."""
+        if not self.tokenizer.chat_template:
+            return ()
+        try:
+            return self._reply[2]
+        except RequestError:
+            if self.template.chat:
+                raise
+            return ()
+
+    def response_ids(self, prompt: str, response: Response, prompt_ids: Ids | None = None) -> Ids:
+        """Return the ids of a response to a rendered prompt, with what ends it in a training row if it is finished.
+
+        Sampled responses keep their ids. A text is tokenised together with its prompt, as it would be read: where the
+        prompt's own ids are the beginning of that, the rest is the response. Where a token reaches across the border
+        (the sampler can never write one) the response is tokenised behind a character that merges with nothing.
+        """
+        if response.ids is not None:
+            return list(response.ids)
+        text = response.text
+        if self.template.chat:
+            gap, trims, _ = self._reply
+            text = text.strip() if trims else text
+            text = text if not gap or text.startswith(gap) else gap + text
+        if not text:
+            return []
+        head = self.prompt_ids([prompt])[0] if prompt_ids is None else prompt_ids
+        both = self.prompt_ids([prompt + text])[0]
+        ids = both[len(head) :] if both[: len(head)] == head else self._behind(text)
+        return [*ids, *self.ends.row] if response.finished and ids else ids
+
+    def _behind(self, text: str) -> Ids:
+        """Return the tokens of a text behind other text: alone, some tokenizers put a word boundary before it."""
+        for anchor in ("\n", "a", ":", "."):
+            alone, both = self._plain_ids([anchor, anchor + text])
+            if both[: len(alone)] == alone and len(both) > len(alone):
+                return both[len(alone) :]
+        return self._plain_ids([text])[0]
+
+    def decode(self, rows: Sequence[Iterable[int]]) -> list[str]:
+        """Return the texts of response tokens, without special tokens and the white space around them."""
+        return [
+            text.strip()
+            for text in self.tokenizer.batch_decode(
+                [list(row) for row in rows], skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        ]
+
+    # -- cutting -------------------------------------------------------------------------------------------------------
+
+    def fit(self, prompt: str, build: Callable[[str], str], limit: int, where: str) -> Fitted:
+        """Return ``build(prompt)`` with as much of the end of ``prompt`` as ``limit`` tokens hold, cut between tokens.
+
+        Args:
+            build: renders a user's text; what it puts around the text stays whole.
+            where: the setting behind ``limit``, for messages.
+
+        Raises:
+            RequestError: what stands around the text is longer than the limit already.
+        """
+        whole = build(prompt)
+        # A token holds at least one byte, but for the few that stand around a text.
+        if len(whole.encode(errors="surrogatepass")) + 8 <= limit:
+            return Fitted(whole, prompt, 0)
+
+        def size(text: str) -> int:
+            return len(self.prompt_ids([build(text)])[0])
+
+        excess = size(prompt) - limit
+        if excess <= 0:
+            return Fitted(whole, prompt, 0)
+        starts = self._starts(prompt)
+        first = 0
+        while excess > 0 and first < len(starts):
+            first = min(first + excess, len(starts))
+            excess = size(prompt[starts[first] :] if first < len(starts) else "") - limit
+        if excess > 0 or first == len(starts):
+            raise RequestError(
+                f"{where}: {limit} tokens do not hold what the template writes around a prompt "
+                f"({size('')} tokens) and a token of the prompt; raise it, or shorten the template"
+            )
+        while first > 1 and size(prompt[starts[first - 1] :]) <= limit:
+            first -= 1
+        kept = prompt[starts[first] :]
+        return Fitted(build(kept), kept, len(self._plain_ids([prompt])[0]) - len(self._plain_ids([kept])[0]))
+
+    def _starts(self, text: str) -> list[int]:
+        """Return at which characters the tokens of a text begin; every character for a tokenizer that cannot tell."""
+        if not self.tokenizer.is_fast:
+            return list(range(len(text)))
+        coded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        # Several tokens may share a character (bytes), and only its beginning is a place to cut.
+        return sorted({int(start) for start, _ in coded["offset_mapping"]})
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A rendered prompt that fits."""
+
+    text: str
+    prompt: str
+    """What is left of the user's text."""
+    cut: int
+    """How many tokens of the user's text were left out."""
+
+
+class Rendered(str):
+    """What a policy reads, already cut to the card's limit. It knows the user's text, so that it can be cut again."""
+
+    prompt: str
+    build: Callable[[str], str]
+    cut: int
+
+    @classmethod
+    def whole(cls, text: str) -> Rendered:
+        """Return a text as what a policy reads: of a bare one (a method's own rendering) all is the user's."""
+        return text if isinstance(text, Rendered) else cls.of(Fitted(text, text, 0), str)
+
+    @classmethod
+    def of(cls, fitted: Fitted, build: Callable[[str], str]) -> Rendered:
+        """Return a fitted prompt as what a policy reads."""
+        made = cls(fitted.text)
+        made.prompt, made.build, made.cut = fitted.prompt, build, fitted.cut
+        return made
+
+
+@dataclass(frozen=True)
+class Renderer:
+    """Renders prompts for one task: preference text, score tags, response marker, chat turns."""
+
+    template: TemplateSpec
+    objectives: tuple[str, ...]
+    codec: Codec | None = None
+    """Needed for chat templates and limits."""
+    max_tokens: int | None = None
+    """Longest prompt; the user's text is cut to it."""
+    _fitted: dict[str, Fitted] = field(default_factory=dict, repr=False, compare=False)
+
+    def plain(self, prompt: str) -> Rendered:
+        """Return the prompt without any preference."""
+        return self._finish(prompt, self.template.plain)
+
+    def preference(self, prompt: str, weights: Sequence[float], style: str = "percent") -> Rendered:
+        """Return the prompt with its preference written beside it: in the card's words, else in numbers."""
+        return self.beside(prompt, self.preference_text(weights, style))
+
+    def preference_text(self, weights: Sequence[float], style: str = "percent") -> str:
+        """Return a preference as the policy reads it."""
+        if not self.template.words:
+            return preferences.to_text(weights, self.objectives, style)
+        told = []
+        for name, phrases in self.template.words.items():
+            weight = weights[self.objectives.index(name)]
+            # The grid's weights are floats: .1 + .2 belongs to "up to .3".
+            told.append(next(phrase.text for phrase in phrases if weight <= phrase.up_to + preferences.TOLERANCE))
+        return " ".join(text for text in told if text)
+
+    def beside(self, prompt: str, text: str) -> Rendered:
+        """Return the prompt with a text in the place where its preference would stand."""
+        return self._finish(prompt, self.template.preference, preference=text)
+
+    def scores(self, prompt: str, scores: Sequence[float]) -> Rendered:
+        """Return the prompt with reward tags (RiC): ``<rm1_score> 1.2 <rm2_score> -0.3``, one decimal."""
+        tags = " ".join(f"<rm{i}_score> {score:z.1f}" for i, score in enumerate(scores, start=1))
+        return self._finish(prompt, self.template.scores, scores=tags)
+
+    def _finish(self, prompt: str, template: str, **fields: str) -> Rendered:
+        def build(text: str) -> str:
+            filled = fill(template, prompt=text, **fields)
+            if self.template.chat:
+                if self.codec is None:
+                    raise ValueError("a chat template needs a tokenizer")
+                filled = self.codec.turns(filled)
+            return filled + self.template.marker
+
+        whole = build(prompt)
+        if self.codec is None or self.max_tokens is None:
+            return Rendered.of(Fitted(whole, prompt, 0), build)
+        if whole not in self._fitted:
+            self._fitted[whole] = self.codec.fit(prompt, build, self.max_tokens, "generation.max_prompt_tokens")
+        return Rendered.of(self._fitted[whole], build)
+
+
+def fill(template: str, **fields: str) -> str:
+    """Put the fields in, each once and from the template alone: a prompt that holds ``{prompt}`` stays as it is."""
+    parts: list[str] = []
+    rest = template
+    while rest:
+        places = [(rest.find("{" + name + "}"), name) for name in fields]
+        found = [(at, name) for at, name in places if at >= 0]
+        if not found:
+            parts.append(rest)
+            break
+        at, name = min(found)
+        parts += [rest[:at], fields[name]]
+        rest = rest[at + len(name) + 2 :]
+    return "".join(parts)
+
+
+def training_row(codec: Codec, rendered: str, response: Response, max_tokens: int) -> tuple[Ids, Ids]:
+    """Return (prompt ids, response ids) of a training row of at most ``max_tokens`` tokens.
+
+    The response goes first: a prompt that does not fit beside it loses the beginning of the user's text. A response
+    that is longer than the row by itself is cut off at its end, and so has no ending.
+
+    Raises RequestError when the template leaves no room for a response.
+    """
+    return pair_row(codec, rendered, [response], max_tokens)[0]
+
+
+def pair_row(
+    codec: Codec, rendered: str, responses: Sequence[Response], max_tokens: int
+) -> list[tuple[Ids, Ids]]:
+    """Return the rows of several responses to one prompt, all of which share one (cut) prompt; see
+    :func:`training_row`."""
+    head = codec.prompt_ids([rendered])[0]
+    tails = [codec.response_ids(rendered, response, head) for response in responses]
+    longest = max(map(len, tails))
+    if len(head) + longest > max_tokens:
+        whole = Rendered.whole(rendered)
+        fixed = codec.prompt_ids([whole.build("")])[0]
+        # The user's text keeps a token where there is one.
+        room = min(longest, max_tokens - len(fixed) - (1 if len(fixed) < len(head) else 0))
+        if room < 1:
+            raise RequestError(
+                f"max_tokens: {max_tokens} tokens do not hold the prompt's template ({len(fixed)} tokens) and a "
+                "response; raise it"
+            )
+        tails = [tail[:room] for tail in tails]
+        if len(head) + room > max_tokens:
+            head = codec.prompt_ids([codec.fit(whole.prompt, whole.build, max_tokens - room, "max_tokens").text])[0]
+    return [(head, tail) for tail in tails]
