@@ -156,9 +156,7 @@ class ParetoHqd:
             responses, records = answers.responses[0], answers.records(0)
             told[label(job.preferences[index])] = {"answers": len(responses), **collapse_report(responses)}
             whole = [i for i, response in enumerate(responses) if not collapse(response.split())]
-            parts.append(
-                pd.DataFrame({"prompt": [prompts[i] for i in whole], **columns([records[i] for i in whole])})
-            )
+            parts.append(pd.DataFrame({"prompt": [prompts[i] for i in whole], **columns([records[i] for i in whole])}))
         table = pd.concat(parts, ignore_index=True).drop_duplicates(["prompt", "response"], ignore_index=True)
         if table.empty:
             raise RequestError(
