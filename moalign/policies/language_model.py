@@ -32,6 +32,8 @@ class LanguageModel:
     source: str
     fingerprint: str
     device: torch.device
+    end_ids: frozenset[int]
+    """Ids that end a response when they are sampled."""
     in_reference: bool = False
     """Whether a :func:`reference_mode` block is open, so that an inner one does not end it."""
 
@@ -100,7 +102,8 @@ def wrap(
         tokenizer.pad_token = tokenizer.eos_token
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model.to(place).eval().requires_grad_(False)
-    return LanguageModel(model, tokenizer, source, fingerprint, place)
+    ends = frozenset({int(tokenizer.eos_token_id)})
+    return LanguageModel(model, tokenizer, source, fingerprint, place, ends)
 
 
 def set_threads(parameters: int) -> int:

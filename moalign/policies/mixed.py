@@ -136,6 +136,11 @@ class Mixture:
         for source in self.sources:
             source.repeat(times)
 
+    def keep(self, rows: Tensor) -> None:
+        """See :class:`~.sampler.NextToken`."""
+        for source in self.sources:
+            source.keep(rows)
+
 
 def mix_logits(logits: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """Return ``sum_i w_i log softmax(logits_i)``, the log of the mixture up to a constant (arXiv 2406.18853).

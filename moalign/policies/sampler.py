@@ -25,6 +25,9 @@ from transformers import DynamicCache
 from moalign.policies.language_model import LanguageModel, positions
 from moalign.policies.stopping import length
 
+KEEP_ABOVE = 0.9
+"""Rows that have ended leave the batch when at most this share of it is left: a copy of the cache for each step."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -52,8 +55,12 @@ class Samples:
     logps: Tensor
     """log pi of each sampled token at the sampling temperature, ``[rows, T]``; 0 outside the mask. Of the whole
     distribution: a nucleus chooses where to draw and is no part of the policy (see :func:`draw`)."""
+    finished: Tensor
+    """Bool ``[rows]``: the response ended at an end id, or at a stop text (:func:`.stopping.trim`), not by the limit.
+    """
     hidden: Tensor | None = None
-    """Last hidden state before each token, ``[rows, T, width]``, when asked for (what value heads read)."""
+    """Last hidden state before each token, ``[rows, T, width]``, 0 outside the mask; when asked for (what value heads
+    read)."""
 
     @property
     def tokens(self) -> int:
@@ -73,10 +80,13 @@ class Traces:
     logps: list[float]
     """log pi of those tokens together, in nats, at the sampling temperature: at temperature 1 that of the policy
     itself. A nucleus is left out (see :func:`draw`); for greedy answers it is that of temperature 1."""
+    finished: list[bool]
+    """Whether each response ended at an end id or a stop text; the limit cut off the others."""
 
     def at(self, places: Sequence[int]) -> Traces:
         """Return those of the responses at ``places``."""
-        return Traces(self.vocabulary, [self.ids[place] for place in places], [self.logps[place] for place in places])
+        ids, logps = [self.ids[place] for place in places], [self.logps[place] for place in places]
+        return Traces(self.vocabulary, ids, logps, [self.finished[place] for place in places])
 
     @classmethod
     def joined(cls, parts: Sequence[Traces | None]) -> Traces | None:
@@ -85,7 +95,7 @@ class Traces:
         if not known or len(known) < len(parts):
             return None
         ids, logps = [row for part in known for row in part.ids], [value for part in known for value in part.logps]
-        return cls(known[0].vocabulary, ids, logps)
+        return cls(known[0].vocabulary, ids, logps, [flag for part in known for flag in part.finished])
 
 
 @dataclass(eq=False)
@@ -137,6 +147,10 @@ class NextToken(Protocol):
         """Make ``times`` consecutive rows of each row read so far."""
         ...
 
+    def keep(self, rows: Tensor) -> None:
+        """Forget all rows but those numbered ``rows``, int ``[kept]``, which are read on in this order."""
+        ...
+
 
 class Direct:
     """A model as it stands, with a cache of its own. See :class:`NextToken`."""
@@ -169,6 +183,11 @@ class Direct:
         self.cache.batch_repeat_interleave(times)
         self.state = None if self.state is None else self.state.repeat_interleave(times, dim=0)
 
+    def keep(self, rows: Tensor) -> None:
+        """See :class:`NextToken`."""
+        self.cache.reorder_cache(rows)  # unlike batch_select_indices every kind of layer has it, recurrent ones too
+        self.state = None if self.state is None else self.state[rows]
+
 
 @torch.no_grad()
 def sample(
@@ -183,7 +202,8 @@ def sample(
 ) -> Samples:
     """Sample ``repeat`` responses for each tokenised prompt in one batch; prompts are read once.
 
-    Row ``i * repeat + j`` of the result is response ``j`` to prompt ``i``.
+    Row ``i * repeat + j`` of the result is response ``j`` to prompt ``i``. A row ends at any of ``lm.end_ids``; rows
+    that have ended leave the batch in groups, which changes nothing for the others.
 
     Args:
         prompts: token ids per prompt, not padded.
@@ -196,43 +216,88 @@ def sample(
     source = Direct(lm.model, hidden) if source is None else source
     read, read_mask = pad_left(prompts, lm.pad, lm.device)
     ids, mask = read.repeat_interleave(repeat, dim=0), read_mask.repeat_interleave(repeat, dim=0)
-    count, longest = ids.shape
-    steps = numbers.shape[1]
-    numbers = numbers.to(lm.device)
-    # The whole mask is allocated once; each step sees a growing view of it.
-    whole = torch.cat([mask, torch.zeros((count, steps), dtype=mask.dtype, device=lm.device)], dim=1)
-    tokens = torch.full((count, steps), lm.pad, dtype=torch.long, device=lm.device)
-    logps = torch.zeros((count, steps), dtype=torch.float32, device=lm.device)
-    alive = torch.ones(count, dtype=torch.bool, device=lm.device)
     logits = source.read(read, read_mask, positions(read_mask))
     if repeat > 1:
         source.repeat(repeat)
         logits = logits.repeat_interleave(repeat, dim=0)
-    states: list[Tensor] = []
-    place = positions(mask)[:, -1:]
-    used = 0
-    for step in range(steps):
+    batch = _Batch(lm, mask, numbers.to(lm.device))
+    for step in range(numbers.shape[1]):
         if step:
-            place = place + 1
-            logits = source.read(tokens[:, step - 1 : step], whole[:, : longest + step], place)
-        if source.state is not None:
-            states.append(source.state)
-        chosen, logp = draw(logits, numbers[:, step], temperature, top_p)
-        tokens[:, step] = torch.where(alive, chosen, lm.pad)
-        logps[:, step] = torch.where(alive, logp, torch.zeros_like(logp))
-        whole[:, longest + step] = alive.long()
-        alive = alive & (chosen != lm.eos)
-        used = step + 1
-        if not bool(alive.any()):
+            logits = source.read(*batch.next(step))
+        chosen, logp = draw(logits, batch.numbers[:, step], temperature, top_p)
+        batch.write(step, chosen, logp, source.state)
+        left = int(batch.alive.sum())
+        if left == 0:
             break
-    attention = whole[:, : longest + used]
-    return Samples(
-        input_ids=torch.cat([ids, tokens[:, :used]], dim=1),
-        attention_mask=attention,
-        response_mask=attention[:, longest:].bool(),
-        logps=logps[:, :used],
-        hidden=torch.stack(states, dim=1) if states else None,
-    )
+        if left <= KEEP_ABOVE * len(batch.rows):
+            source.keep(batch.leave())
+    return batch.samples(ids, mask)
+
+
+class _Batch:
+    """The state of a batch while it is sampled: results of all rows, and which rows are still read."""
+
+    def __init__(self, lm: LanguageModel, mask: Tensor, numbers: Tensor) -> None:
+        """Begin behind prompts of attention mask ``[rows, prompt]``; ``numbers`` ``[rows, steps]``."""
+        count, steps = numbers.shape
+        self.rows = torch.arange(count, device=lm.device)
+        """Numbers of the rows that are read, ``[live]``; the next three attributes are of these rows."""
+        self.alive = torch.ones(count, dtype=torch.bool, device=lm.device)
+        self.numbers = numbers
+        # The whole mask is allocated once; each step sees a growing view of it.
+        self._mask = torch.cat([mask, mask.new_zeros(count, steps)], dim=1)
+        self._place = positions(mask)[:, -1:]
+        self._prompt = mask.shape[1]
+        self._ends = torch.tensor(sorted(lm.end_ids), device=lm.device)
+        self._tokens = torch.full((count, steps), lm.pad, dtype=torch.long, device=lm.device)
+        self._logps = torch.zeros((count, steps), dtype=torch.float32, device=lm.device)
+        self._lengths = torch.zeros(count, dtype=torch.long, device=lm.device)
+        self._finished = torch.zeros(count, dtype=torch.bool, device=lm.device)
+        self._hidden: Tensor | None = None
+        self._pad = lm.pad
+        self._last = self._tokens[:, :1]
+
+    def next(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what is read before token ``step``: ids and positions ``[live, 1]``, and the mask of all so far."""
+        self._place = self._place + 1
+        return self._last, self._mask[:, : self._prompt + step], self._place
+
+    def write(self, step: int, chosen: Tensor, logp: Tensor, state: Tensor | None) -> None:
+        """Take token ``step`` of the live rows, its log-probability and the state it was drawn from."""
+        alive, rows = self.alive, self.rows
+        token = torch.where(alive, chosen, self._pad)
+        self._tokens[rows, step] = token
+        self._logps[rows, step] = torch.where(alive, logp, torch.zeros_like(logp))
+        if state is not None:
+            if self._hidden is None:
+                self._hidden = state.new_zeros(*self._tokens.shape, state.shape[-1])
+            self._hidden[rows, step] = torch.where(alive.unsqueeze(-1), state, torch.zeros_like(state))
+        self._mask[:, self._prompt + step] = alive.long()
+        self._lengths[rows] += alive.long()
+        ended = alive & torch.isin(chosen, self._ends)
+        self._finished[rows] |= ended
+        self.alive = alive & ~ended
+        self._last = token.unsqueeze(-1)
+
+    def leave(self) -> Tensor:
+        """Drop the rows that have ended; returns the places of the others among those read before, ``[left]``."""
+        kept = self.alive.nonzero().squeeze(-1)
+        self.rows, self.numbers, self.alive = self.rows[kept], self.numbers[kept], self.alive[kept]
+        self._mask, self._place, self._last = self._mask[kept], self._place[kept], self._last[kept]
+        return kept
+
+    def samples(self, ids: Tensor, mask: Tensor) -> Samples:
+        """Return the responses behind the prompts ``ids`` with attention mask ``mask``, ``[rows, prompt]``."""
+        used = int(self._lengths.max())
+        response = torch.arange(used, device=ids.device) < self._lengths.unsqueeze(-1)
+        return Samples(
+            input_ids=torch.cat([ids, self._tokens[:, :used]], dim=1),
+            attention_mask=torch.cat([mask, response.to(mask.dtype)], dim=1),
+            response_mask=response,
+            logps=self._logps[:, :used],
+            finished=self._finished,
+            hidden=None if self._hidden is None else self._hidden[:, :used],
+        )
 
 
 def draw(logits: Tensor, numbers: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
@@ -305,6 +370,7 @@ def generate(
     order = sorted(range(len(texts)), key=lambda i: len(encoded[i]))
     made = Generated([""] * len(texts), 0)
     ids, logps = [np.empty(0, dtype=np.int64)] * len(texts), [0.0] * len(texts)
+    finished = [False] * len(texts)
     for start in range(0, len(order), sampling.batch_size):
         part = order[start : start + sampling.batch_size]
         numbers = uniforms(sampling.seed, [rows[i] for i in part], sampling.max_new_tokens)
@@ -317,14 +383,14 @@ def generate(
             source=None if source is None else source(),
         )
         made.tokens += drawn.tokens
-        rows_ids, rows_logps = _tokens(drawn), drawn.logps.cpu().double().numpy()
-        for i, row, logp, text in zip(part, rows_ids, rows_logps, lm.decode(rows_ids), strict=True):
+        rows_ids, rows_logps, ended = _tokens(drawn), drawn.logps.cpu().double().numpy(), drawn.finished.tolist()
+        for i, row, logp, end, text in zip(part, rows_ids, rows_logps, ended, lm.decode(rows_ids), strict=True):
             made.responses[i] = cut(text, sampling.stop)
             stopped = any(marker in text for marker in sampling.stop)
             count = length(lm, row.tolist(), sampling.stop) if stopped else len(row)
             # A copy: a view of one row would keep the whole batch in memory.
-            ids[i], logps[i] = row[:count].copy(), float(logp[:count].sum())
-    made.traces = Traces(lm.tokenizer, ids, logps)
+            ids[i], logps[i], finished[i] = row[:count].copy(), float(logp[:count].sum()), end or stopped
+    made.traces = Traces(lm.tokenizer, ids, logps, finished)
     return made
 
 

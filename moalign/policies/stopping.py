@@ -17,7 +17,7 @@ def trim(lm: LanguageModel, samples: Samples, stop: Sequence[str]) -> Samples:
     """Return the samples with each response ending at the token that completes its first stop text.
 
     The judge never sees what follows a stop text; a loss that sums over those tokens would learn from noise.
-    Responses without a stop text stay as they are.
+    Responses without a stop text stay as they are; those with one are finished.
     """
     if not stop:
         return samples
@@ -25,9 +25,8 @@ def trim(lm: LanguageModel, samples: Samples, stop: Sequence[str]) -> Samples:
     ids = samples.input_ids[:, -width:].cpu().tolist()
     lengths = samples.response_mask.sum(-1).cpu().tolist()
     rows = [row[:length] for row, length in zip(ids, lengths, strict=True)]
-    kept = [
-        length(lm, row, stop) if found else len(row) for row, found in zip(rows, _holds(lm, rows, stop), strict=True)
-    ]
+    stopped = _holds(lm, rows, stop)
+    kept = [length(lm, row, stop) if found else len(row) for row, found in zip(rows, stopped, strict=True)]
     inside = torch.arange(width)[None, :] < torch.tensor(kept)[:, None]
     mask = samples.response_mask & inside.to(samples.response_mask.device)
     attention = samples.attention_mask.clone()
@@ -35,7 +34,9 @@ def trim(lm: LanguageModel, samples: Samples, stop: Sequence[str]) -> Samples:
     ids_out = samples.input_ids.clone()
     ids_out[:, -width:] = torch.where(mask, ids_out[:, -width:], lm.pad)
     logps = torch.where(mask, samples.logps, torch.zeros_like(samples.logps))
-    return replace(samples, input_ids=ids_out, attention_mask=attention, response_mask=mask, logps=logps)
+    finished = samples.finished | torch.tensor(stopped, device=samples.finished.device)
+    told = {"input_ids": ids_out, "attention_mask": attention, "response_mask": mask, "logps": logps}
+    return replace(samples, finished=finished, **told)
 
 
 def _holds(lm: LanguageModel, rows: Sequence[Sequence[int]], stop: Sequence[str]) -> list[bool]:

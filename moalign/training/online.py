@@ -337,18 +337,13 @@ class OnlineEngine:
         told: dict[str, Any] = {
             "kl": float((drawn.logps[first] - rollout.ref_logps(first)).sum(-1).mean()),
             "length": float(lengths.float().mean()),
-            "unfinished": float(self._unfinished(drawn).float().mean()),
+            "unfinished": float((~drawn.finished).float().mean()),
         }
         for name, value in zip(self.job.task.names, rollout.z.mean(axis=0), strict=True):
             told[f"reward/{name}"] = float(value)
         utility = (rollout.z * np.repeat(rollout.preferences, rollout.per_prompt, axis=0)).sum(axis=1)
         told["utility"] = float(utility.mean())
         return told
-
-    def _unfinished(self, drawn: Samples) -> Tensor:
-        """Return which rows the limit cut off before their end token or a stop text, bool ``[rows]``."""
-        whole = drawn.response_mask.sum(-1) == self.job.task.card.generation.max_new_tokens
-        return whole & (drawn.input_ids[:, -1] != self.lm.eos)
 
     def _checkpoint(self, step: int, method: RolloutLoss) -> None:
         tensors, plain = pack_optimizer(self.optimizer)

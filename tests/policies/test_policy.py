@@ -43,7 +43,7 @@ class Traced(Echo):
     def generate(self, texts: Sequence[str], rows: Sequence[int], sampling: Sampling) -> Generated:
         pair = super().generate(texts, rows, sampling)
         ids = [np.full(len(self.name), row) for row in rows]
-        return Generated(*pair, Traces(self.name, ids, [-float(row) for row in rows]))
+        return Generated(*pair, Traces(self.name, ids, [-float(row) for row in rows], [True] * len(rows)))
 
 
 def told(made: Generated) -> tuple[list[str], int, list[float]]:
