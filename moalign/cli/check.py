@@ -1,4 +1,4 @@
-"""``moalign check``: preflight of a recipe, every problem at once."""
+"""``moalign check``: preflight of a recipe or a task card, every problem at once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from moalign.errors import RequestError
 
 def check(
     recipe: Annotated[
-        str, typer.Argument(metavar="RECIPE", help="Recipe file, or task/method as moalign ls recipes names it.")
+        str,
+        typer.Argument(
+            metavar="RECIPE|CARD",
+            help="Recipe file, or task/method as moalign ls recipes names it; a task's name, card file or folder.",
+        ),
     ],
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; repeatable.")
@@ -21,9 +25,10 @@ def check(
     results: Annotated[Path, typer.Option(metavar="DIR", help="Where runs are kept.")] = output.DEFAULT_RESULTS,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Check a recipe before training.
+    """Check a recipe or a task card before training.
 
-    Settings, card, model, data, splits, objectives and memory: every problem at once, and nothing is written.
+    Settings, card, model, data, splits, objectives and memory: every problem at once, and nothing is written. A card is
+    checked with the recipes beside it.
     """
     from moalign.workflow import check as workflow
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from moalign.cli import bench, check, compare, export, generate, ls, output, reward, score, show, train
+from moalign.cli import bench, check, compare, export, generate, init, ls, output, reward, score, show, train
 from moalign.cli import eval as evaluation
 from moalign.errors import MoalignError, RequestError, did_you_mean, unknown
 
@@ -83,6 +83,7 @@ app.command("compare")(compare.compare)
 app.command("generate")(generate.generate)
 app.command("export")(export.export)
 app.command("score")(score.score)
+app.command("init")(init.init)
 app.command("ls")(ls.ls)
 app.command("show")(show.show)
 app.command("check")(check.check)

@@ -1,4 +1,4 @@
-"""``moalign show``: a run, a recipe, a method or a task, in full."""
+"""``moalign show``: a run, a recipe, a method or a task card, in full."""
 
 from __future__ import annotations
 
@@ -20,13 +20,16 @@ if TYPE_CHECKING:
 
 
 def show(
-    name: Annotated[str, typer.Argument(metavar="RUN|RECIPE|METHOD|TASK", help="What to show.")],
+    name: Annotated[
+        str, typer.Argument(metavar="RUN|RECIPE|METHOD|TASK|CARD", help="What to show: a name, a file or a folder.")
+    ],
     results: Annotated[Path, typer.Option(metavar="DIR", help="Where runs are kept.")] = output.DEFAULT_RESULTS,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show a run, recipe, method or task in full.
 
     A run: record, cost, evaluation. A recipe: every setting with its source. A method: what it does and its settings.
+    A task, by name, card file or the folder of its card: every setting of the card.
     """
     from moalign.config import find
     from moalign.methods import registry
@@ -35,8 +38,8 @@ def show(
     recipes = {f"{task}/{method}": path for task, method, path in find.list_recipes()}
     if name in registry.names():
         _method(name, as_json)
-    elif name in find.list_tasks():
-        _task(name, as_json)
+    elif (card := find.find_card(name)) is not None:
+        _task(name, card, as_json)
     elif name in recipes or name.endswith((".yaml", ".yml")):
         _recipe(name, find.find_recipe(name), as_json)
     else:
@@ -99,19 +102,17 @@ def _word(value: Any) -> str:
     return {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value)
 
 
-def _task(name: str, as_json: bool) -> None:
+def _task(name: str, path: Path, as_json: bool) -> None:
     from moalign.cli.train import flat
-    from moalign.config import find
     from moalign.config.describe import yaml_form
     from moalign.config.load import load_card
 
-    card = load_card(name)
+    card = load_card(path)
     told = card.model_dump(mode="json")
-    path = find.find_task_file(name)
     if as_json:
-        output.as_json({"task": name, "path": str(path), "card": told})
+        output.as_json({"task": card.name, "path": str(path), "card": told})
         return
-    output.say(f"{name}: {card.description}")
+    output.say(f"{card.name}: {card.description}")
     output.say(str(path))
     output.say()
     table = output.table("setting", "value")
@@ -122,6 +123,7 @@ def _task(name: str, as_json: bool) -> None:
         for item in items:
             table.add_row(key, yaml_form(item))
     output.show(table)
+    output.next_commands(output.command("check", name), output.command("preview", "--task", name))
 
 
 # -- recipe ------------------------------------------------------------------------------------------------------------

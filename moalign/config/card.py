@@ -296,7 +296,7 @@ def _without_folders(told: Any) -> Any:
     if isinstance(told, dict):
         return {
             key: PurePath(value).name
-            if key in {"path", "model"} and isinstance(value, str) and PurePath(value).is_absolute()
+            if key in {"path", "model", "function"} and isinstance(value, str) and PurePath(value).is_absolute()
             else _without_folders(value)
             for key, value in told.items()
         }

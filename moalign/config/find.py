@@ -42,20 +42,42 @@ def is_path(name: str) -> bool:
 def find_task_file(name_or_path: str | Path, where: str = "--task") -> Path:
     """Return the card's file for a task name, a card file or a folder that holds ``task.yaml``.
 
-    Raises RequestError for an unknown name (with the nearest) or a path that does not exist; ``where``
-    names the option or the file and line that asked.
+    A task's name goes before a folder of that name here; ``./name`` is the folder in any case. Raises RequestError for
+    an unknown name (with the nearest) or a path that does not exist; ``where`` names the option or the file and line
+    that asked.
     """
     name = str(name_or_path)
     if isinstance(name_or_path, str) and not is_path(name):
         tasks = list_tasks()
-        if name not in tasks:
+        if name in tasks:
+            return recipes_root() / name / CARD
+        if not name or not (Path(name) / CARD).is_file():
             raise errors.unknown("task", name, tasks, where)
-        return recipes_root() / name / CARD
     path = Path(os.path.expanduser(name))
     file = path / CARD if path.is_dir() else path
     if not file.is_file():
         raise RequestError(f"{where}: no task card {file}; give a .yaml file or one of: {', '.join(list_tasks())}")
     return file
+
+
+def find_card(name: str) -> Path | None:
+    """Return the card that ``name`` means; None when it means something else.
+
+    A card is a task's name, a folder that holds ``task.yaml``, a file of that name, or a YAML file that lists
+    ``objectives`` and names no ``method``.
+    """
+    path = Path(os.path.expanduser(name))
+    if name in list_tasks() or (name and (path / CARD).is_file()):
+        return find_task_file(name)
+    if not path.is_file() or path.suffix not in _SUFFIXES:
+        return None
+    if path.name == CARD:
+        return path
+    try:
+        told = yaml_lines.load(path).data
+    except RequestError:
+        return None  # whatever it is meant to be, reading it as such tells what is broken
+    return path if "objectives" in told and "method" not in told else None
 
 
 def find_recipe_file(task: str | Path, method: str) -> Path | None:

@@ -24,6 +24,7 @@ from moalign.errors import RequestError
 
 _RECIPE_KEYS = tuple(name for name in Recipe.model_fields if name not in {"method", "task"})
 _DATA_FILE = re.compile(r"\.(jsonl|json|csv|parquet)(\.gz)?$")
+_SCORER_FILE = re.compile(r"^(?P<file>.+\.py):(?P<attribute>[^/]*)$")
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,9 @@ def load_card(name_or_path: str | Path, overrides: Sequence[str] = ()) -> TaskCa
         name_or_path: a task's name, a card file, or a folder that holds ``task.yaml``.
         overrides: ``--set`` texts, each ``task.key=value``.
 
-    Paths in the card (``model``, ``data.*.path``, a classifier's ``model``) become absolute when such a file
-    or folder exists: relative to the card's folder, or to the current directory for ``--set``. Hub ids stay.
+    Paths in the card (``model``, ``data.*.path``, a classifier's ``model``, the file of a ``function``) become absolute
+    when such a file or folder exists: relative to the card's folder, or to the current directory for ``--set``. Hub
+    ids stay.
 
     Raises:
         RequestError: every problem of the card and of the options.
@@ -239,7 +241,9 @@ def _resolve_paths(section: _Section, file: Path) -> list[str]:
         if isinstance(pairs, dict) and "path" not in pairs:
             places += [("data", "pairs", name, "path") for name, source in pairs.items() if isinstance(source, dict)]
     if isinstance(data.get("objectives"), list):
-        places += [("objectives", index, "model") for index in range(len(data["objectives"]))]
+        places += [
+            ("objectives", index, key) for index in range(len(data["objectives"])) for key in ("model", "function")
+        ]
     for place in places:
         holder: Any = data
         for key in place[:-1]:
@@ -248,8 +252,15 @@ def _resolve_paths(section: _Section, file: Path) -> list[str]:
         if not isinstance(value, str):
             continue
         base = Path.cwd() if origin.option(place) else file.resolve().parent
-        path = base / os.path.expanduser(value)
-        if os.path.exists(path):
+        scorer = _SCORER_FILE.match(value) if place[-1] == "function" else None
+        if place[-1] == "function" and scorer is None:
+            continue  # a dotted path or an entry point
+        path = base / os.path.expanduser(scorer["file"] if scorer else value)
+        if scorer:
+            holder[place[-1]] = f"{path.resolve()}:{scorer['attribute']}"
+            if not path.is_file():
+                found.append(origin.sentence(place, f"found {value!r}; there is no such file: {path}"))
+        elif os.path.exists(path):
             holder[place[-1]] = str(path.resolve())
         elif value.startswith(("/", "./", "../", "~")) or (place[-1] == "path" and _DATA_FILE.search(value)):
             kind = "file or folder" if place[-1] == "path" else "model folder"

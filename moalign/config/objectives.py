@@ -23,11 +23,12 @@ class PythonObjective(_Objective):
 
     kind: Literal["python"]
     function: str
-    """Dotted path ``package.module:callable`` or the name of an entry point in ``moalign.rewards``."""
+    """A file and what it defines (``scorers.py:brevity``, relative to the card), a dotted path
+    ``package.module:callable``, or the name of an entry point in ``moalign.rewards``."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments given to the callable at each call."""
     revision: str = "1"
-    """Change it when the function changes: it is part of the store's key."""
+    """Change it when something that the function reads changes: it is part of the store's key, as the source is."""
 
 
 class RuleObjective(_Objective):

@@ -1,4 +1,4 @@
-"""Objectives that are a Python callable: a dotted path or an entry point in ``moalign.rewards``.
+"""Objectives that are a Python callable: of a file, a dotted path, or an entry point in ``moalign.rewards``.
 
 The callable gets ``(prompts: list[str], responses: list[str], **options)`` and gives one number each.
 """
@@ -8,9 +8,11 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.metadata
+import importlib.util
 import inspect
 import json
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,8 +36,11 @@ class PythonScorer:
         self.options: dict[str, Any] = dict(spec.options)
         self.function = load_function(spec.function, base_dir, where)
         _check_options(self.function, spec.function, self.options, where)
-        told = json.dumps([self.options, spec.revision, _source(self.function)], sort_keys=True, default=repr)
-        self.revision = f"python:{spec.function}:{hashlib.sha256(told.encode()).hexdigest()[:16]}"
+        file = file_of(spec.function, base_dir)
+        source = _source(self.function) if file is None else fingerprint(file)
+        told = json.dumps([self.options, spec.revision, source], sort_keys=True, default=repr)
+        name = spec.function if file is None else Path(spec.function).name  # a moved file is the same file
+        self.revision = f"python:{name}:{hashlib.sha256(told.encode()).hexdigest()[:16]}"
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Sequence[float]:
         """Return what the callable gives, ``[samples]``; the panel checks length and values."""
@@ -44,9 +49,9 @@ class PythonScorer:
 
 
 def load_function(name: str, base_dir: Path, where: str) -> Callable[..., Any]:
-    """Return the callable called ``package.module:callable``, or the entry point of that name.
+    """Return the callable called ``file.py:callable`` or ``package.module:callable``, or the entry point of that name.
 
-    A module that is not installed is also looked for in ``base_dir`` (the task card's folder).
+    A file, and a module that is not installed, is looked for in ``base_dir`` (the task card's folder).
     Raises RequestError when it cannot be imported, does not exist or cannot be called.
     """
     if ":" in name:
@@ -58,13 +63,28 @@ def load_function(name: str, base_dir: Path, where: str) -> Callable[..., Any]:
     return found  # type: ignore[no-any-return]
 
 
+def file_of(name: str, base_dir: Path) -> Path | None:
+    """Return the file of a function called ``file.py:callable``; None when it is called otherwise.
+
+    >>> file_of("my_package.scorers:brevity", Path()) is None
+    True
+    """
+    head, colon, _ = name.rpartition(":")
+    return base_dir / head if colon and head.endswith(".py") else None
+
+
+def fingerprint(file: Path) -> str:
+    """Return 16 hex digits over a file's content."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+
+
 def _from_entry_point(name: str, where: str) -> Any:
     offered = {point.name: point for point in importlib.metadata.entry_points(group=GROUP)}
     if name not in offered:
         listed = ", ".join(sorted(offered)) or "none installed"
         raise RequestError(
             f"{where}: unknown function {name!r}; entry points in {GROUP}: {listed}{did_you_mean(name, list(offered))}"
-            "; or give a dotted path like package.module:callable"
+            "; or give a file or dotted path: scorers.py:callable, package.module:callable"
         )
     try:
         return offered[name].load()
@@ -75,16 +95,56 @@ def _from_entry_point(name: str, where: str) -> Any:
 
 
 def _from_path(name: str, base_dir: Path, where: str) -> Any:
-    module_name, _, attribute = name.partition(":")
-    if not all(part.isidentifier() for part in [*module_name.split("."), *attribute.split(".")]):
-        raise RequestError(f"{where}: function {name!r} is not of the form package.module:callable")
-    found: Any = _import(module_name, base_dir, where)
+    file = file_of(name, base_dir)
+    module_name, _, attribute = name.rpartition(":")
+    if not all(part.isidentifier() for part in [*([] if file else module_name.split(".")), *attribute.split(".")]):
+        raise RequestError(f"{where}: function {name!r} is not of the form file.py:callable or package.module:callable")
+    found: Any = _import(module_name, base_dir, where) if file is None else _import_file(file, where)
     for part in attribute.split("."):
         if not hasattr(found, part):
             near = did_you_mean(part, [key for key in dir(found) if not key.startswith("_")])
             raise RequestError(f"{where}: {module_name} has no {part!r} (function {name!r}){near}")
         found = getattr(found, part)
     return found
+
+
+def _import_file(file: Path, where: str) -> Any:
+    """Run a file as a module of its own, once per content; every task may have a ``scorers.py``."""
+    try:
+        path = file.resolve(strict=True)
+        name = f"moalign_scorers_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}_{fingerprint(path)}"
+    except OSError as error:
+        raise RequestError(f"{where}: the file {file} cannot be read: {error.strerror}") from None
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None  # a path that ends with .py has a loader
+    module = importlib.util.module_from_spec(spec)
+    _look_in(path.parent)
+    sys.modules[name] = module  # before it runs: dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise RequestError(f"{where}: running {file} failed: {_told(error)}{_line_in(error, path)}") from error
+    return module
+
+
+def _line_in(error: Exception, path: Path) -> str:
+    """Return `` (line N)`` of the file that an error came from; empty when it is told already or not known."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    return f" (line {lines[-1]})" if lines else ""
+
+
+def _look_in(folder: Path) -> None:
+    """Let modules in ``folder`` be imported.
+
+    Last on the path, so that a file beside the card never hides an installed package; it stays there because a module
+    may import its neighbours later, inside a function.
+    """
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+    importlib.invalidate_caches()
 
 
 def _import(module_name: str, base_dir: Path, where: str) -> Any:
@@ -94,12 +154,7 @@ def _import(module_name: str, base_dir: Path, where: str) -> Any:
         except ModuleNotFoundError as error:
             if error.name != module_name.partition(".")[0]:
                 raise
-        # Last on the path, so that a file beside the card never hides an installed package; it stays
-        # there because the module may import its neighbours later, inside a function.
-        folder = str(base_dir.resolve())
-        if folder not in sys.path:
-            sys.path.append(folder)
-        importlib.invalidate_caches()
+        _look_in(base_dir.resolve())
         return importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise RequestError(

@@ -6,9 +6,11 @@ import functools
 from pathlib import Path
 
 from moalign.config.card import DataSpec
+from moalign.config.objectives import PythonObjective
 from moalign.data import load, readers, splits
 from moalign.data.records import Pair, Response
 from moalign.errors import RequestError
+from moalign.rewards import python_scorer
 from moalign.tasks.task import Task, fingerprint
 
 
@@ -22,7 +24,7 @@ class TextTask(Task):
 
     @functools.cached_property
     def identity(self) -> dict[str, str]:
-        """Fingerprints of the model and of every data file: a changed weight or row is another task."""
+        """Fingerprints of the model, every data file and every scorer file: whatever changes there is another task."""
         told = {"model": fingerprint(self._model(), self.card.model_revision)}
         for name in ("prompts", "responses", "pairs"):
             source = getattr(self._data, name)
@@ -30,6 +32,10 @@ class TextTask(Task):
                 told |= {f"{name}.{key}": readers.fingerprint(one) for key, one in sorted(source.items())}
             elif source is not None and not isinstance(source, list):
                 told[name] = readers.fingerprint(source)
+        for spec in self.card.objectives:
+            file = python_scorer.file_of(spec.function, Path.cwd()) if isinstance(spec, PythonObjective) else None
+            if file is not None and file.is_file():
+                told[f"scorer.{spec.name}"] = python_scorer.fingerprint(file)
         return told
 
     def _model(self) -> str:

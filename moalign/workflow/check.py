@@ -1,5 +1,5 @@
-"""``moalign check``: preflight of a recipe. Everything that can be known before training is looked at, every
-problem is collected, and nothing is written or loaded into a model."""
+"""``moalign check``: preflight of a recipe or a task card. Everything that can be known before training is looked at,
+every problem is collected, and nothing is written or loaded into a model."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ class Preflight:
     """What was looked at and what is wrong."""
 
     recipe: Path
+    """The file that was asked about: a recipe, or a card."""
     checked: list[tuple[str, str]] = field(default_factory=list)
     """(what, what was found), in order."""
     notes: list[str] = field(default_factory=list)
@@ -37,11 +38,14 @@ class Preflight:
     memory: dict[str, Any] = field(default_factory=dict)
     cost: dict[str, Any] = field(default_factory=dict)
     """Upper bounds of training."""
+    of_card: bool = False
+    """The file is a card."""
 
     def told(self) -> dict[str, Any]:
         """Return everything for ``--json``."""
         return {
-            "recipe": str(self.recipe),
+            "recipe": None if self.of_card else str(self.recipe),
+            "card": str(self.recipe) if self.of_card else None,
             "ok": not self.problems,
             "checked": [{"what": what, "found": found} for what, found in self.checked],
             "memory": self.memory,
@@ -61,25 +65,60 @@ class Preflight:
 
 
 def check(name_or_path: str, overrides: Sequence[str] = (), results: Path = Path("results")) -> Preflight:
-    """Look at a recipe and everything that it points to.
+    """Look at a recipe or a card and everything that it points to.
 
     ``task/method`` may also name a recipe that the task borrows (``recipes_from``). Raises RequestError only when there
-    is no such recipe; every other problem is in ``problems``.
+    is no such recipe or card; every other problem is in ``problems``.
     """
+    file = find.find_card(name_or_path)
+    if file is not None:
+        return _check_card(file, overrides, results)
     borrowed = _borrowed(name_or_path)
     path, task = (find.find_recipe(name_or_path), None) if borrowed is None else borrowed
     report = Preflight(path)
     resolved = _resolve(report, path, overrides, task)
     card, whole = (resolved.card, True) if resolved else _card_alone(path, overrides)
     if card is not None:
-        model = _model(report, card) if whole else None
-        _data(report, card, results)
-        _objectives(report, card)
-        if card.published and whole:
-            report.look("published", lambda: _published(report, card, results))
+        model = _pointed_to(report, card, results, whole)
         if resolved is not None:
             _sizes(report, resolved, model)
     return report
+
+
+def _check_card(path: Path, overrides: Sequence[str], results: Path) -> Preflight:
+    """Look at a card, what it points to, and the settings of the recipes beside it."""
+    report, cards = Preflight(path, of_card=True), []
+
+    def read() -> str:
+        cards.append(load.load_card(path, overrides))
+        return f"{path}: task {cards[0].name}: {', '.join(cards[0].objective_names)}"
+
+    if report.look("card", read):
+        _pointed_to(report, cards[0], results, whole=True)
+    for file in sorted(path.parent.glob("*.yaml")):
+        if find.find_card(str(file)) is None:
+            report.look("recipe", partial(_settings_of, file, path, overrides))
+    return report
+
+
+def _settings_of(recipe: Path, card: Path, overrides: Sequence[str]) -> str:
+    """Read a recipe for a card; the card's own problems are told once, with the card."""
+    method = load.recipe_names(recipe)[0]
+    resolved = load.load_recipe(recipe, method, card, overrides, registry.get(method).Config)
+    return f"{recipe}: {len(resolved.config.model_dump())} settings of {method}"
+
+
+def _pointed_to(report: Preflight, card: TaskCard, results: Path, whole: bool) -> Path | None:
+    """Look at what a card points to; return the policy's folder when it is there.
+
+    ``whole`` is False for a card without its options: what they might have changed is not blamed.
+    """
+    model = _model(report, card) if whole else None
+    _data(report, card, results)
+    _objectives(report, card)
+    if card.published and whole:
+        report.look("published", lambda: _published(report, card, results))
+    return model
 
 
 def preview(resolved: ResolvedRequest) -> Preflight:

@@ -200,3 +200,56 @@ def test_an_unknown_recipe_names_the_nearest(moalign: Any) -> None:
     ended = moalign("check", "sandbox/rick")
     assert ended.code == 2
     assert "did you mean 'sandbox/ric'?" in ended.errors[0]
+
+
+# -- a card ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["tales", "./tales", "tales/task.yaml"])
+def test_a_card_is_checked_with_the_recipes_beside_it(moalign: Any, recipe: Path, tmp_path: Path, name: str) -> None:
+    ended = moalign("check", name)
+    assert (ended.code, ended.errors) == (0, [])
+    for text in (
+        "task tales: brevity, dialogue",
+        "model",
+        "splits",
+        "objective dialogue",
+        "settings of sft",
+        "nothing",
+    ):
+        assert text in ended.out
+    told = json.loads(moalign("check", name, "--json").out)
+    assert (told["recipe"], Path(told["card"]), told["ok"]) == (None, Path("tales/task.yaml"), True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "tales"]
+
+
+def test_a_card_under_any_name_is_told_from_a_recipe(moalign: Any, recipe: Path) -> None:
+    (recipe.parent / "task.yaml").rename(recipe.parent / "other.yaml")
+    ended = moalign("check", "tales/other.yaml")
+    assert (ended.code, ended.errors) == (0, [])
+    assert "task tales: brevity, dialogue" in ended.out
+
+
+def test_every_problem_of_a_card_and_its_recipes_is_told_at_once(moalign: Any, recipe: Path, tmp_path: Path) -> None:
+    recipe.write_text(RECIPE.replace("steps: 3", "step: 3"))
+    (recipe.parent / "prompts.jsonl").write_text('{"prompt": "a"}\n' * 16 + "{broken\n")
+    (tmp_path / "base" / "model.safetensors").write_bytes(b"\0\0")
+    ended = moalign("check", "tales", "--set", "task.grid=3")
+    text = "\n".join(ended.errors)
+    assert ended.code == 2
+    assert "tales/sft.yaml:6: config.step: unknown key" in text
+    assert "prompts.jsonl:17: broken JSON" in text
+    assert "model.safetensors is not a whole safetensors file" in text
+
+
+def test_a_broken_card_is_told_once(moalign: Any, recipe: Path) -> None:
+    (recipe.parent / "task.yaml").write_text(CARD + "gird: 11\n")
+    ended = moalign("check", "tales")
+    assert ended.code == 2
+    assert len(ended.errors) == 1 and "did you mean 'grid'?" in ended.errors[0]
+
+
+def test_a_task_is_checked_by_name(moalign: Any) -> None:
+    ended = moalign("check", "sandbox")
+    assert ended.code == 0
+    assert "settings of ric" in ended.out

@@ -177,6 +177,24 @@ def test_a_task_is_shown_in_full(moalign: Any) -> None:
     assert json.loads(moalign("show", "sandbox", "--json").out)["card"]["grid"] == 11
 
 
+def test_a_card_is_shown_by_file_or_folder(moalign: Any, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "task.yaml").write_text(CARD.read_text().replace("name: sandbox\n", "name: own\n"))
+    for name in ("mine", "mine/", "./mine", "mine/task.yaml"):
+        told = json.loads(moalign("show", name, "--json").out)
+        assert (told["task"], Path(told["path"])) == ("own", Path("mine/task.yaml"))
+    (tmp_path / "mine" / "task.yaml").rename(tmp_path / "card.yml")
+    out = moalign("show", "card.yml").out
+    assert out.startswith("own: ") and "evaluation.bootstrap" in out and "moalign check card.yml" in out
+
+
+def test_a_broken_card_is_told_with_its_lines(moalign: Any, tmp_path: Path) -> None:
+    (tmp_path / "task.yaml").write_text("name: own\nmethod: ric\n")
+    ended = moalign("show", "task.yaml")
+    assert ended.code == 2
+    assert "task.yaml:2: method: unknown key" in "\n".join(ended.errors)
+
+
 def test_a_run_is_shown_with_record_and_evaluation(moalign: Any, toys: None) -> None:
     trained = json.loads(moalign("train", "toy", "--json").out)
     told = json.loads(moalign("show", trained["run_id"][:6], "--json").out)

@@ -47,6 +47,14 @@ def test_a_folder_here_does_not_hide_a_task_of_that_name(recipes: Path) -> None:
     assert find.find_task_file("demo") == recipes / "demo" / "task.yaml"
 
 
+def test_a_folder_here_with_a_card_needs_no_slash(recipes: Path) -> None:
+    Path("mine").mkdir()
+    with pytest.raises(RequestError, match="unknown task 'mine'"):
+        find.find_task_file("mine")
+    Path("mine/task.yaml").touch()
+    assert find.find_task_file("mine") == Path("mine/task.yaml")
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [

@@ -51,6 +51,19 @@ def test_module_beside_the_card_with_options(folder: Path) -> None:
     assert build(folder, "my_test_rewards:count", store=False).cheap
 
 
+def test_a_file_is_named_by_its_path_and_each_folder_has_its_own(folder: Path) -> None:
+    other = folder / "other"
+    other.mkdir()
+    (folder / "scorers.py").write_text(
+        "HALF = 0.5\ndef size(prompts, responses):\n    return [HALF] * len(responses)\n"
+    )
+    (other / "scorers.py").write_text("HALF = 2.5\ndef size(prompts, responses):\n    return [HALF] * len(responses)\n")
+    first, second = build(folder, "scorers.py:size"), build(folder, f"{other}/scorers.py:size")
+    assert (list(first.score(["p"], ["r"])), list(second.score(["p"], ["r"]))) == ([0.5], [2.5])
+    assert first.revision.startswith("python:scorers.py:size:")
+    assert first.revision != second.revision  # the function's own lines are the same, the file is not
+
+
 def test_callable_object_with_open_options(folder: Path) -> None:
     assert list(build(folder, "my_test_rewards:scale", options={"any": 1}).score(["p"], ["r"])) == [2.0]
 

@@ -1,0 +1,68 @@
+"""``moalign init``: a task card and a scorer file of one's own that train as they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moalign.cli import output
+
+
+def init(
+    folder: Annotated[
+        Path, typer.Argument(metavar="[FOLDER]", help="Where to write; it must be new or empty.  [default: my-task]")
+    ] = Path("my-task"),
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="M", help="Model folder, hub id or built-in name.  [default: smollm2-135m-instruct]"),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Prompts: .jsonl, .csv or .parquet with a column prompt; else examples."),
+    ] = None,
+    objectives: Annotated[
+        str | None,
+        typer.Option(metavar="A,B[,..]", help="Rules by name, or names of your own.  [default: brevity,detail]"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Write a task card, a scorer file and a recipe of your own that train as they are.
+
+    Nothing is overwritten.
+    """
+    from dataclasses import asdict
+
+    from moalign.workflow import init as workflow
+
+    started = workflow.init(folder, model, data, objectives)
+    if as_json:
+        output.as_json(asdict(started))
+        return
+    output.say(f"{started.folder}: a task with {started.prompts} prompts, ready to train")
+    output.pairs(
+        [
+            ("task", started.task),
+            ("model", started.model),
+            ("objectives", ", ".join(started.objectives)),
+            *(("" if number else "files", name) for number, name in enumerate(started.files)),
+        ]
+    )
+    for text in started.notes:
+        output.note(f"note: {text}")
+    output.say()
+    where = task_option(started.folder)
+    output.next_commands(
+        output.command("check", where),
+        output.command("preview", "--task", where),
+        output.command("train", "mo-odpo", "--task", where),
+    )
+
+
+def task_option(folder: Path) -> str:
+    """Return how ``--task`` names the card in a folder: a plain name would be taken for a task of moalign's."""
+    from moalign.config import find
+
+    name = str(folder)
+    return f"./{name}" if not find.is_path(name) and name in find.list_tasks() else name
