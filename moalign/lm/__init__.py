@@ -1,0 +1,1 @@
+"""Everything between text and a language model."""
