@@ -80,6 +80,27 @@ def test_ends_of_the_unit_interval_draw_possible_tokens() -> None:
             assert logp.item() == pytest.approx(np.log([0.25, 0.75][token // 3]), abs=1e-5)
 
 
+@pytest.mark.parametrize("size", [257, 512, 1000, 5000])
+def test_large_vocabularies_draw_what_a_plain_search_draws(size: int) -> None:
+    """Tokens, chunks and ends without mass are never drawn; the others have exactly their share."""
+    logits = 3 * torch.randn(size, generator=torch.Generator().manual_seed(size), dtype=torch.float64).float()
+    logits[0] = logits[-1] = logits[size // 2] = -torch.inf
+    if size == 1000:
+        logits[256:512] = -torch.inf
+    count = 4000
+    numbers = torch.cat([torch.arange(count, dtype=torch.float64) / count, torch.tensor([1 - 2**-53], dtype=torch.float64)])
+    cumulative = torch.softmax(logits.double(), -1).cumsum(-1)
+    expected = torch.searchsorted(cumulative, numbers * cumulative[-1], right=True)
+    tokens, logps = draw(logits.expand(count + 1, -1), numbers, 1.0, 1.0)
+    # Single precision moves a boundary between tokens by about 1e-7 of the whole.
+    near = (cumulative[None, :] - numbers[:, None]).abs().min(-1).values < 1e-6
+    assert torch.equal(tokens[~near], expected[~near]) and near.float().mean() < 0.5
+    assert (tokens.diff() >= 0).all()
+    torch.testing.assert_close(logps, torch.log_softmax(logits, -1)[tokens])
+    assert logps.isfinite().all()
+    assert tokens[0] == 1 and tokens[-1] == size - 2
+
+
 NUCLEI = [(0.01, {2}), (0.45, {2}), (0.55, {2, 0}), (0.85, {2, 0, 3}), (0.99, {0, 1, 2, 3})]
 
 
