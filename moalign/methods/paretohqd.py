@@ -152,9 +152,10 @@ class ParetoHqd:
             _put_first(job, lm, index)
             answers = respond_all([policy], prompts, limits, moved)
             job.meter.add_tokens_generated(answers.tokens)
-            responses = answers.responses[0]
-            told[label(job.preferences[index])] = {"answers": len(responses), **collapse_report(responses)}
-            whole = [i for i, response in enumerate(responses) if not collapse(response.split())]
+            responses, short = answers.responses[0], job.task.short_below
+            tokens = job.task.tokens(responses)
+            told[label(job.preferences[index])] = {"answers": len(responses), **collapse_report(tokens, short)}
+            whole = [i for i, ids in enumerate(tokens) if not collapse(ids, short)]
             part = pd.DataFrame({"prompt": [prompts[i] for i in whole], "response": [responses[i] for i in whole]})
             parts.append(part.drop_duplicates())
         table = pd.concat(parts, ignore_index=True).drop_duplicates(ignore_index=True)
