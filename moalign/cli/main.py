@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from moalign.cli import bench, check, compare, export, generate, init, ls, output, reward, score, show, train
+from moalign.cli import bench, check, compare, export, generate, init, ls, output, preview, reward, score, show, train
 from moalign.cli import eval as evaluation
 from moalign.errors import MoalignError, RequestError, did_you_mean, unknown
 
@@ -87,6 +87,7 @@ app.command("init")(init.init)
 app.command("ls")(ls.ls)
 app.command("show")(show.show)
 app.command("check")(check.check)
+app.command("preview")(preview.preview)
 app.command("bench")(bench.bench)
 app.add_typer(reward.app)
 

@@ -21,6 +21,7 @@ from typing import Any
 from moalign.config.card import SplitSpec
 from moalign.config.describe import yaml_form
 from moalign.errors import RequestError
+from moalign.lm import builtin
 
 BUILT_IN = "smollm2-135m-instruct"
 """The model of a card when none is named: it comes with the project (``make llm``)."""
@@ -69,7 +70,7 @@ def init(folder: Path, model: str | None = None, data: Path | None = None, objec
     texts = {
         "scorers.py": _scorers(wanted),
         "mo-odpo.yaml": _RECIPE.format(folder=folder),
-        "task.yaml": _card(folder, base, wanted, named, place, data, facts),
+        "task.yaml": _card(folder, base, wanted, named, data, facts),
     }
     if data is None:
         texts["prompts.jsonl"] = "".join(json.dumps({"prompt": text}) + "\n" for text in QUESTIONS)
@@ -80,8 +81,8 @@ def init(folder: Path, model: str | None = None, data: Path | None = None, objec
         for name in wanted
         if not _is_rule(name) and name not in _READY
     ]
-    if place is None:
-        notes += _missing(named)
+    if place is None and builtin.installed(named) is None:
+        notes.append(f"the model {named} is not on this machine yet; get it with: {builtin.MODELS[named].command}")
     files = [str(folder / name) for name in FILES if name in texts]
     return Started(folder, _task_name(base), named, wanted, prompts, files, notes)
 
@@ -222,17 +223,12 @@ def _model(model: str) -> tuple[str, Path | None]:
     from moalign import model_folder
 
     where = "--model"
-    local = None if model == BUILT_IN else model_folder.local_folder(model, Path.cwd(), where)
+    if model in builtin.MODELS and not Path(model).is_dir():
+        return model, builtin.converted(model)  # converting it takes half a minute: the first use does it
+    local = model_folder.local_folder(model, Path.cwd(), where)
     if local is not None:
         model_folder.check(local, where)
         return model, local
-    if model == BUILT_IN or "/" not in model:
-        try:
-            return model, model_folder.resolve(model, None, where)
-        except RequestError:
-            if model != BUILT_IN:
-                raise
-            return model, None
     return model, _tokenizer_of_hub(model, where)
 
 
@@ -282,10 +278,6 @@ def _json(path: Path) -> dict[str, Any]:
     return told if isinstance(told, dict) else {}
 
 
-def _missing(model: str) -> list[str]:
-    return [f"the model {model} is not on this machine yet; bring it (93 MB) with: make llm"]
-
-
 # -- the card ------------------------------------------------------------------------------------------------------
 
 
@@ -312,13 +304,12 @@ def _card(
     base: Path,
     objectives: Sequence[str],
     model: str,
-    place: Path | None,
     data: Path | None,
     facts: _Facts,
 ) -> str:
     if data is not None and not data.expanduser().is_file():
         raise RequestError(f"--data {data}: there is no such file; a .jsonl, .csv or .parquet file is needed")
-    local = place is not None and model != BUILT_IN and Path(model).expanduser().is_dir()
+    local = Path(model).expanduser().is_dir()
     count = len(objectives)
     words = _WORDS if tuple(objectives) == OBJECTIVES and facts.chat else ""
     text = _CARD.format(

@@ -107,7 +107,10 @@ def test_every_rule_can_be_an_objective(moalign: Any, random_base: Path) -> None
 
 
 def test_the_built_in_model_is_named_and_told_when_it_is_missing(moalign: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(init, "_model", lambda name: (name, None))  # as on a machine without its wheel
+    from moalign.lm import builtin
+
+    monkeypatch.setattr(builtin, "converted", lambda name: None)  # as on a machine without its wheel
+    monkeypatch.setattr(builtin, "installed", lambda name: None)
     ended = moalign("init", "own")
     assert ended.code == 0
     assert card_of("own")["model"] == "smollm2-135m-instruct"
@@ -146,6 +149,7 @@ def test_nothing_is_overwritten(moalign: Any, random_base: Path, tmp_path: Path,
         (["--data", "questions.jsonl"], "prompt"),
         (["--data", "few.jsonl"], "every split needs at least one"),
         (["--model", "./nowhere"], "there is no model folder './nowhere'"),
+        (["--model", "smollm2-135m-instrct"], "did you mean 'smollm2-135m-instruct'?"),
         (["--model", "empty"], "not a model folder"),
         (["--model", "someone/some-model"], "the hub cannot be reached"),
     ],
