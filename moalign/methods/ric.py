@@ -95,8 +95,7 @@ class Ric:
         for number, stage in enumerate(stages):
             if job.stage_done(stage, lm):
                 continue
-            texts, responses = self._round_rows(job, lm, scored, z, number)
-            train_sft(job, lm, texts, responses, config.online, stage)
+            train_sft(job, lm, *self._round_rows(job, lm, scored, z, number), config.online, stage)
             job.finish_stage(stage, lm)
         adapters.save(lm, job.run.path / "adapter")
         adapters.drop(lm)

@@ -333,9 +333,11 @@ class Task:
         with self._once(path) as missing:
             if missing:
                 data = self._data_responses("calibration")
-                per_prompt = self.card.pool.calibration_per_prompt
-                base = None if data is not None else self._sample_base("calibration", per_prompt, "calibrating")
-                self._keep_short(data[1] if base is None else base.responses)
+                if data is None:
+                    per_prompt = self.card.pool.calibration_per_prompt
+                    self._keep_short(self._sample_base("calibration", per_prompt, "calibrating").responses)
+                else:
+                    self._keep_short(data[1])
         return int(json.loads(path.read_text(encoding="utf-8"))["short_below"])
 
     def _keep_short(self, responses: Sequence[str | Response]) -> None:
