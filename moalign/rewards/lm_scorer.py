@@ -21,6 +21,7 @@ import hashlib
 import inspect
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from datetime import date
 from functools import cached_property
@@ -160,9 +161,12 @@ class LmScorer:
         if not self._chat:
             return before
         user = (ask.replace("{response}", before) if ask else before).strip()
-        told = {"strftime_now": lambda form: DAY.strftime(form)}
         turn = [{"role": "user", "content": user}]
-        return str(self._tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, **told))
+        return str(
+            self._tokenizer.apply_chat_template(
+                turn, chat_template=self._chat_template, tokenize=False, add_generation_prompt=True
+            )
+        )
 
     def _tokens(self, prefix: str) -> list[int]:
         """Return a prefix's tokens; an empty one is the token that begins a text."""
@@ -295,6 +299,15 @@ class LmScorer:
         if self.spec.template == "chat" and not has:
             raise RequestError(f"{self.where}: template: chat, but the model {self.spec.model} has no chat template")
         return has if self.spec.template is None else self.spec.template == "chat"
+
+    @cached_property
+    def _chat_template(self) -> str:
+        """The model's chat template, in which today is always :data:`DAY`."""
+        template = str(self._tokenizer.get_chat_template())
+        for call in set(re.findall(r"""strftime_now\(\s*(?:"[^"]*"|'[^']*')\s*\)""", template)):
+            form = re.split(r"""["']""", call)[1]
+            template = template.replace(call, json.dumps(DAY.strftime(form)))
+        return template
 
     @cached_property
     def _vocabulary(self) -> int:

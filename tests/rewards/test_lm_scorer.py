@@ -173,6 +173,13 @@ def test_the_model_may_lack_a_chat_template_only_where_none_is_asked_for(tmp_pat
     assert as_plain == pytest.approx(scorer(plain, "fluency").score(["w1"], ["w2 w3"]), abs=1e-6)
 
 
+def test_a_template_that_prints_the_date_reads_the_same_on_every_day(tmp_path: Path) -> None:
+    path = save(tmp_path / "m", chat=True)
+    (path / "chat_template.jinja").write_text("{{ strftime_now('w%y') }} " + CHAT)
+    wanted = ByHand(path).mean("w24 <s> <user> w1 <end> <bot>", "w2 w3")
+    assert scorer(path, "fluency").score(["w1"], ["w2 w3"]) == pytest.approx([wanted], abs=1e-5)
+
+
 def test_models_of_no_use_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="objective 'x': the model .* reads ahead"):
         scorer(save(tmp_path / "bert", "bert"), "fluency").prepare()
