@@ -253,6 +253,16 @@ def test_when_all_samples_collapse_it_says_so(small_task: tuple[str, ...], tmp_p
         train(plan(request))
 
 
+def test_what_is_short_is_the_tasks_to_say(small_task: tuple[str, ...], tmp_path: Path) -> None:
+    job = make_job(
+        small_task, tmp_path, "online_prompts=12", "task.generation.max_new_tokens=3", "task.quality={short: 3}"
+    )
+    table = Ric()._samples(job, job.task.language_model, 0)
+    lengths = [len(ids) for ids in job.task.tokens(table["response"])]
+    assert set(lengths) == {3}
+    assert len(table) + table["collapsed"].iloc[0] == 12
+
+
 def test_a_preference_is_asked_for_as_desired_rewards(small_task: tuple[str, ...], tmp_path: Path) -> None:
     request = TrainRequest(
         "ric", overrides=(*small_task, *QUICK, "online_rounds=0", "preference_map=linf"), results=tmp_path

@@ -66,6 +66,14 @@ def test_a_chinese_sentence_is_not_short_and_repeats_as_any_other() -> None:
     assert collapse(list("好" * 12)) == {"repetitive", "loop"}
 
 
+def test_a_brief_answer_is_none_where_brevity_is_what_the_data_shows() -> None:
+    """``Yes, of course.`` is three words, and was dropped by methods that were asked for brevity."""
+    tokens = ["Yes", ",", " of", " course", "."]
+    assert collapse(tokens, short_below([60] * 100)) == set()
+    assert collapse(["Sure", "."], short_below([60] * 100)) == {"short"}
+    assert collapse(["Sure", "."], short_below([2, 60] * 50)) == set()
+
+
 def test_repetitive_is_a_distinct_3_ratio_below_three_tenths() -> None:
     # 11 equal tokens: 9 3-grams, 1 different. 3 different of 10 is exactly .3 and allowed.
     assert collapse(["a"] * 11) == {"repetitive"}
