@@ -69,6 +69,8 @@ class PoolSpec(Strict):
     prompts: int = Field(default=256, ge=1)
     per_prompt: int = Field(default=8, ge=1)
     calibration_per_prompt: int = Field(default=4, ge=1)
+    temperature: float | None = Field(default=None, gt=0)
+    """Null: that of ``generation``, or 1 where that is greedy."""
     seed: int = 0
 
 

@@ -117,7 +117,10 @@ _STOP_WORDS = frozenset(_STOP_TEXT.split())
 
 
 class DetailOptions(Strict):
-    """Options of ``detail``: there are none."""
+    """Options of ``detail``."""
+
+    whole_sentences: bool = False
+    """Count only up to the last end of a sentence: what a limit cut off says nothing, and running on is no detail."""
 
 
 def content_words(text: str) -> set[str]:
@@ -138,9 +141,15 @@ def content_words(text: str) -> set[str]:
 def detail(response: str, options: DetailOptions) -> float:
     """Detail: log(1 + number of different content words), so that the tenth adds less than the second.
 
+    >>> detail("Boil the egg. Then cool the", DetailOptions(whole_sentences=True)) == math.log(1 + 2)
+    True
+
     >>> detail("Boil the egg, then peel the egg.", DetailOptions()) == math.log(1 + 3)
     True
     """
+    if options.whole_sentences:
+        ends = [match.end() for match in re.finditer(r"[.!?]", response)]
+        response = response[: ends[-1]] if ends else ""
     return math.log1p(len(content_words(response)))
 
 

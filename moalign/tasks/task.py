@@ -441,7 +441,8 @@ class Task:
             self.say(what, done, len(prompts))
 
         policy = Policy(ModelGenerator(self.language_model), self.renderer.plain)
-        sampling = self.sampling(self.card.pool.seed, temperature=1.0)
+        temperature = self.card.pool.temperature or self.card.generation.temperature or 1.0
+        sampling = self.sampling(self.card.pool.seed, temperature)
         answers = respond_all([policy], prompts, sampling, moved)
         return Sampled(prompts, answers.records(0), answers.tokens)
 
