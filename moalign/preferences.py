@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from moalign.errors import RequestError
@@ -20,6 +21,12 @@ Preference = tuple[float, ...]
 
 TOLERANCE = 1e-6
 """How far the sum of a preference may be from 1 (command-line contract)."""
+
+ON_GRID = 1e-12
+"""How near to a fraction a weight is that fraction: far above rounding, and a random draw is never so near."""
+
+FINEST = 1000
+"""Most steps of a grid."""
 
 
 def check(weights: Sequence[float], objectives: Sequence[str], where: str = "--prefs") -> Preference:
@@ -117,7 +124,7 @@ def grid_of(objectives: int, points: int) -> list[Preference]:
     objectives every N >= 2 works, for three only 3, 6, 10, 15, 21, ...
     """
     sizes = []
-    for steps in range(1, 1001):
+    for steps in range(1, FINEST + 1):
         size = math.comb(steps + objectives - 1, objectives - 1)
         sizes.append(size)
         if size == points:
@@ -165,11 +172,38 @@ def to_text(weights: Sequence[float], objectives: Sequence[str], style: str = "p
     """Write a preference the way a policy reads it.
 
     ``percent``: ``helpfulness 30.0% harmlessness 70.0%`` (MO-ODPO: percentages, one decimal);
-    ``fraction``: ``helpfulness 0.3 harmlessness 0.7`` (MOC: one decimal).
+    ``fraction``: ``helpfulness 0.3 harmlessness 0.7`` (MOC: one decimal). Points of grids that this is too coarse for
+    have as many decimals as tell them apart (:func:`decimals`); random draws keep the one.
     """
+    places = decimals(weights)
     if style == "percent":
-        return " ".join(f"{name} {100 * w:.1f}%" for name, w in zip(objectives, weights, strict=True))
-    return " ".join(f"{name} {w:.1f}" for name, w in zip(objectives, weights, strict=True))
+        return " ".join(
+            f"{name} {100 * w:.{max(1, places - 2)}f}%" for name, w in zip(objectives, weights, strict=True)
+        )
+    return " ".join(f"{name} {w:.{places}f}" for name, w in zip(objectives, weights, strict=True))
+
+
+def decimals(weights: Sequence[float]) -> int:
+    """Return how many decimals of a weight tell a vector from all others of its grid: 1 to 4, one number for all.
+
+    A weight that has up to three decimals is written out. Other fractions k / q get as many that two of them, which are
+    at least ``1 / q^2`` apart, differ, and at least two: 1/3 is not 0.3. A grid of up to 1,000 steps is known by its
+    weights alone, and a random draw is on none.
+    """
+    return max((_decimals(weight) for weight in weights), default=1)
+
+
+def _decimals(weight: float) -> int:
+    def lies_on(value: float) -> bool:
+        return abs(weight - value) < ON_GRID
+
+    for places in (1, 2, 3):
+        if lies_on(round(weight, places)):
+            return places
+    near = Fraction(weight).limit_denominator(FINEST)
+    if lies_on(float(near)):
+        return next((places for places in (2, 3) if near.denominator**2 < 10**places), 4)
+    return 4 if lies_on(round(weight, 4)) else 1
 
 
 def label(weights: Sequence[float]) -> str:

@@ -315,6 +315,7 @@ def chat_tokenizer(family: ChatFamily) -> Any:
     else:
         steps = [normalizers.Prepend("▁")] if family.spaces == "always" else []
         tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+        tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
         decode = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
         tokenizer.decoder = decoders.Sequence([*decode, *([decoders.Strip(" ", 1, 0)] if steps else [])])
         alphabet = [chr(code) for code in range(33, 127)] + ["▁", "\n"]

@@ -191,6 +191,52 @@ def test_text_forms() -> None:
         preferences.to_text((1.0,), TWO)
 
 
+@pytest.mark.parametrize("style", ["percent", "fraction"])
+@pytest.mark.parametrize("objectives", [2, 3])
+def test_points_of_a_grid_never_collide(objectives: int, style: str) -> None:
+    """2 to 41 points for two objectives; for three as many steps."""
+    for steps in range(1, 41):
+        points = preferences.grid(objectives, steps)
+        texts = {preferences.to_text(point, THREE[:objectives], style) for point in points}
+        assert len(texts) == len(points), steps
+
+
+@pytest.mark.parametrize("steps", [63, 128, 360, 999, 1000])
+def test_nor_do_those_of_the_finest_grids(steps: int) -> None:
+    points = preferences.grid(2, steps)
+    assert len({preferences.to_text(point, TWO, "fraction") for point in points}) == len(points)
+
+
+@pytest.mark.parametrize(
+    ("weights", "fraction", "percent"),
+    [
+        ((0.3, 0.7), "0.3 0.7", "30.0% 70.0%"),
+        ((1.0, 0.0), "1.0 0.0", "100.0% 0.0%"),
+        ((0.25, 0.75), "0.25 0.75", "25.0% 75.0%"),
+        ((0.1 + 0.2, 0.7), "0.3 0.7", "30.0% 70.0%"),
+        ((1 / 3, 2 / 3), "0.33 0.67", "33.3% 66.7%"),
+        ((0.025, 0.975), "0.025 0.975", "2.5% 97.5%"),
+        ((0.0125, 0.9875), "0.0125 0.9875", "1.25% 98.75%"),
+        ((0.05, 0.5, 0.45), "0.05 0.50 0.45", "5.0% 50.0% 45.0%"),
+    ],
+)
+def test_as_many_decimals_as_a_grid_needs(weights: tuple[float, ...], fraction: str, percent: str) -> None:
+    names = ["a", "b", "c"][: len(weights)]
+    for style, wanted in (("fraction", fraction), ("percent", percent)):
+        parts = [f"{name} {part}" for name, part in zip(names, wanted.split(), strict=True)]
+        assert preferences.to_text(weights, names, style) == " ".join(parts)
+
+
+def test_random_draws_keep_one_decimal() -> None:
+    for alpha in (0.3, 1.0, 5.0):
+        for a, b, c in preferences.dirichlet(np.random.default_rng(0), 3, 1000, alpha).tolist():
+            assert (
+                preferences.to_text((a, b, c), ["x", "y", "z"]) == f"x {100 * a:.1f}% y {100 * b:.1f}% z {100 * c:.1f}%"
+            )
+            assert preferences.to_text((a, b, c), ["x", "y", "z"], "fraction") == f"x {a:.1f} y {b:.1f} z {c:.1f}"
+    assert preferences.to_text((0.1234567, 0.8765433), TWO, "fraction") == "helpfulness 0.1 harmlessness 0.9"
+
+
 def test_corners() -> None:
     assert preferences.corner(3, 1) == (0.0, 1.0, 0.0)
 

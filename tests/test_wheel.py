@@ -58,7 +58,9 @@ def test_it_holds_the_package_the_recipes_and_nothing_else(wheel: Path, checkout
     assert "moalign/py.typed" in names
     assets = {path.name for path in (checkout / "moalign" / "report" / "assets").iterdir()}
     assert {"page.html", "page.css"} <= assets <= {Path(name).name for name in names}
-    recipes = {str(path.relative_to(checkout / "recipes")) for path in (checkout / "recipes").rglob("*.yaml")}
+    files = [path for path in (checkout / "recipes").rglob("*") if path.is_file()]
+    recipes = {str(path.relative_to(checkout / "recipes")) for path in files}
+    assert {path.suffix for path in files} == {".yaml", ".jsonl"}
     assert recipes == {name.removeprefix("moalign/_recipes/") for name in names if name.startswith("moalign/_recipes/")}
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 

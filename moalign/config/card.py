@@ -69,6 +69,8 @@ class PoolSpec(Strict):
     prompts: int = Field(default=256, ge=1)
     per_prompt: int = Field(default=8, ge=1)
     calibration_per_prompt: int = Field(default=4, ge=1)
+    temperature: float | None = Field(default=None, gt=0)
+    """Null: that of ``generation``, or 1 where that is greedy."""
     seed: int = 0
 
 
@@ -148,6 +150,14 @@ class EvaluationSpec(Strict):
     bootstrap: int = Field(default=1000, ge=100)
 
 
+class QualitySpec(Strict):
+    """What counts as collapsed text: see :mod:`moalign.pareto.quality`."""
+
+    short: int | None = Field(default=None, ge=1)
+    """A response of fewer tokens is short (1: only an empty one); null: from the lengths of the calibration split's own
+    responses, of which 1 % may be short, and never above 5."""
+
+
 class AnnotatorSpec(Strict):
     """The sandbox's annotators: see :mod:`moalign.tasks.sandbox.annotators`."""
 
@@ -201,6 +211,8 @@ class TaskCard(Strict):
     its beginning, everything around it stays whole; drop: such prompts are left out of every split."""
     generation: GenerationSpec = GenerationSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
+    quality: QualitySpec | None = None
+    """What counts as collapsed text; null: derived from the task's own responses."""
     suite: list[str] = Field(default_factory=list)
     """Methods that ``moalign compare`` trains when none are named."""
     recipes_from: str | None = None
@@ -215,6 +227,11 @@ class TaskCard(Strict):
     @classmethod
     def _cut_is_the_default(cls, value: str | None) -> str | None:
         return None if value == "cut" else value
+
+    @field_validator("quality")
+    @classmethod
+    def _derived_is_the_default(cls, value: QualitySpec | None) -> QualitySpec | None:
+        return None if value == QualitySpec() else value
 
     @model_validator(mode="after")
     def _words_fit(self) -> TaskCard:

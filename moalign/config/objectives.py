@@ -64,6 +64,35 @@ class ClassifierObjective(_Objective):
         return *same, self.template, self.pair_template, self.max_length, self.batch_tokens
 
 
+class LmObjective(_Objective):
+    """Mean log-likelihood under a frozen causal language model, in nats per token; see
+    :mod:`moalign.rewards.lm_scorer`."""
+
+    kind: Literal["lm"]
+    model: str
+    """A folder, a hub id, or a built-in name such as ``smollm2-135m-instruct``."""
+    revision: str | None = None
+    score: Literal["fluency", "relevance"]
+    """fluency: of the response's tokens after the prompt. relevance: of the prompt's tokens after the response, less
+    the same without the response; 0 where the response says nothing about the prompt."""
+    template: Literal["chat", "plain"] | None = None
+    """Texts in the model's chat template, or as they are. Null: the chat template where the model has one."""
+    max_length: int = Field(default=512, ge=16)
+    """Most tokens of a text with what it follows."""
+    batch_tokens: int = Field(default=4096, ge=64)
+    """Upper bound of rows x longest row in one forward pass."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    @property
+    def reading(self) -> tuple[object, ...]:
+        """What one loaded model is of use for: objectives in which it agrees share it."""
+        return self.model, self.revision, self.dtype
+
+
+ModelObjective = ClassifierObjective | LmObjective
+"""Objectives that a model scores."""
+
+
 class SandboxObjective(_Objective):
     """An exact scorer of the built-in sandbox; the name is one of its three objectives."""
 
@@ -71,5 +100,5 @@ class SandboxObjective(_Objective):
 
 
 ObjectiveSpec = Annotated[
-    PythonObjective | RuleObjective | ClassifierObjective | SandboxObjective, Field(discriminator="kind")
+    PythonObjective | RuleObjective | ClassifierObjective | LmObjective | SandboxObjective, Field(discriminator="kind")
 ]

@@ -15,13 +15,12 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moalign.errors import RequestError, WorkError
+from moalign.lm import loading
 
 VERSION = 1
 """Raise it when a conversion gives other files than before: it is part of the cached folder's name."""
@@ -171,7 +170,7 @@ def _convert(name: str, file: Path, place: Path) -> None:
 
     told = {"gguf_file": file.name, "local_files_only": True}
     # The library fills a fresh model before it reads the weights; what is sampled afterwards must not depend on that.
-    with _quiet(), torch.random.fork_rng(devices=[]):
+    with loading.quiet(), torch.random.fork_rng(devices=[]):
         model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **told)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **told)
         if model.num_parameters() != MODELS[name].parameters or not tokenizer.chat_template:
@@ -225,17 +224,3 @@ def _write_source(name: str, place: Path) -> None:
     for file in files:
         if file.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE")):
             (place / file.name).write_text(file.read_text(encoding="utf-8"), encoding="utf-8")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the library's progress bars while a model is converted."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

@@ -256,25 +256,32 @@ class Codec:
         starts = self._starts(prompt)
         first = 0
         while excess > 0 and first < len(starts):
-            first = min(first + excess, len(starts))
+            first = _begins(starts, first + excess)
             excess = size(prompt[starts[first] :] if first < len(starts) else "") - limit
-        if excess > 0 or first == len(starts):
+        if first >= len(starts):
             raise RequestError(
                 f"{where}: {limit} tokens do not hold what the template writes around a prompt "
                 f"({size('')} tokens) and a token of the prompt; raise it, or shorten the template"
             )
+        # Behind other text the tokens may be fewer than alone: what still fits stays.
         while first > 1 and size(prompt[starts[first - 1] :]) <= limit:
             first -= 1
         kept = prompt[starts[first] :]
         return Fitted(build(kept), kept, len(self._plain_ids([prompt])[0]) - len(self._plain_ids([kept])[0]))
 
     def _starts(self, text: str) -> list[int]:
-        """Return at which characters the tokens of a text begin; every character for a tokenizer that cannot tell."""
+        """Return at which character each token of a text begins; every character for a tokenizer that cannot tell."""
         if not self.tokenizer.is_fast:
             return list(range(len(text)))
         coded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        # Several tokens may share a character (bytes), and only its beginning is a place to cut.
-        return sorted({int(start) for start, _ in coded["offset_mapping"]})
+        return [int(start) for start, _ in coded["offset_mapping"]]
+
+
+def _begins(starts: Sequence[int], token: int) -> int:
+    """Return the first token from ``token`` on that begins a character: bytes of one character share its start."""
+    while 0 < token < len(starts) and starts[token] <= starts[token - 1]:
+        token += 1
+    return min(token, len(starts))
 
 
 @dataclass(frozen=True)
@@ -392,9 +399,7 @@ def training_row(codec: Codec, rendered: str, response: Response, max_tokens: in
     return pair_row(codec, rendered, [response], max_tokens)[0]
 
 
-def pair_row(
-    codec: Codec, rendered: str, responses: Sequence[Response], max_tokens: int
-) -> list[tuple[Ids, Ids]]:
+def pair_row(codec: Codec, rendered: str, responses: Sequence[Response], max_tokens: int) -> list[tuple[Ids, Ids]]:
     """Return the rows of several responses to one prompt, all of which share one (cut) prompt; see
     :func:`training_row`."""
     head = codec.prompt_ids([rendered])[0]

@@ -154,11 +154,10 @@ class ParetoHqd:
             answers = respond_all([policy], prompts, limits, moved)
             job.meter.add_tokens_generated(answers.tokens)
             responses, records = answers.responses[0], answers.records(0)
-            told[label(job.preferences[index])] = {"answers": len(responses), **collapse_report(responses)}
-            whole = [i for i, response in enumerate(responses) if not collapse(response.split())]
-            parts.append(
-                pd.DataFrame({"prompt": [prompts[i] for i in whole], **columns([records[i] for i in whole])})
-            )
+            tokens, short = job.task.tokens(responses), job.task.short_below
+            told[label(job.preferences[index])] = {"answers": len(responses), **collapse_report(tokens, short)}
+            whole = [i for i, ids in enumerate(tokens) if not collapse(ids, short)]
+            parts.append(pd.DataFrame({"prompt": [prompts[i] for i in whole], **columns([records[i] for i in whole])}))
         table = pd.concat(parts, ignore_index=True).drop_duplicates(["prompt", "response"], ignore_index=True)
         if table.empty:
             raise RequestError(

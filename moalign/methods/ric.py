@@ -8,8 +8,8 @@ response only.
 
 Online rounds (code): draw prompts with replacement and targets on the upper-right boundary of the reward box (u uniform
 within the bounds; its smallest coordinate stays, every other one becomes its maximum); generate; drop collapsed
-samples; score; relabel every sample with the scores it obtained; filter; continue training on what passed, over all
-rounds, together with an equally filtered random part of the offline set.
+samples; score; relabel every sample with the scores it obtained; filter, each round by its own quantiles; continue
+training on what passed, over all rounds, together with a random part of what passes of the offline set, by its own.
 
 Inference (code): a preference becomes desired rewards by one of three maps, :func:`desired_rewards`.
 
@@ -51,7 +51,8 @@ class Config(Strict):
     online_prompts: int = Field(default=20_000, ge=1)
     """Prompts drawn in each round."""
     offline_part: int = Field(default=10_000, ge=0)
-    """Offline rows that are mixed in, after the same filter."""
+    """Offline rows that are mixed in, drawn without replacement from those that pass the same filter; all of them where
+    they are fewer."""
     temperature: float = Field(default=0.7, gt=0)
     top_p: float = Field(default=0.9, gt=0, le=1)
     filter: Literal["any_quantile", "nondominated"] = "any_quantile"
@@ -94,8 +95,7 @@ class Ric:
         for number, stage in enumerate(stages):
             if job.stage_done(stage, lm):
                 continue
-            texts, responses = self._round_rows(job, lm, scored, z, number)
-            train_sft(job, lm, texts, responses, config.online, stage)
+            train_sft(job, lm, *self._round_rows(job, lm, scored, z, number), config.online, stage)
             job.finish_stage(stage, lm)
         adapters.save(lm, job.run.path / "adapter")
         adapters.drop(lm)
@@ -111,30 +111,38 @@ class Ric:
         return Policy(trained(context), partial(context.task.renderer.scores, scores=wanted.tolist()))
 
     def _round_rows(self, job: Job, lm: Any, scored: Any, z: Matrix, number: int) -> tuple[list[str], list[Response]]:
-        """Return the training rows of a round: filtered samples of all rounds so far and of the offline set."""
-        import pandas as pd
+        """Return the training rows of a round: filtered samples of each round so far and of the offline set.
 
+        Every set is filtered by itself: a later round's samples are better, and a threshold over all of them would
+        drop the first ones. The offline part is drawn from the rows that pass, so that it is as large as asked for.
+        """
         from moalign.tasks.task import from_columns
         from moalign.training.seeds import derive
 
         config: Config = job.config
-        tables = [self._samples(job, lm, earlier) for earlier in range(number + 1)]
-        table = pd.concat(tables, ignore_index=True)
-        own = table[[f"z:{name}" for name in job.task.names]].to_numpy()
-        kept = keep(own, config)
+        columns = [f"z:{name}" for name in job.task.names]
+        prompts: list[str] = []
+        responses: list[Response] = []
+        told: list[list[float]] = []
+        notes = {"samples": 0, "kept": 0, "offline_passed": 0, "offline_kept": 0, "collapsed": 0}
+        for earlier in range(number + 1):
+            table = self._samples(job, lm, earlier)
+            own = table[columns].to_numpy()
+            rows = np.flatnonzero(keep(own, config))
+            prompts += table["prompt"].iloc[rows].tolist()
+            responses += from_columns(table.iloc[rows])
+            told += own[rows].tolist()
+            notes["samples"] += len(own)
+            notes["kept"] += len(rows)
+            notes["collapsed"] += int(table["collapsed"].iloc[0])
+        passed = np.flatnonzero(keep(z, config))
         rng = np.random.default_rng(derive(job.seed, "ric", number, "offline part"))
-        some = rng.permutation(len(z))[: config.offline_part]
-        mixed = some[keep(z[some], config)] if len(some) else some
-        job.notes[f"round-{number + 1}"] = {
-            "samples": len(own),
-            "kept": int(kept.sum()),
-            "offline_kept": len(mixed),
-            "collapsed": int(table["collapsed"].max()),
-        }
-        prompts = [*table["prompt"][kept], *(scored.prompts[i] for i in mixed)]
-        own_responses = from_columns(table)
-        responses = [*(own_responses[i] for i in np.flatnonzero(kept)), *(scored.responses[i] for i in mixed)]
-        told = np.concatenate([own[kept], z[mixed]])
+        mixed = rng.permutation(passed)[: config.offline_part].tolist()
+        notes["offline_passed"], notes["offline_kept"] = len(passed), len(mixed)
+        job.notes[f"round-{number + 1}"] = notes
+        prompts += [scored.prompts[i] for i in mixed]
+        responses += [scored.responses[i] for i in mixed]
+        told += z[mixed].tolist()
         render = job.task.renderer.scores
         return [render(prompt, scores) for prompt, scores in zip(prompts, told, strict=True)], responses
 
@@ -170,7 +178,8 @@ class Ric:
         answers = respond_all([Policy(ModelGenerator(lm, "policy"), lambda text: text)], texts, limits, moved)
         job.meter.add_tokens_generated(answers.tokens)
         responses, records = answers.responses[0], answers.records(0)
-        whole = [i for i, response in enumerate(responses) if not collapse(response.split())]
+        short = job.task.short_below
+        whole = [i for i, ids in enumerate(job.task.tokens(responses)) if not collapse(ids, short)]
         if not whole:
             raise RequestError(
                 f"{stage}: all {len(responses)} samples collapsed (too short or repeating); "
@@ -217,7 +226,7 @@ def desired_rewards(preference: Sequence[float], bounds: Matrix, name: MapName) 
 
 
 def keep(z: Matrix, config: Config) -> NDArray[np.bool_]:
-    """Return which samples pass the filter, ``[samples]``; see :class:`Config`."""
+    """Return which rows of one set ``[rows, objectives]`` pass the filter, ``[rows]``; see :class:`Config`."""
     if config.filter == "any_quantile":
         # More than its least value, too: of an objective that is mostly 0 every sample would reach a quantile of 0.
         told = (z >= np.quantile(z, config.quantile, axis=0)) & (z > z.min(axis=0))

@@ -1,12 +1,13 @@
 """Quality guards: a hypervolume that was bought with collapsed text must be visible.
 
-Tokens are whitespace words here, so that the same text gives the same answer for every tokenizer.
+Tokens are the policy's own: words between white space are none in Chinese, and would be other things in every
+language. All methods on a task share its tokenizer, so that the same text counts the same for all of them.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import TypedDict
 
 import numpy as np
@@ -15,7 +16,11 @@ from numpy.typing import ArrayLike
 from moalign.errors import RequestError
 from moalign.pareto.front import refuse_unless_finite
 
-MIN_TOKENS = 5
+SHORT_AT_MOST = 5
+"""Fewer tokens make no sentence. Nothing longer is ever short: where all of the data is long, a brief answer is still
+no collapse, and brevity may be what is asked for."""
+SHORT_SHARE = 0.01
+"""Share of a task's own responses that may be short."""
 MIN_DISTINCT_3 = 0.3
 LOOP_LENGTH = 10
 LOOP_TIMES = 3
@@ -41,44 +46,54 @@ class CollapseReport(TypedDict):
     distinct_3: float
 
 
-def distinct(tokens: Sequence[str], n: int = 3) -> float | None:
+def distinct(tokens: Sequence[Hashable], n: int = 3) -> float | None:
     """Return the share of different n-grams among all n-grams; None when there is no n-gram."""
     grams = _grams(tokens, n)
     return len(set(grams)) / len(grams) if grams else None
 
 
-def collapse(text_tokens: Sequence[str]) -> set[str]:
+def short_below(lengths: Sequence[int]) -> int:
+    """Return the number of tokens below which a response is short, from the lengths of a task's own responses.
+
+    At most :data:`SHORT_SHARE` of them are shorter; never above :data:`SHORT_AT_MOST`, and never below 1: an empty
+    answer is short wherever.
+    """
+    found = int(np.quantile(lengths, SHORT_SHARE, method="lower")) if len(lengths) else SHORT_AT_MOST
+    return max(1, min(SHORT_AT_MOST, found))
+
+
+def collapse(tokens: Sequence[Hashable], short: int = SHORT_AT_MOST) -> set[str]:
     """Return why a response of these tokens is collapsed; an empty set when it is not.
 
-    ``short``: fewer than 5 tokens; ``repetitive``: distinct-3 ratio below 0.3; ``loop``: one 10-gram
+    ``short``: fewer tokens than ``short``; ``repetitive``: distinct-3 ratio below 0.3; ``loop``: one 10-gram
     at least 3 times, overlaps counted (limits: our choice, ParetoHqD gives none).
     """
     causes = set()
-    if len(text_tokens) < MIN_TOKENS:
+    if len(tokens) < short:
         causes.add("short")
-    ratio = distinct(text_tokens, 3)
+    ratio = distinct(tokens, 3)
     if ratio is not None and ratio < MIN_DISTINCT_3:
         causes.add("repetitive")
-    if max(Counter(_grams(text_tokens, LOOP_LENGTH)).values(), default=0) >= LOOP_TIMES:
+    if max(Counter(_grams(tokens, LOOP_LENGTH)).values(), default=0) >= LOOP_TIMES:
         causes.add("loop")
     return causes
 
 
-def collapse_report(responses: Sequence[str]) -> CollapseReport:
-    """Summarise responses ``[n]``: collapse rate and causes, mean length in words, distinct-3.
+def collapse_report(responses: Sequence[Sequence[Hashable]], short: int = SHORT_AT_MOST) -> CollapseReport:
+    """Summarise responses, each as its tokens: collapse rate and causes, mean length in tokens, distinct-3.
 
-    Raises RequestError when there is no response. Without a single 3-gram ``distinct_3`` is 0.
+    Raises RequestError when there is no response, or texts instead of tokens. Without a single 3-gram ``distinct_3``
+    is 0.
     """
-    if isinstance(responses, str) or not len(responses):
-        raise RequestError("collapse report: found no list of responses; at least one response is needed")
-    words = [response.split() for response in responses]
-    found = [collapse(tokens) for tokens in words]
-    ratios = [ratio for ratio in (distinct(tokens, 3) for tokens in words) if ratio is not None]
-    total = len(words)
+    if not len(responses) or isinstance(responses, str) or isinstance(responses[0], str):
+        raise RequestError("collapse report: found no list of tokenised responses; at least one response is needed")
+    found = [collapse(tokens, short) for tokens in responses]
+    ratios = [ratio for ratio in (distinct(tokens, 3) for tokens in responses) if ratio is not None]
+    total = len(responses)
     return {
         "rate": sum(bool(causes) for causes in found) / total,
         "causes": {cause: sum(cause in causes for causes in found) / total for cause in CAUSES},
-        "mean_length": sum(len(tokens) for tokens in words) / total,
+        "mean_length": sum(len(tokens) for tokens in responses) / total,
         "distinct_3": sum(ratios) / len(ratios) if ratios else 0.0,
     }
 
@@ -109,5 +124,5 @@ def kl_to_base(policy: ArrayLike, base: ArrayLike, tokens: ArrayLike) -> Diverge
     return {"per_response": float(moved.mean()), "per_token": float(moved.sum() / lengths.sum())}
 
 
-def _grams(tokens: Sequence[str], n: int) -> list[tuple[str, ...]]:
+def _grams(tokens: Sequence[Hashable], n: int) -> list[tuple[Hashable, ...]]:
     return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]

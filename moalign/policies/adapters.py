@@ -213,7 +213,8 @@ def _with_adapter(layer: Any, name: str) -> Tensor:
     """Return a layer's weight with an adapter folded in; its own where the adapter does not change it."""
     weight: Tensor = layer.get_base_layer().weight.data
     changes = name in layer.lora_A or name in layer.lora_embedding_A
-    return weight + layer.get_delta_weight(name) if changes else weight
+    # Adapters are kept in single precision on a base of half precision: the sum is rounded once.
+    return (weight.float() + layer.get_delta_weight(name).float()).to(weight.dtype) if changes else weight
 
 
 @contextlib.contextmanager

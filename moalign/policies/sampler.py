@@ -28,6 +28,9 @@ from moalign.policies.stopping import length
 KEEP_ABOVE = 0.9
 """Rows that have ended leave the batch when at most this share of it is left: a copy of the cache for each step."""
 
+CHUNK = 256
+"""Tokens that are summed at once to find where in a large vocabulary a draw falls."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -319,11 +322,34 @@ def draw(logits: Tensor, numbers: Tensor, temperature: float, top_p: float) -> t
         ranked = torch.where(ranked.cumsum(-1) - ranked < top_p, ranked, torch.zeros_like(ranked))
         probs = torch.zeros_like(probs).scatter(-1, order, ranked)
         probs = probs / probs.sum(-1, keepdim=True)
-    # Double precision keeps the last token reachable and the first from being drawn at u = 0 by rounding.
-    cumulative = probs.double().cumsum(-1)
-    target = numbers.double().unsqueeze(-1) * cumulative[:, -1:]
-    token = (cumulative <= target).sum(-1).clamp_max(probs.shape[-1] - 1)
+    token = _invert(probs, numbers.double().unsqueeze(-1))
     return token, log_probs.gather(-1, token.unsqueeze(-1)).squeeze(-1)
+
+
+def _invert(probs: Tensor, numbers: Tensor) -> Tensor:
+    """Return the first token of each row whose cumulative share is above its number ``[rows, 1]``, int ``[rows]``.
+
+    Double precision keeps the last token reachable and the first from being drawn at u = 0 by rounding. Over a whole
+    large vocabulary it would cost more than the softmax; so the chunk is found first, then the token within it.
+    """
+    rows, size = probs.shape
+    if size <= CHUNK:
+        cumulative = probs.double().cumsum(-1)
+        return (cumulative <= numbers * cumulative[:, -1:]).sum(-1).clamp_max(size - 1)
+    whole = size // CHUNK
+    full = probs[:, : whole * CHUNK].reshape(rows, whole, CHUNK).sum(-1)
+    sums = torch.cat([full, probs[:, whole * CHUNK :].sum(-1, keepdim=True)], dim=-1).double()
+    cumulative = sums.cumsum(-1)
+    target = numbers * cumulative[:, -1:]
+    chunk = (cumulative <= target).sum(-1, keepdim=True).clamp_max(whole)
+    # A chunk's sum and the sum of its cumulative shares differ by rounding: never before the chunk's first token with
+    # mass, nor behind its last.
+    within = (target - (cumulative - sums).gather(-1, chunk)).clamp_min(0)
+    places = chunk * CHUNK + torch.arange(CHUNK, device=probs.device)
+    masses = probs.gather(-1, places.clamp_max(size - 1)).double().masked_fill(places >= size, 0.0)
+    inner = masses.cumsum(-1)
+    last = (inner < inner[:, -1:]).sum(-1)
+    return chunk.squeeze(-1) * CHUNK + (inner <= within).sum(-1).minimum(last)
 
 
 def responses(lm: LanguageModel, samples: Samples, stop: Sequence[str] = ()) -> list[str]:

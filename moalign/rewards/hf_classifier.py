@@ -12,14 +12,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moalign import model_folder
 from moalign.config.objectives import ClassifierObjective
-from moalign.errors import MoalignError, RequestError, WorkError, did_you_mean
+from moalign.errors import RequestError, did_you_mean
+from moalign.lm.loading import explained, few, quiet
 from moalign.rewards.rows import Row, RowEncoder, check_templates, longest
 
 if TYPE_CHECKING:
@@ -234,7 +234,7 @@ class ClassifierScorer:
         more: dict[str, Any] = {} if config.get("id2label") else {"num_labels": len(self.labels)}
         more |= {"key_mapping": {r"^score_head\.": "score."}} if score_model else {}
         # The generators are put back: when a model is loaded must not change what is sampled afterwards.
-        with _explained(self.where, self.folder), _quiet(), torch.random.fork_rng(devices=[]):
+        with explained(self.where, self.folder), quiet(), torch.random.fork_rng(devices=[]):
             tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
             model, told = AutoModelForSequenceClassification.from_pretrained(
                 self.folder,
@@ -251,7 +251,7 @@ class ClassifierScorer:
                 # The library would fill them with random numbers and only warn.
                 raise RequestError(
                     f"{self.where}: model folder {self.folder} is not a whole classifier: its weights lack "
-                    f"{_few(told['missing_keys'])}; a folder saved from AutoModelForSequenceClassification is needed"
+                    f"{few(told['missing_keys'])}; a folder saved from AutoModelForSequenceClassification is needed"
                 )
             model.eval().requires_grad_(False)
             model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -341,43 +341,3 @@ def _labels(config: dict[str, Any], where: str) -> dict[int, str]:
         return {int(key): str(name) for key, name in named.items()}
     count = config.get("num_labels")
     return {index: f"LABEL_{index}" for index in range(count if isinstance(count, int) and count > 0 else 2)}
-
-
-def _few(names: Sequence[str] | set[str]) -> str:
-    listed = sorted(names)
-    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")
-
-
-@contextmanager
-def _explained(where: str, folder: Path) -> Iterator[None]:
-    """Turn whatever loading raises into one message; running out of memory is not the request's fault."""
-    import torch
-
-    try:
-        yield
-    except MoalignError:
-        raise
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise WorkError(f"{where}: not enough memory to load {folder}: {error}") from error
-    except Exception as error:
-        first = str(error).strip().partition("\n")[0]
-        raise RequestError(
-            f"{where}: model folder {folder} cannot be loaded: {type(error).__name__}: {first}"
-        ) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the library's load report and progress bar off the terminal: our messages say what is wrong."""
-    import transformers
-
-    logging: Any = transformers.utils.logging
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

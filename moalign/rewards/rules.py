@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -96,6 +97,60 @@ class BrevityOptions(Strict):
 def brevity(response: str, options: BrevityOptions) -> float:
     """Minus the length in words (or characters, or white-space tokens)."""
     return -float(_size(response, options.unit))
+
+
+_STOP_TEXT = """
+about above after again all also always and another any are aren't around because been before being below between
+both but can can't cannot could couldn't did didn't does doesn't doing don't done down during each either else etc
+even ever every few first for from further get gets getting give gives go goes going had has hasn't have haven't
+having he'll he's her here hers him himself his how however i'd i'll i'm i've into isn't it'll it's its itself just
+let let's like lot lots made make makes making many may maybe might more most much must myself neither never non nor
+not now off often once one one's ones only other others ought our ours out over own perhaps quite rather really same
+shall she she's should shouldn't since some someone something sometimes somewhat still such sure than that that's
+the their theirs them themselves then there there's therefore these they they'll they're they've thing things this
+those though through thus too toward towards under until upon use used uses using usually very was wasn't way ways
+we'll we're we've well were weren't what what's whatever when where whether which while who who's whole whom whose
+why will with within without won't would wouldn't yet you you'd you'll you're you've your yours yourself
+"""
+_STOP_WORDS = frozenset(_STOP_TEXT.split())
+"""English words that hold a sentence together and say little themselves."""
+
+
+class DetailOptions(Strict):
+    """Options of ``detail``."""
+
+    whole_sentences: bool = False
+    """Count only up to the last end of a sentence: what a limit cut off says nothing, and running on is no detail."""
+
+
+def content_words(text: str) -> set[str]:
+    """Return the different words of an English text that say something, case-folded.
+
+    That is words of at least three letters that are no stop words; a possessive ``'s`` is dropped. Two forms of a word
+    are two words, so that no dictionary is needed.
+
+    >>> sorted(content_words("You should see the cat's 2 cats, and the CAT."))
+    ['cat', 'cats', 'see']
+    """
+    folded = (word.casefold().replace("’", "'") for word in words(text))
+    kept = (word.removesuffix("'s") for word in folded if word not in _STOP_WORDS)
+    return {word for word in kept if sum(map(str.isalpha, word)) >= 3 and word not in _STOP_WORDS}
+
+
+@_rule("detail", DetailOptions)
+def detail(response: str, options: DetailOptions) -> float:
+    """Detail: log(1 + number of different content words), so that the tenth adds less than the second.
+
+    >>> detail("Boil the egg. Then cool the", DetailOptions(whole_sentences=True)) == math.log(1 + 2)
+    True
+
+    >>> detail("Boil the egg, then peel the egg.", DetailOptions()) == math.log(1 + 3)
+    True
+    """
+    if options.whole_sentences:
+        ends = [match.end() for match in re.finditer(r"[.!?]", response)]
+        response = response[: ends[-1]] if ends else ""
+    return math.log1p(len(content_words(response)))
 
 
 class NgramOptions(Strict):

@@ -74,7 +74,7 @@ def build_scorer(spec: ObjectiveSpec, base_dir: Path) -> Scorer:
     Raises:
         RequestError: unknown rule, function, option, label or model; a model folder that cannot be used.
     """
-    from moalign.config.objectives import ClassifierObjective, PythonObjective, RuleObjective
+    from moalign.config.objectives import ClassifierObjective, LmObjective, PythonObjective, RuleObjective
 
     if isinstance(spec, RuleObjective):
         from moalign.rewards.rules import RuleScorer
@@ -88,13 +88,17 @@ def build_scorer(spec: ObjectiveSpec, base_dir: Path) -> Scorer:
         from moalign.rewards.hf_classifier import ClassifierScorer
 
         return ClassifierScorer(spec, base_dir)
+    if isinstance(spec, LmObjective):
+        from moalign.rewards.lm_scorer import LmScorer
+
+        return LmScorer(spec, base_dir)
     return _sandbox_scorer(spec)
 
 
 def build_scorers(specs: Sequence[ObjectiveSpec], base_dir: Path) -> list[Scorer]:
     """Build every objective of a card; all problems are reported in one RequestError.
 
-    Classifiers that are labels of one model share it.
+    Objectives that one model scores share it.
     """
     scorers: list[Scorer] = []
     problems: list[str] = []
@@ -109,6 +113,10 @@ def build_scorers(specs: Sequence[ObjectiveSpec], base_dir: Path) -> list[Scorer
         from moalign.rewards.hf_classifier import ClassifierScorer, share
 
         share([scorer for scorer in scorers if isinstance(scorer, ClassifierScorer)])
+    if sum(spec.kind == "lm" for spec in specs) > 1:
+        from moalign.rewards import lm_scorer
+
+        lm_scorer.share([scorer for scorer in scorers if isinstance(scorer, lm_scorer.LmScorer)])
     return scorers
 
 

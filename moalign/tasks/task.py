@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
     from moalign.rewards.store import Store
 
 Matrix = NDArray[np.float64]
+
+SHORT = "short.json"
+"""File of the number of tokens below which a response is short."""
 
 Say = Callable[[str, int, int], None]
 """``say(what, done, total)``: how long work reports itself."""
@@ -307,6 +311,7 @@ class Task:
             texts = shown([Response.of(response) for response in data[1]])
             of_data = panel.score(data[0], texts)
             prompts, responses = prompts + data[0], responses + texts
+        self._keep_short(base.responses if data is None else data[1])  # now that the base was sampled for it
         text = "\0".join([*prompts, *responses])
         return Normaliser.fit(
             panel.score(prompts, responses),
@@ -315,6 +320,38 @@ class Task:
             data_hash=hashlib.sha256(text.encode()).hexdigest()[:16],
             scorer_hash=panel.scorer_hash,
         )
+
+    @functools.cached_property
+    def short_below(self) -> int:
+        """A response of fewer tokens is short (:func:`moalign.pareto.quality.short_below`).
+
+        The card's number, else that of the calibration split's responses, kept with the task.
+        """
+        if self.card.quality is not None and self.card.quality.short is not None:
+            return self.card.quality.short
+        path = self.folder / SHORT
+        with self._once(path) as missing:
+            if missing:
+                data = self._data_responses("calibration")
+                if data is None:
+                    per_prompt = self.card.pool.calibration_per_prompt
+                    self._keep_short(self._sample_base("calibration", per_prompt, "calibrating").responses)
+                else:
+                    self._keep_short(data[1])
+        return int(json.loads(path.read_text(encoding="utf-8"))["short_below"])
+
+    def _keep_short(self, responses: Sequence[str | Response]) -> None:
+        from moalign.pareto.quality import short_below
+        from moalign.runs import atomic
+
+        texts = shown([Response.of(response) for response in responses])
+        limit = short_below([len(tokens) for tokens in self.tokens(texts)])
+        atomic.write_json(self.folder / SHORT, {"short_below": limit, "responses": len(responses)})
+
+    def tokens(self, responses: Sequence[str]) -> list[list[int]]:
+        """Return the policy's tokens of responses, without special ones: what their length is counted in."""
+        tokenizer = self.codec.tokenizer
+        return [list(ids) for ids in tokenizer(list(responses), add_special_tokens=False)["input_ids"]]
 
     def calibration(self) -> Scored:
         """Return the scored responses of the calibration split: the data's own, else samples of the base."""
@@ -404,7 +441,8 @@ class Task:
             self.say(what, done, len(prompts))
 
         policy = Policy(ModelGenerator(self.language_model), self.renderer.plain)
-        sampling = self.sampling(self.card.pool.seed, temperature=1.0)
+        temperature = self.card.pool.temperature or self.card.generation.temperature or 1.0
+        sampling = self.sampling(self.card.pool.seed, temperature)
         answers = respond_all([policy], prompts, sampling, moved)
         return Sampled(prompts, answers.records(0), answers.tokens)
 

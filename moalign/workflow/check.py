@@ -12,7 +12,7 @@ from typing import Any
 from moalign.config import find, load, validate, yaml_lines
 from moalign.config.card import DataSpec, SourceSpec, TaskCard
 from moalign.config.load import ResolvedRequest
-from moalign.config.objectives import ClassifierObjective, ObjectiveSpec
+from moalign.config.objectives import ModelObjective, ObjectiveSpec
 from moalign.config.recipe import Recipe
 from moalign.errors import RequestError
 from moalign.lm import builtin
@@ -132,7 +132,7 @@ def preview(resolved: ResolvedRequest) -> Preflight:
 
 def must_be_fetched(card: TaskCard) -> bool:
     """Whether the task's base is a hub model that is not on this machine."""
-    if card.model is None or card.model in builtin.MODELS or Path(card.model).expanduser().is_dir():
+    if card.model is None or _here(card.model):
         return False
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
@@ -144,6 +144,11 @@ def must_be_fetched(card: TaskCard) -> bool:
     except (LocalEntryNotFoundError, OSError):
         return True
     return False
+
+
+def _here(model: str) -> bool:
+    """Whether a model needs no hub: a folder, or a built-in name."""
+    return model in builtin.MODELS or Path(model).expanduser().is_dir()
 
 
 def _borrowed(name: str) -> tuple[Path, str] | None:
@@ -229,7 +234,7 @@ def _model(report: Preflight, card: TaskCard) -> Path | None:
         from moalign import model_folder
 
         source = str(card.model)
-        if source in builtin.MODELS or Path(source).expanduser().is_dir():
+        if _here(source):
             found.append(model_folder.resolve(source, card.model_revision, "task.model"))
             return f"{source}: whole safetensors weights, content {model_folder.fingerprint(found[0], 'task.model')}"
         return _hub(report, source, card.model_revision, "model", found)
@@ -334,7 +339,7 @@ def _splits(card: TaskCard, results: Path) -> str:
 
 def _objectives(report: Preflight, card: TaskCard) -> None:
     for spec in card.objectives:
-        if isinstance(spec, ClassifierObjective) and not Path(spec.model).expanduser().is_dir():
+        if isinstance(spec, ModelObjective) and not _here(spec.model):
             what = f"objective {spec.name}: model"
             report.look(f"objective {spec.name}", partial(_hub, report, spec.model, spec.revision, what))
         else:

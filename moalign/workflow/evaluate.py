@@ -117,7 +117,7 @@ def evaluate(
         **judge(context.task, asked, scores),
         "samples": samples,
         **believed(context, table, asked),
-        "quality": {**quality.collapse_report(table["response"].tolist()), **_moved(moved)},
+        "quality": {**_collapse(context.task, table), **_moved(moved)},
         "cost": {**cost, "seconds": round(time.monotonic() - started, 3)},
     }
     for point, one in zip(told["points"], moved, strict=True):
@@ -222,6 +222,10 @@ def respond(
     for column, name in enumerate(context.task.names):
         table[name] = raw[:, column]
     return table, {"tokens_generated": answers.tokens, "reward_calls": meter.reward_calls}, away
+
+
+def _collapse(task: Task, table: pd.DataFrame) -> quality.CollapseReport:
+    return quality.collapse_report(task.tokens(table["response"].tolist()), task.short_below)
 
 
 def _moved(policies: Sequence[KlToBase]) -> dict[str, Any]:

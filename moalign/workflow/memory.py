@@ -29,7 +29,7 @@ from typing import Any
 
 from moalign.config.card import TaskCard
 from moalign.config.load import ResolvedRequest
-from moalign.config.objectives import ClassifierObjective
+from moalign.config.objectives import ModelObjective
 from moalign.config.recipe import LoraSpec
 from moalign.config.strict import Strict
 from moalign.lm import builtin
@@ -129,14 +129,14 @@ def estimate(resolved: ResolvedRequest, policy: Architecture, trains: bool = Tru
     return Estimate(policy, count, card.dtype, phases, unknown)
 
 
-def reward_models(card: TaskCard) -> tuple[list[tuple[ClassifierObjective, Architecture]], list[str]]:
+def reward_models(card: TaskCard) -> tuple[list[tuple[ModelObjective, Architecture]], list[str]]:
     """Return the card's reward models with their sizes, and the names of those whose sizes are not known.
 
-    Objectives that are labels of one model are loaded once.
+    Objectives that share a model are loaded once.
     """
     models, unknown, seen = [], [], set()
     for spec in card.objectives:
-        if not isinstance(spec, ClassifierObjective) or spec.reading in seen:
+        if not isinstance(spec, ModelObjective) or spec.reading in seen:
             continue
         seen.add(spec.reading)
         found = sizes_of(spec.model)
@@ -198,7 +198,7 @@ class _Sizes:
         policy: Architecture,
         lora: LoraSpec,
         adapters: int,
-        models: Sequence[tuple[ClassifierObjective, Architecture]],
+        models: Sequence[tuple[ModelObjective, Architecture]],
     ) -> None:
         self.card, self.policy, self.lora, self.adapters = card, policy, lora, adapters
         self.width = WIDTH[card.dtype]

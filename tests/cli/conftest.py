@@ -78,12 +78,14 @@ class FixedToy(Toy):
 
 @pytest.fixture
 def toys(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the toy methods known, and give the sandbox a normaliser without its base."""
+    """Make the toy methods known, and give the sandbox a normaliser and tokens without its base."""
     names, get = registry.names, registry.get
     made = {"toy": Toy, "fixed-toy": FixedToy}
     monkeypatch.setattr(registry, "names", lambda: sorted([*names(), *made]))
     monkeypatch.setattr(registry, "get", lambda name: made[name]() if name in made else get(name))
     monkeypatch.setattr(Task, "_fit_normaliser", _normaliser)
+    monkeypatch.setattr(Task, "tokens", lambda self, texts: [text.split() for text in texts])
+    monkeypatch.setattr(Task, "short_below", 5)
 
 
 def _normaliser(task: Task, *panel: object) -> Normaliser:

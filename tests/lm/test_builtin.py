@@ -105,6 +105,41 @@ def _card() -> Any:
     return load_card("stories", [f"task.model={NAME}"])
 
 
+def test_check_tells_what_brings_a_missing_model_once_a_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MOALIGN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(builtin, "installed", lambda name: None)
+    card = tmp_path / "task.yaml"
+    card.write_text(CARD)
+    (tmp_path / "sft.yaml").write_text("method: sft\ntask: task.yaml\n")
+    report = check.check(str(tmp_path / "sft.yaml"))
+    told = [problem for problem in report.problems if "make llm" in problem]
+    assert [problem.split(":")[0] for problem in told] == ["task.model", "objective 'on-topic'"]
+    assert not any("hub" in problem for problem in report.problems)
+
+
+def test_memory_counts_a_model_that_scores(tmp_path: Path) -> None:
+    from moalign.config.load import load_card
+
+    (tmp_path / "task.yaml").write_text(CARD)
+    (found,), unknown = memory.reward_models(load_card(tmp_path / "task.yaml"))
+    assert (found[0].name, found[1].parameters, unknown) == ("on-topic", builtin.MODELS[NAME].parameters, [])
+
+
+CARD = f"""
+name: demo
+kind: text
+description: for tests
+model: {NAME}
+objectives:
+  - {{name: brevity, kind: rule, rule: brevity}}
+  - {{name: on-topic, kind: lm, model: {NAME}, score: relevance}}
+data: {{prompts: [one, two, three, four, five, six, seven, eight]}}
+splits: {{train: 0.5, calibration: 0.25, eval: 0.25}}
+reference_point: [0, 0]
+sensitivity_point: [-0.1, -0.1]
+"""
+
+
 def test_it_is_a_model_folder_that_says_nothing_of_this_machine(smollm2: Path) -> None:
     assert resolve() == smollm2
     assert memory.sizes_of(NAME) == architecture.of_folder(smollm2)

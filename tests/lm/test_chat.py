@@ -145,7 +145,8 @@ def test_only_the_user_s_text_is_cut(chat_folder: Folder, name: str, chat: bool)
         assert LONG.endswith(rendered.prompt) and 0 < len(rendered.prompt) < len(LONG)
         # The same text around it as with a short prompt, and the ids are the tokenizer's own of what is left.
         assert rendered == render.preference("<<>>", (1, 0) if rendered is first else (0, 1)).replace(
-            "<<>>", rendered.prompt.strip() if name in ("llama3", "gemma", "dated") and weights == "" else rendered.prompt
+            "<<>>",
+            rendered.prompt.strip() if name in ("llama3", "gemma", "dated") and weights == "" else rendered.prompt,
         )
         assert weights in rendered
         if chat and name != "dated":

@@ -132,6 +132,14 @@ def test_labels_per_objective_weigh_as_the_preference_does() -> None:
     assert chosen.extras["weights"].tolist() == [[0.25, 0.75]]
 
 
+def test_what_is_kept_brings_its_own_weights() -> None:
+    """The first pair is a tie on both objectives: what is left is the second prompt's, weights and all."""
+    chosen = loss_of("per_objective").select(rollout(rewards((2, 2), (2, 2), (7, 0), (3, 1)), TEXTS))
+    assert chosen.rows.tolist() == [2, 3]
+    assert chosen.extras["labels"].tolist() == [[1.0, -1.0]]
+    assert chosen.extras["weights"].tolist() == chosen.extras["preferences"].tolist() == [[1.0, 0.0]]
+
+
 def test_the_loss_of_a_part_by_hand() -> None:
     """D+ = 2, D- = -1 in the first pair (.554355), the other way round in the second (.854355): mean .704355."""
     lengths = torch.tensor([4, 1, 1, 1])

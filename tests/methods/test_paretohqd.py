@@ -145,7 +145,7 @@ def test_the_augmentation_is_scored_whole_and_counted_by_cause(whole: Run) -> No
     context = context_of(whole, whole.path.parents[3])[1]
     table = whole.read_table("augment")
     assert not table.duplicated().any()
-    assert not any(collapse(response.split()) for response in table["response"])
+    assert not any(collapse(ids, context.task.short_below) for ids in context.task.tokens(table["response"]))
     assert set(table["prompt"]) <= set(context.task.prompts["train"])
     raw = table[[f"raw:{name}" for name in context.task.names]].to_numpy()
     assert np.array_equal(raw, context.task.panel.score(table["prompt"].tolist(), table["response"].tolist()))
@@ -368,7 +368,7 @@ def test_a_constant_objective_is_refused_by_name(
 
 
 def test_when_all_answers_collapse_it_says_so(small_task: tuple[str, ...], tmp_path: Path) -> None:
-    short = "task.generation.max_new_tokens=3"  # fewer than five words are a collapsed answer
+    short = "task.generation.max_new_tokens=3"  # fewer than five tokens are a collapsed answer
     with pytest.raises(RequestError, match=r"all answers of the stage-1 models collapsed .*first\.steps"):
         trained(small_task, tmp_path, short)
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moalign.errors import RequestError
-from moalign.pareto.quality import CAUSES, collapse, collapse_report, distinct, kl_to_base
+from moalign.pareto.quality import CAUSES, collapse, collapse_report, distinct, kl_to_base, short_below
 
 HEALTHY = "the small cat sat on the mat and looked at the moon"
 
@@ -28,6 +28,50 @@ def test_short_is_fewer_than_five_tokens() -> None:
     assert collapse(different(4)) == {"short"}
     assert collapse(different(5)) == set()
     assert collapse(["a"] * 4) == {"short"}, "two equal 3-grams are a ratio of 1/2"
+
+
+def test_short_is_what_the_task_says_and_an_empty_answer_always() -> None:
+    assert collapse(different(2), short=3) == {"short"}
+    assert collapse(different(3), short=3) == set()
+    assert collapse([], short=1) == {"short"}
+    assert collapse_report([different(2), different(3)], short=3)["causes"]["short"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("lengths", "wanted"),
+    [
+        ([40] * 100, 5),  # long data: a brief answer is still no collapse
+        ([3] * 100, 3),
+        ([2, *[3] * 199], 3),  # one in 200 is shorter
+        ([2, 2, 2, *[3] * 97], 2),  # three in 100 are no exception
+        ([0] * 100, 1),
+        ([1, 2, 9], 1),
+        ([], 5),
+    ],
+)
+def test_how_short_is_short_comes_from_the_data(lengths: list[int], wanted: int) -> None:
+    found = short_below(lengths)
+    assert found == wanted
+    assert sum(length < found for length in lengths) <= 0.01 * len(lengths) or found == 1
+
+
+CHINESE = "今天天气很好，我们去公园散步吧。"
+
+
+def test_a_chinese_sentence_is_not_short_and_repeats_as_any_other() -> None:
+    """As one character a token; between white space it was one word."""
+    assert collapse(list(CHINESE)) == set()
+    assert collapse(list("好的")) == {"short"}
+    assert collapse(list(CHINESE * 3)) == {"loop"}
+    assert collapse(list("好" * 12)) == {"repetitive", "loop"}
+
+
+def test_a_brief_answer_is_none_where_brevity_is_what_the_data_shows() -> None:
+    """``Yes, of course.`` is three words, and was dropped by methods that were asked for brevity."""
+    tokens = ["Yes", ",", " of", " course", "."]
+    assert collapse(tokens, short_below([60] * 100)) == set()
+    assert collapse(["Sure", "."], short_below([60] * 100)) == {"short"}
+    assert collapse(["Sure", "."], short_below([2, 60] * 50)) == set()
 
 
 def test_repetitive_is_a_distinct_3_ratio_below_three_tenths() -> None:
@@ -55,7 +99,7 @@ def test_distinct_by_hand() -> None:
 
 
 def test_report_by_hand() -> None:
-    report = collapse_report([HEALTHY, "no", " ".join(["go"] * 12), HEALTHY])
+    report = collapse_report([HEALTHY.split(), ["no"], ["go"] * 12, HEALTHY.split()])
     assert report["rate"] == 0.5
     assert report["causes"] == {"short": 0.25, "repetitive": 0.25, "loop": 0.25}
     assert report["mean_length"] == (12 + 1 + 12 + 12) / 4
@@ -63,12 +107,12 @@ def test_report_by_hand() -> None:
 
 
 def test_only_tiny_responses() -> None:
-    report = collapse_report(["", "a b"])
+    report = collapse_report([[], ["a", "b"]])
     assert report["rate"] == report["causes"]["short"] == 1.0
     assert report["distinct_3"] == 0.0
 
 
-@pytest.mark.parametrize("responses", [[], "one string"])
+@pytest.mark.parametrize("responses", [[], "one string", ["two", "texts"]])
 def test_no_list_of_responses_is_refused(responses: object) -> None:
     with pytest.raises(RequestError, match="at least one response"):
         collapse_report(responses)  # type: ignore[arg-type]
@@ -86,7 +130,7 @@ def test_report_counts_what_a_plain_count_of_n_grams_finds(texts: list[list[str]
         causes |= {"loop"} if any(times >= 3 for times in tens.values()) else set()
         assert collapse(tokens) == causes
         expected.append(causes)
-    report = collapse_report([" ".join(tokens) for tokens in texts])
+    report = collapse_report(texts)
     assert report["rate"] == pytest.approx(sum(map(bool, expected)) / len(texts))
     assert list(report["causes"]) == list(CAUSES)
     for cause in CAUSES:

@@ -14,6 +14,7 @@ from moalign.config.recipe import LoraSpec
 from moalign.errors import RequestError
 from moalign.policies import adapters
 from moalign.policies.language_model import LanguageModel, reference_mode
+from moalign.policies.sampler import sample, uniforms
 
 SPEC = LoraSpec(r=4, alpha=8, dropout=0.5)
 IDS = torch.tensor([[1, 20, 30, 40, 50, 60, 2]])
@@ -121,6 +122,22 @@ def test_merged_answers_alike_and_puts_the_weights_back_bit_for_bit(make_lm: Mak
     assert torch.equal(logits(lm), steered)
     with reference_mode(lm):
         assert torch.equal(logits(lm), logits(make_lm()))
+
+
+def test_merged_keeps_half_precision(make_lm: Make) -> None:
+    """Sampling with an adapter on a small model in bfloat16 stopped with an error: the sum was in single precision."""
+    full, half = trained(make_lm()), make_lm()
+    half.model.to(torch.bfloat16)
+    trained(half)
+    base = base_weights(half)
+    with adapters.merged(half), adapters.merged(full):
+        weight = half.model.get_base_model().model.layers[0].self_attn.q_proj.get_base_layer().weight
+        exact = full.model.get_base_model().model.layers[0].self_attn.q_proj.get_base_layer().weight
+        assert weight.dtype == torch.bfloat16
+        torch.testing.assert_close(weight.float(), exact, atol=0.005, rtol=2**-7)
+        drawn = sample(half, [IDS[0].tolist()], uniforms(0, range(8), 6), repeat=8)
+    assert drawn.tokens >= 8 and (drawn.logps[drawn.response_mask] < 0).all()
+    assert same(base_weights(half), base)
 
 
 def test_merged_puts_the_weights_back_after_an_exception(make_lm: Make) -> None:

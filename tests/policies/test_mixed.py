@@ -13,12 +13,12 @@ from torch import Tensor
 
 from moalign.config.recipe import LoraSpec
 from moalign.errors import RequestError
-from moalign.policies import adapters
+from moalign.policies import adapters, sampler
 from moalign.policies.adapters import Adapter
 from moalign.policies.language_model import LanguageModel, reference_mode, wrap
 from moalign.policies.mixed import MixedGenerator, Mixture, check_alike, mix_logits
 from moalign.policies.policy import LazyGenerator, ModelGenerator, Policy, respond_all
-from moalign.policies.sampler import Sampling, generate, pad_left, sample, uniforms
+from moalign.policies.sampler import Samples, Sampling, generate, pad_left, sample, uniforms
 
 Make = Callable[..., LanguageModel]
 SPECS = [LoraSpec(r=4, alpha=6, dropout=0.5), LoraSpec(r=2, alpha=7, dropout=0.0), LoraSpec(r=3, alpha=1, dropout=0.0)]
@@ -317,6 +317,24 @@ def test_a_sample_does_not_depend_on_its_batch_and_shares_random_numbers(make_lm
     other = generator.generate(PROMPTS * 10, rows, Sampling(max_new_tokens=10, seed=6, batch_size=3)).responses
     assert np.mean([a == b for a, b in zip(*near, strict=True)]) > 0.9
     assert np.mean([a == b for a, b in zip(near[0], other, strict=True)]) < 0.5
+
+
+def test_rows_that_have_ended_leave_every_expert_of_a_mixture(make_lm: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = make_lm()
+    on_model(lm)
+    names = list(lm.model.peft_config)[:2]
+
+    def made(above: float) -> tuple[Samples, int]:
+        monkeypatch.setattr(sampler, "KEEP_ABOVE", above)
+        with adapters.turns(lm, names) as taking_turns:
+            source = Mixture(lm, taking_turns, (0.4, 0.6))
+            drawn = sample(lm, lm.encode(PROMPTS), uniforms(0, range(40), 10), repeat=10, source=source)
+        return drawn, source.sources[1].cache.layers[0].keys.shape[0]
+
+    (stay, all_rows), (leave, rows) = made(0.0), made(0.999)
+    assert rows < all_rows == 40
+    assert torch.equal(stay.input_ids, leave.input_ids) and torch.equal(stay.finished, leave.finished)
+    torch.testing.assert_close(leave.logps, stay.logps, atol=1e-6, rtol=0)
 
 
 def test_mixing_leaves_the_base_untouched(make_lm: Make) -> None:

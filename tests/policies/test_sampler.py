@@ -11,9 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
+from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerBase
 
 from moalign.policies import sampler
-from moalign.policies.language_model import LanguageModel, token_outputs
+from moalign.policies.language_model import LanguageModel, token_outputs, wrap
 from moalign.policies.sampler import (
     Generated,
     Samples,
@@ -77,6 +78,29 @@ def test_ends_of_the_unit_interval_draw_possible_tokens() -> None:
             found, logp = draw(logits, torch.tensor([number], dtype=torch.float64), 1.0, top_p)
             assert found.item() == token
             assert logp.item() == pytest.approx(np.log([0.25, 0.75][token // 3]), abs=1e-5)
+
+
+@pytest.mark.parametrize("size", [257, 512, 1000, 5000])
+def test_large_vocabularies_draw_what_a_plain_search_draws(size: int) -> None:
+    """Tokens, chunks and ends without mass are never drawn; the others have exactly their share."""
+    logits = 3 * torch.randn(size, generator=torch.Generator().manual_seed(size), dtype=torch.float64).float()
+    logits[0] = logits[-1] = logits[size // 2] = -torch.inf
+    if size == 1000:
+        logits[256:512] = -torch.inf
+    count = 4000
+    numbers = torch.cat(
+        [torch.arange(count, dtype=torch.float64) / count, torch.tensor([1 - 2**-53], dtype=torch.float64)]
+    )
+    cumulative = torch.softmax(logits.double(), -1).cumsum(-1)
+    expected = torch.searchsorted(cumulative, numbers * cumulative[-1], right=True)
+    tokens, logps = draw(logits.expand(count + 1, -1), numbers, 1.0, 1.0)
+    # Single precision moves a boundary between tokens by about 1e-7 of the whole.
+    near = (cumulative[None, :] - numbers[:, None]).abs().min(-1).values < 1e-6
+    assert torch.equal(tokens[~near], expected[~near]) and near.float().mean() < 0.5
+    assert (tokens.diff() >= 0).all()
+    torch.testing.assert_close(logps, torch.log_softmax(logits, -1)[tokens])
+    assert logps.isfinite().all()
+    assert tokens[0] == 1 and tokens[-1] == size - 2
 
 
 NUCLEI = [(0.01, {2}), (0.45, {2}), (0.55, {2, 0}), (0.85, {2, 0, 3}), (0.99, {0, 1, 2, 3})]
@@ -205,6 +229,82 @@ def test_sampling_stops_when_every_row_has_ended(make_lm: Callable[..., Language
     assert responses(lm, rows) == ["", "", ""]
 
 
+def test_any_end_id_ends_a_row_and_only_the_limit_leaves_it_unfinished(make_lm: Callable[..., LanguageModel]) -> None:
+    lm = make_lm(end=6.0)
+    before = drawn(lm, repeat=40)
+    common = int(before.input_ids[:, -before.response_mask.shape[1]].mode().values)
+    lm.end_ids = frozenset({lm.eos, common})
+    rows = drawn(lm, repeat=40)
+    width = rows.response_mask.shape[1]
+    last = []
+    for row, length, finished in zip(rows.input_ids[:, -width:], rows.response_mask.sum(1), rows.finished, strict=True):
+        ids = row[:length].tolist()
+        assert not {lm.eos, common} & set(ids[:-1])
+        assert bool(finished) == (ids[-1] in (lm.eos, common))
+        assert finished or length == STEPS
+        last.append(ids[-1])
+    assert {lm.eos, common} < set(last)
+    assert rows.tokens < before.tokens
+
+
+class Recorded(sampler.Direct):
+    """Tells how many rows it reads at each step."""
+
+    def __init__(self, lm: LanguageModel) -> None:
+        super().__init__(lm.model, hidden=True)
+        self.read_rows: list[int] = []
+
+    def read(self, ids: torch.Tensor, mask: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+        self.read_rows.append(len(ids))
+        return super().read(ids, mask, place)
+
+
+def sliding(tokenizer: PreTrainedTokenizerBase) -> LanguageModel:
+    """A model whose cache forgets: attention looks back six tokens."""
+    torch.manual_seed(3)
+    config = MistralConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.3, sliding_window=6, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    model = MistralForCausalLM(config)
+    with torch.no_grad():
+        model.lm_head.weight[2] *= 6
+    return wrap(model, tokenizer, "sliding", "s" * 16, device="cpu")
+
+
+@pytest.mark.parametrize("kind", ["whole", "sliding"])
+@pytest.mark.parametrize("share", [0.5, 0.999])
+def test_rows_that_have_ended_leave_the_batch_and_nothing_else_changes(
+    make_lm: Callable[..., LanguageModel], monkeypatch: pytest.MonkeyPatch, kind: str, share: float
+) -> None:
+    lm = make_lm(end=6.0)
+    if kind == "sliding":
+        lm = sliding(lm.tokenizer)
+
+    def made(above: float) -> tuple[Samples, list[int]]:
+        monkeypatch.setattr(sampler, "KEEP_ABOVE", above)
+        source = Recorded(lm)
+        numbers = uniforms(7, range(len(PROMPTS) * 20), STEPS)
+        return sample(lm, lm.encode(PROMPTS), numbers, repeat=20, source=source), source.read_rows
+
+    (stay, all_rows), (leave, fewer) = made(0.0), made(share)
+    assert set(all_rows[1:]) == {60}
+    alive = [60, *(stay.response_mask.sum(1)[:, None] > torch.arange(1, STEPS)).sum(0).tolist()]
+    assert fewer[1:] != all_rows[1:] and all(read >= count for read, count in zip(fewer[1:], alive[1:], strict=False))
+    if share > 0.9:
+        assert fewer[1:] == [count for count in alive[1:] if count]
+    for name in ("input_ids", "attention_mask", "response_mask", "finished"):
+        assert torch.equal(getattr(stay, name), getattr(leave, name))
+    torch.testing.assert_close(leave.logps, stay.logps, atol=1e-6, rtol=0)
+    assert stay.hidden is not None and leave.hidden is not None
+    torch.testing.assert_close(leave.hidden, stay.hidden, atol=1e-5, rtol=0)
+    with torch.no_grad():  # each state is the one that its token was drawn from
+        logits = lm.model.lm_head(leave.hidden)
+    width = leave.response_mask.shape[1]
+    again = torch.log_softmax(logits, -1).gather(-1, leave.input_ids[:, -width:, None])[..., 0]
+    torch.testing.assert_close(again[leave.response_mask], leave.logps[leave.response_mask], atol=1e-4, rtol=0)
+
+
 def test_prompts_are_padded_on_the_left() -> None:
     ids, mask = pad_left([[5], [6, 7, 8]], 0, torch.device("cpu"))
     assert ids.tolist() == [[0, 0, 5], [6, 7, 8]] and mask.tolist() == [[0, 0, 1], [1, 1, 1]]
@@ -325,6 +425,8 @@ class ThreeTokens:
 
     def repeat(self, times: int) -> None: ...
 
+    def keep(self, rows: torch.Tensor) -> None: ...
+
 
 def test_a_log_probability_by_hand(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """5, 6, end: 1/2 * 1/4 * 1/4. The second row ends at once: 1/4. The third is cut by the limit."""
@@ -333,6 +435,7 @@ def test_a_log_probability_by_hand(lm: LanguageModel, monkeypatch: pytest.Monkey
     made = generate(lm, ["go"] * 3, range(3), SAMPLING, source=ThreeTokens)
     assert [ids.tolist() for ids in traced(made).ids] == [[5, 6, 2], [2], [5, 5, 6, 5]]
     assert traced(made).logps == pytest.approx(np.log([1 / 32, 1 / 4, 1 / 32]).tolist())
+    assert traced(made).finished == [True, True, False]
     assert made.tokens == 8
 
 
@@ -345,17 +448,21 @@ def test_traces_end_where_the_first_stop_text_is_complete(lm: LanguageModel) -> 
         kept = said.index(word) + 1 if word in said else len(ids)
         assert cut_off.ids[row].tolist() == ids[:kept].tolist()
         assert cut_off.logps[row] == pytest.approx(read(lm, prompt, ids[:kept]), abs=1e-3)
+        assert cut_off.finished[row] == (word in said or traced(whole).finished[row])
     assert len(cut_off.ids[0]) == 3 < len(traced(whole).ids[0])
 
 
 def test_traces_are_picked_and_joined() -> None:
     def made(*numbers: int) -> Traces:
-        return Traces("words", [np.array([n]) for n in numbers], [-float(n) for n in numbers])
+        return Traces(
+            "words", [np.array([n]) for n in numbers], [-float(n) for n in numbers], [n == 2 for n in numbers]
+        )
 
     both = Traces.joined([made(1, 2), made(3)])
     assert both is not None and both.vocabulary == "words"
     assert [ids.tolist() for ids in both.at([2, 0, 2]).ids] == [[3], [1], [3]]
     assert both.at([2, 0, 2]).logps == [-3.0, -1.0, -3.0]
+    assert both.finished == [False, True, False] and both.at([1, 0]).finished == [True, False]
     assert Traces.joined([made(1), None]) is None and Traces.joined([]) is None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -38,6 +40,10 @@ def test_a_row_ends_with_the_token_that_completes_its_stop_text(lm: LanguageMode
     for row in (1, 2):
         expected = said[row][: said[row].index(stop) + 1] if stop in said[row] else said[row]
         assert words(lm, kept, row) == expected
+    assert kept.finished.all()  # these rows ended by themselves
+    cut_off = replace(drawn, finished=torch.tensor([False, False, True]))
+    assert trim(lm, cut_off, [stop]).finished.tolist() == [True, stop in said[1], True]
+    assert stop not in said[1]
     assert responses(lm, kept, [stop]) == responses(lm, drawn, [stop])  # the judge sees what it saw before
 
 

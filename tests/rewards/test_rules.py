@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import math
 import sys
 
 import pytest
@@ -27,6 +29,11 @@ def value(rule: str, text: str, **options: object) -> float:
         ("length", "a - b", {"unit": "tokens"}, 3),
         ("length", "a - b", {}, 2),
         ("length", "one two three", {"target": 5}, -2),
+        ("detail", "", {}, 0),
+        ("detail", "It is what it is; I don't.", {}, 0),
+        ("detail", "Boil the egg, then peel the EGG.", {}, math.log(4)),  # boil, egg, peel
+        ("detail", "The cat’s cats, 375 of 80 kg, at 6pm", {}, math.log(3)),  # cat, cats
+        ("detail", "Größe und größe", {}, math.log(3)),  # und is no English stop word
         ("length", "one two three", {"target": 1}, -2),
         ("length", "one two three", {"target": 3}, 0),
         ("length", "", {}, 0),
@@ -106,6 +113,11 @@ def test_wrong_options_are_named(rule: str, options: dict[str, object], parts: l
         value(rule, "text", **options)
     for part in parts:
         assert part in str(caught.value)
+
+
+def test_examples_in_the_docstrings_hold() -> None:
+    found = doctest.testmod(rules)
+    assert found.attempted >= 3 and found.failed == 0
 
 
 def test_all_option_errors_come_at_once() -> None:

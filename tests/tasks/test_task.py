@@ -18,6 +18,7 @@ from moalign.config.card import TaskCard
 from moalign.config.load import load_card
 from moalign.data import splits
 from moalign.errors import RequestError
+from moalign.pareto.quality import short_below
 from moalign.policies import language_model
 from moalign.tasks.load import make_task
 from moalign.tasks.sandbox import base, world
@@ -245,3 +246,52 @@ def test_damaged_normaliser_names_its_file(task: SandboxTask) -> None:
     (task.folder / "normaliser.json").write_text(json.dumps({"mean": [1]}))
     with pytest.raises(RequestError, match="normaliser.json.*delete it"):
         _ = task.normaliser
+
+
+# -- what short means -------------------------------------------------------------------------------------------------
+
+
+def test_short_comes_from_the_calibration_data_and_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = stand_in(tmp_path)
+    monkeypatch.setattr(
+        task, "_data_responses", lambda split: ([], {"calibration": ["well ,", "sure thing , use a"]}[split])
+    )
+    assert task.tokens(["well ,", ""]) == [task.language_model.tokenizer.convert_tokens_to_ids(["well", ","]), []]
+    assert task.short_below == 2
+    again = make_task(task.card, tmp_path)
+    again._data_responses = None  # type: ignore[assignment,method-assign]  # not asked for
+    assert again.short_below == 2
+    assert "language_model" not in vars(again)
+
+
+def test_without_data_it_comes_from_the_samples_that_the_normaliser_was_fitted_on(
+    task: SandboxTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(task), "_data_responses", lambda self, split: None)
+    asked: list[str] = []
+    draw = task._sample_base
+
+    def noted(split: str, per_prompt: int, what: str) -> Sampled:
+        asked.append(split)
+        return draw(split, per_prompt, what)
+
+    monkeypatch.setattr(task, "_sample_base", noted)
+    assert task.normaliser.count == 24
+    responses = draw("calibration", 2, "x").responses
+    assert task.short_below == short_below([len(ids) for ids in task.tokens(responses)])
+    assert asked == ["calibration"]  # sampled once for both
+    (task.folder / "short.json").unlink()
+    fresh = stand_in(task.results)
+    assert fresh.short_below == task.short_below  # the same by itself
+
+
+def test_or_from_the_card(tmp_path: Path) -> None:
+    told = load_card("sandbox").model_dump()
+    assert TaskCard.model_validate({**told, "quality": {}}).hash() == TaskCard.model_validate(told).hash()
+    card = TaskCard.model_validate({**told, "quality": {"short": 3}})
+    assert card.hash() != TaskCard.model_validate(told).hash()
+    task = make_task(card, tmp_path)
+    assert task.short_below == 3
+    assert "language_model" not in vars(task)
+    with pytest.raises(ValueError, match="quality.short"):
+        TaskCard.model_validate({**told, "quality": {"short": 0}})

@@ -126,16 +126,12 @@ def test_dropout_is_off_in_both_sides_of_a_log_ratio(make_job: MakeJob, referenc
     assert not job.task.language_model.model.training
 
 
-def test_half_precision_is_scored_again_as_it_is_trained_on(
-    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_half_precision_is_scored_again_as_it_is_trained_on(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the sampler says of its own tokens rounds otherwise; in float32 it is kept (to 1e-4, above)."""
     monkeypatch.setattr(adapters, "MERGE_BELOW", 0)
     drawn: list[torch.Tensor] = []
     plain = online.sample
-    monkeypatch.setattr(
-        online, "sample", lambda *a, **k: [made := plain(*a, **k), drawn.append(made.logps.clone())][0]
-    )
+    monkeypatch.setattr(online, "sample", lambda *a, **k: [made := plain(*a, **k), drawn.append(made.logps.clone())][0])
     job = make_job("mo-odpo", *FEW, "steps=1", "micro_batch=8", "task.dtype=bfloat16")
     warm_up(job)
 

@@ -198,7 +198,12 @@ def test_a_cost_of_distance_apart_is_added_to_whatever_the_others_make() -> None
     apart = PpoLoss(loss.config, ["r0", "r1"], loss.preferences, loss.rewards, loss.combine, kl_apart=True)
     assert apart.heads == ["r0", "r1", "kl"]
     seen: list[Any] = []
-    apart.combine = lambda rollout, made, ratios: (seen.append(made), made.advantages[..., 0] * 0.0)[1:] + ({},)
+
+    def nothing(rollout: Rollout, made: Any, ratios: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
+        seen.append(made)
+        return made.advantages[..., 0] * 0.0, {}
+
+    apart.combine = nothing
     rollout = small_rollout(np.array([[2.0, 1.0], [-1.0, 0.5]]), torch.zeros(2, 3, 3), gap=1.0)
     chosen = apart.select(rollout)
     wanted = torch.tensor([[-0.3, -0.2, -0.1], [-0.1, 0.0, 0.0]])

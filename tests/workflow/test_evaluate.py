@@ -138,6 +138,19 @@ def test_what_eval_json_holds(steered: Opened) -> None:
     assert result_of(context.run) == told
 
 
+def test_collapse_is_judged_by_the_policys_tokens_and_what_short_means_on_the_task(
+    small_task: tuple[str, ...], tmp_path: Path
+) -> None:
+    method, context = opened(small_task, tmp_path / "a", Steered())
+    found = evaluate(method, context)
+    tokens = context.task.tokens(context.run.read_table("responses")["response"])
+    assert found.told["quality"]["causes"]["short"] == 0
+    assert found.told["quality"]["mean_length"] == pytest.approx(np.mean([len(ids) for ids in tokens]))
+    longest = max(len(ids) for ids in tokens)
+    asked = opened((*small_task, f"task.quality={{short: {longest + 1}}}"), tmp_path / "b", Steered())
+    assert evaluate(*asked).told["quality"]["causes"]["short"] == 1
+
+
 def test_the_table_holds_every_answer_with_its_raw_scores(steered: Opened) -> None:
     method, context = steered
     evaluate(method, context)

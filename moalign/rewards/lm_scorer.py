@@ -1,0 +1,348 @@
+"""Objectives that are a log-likelihood under a frozen causal language model, in nats per token.
+
+* ``fluency``: the mean over the response's tokens of log p(token | prompt and the tokens before it). What ends a
+  response is not counted, as a response that the limit cut off has no end. A response without tokens is as likely as a
+  guess at random: ``-log(vocabulary)``.
+* ``relevance``: the mean over the *prompt's* tokens of log p(token | response), less the same without the response.
+  It is 0 where the response says nothing about the prompt, and exactly 0 for an empty one. It cannot be raised by
+  plain words alone, as fluency can.
+
+Tokens are those that a sampler would have written: the text that comes first is tokenised as it stands in the
+template, and the scored text's tokens are what follows when both are tokenised together, unless a token would cover the
+boundary; then both are tokenised apart. The two terms of a relevance are over the same tokens.
+
+Rows are deduplicated, sorted and padded on the right, where nothing that comes later can change a causal model's
+answer, into batches bounded by tokens and by the logits that they give: logits are taken at scored positions only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from datetime import date
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from moalign import model_folder
+from moalign.config.objectives import LmObjective
+from moalign.errors import RequestError
+from moalign.lm.loading import explained, few, quiet
+from moalign.rewards.rows import longest
+
+if TYPE_CHECKING:
+    import torch
+
+ASK = "{response}\n\nWhat question or request is this a reply to?"
+"""The user's turn to which the prompt is the assistant's answer, for relevance in a chat template."""
+JOIN = " "
+"""Between two texts without white space where they meet, in the plain template."""
+DAY = date(2024, 7, 26)
+"""What chat templates that print the date take for today."""
+
+_VERSION = 1
+"""Raise it when a score's meaning changes: it is part of the revision."""
+_MOST_LOGITS = 2**26
+"""Numbers; a batch's logits are at most this many (256 MiB in float32), one row's at least."""
+_MOST_KEPT = 100_000
+"""Prompts whose likelihood without a response is kept."""
+
+
+class Line(NamedTuple):
+    """One row of tokens; those from ``start`` on are scored."""
+
+    ids: tuple[int, ...]
+    start: int
+
+
+class LmScorer:
+    """An ``lm`` objective. The model is loaded at the first score and kept; see the module's text."""
+
+    def __init__(self, spec: LmObjective, base_dir: Path) -> None:
+        """Check what can be checked without torch.
+
+        Args:
+            spec: the objective as in the task card.
+            base_dir: the card's folder.
+
+        Raises:
+            RequestError: no such folder, hub id or built-in model; missing or truncated weights.
+        """
+        self.spec = spec
+        self.name = spec.name
+        self.maximise = spec.maximise
+        self.cheap = spec.store is False
+        self.where = f"objective {spec.name!r}"
+        self.rows_shortened = 0
+        """Texts so far that were longer than ``max_length``."""
+        self._lender = self
+        """Whose model is used: another objective's, where both name the same (:func:`share`)."""
+        self._alone: dict[Line, float] = {}
+        self._folder = model_folder.local_folder(spec.model, base_dir, self.where)
+        if self._folder is not None:
+            model_folder.check(self._folder, self.where)
+        else:
+            model_folder.fetch(spec.model, spec.revision, self.where, config_only=True)
+
+    @cached_property
+    def folder(self) -> Path:
+        """The model's folder; a hub model is fetched here and its files checked."""
+        if self._folder is not None:
+            return self._folder
+        folder = model_folder.fetch(self.spec.model, self.spec.revision, self.where)
+        model_folder.check(folder, self.where)
+        return folder
+
+    @cached_property
+    def revision(self) -> str:
+        """Hash of the model's files (a hub model: its commit) and of every setting that changes a score."""
+        content = model_folder.fingerprint(self.folder, self.where) if self._folder else self.folder.name
+        told = self.spec.model_dump(include={"score", "template", "max_length", "dtype"})
+        text = json.dumps([_VERSION, content, told, ASK, JOIN], sort_keys=True)
+        return f"lm:{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+    def prepare(self) -> None:
+        """Load the model now, so that problems of its files show before other work begins."""
+        _ = self._model
+
+    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        """Return nats per token of each (prompt, response), ``[samples]``, in the order given."""
+        pairs = list(zip(prompts, responses, strict=True))
+        if self.spec.score == "fluency":
+            lines = [self._line(response, prompt, "", "start") for prompt, response in pairs]
+            told = self._means(lines)
+            return [told[line] if len(line.ids) > line.start else -math.log(self._vocabulary) for line in lines]
+        given = [self._line(prompt, response, ASK, "end") for prompt, response in pairs]
+        bare = [self._bare(line) for line in given]
+        if len(self._alone) > _MOST_KEPT:
+            self._alone.clear()
+        unknown = [line for line in bare if line not in self._alone]
+        told = self._means([*given, *unknown])
+        self._alone.update({line: told[line] for line in unknown})
+        return [
+            told[line] - self._alone[alone] if response and len(line.ids) > line.start else 0.0
+            for line, alone, (_, response) in zip(given, bare, pairs, strict=True)
+        ]
+
+    # --- from texts to tokens
+
+    def _line(self, scored: str, before: str, ask: str, side: str) -> Line:
+        """Return the tokens of a text after another one, at most ``max_length`` of them.
+
+        What comes first is cut on ``side`` where both do not fit, down to nothing; a scored text that is too long by
+        itself is cut too: a response loses its end, a prompt its start (its last half stays).
+        """
+        first = self._prefix(before, ask)
+        ids = self._follow(first, scored, self._tokens(first))
+        room = self._longest - (0 if side == "start" else self._longest // 2)
+        fixed = len(self._tokens(self._prefix("", ask)))
+        if fixed + 1 > room:
+            raise RequestError(f"{self.where}: the template alone takes {fixed} tokens; raise max_length")
+        prefix = self._tokens(first)
+        if len(prefix) + len(ids) > self._longest:
+            self.rows_shortened += 1
+            ids = ids[: room - fixed] if side == "start" else ids[-room:]
+            while before and len(prefix) + len(ids) > self._longest:
+                before = self._cut(before, len(prefix) + len(ids) - self._longest, side)
+                prefix = self._tokens(self._prefix(before, ask))
+        return Line((*prefix, *ids), len(prefix))
+
+    def _bare(self, line: Line) -> Line:
+        """Return the same scored tokens after what stands there without a response."""
+        prefix = self._tokens(self._prefix("", ASK))
+        return Line((*prefix, *line.ids[line.start :]), len(prefix))
+
+    def _prefix(self, before: str, ask: str) -> str:
+        """Return the text that comes before the scored one."""
+        if not self._chat:
+            return before
+        user = (ask.replace("{response}", before) if ask else before).strip()
+        turn = [{"role": "user", "content": user}]
+        return str(
+            self._tokenizer.apply_chat_template(
+                turn, chat_template=self._chat_template, tokenize=False, add_generation_prompt=True
+            )
+        )
+
+    def _tokens(self, prefix: str) -> list[int]:
+        """Return a prefix's tokens; an empty one is the token that begins a text."""
+        tokenizer = self._tokenizer
+        ids: list[int] = self._coded(prefix, not self._chat)
+        begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        if not ids and begin is None:
+            raise RequestError(f"{self.where}: the tokenizer has no begin or end token, which a text must start from")
+        return ids or [int(begin)]
+
+    def _follow(self, prefix: str, text: str, before: list[int]) -> list[int]:
+        """Return the tokens of ``text`` after ``prefix``."""
+        if not text:
+            return []
+        if not self._chat and prefix and not prefix[-1].isspace() and not text[0].isspace():
+            text = JOIN + text
+        joint = self._coded(prefix + text, not self._chat) if prefix else []
+        if prefix and joint[: len(before)] == before and len(joint) > len(before):
+            return joint[len(before) :]
+        return self._coded(text, False)
+
+    def _coded(self, text: str, special: bool) -> list[int]:
+        ids: list[int] = self._tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+        if ids and max(ids) >= self._vocabulary:
+            raise RequestError(
+                f"{self.where}: the tokenizer gives token {max(ids)}, but the model knows {self._vocabulary} tokens: "
+                "tokenizer and weights do not belong together"
+            )
+        return ids
+
+    def _cut(self, text: str, tokens: int, side: str) -> str:
+        """Return a text without its first (or last) tokens, shorter by a character at least."""
+        if not self._tokenizer.is_fast:
+            kept = max(0, len(text) - 2 * tokens)
+            return text[len(text) - kept :] if side == "start" else text[:kept]
+        coded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        spans = [span for span in coded["offset_mapping"] if span[1] > span[0]]
+        if tokens >= len(spans):
+            return ""
+        if side == "start":
+            return text[max(1, spans[tokens][0]) :]
+        return text[: min(len(text) - 1, spans[-tokens][0])]
+
+    # --- from tokens to scores
+
+    def _means(self, lines: Sequence[Line]) -> dict[Line, float]:
+        """Return the mean log-probability of each line's scored tokens; 0 for a line without any."""
+        found = {line: 0.0 for line in lines}
+        work = [line for line in found if len(line.ids) > line.start]
+        for batch in self._batches(work):
+            found.update(zip(batch, self._batch_means(batch), strict=True))
+        return found
+
+    def _batches(self, lines: Sequence[Line]) -> Iterator[list[Line]]:
+        """Give lines of like length together, so that a batch is within ``batch_tokens`` and ``_MOST_LOGITS``."""
+        batch: list[Line] = []
+        for line in sorted(lines, key=lambda line: (-len(line.ids), -line.start)):
+            wide = len(batch[0].ids) if batch else len(line.ids)
+            scored = wide - min(other.start for other in [*batch, line]) + 1
+            full = (len(batch) + 1) * wide > self.spec.batch_tokens
+            if batch and (full or (len(batch) + 1) * scored * self._vocabulary > _MOST_LOGITS):
+                yield batch
+                batch = []
+            batch.append(line)
+        if batch:
+            yield batch
+
+    def _batch_means(self, batch: Sequence[Line]) -> list[float]:
+        import torch
+
+        model, wide = self._model, max(len(line.ids) for line in batch)
+        ids = torch.tensor([[*line.ids, *[0] * (wide - len(line.ids))] for line in batch], device=model.device)
+        mask = torch.tensor([[1] * len(line.ids) + [0] * (wide - len(line.ids)) for line in batch], device=model.device)
+        first = min(line.start for line in batch) - 1  # the logits before a token are those that predict it
+        with torch.inference_mode():
+            logits = self._logits(ids, mask, first)
+            return [_mean(logits[row], line, first) for row, line in enumerate(batch)]
+
+    def _logits(self, ids: torch.Tensor, mask: torch.Tensor, first: int) -> torch.Tensor:
+        """Return the logits from position ``first`` on, ``[rows, positions - first, vocabulary]``."""
+        import torch
+
+        inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+        if "logits_to_keep" in inspect.signature(self._model.forward).parameters:
+            wanted = torch.arange(first, ids.shape[1], device=ids.device)
+            kept: torch.Tensor = self._model(**inputs, logits_to_keep=wanted).logits
+            return kept
+        whole: torch.Tensor = self._model(**inputs).logits
+        return whole[:, first:]
+
+    # --- the model
+
+    @cached_property
+    def _loaded(self) -> tuple[Any, Any]:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        # The generators are put back: when a model is loaded must not change what is sampled afterwards.
+        with explained(self.where, self.folder), quiet(), torch.random.fork_rng(devices=[]):
+            tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
+            model, told = AutoModelForCausalLM.from_pretrained(
+                self.folder,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                dtype=getattr(torch, self.spec.dtype),
+                output_loading_info=True,
+            )
+            if told["missing_keys"]:
+                raise RequestError(
+                    f"{self.where}: model folder {self.folder} is not a whole causal language model: its weights lack "
+                    f"{few(told['missing_keys'])}"
+                )
+            model.eval().requires_grad_(False)
+            model.to("cuda" if torch.cuda.is_available() else "cpu")
+            _check_causal(model, self.where)
+        return model, tokenizer
+
+    @property
+    def _model(self) -> Any:
+        return self._lender._loaded[0]
+
+    @property
+    def _tokenizer(self) -> Any:
+        return self._lender._loaded[1]
+
+    @cached_property
+    def _chat(self) -> bool:
+        has = bool(self._tokenizer.chat_template)
+        if self.spec.template == "chat" and not has:
+            raise RequestError(f"{self.where}: template: chat, but the model {self.spec.model} has no chat template")
+        return has if self.spec.template is None else self.spec.template == "chat"
+
+    @cached_property
+    def _chat_template(self) -> str:
+        """The model's chat template, in which today is always :data:`DAY`."""
+        template = str(self._tokenizer.get_chat_template())
+        for call in set(re.findall(r"""strftime_now\(\s*(?:"[^"]*"|'[^']*')\s*\)""", template)):
+            form = re.split(r"""["']""", call)[1]
+            template = template.replace(call, json.dumps(DAY.strftime(form)))
+        return template
+
+    @cached_property
+    def _vocabulary(self) -> int:
+        return int(self._model.get_input_embeddings().weight.shape[0])
+
+    @cached_property
+    def _longest(self) -> int:
+        return longest(self._model, self._tokenizer, self.spec.max_length)
+
+
+def share(scorers: Sequence[LmScorer]) -> None:
+    """Have objectives of one model use one copy of it."""
+    first: dict[tuple[object, ...], LmScorer] = {}
+    for scorer in scorers:
+        scorer._lender = first.setdefault(scorer.spec.reading, scorer)
+
+
+def _mean(logits: torch.Tensor, line: Line, first: int) -> float:
+    """Return the mean log-probability of a line's scored tokens from its row's logits ``[positions, vocabulary]``."""
+    import torch
+
+    own = logits[line.start - 1 - first : len(line.ids) - 1 - first].float()
+    goal = torch.tensor(line.ids[line.start :], device=own.device)
+    picked = own.gather(1, goal[:, None])[:, 0] - own.logsumexp(dim=-1)
+    return float(picked.double().mean())
+
+
+def _check_causal(model: Any, where: str) -> None:
+    """Raise RequestError for a model that looks ahead, such as a BERT, which would see what it is asked to guess."""
+    import torch
+
+    rows = torch.tensor([[0, 1, 2], [0, 1, 3]], device=model.device) % int(model.get_input_embeddings().weight.shape[0])
+    with torch.inference_mode():
+        logits = model(input_ids=rows, attention_mask=torch.ones_like(rows)).logits[:, 0].float()
+    if not torch.allclose(logits[0], logits[1], rtol=1e-3, atol=1e-3):
+        raise RequestError(
+            f"{where}: the model ({type(model).__name__}) reads ahead; a causal language model is needed"
+        )
