@@ -24,7 +24,7 @@ def init(
     ] = None,
     objectives: Annotated[
         str | None,
-        typer.Option(metavar="A,B[,..]", help="Rules by name, or names of your own.  [default: brevity,detail]"),
+        typer.Option(metavar="A,B[,..]", help="Rules by name, or names of your own.  [default: brevity,variety]"),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:

@@ -84,7 +84,10 @@ def load_codec(source: str, revision: str | None = None, template: TemplateSpec 
     try:
         limits = GenerationConfig.from_pretrained(path)
     except (OSError, ValueError):  # a folder need not have one; the model's own config names end tokens, too
-        limits = GenerationConfig.from_model_config(AutoConfig.from_pretrained(path, trust_remote_code=False))
+        try:
+            limits = GenerationConfig.from_model_config(AutoConfig.from_pretrained(path, trust_remote_code=False))
+        except (OSError, ValueError) as error:
+            raise RequestError(f"model {path}: its config cannot be used ({_first_line(error)})") from None
     return Codec(tokenizer, template, generation_ends(limits), source)
 
 

@@ -114,7 +114,9 @@ def _pointed_to(report: Preflight, card: TaskCard, results: Path, whole: bool) -
     ``whole`` is False for a card without its options: what they might have changed is not blamed.
     """
     model = _model(report, card) if whole else None
-    _data(report, card, results)
+    sound = _data(report, card, results, model)
+    if sound and whole:
+        _overlong(report, card, results, model)
     _objectives(report, card)
     if card.published and whole:
         report.look("published", lambda: _published(report, card, results))
@@ -274,7 +276,8 @@ def _hub(report: Preflight, source: str, revision: str | None, what: str, found:
 # -- data and splits -----------------------------------------------------------------------------------------------
 
 
-def _data(report: Preflight, card: TaskCard, results: Path) -> None:
+def _data(report: Preflight, card: TaskCard, results: Path, model: Path | None) -> bool:
+    """Read the data; returns whether its prompts can be read and split."""
     from moalign.data import load as data
 
     sound = True
@@ -287,8 +290,37 @@ def _data(report: Preflight, card: TaskCard, results: Path) -> None:
         _pairs(report, spec)
         if isinstance(spec.prompts, SourceSpec):
             sound = _local(report, "prompts", spec.prompts)
-    if sound:
-        report.look("splits", lambda: _splits(card, results))
+    return sound and report.look("splits", lambda: _splits(_on(card, model), results))
+
+
+def _on(card: TaskCard, model: Path | None) -> TaskCard:
+    """Return the card with its model's folder; without one all prompts stay, since none can be measured."""
+    if model is not None:
+        return card.model_copy(update={"model": str(model)})
+    return card.model_copy(update={"overlong": None})
+
+
+def _overlong(report: Preflight, card: TaskCard, results: Path, model: Path | None) -> None:
+    """Tell how many prompts are cut or dropped, where the tokenizer is here to count their tokens."""
+    if model is None:
+        if card.overlong == "drop":
+            report.notes.append("overlong: drop: how many prompts are left out is not known: the model is not here yet")
+        return
+    report.look("overlong", lambda: _overlong_told(report, _on(card, model), results))
+
+
+def _overlong_told(report: Preflight, card: TaskCard, results: Path) -> str:
+    from moalign.tasks.load import make_task
+
+    told = make_task(card, results).overlong_report()
+    count, limit = told.get("dropped", told.get("cut", 0)), card.generation.max_prompt_tokens
+    what = "dropped" if "dropped" in told else "cut"
+    if not count:
+        return f"none of {told['prompts']} prompts is {what}: all fit {limit} tokens"
+    lost = f", {told['cut_tokens']} tokens in all" if "cut_tokens" in told else ""
+    text = f"{count} of {told['prompts']} prompts are {what}{lost}: longer than {limit} tokens"
+    report.notes.append(f"overlong: {text} (generation.max_prompt_tokens)")
+    return text
 
 
 def _pairs(report: Preflight, spec: DataSpec) -> None:

@@ -25,7 +25,7 @@ from moalign.lm import builtin
 
 BUILT_IN = "smollm2-135m-instruct"
 """The model of a card when none is named: it comes with the project (``make llm``)."""
-OBJECTIVES = ("brevity", "detail")
+OBJECTIVES = ("brevity", "variety")
 FILES = ("scorers.py", "prompts.jsonl", "mo-odpo.yaml", "task.yaml")
 """In the order in which they are written: the card, which names the others, comes last."""
 NEW_TOKENS = 40
@@ -207,9 +207,9 @@ def _objective_line(name: str) -> str:
 
 def _scorers(names: Sequence[str]) -> str:
     own = [name for name in names if not _is_rule(name)]
-    unused = "" if own else "task.yaml has rules alone so far: detail, below, is an example that nothing uses.\n"
+    unused = "" if own else "task.yaml has rules alone so far: variety, below, is an example that nothing uses.\n"
     parts = [_SCORERS_HEAD.format(unused=unused)]
-    for name in own or ["detail"]:
+    for name in own or ["variety"]:
         constant = _function(name).upper() + "_WORDS"
         parts.append(_READY.get(name) or _OWN.format(name=name, function=_function(name), constant=constant))
     return "\n\n".join(parts)
@@ -355,6 +355,7 @@ objectives:
   #   kind: rule           ready made, see "moalign show TASK" of any task and the README for the list
   #   kind: python         a function of your own in scorers.py
   #   kind: hf-classifier  a reward model: {{name: helpful, kind: hf-classifier, model: owner/name}}
+  #   kind: lm             how likely a language model finds an answer (fluency), or that it is one (relevance)
 {objectives}
 data:
   prompts: {{path: {prompts}}}{of_data}
@@ -374,13 +375,15 @@ suite: [prompting, best-of-n, mo-odpo]  # what "moalign compare" trains
 """
 
 _WORDS = """
-  words:  # by weight: what is said instead of "brevity 25.0% detail 75.0%"; a chat model does as it is told
+  words:  # by weight: what is said instead of "brevity 25.0% variety 75.0%"; a chat model does as it is told
     brevity:
       - {up_to: 0.2, text: "Answer in one long sentence with many details."}
       - {up_to: 0.4, text: "Answer in one sentence with some details."}
       - {up_to: 0.6, text: "Answer in one sentence."}
       - {up_to: 0.8, text: "Answer in one short sentence."}
-      - {up_to: 1.0, text: "Answer in one very short sentence."}"""
+      - {up_to: 1.0, text: "Answer in one very short sentence."}
+  plain: "{prompt} Answer in one sentence."  # how the base is asked: bare questions are answered at length
+  scores: "{prompt} Answer in one sentence. {scores}"  # for methods that ask for rewards (RiC)"""
 
 _RECIPE = """\
 # MO-ODPO on this task: a first run of minutes on a CPU; raise steps and batch once it works.
@@ -428,8 +431,8 @@ def words(text: str) -> list[str]:
 '''
 
 _READY = {
-    "detail": '''\
-def detail(prompts: list[str], responses: list[str]) -> list[float]:
+    "variety": '''\
+def variety(prompts: list[str], responses: list[str]) -> list[float]:
     """How much an answer says: log of 1 + the number of different words of four letters or more."""
     return [math.log(1 + len({word for word in words(text) if len(word) > 3})) for text in responses]
 ''',

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from moalign.tasks.sandbox.base import make_tokenizer
+
 CARD = """\
 name: tales
 kind: text
@@ -34,6 +36,7 @@ needs:
   gpu_memory_gib: 24
 """
 CONFIG = {
+    "model_type": "llama",
     "hidden_size": 16,
     "intermediate_size": 48,
     "num_hidden_layers": 1,
@@ -53,7 +56,7 @@ def write_model(folder: Path) -> Path:
     """Write a folder that has the form of a model: shapes in a safetensors header, zeros for weights."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(CONFIG))
-    (folder / "tokenizer.json").write_text("{}")
+    make_tokenizer().save_pretrained(folder)
     header, at = {}, 0
     for name, shape in SHAPES.items():
         size = 4
@@ -85,6 +88,48 @@ def test_a_sound_recipe_says_what_was_looked_at(moalign: Any, recipe: Path, tmp_
     for text in ("recipe", "card", "model", "data.prompts", "splits", "objective brevity", "memory", "nothing wrong"):
         assert text in ended.out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "tales"]  # nothing was written
+
+
+def test_prompts_that_are_too_long_are_counted(moalign: Any, recipe: Path) -> None:
+    lines = [f'{{"prompt": "Story {i} is about"}}\n' for i in range(40)] + ['{"prompt": "%s"}\n' % ("how do i " * 60)]
+    (recipe.parent / "prompts.jsonl").write_text("".join(lines))
+    assert "none of 41 prompts is cut: all fit 512 tokens" in moalign("check", "tales/sft.yaml").out
+    short = ("--set", "task.generation.max_prompt_tokens=100")
+    for name in ("tales/sft.yaml", "tales"):
+        ended = moalign("check", name, *short)
+        assert ended.code == 0
+        assert "1 of 41 prompts are cut, " in ended.out
+        assert "note: overlong: 1 of 41 prompts are cut, " in ended.err
+    ended = moalign("check", "tales/sft.yaml", *short, "--set", "task.overlong=drop")
+    assert "1 of 41 prompts are dropped: longer than 100 tokens" in ended.out
+    ended = moalign("check", "tales/sft.yaml", "--set", "task.generation.max_prompt_tokens=8")
+    assert ended.code == 2 and "8 tokens do not hold what the template writes around a prompt" in ended.errors[0]
+
+
+def test_a_config_of_no_known_model_is_a_problem(moalign: Any, recipe: Path, tmp_path: Path) -> None:
+    config = {key: value for key, value in CONFIG.items() if key != "model_type"}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    ended = moalign("check", "tales/sft.yaml")
+    assert ended.code == 2
+    assert "its config cannot be used (Unrecognized model" in ended.errors[0]
+
+
+def test_a_chat_template_that_is_not_there_is_a_problem(moalign: Any, recipe: Path) -> None:
+    ended = moalign("check", "tales/sft.yaml", "--set", "task.template.chat=true")
+    assert ended.code == 2
+    assert any("has no chat template" in text for text in ended.errors)
+
+
+def test_prompts_to_be_dropped_are_not_counted_without_the_model(
+    moalign: Any, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moalign.policies import language_model
+
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(language_model, "load_codec", lambda *_: pytest.fail("a tokenizer was looked for"))
+    ended = moalign("check", "tales/sft.yaml", "--set", "task.model=a/b", "--set", "task.overlong=drop")
+    assert (ended.code, ended.errors) == (0, [])
+    assert "how many prompts are left out is not known" in ended.err
 
 
 def test_the_memory_estimate_counts_weights_and_adapters(moalign: Any, recipe: Path) -> None:

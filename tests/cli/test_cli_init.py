@@ -55,7 +55,7 @@ def test_what_it_writes_trains_as_it_is(moalign: Any, chat_base: Path, tmp_path:
     assert trained.code == 0, trained.err
     told = json.loads(trained.out)
     assert (told["task"], told["status"]) == ("my-task", "done")
-    assert told["evaluation"]["objectives"] == ["brevity", "detail"]
+    assert told["evaluation"]["objectives"] == ["brevity", "variety"]
     # The same task, named by its card's file, finds the run.
     again = json.loads(moalign("train", "mo-odpo", "--task", "my-task/task.yaml", *SMALL, "--json").out)
     assert again["found"] and again["run"] == told["run"]
@@ -143,7 +143,7 @@ def test_nothing_is_overwritten(moalign: Any, random_base: Path, tmp_path: Path,
         (["--objectives", "brevity"], "two or more names are needed"),
         (["--objectives", "brevity,brevity"], "found twice: brevity"),
         (["--objectives", "my-own,my_own"], "names of functions must differ; found twice: my_own"),
-        (["--objectives", "brevty,detail"], "did you mean 'brevity'?"),
+        (["--objectives", "brevty,variety"], "did you mean 'brevity'?"),
         (["--objectives", "brevity,9 lives"], "begins with a letter"),
         (["--data", "nowhere.jsonl"], "--data nowhere.jsonl: there is no such file"),
         (["--data", "questions.jsonl"], "prompt"),
@@ -190,11 +190,13 @@ def test_a_changed_scorer_file_is_another_task(moalign: Any, random_base: Path, 
 
 def test_a_scorer_file_that_is_gone_or_broken_is_told(moalign: Any, random_base: Path) -> None:
     assert moalign("init", "own", "--model", str(random_base)).code == 0
-    Path("own/scorers.py").write_text("import math\n\ndetail = 1 / 0\n")
+    Path("own/scorers.py").write_text("import math\n\nvariety = 1 / 0\n")
     ended = moalign("check", "own/mo-odpo.yaml")
     assert ended.code == 2
     assert "scorers.py failed: ZeroDivisionError: division by zero (line 3)" in ended.errors[0]
     Path("own/scorers.py").unlink()
     ended = moalign("check", "own/mo-odpo.yaml")
     assert ended.code == 2
-    assert "own/task.yaml:" in ended.errors[0] and "found 'scorers.py:detail'; there is no such file" in ended.errors[0]
+    assert (
+        "own/task.yaml:" in ended.errors[0] and "found 'scorers.py:variety'; there is no such file" in ended.errors[0]
+    )
