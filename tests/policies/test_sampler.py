@@ -88,7 +88,9 @@ def test_large_vocabularies_draw_what_a_plain_search_draws(size: int) -> None:
     if size == 1000:
         logits[256:512] = -torch.inf
     count = 4000
-    numbers = torch.cat([torch.arange(count, dtype=torch.float64) / count, torch.tensor([1 - 2**-53], dtype=torch.float64)])
+    numbers = torch.cat(
+        [torch.arange(count, dtype=torch.float64) / count, torch.tensor([1 - 2**-53], dtype=torch.float64)]
+    )
     cumulative = torch.softmax(logits.double(), -1).cumsum(-1)
     expected = torch.searchsorted(cumulative, numbers * cumulative[-1], right=True)
     tokens, logps = draw(logits.expand(count + 1, -1), numbers, 1.0, 1.0)
