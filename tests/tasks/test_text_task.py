@@ -11,9 +11,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from moalign.config.card import TaskCard
+from moalign.data.records import Response
 from moalign.errors import RequestError
 from moalign.tasks.load import make_task
 from moalign.tasks.sandbox import base, world
+from moalign.tasks.task import shown
 from moalign.tasks.text import TextTask
 
 PROMPTS = world.prompts()[::20]
@@ -68,9 +70,9 @@ def test_training_pool_is_sampled_once_from_the_base_and_kept(tmp_path: Path, mo
     used = task.prompts["train"][:6]
     assert scored.prompts == [prompt for prompt in used for _ in range(2)]
     assert scored.raw.shape == (12, 2)
-    assert [-len(response.split()) for response in scored.responses] == scored.raw[:, 0].tolist()
-    assert scored.responses[0] != scored.responses[1]  # two draws, not one twice
-    assert (task.folder / "pool.parquet").is_file()
+    assert [-len(response.text.split()) for response in scored.responses] == scored.raw[:, 0].tolist()
+    assert scored.responses[0].text != scored.responses[1].text  # two draws, not one twice
+    assert (task.folder / "samples.parquet").is_file()
 
     again = text_task(tmp_path, model, {"prompts": PROMPTS})
     again._sample_base = None  # type: ignore[assignment,method-assign]  # not asked for
@@ -92,7 +94,7 @@ def test_logged_responses_go_to_their_prompts_split(tmp_path: Path, model: Path)
     scored = task.scored()
     told = {row["prompt"]: row["response"] for row in rows}
     assert scored.prompts == task.prompts["train"]
-    assert scored.responses == [told[prompt] for prompt in scored.prompts]
+    assert scored.responses == [Response(told[prompt]) for prompt in scored.prompts]
     assert "language_model" not in vars(task)  # the data was enough
     calibration = task.prompts["calibration"]
     assert task.normaliser.count == 8 * len(calibration[:6]) + len(calibration)
@@ -114,11 +116,11 @@ def test_stop_text_and_marker_reach_the_policy(tmp_path: Path, model: Path) -> N
     plain = text_task(tmp_path, model, {"prompts": PROMPTS}, template={"marker": " ?"})
     assert plain.renderer.plain("make soup") == "make soup ?"
     assert plain.renderer.preference("x", (0.25, 0.75)) == "[short 25.0% varied 75.0%] x ?"
-    free = plain.scored().responses
+    free = shown(plain.scored().responses)
     word = next(text.split()[0] for text in free if len(text.split()) > 1)
     stopped = text_task(tmp_path, model, {"prompts": PROMPTS}, template={"marker": " ?", "stop": [word]})
     assert stopped.hash != plain.hash
-    assert stopped.scored().responses == [text.split(word)[0].strip() if word in text else text for text in free]
+    assert shown(stopped.scored().responses) == [text.split(word)[0].strip() if word in text else text for text in free]
 
 
 def test_empty_response_file_and_broken_line_are_named(tmp_path: Path, model: Path) -> None:

@@ -142,7 +142,10 @@ def test_the_table_holds_every_answer_with_its_raw_scores(steered: Opened) -> No
     method, context = steered
     evaluate(method, context)
     table = pd.read_parquet(context.run.path / "responses.parquet")
-    assert table.columns.tolist() == ["prompt", "preference", "response", "helpfulness", "harmlessness"]
+    assert table.columns.tolist() == [
+        *("prompt", "preference", "response", "ids", "finished"),
+        *("helpfulness", "harmlessness"),
+    ]
     assert len(table) == PROMPTS * 3
     assert table["preference"].unique().tolist() == ["0,1", "0.5,0.5", "1,0"]
     assert table["prompt"].tolist() == context.task.eval_prompts * 3
