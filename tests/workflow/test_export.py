@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +74,7 @@ def plain_logits(told: Exported, folder: Path) -> torch.Tensor:
     if told.kind == "adapter":
         model = PeftModel.from_pretrained(model, folder)
     text = told.prompt.replace("{prompt}", PROMPT)
-    ids = torch.tensor([told.begin + tokenizer(text, add_special_tokens=False)["input_ids"]])
+    ids = torch.tensor([tokenizer(text, add_special_tokens=told.special_tokens)["input_ids"]])
     with torch.no_grad():
         found: torch.Tensor = model.eval()(ids).logits
     return found
@@ -98,6 +100,16 @@ def test_it_answers_as_the_run_without_moalign(
     assert told.preference_in_prompt == (name in {"mo-odpo", "ric"})
 
 
+def program(folder: Path) -> dict[str, Any]:
+    """Run the README's code, and return what it defines."""
+    text = (folder / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert "moalign" not in code
+    space: dict[str, Any] = {}
+    exec(code, space)
+    return space
+
+
 @pytest.mark.parametrize("merged", [False, True], ids=["adapter", "merged"])
 def test_the_code_of_the_readme_runs(finished: Any, tmp_path: Path, merged: bool) -> None:
     method, context = finished("mo-odpo")
@@ -105,14 +117,64 @@ def test_the_code_of_the_readme_runs(finished: Any, tmp_path: Path, merged: bool
     text = (tmp_path / "out" / "README.md").read_text()
     assert "mo-odpo at helpfulness 0.3, harmlessness 0.7" in text
     assert "helpfulness 30.0% harmlessness 70.0%" in text
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert "moalign" not in code
-    space: dict[str, Any] = {}
-    exec(code, space)
+    space = program(tmp_path / "out")
     torch.manual_seed(0)
     answer = space["ask"](PROMPT)
     assert isinstance(answer, str) and len(answer.split()) > 1
     assert len(answer.split()) <= context.task.card.generation.max_new_tokens
+
+
+@pytest.mark.parametrize("merged", [False, True], ids=["adapter", "merged"])
+def test_nothing_is_inherited_from_the_base_s_generation_config(
+    random_base: Path, small_task: tuple[str, ...], tmp_path: Path, merged: bool
+) -> None:
+    base = tmp_path / "picky-base"
+    shutil.copytree(random_base, base)
+    file = base / "generation_config.json"
+    habits = {"do_sample": True, "top_k": 1, "temperature": 0.1, "repetition_penalty": 3.0, "no_repeat_ngram_size": 1}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **habits, "min_new_tokens": 40}))
+    sets = (*small_task, f"task.model={base}", "task.generation.max_new_tokens=48", LORA, "steps=1", "batch=2")
+    run, _ = train(plan(TrainRequest("mo-odpo", overrides=sets, results=tmp_path / "results")))
+    export(*opened(run, tmp_path), (0.3, 0.7), tmp_path / "out", merged)
+    ask = program(tmp_path / "out")["ask"]
+    torch.manual_seed(0)
+    answers = [ask(PROMPT).split() for _ in range(12)]
+    assert len({tuple(answer) for answer in answers}) == 12  # greedy would say the same again
+    assert any(len(set(answer)) < len(answer) for answer in answers)  # words may come twice
+    told = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    wanted = {"do_sample": True, "temperature": 1.0, "top_k": 0, "repetition_penalty": 1.0, "max_new_tokens": 48}
+    assert {name: told[name] for name in wanted} == wanted
+    assert told.get("no_repeat_ngram_size") is None and told.get("min_new_tokens") is None
+
+
+LONG = " ".join(f"Question {number}: what should I cook?" for number in range(60))
+
+
+@pytest.mark.parametrize(
+    ("family", "chat"),
+    [("llama3", True), ("gemma", True), ("chatml", True), ("mistral", True), ("llama3", False), ("mistral", False)],
+)
+def test_the_code_reads_the_tokens_that_moalign_reads(
+    chat_folder: Callable[[str], Path], small_task: tuple[str, ...], tmp_path: Path, family: str, chat: bool
+) -> None:
+    template = {"chat": chat, "stop": ["\nHuman:"], "marker": "" if chat else "\nAnswer:"}
+    if chat and family != "gemma":
+        template["system"] = "You are terse."
+    sets = (*small_task, f"task.model={chat_folder(family)}", f"task.template={json.dumps(template)}",
+            "task.generation.max_prompt_tokens=160", "steps=1", "batch=2", "warmup=0", LORA)  # fmt: skip
+    run, _ = train(plan(TrainRequest("mo-odpo", overrides=sets, results=tmp_path / "results")))
+    method, context = opened(run, tmp_path)
+    policy, lm = method.policy(context, (0.3, 0.7)), context.task.language_model
+    told = export(method, context, (0.3, 0.7), tmp_path / "out")
+    read = program(tmp_path / "out")["fit"]
+    for prompt in (PROMPT, "", "  white space around \n", "{prompt} naïve 猫", LONG, f"{LONG} "):
+        wanted = lm.encode([policy.render(prompt)], 160)[0]
+        assert read(prompt) == wanted
+        assert len(wanted) <= 160
+    assert told.end_ids == sorted(context.task.codec.ends.ids) and told.stop == ["\nHuman:"]
+    config = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert config["eos_token_id"] == told.end_ids
+    assert isinstance(program(tmp_path / "out")["ask"](LONG), str)
 
 
 @pytest.mark.parametrize(
