@@ -243,9 +243,8 @@ class TaskCard(Strict):
                 )
             limits = [phrase.up_to for phrase in phrases]
             if not limits or limits != sorted(set(limits)) or limits[-1] != 1:
-                raise ValueError(
-                    f"template.words.{name}: up_to must rise and end with 1; found {', '.join(map(str, limits)) or 'none'}"
-                )
+                found = ", ".join(map(str, limits)) or "none"
+                raise ValueError(f"template.words.{name}: up_to must rise and end with 1; found {found}")
         return self
 
     @model_validator(mode="after")

@@ -17,6 +17,7 @@ from moalign import model_folder
 from moalign.config.card import TemplateSpec
 from moalign.errors import RequestError
 from moalign.lm.chat import Codec, Rendered, generation_ends
+from moalign.lm.log_probs import token_log_probs
 
 WHERE = "task.model"
 """How messages name the place of the policy's model; ``--set task.model=FOLDER`` sets it."""
@@ -193,7 +194,7 @@ def token_outputs(
     temperature: float = 1.0,
     hidden: bool = False,
 ) -> TokenOutputs:
-    """Log-probabilities of the tokens that ``response_mask`` marks, padding on either side.
+    """Log-probabilities of the tokens that ``response_mask`` marks, padding on either side; in little memory.
 
     Args:
         input_ids, attention_mask: ``[batch, length]``.
@@ -203,25 +204,22 @@ def token_outputs(
         hidden: also return the hidden states that predicted the tokens (for value heads).
     """
     width = response_mask.shape[1]
-    output = model(
+    logps, entropy, output = token_log_probs(
+        model,
+        response_mask,
+        input_ids[:, -width:],
+        temperature,
         input_ids=input_ids,
         attention_mask=attention_mask,
         position_ids=positions(attention_mask),
-        logits_to_keep=width + 1,
         output_hidden_states=hidden,
         use_cache=False,
     )
-    logits = output.logits[:, -(width + 1) : -1].float()
-    if temperature != 1.0:
-        logits = logits / temperature
-    log_probs = torch.log_softmax(logits, dim=-1)
-    chosen = log_probs.gather(-1, input_ids[:, -width:].unsqueeze(-1)).squeeze(-1)
-    with torch.no_grad():
-        entropy = torch.special.entr(log_probs.exp()).sum(-1)
     states = output.hidden_states[-1][:, -(width + 1) : -1] if hidden else None
-    # where() instead of a product: an impossible padding token has log-probability -inf, and -inf * 0 is NaN.
-    zero = torch.zeros((), dtype=chosen.dtype, device=chosen.device)
-    return TokenOutputs(torch.where(response_mask, chosen, zero), torch.where(response_mask, entropy, zero), states)
+    nothing = torch.zeros(response_mask.shape, dtype=torch.float32, device=logps.device)
+    return TokenOutputs(
+        nothing.masked_scatter(response_mask, logps), nothing.masked_scatter(response_mask, entropy), states
+    )
 
 
 def _first_line(error: Exception) -> str:

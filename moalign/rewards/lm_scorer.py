@@ -21,16 +21,16 @@ import hashlib
 import inspect
 import json
 import math
-import re
 from collections.abc import Iterator, Sequence
-from datetime import date
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moalign import model_folder
+from moalign.config.card import TemplateSpec
 from moalign.config.objectives import LmObjective
 from moalign.errors import RequestError
+from moalign.lm.chat import Codec
 from moalign.lm.loading import explained, few, quiet
 from moalign.rewards.rows import longest
 
@@ -41,9 +41,6 @@ ASK = "{response}\n\nWhat question or request is this a reply to?"
 """The user's turn to which the prompt is the assistant's answer, for relevance in a chat template."""
 JOIN = " "
 """Between two texts without white space where they meet, in the plain template."""
-DAY = date(2024, 7, 26)
-"""What chat templates that print the date take for today."""
-
 _VERSION = 1
 """Raise it when a score's meaning changes: it is part of the revision."""
 _MOST_LOGITS = 2**26
@@ -161,12 +158,7 @@ class LmScorer:
         if not self._chat:
             return before
         user = (ask.replace("{response}", before) if ask else before).strip()
-        turn = [{"role": "user", "content": user}]
-        return str(
-            self._tokenizer.apply_chat_template(
-                turn, chat_template=self._chat_template, tokenize=False, add_generation_prompt=True
-            )
-        )
+        return self._codec.turns(user)
 
     def _tokens(self, prefix: str) -> list[int]:
         """Return a prefix's tokens; an empty one is the token that begins a text."""
@@ -301,13 +293,9 @@ class LmScorer:
         return has if self.spec.template is None else self.spec.template == "chat"
 
     @cached_property
-    def _chat_template(self) -> str:
-        """The model's chat template, in which today is always :data:`DAY`."""
-        template = str(self._tokenizer.get_chat_template())
-        for call in set(re.findall(r"""strftime_now\(\s*(?:"[^"]*"|'[^']*')\s*\)""", template)):
-            form = re.split(r"""["']""", call)[1]
-            template = template.replace(call, json.dumps(DAY.strftime(form)))
-        return template
+    def _codec(self) -> Codec:
+        """The model's chat turns, to the token as a policy's are."""
+        return Codec(self._tokenizer, TemplateSpec(chat=True), source=self.spec.model)
 
     @cached_property
     def _vocabulary(self) -> int:

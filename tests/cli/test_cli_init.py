@@ -170,10 +170,14 @@ def test_what_cannot_train_is_refused_and_nothing_is_left(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+OWN = ("--objectives", "brevity,on-topic")
+"""The second is a function of ``scorers.py``."""
+
+
 def test_a_changed_scorer_file_is_another_task(moalign: Any, random_base: Path, tmp_path: Path) -> None:
     from moalign.tasks.load import make_task
 
-    assert moalign("init", "own", "--model", str(random_base)).code == 0
+    assert moalign("init", "own", "--model", str(random_base), *OWN).code == 0
 
     def seen(folder: str) -> tuple[str, str]:
         task = make_task(load.load_card(folder), tmp_path / "results")
@@ -189,8 +193,8 @@ def test_a_changed_scorer_file_is_another_task(moalign: Any, random_base: Path, 
 
 
 def test_a_scorer_file_that_is_gone_or_broken_is_told(moalign: Any, random_base: Path) -> None:
-    assert moalign("init", "own", "--model", str(random_base)).code == 0
-    Path("own/scorers.py").write_text("import math\n\nvariety = 1 / 0\n")
+    assert moalign("init", "own", "--model", str(random_base), *OWN).code == 0
+    Path("own/scorers.py").write_text("import math\n\non_topic = 1 / 0\n")
     ended = moalign("check", "own/mo-odpo.yaml")
     assert ended.code == 2
     assert "scorers.py failed: ZeroDivisionError: division by zero (line 3)" in ended.errors[0]
@@ -198,5 +202,5 @@ def test_a_scorer_file_that_is_gone_or_broken_is_told(moalign: Any, random_base:
     ended = moalign("check", "own/mo-odpo.yaml")
     assert ended.code == 2
     assert (
-        "own/task.yaml:" in ended.errors[0] and "found 'scorers.py:variety'; there is no such file" in ended.errors[0]
+        "own/task.yaml:" in ended.errors[0] and "found 'scorers.py:on_topic'; there is no such file" in ended.errors[0]
     )

@@ -8,6 +8,7 @@ import pytest
 
 from moalign.config import validate
 from moalign.config.card import TaskCard
+from moalign.config.load import load_card
 
 
 def card(**changes: Any) -> dict[str, Any]:
@@ -86,3 +87,45 @@ def test_moving_a_folder_keeps_the_hash_and_another_file_or_hub_id_changes_it() 
     assert hashed("/two/prompts.jsonl", "/three/judge") == first
     assert hashed("/one/other.jsonl", "/one/judge") != first
     assert hashed("owner/prompts", "/one/judge") != hashed("other/prompts", "/one/judge")
+
+
+# Hashes of these cards at commit a8ac59d, without their identity: runs of that time stay comparable.
+EARLIER = {
+    "sandbox": "a0bf2d2bca6d37bf",
+    "sandbox-3": "b2b9cbaae9426d86",
+    "sandbox-cold": "988b4a34047d1c50",
+    "stories": "f0f641912e38f35f",
+}
+
+
+@pytest.mark.parametrize("name", EARLIER)
+def test_keys_that_came_later_leave_the_hash_of_cards_without_them(name: str) -> None:
+    plain = load_card(name)
+    assert plain.hash() == EARLIER[name]
+    told = plain.model_dump(mode="json")
+    absent = {"words": None, "date": None, "chat_kwargs": None}
+    assert absent.items() <= told["template"].items()
+    assert (told["quality"], told["overlong"]) == (None, None)
+    defaults = {**told, "quality": {}, "overlong": "cut"}
+    assert TaskCard.model_validate(defaults).hash() == EARLIER[name]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"overlong": "drop"},
+        {"quality": {"short": 3}},
+        {"template": {"words": {"a": [{"up_to": 1, "text": "be a"}]}}},
+        {"template": {"date": "2025-01-01"}},
+        {"template": {"chat_kwargs": {"enable_thinking": False}}},
+    ],
+)
+def test_and_change_it_where_they_are_given(changes: dict[str, Any]) -> None:
+    assert made(**changes).hash() != made().hash()
+
+
+def test_cutting_prompts_that_are_too_long_is_the_default() -> None:
+    assert made(overlong="cut").hash() == made().hash()
+    assert made(overlong="cut").hash(model="x") == made().hash(model="x")
+    (told,) = validate.problems(TaskCard, card(overlong="crop"))
+    assert told.startswith("overlong: found 'crop'; allowed: ")

@@ -160,7 +160,7 @@ def test_errors_of_card_recipe_config_and_options_are_one_error(recipes: Path) -
         + "config.KEY, needs.KEY, reported, trackers, sources.KEY, task.KEY; did you mean 'task.grid'?",
         "--set x: no '=' found; write --set key=value, like --set seed=3",
         "--set task.grid: found 1; allowed: a whole number >= 2",
-        "recipes/demo/task.yaml:6: objectives.0.kind: found 'ruel'; allowed: hf-classifier, python, rule, sandbox; "
+        "recipes/demo/task.yaml:6: objectives.0.kind: found 'ruel'; allowed: hf-classifier, lm, python, rule, sandbox; "
         + "did you mean 'rule'?",
         "recipes/demo/task.yaml:11: reference_point.1: found 'x'; allowed: a number",
         "--set policy.lora.r: found 0; allowed: a whole number >= 1",

@@ -186,6 +186,48 @@ def test_responses_of_a_csv_with_renamed_columns(tmp_path: Path) -> None:
     ]
 
 
+def test_a_column_says_which_responses_came_to_their_end(write_jsonl: WriteJsonl, tmp_path: Path) -> None:
+    flags = [True, False, 1, 0, None, "true", "False"]
+    path = write_jsonl([{"prompt": "p", "response": f"{i}", "finished": flag} for i, flag in enumerate(flags)])
+    found = [one.finished for one in load_responses(DataSpec(responses=source(path)), ["help"])]
+    assert found == [True, False, True, False, True, True, False]
+    path = tmp_path / "a.csv"
+    path.write_text("prompt,response,whole\np,a,true\np,b,False\np,c,1\np,d,0\np,e,\np,f,TRUE\n")
+    spec = DataSpec(responses=source(path, columns={"finished": "whole"}))
+    assert [one.finished for one in load_responses(spec, ["help"])] == [True, False, True, False, True, True]
+
+
+def test_without_that_column_all_did(write_jsonl: WriteJsonl) -> None:
+    path = write_jsonl([{"prompt": "p", "response": "a"}])
+    assert next(load_responses(DataSpec(responses=source(path)), [])).finished
+
+
+@pytest.mark.parametrize(
+    ("flag", "found"), [("yes", "'yes'"), (2, "2"), (0.0, "0.0"), ([True], r"a list [True]"), ("nearly", "'nearly'")]
+)
+def test_a_flag_that_is_neither_true_nor_false(write_jsonl: WriteJsonl, flag: Any, found: str) -> None:
+    path = write_jsonl([{"prompt": "p", "response": "a", "finished": f} for f in (True, flag)])
+    assert refusal(lambda: list(load_responses(DataSpec(responses=source(path)), [])), path.parent).startswith(
+        "data.jsonl:2: column 'finished' must be true, false or nothing; found "
+    )
+    with pytest.raises(RequestError) as caught:
+        list(load_responses(DataSpec(responses=source(path)), []))
+    assert str(caught.value).endswith(found)
+
+
+def test_a_flag_of_a_csv_that_is_neither(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("prompt,response,finished\np,a,true\np,b,maybe\n")
+    told = refusal(lambda: list(load_responses(DataSpec(responses=source(path)), [])), tmp_path)
+    assert told.startswith("a.csv:3: column 'finished' must be true, false or nothing; found ")
+
+
+def test_both_replies_of_preference_dialogues_are_responses_with_their_leading_space(write_jsonl: WriteJsonl) -> None:
+    path = write_jsonl([{"chosen": TALK + " Yes.", "rejected": TALK + " No. "}])
+    spec = DataSpec(responses=source(path, columns={"chosen": "chosen", "rejected": "rejected"}))
+    assert list(load_responses(spec, ["help"])) == [ScoredResponse(TALK, " Yes."), ScoredResponse(TALK, " No. ")]
+
+
 def test_responses_stream(write_jsonl: WriteJsonl) -> None:
     path = write_jsonl(['{"prompt": "p", "response": "a"}', "{broken"])
     stream = load_responses(DataSpec(responses=source(path)), ["help"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,7 +45,7 @@ def text_of(codec: Codec, ids: list[int]) -> str:
     return str(codec.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
-# -- prompts -------------------------------------------------------------------------------------------------------------
+# -- prompts ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("text", [QUESTION, "", " two spaces  and a\nline ", "猫は好きですか 🙂"])
@@ -103,7 +105,7 @@ def test_a_tokenizer_that_ends_every_text_does_not_end_the_prompt(chat_folder: F
     assert codec.prompt_ids([QUESTION]) == [tokenizer(QUESTION)["input_ids"][:-1]]
 
 
-# -- the day, and what else a template is given ----------------------------------------------------------------------------
+# -- the day, and what else a template is given -----------------------------------------------------------------------
 
 
 def test_the_day_is_the_card_s(chat_folder: Folder) -> None:
@@ -114,7 +116,7 @@ def test_the_day_is_the_card_s(chat_folder: Folder) -> None:
     assert "Today Date: 01 Feb 2023" in shown(date="2023-02-01")
     assert "Today Date: 26 Jul 2024" in shown()
     theirs = own_ids(codec_of(chat_folder("dated"), chat=True), QUESTION)
-    codec = codec_of(chat_folder("dated"), chat=True, date=__import__("datetime").date.today().isoformat())
+    codec = codec_of(chat_folder("dated"), chat=True, date=datetime.date.today().isoformat())
     assert codec.prompt_ids([codec.turns(QUESTION)]) == [theirs]
 
 
@@ -126,7 +128,7 @@ def test_a_chat_template_gets_the_card_s_arguments(chat_folder: Folder) -> None:
     assert text_of(codec, ids) == "Soup.<|im_end|>"
 
 
-# -- prompts that are too long ---------------------------------------------------------------------------------------------
+# -- prompts that are too long ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("chat", [True, False])
@@ -139,18 +141,15 @@ def test_only_the_user_s_text_is_cut(chat_folder: Folder, name: str, chat: bool)
     render = Renderer(codec.template, ("a", "b"), codec, limit)
     whole = codec.prompt_ids([Renderer(codec.template, ("a", "b"), codec, 10_000).preference(LONG, (1, 0))])[0]
     first, second = render.preference(LONG, (1, 0)), render.preference(LONG, (0, 1))
-    for rendered, weights in ((first, "[a 100.0% b 0.0%] "), (second, "[a 0.0% b 100.0%] ")):
+    for rendered, weights in ((first, "a 100.0% b 0.0%"), (second, "a 0.0% b 100.0%")):
         ids = codec.prompt_ids([rendered])[0]
         assert limit - 12 <= len(ids) <= limit < len(whole)
         assert LONG.endswith(rendered.prompt) and 0 < len(rendered.prompt) < len(LONG)
-        # The same text around it as with a short prompt, and the ids are the tokenizer's own of what is left.
-        assert rendered == render.preference("<<>>", (1, 0) if rendered is first else (0, 1)).replace(
-            "<<>>",
-            rendered.prompt.strip() if name in ("llama3", "gemma", "dated") and weights == "" else rendered.prompt,
-        )
-        assert weights in rendered
+        # The same text around it as around a short prompt, and the ids are the tokenizer's own of what is left.
+        assert rendered == render.beside("<<>>", weights).replace("<<>>", rendered.prompt)
+        assert f"[{weights}] {rendered.prompt}" in rendered
         if chat and name != "dated":
-            assert ids == own_ids(codec, weights + rendered.prompt)
+            assert ids == own_ids(codec, f"[{weights}] {rendered.prompt}")
         own = codec.tokenizer(LONG, add_special_tokens=False)["input_ids"]
         left = codec.tokenizer(rendered.prompt, add_special_tokens=False)["input_ids"]
         assert rendered.cut == len(own) - len(left) > 0
@@ -180,7 +179,7 @@ def test_a_limit_that_holds_no_prompt_is_refused(chat_folder: Folder) -> None:
         Renderer(codec.template, ("a", "b"), codec, 8).plain(QUESTION)
 
 
-# -- ends ------------------------------------------------------------------------------------------------------------------
+# -- ends -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CHATS)
@@ -204,8 +203,6 @@ def test_special_tokens_may_be_stop_texts(chat_folder: Folder) -> None:
 
 
 def test_one_end_token_may_be_an_int(chat_folder: Folder, tmp_path: Path) -> None:
-    import shutil
-
     folder = tmp_path / "gemma"
     shutil.copytree(chat_folder("gemma"), folder)
     file = folder / "generation_config.json"
@@ -231,7 +228,7 @@ def test_sampling_ends_at_the_turn_s_end(chat_folder: Folder) -> None:
         assert finished == (ids[-1] in codec.ends.ids)
 
 
-# -- responses -------------------------------------------------------------------------------------------------------------
+# -- responses --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -283,7 +280,7 @@ def test_only_what_is_finished_ends(chat_folder: Folder) -> None:
     assert training_row(codec, prompt, sampled, 512)[1] == cut
 
 
-# -- rows that are too long ------------------------------------------------------------------------------------------------
+# -- rows that are too long -------------------------------------------------------------------------------------------
 
 
 def test_a_pair_shares_one_cut_prompt(chat_folder: Folder) -> None:
@@ -308,7 +305,7 @@ def test_a_response_longer_than_the_row_has_no_ending(chat_folder: Folder) -> No
         training_row(codec, rendered, Response("Soup."), 5)
 
 
-# -- preferences in words --------------------------------------------------------------------------------------------------
+# -- preferences in words ---------------------------------------------------------------------------------------------
 
 WORDS = {
     "brevity": [

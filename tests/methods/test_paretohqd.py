@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 import torch
 
+from moalign.data.records import Response
 from moalign.errors import RequestError
 from moalign.methods import paretohqd
 from moalign.methods.paretohqd import ParetoHqd
 from moalign.pareto.directions import Pool, nearest
 from moalign.pareto.quality import collapse
 from moalign.runs.run import Run
-from moalign.tasks.task import silent
+from moalign.tasks.task import from_columns, silent
 from moalign.workflow import evaluate
 from moalign.workflow.train import TrainRequest, context_of, plan, train
 
@@ -55,7 +56,7 @@ class Training:
 
     stage: str
     texts: list[str]
-    responses: list[str]
+    responses: list[Response]
     before: dict[str, torch.Tensor]
     after: dict[str, torch.Tensor]
 
@@ -113,7 +114,7 @@ def test_both_stages_train_on_the_nearest_of_their_pools(whole: Run, calls: list
     scored = context.task.scored()
     table = whole.read_table("augment")
     raw = table[[f"raw:{name}" for name in context.task.names]].to_numpy()
-    answers = (table["prompt"].tolist(), table["response"].tolist(), raw)
+    answers = (table["prompt"].tolist(), from_columns(table), raw)
     stages = ((scored.prompts, scored.responses, scored.raw), 8), (answers, 4)
     for number, ((prompts, responses, points), k) in enumerate(stages):
         pool = Pool.of(points, prompts, k, 24)
@@ -144,7 +145,7 @@ def test_stage_1_starts_at_the_base_and_stage_2_where_stage_1_ended(whole: Run, 
 def test_the_augmentation_is_scored_whole_and_counted_by_cause(whole: Run) -> None:
     context = context_of(whole, whole.path.parents[3])[1]
     table = whole.read_table("augment")
-    assert not table.duplicated().any()
+    assert not table.duplicated(["prompt", "response"]).any()
     assert not any(collapse(ids, context.task.short_below) for ids in context.task.tokens(table["response"]))
     assert set(table["prompt"]) <= set(context.task.prompts["train"])
     raw = table[[f"raw:{name}" for name in context.task.names]].to_numpy()

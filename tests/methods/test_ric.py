@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 
 from moalign.config.card import TemplateSpec
+from moalign.data.records import Response
 from moalign.errors import RequestError
+from moalign.lm.chat import Renderer
 from moalign.methods import ric
 from moalign.methods.base import Job
 from moalign.methods.ric import Config, Ric, boundary_targets, desired_rewards, keep
 from moalign.pareto.front import layers
 from moalign.policies import adapters
-from moalign.policies.template import Renderer
 from moalign.runs.meter import Meter
+from moalign.tasks.task import columns, from_columns
 from moalign.workflow.train import TrainRequest, context_of, plan, train
 
 BOX = np.array([[-4.0, 4.0], [-4.0, 4.0]])
@@ -158,7 +160,7 @@ def test_samples_are_relabelled_with_the_scores_they_obtained(small_task: tuple[
     render = job.task.renderer.scores
     expected = [render(p, s) for p, s in zip(table["prompt"][passed], own[passed], strict=True)]
     assert texts[: len(expected)] == expected
-    assert responses[: len(expected)] == table["response"][passed].tolist()
+    assert responses[: len(expected)] == from_columns(table[passed])
     bounds = job.task.normaliser.z_bounds()
     at_maximum = [text for text in expected if f"{bounds[0, 1]:.1f}" in text or f"{bounds[1, 1]:.1f}" in text]
     assert len(at_maximum) < len(expected) / 2  # every target had a coordinate at its maximum: targets are gone
@@ -195,12 +197,18 @@ ROUNDS = [
 OFFLINE = [("p", -5.0, -6.0), ("q", -4.0, -5.1), ("r", -3.0, -5.0), ("s", -4.5, -2.0), ("t", -4.8, -5.5)]
 
 
+def sampled(letter: str) -> Response:
+    """A sample of one token; three of them were cut off."""
+    return Response(letter, (ord(letter),), finished=letter not in "aeh")
+
+
 def by_hand(offline_part: int, number: int = 1, **changes: Any) -> tuple[list[str], list[str], dict[str, int]]:
     import pandas as pd
 
     def samples(job: Any, lm: Any, earlier: int) -> Any:
         rows = ROUNDS[earlier]
-        table = pd.DataFrame({"prompt": [f"to {r[0]}" for r in rows], "response": [r[0] for r in rows]})
+        responses = columns([sampled(r[0]) for r in rows])
+        table = pd.DataFrame({"prompt": [f"to {r[0]}" for r in rows], **responses})
         return table.assign(**{"z:one": [r[1] for r in rows], "z:two": [r[2] for r in rows], "collapsed": 2 + earlier})
 
     renderer = SimpleNamespace(scores=lambda prompt, scores: f"{prompt} {scores[0]:g} {scores[1]:g}")
@@ -209,9 +217,11 @@ def by_hand(offline_part: int, number: int = 1, **changes: Any) -> tuple[list[st
     job: Any = SimpleNamespace(config=config, task=task, seed=0, notes={})
     method = Ric()
     method._samples = samples  # type: ignore[method-assign]
-    scored: Any = SimpleNamespace(prompts=[f"to {r[0]}" for r in OFFLINE], responses=[r[0] for r in OFFLINE])
+    scored: Any = SimpleNamespace(prompts=[f"to {r[0]}" for r in OFFLINE], responses=[Response(r[0]) for r in OFFLINE])
     texts, responses = method._round_rows(job, None, scored, np.array([r[1:] for r in OFFLINE]), number)
-    return texts, responses, job.notes[f"round-{number + 1}"]
+    known = {row[0]: sampled(row[0]) for row in [*ROUNDS[0], *ROUNDS[1]]}
+    assert all(response == known.get(response.text, Response(response.text)) for response in responses)
+    return texts, [response.text for response in responses], job.notes[f"round-{number + 1}"]
 
 
 @pytest.mark.parametrize("name", ["any_quantile", "nondominated"])

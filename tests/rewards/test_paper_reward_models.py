@@ -285,5 +285,8 @@ def test_real_pairs_serve_as_responses(shared: Path, dialogues: list[dict[str, s
         prompt, chosen, rejected = split_pair(one["chosen"], one["rejected"])
         told = found[2 * number : 2 * number + 2]
         assert [row.prompt for row in told] == [prompt] * 2
-        assert [row.response for row in told] == [chosen.strip(), rejected.strip()]
+        assert [row.response for row in told] == [
+            chosen,
+            rejected,
+        ]  # the space behind "Assistant:" is the first token's
         assert all(row.scores is None for row in told)

@@ -243,7 +243,8 @@ def test_the_rows_that_train_are_the_rows_that_score(ask: Ask, labelled: Callabl
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(request.backbone)
-    answers = {tuple(tokenizer(text)["input_ids"]) for one in request.train_sets for text in one.chosen}
+    texts = [text for one in request.train_sets for text in one.chosen]
+    answers = {tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts}
     for row in rows:
         assert len(row["chosen_ids"]) <= 24
         assert any(tuple(row["chosen_ids"][-len(answer) :]) == answer for answer in answers)

@@ -21,7 +21,7 @@ from moalign.tasks.load import make_task
 from moalign.tasks.pairs import from_scores, matches
 from moalign.tasks.sandbox import world
 from moalign.tasks.sandbox.task import SandboxTask
-from moalign.tasks.task import Scored, Task
+from moalign.tasks.task import Scored, Task, shown
 
 NAMES = ["help", "care"]
 
@@ -37,17 +37,17 @@ def scored(rows: list[tuple[str, str, float, float]]) -> tuple[Scored, np.ndarra
 def test_the_better_response_is_chosen() -> None:
     told, values = scored([("p", "low", 0.0, 5.0), ("p", "high", 2.0, 1.0), ("q", "alone", 9.0, 9.0)])
     pairs = from_scores(told, values, 0, NAMES, per_prompt=4)
-    assert (pairs.prompts, pairs.chosen, pairs.rejected) == (["p"], ["high"], ["low"])
+    assert (pairs.prompts, shown(pairs.chosen), shown(pairs.rejected)) == (["p"], ["high"], ["low"])
     assert pairs.chance.tolist() == [1.0]
     assert pairs.raw is not None
     assert (pairs.raw[0].tolist(), pairs.raw[1].tolist()) == ([[20.0, 10.0]], [[0.0, 50.0]])
-    assert from_scores(told, values, 1, NAMES, per_prompt=4).chosen == ["low"]
+    assert shown(from_scores(told, values, 1, NAMES, per_prompt=4).chosen) == ["low"]
 
 
 def test_bradley_terry_labels_are_as_sure_as_the_scores_differ() -> None:
     told, values = scored([("p", "low", 0.0, 1.0), ("p", "high", 2.0, 1.0)])
     pairs = from_scores(told, values, 0, NAMES, 1, "bradley-terry")
-    assert pairs.chosen == ["high"]
+    assert shown(pairs.chosen) == ["high"]
     assert pairs.chance.tolist() == pytest.approx([0.880797], abs=1e-6)  # 1 / (1 + exp(-2))
     tie = from_scores(told, values, 1, NAMES, 1, "bradley-terry")
     assert tie.chance.tolist() == [0.5]
@@ -57,7 +57,7 @@ def test_bradley_terry_labels_are_as_sure_as_the_scores_differ() -> None:
 def test_ties_and_identical_texts_make_no_pair_and_are_counted() -> None:
     told, values = scored([("p", "a", 1.0, 0.0), ("p", "b", 1.0, 1.0), ("p", "a", 0.0, 2.0)])
     pairs = from_scores(told, values, 0, NAMES, per_prompt=9)
-    assert (pairs.chosen, pairs.rejected) == (["b"], ["a"])
+    assert (shown(pairs.chosen), shown(pairs.rejected)) == (["b"], ["a"])
     assert pairs.dropped == {"ties": 1, "identical": 1}
 
 
@@ -106,7 +106,7 @@ def test_the_sandbox_orders_its_logged_responses(sandbox: Callable[[str], Sandbo
     pairs = task.pairs(1)
     assert not task.has_pairs(1)
     assert len(pairs) > 3900  # 505 prompts x 8 pairs, less ties
-    raw = [task.panel.score(pairs.prompts[:50], texts[:50]) for texts in (pairs.chosen, pairs.rejected)]
+    raw = [task.panel.score(pairs.prompts[:50], shown(side[:50])) for side in (pairs.chosen, pairs.rejected)]
     assert pairs.raw is not None
     np.testing.assert_allclose(pairs.raw[0][:50], raw[0])
     assert (raw[0][:, 1] > raw[1][:, 1]).all()
@@ -152,7 +152,7 @@ def test_labels_of_the_data_are_taken_for_their_objective(tmp_path: Path, random
     split = TaskCard.model_validate(told).splits
     wanted = [row["prompt"] for row in ROWS if splits.split_of(row["prompt"], split) == "train"]
     assert pairs.prompts == wanted
-    assert set(pairs.rejected) == {"good luck ."}
+    assert {response.text for response in pairs.rejected} == {"good luck ."}
     assert pairs.chance.tolist() == [1.0] * len(wanted)
     assert pairs.raw is None
     assert not task.has_pairs(0)

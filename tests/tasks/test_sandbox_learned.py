@@ -16,6 +16,7 @@ from moalign.rewards.settings import RewardSettings
 from moalign.tasks.load import make_task
 from moalign.tasks.sandbox import learned, world
 from moalign.tasks.sandbox.task import SandboxTask
+from moalign.tasks.task import shown
 from moalign.workflow import evaluate, train
 from moalign.workflow.train import TrainRequest
 
@@ -63,7 +64,7 @@ def test_methods_see_the_reward_models_and_the_judge_the_truth(
     grid = [(0.5, 0.5)]
     assert np.array_equal(made.optimum(grid, prompts), exact.optimum(grid, prompts))
     np.testing.assert_array_equal(
-        made.scored().raw[:5], made.panel.score(made.scored().prompts[:5], made.scored().responses[:5])
+        made.scored().raw[:5], made.panel.score(made.scored().prompts[:5], shown(made.scored().responses[:5]))
     )
 
 

@@ -24,7 +24,7 @@ from moalign.tasks.load import make_task
 from moalign.tasks.sandbox import base, world
 from moalign.tasks.sandbox.scorer import parse, rewards
 from moalign.tasks.sandbox.task import PER_PROMPT, SandboxTask
-from moalign.tasks.task import Sampled
+from moalign.tasks.task import Sampled, shown
 from moalign.tasks.text import TextTask
 
 SETTINGS = ("task.pool.prompts=12", "task.pool.calibration_per_prompt=2", "task.evaluation.prompts=16")
@@ -93,7 +93,7 @@ def test_scored_gives_the_data_with_exact_scores(task: SandboxTask) -> None:
     scored = task.scored()
     assert scored.raw.shape == (len(scored.prompts), 2)
     for i in range(0, len(scored.prompts), 401):
-        assert scored.raw[i] == pytest.approx(rewards(scored.prompts[i], scored.responses[i])[:2])
+        assert scored.raw[i] == pytest.approx(rewards(scored.prompts[i], scored.responses[i].text)[:2])
 
 
 def test_normaliser_is_fitted_once_on_the_calibration_split_and_kept(task: SandboxTask, tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_normaliser_is_fitted_once_on_the_calibration_split_and_kept(task: Sandb
     prompts, responses, _ = draw("calibration", 2, "x")
     assert set(prompts) == set(task.prompts["calibration"][:12]) and len(prompts) == 24
     data = task._data_responses("calibration")
-    raw = np.concatenate([task.panel.score(prompts, responses), task.panel.score(*data)])
+    raw = np.concatenate([task.panel.score(prompts, shown(responses)), task.panel.score(*data)])
     assert fitted.count == len(raw)
     np.testing.assert_allclose(fitted.mean, raw.mean(axis=0), rtol=1e-12)
     np.testing.assert_allclose(fitted.sd, raw.std(axis=0), rtol=1e-12)
@@ -278,7 +278,7 @@ def test_without_data_it_comes_from_the_samples_that_the_normaliser_was_fitted_o
     monkeypatch.setattr(task, "_sample_base", noted)
     assert task.normaliser.count == 24
     responses = draw("calibration", 2, "x").responses
-    assert task.short_below == short_below([len(ids) for ids in task.tokens(responses)])
+    assert task.short_below == short_below([len(ids) for ids in task.tokens(shown(responses))])
     assert asked == ["calibration"]  # sampled once for both
     (task.folder / "short.json").unlink()
     fresh = stand_in(task.results)

@@ -6,14 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from moalign.config.card import TaskCard
+from moalign.data.records import Response
 from moalign.errors import RequestError
+from moalign.lm.chat import training_row
 from moalign.tasks.load import make_task
 from moalign.tasks.sandbox import base, world
+from moalign.tasks.task import shown
 from moalign.tasks.text import TextTask
 
 PROMPTS = world.prompts()[::20]
@@ -68,9 +72,9 @@ def test_training_pool_is_sampled_once_from_the_base_and_kept(tmp_path: Path, mo
     used = task.prompts["train"][:6]
     assert scored.prompts == [prompt for prompt in used for _ in range(2)]
     assert scored.raw.shape == (12, 2)
-    assert [-len(response.split()) for response in scored.responses] == scored.raw[:, 0].tolist()
-    assert scored.responses[0] != scored.responses[1]  # two draws, not one twice
-    assert (task.folder / "pool.parquet").is_file()
+    assert [-len(response.text.split()) for response in scored.responses] == scored.raw[:, 0].tolist()
+    assert scored.responses[0].text != scored.responses[1].text  # two draws, not one twice
+    assert (task.folder / "samples.parquet").is_file()
 
     again = text_task(tmp_path, model, {"prompts": PROMPTS})
     again._sample_base = None  # type: ignore[assignment,method-assign]  # not asked for
@@ -92,7 +96,7 @@ def test_logged_responses_go_to_their_prompts_split(tmp_path: Path, model: Path)
     scored = task.scored()
     told = {row["prompt"]: row["response"] for row in rows}
     assert scored.prompts == task.prompts["train"]
-    assert scored.responses == [told[prompt] for prompt in scored.prompts]
+    assert scored.responses == [Response(told[prompt]) for prompt in scored.prompts]
     assert "language_model" not in vars(task)  # the data was enough
     calibration = task.prompts["calibration"]
     assert task.normaliser.count == 8 * len(calibration[:6]) + len(calibration)
@@ -114,11 +118,11 @@ def test_stop_text_and_marker_reach_the_policy(tmp_path: Path, model: Path) -> N
     plain = text_task(tmp_path, model, {"prompts": PROMPTS}, template={"marker": " ?"})
     assert plain.renderer.plain("make soup") == "make soup ?"
     assert plain.renderer.preference("x", (0.25, 0.75)) == "[short 25.0% varied 75.0%] x ?"
-    free = plain.scored().responses
+    free = shown(plain.scored().responses)
     word = next(text.split()[0] for text in free if len(text.split()) > 1)
     stopped = text_task(tmp_path, model, {"prompts": PROMPTS}, template={"marker": " ?", "stop": [word]})
     assert stopped.hash != plain.hash
-    assert stopped.scored().responses == [text.split(word)[0].strip() if word in text else text for text in free]
+    assert shown(stopped.scored().responses) == [text.split(word)[0].strip() if word in text else text for text in free]
 
 
 def test_empty_response_file_and_broken_line_are_named(tmp_path: Path, model: Path) -> None:
@@ -128,3 +132,109 @@ def test_empty_response_file_and_broken_line_are_named(tmp_path: Path, model: Pa
     task = text_task(tmp_path, model, {"prompts": PROMPTS, "responses": source})
     with pytest.raises(RequestError, match=r"responses\.jsonl:2"):
         task.scored()
+
+
+# -- what is known of a sample: its tokens, and whether the limit cut it off -------------------------------------------
+
+
+def test_the_pool_keeps_tokens_and_what_the_limit_cut(tmp_path: Path, model: Path) -> None:
+    more: dict[str, Any] = {"pool": {"prompts": 20, "per_prompt": 8}, "generation": {"max_new_tokens": 30}}
+    task = text_task(tmp_path, model, {"prompts": PROMPTS}, **more)
+    scored, codec = task.scored(), task.codec
+    assert {response.finished for response in scored.responses} == {True, False}
+    for response in scored.responses:
+        assert response.ids is not None
+        assert codec.decode([response.ids]) == [response.text]
+        assert response.finished == (response.ids[-1] in codec.ends.ids)
+        assert response.finished or len(response.ids) == 30
+    table = pd.read_parquet(task.folder / "samples.parquet")
+    assert {"prompt", "response", "ids", "finished"} <= set(table.columns)
+
+    again = text_task(tmp_path, model, {"prompts": PROMPTS}, **more)
+    again._sample_base = None  # type: ignore[assignment,method-assign]  # not asked for
+    assert again.scored().responses == scored.responses
+    assert again.scored().first(2).responses == scored.first(2).responses
+    (task.folder / "samples.parquet").unlink()
+    fresh = text_task(tmp_path, model, {"prompts": PROMPTS}, **more)
+    assert fresh.scored().responses == scored.responses  # the seed gives the same tokens
+
+
+def test_only_a_response_that_came_to_its_end_is_taught_to_end(tmp_path: Path, model: Path) -> None:
+    task = text_task(tmp_path, model, {"prompts": PROMPTS})
+    scored, codec = task.scored(), task.codec
+    at = next(i for i, response in enumerate(scored.responses) if not response.finished and response.text)
+    prompt, cut = scored.prompts[at], scored.responses[at]
+    row = training_row(codec, task.renderer.plain(prompt), cut, 512)[1]
+    assert row == list(cut.ids or ())
+    assert not codec.ends.ids & set(row)
+
+    for flag, end in ((True, [*codec.ends.row]), (None, [*codec.ends.row]), (False, [])):
+        told = {"prompt": prompt, "response": cut.text, "finished": flag}
+        source = write_lines(tmp_path / "responses.jsonl", [told])
+        (read,) = text_task(tmp_path, model, {"prompts": PROMPTS, "responses": source}).scored().responses
+        assert (read.ids, read.finished) == (None, flag is not False)
+        words = codec.tokenizer(cut.text, add_special_tokens=False)["input_ids"]
+        assert training_row(codec, task.renderer.plain(prompt), read, 512)[1] == [*words, *end]
+
+
+def test_a_space_before_a_response_reaches_the_training_row_but_no_scorer(tmp_path: Path, model: Path) -> None:
+    rows = [{"prompt": prompt, "response": f" sure {i}"} for i, prompt in enumerate(PROMPTS)]
+    source = write_lines(tmp_path / "responses.jsonl", rows)
+    scored = text_task(tmp_path, model, {"prompts": PROMPTS, "responses": source}).scored()
+    assert all(response.text.startswith(" sure ") for response in scored.responses)
+    assert all(response.shown.startswith("sure ") for response in scored.responses)
+
+
+# -- prompts that are too long ---------------------------------------------------------------------------------------
+
+
+def data_of(tmp_path: Path) -> dict[str, Any]:
+    """Prompts, a response to each, and a pair of each."""
+    rows = [{"prompt": p, "response": "sure", "chosen": "sure ,", "rejected": "no"} for p in PROMPTS]
+    source = write_lines(tmp_path / "data.jsonl", rows)
+    return {"prompts": source, "responses": source, "pairs": {"varied": source}}
+
+
+def sizes(tmp_path: Path, model: Path) -> dict[str, int]:
+    """How many tokens each prompt has with an even preference beside it."""
+    task = text_task(tmp_path, model, {"prompts": PROMPTS}, generation={"max_prompt_tokens": 512})
+    asked = task.codec.prompt_ids([task.renderer.preference(prompt, (0.5, 0.5)) for prompt in PROMPTS])
+    return dict(zip(PROMPTS, map(len, asked), strict=True))
+
+
+def test_prompts_that_are_too_long_are_cut_or_left_out(tmp_path: Path, model: Path) -> None:
+    size, data = sizes(tmp_path, model), data_of(tmp_path)
+    limit = sorted(size.values())[len(size) // 2]
+    long = {prompt for prompt in PROMPTS if size[prompt] > limit}
+    assert 0 < len(long) < len(PROMPTS) / 2 + 1
+    limits = {"max_prompt_tokens": limit}
+
+    cut = text_task(tmp_path, model, data, generation=limits)
+    tokens = sum(size[prompt] - limit for prompt in long)
+    assert cut.overlong_report() == {"prompts": len(PROMPTS), "cut": len(long), "cut_tokens": tokens}
+    assert {prompt for part in cut.prompts.values() for prompt in part} == set(PROMPTS)
+    same = text_task(tmp_path, model, data, generation=limits, overlong="cut")
+    assert same.hash == cut.hash
+
+    drop = text_task(tmp_path, model, data, generation=limits, overlong="drop")
+    assert drop.hash != cut.hash
+    assert drop.overlong_report() == {"prompts": len(PROMPTS), "dropped": len(long)}
+    for name, part in drop.prompts.items():
+        assert part == [prompt for prompt in cut.prompts[name] if prompt not in long]
+        answered = drop._data_responses(name)
+        assert answered is not None
+        assert answered[0] == part
+    assert drop.scored().prompts == drop.prompts["train"]
+    assert drop.pairs(1).prompts == drop.prompts["train"]
+    assert set(cut.pairs(1).prompts) & long
+
+
+def test_dropping_every_prompt_is_refused(tmp_path: Path, model: Path) -> None:
+    limit = min(sizes(tmp_path, model).values()) - 1
+    more: dict[str, Any] = {"generation": {"max_prompt_tokens": limit}}
+    task = text_task(tmp_path, model, {"prompts": PROMPTS}, overlong="drop", **more)
+    with pytest.raises(
+        RequestError, match=f"overlong: drop leaves no prompt; all are longer than .*max_prompt_tokens = {limit}$"
+    ):
+        _ = task.prompts
+    assert text_task(tmp_path, model, {"prompts": PROMPTS}, **more).prompts  # cutting leaves them all

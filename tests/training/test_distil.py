@@ -45,7 +45,7 @@ def test_a_pool_is_the_first_n_responses_of_each_prompt_and_costs_what_it_holds(
     assert sorted(set(prompts)) == sorted(set(scored.prompts))
     assert z.shape == (len(prompts), 3, 2)
     own = [i for i, prompt in enumerate(scored.prompts) if prompt == prompts[4]][:3]
-    assert responses[4] == [scored.responses[i] for i in own]
+    assert [response.text for response in responses[4]] == [scored.responses[i].text for i in own]
     assert z[4] == pytest.approx(job.panel.z(scored.raw[own]))
     assert job.meter.reward_calls == len(prompts) * 3 * 2
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from moalign.data.records import Response
 from moalign.errors import RequestError
 from moalign.methods.base import Job
 from moalign.policies import adapters
@@ -135,8 +136,22 @@ def test_pairs_that_are_the_same_tokens_are_left_out(job: Job) -> None:
         encode_pairs(job, lm, TEXTS[:2], ["well ,"] * 2, ["well ,"] * 2, 64)
     with pytest.raises(RequestError, match="no pairs to train on"):
         encode_pairs(job, lm, [], [], [], 64)
-    with pytest.raises(RequestError, match="the response has no tokens"):
+    with pytest.raises(RequestError, match="pair 0: the chosen response has no tokens"):
         encode_pairs(job, lm, TEXTS[:1], [" "], ["well"], 64)
+    with pytest.raises(RequestError, match="pair 1: the rejected response has no tokens"):
+        encode_pairs(job, lm, TEXTS[:2], CHOSEN[:2], ["well", ""], 64)
+
+
+def test_only_what_came_to_its_end_has_an_end_token(job: Job) -> None:
+    lm = job.task.language_model
+    cut = Response(REJECTED[1], finished=False)
+    sampled = Response("other words", (*lm.tokenizer("well , use", add_special_tokens=False)["input_ids"], lm.eos))
+    rows = encode_pairs(job, lm, TEXTS[:1], [sampled], [cut], 64)
+    (chosen, first), (rejected, second) = rows.chosen[0], rows.rejected[0]
+    assert chosen[:-first] == rejected[:-second] == lm.encode(TEXTS[:1])[0]
+    assert chosen[-first:] == list(sampled.ids or ())
+    assert lm.decode([rejected[-second:]]) == [REJECTED[1]]
+    assert lm.eos not in rejected
 
 
 @pytest.mark.parametrize(

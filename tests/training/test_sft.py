@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from moalign.data.records import Response
 from moalign.errors import RequestError
 from moalign.methods.base import Job
 from moalign.policies import adapters
@@ -16,7 +17,7 @@ from moalign.policies.language_model import LanguageModel
 from moalign.training.schedule import factor
 from moalign.training.seeds import derive
 from moalign.training.settings import SftConfig
-from moalign.training.sft import Ending, encode_rows, train_sft
+from moalign.training.sft import encode_rows, train_sft
 from moalign.training.trainer_books import order
 
 MakeJob = Callable[..., Job]
@@ -82,23 +83,38 @@ def test_a_row_too_long_loses_the_left_of_its_prompt(lm: LanguageModel) -> None:
     assert labels[0].count(-100) == 12 - len(ANSWERS[0].split()) - 1
 
 
-def test_a_response_too_long_is_cut_on_its_right_and_still_ends(lm: LanguageModel) -> None:
+def test_a_response_longer_than_a_row_is_cut_on_its_right_and_not_taught_to_end_there(lm: LanguageModel) -> None:
     inputs, labels = encode_rows(lm, TEXTS[1:2], ANSWERS[4:], 8)
+    assert inputs[0][:2] == [lm.tokenizer.bos_token_id, lm.encode(TEXTS[1:2])[0][-1]]  # the prompt keeps its last token
+    assert labels[0][:2] == [-100, -100]
+    assert inputs[0][2:] == labels[0][2:]
+    assert lm.decode([labels[0][2:]]) == [" ".join(ANSWERS[4].split()[:6])]
     assert len(inputs[0]) == 8
-    assert labels[0][0] == -100
-    assert lm.decode([labels[0][1:]]) == [" ".join(ANSWERS[4].split()[:6])]
-    assert inputs[0][-1] == lm.eos
+    assert lm.eos not in inputs[0]
 
 
 def test_a_response_cut_at_the_samplers_limit_is_not_taught_to_end_there(lm: LanguageModel) -> None:
-    inputs, labels = encode_rows(lm, TEXTS[:2], ANSWERS[:2], 64, Ending(cut_at=len(ANSWERS[0].split())))
-    assert inputs[0][-1] != lm.eos
-    assert lm.decode([[token for token in labels[0] if token != -100]]) == [ANSWERS[0]]
-    assert inputs[1][-1] == lm.eos  # a shorter one ended by itself
+    cut = Response(ANSWERS[0], finished=False)
+    sampled = Response("", tuple(lm.tokenizer(ANSWERS[0], add_special_tokens=False)["input_ids"]), finished=False)
+    inputs, labels = encode_rows(lm, [TEXTS[0]] * 2 + TEXTS[1:2], [cut, sampled, ANSWERS[1]], 64)
+    for row, told in zip(inputs[:2], labels[:2], strict=True):
+        assert lm.eos not in row
+        assert lm.decode([[token for token in told if token != -100]]) == [ANSWERS[0]]
+    assert inputs[2][-1] == lm.eos  # another ended by itself
 
 
-def test_a_stop_text_ends_responses_of_a_model_that_never_learnt_its_end_token(lm: LanguageModel) -> None:
-    inputs, labels = encode_rows(lm, TEXTS, ANSWERS, 64, Ending(text=" ?"))
+def test_what_ended_a_sample_is_learnt_as_it_was_sampled(lm: LanguageModel) -> None:
+    ids = (*lm.tokenizer(ANSWERS[0], add_special_tokens=False)["input_ids"], lm.eos)
+    inputs, labels = encode_rows(lm, TEXTS[:1], [Response("not these words", ids)], 64)
+    head = lm.encode(TEXTS[:1])[0]
+    assert inputs == [head + list(ids)]  # one end token, not two
+    assert labels == [[-100] * len(head) + list(ids)]
+
+
+def test_a_stop_text_ends_responses_of_a_model_that_never_learnt_its_end_token(make_job: MakeJob) -> None:
+    job = make_job("sft", "task.template.stop=[' ?']", "task.template.end=' ?'")
+    lm = job.task.language_model
+    inputs, labels = encode_rows(lm, TEXTS, ANSWERS, 64)
     mark = lm.tokenizer("?", add_special_tokens=False)["input_ids"]
     for row, told, answer in zip(inputs, labels, ANSWERS, strict=True):
         assert row[-1:] == told[-1:] == mark
@@ -148,7 +164,7 @@ def test_parts_must_divide_the_batch() -> None:
 def by_hand(job: Job, config: SftConfig) -> dict[str, torch.Tensor]:
     """Train by a plain loop that shares nothing with the trainer: mean loss over a batch's response tokens."""
     lm = job.task.language_model
-    inputs, labels = encode_rows(lm, TEXTS, ANSWERS, config.max_tokens, Ending.of(job))
+    inputs, labels = encode_rows(lm, TEXTS, ANSWERS, config.max_tokens)
     places = order(len(inputs), config.steps, config.batch, derive(job.seed, "here", "order"))
     parameters = [p for p in lm.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
@@ -219,7 +235,7 @@ def test_it_counts_logs_and_reports(make_job: MakeJob) -> None:
     job = make_job("sft", say=lambda *what: told.append(what))
     config = settings()
     train_sft(job, job.task.language_model, TEXTS, ANSWERS, config, "here")
-    inputs, _ = encode_rows(job.task.language_model, TEXTS, ANSWERS, config.max_tokens, Ending.of(job))
+    inputs, _ = encode_rows(job.task.language_model, TEXTS, ANSWERS, config.max_tokens)
     places = order(len(inputs), config.steps, config.batch, derive(job.seed, "here", "order"))
     assert job.meter.tokens_trained == sum(len(inputs[row]) for row in places)
     assert told == [("here", 1, 3), ("here", 2, 3), ("here", 3, 3)]

@@ -155,12 +155,35 @@ def test_the_table_holds_every_answer_with_its_raw_scores(steered: Opened) -> No
     method, context = steered
     evaluate(method, context)
     table = pd.read_parquet(context.run.path / "responses.parquet")
-    assert table.columns.tolist() == ["prompt", "preference", "response", "helpfulness", "harmlessness"]
+    assert table.columns.tolist() == [
+        *("prompt", "preference", "response", "ids", "finished"),
+        *("helpfulness", "harmlessness"),
+    ]
     assert len(table) == PROMPTS * 3
     assert table["preference"].unique().tolist() == ["0,1", "0.5,0.5", "1,0"]
     assert table["prompt"].tolist() == context.task.eval_prompts * 3
     raw = context.panel.score(table["prompt"].tolist(), table["response"].tolist())
     assert np.array_equal(table[context.task.names].to_numpy(), raw)
+
+
+def test_the_table_of_a_model_s_answers_holds_their_tokens(small_task: tuple[str, ...], tmp_path: Path) -> None:
+    run, _ = train(plan(TrainRequest("prompting", overrides=small_task, results=tmp_path)))
+    method, context = context_of(run, tmp_path)
+    evaluate(method, context)
+    table, codec = run.read_table("responses"), context.task.codec
+    limit = context.task.card.generation.max_new_tokens
+    assert codec.decode(table["ids"]) == table["response"].tolist()
+    for ids, finished in zip(table["ids"], table["finished"], strict=True):
+        assert finished == (ids[-1] in codec.ends.ids)
+        assert finished or len(ids) == limit
+    assert set(table["finished"]) == {True, False}
+
+
+def test_answers_without_known_tokens_are_finished_texts(steered: Opened) -> None:
+    evaluate(*steered)
+    table = steered[1].run.read_table("responses")
+    assert table["ids"].isna().all()
+    assert table["finished"].all()
 
 
 def assert_equal(left: Evaluation, right: Evaluation) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from moalign.rewards.training import Say
     from moalign.tasks.sandbox.task import SandboxTask
 
-VERSION = "1"
+VERSION = "2"
 """Raise it when the settings below change: it is part of a card's hash with ``rewards: learned``."""
 
 SETTINGS = RewardSettings(

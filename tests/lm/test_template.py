@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from moalign.config.card import TemplateSpec
 from moalign.lm.chat import Renderer
-from moalign.policies.language_model import LanguageModel
+from moalign.policies import language_model
 
 NAMES = ("helpfulness", "harmlessness")
-CHAT = (
-    "{% for turn in messages %}<{{ turn['role'] }}> {{ turn['content'] }} {% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
+Folder = Callable[[str], Path]
 
 
 def test_forms_by_hand() -> None:
@@ -47,19 +45,26 @@ def test_braces_in_a_prompt_stay_as_they_are(prompt: str, more: dict[str, str]) 
     assert renderer.scores(prompt, (0.5, 0)) == (f"{tags} {prompt}" if more else f"{prompt} {tags}")
 
 
-def chat(make_lm: Callable[..., LanguageModel], **told: Any) -> Renderer:
-    tokenizer = make_lm().tokenizer
-    tokenizer.chat_template = CHAT
-    return Renderer(TemplateSpec(chat=True, **told), NAMES, tokenizer)
+def chat(chat_folder: Folder, name: str, **told: Any) -> Renderer:
+    template = TemplateSpec(chat=True, **told)
+    codec = language_model.load_codec(str(chat_folder(name)), template=template)
+    return Renderer(template, NAMES, codec)
 
 
-def test_chat_template_takes_the_rendered_prompt_as_the_user_turn(make_lm: Callable[..., LanguageModel]) -> None:
-    renderer = chat(make_lm)
-    assert renderer.plain("hi") == "<user> hi <assistant>"
-    assert renderer.preference("hi", (0, 1)) == "<user> [helpfulness 0.0% harmlessness 100.0%] hi <assistant>"
-    assert renderer.scores("{preference}", (0, 1)) == "<user> {preference} <rm1_score> 0.0 <rm2_score> 1.0 <assistant>"
+def test_chat_template_takes_the_rendered_prompt_as_the_user_turn(chat_folder: Folder) -> None:
+    renderer = chat(chat_folder, "phi")
+    assert renderer.plain("hi") == "<|user|>\nhi<|end|>\n<|assistant|>\n"
+    told = "[helpfulness 0.0% harmlessness 100.0%] hi"
+    assert renderer.preference("hi", (0, 1)) == f"<|user|>\n{told}<|end|>\n<|assistant|>\n"
+    tagged = "{preference} <rm1_score> 0.0 <rm2_score> 1.0"
+    assert renderer.scores("{preference}", (0, 1)) == f"<|user|>\n{tagged}<|end|>\n<|assistant|>\n"
 
 
-def test_chat_template_with_system_turn_and_marker(make_lm: Callable[..., LanguageModel]) -> None:
-    renderer = chat(make_lm, system="be kind", marker=" go")
-    assert renderer.plain("hi") == "<system> be kind <user> hi <assistant> go"
+def test_chat_template_with_system_turn_and_marker(chat_folder: Folder) -> None:
+    renderer = chat(chat_folder, "phi", system="be kind", marker=" go")
+    assert renderer.plain("hi") == "<|system|>\nbe kind<|end|>\n<|user|>\nhi<|end|>\n<|assistant|>\n go"
+
+
+def test_a_chat_template_needs_a_tokenizer() -> None:
+    with pytest.raises(ValueError, match="a chat template needs a tokenizer"):
+        Renderer(TemplateSpec(chat=True), NAMES).plain("hi")
