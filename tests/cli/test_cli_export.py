@@ -24,7 +24,8 @@ def test_it_writes_an_adapter_and_says_where_and_how_to_ask_it(moalign: Any, run
     assert "picky at 1,0: peft adapter in deep/out" in ended.out
     assert "{prompt}" in ended.out and "deep/out/README.md" in ended.out
     names = {path.name for path in Path("deep/out").iterdir()}
-    assert names == {"adapter_config.json", "adapter_model.safetensors", "README.md", "moalign.json"}
+    weights = {"adapter_config.json", "adapter_model.safetensors"}
+    assert names == {*weights, "generation_config.json", "README.md", "moalign.json"}
 
 
 def test_json_tells_the_facts_of_a_merged_model(moalign: Any, run: str) -> None:
