@@ -16,7 +16,7 @@ PYTEST  := $(BIN)/python -m pytest -q
 test test-slow check: export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup llm demo test test-slow check results bench clean
+.PHONY: help setup llm demo llm-demo test test-slow check results bench clean
 
 help:  ## show this
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -37,6 +37,16 @@ llm: $(STAMP)  ## bring the real language model that comes with the project (93 
 
 demo: $(STAMP)  ## train five methods on the sandbox and compare them: table, figure, next commands
 	@$(BIN)/moalign compare --task sandbox --methods sft,prompting,best-of-n,ric,mo-odpo --results $(RESULTS)
+
+# Five answers to one question, from the shortest asked for to the richest; what the comparison's best method says.
+QUESTION := What should I know before I try to learn the guitar?
+LLM_DEMO_SETTINGS :=
+
+llm-demo: $(STAMP)  ## five methods on the real LLM (make llm): table, figure, page, one question at five preferences
+	@$(BIN)/moalign compare --task assistant --methods sft,prompting,best-of-n,ric,mo-odpo --results $(RESULTS) \
+		--html $(RESULTS)/llm-demo.html $(LLM_DEMO_SETTINGS)
+	@$(BIN)/moalign generate "$$(ls -td $(RESULTS)/compare/assistant-*/ | head -n 1)" "$(QUESTION)" --results $(RESULTS) \
+		--prefs 1,0 --prefs 0.75,0.25 --prefs 0.5,0.5 --prefs 0.25,0.75 --prefs 0,1
 
 test: $(STAMP)  ## the quick tests
 	@$(PYTEST) -n $(JOBS)

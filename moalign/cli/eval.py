@@ -201,6 +201,8 @@ def show_summary(told: dict[str, Any], short: bool = False) -> None:
             rows.append(("collapse rate", output.percent(quality["rate"], 1)))
         if quality.get("kl") is not None:
             rows.append(("KL to base", _moved(told)))
+        if told.get("overlong"):
+            rows.append(("prompts", output.overlong(told["overlong"])))
     output.pairs(rows)
 
 

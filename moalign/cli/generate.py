@@ -1,4 +1,4 @@
-"""``moalign generate``: answers of a finished run at one preference."""
+"""``moalign generate``: answers of a finished run, or of the best of a comparison, at one or several preferences."""
 
 from __future__ import annotations
 
@@ -13,16 +13,22 @@ from moalign.errors import RequestError
 
 if TYPE_CHECKING:
     from moalign.preferences import Preference
+    from moalign.runs.run import Run
     from moalign.workflow.generate import Answer
 
 
 def generate(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="Run folder or identifier.")],
+    run: Annotated[
+        str,
+        typer.Argument(metavar="RUN", help="Run folder or identifier, or a comparison's folder: its best run."),
+    ],
     prompt: Annotated[
         str | None,
         typer.Argument(metavar="[PROMPT|-]", help="A prompt; - reads stdin, one a line; none: prompts of the task."),
     ] = None,
-    prefs: Annotated[str | None, typer.Option(metavar="W1,W2[,..]", help="The preference to answer for.")] = None,
+    prefs: Annotated[
+        list[str] | None, typer.Option(metavar="W1,W2[,..]", help="The preference to answer for; repeatable.")
+    ] = None,
     temperature: Annotated[
         float | None, typer.Option(min=0, metavar="T", help="Sampling temperature; else the card's.  0: greedy.")
     ] = None,
@@ -30,26 +36,66 @@ def generate(
     results: Annotated[Path, typer.Option(metavar="DIR", help="Where runs are kept.")] = output.DEFAULT_RESULTS,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Answer prompts with a finished run at one preference."""
-    from moalign import preferences
+    """Answer prompts with a finished run at one preference, or at several, side by side.
+
+    With ``--json`` and one preference: ``run``, ``prefs``, ``objectives``, ``answers``; with several ``prefs`` is a
+    list of them and ``answers`` a list for each.
+    """
     from moalign.workflow import finished
     from moalign.workflow import generate as workflow
 
-    found = finished.find([run], results)[0]
     prompts = _prompts(prompt)
     with output.working() as say:
+        found, wanted = _found(run, prefs, results)
         method, context = finished.opened(found, results, say)
         names = context.task.names
-        wanted = preferences.required(prefs, names)
-        answers = workflow.generate(method, context, wanted, prompts, temperature, seed, say)
+        wanted = wanted or _wanted(prefs, names)
+        answers = [workflow.generate(method, context, w, prompts, temperature, seed, say) for w in wanted]
     if as_json:
-        told = [answer.told() for answer in answers]
-        output.as_json({"run": str(found.path), "prefs": list(wanted), "objectives": names, "answers": told})
+        told = [[answer.told() for answer in some] for some in answers]
+        one = len(wanted) == 1
+        output.as_json(
+            {
+                "run": str(found.path),
+                "prefs": list(wanted[0]) if one else [list(w) for w in wanted],
+                "objectives": names,
+                "answers": told[0] if one else told,
+            }
+        )
+    elif len(wanted) > 1:
+        output.say(f"{method.name} on {context.task.card.name}: {found.path}")
+        output.say()
+        _side_by_side(answers, wanted)
     elif prompts is not None:
-        for answer in answers:
+        for answer in answers[0]:
             output.say(answer.response)
     else:
-        _show(answers, wanted)
+        _show(answers[0], wanted[0])
+
+
+def _found(name: str, prefs: list[str] | None, results: Path) -> tuple[Run, list[Preference]]:
+    """Return the run that RUN names; of a comparison its best one, and the preferences that it was chosen for."""
+    import json
+
+    from moalign.workflow import finished
+
+    place = Path(name)
+    file = place / "compare.json" if place.is_dir() else place
+    if file.name != "compare.json" or not file.is_file():
+        return finished.find([name], results)[0], []
+    try:
+        names = json.loads(file.read_text(encoding="utf-8"))["objectives"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RequestError(f"{file}: it is no comparison that moalign wrote ({type(error).__name__})") from None
+    wanted = _wanted(prefs, names)
+    return finished.best_of(place, wanted, results), wanted
+
+
+def _wanted(prefs: list[str] | None, names: list[str]) -> list[Preference]:
+    from moalign import preferences
+
+    texts: list[str | None] = [*prefs] if prefs else [None]
+    return [preferences.required(text, names) for text in texts]
 
 
 def _prompts(prompt: str | None) -> list[str] | None:
@@ -74,4 +120,15 @@ def _show(answers: list[Answer], preference: Preference) -> None:
             for name, value in answer.normalised.items()
         ]
         output.say(f"scores      {', '.join(scores)}")
+        output.say()
+
+
+def _side_by_side(answers: list[list[Answer]], preferences: list[Preference]) -> None:
+    """Print each prompt with its answers, one for each preference."""
+    from moalign.preferences import label
+
+    for row in zip(*answers, strict=True):
+        output.say(row[0].prompt)
+        for answer, preference in zip(row, preferences, strict=True):
+            output.say(f"  {label(preference):<10}  {answer.response}")
         output.say()

@@ -30,6 +30,15 @@ listener: Callable[[str, int, int], None] | None = None
 """Who is told of progress instead of stderr; set by :mod:`moalign.cli.jobs`."""
 
 
+def overlong(told: dict[str, int]) -> str:
+    """Return how many prompts were cut or dropped, in one line."""
+    if "dropped" in told:
+        return f"{told['dropped']} of {told['prompts']} dropped: longer than generation.max_prompt_tokens"
+    return (
+        f"{told['cut']} of {told['prompts']} cut to generation.max_prompt_tokens, {told['cut_tokens']:,} tokens in all"
+    )
+
+
 def note(text: str) -> None:
     """Write one message to stderr."""
     print(text, file=sys.stderr, flush=True)

@@ -221,7 +221,7 @@ _SUMMARY = ("objectives", "points", "hypervolume", "hypervolume_ci", "ref", "opt
 def _summary(evaluation: dict[str, Any] | None) -> dict[str, Any] | None:
     if evaluation is None:
         return None
-    return {key: evaluation[key] for key in (*_SUMMARY, "indicators", "quality") if key in evaluation}
+    return {key: evaluation[key] for key in (*_SUMMARY, "indicators", "quality", "overlong") if key in evaluation}
 
 
 def _show(outcome: Outcome, results: Path) -> None:
@@ -232,7 +232,10 @@ def _show(outcome: Outcome, results: Path) -> None:
     record = run.record
     said = "found finished, nothing to train" if outcome.found else "done"
     output.say(f"{record.method} on {record.task}, seed {record.seed}: {said}")
-    output.pairs([("run", str(run.path)), ("cost", cost_of(run))])
+    rows = [("run", str(run.path)), ("cost", cost_of(run))]
+    if record.notes.get("overlong") and evaluation is None:  # the evaluation tells it, too
+        rows.append(("prompts", output.overlong(record.notes["overlong"])))
+    output.pairs(rows)
     output.say()
     if evaluation is not None:
         show_points(evaluation)

@@ -209,6 +209,11 @@ class Task:
         """Most tokens of what stands around a prompt: its bytes, and the few that a tokenizer adds."""
         return len(self.renderer.preference("", self._even).encode()) + 8
 
+    def overlong(self) -> dict[str, int]:
+        """Return :meth:`overlong_report` where there is something to tell, else nothing."""
+        told = self.overlong_report()
+        return told if told.get("cut") or told.get("dropped") else {}
+
     def overlong_report(self) -> dict[str, int]:
         """Return how many prompts of all splits the limit cuts (and of how many tokens in all) or drops."""
         cuts = [self._cut(prompt) for prompt in self._all_prompts()]

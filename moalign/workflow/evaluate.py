@@ -120,6 +120,9 @@ def evaluate(
         "quality": {**_collapse(context.task, table), **_moved(moved)},
         "cost": {**cost, "seconds": round(time.monotonic() - started, 3)},
     }
+    overlong = context.task.overlong()
+    if overlong:
+        told["overlong"] = overlong
     for point, one in zip(told["points"], moved, strict=True):
         point.update(kl=one.nats, kl_bound=one.bound)
     held = held_out(context)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from moalign.errors import RequestError
 from moalign.methods.base import Method, RunContext
+from moalign.preferences import Preference
 from moalign.runs.run import Run
 from moalign.runs.store import RunStore
 from moalign.tasks.task import Say, silent
+from moalign.workflow.evaluate import preferences_for
 from moalign.workflow.train import context_of
 
 
@@ -22,6 +26,33 @@ def find(names: Sequence[str], results: Path) -> list[Run]:
         return [store.newest_finished()]
     found = [store.find(name) for name in names]
     return list({run.path.resolve(): run for run in found}.values())
+
+
+def best_of(comparison: Path, wanted: Sequence[Preference], results: Path) -> Run:
+    """Return the run of a comparison that is first in its ranking and answers for every preference in ``wanted``.
+
+    Of a method with several seeds it is the first. ``comparison`` is a ``compare.json`` or the folder that holds it.
+
+    Raises RequestError for a file that is no comparison, and when no row can answer.
+    """
+    file = comparison / "compare.json" if comparison.is_dir() else comparison
+    try:
+        told = json.loads(file.read_text(encoding="utf-8"))
+        rows = sorted((row for row in told["rows"] if row["runs"] and row["rank"]), key=lambda row: int(row["rank"]))
+        places = [str(row["runs"][0]["run"]) for row in rows]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RequestError(f"{file}: it is no comparison that moalign wrote ({type(error).__name__})") from None
+    refused = "it has no finished run"
+    for place in places:
+        run = find([place], results)[0]
+        method, context = opened(run, results)
+        try:
+            preferences_for(method, context, wanted)
+        except RequestError as error:
+            refused = str(error)
+        else:
+            return run
+    raise RequestError(f"{file}: none of its runs answers for these preferences; the last said: {refused}")
 
 
 def results_of(run: Run, given: Path) -> Path:

@@ -247,7 +247,8 @@ def train(made: Plan, say: Say = silent, wait: bool = False) -> tuple[Run, bool]
         except Exception as error:
             run.mark("failed", error=f"{type(error).__name__}: {error}")
             raise
-        run.record.notes = job.notes
+        overlong = made.task.overlong()
+        run.record.notes = {**job.notes, "overlong": overlong} if overlong else job.notes
         run.mark("done", meter=meter)
         run.drop_checkpoints()
     return run, False

@@ -47,6 +47,36 @@ def test_json_holds_prompt_answer_and_both_kinds_of_scores(moalign: Any, run: st
     assert answer["normalised"]["helpfulness"] == pytest.approx((helpful + 8) / 16)  # lo -8, hi 8: see conftest
 
 
+def test_several_preferences_are_answered_side_by_side(moalign: Any, run: str) -> None:
+    prompt, both = "how do i make soup ?", ("--prefs", "1,0", "--prefs", "0,1")
+    each = [moalign("generate", run, prompt, "--prefs", w).out.strip() for w in ("1,0", "0,1")]
+    lines = moalign("generate", run, prompt, *both).out.splitlines()
+    assert lines[0].startswith("toy on sandbox: ") and run in lines[0]
+    assert [line.split() for line in lines[2:5]] == [
+        prompt.split(),
+        ["1,0", *each[0].split()],
+        ["0,1", *each[1].split()],
+    ]
+    told = json.loads(moalign("generate", run, prompt, *both, "--json").out)
+    assert told["prefs"] == [[1.0, 0.0], [0.0, 1.0]]
+    assert [answers[0]["response"] for answers in told["answers"]] == each
+
+
+def test_of_a_comparison_the_best_that_can_answer_is_asked(moalign: Any, toys: None) -> None:
+    compared = json.loads(moalign("compare", "--methods", "toy,fixed-toy", "--json").out)
+    folder = Path(compared["json"]).parent
+    best = [row["runs"][0]["run"] for row in compared["rows"] if row["rank"] == 1]
+    assert json.loads(moalign("generate", str(folder), "--prefs", "1,0", "--json").out)["run"] in best
+    # The fixed one has a policy for each preference of the grid and no other.
+    (steerable,) = (row["runs"][0]["run"] for row in compared["rows"] if row["method"] == "toy")
+    told = json.loads(moalign("generate", compared["json"], "--prefs", "0.33,0.67", "--json").out)
+    assert told["run"] == steerable
+    file = Path(compared["json"])
+    file.write_text("{}")
+    ended = moalign("generate", str(folder), "--prefs", "0.3,0.7")
+    assert (ended.code, ended.errors) == (2, [f"{file}: it is no comparison that moalign wrote (KeyError)"])
+
+
 def test_a_dash_reads_stdin_a_prompt_a_line(moalign: Any, run: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("how do i make soup ?\n\nhow do i fix a tap ?\r\n"))
     told = json.loads(moalign("generate", run, "-", "--prefs", "1,0", "--json").out)

@@ -235,3 +235,19 @@ def test_a_real_method_end_to_end(moalign: Any) -> None:
     assert ended.code == 0
     assert "best-of-n on sandbox, seed 0: done" in ended.out
     assert "Loading weights" not in ended.err and "Warning" not in ended.err
+
+
+def test_prompts_that_were_cut_are_in_the_record_and_told(moalign: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moalign.tasks.task import Task
+
+    cut = {"prompts": 40, "cut": 3, "cut_tokens": 1234}
+    monkeypatch.setattr(Task, "overlong_report", lambda self: cut)
+    told = json.loads(moalign("train", "toy", "--json").out)
+    assert told["notes"]["overlong"] == told["evaluation"]["overlong"] == cut
+    shown = "prompts           3 of 40 cut to generation.max_prompt_tokens, 1,234 tokens in all"
+    assert " ".join(shown.split()) in " ".join(moalign("train", "toy").out.split())
+    assert " ".join(shown.split()) in " ".join(moalign("eval", told["run"]).out.split())
+    monkeypatch.setattr(Task, "overlong_report", lambda self: {"prompts": 40, "dropped": 2})
+    assert "2 of 40 dropped: longer than generation.max_prompt_tokens" in " ".join(
+        moalign("train", "toy", "--seed", "1").out.split()
+    )
