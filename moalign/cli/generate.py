@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def generate(
     run: Annotated[
         str,
-        typer.Argument(metavar="RUN", help="Run folder or identifier, or a comparison's folder: its best run."),
+        typer.Argument(metavar="RUN", help="Run folder or identifier, or a comparison's folder: its best trained run."),
     ],
     prompt: Annotated[
         str | None,
@@ -50,7 +50,7 @@ def generate(
         method, context = finished.opened(found, results, say)
         names = context.task.names
         wanted = wanted or _wanted(prefs, names)
-        answers = [workflow.generate(method, context, w, prompts, temperature, seed, say) for w in wanted]
+        answers = workflow.generate(method, context, wanted, prompts, temperature, seed, say)
     if as_json:
         told = [[answer.told() for answer in some] for some in answers]
         one = len(wanted) == 1
@@ -62,40 +62,38 @@ def generate(
                 "answers": told[0] if one else told,
             }
         )
-    elif len(wanted) > 1:
-        output.say(f"{method.name} on {context.task.card.name}: {found.path}")
-        output.say()
-        _side_by_side(answers, wanted)
-    elif prompts is not None:
+        return
+    if len(wanted) == 1 and prompts is not None:
         for answer in answers[0]:
             output.say(answer.response)
-    else:
-        _show(answers[0], wanted[0])
+        return
+    if len(wanted) > 1:
+        output.say(f"{method.name} on {context.task.card.name}: {found.path}")
+        output.say()
+    _show(answers, wanted)
 
 
 def _found(name: str, prefs: list[str] | None, results: Path) -> tuple[Run, list[Preference]]:
     """Return the run that RUN names; of a comparison its best one, and the preferences that it was chosen for."""
-    import json
-
     from moalign.workflow import finished
 
     place = Path(name)
     file = place / "compare.json" if place.is_dir() else place
     if file.name != "compare.json" or not file.is_file():
         return finished.find([name], results)[0], []
-    try:
-        names = json.loads(file.read_text(encoding="utf-8"))["objectives"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise RequestError(f"{file}: it is no comparison that moalign wrote ({type(error).__name__})") from None
-    wanted = _wanted(prefs, names)
-    return finished.best_of(place, wanted, results), wanted
+    told = finished.read_comparison(file)
+    wanted = _wanted(prefs, told["objectives"])
+    run, rank = finished.best_of(file, told, wanted, results)
+    output.note(f"{file}: asking {run.record.method}, rank {rank} of {len(told['rows'])}: {run.path}")
+    return run, wanted
 
 
 def _wanted(prefs: list[str] | None, names: list[str]) -> list[Preference]:
+    """Return the preferences asked for, each once."""
     from moalign import preferences
 
     texts: list[str | None] = [*prefs] if prefs else [None]
-    return [preferences.required(text, names) for text in texts]
+    return list(dict.fromkeys(preferences.required(text, names) for text in texts))
 
 
 def _prompts(prompt: str | None) -> list[str] | None:
@@ -109,26 +107,21 @@ def _prompts(prompt: str | None) -> list[str] | None:
     return found
 
 
-def _show(answers: list[Answer], preference: Preference) -> None:
+def _show(answers: list[list[Answer]], preferences: list[Preference]) -> None:
+    """Print each prompt with a block for each preference: answer, the words it was asked for in, scores."""
     from moalign.preferences import label
 
-    for answer in answers:
-        output.say(f"prompt      {answer.prompt}")
-        output.say(f"{label(preference):<10}  {answer.response}")
-        scores = [
-            f"{name} {output.number(value)} (raw {output.number(answer.raw[name])})"
-            for name, value in answer.normalised.items()
-        ]
-        output.say(f"scores      {', '.join(scores)}")
-        output.say()
-
-
-def _side_by_side(answers: list[list[Answer]], preferences: list[Preference]) -> None:
-    """Print each prompt with its answers, one for each preference."""
-    from moalign.preferences import label
-
+    labels = [label(preference) for preference in preferences]
+    width = max(10, *map(len, labels))
     for row in zip(*answers, strict=True):
-        output.say(row[0].prompt)
-        for answer, preference in zip(row, preferences, strict=True):
-            output.say(f"  {label(preference):<10}  {answer.response}")
-        output.say()
+        output.say(f"{'prompt':<{width}}  {row[0].prompt}")
+        for answer, name in zip(row, labels, strict=True):
+            output.say(f"{name:<{width}}  {answer.response}")
+            if answer.words:
+                output.say(f"{'asked':<{width}}  {answer.words}")
+            scores = [
+                f"{objective} {output.number(value)} (raw {output.number(answer.raw[objective])})"
+                for objective, value in answer.normalised.items()
+            ]
+            output.say(f"{'scores':<{width}}  {', '.join(scores)}")
+            output.say()

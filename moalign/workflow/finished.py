@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from moalign.errors import RequestError
+from moalign.methods import registry
 from moalign.methods.base import Method, RunContext
 from moalign.preferences import Preference
 from moalign.runs.run import Run
@@ -28,31 +30,50 @@ def find(names: Sequence[str], results: Path) -> list[Run]:
     return list({run.path.resolve(): run for run in found}.values())
 
 
-def best_of(comparison: Path, wanted: Sequence[Preference], results: Path) -> Run:
-    """Return the run of a comparison that is first in its ranking and answers for every preference in ``wanted``.
-
-    Of a method with several seeds it is the first. ``comparison`` is a ``compare.json`` or the folder that holds it.
-
-    Raises RequestError for a file that is no comparison, and when no row can answer.
-    """
-    file = comparison / "compare.json" if comparison.is_dir() else comparison
+def read_comparison(file: Path) -> dict[str, Any]:
+    """Return the content of a ``compare.json``; raises RequestError for a file that is no comparison."""
     try:
         told = json.loads(file.read_text(encoding="utf-8"))
-        rows = sorted((row for row in told["rows"] if row["runs"] and row["rank"]), key=lambda row: int(row["rank"]))
-        places = [str(row["runs"][0]["run"]) for row in rows]
+        kept: dict[str, Any] = {key: told[key] for key in ("objectives", "rows")}
+        for row in kept["rows"]:
+            _ = row["rank"], row["label"], [(run["run"], run["run_id"], run["status"]) for run in row["runs"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RequestError(f"{file}: it is no comparison that moalign wrote ({type(error).__name__})") from None
-    refused = "it has no finished run"
-    for place in places:
-        run = find([place], results)[0]
-        method, context = opened(run, results)
+    return kept
+
+
+def best_of(file: Path, comparison: Mapping[str, Any], wanted: Sequence[Preference], results: Path) -> tuple[Run, int]:
+    """Return the best-ranked trained run of a comparison that answers for every preference in ``wanted``, and its rank.
+
+    Of a method with several seeds it is the first that finished. A method that trains nothing is passed over: what is
+    asked for is what training made.
+
+    Args:
+        file: the ``compare.json``; runs are looked for where it says, else in the results folder that it lies in.
+        comparison: its content, see :func:`read_comparison`.
+
+    Raises:
+        RequestError: no row can answer (why not, row by row), or the run that can is gone or has changed.
+    """
+    layout = file.resolve().parents
+    home = layout[2] if layout[1].name == "compare" else results
+    refused = []
+    for row in sorted((row for row in comparison["rows"] if row["rank"]), key=lambda row: int(row["rank"])):
+        told = next((run for run in row["runs"] if run["status"] == "done"), None)
+        if told is None:
+            continue
+        run = find([told["run"] if Path(told["run"]).is_dir() else told["run_id"]], home)[0]
+        if not registry.get(run.record.method).capabilities.trains:
+            refused.append(f"{row['label']} trains nothing")
+            continue
+        method, context = opened(run, home)
         try:
             preferences_for(method, context, wanted)
         except RequestError as error:
-            refused = str(error)
+            refused.append(str(error))
         else:
-            return run
-    raise RequestError(f"{file}: none of its runs answers for these preferences; the last said: {refused}")
+            return run, int(row["rank"])
+    raise RequestError(f"{file}: no run can be asked: {'; '.join(refused) or 'none is finished'}")
 
 
 def results_of(run: Run, given: Path) -> Path:

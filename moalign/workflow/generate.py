@@ -1,16 +1,19 @@
-"""``moalign generate``: ask a finished run for answers at one preference."""
+"""``moalign generate``: ask a finished run for answers at one preference or several."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moalign.errors import RequestError
 from moalign.methods.base import Method, RunContext
 from moalign.preferences import Preference
 from moalign.tasks.task import Say, silent
 from moalign.workflow.evaluate import preferences_for
+
+if TYPE_CHECKING:
+    from moalign.policies.policy import Policy
 
 SHOWN = 3
 """Evaluation prompts answered when none is given."""
@@ -26,6 +29,8 @@ class Answer:
     """Objective -> raw score, larger is better."""
     normalised: dict[str, float]
     """Objective -> score in normalised units."""
+    words: str | None = None
+    """The card's words for the preference, where the policy read them."""
 
     def told(self) -> dict[str, Any]:
         """Return the answer for ``--json``."""
@@ -35,13 +40,15 @@ class Answer:
 def generate(
     method: Method,
     context: RunContext,
-    preference: Preference,
+    wanted: Sequence[Preference],
     prompts: Sequence[str] | None = None,
     temperature: float | None = None,
     seed: int | None = None,
     say: Say = silent,
-) -> list[Answer]:
-    """Answer prompts at one preference and score the answers.
+) -> list[list[Answer]]:
+    """Answer prompts at every preference wanted, in batched passes, and score the answers ``[preferences][prompts]``.
+
+    A prompt draws from the same random numbers at every preference, those that it has when asked for one alone.
 
     Args:
         prompts: bare prompts; None takes the first evaluation prompts of the task.
@@ -51,7 +58,9 @@ def generate(
     Raises:
         RequestError: an empty prompt, or a preference that the method cannot serve.
     """
-    preferences_for(method, context, [preference])
+    from moalign.policies.policy import respond_all
+
+    preferences_for(method, context, wanted)
     if prompts is None:
         prompts = context.task.eval_prompts[:SHOWN]
     empty = next((number for number, prompt in enumerate(prompts, start=1) if not prompt.strip()), None)
@@ -60,17 +69,33 @@ def generate(
     context.task.say = say
     sampling = context.task.sampling(context.task.card.evaluation.seed if seed is None else seed, temperature)
     say("answering", 0, len(prompts))
-    responses = method.policy(context, preference).respond(prompts, sampling)
+    policies = [method.policy(context, w) for w in wanted]
+    responses = respond_all(policies, prompts, sampling).responses
     say("answering", len(prompts), len(prompts))
-    raw = context.panel.score(prompts, responses, lambda done, total: say("scoring", done, total))
+    asked, flat = [*prompts] * len(wanted), [text for row in responses for text in row]
+    raw = context.panel.score(asked, flat, lambda done, total: say("scoring", done, total))
     unit = context.panel.unit(raw)
     names = context.task.names
-    return [
+    words = [
+        _words(context, policy, w, prompt) for policy, w in zip(policies, wanted, strict=True) for prompt in prompts
+    ]
+    answers = [
         Answer(
             prompt,
             response,
             dict(zip(names, raw_row.tolist(), strict=True)),
             dict(zip(names, unit_row.tolist(), strict=True)),
+            told,
         )
-        for prompt, response, raw_row, unit_row in zip(prompts, responses, raw, unit, strict=True)
+        for prompt, response, raw_row, unit_row, told in zip(asked, flat, raw, unit, words, strict=True)
     ]
+    return [answers[start : start + len(prompts)] for start in range(0, len(answers), len(prompts))]
+
+
+def _words(context: RunContext, policy: Policy, preference: Preference, prompt: str) -> str | None:
+    """Return the card's words for a preference if the policy reads them beside the prompt; else None."""
+    if not context.task.card.template.words:
+        return None
+    renderer = context.task.renderer
+    read = policy.render(prompt) == renderer.preference(prompt, preference)
+    return renderer.preference_text(preference) if read else None

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moalign.methods import registry
+from moalign.methods.base import Capabilities
 from moalign.tasks.sandbox.scorer import rewards
 from moalign.workflow import score as scoring
 
@@ -52,11 +54,16 @@ def test_several_preferences_are_answered_side_by_side(moalign: Any, run: str) -
     each = [moalign("generate", run, prompt, "--prefs", w).out.strip() for w in ("1,0", "0,1")]
     lines = moalign("generate", run, prompt, *both).out.splitlines()
     assert lines[0].startswith("toy on sandbox: ") and run in lines[0]
-    assert [line.split() for line in lines[2:5]] == [
-        prompt.split(),
+    assert [line.split() for line in lines if not line.startswith("scores ")][2:] == [
+        ["prompt", *prompt.split()],
         ["1,0", *each[0].split()],
+        [],
         ["0,1", *each[1].split()],
+        [],
     ]
+    assert sum(line.startswith("scores ") and "helpfulness" in line for line in lines) == 2
+    twice = moalign("generate", run, prompt, "--prefs", "1,0", "--prefs", "1,0")
+    assert twice.out.strip() == each[0]  # one preference, however often
     told = json.loads(moalign("generate", run, prompt, *both, "--json").out)
     assert told["prefs"] == [[1.0, 0.0], [0.0, 1.0]]
     assert [answers[0]["response"] for answers in told["answers"]] == each
@@ -71,10 +78,44 @@ def test_of_a_comparison_the_best_that_can_answer_is_asked(moalign: Any, toys: N
     (steerable,) = (row["runs"][0]["run"] for row in compared["rows"] if row["method"] == "toy")
     told = json.loads(moalign("generate", compared["json"], "--prefs", "0.33,0.67", "--json").out)
     assert told["run"] == steerable
+    ended = moalign("generate", str(folder), "how do i make soup ?", "--prefs", "0.33,0.67")
+    assert len(ended.out.splitlines()) == 1
+    assert f"asking toy, rank 1 of 2: {steerable}" in ended.err
+    fixed = [str(folder), "--prefs", "0.33,0.67"]
     file = Path(compared["json"])
-    file.write_text("{}")
-    ended = moalign("generate", str(folder), "--prefs", "0.3,0.7")
-    assert (ended.code, ended.errors) == (2, [f"{file}: it is no comparison that moalign wrote (KeyError)"])
+    file.write_text(json.dumps({**compared, "rows": [row for row in compared["rows"] if row["method"] != "toy"]}))
+    ended = moalign("generate", *fixed)
+    assert (ended.code, len(ended.errors)) == (2, 1)
+    assert f"{file}: no run can be asked: --prefs 0.33,0.67: fixed-toy answers only for" in ended.errors[0]
+    for broken in ("{}", "[]", "x", '{"objectives": ["a", "b"], "rows": [{}]}'):
+        file.write_text(broken)
+        ended = moalign("generate", *fixed)
+        assert (ended.code, len(ended.errors)) == (2, 1)
+        assert f"{file}: it is no comparison that moalign wrote (" in ended.errors[0]
+
+
+def test_of_a_comparison_what_trains_nothing_and_what_failed_are_passed_over(
+    moalign: Any, toys: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared = json.loads(moalign("compare", "--methods", "toy", "--seeds", "2", "--json").out)
+    file = Path(compared["json"])
+    (row,) = compared["rows"]
+    row["runs"][0]["status"] = "failed"
+    file.write_text(json.dumps(compared))
+    asked = ["generate", str(file), "how do i make soup ?", "--prefs", "1,0", "--json"]
+    assert json.loads(moalign(*asked).out)["run"] == row["runs"][1]["run"]
+    monkeypatch.setattr(type(registry.get("toy")), "capabilities", Capabilities(trains=False))
+    ended = moalign(*asked)
+    assert (ended.code, ended.errors) == (2, [f"{file}: no run can be asked: toy trains nothing"])
+
+
+def test_a_comparison_is_found_from_elsewhere(moalign: Any, toys: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = json.loads(moalign("compare", "--methods", "toy", "--json").out)
+    folder = Path(compared["json"]).parent.resolve()
+    Path("other").mkdir()
+    monkeypatch.chdir("other")
+    told = json.loads(moalign("generate", str(folder), "how do i make soup ?", "--prefs", "1,0", "--json").out)
+    assert Path(told["run"]).name == compared["rows"][0]["runs"][0]["run_id"]
 
 
 def test_a_dash_reads_stdin_a_prompt_a_line(moalign: Any, run: str, monkeypatch: pytest.MonkeyPatch) -> None:
