@@ -45,7 +45,7 @@ LLM_DEMO_SETTINGS :=
 llm-demo: $(STAMP)  ## five methods on the real LLM (make llm): table, figure, page, one question at five preferences
 	@$(BIN)/moalign compare --task assistant --methods sft,prompting,best-of-n,ric,mo-odpo --results $(RESULTS) \
 		--html $(RESULTS)/compare/llm-demo.html $(LLM_DEMO_SETTINGS)
-	@$(BIN)/moalign generate "$$(ls -td $(RESULTS)/compare/assistant-*/ | head -n 1)" "$(QUESTION)" --results $(RESULTS) \
+	@$(BIN)/moalign generate "$$(ls -td $(RESULTS)/compare/assistant-????????/ | head -n 1)" "$(QUESTION)" --results $(RESULTS) \
 		--prefs 1,0 --prefs 0.75,0.25 --prefs 0.5,0.5 --prefs 0.25,0.75 --prefs 0,1
 
 test: $(STAMP)  ## the quick tests
