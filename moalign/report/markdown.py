@@ -125,7 +125,7 @@ def _pairs(pairs: Sequence[Mapping[str, Any]]) -> str:
 def _cost(rows: Sequence[Mapping[str, Any]]) -> str:
     heads = ["#", "method", "time", "tokens generated", "tokens trained on", "reward calls", "peak memory"]
     moved = any_nats(rows)
-    heads += ["answering: tokens", "answering: reward calls", "collapsed", "mean tokens", "distinct-3"]
+    heads += ["answering: tokens", "answering: reward calls", "collapsed", "mean length", "distinct-3"]
     heads += ["KL to base"] if moved else []
     lines = []
     for row in rows:

@@ -112,7 +112,7 @@ function cost() {
     column("answering: reward calls", (r) => r.cost.answering.reward_calls, count, true),
     column("hypervolume per minute", perMinute, number),
     column("collapsed", (r) => r.quality.rate, percent, true),
-    column("mean words", (r) => r.quality.mean_length, (v) => number(v, 1)),
+    column("mean length", (r) => r.quality.mean_length, (v) => number(v, 1)),
     column("distinct-3", (r) => r.quality.distinct_3, number),
     moved() && KL,
   ].filter(Boolean), judged, true);
