@@ -141,7 +141,7 @@ def content_words(text: str) -> set[str]:
 def detail(response: str, options: DetailOptions) -> float:
     """Detail: log(1 + number of different content words), so that the tenth adds less than the second.
 
-    >>> detail("Boil the egg. Then cool the", DetailOptions(whole_sentences=True)) == math.log(1 + 2)
+    >>> detail("Boil the fresh egg. Then cool the", DetailOptions(whole_sentences=True)) == math.log(1 + 3)
     True
 
     >>> detail("Boil the egg, then peel the egg.", DetailOptions()) == math.log(1 + 3)

@@ -153,3 +153,18 @@ def test_any_text_gets_a_finite_score_and_shares_stay_in_range(text: str) -> Non
         score = value(rule, text, **_NEEDED.get(rule, {}))
         assert abs(score) < 1e3
         assert rule not in _SHARES or 0 <= score <= 1
+
+
+@pytest.mark.parametrize(
+    ("text", "counted"),
+    [
+        ("Fry onions. Then add garl", "Fry onions."),
+        ("Fry onions, garlic and", ""),
+        ("Really? Yes! Onions", "Really? Yes!"),
+        ("Fry onions.", "Fry onions."),
+        ("", ""),
+    ],
+)
+def test_detail_in_whole_sentences_counts_nothing_behind_the_last_one(text: str, counted: str) -> None:
+    whole = rules.DetailOptions(whole_sentences=True)
+    assert rules.detail(text, whole) == rules.detail(counted, rules.DetailOptions())
