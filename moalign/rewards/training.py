@@ -238,6 +238,8 @@ def make_trainer(
     from datasets import Dataset
     from trl import RewardConfig
 
+    from moalign.training.trainer_books import checkpointing_option
+
     settings, on_cpu = job.settings, not torch.cuda.is_available()
     arguments = RewardConfig(
         output_dir=str(job.run.path / "checkpoints"),
@@ -254,10 +256,10 @@ def make_trainer(
         disable_tqdm=True,
         use_cpu=on_cpu,
         bf16=not on_cpu,
-        activation_checkpointing=not on_cpu,
         seed=derive(job.seed, PHASE) % 2**32,
         dataloader_pin_memory=not on_cpu,
         remove_unused_columns=False,
+        **{checkpointing_option(): not on_cpu},
     )
     inner, start = optimizer
     scheduler = torch.optim.lr_scheduler.LambdaLR(

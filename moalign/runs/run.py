@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from moalign.errors import RequestError
-from moalign.runs import atomic, checkpoint
+from moalign.runs import atomic, checkpoint, environment
 from moalign.runs import record as records
 from moalign.runs.checkpoint import Checkpoint
 from moalign.runs.record import Cost, RunRecord, Status
@@ -73,13 +73,17 @@ class Run:
         self.record.write(self.path)
 
     def mark(self, status: Status, error: str | None = None, meter: Meter | None = None) -> None:
-        """Set the status (with the cost so far, if a meter is given) and save the record."""
+        """Set the status and save the record; with a meter also the cost so far, and the environment as it is now.
+
+        Only now, because torch is loaded after the record is first written: before that nobody knows of a GPU.
+        """
         self.record.status = status
         self.record.error = error
         self.record.finished = None if status == "running" else records.now()
         if meter is not None:
             self.record.cost = Cost(**meter.cost())
             self.record.seconds = meter.seconds
+            self.record.environment = environment.capture()
         self.save_record()
 
     # -- lock --------------------------------------------------------------------------------------

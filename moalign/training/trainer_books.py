@@ -84,11 +84,22 @@ def trainer_settings(job: Job, lm: LanguageModel, config: SftConfig, steps: int,
         "disable_tqdm": True,
         "use_cpu": on_cpu,
         "bf16": not on_cpu,
-        "activation_checkpointing": not on_cpu,
+        checkpointing_option(): not on_cpu,
         "seed": derive(job.seed, phase) % 2**32,
         "dataloader_pin_memory": not on_cpu,
         "remove_unused_columns": False,
     }
+
+
+def checkpointing_option() -> str:
+    """Return what the installed transformers calls gradient checkpointing among a trainer's arguments.
+
+    5.17 knows the old name only, 5.23 warns of it.
+    """
+    from transformers import TrainingArguments
+
+    known = TrainingArguments.__dataclass_fields__
+    return "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
 
 
 def run_trainer(trainer: Any) -> None:

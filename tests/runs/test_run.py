@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ ROOT = Path(moalign.errors.__file__).parents[1]
 HOLD = """
 import sys, time
 from pathlib import Path
+from types import SimpleNamespace
 from moalign.runs.run import Run
 with Run.load(Path(sys.argv[1])).lock():
     print("locked", flush=True)
@@ -165,6 +167,21 @@ def test_mark_saves_status_cost_and_time(run: Run) -> None:
     assert (found.status, found.error, found.finished, found.cost.reward_calls) == ("running", None, None, 3)
 
 
+def test_a_run_done_knows_the_gpu_that_its_training_loaded_torch_for(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The record is first written before torch is loaded, when there is no GPU to be seen."""
+    cuda = SimpleNamespace(
+        is_available=lambda: True,
+        is_initialized=lambda: False,
+        device_count=lambda: 1,
+        get_device_name=lambda index: f"GPU {index}",
+    )
+    assert run.record.environment.get("gpus", []) == []
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda, get_num_threads=lambda: 3))
+    run.mark("done", meter=Meter())
+    environment = Run.load(run.path).record.environment
+    assert (environment["gpus"], environment["threads"]) == (["GPU 0"], 3)
+
+
 def test_log_and_read_metrics(run: Run) -> None:
     assert run.metrics() == []
     run.log(1, loss=0.5, phase="sft")
@@ -179,6 +196,7 @@ def test_lines_are_on_disk_at_once(run: Run) -> None:
     code = """
 import os, signal, sys
 from pathlib import Path
+from types import SimpleNamespace
 from moalign.runs.run import Run
 run = Run.load(Path(sys.argv[1]))
 run.log(1, loss=1.0)

@@ -18,7 +18,7 @@ from moalign.training.schedule import factor
 from moalign.training.seeds import derive
 from moalign.training.settings import SftConfig
 from moalign.training.sft import encode_rows, train_sft
-from moalign.training.trainer_books import order
+from moalign.training.trainer_books import checkpointing_option, order
 
 MakeJob = Callable[..., Job]
 TEXTS = [
@@ -278,3 +278,14 @@ def test_a_checkpoint_is_never_ahead_of_the_log(make_job: MakeJob, monkeypatch: 
     train_sft(job, job.task.language_model, TEXTS, ANSWERS, config, "here")
     assert seen == {3: [2, 3], 6: [2, 3, 4, 6]}
     assert [line["step"] for line in job.run.metrics()] == [2, 3, 4, 6, 7]
+
+
+def test_gradient_checkpointing_goes_by_the_name_that_the_installed_trainer_knows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import transformers
+
+    assert checkpointing_option() in transformers.TrainingArguments.__dataclass_fields__
+    older = type("TrainingArguments", (), {"__dataclass_fields__": {"gradient_checkpointing": None}})
+    monkeypatch.setattr(transformers, "TrainingArguments", older)
+    assert checkpointing_option() == "gradient_checkpointing"
