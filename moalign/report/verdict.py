@@ -108,12 +108,15 @@ def _failures(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _seeds(judged: Sequence[Mapping[str, Any]]) -> str:
-    fewest = min((len(row["seeds"]) for row in judged if row["seeded"]), default=None)
-    if fewest is None:
+    trained = [row for row in judged if row["seeded"]]
+    if not trained:
         return "Nothing was trained: the intervals are those of the evaluation prompts."
+    fewest, most = (pick(len(row["seeds"]) for row in trained) for pick in (min, max))
     if fewest == 1:
+        once = [row["label"] for row in trained if len(row["seeds"]) == 1]
+        whose = "One training seed" if most == 1 else f"One training seed for {_listed(once)}"
         return (
-            "One training seed: the intervals tell how sure the numbers are for these runs, "
+            f"{whose}: the intervals tell how sure the numbers are for these runs, "
             "not how much another seed would change (--seeds 3)."
         )
     few = ", so few that their spread is itself uncertain: it is widened by Student's t" if fewest < 6 else ""
