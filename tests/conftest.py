@@ -139,10 +139,11 @@ def picky(monkeypatch: pytest.MonkeyPatch) -> None:
     from typing import ClassVar, Literal
 
     from moalign.config.strict import Strict
+    from moalign.core.preferences import Preference
     from moalign.methods import registry
-    from moalign.methods.base import Capabilities, Job, RunContext
+    from moalign.methods.base import Capabilities
     from moalign.policies.policy import Policy
-    from moalign.preferences import Preference
+    from moalign.training.job import Job, RunContext
     from moalign.training.settings import SftConfig
 
     settings = SftConfig(steps=4, batch=4, lr=0.02, max_tokens=48, checkpoint_every=1)

@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 
 from moalign.config.strict import Strict
-from moalign.errors import RequestError
+from moalign.core.errors import RequestError
+from moalign.evaluation import evaluate
+from moalign.experiment import train
+from moalign.experiment.train import TrainRequest
 from moalign.methods import registry
 from moalign.methods.base import Capabilities, Method
-from moalign.workflow import evaluate, train
-from moalign.workflow.train import TrainRequest
 
 METHODS = registry.names()
 MOST_LINES = 400

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from moalign.cli.main import main
-from moalign.errors import RequestError
+from moalign.core.errors import RequestError
 from moalign.methods import registry
 
 PACKAGE = Path(__file__).resolve().parent / "plugin_package"

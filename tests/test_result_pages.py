@@ -48,7 +48,7 @@ def test_an_ablations_rows_are_those_of_its_list_and_can_be_asked_for(
     path: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """Every row resolves to a checked run; the record has the list's labels and as many runs as it says."""
-    from moalign.workflow.train import TrainRequest, plan
+    from moalign.experiment.train import TrainRequest, plan
 
     ablate = script("ablations/ablate.py")
     spec, told = yaml.safe_load(path.read_text(encoding="utf-8")), record(path)

@@ -32,7 +32,7 @@ def bench(
 
     Each method trains for a few steps with its recipe's batch and lengths, in a process of its own; nothing is kept.
     """
-    from moalign.workflow import bench as workflow
+    from moalign.comparison import bench as workflow
 
     request = workflow.BenchRequest(
         methods=tuple(dict.fromkeys(methods or ())),

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from moalign.cli import output
-from moalign.errors import RequestError
+from moalign.core.errors import RequestError
 
 
 def check(
@@ -30,7 +30,7 @@ def check(
     Settings, card, model, data, splits, objectives and memory: every problem at once, and nothing is written. A card is
     checked with the recipes beside it.
     """
-    from moalign.workflow import check as workflow
+    from moalign.preflight import check as workflow
 
     with output.working():
         report = workflow.check(recipe, tuple(set_ or ()), results)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from moalign.cli import output
-from moalign.errors import RequestError
+from moalign.core.errors import RequestError
 
 
 def compare(
@@ -53,7 +53,7 @@ def compare(
 
     Trains what is missing; one task card, one judge, differences paired over prompts.
     """
-    from moalign.workflow import compare as workflow
+    from moalign.comparison import compare as workflow
 
     request = workflow.CompareRequest(
         runs=tuple(runs or ()),
@@ -91,7 +91,7 @@ def _show(told: dict[str, Any], results: Path) -> None:
 
 def _next(told: dict[str, Any], results: Path) -> None:
     """Print what to type next, with the leading run filled in."""
-    from moalign.preferences import example
+    from moalign.core.preferences import example
 
     ranked = sorted((row for row in told["rows"] if row["rank"] is not None), key=lambda row: row["rank"])
     done = [run["run_id"] for row in ranked for run in row["runs"] if run["status"] == "done"]

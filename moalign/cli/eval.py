@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moalign.cli import output
-from moalign.errors import RequestError
+from moalign.core.errors import RequestError
 
 if TYPE_CHECKING:
-    from moalign.methods.base import RunContext
-    from moalign.preferences import Preference
+    from moalign.core.preferences import Preference
+    from moalign.training.job import RunContext
 
 
 def evaluate(
@@ -84,7 +84,7 @@ def _refuse_with_points(runs: list[str] | None, grid: int | None, samples: int |
 
 
 def _calculate(path: Path, ref: str | None, minimise: bool, prefs: list[str]) -> dict[str, Any]:
-    from moalign import preferences
+    from moalign.core import preferences
     from moalign.pareto import points
 
     vectors = [preferences.parse(text, points.read_points(path)[0]) for text in prefs]
@@ -110,9 +110,9 @@ def _show_calculated(told: dict[str, Any]) -> None:
 def _evaluate(
     names: list[str], prefs: list[str], grid: int | None, samples: int | None, ref: str | None, results: Path
 ) -> list[dict[str, Any]]:
-    from moalign.workflow import evaluate as workflow
-    from moalign.workflow import finished
-    from moalign.workflow.reference import at_reference
+    from moalign.evaluation import evaluate as workflow
+    from moalign.evaluation.reference import at_reference
+    from moalign.experiment import finished
 
     if prefs and grid is not None:
         raise RequestError("--prefs and --grid exclude each other: name the vectors, or the size of a grid")
@@ -135,7 +135,7 @@ def _evaluate(
 
 
 def _wanted(context: RunContext, prefs: list[str], grid: int | None) -> list[Preference] | None:
-    from moalign import preferences
+    from moalign.core import preferences
 
     names = context.task.names
     if prefs:
@@ -157,7 +157,7 @@ def _reference(text: str, names: list[str]) -> tuple[float, ...]:
 
 def show_points(told: dict[str, Any]) -> None:
     """Print the table of mean rewards: one row per preference, normalised with interval and raw; * is the front."""
-    from moalign.preferences import label
+    from moalign.core.preferences import label
 
     names = told["objectives"]
     scaled = [f"{name}\nnormalised" for name in names]

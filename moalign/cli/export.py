@@ -23,9 +23,9 @@ def export(
     """Write a plain peft adapter or merged model that loads without moalign."""
     from dataclasses import asdict
 
-    from moalign import preferences
-    from moalign.workflow import export as workflow
-    from moalign.workflow import finished
+    from moalign.core import preferences
+    from moalign.experiment import export as workflow
+    from moalign.experiment import finished
 
     workflow.check_free(out)
     found = finished.find([run], results)[0]

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moalign.cli import output
-from moalign.errors import RequestError
+from moalign.core.errors import RequestError
 
 if TYPE_CHECKING:
-    from moalign.preferences import Preference
+    from moalign.core.preferences import Preference
+    from moalign.experiment.generate import Answer
     from moalign.runs.run import Run
-    from moalign.workflow.generate import Answer
 
 
 def generate(
@@ -41,8 +41,8 @@ def generate(
     With ``--json`` and one preference: ``run``, ``prefs``, ``objectives``, ``answers``; with several ``prefs`` is a
     list of them and ``answers`` a list for each.
     """
-    from moalign.workflow import finished
-    from moalign.workflow import generate as workflow
+    from moalign.experiment import finished
+    from moalign.experiment import generate as workflow
 
     prompts = _prompts(prompt)
     with output.working() as say:
@@ -75,7 +75,7 @@ def generate(
 
 def _found(name: str, prefs: list[str] | None, results: Path) -> tuple[Run, list[Preference]]:
     """Return the run that RUN names; of a comparison its best one, and the preferences that it was chosen for."""
-    from moalign.workflow import finished
+    from moalign.experiment import finished
 
     place = Path(name)
     file = place / "compare.json" if place.is_dir() else place
@@ -90,7 +90,7 @@ def _found(name: str, prefs: list[str] | None, results: Path) -> tuple[Run, list
 
 def _wanted(prefs: list[str] | None, names: list[str]) -> list[Preference]:
     """Return the preferences asked for, each once."""
-    from moalign import preferences
+    from moalign.core import preferences
 
     texts: list[str | None] = [*prefs] if prefs else [None]
     return list(dict.fromkeys(preferences.required(text, names) for text in texts))
@@ -109,7 +109,7 @@ def _prompts(prompt: str | None) -> list[str] | None:
 
 def _show(answers: list[list[Answer]], preferences: list[Preference]) -> None:
     """Print each prompt with a block for each preference: answer, the words it was asked for in, scores."""
-    from moalign.preferences import label
+    from moalign.core.preferences import label
 
     labels = [label(preference) for preference in preferences]
     width = max(10, *map(len, labels))

@@ -34,7 +34,7 @@ def init(
     """
     from dataclasses import asdict
 
-    from moalign.workflow import init as workflow
+    from moalign.experiment import init as workflow
 
     started = workflow.init(folder, model, data, objectives)
     if as_json:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from moalign.cli import output
-from moalign.errors import RequestError, unknown
+from moalign.core.errors import RequestError, unknown
 from moalign.report.units import NONE
 
 KINDS = ("methods", "tasks", "recipes", "runs", "models")

@@ -18,7 +18,7 @@ from typer.core import TyperGroup
 
 from moalign.cli import bench, check, compare, export, generate, init, ls, output, preview, reward, score, show, train
 from moalign.cli import eval as evaluation
-from moalign.errors import MoalignError, RequestError, did_you_mean, unknown
+from moalign.core.errors import MoalignError, RequestError, did_you_mean, unknown
 
 DEBUG = "--debug"
 

@@ -13,7 +13,7 @@ from moalign.cli import output
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from moalign.workflow.preview import Preview, Seen
+    from moalign.experiment.preview import Preview, Seen
 
 SHOWN = 400
 """Tokens of a prompt that are shown; of longer ones the middle is left out."""
@@ -41,7 +41,7 @@ def preview(
 
     Only the tokenizer and the generation config are loaded; nothing is written.
     """
-    from moalign.workflow import preview as workflow
+    from moalign.experiment import preview as workflow
 
     with output.working():
         seen = workflow.preview(task, prompt, prefs, response, tuple(set_ or ()))

@@ -10,7 +10,7 @@ import typer
 from moalign.cli import output
 
 if TYPE_CHECKING:
-    from moalign.rewards.runs import RewardRequest
+    from moalign.reward_models.runs import RewardRequest
     from moalign.runs.run import Run
 
 app = typer.Typer(
@@ -58,7 +58,7 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train a reward model on preference pairs; it is judged on held-out pairs and usable as an objective."""
-    from moalign.workflow import reward as workflow
+    from moalign.experiment import reward as workflow
 
     asked = workflow.Asked(tuple(pairs or ()), task, model, revision, loss, tuple(set_ or ()), seed, results)
     with output.working() as say:
@@ -93,7 +93,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Judge a reward model: accuracy, calibration error, reliability diagram, per data set."""
-    from moalign.workflow import reward as workflow
+    from moalign.experiment import reward as workflow
 
     asked = workflow.Asked(tuple(pairs or ()), task, None, revision, None, tuple(set_ or ()), 0, results)
     wanted = int(label) if label is not None and label.isdigit() else label
@@ -159,7 +159,7 @@ def _told(run: Run, found: bool, judged: dict[str, Any] | None) -> dict[str, Any
 
 def _objectives(run: Run) -> list[dict[str, Any]]:
     """Return the model as a task card names it, one objective per head."""
-    from moalign.rewards import runs
+    from moalign.reward_models import runs
 
     heads = run.record.notes["heads"]
     several = len(heads) > 1

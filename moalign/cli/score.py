@@ -10,7 +10,7 @@ import typer
 from moalign.cli import output
 
 if TYPE_CHECKING:
-    from moalign.workflow.score import Scores
+    from moalign.evaluation.score import Scores
 
 SHOWN = 20
 """Rows of the table without ``--out``."""
@@ -33,7 +33,7 @@ def score(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Score prompts and responses with a task's objectives."""
-    from moalign.workflow import score as workflow
+    from moalign.evaluation import score as workflow
 
     with output.working() as say:
         scores = workflow.score(task, source, out, tuple(set_ or ()), results, say)

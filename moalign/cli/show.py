@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moalign.cli import output
-from moalign.errors import RequestError
+from moalign.core.errors import RequestError
 from moalign.report.units import NONE
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def show(
 
 def _nothing_called(name: str, error: RequestError, others: list[str]) -> RequestError:
     """Return the error for a name that fits nothing; when it looks like a recipe or method, that is offered."""
-    from moalign.errors import nearest
+    from moalign.core.errors import nearest
 
     near = nearest(name, others)
     if near is None or "did you mean" in str(error) or "runs fit" in str(error) or os.path.exists(name):
@@ -240,7 +240,7 @@ def _run(run: Run, as_json: bool) -> None:
     from moalign.cli import eval as evaluation
     from moalign.cli.train import cost_of, flat
     from moalign.config.describe import yaml_form
-    from moalign.preferences import label
+    from moalign.core.preferences import label
 
     record = run.record
     path = run.path / "eval.json"

@@ -10,10 +10,10 @@ import typer
 from moalign.cli import output
 
 if TYPE_CHECKING:
+    from moalign.experiment.complete import Outcome
+    from moalign.experiment.train import Plan, TrainRequest
+    from moalign.preflight.check import Preflight
     from moalign.runs.run import Run
-    from moalign.workflow.check import Preflight
-    from moalign.workflow.complete import Outcome
-    from moalign.workflow.train import Plan, TrainRequest
 
 
 def train(
@@ -42,7 +42,7 @@ def train(
 
     The same command again finds the finished run; after an interruption it resumes.
     """
-    from moalign.workflow import train as workflow
+    from moalign.experiment import train as workflow
 
     request = workflow.TrainRequest(
         method=method,
@@ -60,7 +60,7 @@ def train(
     if dry_run:
         _show_plan(made, as_json)
         return
-    from moalign.workflow.complete import complete
+    from moalign.experiment.complete import complete
 
     _announce(made)
     with output.working() as say:
@@ -81,8 +81,8 @@ def _announce(made: Plan) -> None:
 def _shown_before_download(request: TrainRequest, as_json: bool) -> bool:
     """Show what a plan says without its model, when that would have to be downloaded first."""
     from moalign.config.describe import yaml_form
-    from moalign.workflow import check
-    from moalign.workflow import train as workflow
+    from moalign.experiment import train as workflow
+    from moalign.preflight import check
 
     resolved = workflow.resolve(request)
     if not check.must_be_fetched(resolved.card):
@@ -145,9 +145,9 @@ def _plan(made: Plan, preview: Preflight) -> dict[str, Any]:
 
 
 def _show_plan(made: Plan, as_json: bool) -> None:
-    from moalign import preferences
     from moalign.config.describe import yaml_form
-    from moalign.workflow import check
+    from moalign.core import preferences
+    from moalign.preflight import check
 
     preview = check.preview(made.resolved)
     plan = _plan(made, preview)
@@ -226,7 +226,7 @@ def _summary(evaluation: dict[str, Any] | None) -> dict[str, Any] | None:
 
 def _show(outcome: Outcome, results: Path) -> None:
     from moalign.cli.eval import show_points, show_summary
-    from moalign.preferences import example, label
+    from moalign.core.preferences import example, label
 
     run, evaluation = outcome.run, outcome.evaluation
     record = run.record

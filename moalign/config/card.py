@@ -15,7 +15,7 @@ from pydantic import Field, field_validator, model_validator
 
 from moalign.config.objectives import ObjectiveSpec
 from moalign.config.strict import Strict
-from moalign.errors import did_you_mean
+from moalign.core.errors import did_you_mean
 
 _NOT_HASHED = {"description", "suite", "recipes_from", "published"}
 """What changes no score."""
@@ -151,7 +151,7 @@ class EvaluationSpec(Strict):
 
 
 class QualitySpec(Strict):
-    """What counts as collapsed text: see :mod:`moalign.pareto.quality`."""
+    """What counts as collapsed text: see :mod:`moalign.lm.quality`."""
 
     short: int | None = Field(default=None, ge=1)
     """A response of fewer tokens is short (1: only an empty one); null: from the lengths of the calibration split's own

@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from moalign import errors
 from moalign.config import yaml_lines
-from moalign.errors import RequestError
+from moalign.core import errors
+from moalign.core.errors import RequestError
 
 CARD = "task.yaml"
 _SUFFIXES = (".yaml", ".yml")

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_origin
 
-from moalign import errors, preferences
 from moalign.config import find, overrides, yaml_lines
 from moalign.config.card import TaskCard
 from moalign.config.describe import is_model
@@ -20,7 +19,8 @@ from moalign.config.recipe import PolicySpec, Recipe
 from moalign.config.strict import Strict
 from moalign.config.validate import Origin, check
 from moalign.config.yaml_lines import Document
-from moalign.errors import RequestError
+from moalign.core import errors, preferences
+from moalign.core.errors import RequestError
 
 _RECIPE_KEYS = tuple(name for name in Recipe.model_fields if name not in {"method", "task"})
 _DATA_FILE = re.compile(r"\.(jsonl|json|csv|parquet)(\.gz)?$")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from moalign.config.yaml_lines import parse_value
-from moalign.errors import RequestError
+from moalign.core.errors import RequestError
 
 
 def parse(text: str) -> tuple[tuple[str, ...], Any]:

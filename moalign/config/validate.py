@@ -20,7 +20,7 @@ from pydantic_core import ErrorDetails
 from moalign.config.describe import Slot, is_model, words, yaml_form
 from moalign.config.strict import Strict
 from moalign.config.yaml_lines import Document, Key
-from moalign.errors import RequestError, did_you_mean, nearest
+from moalign.core.errors import RequestError, did_you_mean, nearest
 
 Path = tuple[Key, ...]
 Model = TypeVar("Model", bound=Strict)

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from moalign.errors import RequestError
+from moalign.core.errors import RequestError
 
 Key = str | int
 

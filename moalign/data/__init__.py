@@ -1,1 +1,1 @@
-"""The data layer: record types, readers that stream, splits by hash, errors with file and line."""
+"""The data layer: readers that stream, splits by hash, errors with file and line."""

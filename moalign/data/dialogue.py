@@ -7,7 +7,7 @@ after ``Assistant:`` belongs to the reply, and nothing is stripped.
 
 from __future__ import annotations
 
-from moalign.errors import RequestError
+from moalign.core.errors import RequestError
 
 HUMAN = "\n\nHuman:"
 ASSISTANT = "\n\nAssistant:"

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moalign.config.card import DataSpec, SourceSpec
+from moalign.core.errors import RequestError, did_you_mean
+from moalign.core.records import Pair, ScoredResponse
 from moalign.data.dialogue import ASSISTANT, split_pair
 from moalign.data.readers import Field, Row, check_text, missing_column, read
-from moalign.data.records import Pair, ScoredResponse
-from moalign.errors import RequestError, did_you_mean
 
 GRAMMAR_LIMIT = 1_000_000
 """Prompts; a larger grammar is refused before it is generated."""

@@ -32,8 +32,8 @@ from pathlib import Path
 from typing import Any
 
 from moalign.config.card import SourceSpec
+from moalign.core.errors import RequestError, WorkError, did_you_mean, nearest, unknown
 from moalign.data.dialogue import shorten
-from moalign.errors import RequestError, WorkError, did_you_mean, nearest, unknown
 
 TEXT_SUFFIXES = (".jsonl", ".json", ".csv")
 SUFFIXES = (*TEXT_SUFFIXES, *(f"{suffix}.gz" for suffix in TEXT_SUFFIXES), ".parquet")

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 from moalign.config.card import SplitSpec
+from moalign.core.errors import RequestError
 from moalign.data.dialogue import shorten
-from moalign.errors import RequestError
 
 SplitName = Literal["train", "calibration", "eval"]
 SPLITS: tuple[SplitName, ...] = ("train", "calibration", "eval")

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moalign.errors import RequestError, WorkError
+from moalign.core.errors import RequestError, WorkError
 from moalign.lm import loading
 
 VERSION = 1
@@ -136,7 +136,7 @@ def listing() -> list[dict[str, Any]]:
 
 
 def _place(name: str) -> Path:
-    from moalign.tasks.sandbox.base import cache_root
+    from moalign.core.paths import cache_root
 
     return cache_root() / "models" / f"{name}-{MODELS[name].sha256[:12]}-{VERSION}"
 

@@ -7,7 +7,7 @@
 * :class:`Ends` is what ends a response: the tokenizer's end token, those of the generation config, the token with which
   the chat template closes an assistant's turn, and the card's stop texts.
 
-Sampled responses keep the ids they were sampled with (:class:`moalign.data.records.Response`). Only text that comes
+Sampled responses keep the ids they were sampled with (:class:`moalign.core.records.Response`). Only text that comes
 from files is tokenised, together with its prompt.
 """
 
@@ -20,10 +20,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from moalign import preferences
 from moalign.config.card import TemplateSpec
-from moalign.data.records import Response
-from moalign.errors import RequestError
+from moalign.core import preferences
+from moalign.core.errors import RequestError
+from moalign.core.records import Response
 
 DATE = "2024-07-26"
 """The day that chat templates take for today when the card names none (as Llama 3.1's own template does)."""

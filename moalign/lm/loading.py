@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from moalign.errors import MoalignError, RequestError, WorkError
+from moalign.core.errors import MoalignError, RequestError, WorkError
 
 
 def few(names: Sequence[str] | set[str]) -> str:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from moalign.config.strict import Strict
-from moalign.methods.base import Capabilities, Job, RunContext
-from moalign.preferences import Preference
+from moalign.core.preferences import Preference
+from moalign.methods.base import Capabilities
+from moalign.training.job import Job, RunContext
 
 if TYPE_CHECKING:
     from moalign.policies.policy import Policy

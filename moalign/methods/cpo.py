@@ -28,10 +28,12 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from moalign.config.strict import Strict
-from moalign.errors import RequestError
-from moalign.methods.base import Capabilities, Job, RunContext
-from moalign.preferences import Preference
-from moalign.training.settings import DpoStage, Labels, SftConfig
+from moalign.core.errors import RequestError
+from moalign.core.preferences import Preference
+from moalign.core.records import Labels
+from moalign.methods.base import Capabilities
+from moalign.training.job import Job, RunContext
+from moalign.training.settings import DpoStage, SftConfig
 
 if TYPE_CHECKING:
     from moalign.policies.policy import Policy
@@ -72,7 +74,7 @@ class Cpo:
 
     def train(self, job: Job) -> None:
         """Train both stages; resumes at the stage and step that an interruption left."""
-        from moalign.policies import adapters
+        from moalign.lm import adapters
         from moalign.training.sft import train_sft
 
         config: Config = job.config
@@ -166,7 +168,7 @@ def desired_levels(preference: Sequence[float]) -> Ints:
 
 def importances(config: Config, names: Sequence[str]) -> NDArray[np.float64]:
     """Return lambda ``[objectives]``; raises RequestError for a name that is no objective, or a negative number."""
-    from moalign.errors import unknown
+    from moalign.core.errors import unknown
 
     for name, number in config.importance.items():
         if name not in names:

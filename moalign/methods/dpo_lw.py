@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from moalign.errors import RequestError
-from moalign.methods.base import Capabilities, Job, RunContext
-from moalign.preferences import Preference
+from moalign.core.errors import RequestError
+from moalign.core.preferences import Preference
+from moalign.methods.base import Capabilities
+from moalign.training.job import Job, RunContext
 from moalign.training.settings import DpoConfig
 
 if TYPE_CHECKING:
@@ -33,10 +34,10 @@ class DpoLw:
 
     def train(self, job: Job) -> None:
         """Train an adapter for every preference; resumes at the preference and step of an interruption."""
+        from moalign.core.seeds import derive
         from moalign.training.grid import each_preference
         from moalign.training.offline_dpo import even_order, train_dpo
         from moalign.training.pair_rows import joined, objective_pairs
-        from moalign.training.seeds import derive
 
         config: DpoConfig = job.config
         lm = job.task.language_model

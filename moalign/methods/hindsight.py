@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from moalign.methods.base import Capabilities, Job, RunContext
-from moalign.preferences import Preference
+from moalign.core.preferences import Preference
+from moalign.methods.base import Capabilities
+from moalign.training.job import Job, RunContext
 from moalign.training.online_dpo import ConditionedConfig
 
 if TYPE_CHECKING:

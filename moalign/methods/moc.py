@@ -10,7 +10,7 @@ update is enough whatever m is. For the responses of one preference in a rollout
 2. ``e = p - s(Rbar)``, Rbar the mean normalised reward; the constraint is active when ``psi = mean(e^2) > phi``.
 3. ``v_i = gate(u) u A_i`` over the tokens, u = pi / pi_old, gate 0 where PPO's clipping leaves no gradient;
    ``v_c = sum_i e_i v_i``; ``q_i = (v_i + lam v_c) / (1 + lam)`` while active, else ``v_i``.
-4. ``c = argmin over the simplex of || sum_i c_i q_i ||^2`` (:mod:`moalign.training.min_norm`).
+4. ``c = argmin over the simplex of || sum_i c_i q_i ||^2`` (:mod:`moalign.losses.min_norm`).
 5. ``omega_i = (c_i + lam e_i) / (1 + lam)`` while active, else ``c_i``; one clipped PPO update with
    ``A = sum_i omega_i A_i``.
 
@@ -33,8 +33,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from moalign.methods.base import Capabilities, Job, RunContext
-from moalign.preferences import Preference
+from moalign.core.preferences import Preference
+from moalign.methods.base import Capabilities
+from moalign.training.job import Job, RunContext
 from moalign.training.settings import ConditionedPpoConfig
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class Moc:
 
     def train(self, job: Job) -> None:
         """Train adapter and value heads; resumes from the last checkpoint."""
-        from moalign.policies import adapters
+        from moalign.lm import adapters
         from moalign.training.distil import warm_start
         from moalign.training.ppo import PpoLoss, grouped, train_ppo
 
@@ -176,7 +177,7 @@ def policy_grams(experience: Experience, ratios: Tensor, group: NDArray[np.intp]
     """
     import torch
 
-    from moalign.training.ppo import gate
+    from moalign.losses.ppo import gate
 
     advantages, u = experience.advantages, ratios.unsqueeze(-1)
     v = (advantages * u * gate(u, advantages, clip_range)).double()
@@ -202,7 +203,7 @@ def weights(
     """
     import numpy as np
 
-    from moalign.training.min_norm import min_norm
+    from moalign.losses.min_norm import min_norm
 
     size = len(gram)
     live = np.flatnonzero(speaks) if speaks is not None and speaks.any() else np.arange(size)

@@ -29,10 +29,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from moalign import preferences
-from moalign.errors import RequestError, unknown
-from moalign.methods.base import Capabilities, Job, RunContext
-from moalign.preferences import Preference, label
+from moalign.core import preferences
+from moalign.core.errors import RequestError, unknown
+from moalign.core.preferences import Preference, label
+from moalign.methods.base import Capabilities
+from moalign.training.job import Job, RunContext
 from moalign.training.settings import DpoConfig
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from moalign.policies.language_model import LanguageModel
+    from moalign.lm.language_model import LanguageModel
     from moalign.policies.policy import Policy
     from moalign.training.offline_dpo import Margin
     from moalign.training.pair_rows import ObjectivePairs
@@ -124,7 +125,7 @@ class Modpo:
         roles: dict[Preference, int],
     ) -> NDArray[np.float64]:
         """Return ``mu_j(y_w) - mu_j(y_l)`` of the experts, ``[pairs, objectives]``; 0 where no preference needs it."""
-        from moalign.policies import adapters
+        from moalign.lm import adapters
         from moalign.training.reference import reference_log_probs
 
         rows = pairs.rows
@@ -179,6 +180,6 @@ def _take(lm: LanguageModel, folder: Path) -> None:
     """Put an expert's weights into the active adapter."""
     from safetensors.torch import load_file
 
-    from moalign.policies import adapters
+    from moalign.lm import adapters
 
     adapters.set_tensors(lm, load_file(folder / "adapter_model.safetensors"))

@@ -19,15 +19,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import model_validator
 
-from moalign.methods.base import Capabilities, Job, RunContext
-from moalign.preferences import Preference
+from moalign.core.preferences import Preference
+from moalign.methods.base import Capabilities
+from moalign.training.job import Job, RunContext
 from moalign.training.settings import ConditionedPpoConfig
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from moalign.policies.language_model import LanguageModel
+    from moalign.lm.language_model import LanguageModel
     from moalign.policies.policy import Policy
     from moalign.training.online import Rollout
 
@@ -90,7 +91,7 @@ def _train_one(job: Job, lm: LanguageModel, preference: Preference, stage: str) 
 
 def train_conditioned(job: Job, lm: LanguageModel) -> None:
     """Train one policy that reads its preference from the prompt, and save it as the run's adapter (P-MORL)."""
-    from moalign.policies import adapters
+    from moalign.lm import adapters
     from moalign.training.distil import warm_start
     from moalign.training.ppo import PpoLoss, grouped, only, train_ppo
 

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from moalign.methods.base import Capabilities, Job, RunContext
+from moalign.core.preferences import Preference
+from moalign.methods.base import Capabilities
 from moalign.methods.morlhf import train_conditioned
-from moalign.preferences import Preference
+from moalign.training.job import Job, RunContext
 from moalign.training.settings import ConditionedPpoConfig
 
 if TYPE_CHECKING:

@@ -27,16 +27,17 @@ import numpy as np
 from pydantic import Field
 
 from moalign.config.strict import Strict
-from moalign.errors import RequestError
-from moalign.methods.base import Capabilities, Job, RunContext
-from moalign.preferences import Preference, label
+from moalign.core.errors import RequestError
+from moalign.core.preferences import Preference, label
+from moalign.methods.base import Capabilities
+from moalign.training.job import Job, RunContext
 from moalign.training.settings import SftConfig
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from moalign.lm.language_model import LanguageModel
     from moalign.pareto.directions import Pool
-    from moalign.policies.language_model import LanguageModel
     from moalign.policies.policy import Policy
     from moalign.tasks.task import Scored
 
@@ -113,7 +114,7 @@ class ParetoHqd:
 
     def _augment(self, job: Job, lm: LanguageModel) -> Scored:
         """Return the scored answers of the representative stage-1 models; sampled once and kept in the run."""
-        from moalign.policies import adapters
+        from moalign.lm import adapters
 
         if not job.stage_done(AUGMENT):
             adapters.attach(lm, job.policy_spec.lora, job.seed)
@@ -128,13 +129,14 @@ class ParetoHqd:
         """Let the representatives answer; returns what did not collapse, with raw scores, and what did, by cause."""
         import pandas as pd
 
+        from moalign.core.seeds import derive
+        from moalign.lm.adapters import ADAPTER
+        from moalign.lm.generator import ModelGenerator
+        from moalign.lm.quality import collapse, collapse_report
+        from moalign.lm.sampler import Sampling
         from moalign.pareto.directions import representatives
-        from moalign.pareto.quality import collapse, collapse_report
-        from moalign.policies.adapters import ADAPTER
-        from moalign.policies.policy import ModelGenerator, Policy, respond_all
-        from moalign.policies.sampler import Sampling
+        from moalign.policies.policy import Policy, respond_all
         from moalign.tasks.task import columns
-        from moalign.training.seeds import derive
 
         config: Config = job.config
         chosen = representatives(job.preferences)
@@ -227,7 +229,7 @@ def _check(job: Job, scored: Scored) -> None:
 
 def _put_first(job: Job, lm: LanguageModel, index: int) -> None:
     """Give the attached adapter the weights that stage 1 of a preference ended with."""
-    from moalign.policies import adapters
+    from moalign.lm import adapters
     from moalign.training.grid import adapter_of
 
     adapters.set_tensors(lm, job.run.load_tensors(f"{adapter_of(index, FIRST)}/adapter_model"))

@@ -13,7 +13,7 @@ import inspect
 import pkgutil
 
 from moalign import methods
-from moalign.errors import RequestError, unknown
+from moalign.core.errors import RequestError, unknown
 from moalign.methods.base import Method
 
 GROUP = "moalign.methods"

@@ -28,13 +28,14 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from moalign.config.strict import Strict
-from moalign.errors import RequestError
-from moalign.methods.base import Capabilities, Job, RunContext
-from moalign.preferences import Preference
+from moalign.core.errors import RequestError
+from moalign.core.preferences import Preference
+from moalign.methods.base import Capabilities
+from moalign.training.job import Job, RunContext
 from moalign.training.settings import SftConfig
 
 if TYPE_CHECKING:
-    from moalign.data.records import Response
+    from moalign.core.records import Response
     from moalign.policies.policy import Policy
 
 Matrix = NDArray[np.float64]
@@ -79,7 +80,7 @@ class Ric:
 
     def train(self, job: Job) -> None:
         """Train both stages; resumes at the stage and step that an interruption left."""
-        from moalign.policies import adapters
+        from moalign.lm import adapters
         from moalign.training.sft import train_sft
 
         config: Config = job.config
@@ -116,8 +117,8 @@ class Ric:
         Every set is filtered by itself: a later round's samples are better, and a threshold over all of them would
         drop the first ones. The offline part is drawn from the rows that pass, so that it is as large as asked for.
         """
+        from moalign.core.seeds import derive
         from moalign.tasks.task import from_columns
-        from moalign.training.seeds import derive
 
         config: Config = job.config
         columns = [f"z:{name}" for name in job.task.names]
@@ -150,11 +151,12 @@ class Ric:
         """Return a round's own samples with the scores they obtained; sampled once and kept in the run."""
         import pandas as pd
 
-        from moalign.pareto.quality import collapse
-        from moalign.policies.policy import ModelGenerator, Policy, respond_all
-        from moalign.policies.sampler import Sampling
+        from moalign.core.seeds import derive
+        from moalign.lm.generator import ModelGenerator
+        from moalign.lm.quality import collapse
+        from moalign.lm.sampler import Sampling
+        from moalign.policies.policy import Policy, respond_all
         from moalign.tasks.task import columns
-        from moalign.training.seeds import derive
 
         name, stage = f"samples-{number + 1}", f"sampling-{number + 1}"
         if job.stage_done(stage):

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from moalign.methods.base import Capabilities, Job, RunContext
-from moalign.preferences import Preference
+from moalign.core.preferences import Preference
+from moalign.methods.base import Capabilities
+from moalign.training.job import Job, RunContext
 from moalign.training.settings import SftConfig
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class Sft:
 
     def train(self, job: Job) -> None:
         """Fine-tune on every scored response of the training split, as it is."""
-        from moalign.policies import adapters
+        from moalign.lm import adapters
         from moalign.training.sft import train_sft
 
         _ = job.task.normaliser

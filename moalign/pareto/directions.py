@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moalign.errors import RequestError
+from moalign.core.errors import RequestError
 from moalign.pareto.front import check_points, layers
 
 Array = NDArray[np.float64]

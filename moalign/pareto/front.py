@@ -10,7 +10,7 @@ import moocore  # type: ignore[import-untyped,unused-ignore]
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moalign.errors import RequestError
+from moalign.core.errors import RequestError
 
 Array = NDArray[np.float64]
 

@@ -12,7 +12,7 @@ import moocore  # type: ignore[import-untyped,unused-ignore]
 import numpy as np
 from numpy.typing import ArrayLike
 
-from moalign.errors import RequestError
+from moalign.core.errors import RequestError
 from moalign.pareto.front import Array, check_points, check_ref
 
 EXACT_UP_TO = 1000

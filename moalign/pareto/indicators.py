@@ -13,7 +13,7 @@ import moocore  # type: ignore[import-untyped,unused-ignore]
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moalign.errors import RequestError
+from moalign.core.errors import RequestError
 from moalign.pareto.front import Array, check_points, nondominated, refuse_unless_finite
 
 _ROUNDING = 1e-12

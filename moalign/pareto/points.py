@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from moalign import preferences as prefs
-from moalign.errors import RequestError
+from moalign.core import preferences as prefs
+from moalign.core.errors import RequestError
 from moalign.pareto.front import Array, check_ref, nondominated
 from moalign.pareto.hypervolume import adds_nothing, hypervolume
 from moalign.pareto.indicators import expected_utility

@@ -17,7 +17,7 @@ from typing import Literal, TypedDict
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moalign.errors import RequestError
+from moalign.core.errors import RequestError
 from moalign.pareto.front import Array, check_ref, refuse_unless_finite
 from moalign.pareto.hypervolume import hypervolume
 

@@ -1,1 +1,1 @@
-"""Policies: a language model, its adapters, and how a preference reaches it."""
+"""Policies: how a preference reaches a language model."""

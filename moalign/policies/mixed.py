@@ -14,21 +14,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from moalign.errors import RequestError
-from moalign.policies import adapters
-from moalign.policies.adapters import Adapter, Turns
-from moalign.policies.language_model import LanguageModel
-from moalign.policies.policy import LazyGenerator, ModelGenerator, Policy
-from moalign.policies.sampler import Direct, Generated, Sampling, generate
-from moalign.preferences import Preference
+from moalign.core.errors import RequestError
+from moalign.core.preferences import Preference
+from moalign.lm import adapters
+from moalign.lm.adapters import Adapter, Turns
+from moalign.lm.generator import LazyGenerator, ModelGenerator
+from moalign.lm.language_model import LanguageModel
+from moalign.lm.sampler import Direct, Generated, Sampling, generate
+from moalign.policies.policy import Policy
+from moalign.training.experts import expert_folder
 
 if TYPE_CHECKING:
-    from moalign.methods.base import RunContext
-
-
-def expert_folder(index: int) -> str:
-    """Return the folder (inside a run) of the adapter of the expert for objective ``index``."""
-    return f"adapter-expert-{index}"
+    from moalign.training.job import RunContext
 
 
 def interpolated(context: RunContext, preference: Preference) -> Policy:
@@ -96,7 +93,7 @@ class MixedGenerator:
         self.weights = [weight for _, weight in kept]
 
     def generate(self, texts: Sequence[str], rows: Sequence[int], sampling: Sampling) -> Generated:
-        """See :class:`~moalign.policies.policy.Generator`."""
+        """See :class:`~moalign.lm.generator.Generator`."""
         if self.weights == [1.0]:
             return self.experts[0].generate(texts, rows, sampling)
         lm = self.experts[0].lm

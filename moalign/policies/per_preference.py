@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from moalign.errors import RequestError
-from moalign.policies import adapters
-from moalign.policies.policy import LazyGenerator, Policy
-from moalign.preferences import TOLERANCE, label
+from moalign.core.errors import RequestError
+from moalign.core.preferences import TOLERANCE, label
+from moalign.lm import adapters
+from moalign.lm.generator import LazyGenerator
+from moalign.policies.policy import Policy
 
 if TYPE_CHECKING:
-    from moalign.methods.base import RunContext
+    from moalign.training.job import RunContext
 
 
 def index_of(context: RunContext, preference: Sequence[float]) -> int:

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
-from moalign.policies import adapters
-from moalign.policies.policy import ModelGenerator, Policy
+from moalign.lm import adapters
+from moalign.lm.generator import ModelGenerator
+from moalign.policies.policy import Policy
 
 if TYPE_CHECKING:
-    from moalign.methods.base import RunContext
+    from moalign.training.job import RunContext
 
 
 def trained(context: RunContext, folder: str = "adapter") -> ModelGenerator:

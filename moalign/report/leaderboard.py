@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from moalign.errors import MoalignError, RequestError
+from moalign.core.errors import MoalignError, RequestError
 from moalign.report import drawings, markdown
 from moalign.report.markdown import escaped, table
 from moalign.report.units import NONE, any_nats, count, duration, interval, memory, nats, number, percent

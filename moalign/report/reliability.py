@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from moalign.errors import RequestError
+from moalign.core.errors import RequestError
 from moalign.report import style
 
 

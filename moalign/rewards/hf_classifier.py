@@ -16,9 +16,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moalign import model_folder
 from moalign.config.objectives import ClassifierObjective
-from moalign.errors import RequestError, did_you_mean
+from moalign.core.errors import RequestError, did_you_mean
+from moalign.lm import model_folder
 from moalign.lm.loading import explained, few, quiet
 from moalign.rewards.rows import Row, RowEncoder, check_templates, longest
 

@@ -26,10 +26,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from moalign import model_folder
 from moalign.config.card import TemplateSpec
 from moalign.config.objectives import LmObjective
-from moalign.errors import RequestError
+from moalign.core.errors import RequestError
+from moalign.lm import model_folder
 from moalign.lm.chat import Codec
 from moalign.lm.loading import explained, few, quiet
 from moalign.rewards.rows import longest

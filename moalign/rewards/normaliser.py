@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moalign.errors import RequestError
+from moalign.core.errors import RequestError
 
 if TYPE_CHECKING:
     from moalign.config.card import NormaliserSpec

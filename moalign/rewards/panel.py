@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NoReturn, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from moalign.errors import RequestError, WorkError
+from moalign.core.errors import RequestError, WorkError
 from moalign.rewards.scorer import Scorer, build_scorers
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from moalign.config.objectives import PythonObjective
-from moalign.errors import RequestError, did_you_mean
+from moalign.core.errors import RequestError, did_you_mean
 
 GROUP = "moalign.rewards"
 """The entry-point group in which installed packages offer reward functions."""

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from moalign.errors import RequestError, did_you_mean
+from moalign.core.errors import RequestError, did_you_mean
 
 _FIELD = re.compile(r"\{([A-Za-z_]\w*)\}")
 

@@ -23,7 +23,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from moalign.config.objectives import RuleObjective
 from moalign.config.strict import Strict
-from moalign.errors import RequestError, did_you_mean, unknown
+from moalign.core.errors import RequestError, did_you_mean, unknown
 
 _VERSION = "1"
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")

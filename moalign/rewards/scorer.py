@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from moalign.errors import RequestError
+from moalign.core.errors import RequestError
 
 if TYPE_CHECKING:
-    from moalign.config.objectives import ObjectiveSpec, SandboxObjective
+    from moalign.config.objectives import ObjectiveSpec
 
 
 @runtime_checkable
@@ -64,6 +64,10 @@ class FunctionScorer:
         return self.function(prompts, responses)
 
 
+BUILDERS: dict[str, Callable[[Any, Path], Scorer]] = {}
+"""Of kinds of objective that belong to a task of their own, which registers them: see :mod:`moalign.tasks`."""
+
+
 def build_scorer(spec: ObjectiveSpec, base_dir: Path) -> Scorer:
     """Return the scorer that ``spec`` asks for; heavy libraries are imported at its first use.
 
@@ -92,7 +96,7 @@ def build_scorer(spec: ObjectiveSpec, base_dir: Path) -> Scorer:
         from moalign.rewards.lm_scorer import LmScorer
 
         return LmScorer(spec, base_dir)
-    return _sandbox_scorer(spec)
+    return BUILDERS[spec.kind](spec, base_dir)
 
 
 def build_scorers(specs: Sequence[ObjectiveSpec], base_dir: Path) -> list[Scorer]:
@@ -118,16 +122,3 @@ def build_scorers(specs: Sequence[ObjectiveSpec], base_dir: Path) -> list[Scorer
 
         lm_scorer.share([scorer for scorer in scorers if isinstance(scorer, lm_scorer.LmScorer)])
     return scorers
-
-
-def _sandbox_scorer(spec: SandboxObjective) -> Scorer:
-    from moalign.tasks.sandbox.scorer import SandboxScorer
-
-    exact = SandboxScorer(spec.name)
-    return FunctionScorer(
-        name=spec.name,
-        function=exact.score,
-        revision=f"{exact.revision}:{spec.name}",
-        maximise=spec.maximise,
-        cheap=not spec.store,
-    )

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
-from moalign.errors import RequestError, WorkError
+from moalign.core.errors import RequestError, WorkError
 
 if TYPE_CHECKING:
     from typing import Self

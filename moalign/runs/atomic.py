@@ -24,7 +24,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from moalign.errors import RequestError
+from moalign.core.errors import RequestError
 
 REMEDY = "free or unlock it, or choose another folder with --results DIR"
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from moalign.errors import RequestError
+from moalign.core.errors import RequestError
 from moalign.runs import atomic
 
 if TYPE_CHECKING:

@@ -11,11 +11,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from moalign.core.paths import CHECKOUT
+
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "numpy", "moocore", "pymoo", "moalign")
 """Packages whose versions are recorded."""
-
-CHECKOUT = Path(__file__).resolve().parents[2]
-"""The folder that holds the package; a git checkout when moalign was not installed from a wheel."""
 
 
 def capture() -> dict[str, Any]:

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from moalign.errors import RequestError
-from moalign.preferences import Preference
+from moalign.core.errors import RequestError
+from moalign.core.preferences import Preference
 from moalign.runs import atomic
 
 FILE = "run.json"

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from moalign.errors import RequestError
+from moalign.core.errors import RequestError
 from moalign.runs import atomic, checkpoint, environment
 from moalign.runs import record as records
 from moalign.runs.checkpoint import Checkpoint

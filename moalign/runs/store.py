@@ -15,8 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moalign.errors import RequestError, did_you_mean
-from moalign.preferences import Preference
+from moalign.core.errors import RequestError, did_you_mean
+from moalign.core.preferences import Preference
 from moalign.runs import atomic, environment
 from moalign.runs import record as records
 from moalign.runs.record import RunRecord, Status

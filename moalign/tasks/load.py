@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from moalign.config.card import TaskCard
-from moalign.tasks.task import Say, Task, silent
+from moalign.core.progress import Say, silent
+from moalign.tasks.task import Task
 
 
 def make_task(card: TaskCard, results: Path, say: Say = silent) -> Task:

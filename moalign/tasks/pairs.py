@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from moalign.data.records import Response
-from moalign.errors import RequestError
-from moalign.training.settings import Labels
+from moalign.core.errors import RequestError
+from moalign.core.records import Labels, Response
 
 if TYPE_CHECKING:
     from moalign.tasks.task import Scored

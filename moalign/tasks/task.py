@@ -10,7 +10,7 @@ import functools
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,31 +19,29 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moalign import preferences
 from moalign.config.card import TaskCard
+from moalign.core import preferences
+from moalign.core.errors import RequestError
+from moalign.core.preferences import Preference
+from moalign.core.progress import Say, silent
+from moalign.core.records import Labels, Pair, Response
 from moalign.data import splits
-from moalign.data.records import Pair, Response
-from moalign.errors import RequestError
-from moalign.preferences import Preference
 from moalign.rewards.normaliser import Normaliser
 from moalign.rewards.panel import RewardPanel
-from moalign.tasks.pairs import Labels, Pairs, from_scores
+from moalign.tasks.pairs import Pairs, from_scores
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from moalign.lm.chat import Codec, Renderer
-    from moalign.policies.language_model import LanguageModel
-    from moalign.policies.sampler import Sampling
+    from moalign.lm.language_model import LanguageModel
+    from moalign.lm.sampler import Sampling
     from moalign.rewards.store import Store
 
 Matrix = NDArray[np.float64]
 
 SHORT = "short.json"
 """File of the number of tokens below which a response is short."""
-
-Say = Callable[[str, int, int], None]
-"""``say(what, done, total)``: how long work reports itself."""
 
 
 @dataclass(frozen=True)
@@ -111,14 +109,10 @@ def from_columns(table: pd.DataFrame) -> list[Response]:
 
 def fingerprint(model: str, revision: str | None) -> str:
     """Return the content fingerprint of a policy's model, checked; needs no torch."""
-    from moalign import model_folder
+    from moalign.lm import model_folder
 
     where = "task.model"
     return model_folder.fingerprint(model_folder.resolve(model, revision, where), where)
-
-
-def silent(what: str, done: int, total: int) -> None:
-    """Report nothing."""
 
 
 class Task:
@@ -246,7 +240,7 @@ class Task:
     @functools.cached_property
     def language_model(self) -> LanguageModel:
         """The frozen base, loaded once per process."""
-        from moalign.policies import language_model
+        from moalign.lm import language_model
 
         source, revision = self.base_source()
         lm = language_model.load(source, revision, self.card.dtype, codec=self.codec)
@@ -256,7 +250,7 @@ class Task:
     @functools.cached_property
     def codec(self) -> Codec:
         """From text to the base's tokens, as the card's template asks; loads no weights."""
-        from moalign.policies import language_model
+        from moalign.lm import language_model
 
         return language_model.load_codec(*self.base_source(), self.card.template)
 
@@ -269,7 +263,7 @@ class Task:
 
     def sampling(self, seed: int, temperature: float | None = None) -> Sampling:
         """Return the card's generation limits as sampler settings."""
-        from moalign.policies.sampler import Sampling
+        from moalign.lm.sampler import Sampling
 
         limits = self.card.generation
         return Sampling(
@@ -328,7 +322,7 @@ class Task:
 
     @functools.cached_property
     def short_below(self) -> int:
-        """A response of fewer tokens is short (:func:`moalign.pareto.quality.short_below`).
+        """A response of fewer tokens is short (:func:`moalign.lm.quality.short_below`).
 
         The card's number, else that of the calibration split's responses, kept with the task.
         """
@@ -346,7 +340,7 @@ class Task:
         return int(json.loads(path.read_text(encoding="utf-8"))["short_below"])
 
     def _keep_short(self, responses: Sequence[str | Response]) -> None:
-        from moalign.pareto.quality import short_below
+        from moalign.lm.quality import short_below
         from moalign.runs import atomic
 
         texts = shown([Response.of(response) for response in responses])
@@ -434,7 +428,7 @@ class Task:
 
     def _sample_base(self, split: str, per_prompt: int, what: str) -> Sampled:
         """Sample the base on bare prompts of a split, ``per_prompt`` responses each."""
-        from moalign.policies.policy import ModelGenerator, Policy, respond_all
+        from moalign.lm.generator import ModelGenerator, in_chunks, records
 
         chosen = self.prompts[split][: self.card.pool.prompts]
         prompts = [prompt for prompt in chosen for _ in range(per_prompt)]
@@ -445,11 +439,11 @@ class Task:
             done += count
             self.say(what, done, len(prompts))
 
-        policy = Policy(ModelGenerator(self.language_model), self.renderer.plain)
         temperature = self.card.pool.temperature or self.card.generation.temperature or 1.0
         sampling = self.sampling(self.card.pool.seed, temperature)
-        answers = respond_all([policy], prompts, sampling, moved)
-        return Sampled(prompts, answers.records(0), answers.tokens)
+        requests = [(self.renderer.plain(prompt), row) for row, prompt in enumerate(prompts)]
+        made = in_chunks(ModelGenerator(self.language_model), requests, sampling, moved)
+        return Sampled(prompts, records(made.responses, made.traces), made.tokens)
 
     @contextmanager
     def _once(self, path: Path) -> Iterator[bool]:

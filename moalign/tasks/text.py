@@ -7,9 +7,9 @@ from pathlib import Path
 
 from moalign.config.card import DataSpec
 from moalign.config.objectives import PythonObjective
+from moalign.core.errors import RequestError
+from moalign.core.records import Pair, Response
 from moalign.data import load, readers, splits
-from moalign.data.records import Pair, Response
-from moalign.errors import RequestError
 from moalign.rewards import python_scorer
 from moalign.tasks.task import Task, fingerprint
 

@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from moalign.errors import RequestError
+from moalign.core.errors import RequestError
 from moalign.training.settings import DistilConfig, WarmStart
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from moalign.data.records import Response
-    from moalign.methods.base import Job
-    from moalign.policies.language_model import LanguageModel
+    from moalign.core.records import Response
+    from moalign.lm.language_model import LanguageModel
+    from moalign.training.job import Job
 
 Style = Literal["percent", "fraction"]
 
@@ -45,8 +45,8 @@ def distil(job: Job, lm: LanguageModel, config: DistilConfig, style: Style = "pe
 
     Raises RequestError when no prompt has ``config.n`` scored responses.
     """
+    from moalign.core.seeds import derive
     from moalign.training.online import preference_sampler
-    from moalign.training.seeds import derive
     from moalign.training.sft import train_sft
 
     if job.stage_done(PHASE, lm):

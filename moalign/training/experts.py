@@ -5,14 +5,19 @@ from __future__ import annotations
 import shutil
 from typing import TYPE_CHECKING, Any
 
-from moalign import preferences
-from moalign.errors import RequestError
+from moalign.core import preferences
+from moalign.core.errors import RequestError
 from moalign.training.grid import adapter_of
 
 if TYPE_CHECKING:
-    from moalign.methods.base import Job
+    from moalign.training.job import Job
 
 STAGE = "experts"
+
+
+def expert_folder(index: int) -> str:
+    """Return the folder (inside a run) of the adapter of the expert for objective ``index``."""
+    return f"adapter-expert-{index}"
 
 
 def bring_experts(job: Job, method: str, settings: dict[str, Any]) -> None:
@@ -23,7 +28,6 @@ def bring_experts(job: Job, method: str, settings: dict[str, Any]) -> None:
 
     Raises RequestError when a finished run of experts has lost an adapter.
     """
-    from moalign.policies.mixed import expert_folder
     from moalign.runs import atomic
 
     if job.stage_done(STAGE):

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from moalign.preferences import Preference, label
+from moalign.core.preferences import Preference, label
 
 if TYPE_CHECKING:
-    from moalign.methods.base import Job
-    from moalign.policies.language_model import LanguageModel
+    from moalign.lm.language_model import LanguageModel
+    from moalign.training.job import Job
 
 PER_PREFERENCE = "per_preference"
 """Key of ``job.notes`` under which the notes of each vector stand."""
@@ -47,7 +47,7 @@ def each_preference(
         walk: a method that walks the grid several times (stage 1 of every vector before stage 2 of any) names each
             walk; its stages and adapters are ``<walk>-<index>``. Policies answer with those of the walk ``pref``.
     """
-    from moalign.policies import adapters
+    from moalign.lm import adapters
 
     total = len(job.preferences)
     for index, preference in enumerate(job.preferences):

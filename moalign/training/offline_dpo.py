@@ -1,7 +1,7 @@
 """DPO on fixed pairs by trl's DPOTrainer, with margins, shares and soft labels: MODPO's loss and its special cases.
 
 ``z = (1 / w_k) * (beta * (D(y_w) - D(y_l)) - w_-k . (mu(y_w) - mu(y_l)))``, ``D(y) = log pi(y|x) - log pi_ref(y|x)``;
-the loss of a pair is ``-log sigma(z)`` or the hinge (:func:`moalign.training.dpo.margin_logits`).
+the loss of a pair is ``-log sigma(z)`` or the hinge (:func:`moalign.losses.dpo.margin_logits`).
 
 The trainer is given our rows, order, optimizer, schedule and books (:mod:`moalign.training.trainer_books`), a collator
 and, by the public hook ``compute_loss``, the loss. One private hook is overridden, ``_prepare_dataset``, since the
@@ -18,28 +18,27 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moalign.data.records import Response
-from moalign.errors import RequestError
+from moalign.core.errors import RequestError
+from moalign.core.records import Response
+from moalign.core.seeds import derive
 from moalign.lm.chat import pair_row
+from moalign.lm.trainers import quiet_libraries, run_trainer
 from moalign.training.diagnostics import at_the_end
 from moalign.training.reference import Row, pad_rows, reference_log_probs
-from moalign.training.seeds import derive
 from moalign.training.settings import DpoConfig, DpoStage
 from moalign.training.trainer_books import (
     make_books,
     make_optimizer,
     make_scheduler,
     order,
-    quiet_libraries,
     resume,
-    run_trainer,
     trainable,
     trainer_settings,
 )
 
 if TYPE_CHECKING:
-    from moalign.methods.base import Job
-    from moalign.policies.language_model import LanguageModel
+    from moalign.lm.language_model import LanguageModel
+    from moalign.training.job import Job
 
 __all__ = ["DpoConfig", "DpoStage", "Margin", "PairRows", "encode_pairs", "even_order", "train_dpo"]
 
@@ -248,7 +247,7 @@ class PairLoss:
 
     def __call__(self, logps: Any, batch: dict[str, Any]) -> Any:
         """Return the mean loss, from the responses' token log-probabilities ``[2 * pairs, T]``."""
-        from moalign.training.dpo import margin_logits, preference_loss
+        from moalign.losses.dpo import margin_logits, preference_loss
 
         ratio = logps.sum(-1) - batch["reference"].T.reshape(-1)
         chosen, rejected = ratio.chunk(2)

@@ -20,20 +20,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moalign.policies import adapters
-from moalign.policies.language_model import LanguageModel, TokenOutputs, reference_mode, token_outputs
-from moalign.policies.sampler import Samples, responses, sample
-from moalign.policies.stopping import trim
+from moalign.core.schedule import factor
+from moalign.core.seeds import derive
+from moalign.lm import adapters
+from moalign.lm.language_model import LanguageModel, TokenOutputs, reference_mode, token_outputs
+from moalign.lm.optimizer_state import pack_optimizer, unpack_optimizer
+from moalign.lm.sampler import Samples, responses, sample
+from moalign.lm.stopping import trim
 from moalign.training.dropout import without_dropout
-from moalign.training.schedule import factor
-from moalign.training.seeds import derive
 from moalign.training.settings import OnlineConfig
-from moalign.training.state import pack_optimizer, unpack_optimizer
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from moalign.methods.base import Job
+    from moalign.training.job import Job
 
 REFERENCE = "reference"
 """Name of the frozen adapter when the reference is not the base itself."""
@@ -399,7 +399,7 @@ def preference_sampler(
     digit cannot tell 20.0% from its neighbours when it never read it: a Dirichlet draw is never round and never a
     corner, while people and grids ask for round numbers and corners.
     """
-    from moalign.preferences import dirichlet, on_grid
+    from moalign.core.preferences import dirichlet, on_grid
 
     if given:
         vectors = np.asarray(given, dtype=np.float64)

@@ -2,7 +2,7 @@
 
 For every prompt of a rollout a preference is drawn and written beside the prompt; its responses are ordered by
 ``s = w . r`` (normalised rewards, bare prompt), and the best and the worst make a pair of the DPO loss
-(:mod:`moalign.training.dpo`). Importing this module imports no torch.
+(:mod:`moalign.losses.dpo`). Importing this module imports no torch.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from moalign.methods.base import Job
-    from moalign.policies.language_model import TokenOutputs
+    from moalign.lm.language_model import TokenOutputs
+    from moalign.training.job import Job
     from moalign.training.online import Part, Rollout, Selection
 
 
@@ -55,7 +55,7 @@ class ConditionedConfig(OnlineDpoConfig, WarmStart):
 
 def train_conditioned(job: Job, config: ConditionedConfig) -> None:
     """Train one policy that reads its preference from the prompt, and write it as the run's adapter; resumes."""
-    from moalign.policies import adapters
+    from moalign.lm import adapters
     from moalign.training.distil import warm_start
     from moalign.training.online import OnlineEngine
 
@@ -101,7 +101,7 @@ class PairLoss:
 
     def loss(self, outputs: TokenOutputs, part: Part) -> tuple[Tensor, dict[str, float]]:
         """Return the mean DPO loss over pairs; rows 2i and 2i+1 are the pair i."""
-        from moalign.training.dpo import log_ratios, pair_loss
+        from moalign.losses.dpo import log_ratios, pair_loss
 
         ratio = log_ratios(outputs.logps, part.ref_logps)
         labels, weights = part.extras["labels"].to(ratio.device), part.extras["weights"].to(ratio.device)

@@ -13,9 +13,9 @@ from moalign.training.offline_dpo import PairRows, encode_pairs
 from moalign.training.settings import DpoConfig
 
 if TYPE_CHECKING:
-    from moalign.methods.base import Job
-    from moalign.policies.language_model import LanguageModel
+    from moalign.lm.language_model import LanguageModel
     from moalign.tasks.pairs import Pairs
+    from moalign.training.job import Job
 
 Matrix = NDArray[np.float64]
 

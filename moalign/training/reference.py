@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import torch
 
-    from moalign.methods.base import Job
-    from moalign.policies.language_model import LanguageModel
+    from moalign.lm.language_model import LanguageModel
+    from moalign.training.job import Job
 
 FOLDER = "reference"
 BATCH_TOKENS = 4096
@@ -56,7 +56,7 @@ def reference_log_probs(job: Job, lm: LanguageModel, rows: Sequence[Row], own: b
 
 def _content(lm: LanguageModel, rows: Sequence[Row], own: bool) -> str:
     """Return 16 hex digits over all that the log-probabilities depend on."""
-    from moalign.policies import adapters
+    from moalign.lm import adapters
 
     digest = hashlib.sha256(f"{lm.fingerprint} {lm.model.dtype} {lm.device.type}".encode())
     if own:
@@ -91,7 +91,7 @@ def log_probs(
     """
     import torch
 
-    from moalign.policies.language_model import reference_mode
+    from moalign.lm.language_model import reference_mode
 
     lm.model.eval()
     found = torch.zeros(len(rows))
@@ -110,7 +110,7 @@ def log_probs(
 
 
 def _score(lm: LanguageModel, rows: Sequence[Row], temperature: float = 1.0) -> torch.Tensor:
-    from moalign.policies.language_model import token_outputs
+    from moalign.lm.language_model import token_outputs
 
     batch = pad_rows(rows, lm.pad, lm.device)
     width = batch["input_ids"].shape[1] - min(len(ids) - length for ids, length in rows)

@@ -8,10 +8,8 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from moalign.config.strict import Strict
-from moalign.training.schedule import ScheduleName
-
-Labels = Literal["order", "bradley-terry"]
-"""Of pairs that scores order: for certain, or with the probability that Bradley-Terry gives the difference."""
+from moalign.core.records import Labels
+from moalign.core.schedule import ScheduleName
 
 
 class SftConfig(Strict):

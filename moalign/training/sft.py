@@ -10,26 +10,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from moalign.data.records import Response
-from moalign.errors import RequestError
+from moalign.core.errors import RequestError
+from moalign.core.records import Response
+from moalign.core.seeds import derive
 from moalign.lm.chat import training_row
-from moalign.training.seeds import derive
+from moalign.lm.trainers import quiet_libraries, run_trainer
 from moalign.training.settings import SftConfig
 from moalign.training.trainer_books import (
     make_books,
     make_optimizer,
     make_scheduler,
     order,
-    quiet_libraries,
     resume,
-    run_trainer,
     trainable,
     trainer_settings,
 )
 
 if TYPE_CHECKING:
-    from moalign.methods.base import Job
-    from moalign.policies.language_model import LanguageModel
+    from moalign.lm.language_model import LanguageModel
+    from moalign.training.job import Job
 
 
 def encode_rows(

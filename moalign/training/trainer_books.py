@@ -7,22 +7,20 @@ checkpoints are safetensors, and the result equals the uninterrupted run's bit f
 from __future__ import annotations
 
 import contextlib
-import logging
-import os
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moalign.training.schedule import factor
-from moalign.training.seeds import derive
+from moalign.core.schedule import factor
+from moalign.core.seeds import derive
+from moalign.lm.optimizer_state import pack_optimizer, unpack_optimizer
+from moalign.lm.trainers import checkpointing_option
 from moalign.training.settings import SftConfig
-from moalign.training.state import pack_optimizer, unpack_optimizer
 
 if TYPE_CHECKING:
-    from moalign.methods.base import Job
-    from moalign.policies.language_model import LanguageModel
+    from moalign.lm.language_model import LanguageModel
+    from moalign.training.job import Job
 
 _PATCHED = ("forward", "_original_forward")
 """What trl (a fused head) and accelerate (mixed precision) put on a model that they train, and leave there."""
@@ -54,7 +52,7 @@ def make_scheduler(optimizer: Any, config: SftConfig, start: int) -> Any:
 
 def resume(job: Job, lm: LanguageModel, optimizer: Any, phase: str) -> int:
     """Restore adapter, optimizer and meter from the phase's checkpoint; returns the steps already done."""
-    from moalign.policies import adapters
+    from moalign.lm import adapters
 
     found = job.run.load_checkpoint(phase)
     job.run.truncate_metrics(phase, 0 if found is None else found.step)
@@ -91,25 +89,6 @@ def trainer_settings(job: Job, lm: LanguageModel, config: SftConfig, steps: int,
     }
 
 
-def checkpointing_option() -> str:
-    """Return what the installed transformers calls gradient checkpointing among a trainer's arguments.
-
-    5.17 knows the old name only, 5.23 warns of it.
-    """
-    from transformers import TrainingArguments
-
-    known = TrainingArguments.__dataclass_fields__
-    return "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
-
-
-def run_trainer(trainer: Any) -> None:
-    """Train without the library's own printing."""
-    from transformers import PrinterCallback
-
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-
-
 def make_books(
     job: Job,
     lm: LanguageModel,
@@ -130,7 +109,7 @@ def make_books(
     import torch
     from transformers import TrainerCallback
 
-    from moalign.policies import adapters
+    from moalign.lm import adapters
 
     class Books(TrainerCallback):
         """Keeps the run's books at every step."""
@@ -177,25 +156,3 @@ def trainable(lm: LanguageModel) -> Iterator[None]:
                 vars(module).pop(name, None)
             vars(module).update(kept)
         lm.model.eval()
-
-
-@contextlib.contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Silence progress bars and notices of libraries: moalign has its own."""
-    import datasets
-    import transformers
-
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
-    level = logging.getLogger("accelerate").level
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            warnings.simplefilter("ignore", UserWarning)
-            yield
-    finally:
-        transformers.logging.set_verbosity(before)
-        logging.getLogger("accelerate").setLevel(level)

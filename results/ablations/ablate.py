@@ -52,9 +52,9 @@ def train(command: Sequence[str]) -> dict[str, Any]:
 
 def judged(told: Mapping[str, Any], results: Path, samples: int | None) -> tuple[dict[str, Any], np.ndarray]:
     """Return a finished run's numbers, and its normalised scores ``[prompts, preferences, objectives]``."""
+    from moalign.evaluation.evaluate import evaluate
+    from moalign.experiment.train import context_of
     from moalign.runs.run import Run
-    from moalign.workflow.evaluate import evaluate
-    from moalign.workflow.train import context_of
 
     method, context = context_of(Run.load(Path(told["run"])), results)
     evaluation = evaluate(method, context, samples=samples)

@@ -231,7 +231,8 @@ def grid_ratio(repeats: int) -> dict[str, Any]:
 
 def inside(grid: Path, one: Path, repeats: int) -> dict[str, Any]:
     """Time answering and scoring for the runs in two results folders, in this process."""
-    from moalign.workflow import evaluate, finished
+    from moalign.evaluation import evaluate
+    from moalign.experiment import finished
 
     opened = {}
     for name, folder in (("grid", grid), ("one", one)):

@@ -44,7 +44,7 @@ def _ratio(objectives: int, repeats: int) -> float:
 def _page(words: int) -> dict[str, float]:
     import numpy as np
 
-    from moalign import preferences
+    from moalign.core import preferences
     from moalign.report import page
 
     rng = np.random.default_rng(0)

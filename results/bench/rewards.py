@@ -99,7 +99,7 @@ def _steps(model: Any, rows: Any, pad: int) -> dict[str, Work]:
     """Return a training step with each loss; the first half of ``rows`` ``[texts, tokens]`` won."""
     import torch
 
-    from moalign.rewards.more import Balancer, HeadWatch, weighted
+    from moalign.reward_models.more import Balancer, HeadWatch, weighted
 
     watch, balancer = HeadWatch(model), Balancer(5, normalise=True, momentum=0.99)
     ids = torch.from_numpy(rows)

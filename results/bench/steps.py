@@ -21,12 +21,12 @@ def inside_updates(repeats: int) -> dict[str, Any]:
     """
     import numpy as np
 
+    from moalign.experiment.train import TrainRequest, plan
+    from moalign.lm import adapters
     from moalign.methods import moc, morlhf
-    from moalign.policies import adapters
     from moalign.runs.meter import Meter
     from moalign.training.online import OnlineEngine
     from moalign.training.ppo import PpoLoss, ValueHeads, grouped, only
-    from moalign.workflow.train import TrainRequest, plan
 
     with tempfile.TemporaryDirectory() as folder:
         made = plan(TrainRequest("moc", results=Path(folder)))
@@ -74,12 +74,12 @@ def inside_dpo(repeats: int) -> dict[str, Any]:
 
     The batch is that of MODPO's sandbox recipe; a step is what lies between two calls of the progress callback.
     """
+    from moalign.experiment.train import TrainRequest, plan
+    from moalign.lm import adapters
     from moalign.methods.modpo import margin_of
-    from moalign.policies import adapters
     from moalign.runs.meter import Meter
     from moalign.training import offline_dpo
     from moalign.training.pair_rows import objective_pairs
-    from moalign.workflow.train import TrainRequest, plan
 
     own = offline_dpo.trainer_class
 

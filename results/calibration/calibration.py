@@ -35,8 +35,8 @@ CLAIM = (
 def judged(kind: str, loss: str, seed: int, asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Train one reward model and return its means over the groups."""
     from moalign.config.card import SplitSpec
-    from moalign.rewards import evaluation, runs
-    from moalign.rewards.settings import RewardSettings
+    from moalign.reward_models import evaluation, runs
+    from moalign.reward_models.settings import RewardSettings
     from moalign.tasks.sandbox import annotators, base, world
 
     groups = annotators.groups_of(kind, world.OBJECTIVES, asked.sharpness)

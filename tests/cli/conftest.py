@@ -12,12 +12,13 @@ import pytest
 
 from moalign.cli import main as cli
 from moalign.config.strict import Strict
-from moalign.errors import RequestError, WorkError
+from moalign.core.errors import RequestError, WorkError
+from moalign.core.preferences import Preference, label
 from moalign.methods import registry
-from moalign.methods.base import Capabilities, Job, RunContext
-from moalign.preferences import Preference, label
+from moalign.methods.base import Capabilities
 from moalign.rewards.normaliser import Normaliser
 from moalign.tasks.task import Task
+from moalign.training.job import Job, RunContext
 
 
 class ToyConfig(Strict):

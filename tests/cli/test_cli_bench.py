@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from moalign.workflow import bench as workflow
+from moalign.comparison import bench as workflow
 
 
 @pytest.fixture

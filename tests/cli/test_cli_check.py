@@ -123,7 +123,7 @@ def test_a_chat_template_that_is_not_there_is_a_problem(moalign: Any, recipe: Pa
 def test_prompts_to_be_dropped_are_not_counted_without_the_model(
     moalign: Any, recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from moalign.policies import language_model
+    from moalign.lm import language_model
 
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr(language_model, "load_codec", lambda *_: pytest.fail("a tokenizer was looked for"))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from moalign.workflow import compare as workflow
+from moalign.comparison import compare as workflow
 
 
 class Asked:

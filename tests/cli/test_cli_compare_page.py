@@ -74,8 +74,8 @@ def test_the_page_is_named_in_the_table_and_in_the_markdown(moalign: Any, compar
 
 
 def test_numbers_of_papers_stand_apart(compare: Compare, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moalign.comparison import jobs
     from moalign.config.recipe import ReportedSpec
-    from moalign.workflow import jobs
 
     paper = ReportedSpec(method="RiC", metric="hypervolume", value=0.8, source="arXiv 2402.10207, table 2")
     planned = jobs.planned
@@ -206,7 +206,7 @@ def test_a_run_trained_without_an_evaluation(moalign: Any, runs: list[Path]) -> 
 def test_a_run_that_cannot_be_evaluated_on_another_grid(
     moalign: Any, runs: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from moalign.errors import RequestError
+    from moalign.core.errors import RequestError
     from moalign.methods import registry
 
     def gone(*_: Any) -> Any:

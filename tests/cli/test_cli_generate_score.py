@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moalign.evaluation import score as scoring
 from moalign.methods import registry
 from moalign.methods.base import Capabilities
 from moalign.tasks.sandbox.scorer import rewards
-from moalign.workflow import score as scoring
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import yaml
 from transformers import AutoTokenizer
 
 from moalign.config import load
+from moalign.experiment import init
 from moalign.methods import registry
-from moalign.workflow import init
 
 TEMPLATE = (
     "{% for turn in messages %}<{{ turn.role }}> {{ turn.content }} {% endfor %}"

@@ -10,7 +10,7 @@ import pytest
 
 from moalign.cli.show import comment_of
 from moalign.config import find
-from moalign.errors import RequestError
+from moalign.core.errors import RequestError
 from moalign.lm import builtin
 from moalign.methods import registry
 

@@ -13,7 +13,7 @@ import pytest
 
 from moalign.cli import ls, output
 from moalign.cli import main as cli
-from moalign.errors import RequestError
+from moalign.core.errors import RequestError
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "transformers", "pandas", "datasets", "numpy", "peft", "trl", "pyarrow", "matplotlib")

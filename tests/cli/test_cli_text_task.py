@@ -58,7 +58,7 @@ def card(moalign: Any) -> Path:
 def test_preferences_in_words_are_asked_in_one_pass_and_told(
     moalign: Any, card: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from moalign.policies.policy import ModelGenerator
+    from moalign.lm.generator import ModelGenerator
 
     run = json.loads(moalign("train", "prompting", "--task", str(card), "--no-eval", "--json").out)["run"]
     passes: list[list[str]] = []

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from moalign.config import find
-from moalign.errors import RequestError
+from moalign.core.errors import RequestError
 
 
 def test_the_root_is_the_wheels_folder_when_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from moalign.config import find, load
 from moalign.config.strict import Strict
-from moalign.errors import RequestError
+from moalign.core.errors import RequestError
 from moalign.methods import registry
 from moalign.training.settings import DistilConfig, WarmStart
 

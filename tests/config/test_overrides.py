@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moalign.config import overrides
-from moalign.errors import RequestError
+from moalign.core.errors import RequestError
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from moalign.config import validate, yaml_lines
 from moalign.config.card import TaskCard
 from moalign.config.recipe import Recipe
 from moalign.config.strict import Strict
-from moalign.errors import RequestError
+from moalign.core.errors import RequestError
 
 PYDANTIC = re.compile(r"Input should|Extra inputs|Field required|validation error|pydantic|Value error|type=|union_tag")
 """pydantic's own wording, which must not reach a person."""

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moalign.config import yaml_lines
-from moalign.errors import RequestError
+from moalign.core.errors import RequestError
 
 
 def problems(text: str) -> tuple[str, ...]:

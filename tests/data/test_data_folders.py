@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from moalign.config.card import SourceSpec
+from moalign.core.errors import RequestError, WorkError
 from moalign.data import readers
 from moalign.data.readers import Field, Row, read
-from moalign.errors import RequestError, WorkError
 
 pytestmark = pytest.mark.usefixtures("no_network")
 
@@ -113,7 +113,7 @@ socket.socket.connect = refuse
 socket.getaddrinfo = refuse
 from moalign.config.card import SourceSpec
 from moalign.data.readers import Field, read
-from moalign.errors import RequestError
+from moalign.core.errors import RequestError
 
 def tell(**source):
     try:

@@ -15,11 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moalign.config.card import DataSpec, SourceSpec, SplitSpec
+from moalign.core.errors import RequestError
+from moalign.core.records import Pair, ScoredResponse
 from moalign.data.dialogue import ASSISTANT, HUMAN
 from moalign.data.load import load_pairs, load_prompt_set, load_prompts, load_responses
-from moalign.data.records import Pair, ScoredResponse
 from moalign.data.splits import check_leaks, normalised, split
-from moalign.errors import RequestError
 
 WriteJsonl = Callable[..., Path]
 TALK = f"{HUMAN} Hi 😀{ASSISTANT}"

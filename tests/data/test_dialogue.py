@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moalign.core.errors import RequestError
 from moalign.data.dialogue import ASSISTANT, HUMAN, shorten, split_pair, split_reply
-from moalign.errors import RequestError
 
 TALK = f"{HUMAN} Hi{ASSISTANT} Hello.{HUMAN} A joke?{ASSISTANT}"
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)

@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from moalign.config.card import SourceSpec
+from moalign.core.errors import RequestError
 from moalign.data import readers
 from moalign.data.readers import Field, locate, read
-from moalign.errors import RequestError
 
 WriteJsonl = Callable[..., Path]
 PROMPT = Field("prompt", blank=False)

@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moalign.config.card import SourceSpec
+from moalign.core.errors import RequestError
 from moalign.data.readers import Field, fingerprint, read
-from moalign.errors import RequestError
 
 WriteJsonl = Callable[..., Path]
 FIELDS = [Field("prompt", blank=False), Field("response"), Field("score", number=True, required=False)]

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moalign.config.card import SplitSpec
+from moalign.core.errors import RequestError
 from moalign.data.splits import SPLITS, check_leaks, normalised, split, split_of
-from moalign.errors import RequestError
 
 SPEC = SplitSpec()
 PROMPTS = [f"Tell me about topic {index}, please." for index in range(3000)]

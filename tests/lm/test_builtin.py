@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 
-from moalign import model_folder
-from moalign.errors import RequestError
-from moalign.lm import builtin
-from moalign.workflow import architecture, check, memory
+from moalign.core.errors import RequestError
+from moalign.lm import architecture, builtin, model_folder
+from moalign.preflight import check, memory
 
 NAME = "smollm2-135m-instruct"
 WEIGHTS = "a672150fb4f99d7c8f4168cecdd464069c0ef3a37d8113f22ddb9d48031d03cd"

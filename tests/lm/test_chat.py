@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from moalign.config.card import TemplateSpec
-from moalign.data.records import Response
-from moalign.errors import RequestError
+from moalign.core.errors import RequestError
+from moalign.core.records import Response
+from moalign.lm import language_model
 from moalign.lm.chat import Codec, Renderer, pair_row, training_row
-from moalign.policies import language_model
-from moalign.policies.sampler import Sampling, generate
+from moalign.lm.sampler import Sampling, generate
 
 CHATS = ["llama3", "dated", "gemma", "chatml", "mistral", "phi"]
 EVERY = [*CHATS, "base"]

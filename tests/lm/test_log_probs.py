@@ -20,9 +20,8 @@ from transformers import (
 )
 
 from moalign.config.recipe import LoraSpec
-from moalign.lm import log_probs
-from moalign.policies import adapters
-from moalign.policies.language_model import LanguageModel, positions, token_outputs, wrap
+from moalign.lm import adapters, log_probs
+from moalign.lm.language_model import LanguageModel, positions, token_outputs, wrap
 from moalign.tasks.sandbox import base
 
 SIZES: dict[str, Any] = {

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from moalign.config.card import TemplateSpec
+from moalign.lm import language_model
 from moalign.lm.chat import Renderer
-from moalign.policies import language_model
 
 NAMES = ("helpfulness", "harmlessness")
 Folder = Callable[[str], Path]

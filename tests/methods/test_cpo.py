@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moalign.errors import RequestError
+from moalign.core.errors import RequestError
+from moalign.core.progress import silent
+from moalign.experiment.train import TrainRequest, context_of, plan, train
 from moalign.methods import cpo
 from moalign.methods.cpo import (
     Config,
@@ -24,9 +26,8 @@ from moalign.methods.cpo import (
     value,
 )
 from moalign.runs.run import Run
-from moalign.tasks.task import Scored, silent
+from moalign.tasks.task import Scored
 from moalign.training import offline_dpo
-from moalign.workflow.train import TrainRequest, context_of, plan, train
 
 NAMES = ["helpfulness", "honesty"]
 BOTH = np.array([True, True])

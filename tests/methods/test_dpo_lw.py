@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moalign.errors import RequestError
+from moalign.core.errors import RequestError
+from moalign.experiment.train import TrainRequest, plan, train
 from moalign.training import offline_dpo
-from moalign.workflow.train import TrainRequest, plan, train
 
 QUICK = ("steps=3", "batch=5", "lr=0.01", "max_tokens=64", "per_prompt=1", "policy.lora={r: 4, alpha: 8}")
 

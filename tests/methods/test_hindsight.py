@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from moalign.experiment.train import TrainRequest, plan, train
 from moalign.methods import registry
 from moalign.methods.hindsight import Config
 from moalign.methods.morlhf import Config as MorlhfConfig
 from moalign.training.distil import PHASE
-from moalign.workflow.train import TrainRequest, plan, train
 
 WARM = ("distil.steps=2", "distil.batch=4", "distil.n=2", "distil.max_tokens=128")
 QUICK = ("steps=2", "batch=4")

@@ -12,11 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moalign.experiment.train import TrainRequest, plan, train
+from moalign.lm.language_model import TokenOutputs
 from moalign.methods.mo_odpo import Config
-from moalign.policies.language_model import TokenOutputs
 from moalign.training.online import Part, Rollout
 from moalign.training.online_dpo import PairLoss, pairs
-from moalign.workflow.train import TrainRequest, plan, train
 
 W = np.array([[0.25, 0.75], [1.0, 0.0]])
 TEXTS = ["a", "b", "c", "d"]
@@ -198,7 +198,7 @@ def test_only_the_vectors_given_are_trained_on(
 def test_the_preference_is_in_the_prompt_and_the_scorer_sees_the_bare_one(
     small_task: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from moalign.policies.language_model import LanguageModel
+    from moalign.lm.language_model import LanguageModel
     from moalign.rewards.panel import RewardPanel
 
     read: list[str] = []

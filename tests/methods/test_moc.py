@@ -11,14 +11,15 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from moalign import preferences
-from moalign.errors import RequestError, WorkError
+from moalign.core import preferences
+from moalign.core.errors import RequestError, WorkError
+from moalign.experiment.train import TrainRequest, plan, train
+from moalign.losses.ppo import clipped, whitened
 from moalign.methods.moc import Config, Control, control_error, normalised, policy_grams, ramp, weights
 from moalign.pareto import indicators
 from moalign.pareto.hypervolume import hypervolume
 from moalign.training.online import Rollout
-from moalign.training.ppo import Experience, PpoLoss, clipped, grouped, whitened
-from moalign.workflow.train import TrainRequest, plan, train
+from moalign.training.ppo import Experience, PpoLoss, grouped
 
 Matrix = NDArray[np.float64]
 
@@ -166,7 +167,7 @@ def test_while_the_constraint_holds_it_is_the_plain_min_norm_step(mode: Any) -> 
 @pytest.mark.parametrize("size", [2, 3, 5])
 def test_omega_is_what_the_vectors_say(mode: Any, size: int) -> None:
     """sum_i omega_i v_i is the min-norm point of the q_i (soft), computed here from the vectors themselves."""
-    from moalign.training.min_norm import min_norm
+    from moalign.losses.min_norm import min_norm
 
     rng = np.random.default_rng(size)
     for _ in range(20):

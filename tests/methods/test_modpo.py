@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from moalign.errors import RequestError
+from moalign.core.errors import RequestError
+from moalign.core.progress import silent
+from moalign.experiment.train import TrainRequest, context_of, plan, train
+from moalign.lm import adapters
 from moalign.methods import modpo
 from moalign.methods.modpo import Config, margin_of, role_of
-from moalign.policies import adapters
 from moalign.runs.run import Run
-from moalign.tasks.task import silent
 from moalign.training import offline_dpo, reference
-from moalign.workflow.train import TrainRequest, context_of, plan, train
 
 NAMES = ["helpfulness", "harmlessness"]
 THREE = ["a", "b", "c"]

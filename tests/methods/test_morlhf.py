@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from moalign.errors import RequestError
+from moalign.core.errors import RequestError
+from moalign.evaluation import evaluate
+from moalign.experiment.train import TrainRequest, context_of, plan, train
+from moalign.lm.language_model import LanguageModel
 from moalign.methods import registry
 from moalign.methods.morlhf import utility
-from moalign.policies.language_model import LanguageModel
 from moalign.training.online import Rollout
-from moalign.workflow import evaluate
-from moalign.workflow.train import TrainRequest, context_of, plan, train
 
 FEW = ("steps=3", "batch=6", "groups=3", "log_every=1", "lr=0.01", "policy.lora={r: 4, alpha: 8, dropout: 0.0}")
 

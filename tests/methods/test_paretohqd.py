@@ -13,16 +13,17 @@ import numpy as np
 import pytest
 import torch
 
-from moalign.data.records import Response
-from moalign.errors import RequestError
+from moalign.core.errors import RequestError
+from moalign.core.progress import silent
+from moalign.core.records import Response
+from moalign.evaluation import evaluate
+from moalign.experiment.train import TrainRequest, context_of, plan, train
+from moalign.lm.quality import collapse
 from moalign.methods import paretohqd
 from moalign.methods.paretohqd import ParetoHqd
 from moalign.pareto.directions import Pool, nearest
-from moalign.pareto.quality import collapse
 from moalign.runs.run import Run
-from moalign.tasks.task import from_columns, silent
-from moalign.workflow import evaluate
-from moalign.workflow.train import TrainRequest, context_of, plan, train
+from moalign.tasks.task import from_columns
 
 LORA = "policy.lora={r: 4, alpha: 8, dropout: 0.1}"
 STAGE = "{steps: 4, batch: 4, lr: 0.01, max_tokens: 48, log_every: 1, checkpoint_every: 2}"
@@ -64,7 +65,7 @@ class Training:
 @contextlib.contextmanager
 def watching() -> Iterator[list[Training]]:
     """Record every training within the block."""
-    from moalign.policies import adapters
+    from moalign.lm import adapters
     from moalign.training import sft
 
     calls: list[Training] = []
@@ -355,7 +356,7 @@ def test_a_constant_objective_is_refused_by_name(
 ) -> None:
     from dataclasses import replace
 
-    from moalign.methods.base import Job
+    from moalign.training.job import Job
 
     scored = Job.scored
 

@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 
 from moalign.config.card import TemplateSpec
-from moalign.data.records import Response
-from moalign.errors import RequestError
+from moalign.core.errors import RequestError
+from moalign.core.records import Response
+from moalign.experiment.train import TrainRequest, context_of, plan, train
+from moalign.lm import adapters
 from moalign.lm.chat import Renderer
 from moalign.methods import ric
-from moalign.methods.base import Job
 from moalign.methods.ric import Config, Ric, boundary_targets, desired_rewards, keep
 from moalign.pareto.front import layers
-from moalign.policies import adapters
 from moalign.runs.meter import Meter
 from moalign.tasks.task import columns, from_columns
-from moalign.workflow.train import TrainRequest, context_of, plan, train
+from moalign.training.job import Job
 
 BOX = np.array([[-4.0, 4.0], [-4.0, 4.0]])
 QUICK = (

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moalign.methods.base import RunContext
+from moalign.evaluation.evaluate import Evaluation, evaluate
+from moalign.experiment.train import TrainRequest, context_of, plan, train
 from moalign.policies import policy
 from moalign.tasks.sandbox import world
 from moalign.tasks.sandbox.optimum import all_rewards, corpus_log_probs
-from moalign.workflow.evaluate import Evaluation, evaluate
-from moalign.workflow.train import TrainRequest, context_of, plan, train
+from moalign.training.job import RunContext
 
 BIAS = 0.015
 """How far the base's mean may lie from the corpus's, in normalised units (1 spans the middle 98 % of scores).

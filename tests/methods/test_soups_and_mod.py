@@ -10,11 +10,11 @@ import pytest
 
 from moalign.config import find, load
 from moalign.config.load import ResolvedRequest
-from moalign.errors import RequestError
+from moalign.core.errors import RequestError
+from moalign.evaluation import evaluate
+from moalign.experiment.train import Plan, TrainRequest, context_of, plan, train
 from moalign.methods import registry
 from moalign.policies.policy import respond_all
-from moalign.workflow import evaluate
-from moalign.workflow.train import Plan, TrainRequest, context_of, plan, train
 
 EXPERTS = {"rewarded-soups": "morlhf", "dpo-soups": "modpo", "mod": "modpo"}
 TASKS = ("sandbox", "sandbox-3", "stories")

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from moalign.errors import RequestError
+from moalign.core.errors import RequestError
+from moalign.core.preferences import grid
 from moalign.pareto.directions import Pool, direction, nearest, ray_distances, representatives, unit_box
 from moalign.pareto.front import layers
-from moalign.preferences import grid
 
 # -- directions and distances ------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from moalign.errors import RequestError
+from moalign.core.errors import RequestError
 from moalign.pareto.front import check_points, check_ref, layers, nondominated
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from moalign.errors import RequestError
+from moalign.core.errors import RequestError
 from moalign.pareto.hypervolume import adds_nothing, hypervolume, optimal_share
 
 coarse = st.integers(-2, 4).map(lambda v: v / 2)

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.stats import kendalltau
 
-from moalign.errors import RequestError
+from moalign.core.errors import RequestError
+from moalign.core.preferences import grid
 from moalign.pareto import indicators
 from moalign.pareto.indicators import (
     controllability,
@@ -27,7 +28,6 @@ from moalign.pareto.indicators import (
     spacing,
     sparsity,
 )
-from moalign.preferences import grid
 
 values = st.integers(-3, 3).map(float) | st.floats(-1e300, 1e300)
 small = st.integers(-3, 3).map(float) | st.floats(-3, 3)

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moalign.pareto.points
-from moalign.errors import RequestError
+from moalign.core.errors import RequestError
 from moalign.pareto.hypervolume import hypervolume
 from moalign.pareto.points import calculate, parse_ref, read_points
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from scipy.stats import norm as normal
 from scipy.stats import t as student
 
-from moalign.errors import RequestError
+from moalign.core.errors import RequestError
+from moalign.core.preferences import grid
 from moalign.pareto import statistics
 from moalign.pareto.hypervolume import hypervolume
 from moalign.pareto.statistics import (
@@ -29,7 +30,6 @@ from moalign.pareto.statistics import (
     two_level_means,
     widening,
 )
-from moalign.preferences import grid
 
 Patch = Callable[[], None]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from moalign.policies.language_model import LanguageModel, wrap
+from moalign.lm.language_model import LanguageModel, wrap
 from moalign.tasks.sandbox import base
 
 

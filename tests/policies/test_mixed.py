@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from moalign.config.recipe import LoraSpec
-from moalign.errors import RequestError
-from moalign.policies import adapters, sampler
-from moalign.policies.adapters import Adapter
-from moalign.policies.language_model import LanguageModel, reference_mode, wrap
+from moalign.core.errors import RequestError
+from moalign.lm import adapters, sampler
+from moalign.lm.adapters import Adapter
+from moalign.lm.generator import LazyGenerator, ModelGenerator
+from moalign.lm.language_model import LanguageModel, reference_mode, wrap
+from moalign.lm.sampler import Samples, Sampling, generate, pad_left, sample, uniforms
 from moalign.policies.mixed import MixedGenerator, Mixture, check_alike, mix_logits
-from moalign.policies.policy import LazyGenerator, ModelGenerator, Policy, respond_all
-from moalign.policies.sampler import Samples, Sampling, generate, pad_left, sample, uniforms
+from moalign.policies.policy import Policy, respond_all
 
 Make = Callable[..., LanguageModel]
 SPECS = [LoraSpec(r=4, alpha=6, dropout=0.5), LoraSpec(r=2, alpha=7, dropout=0.0), LoraSpec(r=3, alpha=1, dropout=0.0)]
@@ -362,7 +363,7 @@ def test_repeated_rows_read_the_prompt_once(make_lm: Make) -> None:
 
 def test_the_plain_path_is_the_direct_source(make_lm: Make) -> None:
     lm = make_lm()
-    from moalign.policies.sampler import Direct
+    from moalign.lm.sampler import Direct
 
     given = generate(lm, PROMPTS, range(4), SAMPLING, source=lambda: Direct(lm.model))
     plain = generate(lm, PROMPTS, range(4), SAMPLING)

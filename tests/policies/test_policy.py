@@ -8,14 +8,15 @@ from functools import partial
 import numpy as np
 import torch
 
-from moalign import preferences
 from moalign.config.card import TemplateSpec
 from moalign.config.recipe import LoraSpec
+from moalign.core import preferences
+from moalign.lm import adapters
 from moalign.lm.chat import Renderer
-from moalign.policies import adapters
-from moalign.policies.language_model import LanguageModel
-from moalign.policies.policy import ModelGenerator, Policy, respond_all
-from moalign.policies.sampler import Generated, Sampling, Traces
+from moalign.lm.generator import ModelGenerator
+from moalign.lm.language_model import LanguageModel
+from moalign.lm.sampler import Generated, Sampling, Traces
+from moalign.policies.policy import Policy, respond_all
 
 PROMPTS = ["make soup", "read a map", "make soup", "fix a chair"]
 SAMPLING = Sampling(max_new_tokens=8, seed=3, batch_size=2)

@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moalign import preferences
+from moalign.comparison.standings import Contender, standings
 from moalign.config.card import EvaluationSpec
+from moalign.core import preferences
+from moalign.evaluation.evaluate import Evaluation, judge
 from moalign.report import verdict
-from moalign.workflow.evaluate import Evaluation, judge
-from moalign.workflow.standings import Contender, standings
 
 NAMES = ["helpfulness", "harmlessness", "humor", "brevity"]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from moalign.errors import RequestError
+from moalign.core.errors import RequestError
 from moalign.report import drawings, leaderboard
 
 Build = Callable[..., dict[str, Any]]

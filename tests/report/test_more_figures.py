@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moalign.errors import RequestError
+from moalign.core.errors import RequestError
 from moalign.report import cost, curves, drawings, reliability, style, utility
 
 Build = Callable[..., dict[str, Any]]

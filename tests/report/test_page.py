@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moalign import preferences
+from moalign.core import preferences
 from moalign.report import page
 from moalign.report.page import Answers
 

@@ -14,7 +14,7 @@ from typing import Any, cast
 import pytest
 
 from moalign.config.objectives import ClassifierObjective
-from moalign.errors import RequestError
+from moalign.core.errors import RequestError
 from moalign.rewards.hf_classifier import ClassifierScorer
 from moalign.rewards.panel import RewardPanel
 
@@ -440,7 +440,7 @@ def test_hub_id_while_offline_and_no_torch_at_construction(models: Path) -> None
         import sys
         from pathlib import Path
         from moalign.config.objectives import ClassifierObjective
-        from moalign.errors import RequestError
+        from moalign.core.errors import RequestError
         from moalign.rewards.scorer import build_scorer
 
         local = ClassifierObjective(name="x", kind="hf-classifier", model="bert", label=1)

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from moalign.config.card import SourceSpec, SplitSpec
-from moalign.rewards import evaluation, pairs, runs
-from moalign.rewards.pairs import PairSet
-from moalign.rewards.settings import RewardSettings
+from moalign.reward_models import evaluation, pairs, runs
+from moalign.reward_models.pairs import PairSet
+from moalign.reward_models.settings import RewardSettings
 
 SETTINGS = RewardSettings(
     steps=100,

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from moalign.config.objectives import LmObjective
-from moalign.errors import RequestError
+from moalign.core.errors import RequestError
 from moalign.rewards import lm_scorer
 from moalign.rewards.lm_scorer import LmScorer
 from moalign.rewards.panel import RewardPanel

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moalign.config.card import NormaliserSpec
-from moalign.errors import RequestError
+from moalign.core.errors import RequestError
 from moalign.rewards.normaliser import Normaliser
 
 NAMES = ["a", "b"]

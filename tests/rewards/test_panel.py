@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moalign.config.objectives import PythonObjective, RuleObjective, SandboxObjective
-from moalign.errors import RequestError, WorkError
+from moalign.core.errors import RequestError, WorkError
 from moalign.rewards.normaliser import Normaliser
 from moalign.rewards.panel import RewardPanel
 from moalign.rewards.scorer import FunctionScorer, Scorer, build_scorer

@@ -17,8 +17,8 @@ import torch
 
 from moalign.config.load import load_card
 from moalign.config.objectives import ClassifierObjective
+from moalign.core.errors import RequestError
 from moalign.data.dialogue import ASSISTANT, HUMAN, split_pair, split_reply
-from moalign.errors import RequestError
 from moalign.rewards.hf_classifier import ClassifierScorer
 from moalign.rewards.panel import RewardPanel
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from moalign.config.objectives import PythonObjective
-from moalign.errors import RequestError
+from moalign.core.errors import RequestError
 from moalign.rewards.python_scorer import GROUP, PythonScorer
 
 MODULE = """

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moalign.config.objectives import RuleObjective
-from moalign.errors import RequestError
+from moalign.core.errors import RequestError
 from moalign.rewards import rules
 from moalign.rewards.rules import RULES, RuleScorer
 

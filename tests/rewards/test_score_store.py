@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moalign.errors import RequestError, WorkError
+from moalign.core.errors import RequestError, WorkError
 from moalign.rewards.store import Store, key_of
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-import moalign.errors
-from moalign.errors import RequestError
+import moalign.core.errors
+from moalign.core.errors import RequestError
 from moalign.runs import atomic
 
-ROOT = Path(moalign.errors.__file__).parents[1]
+ROOT = Path(moalign.core.errors.__file__).parents[1]
 
 
 def python(code: str, *arguments: str) -> subprocess.Popen[str]:
@@ -162,7 +162,7 @@ def test_a_read_only_folder(tmp_path: Path) -> None:
 
 FULL = """
 import resource, sys
-from moalign.errors import RequestError
+from moalign.core.errors import RequestError
 from moalign.runs import atomic, checkpoint
 kind, target = sys.argv[1:]
 if kind == "tensors":

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 import torch
 
-import moalign.errors
-from moalign.errors import RequestError
+import moalign.core.errors
+from moalign.core.errors import RequestError
 from moalign.runs import checkpoint
 
-ROOT = Path(moalign.errors.__file__).parents[1]
+ROOT = Path(moalign.core.errors.__file__).parents[1]
 
 
 def tensors(value: float = 1.0) -> dict[str, torch.Tensor]:

@@ -11,12 +11,12 @@ from types import SimpleNamespace
 
 import pytest
 
-import moalign.errors
+import moalign.core.errors
 from moalign.runs import meter as meters
 from moalign.runs.meter import Meter
 from moalign.runs.record import Cost
 
-ROOT = Path(moalign.errors.__file__).parents[1]
+ROOT = Path(moalign.core.errors.__file__).parents[1]
 
 
 def test_counts_and_cost() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moalign.errors import RequestError
+from moalign.core.errors import RequestError
 from moalign.runs import record as records
 from moalign.runs.record import RunRecord
 

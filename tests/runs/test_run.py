@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 import torch
 
-import moalign.errors
-from moalign.errors import RequestError
+import moalign.core.errors
+from moalign.core.errors import RequestError
 from moalign.runs import atomic
 from moalign.runs import record as records
 from moalign.runs import run as runs
@@ -29,7 +29,7 @@ from moalign.runs.meter import Meter
 from moalign.runs.record import RunRecord
 from moalign.runs.run import Run
 
-ROOT = Path(moalign.errors.__file__).parents[1]
+ROOT = Path(moalign.core.errors.__file__).parents[1]
 
 HOLD = """
 import sys, time

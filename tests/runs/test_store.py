@@ -15,15 +15,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import moalign.errors
-from moalign.errors import RequestError
+import moalign.core.errors
+from moalign.core.errors import RequestError
 from moalign.runs import atomic
 from moalign.runs import record as records
 from moalign.runs.record import RunRecord
 from moalign.runs.run import Run
 from moalign.runs.store import RunStore, identity
 
-ROOT = Path(moalign.errors.__file__).parents[1]
+ROOT = Path(moalign.core.errors.__file__).parents[1]
 
 KEYS = st.text(max_size=5)
 VALUES = st.recursive(

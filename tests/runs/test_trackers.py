@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from moalign.errors import RequestError
+from moalign.core.errors import RequestError
+from moalign.experiment.train import TrainRequest, plan, train
 from moalign.runs import trackers
 from moalign.runs.trackers import Mirrors
-from moalign.workflow.train import TrainRequest, plan, train
 
 LINES: list[tuple[int, str, dict[str, Any]]] = [
     (1, "offline", {"loss": 0.5, "reward/helpfulness": 2, "note": "text", "nothing": None, "flag": True}),

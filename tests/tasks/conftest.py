@@ -37,7 +37,8 @@ def answers(sandbox: Callable[[str], SandboxTask]) -> Callable[[str], tuple[np.n
     """
     from functools import partial
 
-    from moalign.policies.policy import ModelGenerator, Policy, respond_all
+    from moalign.lm.generator import ModelGenerator
+    from moalign.policies.policy import Policy, respond_all
 
     made: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 

@@ -15,8 +15,8 @@ from pydantic import ValidationError
 
 from moalign.config import load
 from moalign.config.card import TaskCard
+from moalign.core.errors import RequestError
 from moalign.data import splits
-from moalign.errors import RequestError
 from moalign.tasks.load import make_task
 from moalign.tasks.pairs import from_scores, matches
 from moalign.tasks.sandbox import world

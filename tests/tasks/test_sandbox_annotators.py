@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from moalign.rewards import calibration
+from moalign.reward_models import calibration
 from moalign.tasks.sandbox import annotators, base, world
 from moalign.tasks.sandbox.scorer import rewards
 

@@ -15,10 +15,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from moalign.lm import language_model
+from moalign.lm.sampler import sample, uniforms
 from moalign.pareto.hypervolume import hypervolume
 from moalign.pareto.indicators import controllability
-from moalign.policies import language_model
-from moalign.policies.sampler import sample, uniforms
 from moalign.tasks.sandbox import base, world
 from moalign.tasks.sandbox.optimum import all_rewards, corpus_log_probs
 from moalign.tasks.sandbox.scorer import parse

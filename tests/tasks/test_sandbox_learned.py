@@ -11,14 +11,15 @@ import pytest
 from moalign.config import validate
 from moalign.config.card import TaskCard
 from moalign.config.load import load_card
-from moalign.errors import RequestError
-from moalign.rewards.settings import RewardSettings
+from moalign.core.errors import RequestError
+from moalign.evaluation import evaluate
+from moalign.experiment import train
+from moalign.experiment.train import TrainRequest
+from moalign.reward_models.settings import RewardSettings
 from moalign.tasks.load import make_task
 from moalign.tasks.sandbox import learned, world
 from moalign.tasks.sandbox.task import SandboxTask
 from moalign.tasks.task import shown
-from moalign.workflow import evaluate, train
-from moalign.workflow.train import TrainRequest
 
 FEW = "task.sandbox.annotators.pairs=80"
 
@@ -71,7 +72,7 @@ def test_methods_see_the_reward_models_and_the_judge_the_truth(
 def test_the_reward_model_is_trained_once_and_is_an_ordinary_run(
     quick: None, small_task: tuple[str, ...], tmp_path: Path
 ) -> None:
-    from moalign.rewards.runs import RewardStore
+    from moalign.reward_models.runs import RewardStore
 
     overrides = (*small_task, "task.rewards=learned", FEW)
     first, second = task(overrides, tmp_path), task(overrides, tmp_path)

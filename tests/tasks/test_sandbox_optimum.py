@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moalign import preferences
+from moalign.core import preferences
 from moalign.pareto.front import nondominated
 from moalign.tasks.sandbox import base, world
 from moalign.tasks.sandbox.optimum import all_rewards, all_texts, corpus_log_probs, optimum

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moalign.errors import RequestError
+from moalign.core.errors import RequestError
 from moalign.tasks.sandbox import world
 from moalign.tasks.sandbox.scorer import SandboxScorer, parse, rewards
 

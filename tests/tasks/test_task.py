@@ -16,10 +16,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from moalign.config.card import TaskCard
 from moalign.config.load import load_card
+from moalign.core.errors import RequestError
 from moalign.data import splits
-from moalign.errors import RequestError
-from moalign.pareto.quality import short_below
-from moalign.policies import language_model
+from moalign.lm import language_model
+from moalign.lm.quality import short_below
 from moalign.tasks.load import make_task
 from moalign.tasks.sandbox import base, world
 from moalign.tasks.sandbox.scorer import parse, rewards

@@ -12,8 +12,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from moalign.config.card import TaskCard
-from moalign.data.records import Response
-from moalign.errors import RequestError
+from moalign.core.errors import RequestError
+from moalign.core.records import Response
 from moalign.lm.chat import training_row
 from moalign.tasks.load import make_task
 from moalign.tasks.sandbox import base, world

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from moalign.methods.base import Job
-from moalign.policies import adapters
+from moalign.experiment.train import TrainRequest, plan
+from moalign.lm import adapters
 from moalign.runs.meter import Meter
-from moalign.workflow.train import TrainRequest, plan
+from moalign.training.job import Job
 
 LORA = "policy.lora={r: 4, alpha: 8, dropout: 0.0}"
 

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moalign.errors import RequestError
-from moalign.methods.base import Job
+from moalign.core.errors import RequestError
 from moalign.training import distil as engine
 from moalign.training.distil import DistilConfig, best_of, distil, pools
+from moalign.training.job import Job
 
 MakeJob = Callable[..., Job]
 

@@ -13,13 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moalign.errors import RequestError
-from moalign.methods.base import Job
-from moalign.policies import adapters, per_preference
-from moalign.policies.policy import ModelGenerator, Policy
-from moalign.preferences import Preference
+from moalign.core.errors import RequestError
+from moalign.core.preferences import Preference
+from moalign.lm import adapters
+from moalign.lm.generator import ModelGenerator
+from moalign.policies import per_preference
+from moalign.policies.policy import Policy
 from moalign.runs.run import Run
 from moalign.training.grid import each_preference
+from moalign.training.job import Job
 from moalign.training.settings import SftConfig
 from moalign.training.sft import train_sft
 

@@ -11,16 +11,19 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from moalign.data.records import Response
-from moalign.errors import RequestError
-from moalign.methods.base import Job
-from moalign.policies import adapters
-from moalign.policies.language_model import LanguageModel
+from moalign.core.errors import RequestError
+from moalign.core.records import Response
+from moalign.core.schedule import factor
+from moalign.core.seeds import derive
+from moalign.lm import adapters
+from moalign.lm.language_model import LanguageModel
+from moalign.lm.trainers import quiet_libraries
 from moalign.tasks.sandbox import world
 from moalign.tasks.sandbox.base import z_scale
 from moalign.tasks.sandbox.optimum import all_rewards, corpus_log_probs
 from moalign.training import reference
 from moalign.training.dropout import without_dropout
+from moalign.training.job import Job
 from moalign.training.offline_dpo import (
     Batches,
     Margin,
@@ -31,11 +34,9 @@ from moalign.training.offline_dpo import (
     make_trainer,
     train_dpo,
 )
-from moalign.training.schedule import factor
-from moalign.training.seeds import derive
 from moalign.training.settings import DpoStage, SftConfig
 from moalign.training.sft import train_sft
-from moalign.training.trainer_books import make_books, make_optimizer, order, quiet_libraries, trainable
+from moalign.training.trainer_books import make_books, make_optimizer, order, trainable
 
 MakeJob = Callable[..., Job]
 TEXTS = ["how do i make soup today ?", "tell me how to plant roses on my own .", "any tips ?", "i want to"]

@@ -10,10 +10,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from moalign.methods.base import Job
-from moalign.policies import adapters
-from moalign.policies.language_model import TokenOutputs
+from moalign.lm import adapters
+from moalign.lm.language_model import TokenOutputs
 from moalign.training import online
+from moalign.training.job import Job
 from moalign.training.online import REFERENCE, OnlineEngine, Part, Rollout, Selection, preference_sampler
 from moalign.training.online_dpo import PairLoss
 

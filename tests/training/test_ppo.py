@@ -10,24 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from moalign.methods.base import Job
-from moalign.policies import adapters
-from moalign.policies.language_model import TokenOutputs, token_outputs
+from moalign.lm import adapters
+from moalign.lm.language_model import TokenOutputs, token_outputs
+from moalign.losses.ppo import adapted, beside, clipped, gae, gate, token_rewards, whitened
+from moalign.training.job import Job
 from moalign.training.online import OnlineEngine, Part, Rollout
-from moalign.training.ppo import (
-    PpoLoss,
-    ValueHeads,
-    adapted,
-    beside,
-    clipped,
-    gae,
-    gate,
-    grouped,
-    only,
-    token_rewards,
-    train_ppo,
-    whitened,
-)
+from moalign.training.ppo import PpoLoss, ValueHeads, grouped, only, train_ppo
 from moalign.training.settings import ConditionedPpoConfig, PpoConfig
 
 MakeJob = Callable[..., Job]

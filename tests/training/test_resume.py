@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
+from moalign.core.progress import silent
+from moalign.experiment.train import TrainRequest, plan, train
 from moalign.runs.run import Run
-from moalign.tasks.task import silent
-from moalign.workflow.train import TrainRequest, plan, train
 
 LORA = "policy.lora={r: 4, alpha: 8, dropout: 0.1}"
 STAGE = "{steps: 6, batch: 4, lr: 0.01, max_tokens: 48, log_every: 1, checkpoint_every: 2}"

@@ -9,16 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from moalign.data.records import Response
-from moalign.errors import RequestError
-from moalign.methods.base import Job
-from moalign.policies import adapters
-from moalign.policies.language_model import LanguageModel
-from moalign.training.schedule import factor
-from moalign.training.seeds import derive
+from moalign.core.errors import RequestError
+from moalign.core.records import Response
+from moalign.core.schedule import factor
+from moalign.core.seeds import derive
+from moalign.lm import adapters
+from moalign.lm.language_model import LanguageModel
+from moalign.lm.trainers import checkpointing_option
+from moalign.training.job import Job
 from moalign.training.settings import SftConfig
 from moalign.training.sft import encode_rows, train_sft
-from moalign.training.trainer_books import checkpointing_option, order
+from moalign.training.trainer_books import order
 
 MakeJob = Callable[..., Job]
 TEXTS = [

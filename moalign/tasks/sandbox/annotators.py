@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from moalign.rewards.calibration import sigmoid
-from moalign.rewards.pairs import PairSet
+from moalign.reward_models.calibration import sigmoid
+from moalign.reward_models.pairs import PairSet
 from moalign.tasks.sandbox import world
 from moalign.tasks.sandbox.base import z_scale
 from moalign.tasks.sandbox.scorer import rewards

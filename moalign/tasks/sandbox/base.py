@@ -15,15 +15,15 @@ import collections
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moalign import preferences
-from moalign.errors import WorkError
+from moalign.core import preferences
+from moalign.core.errors import WorkError
+from moalign.core.paths import cache_root
 from moalign.tasks.sandbox import world
 
 if TYPE_CHECKING:
@@ -106,14 +106,6 @@ def identity(objectives: Sequence[str], kind: str, seed: int) -> str:
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def cache_root() -> Path:
-    """Return the folder of cached bases: $MOALIGN_CACHE, else the user's cache folder."""
-    told = os.environ.get("MOALIGN_CACHE")
-    if told:
-        return Path(told)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moalign"
-
-
 def ensure(objectives: Sequence[str], kind: str, seed: int, progress: Callable[[int, int], None] | None = None) -> Path:
     """Return the folder of the trained base, training it when it is not cached yet.
 
@@ -176,7 +168,7 @@ def train(
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from moalign.policies.language_model import set_threads, wrap
+    from moalign.lm.language_model import set_threads, wrap
 
     tokenizer = make_tokenizer()
     torch.manual_seed(seed)
@@ -243,8 +235,8 @@ def _steps(
 
 def steering(lm: Any, objectives: Sequence[str], questions: int = 60) -> float:
     """Return Kendall's tau between stated weight and mean reward on an even grid, averaged over objectives."""
+    from moalign.lm.sampler import Sampling, generate
     from moalign.pareto.indicators import controllability
-    from moalign.policies.sampler import Sampling, generate
     from moalign.tasks.sandbox.scorer import rewards
 
     grid = preferences.grid(len(objectives), 10 if len(objectives) == 2 else 3)

@@ -10,11 +10,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from moalign.config.objectives import ClassifierObjective
-from moalign.rewards.settings import RewardSettings
+from moalign.reward_models.settings import RewardSettings
 
 if TYPE_CHECKING:
-    from moalign.rewards.runs import RewardRequest
-    from moalign.rewards.training import Say
+    from moalign.core.progress import Say
+    from moalign.reward_models.runs import RewardRequest
     from moalign.tasks.sandbox.task import SandboxTask
 
 VERSION = "2"
@@ -36,7 +36,7 @@ SETTINGS = RewardSettings(
 
 def request(task: SandboxTask) -> RewardRequest:
     """Return the reward models of a task as a request; the base is made first when it is not there yet."""
-    from moalign.rewards import runs
+    from moalign.reward_models import runs
 
     settings = SETTINGS.model_copy(update={"splits": task.card.splits})
     name, pairs = task.card.name, task.labelled_pairs()
@@ -45,7 +45,7 @@ def request(task: SandboxTask) -> RewardRequest:
 
 def objectives(task: SandboxTask, say: Say) -> list[ClassifierObjective]:
     """Return the task's objectives as heads of the trained reward model; it is trained when it is not there yet."""
-    from moalign.rewards import runs
+    from moalign.reward_models import runs
 
     run, _ = runs.obtain(request(task), lambda what, done, total: say(f"reward models: {what}", done, total), wait=True)
     return [runs.objective(run, name, head=name) for name in task.names]

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from moalign.config.objectives import SandboxObjective
+from moalign.rewards.scorer import FunctionScorer, Scorer
 from moalign.tasks.sandbox import world
 
 _PHRASES = {
@@ -64,7 +66,7 @@ class SandboxScorer:
     maximise = True
 
     def __init__(self, name: str) -> None:
-        from moalign.errors import unknown
+        from moalign.core.errors import unknown
 
         if name not in world.OBJECTIVES:
             raise unknown("sandbox objective", name, world.OBJECTIVES)
@@ -75,3 +77,15 @@ class SandboxScorer:
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         """Return one float per (bare prompt, response)."""
         return [rewards(prompt, response)[self.index] for prompt, response in zip(prompts, responses, strict=True)]
+
+
+def scorer_of(spec: SandboxObjective) -> Scorer:
+    """Return the scorer of one of the sandbox's objectives."""
+    exact = SandboxScorer(spec.name)
+    return FunctionScorer(
+        name=spec.name,
+        function=exact.score,
+        revision=f"{exact.revision}:{spec.name}",
+        maximise=spec.maximise,
+        cheap=not spec.store,
+    )

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moalign.config.card import AnnotatorSpec
-from moalign.preferences import Preference
+from moalign.core.preferences import Preference
 from moalign.rewards.normaliser import Normaliser
 from moalign.rewards.panel import RewardPanel
 from moalign.tasks.sandbox import base, world
 from moalign.tasks.task import Matrix, Task, fingerprint
 
 if TYPE_CHECKING:
-    from moalign.rewards.pairs import PairSet
+    from moalign.reward_models.pairs import PairSet
 
 PER_PROMPT = 16
 """Data responses per prompt, drawn from the corpus without preference: a logged data set of mixed quality."""

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 from toy_moalign.toy_temperature import Config, Cooled
 
-from moalign.policies.sampler import Sampling
+from moalign.lm.sampler import Sampling
 
 
 class Recorder:

@@ -1,0 +1,288 @@
+"""Where the trainings of a comparison run: child processes of this machine, or tasks that ray places on a cluster.
+
+Either way a job is the command ``moalign train ... --json`` in a process that does nothing else meanwhile, so a run and
+its failure are the same wherever it was made. The results folder must be the same for all: ray's nodes share it, at the
+same path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+from moalign.core.errors import WorkError, unknown
+from moalign.core.progress import Say, silent
+
+NAMES = ("local", "ray")
+
+GRACE = 5.0
+"""Seconds that an interrupted process has to end by itself."""
+_LOOK = 0.2
+"""Seconds between two looks at a child: ray cancels a task between two instructions of Python, not inside a wait."""
+_CARRIED = ("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "OMP_NUM_THREADS")
+"""Variables beside ``MOALIGN_*`` that a ray task takes from the machine where the comparison was asked for: a cluster
+that was started before knows nothing of them."""
+
+
+class Executor(Protocol):
+    """Runs jobs, several at a time from as many threads."""
+
+    def run(self, command: Sequence[str], say: Say = silent) -> tuple[int, str]:
+        """Run ``moalign`` with these arguments to its end; return (exit code, stderr).
+
+        ``say`` is told of its progress where that can be known, from any thread.
+
+        Raises WorkError when it could not be run at all, or was lost.
+        """
+        ...
+
+    def stop(self) -> None:
+        """Interrupt every job and start no more; their runs can be resumed."""
+        ...
+
+
+def problems(name: str) -> list[str]:
+    """Return what stands against an executor: an unknown name, or a library that is not installed."""
+    if name not in NAMES:
+        return [str(unknown("executor", name, NAMES, "--executor"))]
+    if name == "ray" and importlib.util.find_spec("ray") is None:
+        return [
+            "--executor ray: the package ray is not installed; pip install ray (what moalign's extra [ray] does), or "
+            "leave out --executor to train on this machine"
+        ]
+    return []
+
+
+@contextlib.contextmanager
+def opened(name: str) -> Iterator[Executor]:
+    """Make an executor ready; ray is started, or its cluster joined, and left again.
+
+    Raises WorkError when ray cannot be started or reached.
+    """
+    if name == "local":
+        processes = Processes()
+        try:
+            yield processes
+        finally:
+            processes.close()
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else it reports to its makers over the network
+    ray: Any = importlib.import_module("ray")
+    own = not ray.is_initialized()
+    if own:
+        try:
+            # RAY_ADDRESS, or the cluster that `ray start` left on this machine; else a cluster of this machine alone.
+            ray.init(log_to_driver=False, logging_level="ERROR", include_dashboard=False)
+        except Exception as error:
+            where = os.environ.get("RAY_ADDRESS")
+            at = f" at RAY_ADDRESS={where}" if where else ""
+            raise WorkError(f"--executor ray: ray cannot be started or reached{at}: {_line(error)}") from error
+    try:
+        yield RayTasks(ray)
+    finally:
+        if own:
+            ray.shutdown()
+
+
+class Child:
+    """A process that runs commands one after another (:mod:`moalign.cli.jobs`)."""
+
+    def __init__(self, folder: str | None, settings: Mapping[str, str]) -> None:
+        self._said = tempfile.TemporaryFile("a+", encoding="utf-8", errors="replace")  # noqa: SIM115 - closed with it
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "moalign.cli.jobs"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._said,
+            text=True,
+            errors="replace",
+            cwd=folder,
+            env={**os.environ, **settings},
+        )
+        self._answers: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._say: Say = silent
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("["):
+                with contextlib.suppress(Exception):  # a display that fails must not lose the answer
+                    self._say(*json.loads(line))
+            else:
+                self._answers.put(line)
+        self._answers.put("")
+
+    def run(self, command: Sequence[str], say: Say) -> tuple[int, str]:
+        """Run ``moalign`` with these arguments; return (exit code, stderr)."""
+        self._say = say
+        begin = self._said.seek(0, os.SEEK_END)
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended: its exit code says how
+            self.process.stdin.write(json.dumps([*command, "--json"]) + "\n")
+            self.process.stdin.flush()
+        answer = None
+        while answer is None:
+            with contextlib.suppress(queue.Empty):
+                answer = self._answers.get(timeout=_LOOK)
+        code = int(answer) if answer else self.process.wait()
+        self._said.seek(begin)
+        # A process that ends without an answer did not do what it was asked for, whatever its exit code.
+        return code or int(not answer), self._said.read()
+
+    def close(self) -> None:
+        """Let it end; it has nothing to do."""
+        with contextlib.suppress(BrokenPipeError):
+            assert self.process.stdin is not None
+            self.process.stdin.close()
+        try:
+            self.process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self._said.close()
+
+
+class Processes:
+    """Child processes that an interruption reaches; one that has done its command well takes the next."""
+
+    def __init__(self, folder: str | None = None, settings: Mapping[str, str] | None = None) -> None:
+        """Run in ``folder`` (None: here) with ``settings`` on top of this process's environment."""
+        self._folder = folder
+        self._settings = dict(settings or {})
+        self._lock, self._saying = threading.Lock(), threading.Lock()
+        self._alive: set[Child] = set()
+        self._idle: list[Child] = []
+        self._stopping = False
+
+    def run(self, command: Sequence[str], say: Say = silent) -> tuple[int, str]:
+        """Run ``moalign`` with these arguments; return (exit code, stderr)."""
+
+        def one_at_a_time(what: str, done: int, total: int) -> None:
+            with self._saying:
+                say(what, done, total)
+
+        with self._lock:
+            if self._stopping:
+                return -signal.SIGINT, ""
+            child = self._idle.pop() if self._idle else Child(self._folder, self._settings)
+            self._alive.add(child)
+        code, messages = child.run(command, one_at_a_time)
+        with self._lock:
+            self._alive.discard(child)
+            kept = code == 0 and not self._stopping
+            if kept:
+                self._idle.append(child)
+        if not kept:
+            child.close()
+        return code, messages
+
+    def close(self) -> None:
+        """End the children that wait for a command."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for child in idle:
+            child.close()
+
+    def stop(self) -> None:
+        """Interrupt every child and start no more; their runs can be resumed.
+
+        A shell that starts a command in the background has it ignore interrupts, and its children inherit that: those
+        which are still there after a while are terminated, which a run survives as it survives a crash.
+        """
+        with self._lock:
+            self._stopping = True
+            alive = [child.process for child in self._alive]
+        for process in alive:
+            process.send_signal(signal.SIGINT)
+        last = time.monotonic() + GRACE
+        while time.monotonic() < last and any(process.poll() is None for process in alive):
+            time.sleep(0.05)
+        for process in alive:
+            if process.poll() is None:
+                process.terminate()
+
+
+class RayTasks:
+    """Tasks of a ray cluster, each with a child process on the worker that ray picks.
+
+    A task asks for one CPU and, where the cluster has GPUs, for one: ray starts it when there is room.
+    """
+
+    def __init__(self, ray: Any) -> None:
+        """Use ``ray``, the module, which is connected to its cluster."""
+        self._ray = ray
+        gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
+        # No second try by ray: a crash fails its run, as it does locally, and the same command resumes it.
+        self._task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0)(_on_worker)
+        self._lock = threading.Lock()
+        self._alive: set[Any] = set()
+        self._stopping = False
+
+    def run(self, command: Sequence[str], say: Say = silent) -> tuple[int, str]:
+        """Run ``moalign`` with these arguments as a task; return (exit code, stderr); its progress is not known."""
+        with self._lock:
+            if self._stopping:
+                return -signal.SIGINT, ""
+            ref = self._task.remote(list(command), os.getcwd(), _settings())
+            self._alive.add(ref)
+        try:
+            code, messages = self._ray.get(ref)
+            return code, messages
+        except self._ray.exceptions.TaskCancelledError:
+            return -signal.SIGINT, ""
+        except self._ray.exceptions.RayError as error:
+            raise WorkError(f"its ray task was lost: {_line(error)}") from error
+        finally:
+            with self._lock:
+                self._alive.discard(ref)
+
+    def stop(self) -> None:
+        """Cancel every task and wait until their children have ended; those that do not are killed."""
+        with self._lock:
+            self._stopping = True
+            alive = list(self._alive)
+        for ref in alive:
+            self._ray.cancel(ref)
+        if alive:
+            _, left = self._ray.wait(alive, num_returns=len(alive), timeout=2 * GRACE)
+            for ref in left:
+                self._ray.cancel(ref, force=True)
+
+
+def _on_worker(command: Sequence[str], folder: str, settings: Mapping[str, str]) -> tuple[int, str]:
+    """Run one job on a ray worker; a cancelled task passes the interruption on to its child."""
+    # ray starts its workers with interrupts blocked, and a child would inherit that.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    here = Processes(folder, settings)
+    try:
+        return here.run(command)
+    except BaseException:
+        here.stop()
+        raise
+    finally:
+        here.close()
+
+
+def _settings() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name in _CARRIED or name.startswith("MOALIGN_")}
+
+
+def _line(error: BaseException) -> str:
+    """Return what an error of ray says, in one line: that of the task, where it wraps one."""
+    cause = getattr(error, "cause", None)
+    told = cause if isinstance(cause, BaseException) else error
+    lines = [line.strip() for line in str(told).splitlines() if line.strip()]
+    return f"{type(told).__name__}: {lines[0]}" if lines else type(told).__name__

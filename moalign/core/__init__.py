@@ -1,0 +1,1 @@
+"""What every other room may import: errors, records, preferences, seeds, schedules, progress, paths."""

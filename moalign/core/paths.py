@@ -1,0 +1,17 @@
+"""Where things are that belong to no run: the checkout, the user's cache."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+"""The folder that holds the package; a git checkout when moalign was not installed from a wheel."""
+
+
+def cache_root() -> Path:
+    """Return the folder of cached bases: $MOALIGN_CACHE, else the user's cache folder."""
+    told = os.environ.get("MOALIGN_CACHE")
+    if told:
+        return Path(told)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moalign"

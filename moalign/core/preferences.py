@@ -1,0 +1,211 @@
+"""The preference vector: parse, check, grids, random draws, text form.
+
+A preference ``w`` is a point of the simplex: one non-negative weight per objective, in the task's
+order, summing to 1. Vectors are plain tuples of float; arrays are ``[preferences, objectives]``.
+Only numpy is needed, and only by :func:`dirichlet` and :func:`on_grid`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+from moalign.core.errors import RequestError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Preference = tuple[float, ...]
+
+TOLERANCE = 1e-6
+"""How far the sum of a preference may be from 1 (command-line contract)."""
+
+ON_GRID = 1e-12
+"""How near to a fraction a weight is that fraction: far above rounding, and a random draw is never so near."""
+
+FINEST = 1000
+"""Most steps of a grid."""
+
+
+def check(weights: Sequence[float], objectives: Sequence[str], where: str = "--prefs") -> Preference:
+    """Return ``weights`` as a preference, or raise RequestError saying what is wrong.
+
+    Args:
+        weights: one weight per objective, in the task's order.
+        objectives: the task's objective names; fixes the expected length.
+        where: the option or file position named in the message.
+    """
+    found = ",".join(f"{w:g}" for w in weights)
+    if len(weights) != len(objectives):
+        raise RequestError(
+            f"{where} {found}: {len(weights)} weight{'s' if len(weights) != 1 else ''}, but the task "
+            f"has {len(objectives)} objectives ({', '.join(objectives)}); give one weight each"
+        )
+    for weight, name in zip(weights, objectives, strict=True):
+        if not math.isfinite(weight):
+            raise RequestError(f"{where} {found}: the weight of {name} is {weight}; a finite number is needed")
+        if weight < 0:
+            raise RequestError(f"{where} {found}: the weight of {name} is negative; allowed: 0 to 1")
+    total = sum(weights)  # not fsum, which raises when the sum overflows
+    if abs(total - 1.0) > TOLERANCE:
+        option = "--prefs " if where == "--prefs" else ""
+        hint = _normalised_form(weights, total, option)
+        raise RequestError(f"{where} {found}: the weights sum to {total:.10g}, not 1{hint}")
+    return tuple(float(w) for w in weights)
+
+
+def _normalised_form(weights: Sequence[float], total: float, option: str) -> str:
+    if total <= 0:
+        return "; at least one weight must be positive"
+    if not math.isfinite(total):
+        return "; give weights between 0 and 1"
+    # Printed with enough digits to be accepted when pasted back; what rounding leaves goes to the largest.
+    parts = [round(w / total, 8) for w in weights]
+    largest = parts.index(max(parts))
+    parts[largest] = round(parts[largest] + 1.0 - math.fsum(parts), 8)
+    return f"; did you mean {option}" + ",".join(f"{part:.10g}" for part in parts) + "?"
+
+
+def parse(text: str, objectives: Sequence[str], where: str = "--prefs") -> Preference:
+    """Parse ``"0.3,0.7"`` into a checked preference.
+
+    >>> parse("0.3,0.7", ["helpfulness", "harmlessness"])
+    (0.3, 0.7)
+    """
+    weights = []
+    for part in text.split(","):
+        try:
+            weights.append(float(part))
+        except ValueError:
+            raise RequestError(
+                f"{where} {text}: {part.strip()!r} is not a number; give {len(objectives)} "
+                f"weights that sum to 1, like {example(len(objectives))}"
+            ) from None
+    return check(weights, objectives, where)
+
+
+def required(text: str | None, objectives: Sequence[str]) -> Preference:
+    """Parse what ``--prefs`` was given; raises RequestError with an example when it was not given at all."""
+    if text is None:
+        raise RequestError(
+            f"--prefs is missing: one weight for each of {', '.join(objectives)}, "
+            f"like --prefs {example(len(objectives))}"
+        )
+    return parse(text, objectives)
+
+
+def example(objectives: int) -> str:
+    """Return a valid preference of the given length as text, for messages."""
+    return ",".join(f"{w:g}" for w in grid(objectives, 10)[len(grid(objectives, 10)) // 3])
+
+
+def grid(objectives: int, steps: int) -> list[Preference]:
+    """Return the Das-Dennis grid with ``steps`` divisions, from (0,..,1) to (1,..,0).
+
+    For two objectives and 10 steps this is the field's 11-point grid. Corners are included.
+    """
+    if objectives < 1 or steps < 1:
+        raise RequestError(f"a preference grid needs at least 1 objective and 1 step; found {objectives} and {steps}")
+
+    def compositions(left: int, parts: int) -> list[tuple[int, ...]]:
+        if parts == 1:
+            return [(left,)]
+        return [(first, *rest) for first in range(left + 1) for rest in compositions(left - first, parts - 1)]
+
+    return [tuple(count / steps for count in counts) for counts in compositions(steps, objectives)]
+
+
+def grid_of(objectives: int, points: int) -> list[Preference]:
+    """Return the Das-Dennis grid that has exactly ``points`` vectors (``--grid N``).
+
+    Raises RequestError naming the nearest sizes when no grid has that many points: for two
+    objectives every N >= 2 works, for three only 3, 6, 10, 15, 21, ...
+    """
+    sizes = []
+    for steps in range(1, FINEST + 1):
+        size = math.comb(steps + objectives - 1, objectives - 1)
+        sizes.append(size)
+        if size == points:
+            return grid(objectives, steps)
+        if size > points:
+            break
+    if sizes[-1] < points:
+        raise RequestError(f"--grid {points}: at most {sizes[-1]} points over {objectives} objectives")
+    near = " or ".join(str(size) for size in sizes[-2:])
+    raise RequestError(
+        f"--grid {points}: no even grid over {objectives} objectives has {points} points; nearest: {near}"
+    )
+
+
+def corner(objectives: int, index: int) -> Preference:
+    """Return the one-hot preference for objective ``index``."""
+    return tuple(1.0 if i == index else 0.0 for i in range(objectives))
+
+
+def same(left: Sequence[float], right: Sequence[float]) -> bool:
+    """Return whether two vectors are the same preference (0.1 + 0.2 is 0.3)."""
+    return len(left) == len(right) and all(abs(a - b) <= TOLERANCE for a, b in zip(left, right, strict=True))
+
+
+def dirichlet(rng: np.random.Generator, objectives: int, count: int, alpha: float = 1.0) -> np.ndarray:
+    """Draw ``count`` preferences from Dirichlet(alpha * 1); float array ``[count, objectives]``."""
+    return rng.dirichlet([alpha] * objectives, size=count)
+
+
+def on_grid(weights: np.ndarray, steps: int) -> np.ndarray:
+    """Move preferences ``[count, objectives]`` to the even grid of ``steps`` steps; they still sum to 1.
+
+    By largest remainders: every weight becomes one of the two multiples of ``1 / steps`` beside it.
+    """
+    import numpy as np
+
+    scaled = np.asarray(weights, dtype=np.float64) * steps
+    below = np.floor(scaled)
+    left = np.rint(steps - below.sum(axis=1)).astype(np.int64)
+    rank = np.argsort(np.argsort(below - scaled, axis=1, kind="stable"), axis=1)
+    return np.asarray((below + (rank < left[:, None])) / steps)
+
+
+def to_text(weights: Sequence[float], objectives: Sequence[str], style: str = "percent") -> str:
+    """Write a preference the way a policy reads it.
+
+    ``percent``: ``helpfulness 30.0% harmlessness 70.0%`` (MO-ODPO: percentages, one decimal);
+    ``fraction``: ``helpfulness 0.3 harmlessness 0.7`` (MOC: one decimal). Points of grids that this is too coarse for
+    have as many decimals as tell them apart (:func:`decimals`); random draws keep the one.
+    """
+    places = decimals(weights)
+    if style == "percent":
+        return " ".join(
+            f"{name} {100 * w:.{max(1, places - 2)}f}%" for name, w in zip(objectives, weights, strict=True)
+        )
+    return " ".join(f"{name} {w:.{places}f}" for name, w in zip(objectives, weights, strict=True))
+
+
+def decimals(weights: Sequence[float]) -> int:
+    """Return how many decimals of a weight tell a vector from all others of its grid: 1 to 4, one number for all.
+
+    A weight that has up to three decimals is written out. Other fractions k / q get as many that two of them, which are
+    at least ``1 / q^2`` apart, differ, and at least two: 1/3 is not 0.3. A grid of up to 1,000 steps is known by its
+    weights alone, and a random draw is on none.
+    """
+    return max((_decimals(weight) for weight in weights), default=1)
+
+
+def _decimals(weight: float) -> int:
+    def lies_on(value: float) -> bool:
+        return abs(weight - value) < ON_GRID
+
+    for places in (1, 2, 3):
+        if lies_on(round(weight, places)):
+            return places
+    near = Fraction(weight).limit_denominator(FINEST)
+    if lies_on(float(near)):
+        return next((places for places in (2, 3) if near.denominator**2 < 10**places), 4)
+    return 4 if lies_on(round(weight, 4)) else 1
+
+
+def label(weights: Sequence[float]) -> str:
+    """Return a short label such as ``0.3,0.7`` for tables, files and figures."""
+    return ",".join(f"{w:.4g}" for w in weights)

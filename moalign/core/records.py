@@ -1,0 +1,74 @@
+"""Records that tasks are made of: prompts, responses, scored responses and preference pairs."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Literal
+
+Labels = Literal["order", "bradley-terry"]
+"""Of pairs that scores order: for certain, or with the probability that Bradley-Terry gives the difference."""
+
+
+def prompt_id(text: str) -> str:
+    """Return the name of a prompt: the first 16 hex digits of the sha256 of its UTF-8 text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt and its id; :meth:`of` computes the id."""
+
+    text: str
+    id: str
+
+    @classmethod
+    def of(cls, text: str) -> Prompt:
+        """Return the prompt with this text."""
+        return cls(text, prompt_id(text))
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredResponse:
+    """A response to a prompt, with raw scores ``[objectives]`` as the data gives them.
+
+    ``scores`` is None when the data scores nothing; a single None stands for an objective without a
+    score. The direction (``maximise``) is not applied: that is the reward layer's work.
+    """
+
+    prompt: str
+    response: str
+    scores: tuple[float | None, ...] | None = None
+    finished: bool = True
+    """False: a limit cut the response off (a column ``finished`` of the file says so)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two replies to one prompt, of which people preferred ``chosen``."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """A response to one prompt: text from a file, or a sample with the tokens that it was sampled as."""
+
+    text: str
+    """From a file: as it stands there, a space before it included. Sampled: without white space around it."""
+    ids: tuple[int, ...] | None = None
+    """Token ids as sampled, what ended the response included; None: the text is still to be tokenised."""
+    finished: bool = True
+    """Whether it came to its end; False: a limit cut it off, and nothing says where it would have ended."""
+
+    @classmethod
+    def of(cls, told: str | Response) -> Response:
+        """Return a finished response for a bare text, a response as it is."""
+        return cls(told) if isinstance(told, str) else told
+
+    @property
+    def shown(self) -> str:
+        """The text that scorers and people read: without white space around it."""
+        return self.text.strip()

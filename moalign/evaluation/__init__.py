@@ -1,0 +1,1 @@
+"""One judge for all methods: answers, scores, indicators, distance from the base."""

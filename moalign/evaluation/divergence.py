@@ -1,0 +1,128 @@
+"""KL to base: how far each policy has moved from the base, told from the answers that the judge sees anyway.
+
+For a preference w, prompts x and answers ``y ~ pi(. | x asked for w)`` it is the mean over answers of
+
+    log pi(y | x as asked) - log pi_base(y | x bare),        in nats per response,
+
+an unbiased estimate of KL(pi || pi_base), averaged over prompts: positive when the policy has moved, 0 for the base
+asked with the bare prompt. The base knows no preference, so a preference that is merely written into its prompt counts
+as a move. The estimate's standard error is that of a mean, the standard deviation of the log ratio over the square root
+of the number of answers; a policy that hardly moved can come out slightly below 0, and it is not clipped.
+
+Both are taken at the card's temperature, and an answer ends where its first stop text is complete. With a nucleus
+(``top_p`` below 1) answers come from the likeliest tokens only and both log-probabilities are those of the whole
+distribution: still 0 for the base itself, but what the policy does with the tail is left out. Greedy answers are not
+drawn from anything, so there is no estimate.
+
+A policy that keeps the best of n samples has no known probability of what it answers. With p its sampling policy,
+``KL(best || base) = KL(best || p) + E_best[log p - log base]``: the second term is the mean above over the answers
+kept, and the first is at most ``log n - (n - 1) / n`` (Beirami et al. 2024, arXiv 2401.01879). Their sum is an upper
+bound and is marked as one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moalign.core.progress import Say, silent
+from moalign.lm.quality import kl_to_base
+from moalign.tasks.task import Task
+
+if TYPE_CHECKING:
+    from moalign.lm.sampler import Sampling, Traces
+    from moalign.policies.policy import Answers, Policy
+    from moalign.training.reference import Row
+
+
+@dataclass(frozen=True)
+class KlToBase:
+    """How far one policy has moved from the base."""
+
+    nats: float | None
+    """Per response; None where it is not known."""
+    bound: bool = False
+    """``nats`` is an upper bound: the policy chooses among samples."""
+
+
+def from_base(
+    task: Task,
+    policies: Sequence[Policy],
+    prompts: Sequence[str],
+    answers: Answers,
+    sampling: Sampling,
+    say: Say = silent,
+) -> list[KlToBase]:
+    """Return the KL to base of every policy, ``[policies]``; one forward pass of the base over different answers.
+
+    It is None where a policy's tokens are not known or are not the base's, for greedy answers, and where a
+    log-probability is not finite.
+
+    Args:
+        prompts: bare prompts, those that were answered.
+        answers: of the policies to the prompts.
+        sampling: how they were drawn.
+    """
+    usable = [trace if sampling.temperature > 0 and _of_base(task, trace) else None for trace in answers.traces]
+    if not any(usable):
+        return [KlToBase(None) for _ in policies]
+    heads = task.language_model.encode([task.renderer.plain(prompt) for prompt in prompts], sampling.max_prompt_tokens)
+    logps = _base(task, heads, [trace for trace in usable if trace is not None], sampling.temperature, say)
+    return [
+        KlToBase(None) if trace is None else _of_policy(policy, heads, trace, logps)
+        for policy, trace in zip(policies, usable, strict=True)
+    ]
+
+
+def of_choice(samples: int) -> float:
+    """Return the most nats by which choosing one of ``samples`` (at least 1) can move a policy: log n - (n - 1) / n.
+
+    Beirami et al. 2024 (arXiv 2401.01879). 0 for a single sample, .636 for four.
+    """
+    return math.log(samples) - (samples - 1) / samples
+
+
+def _of_base(task: Task, trace: Traces | None) -> bool:
+    """Whether the tokens are numbers of the base's vocabulary."""
+    if trace is None:
+        return False
+    own = task.language_model.tokenizer
+    return trace.vocabulary is own or bool(trace.vocabulary.get_vocab() == own.get_vocab())
+
+
+def _key(head: Sequence[int], ids: Any) -> tuple[tuple[int, ...], bytes]:
+    return tuple(head), ids.tobytes()
+
+
+def _base(
+    task: Task, heads: Sequence[list[int]], traces: Sequence[Traces], temperature: float, say: Say
+) -> dict[tuple[tuple[int, ...], bytes], float]:
+    """Return the base's log-probability of every different answer, by prompt and answer."""
+    from moalign.training.reference import log_probs
+
+    rows: dict[tuple[tuple[int, ...], bytes], Row] = {}
+    for trace in traces:
+        for head, ids in zip(heads, trace.ids, strict=True):
+            rows.setdefault(_key(head, ids), ([*head, *ids.tolist()], len(ids)))
+    found = log_probs(
+        task.language_model,
+        list(rows.values()),
+        temperature=temperature,
+        say=lambda done, total: say("KL to base", done, total),
+    )
+    return dict(zip(rows, found.tolist(), strict=True))
+
+
+def _of_policy(
+    policy: Policy, heads: Sequence[Sequence[int]], trace: Traces, logps: dict[tuple[tuple[int, ...], bytes], float]
+) -> KlToBase:
+    base = [logps[_key(head, ids)] for head, ids in zip(heads, trace.ids, strict=True)]
+    chooses = policy.choose is not None and policy.samples > 1
+    if not np.isfinite([*trace.logps, *base]).all():
+        return KlToBase(None, chooses)
+    moved = kl_to_base(trace.logps, base, [len(ids) for ids in trace.ids])["per_response"]
+    return KlToBase(moved + of_choice(policy.samples), True) if chooses else KlToBase(moved)

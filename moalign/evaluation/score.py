@@ -1,0 +1,178 @@
+"""``moalign score``: score a file of responses with a task's reward panel."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moalign.config.card import SourceSpec
+from moalign.config.load import load_card
+from moalign.core.errors import RequestError
+from moalign.core.progress import Say, silent
+from moalign.data import readers
+from moalign.tasks.load import make_task
+
+Matrix = NDArray[np.float64]
+
+CHUNK = 2048
+"""Rows scored and written at a time."""
+SUFFIX = "_normalised"
+"""A normalised column is called ``<objective>_normalised``."""
+
+
+@dataclass
+class Scores:
+    """What was scored: a summary, and the rows where they were not written to a file."""
+
+    task: str
+    objectives: list[str]
+    rows: int = 0
+    out: Path | None = None
+    summary: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Objective -> mean, sd, min, max of the raw scores and ``normalised_mean``."""
+    scored: list[dict[str, Any]] = field(default_factory=list)
+    """prompt, response, ``raw`` and ``normalised`` per row; empty when a file was written."""
+
+    def told(self) -> dict[str, Any]:
+        """Return everything for ``--json``."""
+        told: dict[str, Any] = {
+            "task": self.task,
+            "objectives": self.objectives,
+            "rows": self.rows,
+            "out": None if self.out is None else str(self.out),
+            "summary": self.summary,
+        }
+        return told if self.out is not None else {**told, "scores": self.scored}
+
+
+def score(
+    task: str,
+    source: Path,
+    out: Path | None = None,
+    overrides: tuple[str, ...] = (),
+    results: Path = Path("results"),
+    say: Say = silent,
+) -> Scores:
+    """Score every (prompt, response) of a file, a chunk at a time.
+
+    Args:
+        task: task name or card file, whose objectives and normaliser are used.
+        source: JSONL, CSV or Parquet with the columns prompt and response.
+        out: Parquet file for the scores; it appears when all rows are scored. None keeps them in memory.
+        overrides: ``--set task.key=value`` texts.
+        results: where the task's normaliser and the score store are kept.
+
+    Raises:
+        RequestError: a problem of the card, the file (with its line) or the output file.
+        WorkError: a scorer failed; the scores made until then are in the store.
+    """
+    if not source.is_file():
+        raise RequestError(f"--in {source}: no such file; a file with the columns prompt and response is needed")
+    if out is not None and out.suffix != ".parquet":
+        raise RequestError(f"--out {out}: found {out.suffix or 'no suffix'}; allowed: .parquet")
+    if out is not None and out.exists() and out.samefile(source):
+        raise RequestError(f"--out {out}: it is the file of --in; choose another name")
+    made = make_task(load_card(task, overrides), results, say)
+    names = made.names
+    rows = readers.read(
+        SourceSpec(path=str(source)), [readers.Field("prompt", blank=False), readers.Field("response")], Path.cwd()
+    )
+    scores = Scores(made.card.name, list(names), out=out)
+    running = _Running(len(names))
+    panel = made.panel.with_normaliser(made.normaliser)
+    with contextlib.ExitStack() as stack:
+        keep = _memory(scores) if out is None else stack.enter_context(_parquet(out, names))
+        while rows_now := list(islice(rows, CHUNK)):
+            prompts = [row.values["prompt"] for row in rows_now]
+            responses = [row.values["response"] for row in rows_now]
+            raw = panel.score(prompts, responses, partial(say, f"scoring from row {scores.rows + 1}"))
+            running.add(raw, panel.unit(raw))
+            keep(prompts, responses, raw, panel.unit(raw))
+            scores.rows += len(prompts)
+    scores.summary = running.summary(names)
+    return scores
+
+
+Keep = Callable[[list[str], list[str], Matrix, Matrix], None]
+
+
+def _memory(scores: Scores) -> Keep:
+    names = scores.objectives
+
+    def keep(prompts: list[str], responses: list[str], raw: Matrix, unit: Matrix) -> None:
+        scores.scored += [
+            {
+                "prompt": prompt,
+                "response": response,
+                "raw": dict(zip(names, raw_row, strict=True)),
+                "normalised": dict(zip(names, unit_row, strict=True)),
+            }
+            for prompt, response, raw_row, unit_row in zip(prompts, responses, raw.tolist(), unit.tolist(), strict=True)
+        ]
+
+    return keep
+
+
+@contextlib.contextmanager
+def _parquet(path: Path, names: list[str]) -> Iterator[Keep]:
+    """Write chunks to a Parquet file that takes its name when the block ends well."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    from moalign.runs import atomic
+
+    numbers = [*names, *(f"{name}{SUFFIX}" for name in names)]
+    columns = [("prompt", pa.string()), ("response", pa.string()), *((name, pa.float64()) for name in numbers)]
+    schema = pa.schema(columns)
+    remedy = "choose another file with --out FILE.parquet"
+    with atomic.file(path, remedy) as temporary, parquet.ParquetWriter(temporary, schema) as writer:
+
+        def keep(prompts: list[str], responses: list[str], raw: Matrix, unit: Matrix) -> None:
+            values = [prompts, responses, *raw.T, *unit.T]
+            writer.write_table(pa.table(dict(zip(schema.names, values, strict=True)), schema=schema))
+
+        yield keep
+
+
+class _Running:
+    """Mean, deviation and extremes of scores that come in chunks (Chan's update, exact for any number of rows)."""
+
+    def __init__(self, objectives: int) -> None:
+        self.count = 0
+        self.mean = np.zeros(objectives)
+        self.squares = np.zeros(objectives)
+        self.low = np.full(objectives, np.inf)
+        self.high = np.full(objectives, -np.inf)
+        self.unit = np.zeros(objectives)
+
+    def add(self, raw: Matrix, unit: Matrix) -> None:
+        count, mean = len(raw), raw.mean(axis=0)
+        total = self.count + count
+        step = mean - self.mean
+        self.squares += ((raw - mean) ** 2).sum(axis=0) + step**2 * self.count * count / total
+        self.mean += step * count / total
+        self.unit += (unit.mean(axis=0) - self.unit) * count / total
+        self.low = np.minimum(self.low, raw.min(axis=0))
+        self.high = np.maximum(self.high, raw.max(axis=0))
+        self.count = total
+
+    def summary(self, names: list[str]) -> dict[str, dict[str, float]]:
+        deviation = np.sqrt(self.squares / self.count)
+        return {
+            name: {
+                "mean": float(self.mean[k]),
+                "sd": float(deviation[k]),
+                "min": float(self.low[k]),
+                "max": float(self.high[k]),
+                "normalised_mean": float(self.unit[k]),
+            }
+            for k, name in enumerate(names)
+        }

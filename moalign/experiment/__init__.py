@@ -1,0 +1,1 @@
+"""What the verbs do with one run: plan, train, find, answer, export."""

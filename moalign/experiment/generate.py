@@ -1,0 +1,102 @@
+"""``moalign generate``: ask a finished run for answers at one preference or several."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from moalign.core.errors import RequestError
+from moalign.core.preferences import Preference
+from moalign.core.progress import Say, silent
+from moalign.evaluation.evaluate import preferences_for
+from moalign.methods.base import Method
+from moalign.training.job import RunContext
+
+if TYPE_CHECKING:
+    from moalign.policies.policy import Policy
+
+SHOWN = 3
+"""Evaluation prompts answered when none is given."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One prompt, its answer, and what the task's panel says about it."""
+
+    prompt: str
+    response: str
+    raw: dict[str, float]
+    """Objective -> raw score, larger is better."""
+    normalised: dict[str, float]
+    """Objective -> score in normalised units."""
+    words: str | None = None
+    """The card's words for the preference, where the policy read them."""
+
+    def told(self) -> dict[str, Any]:
+        """Return the answer for ``--json``."""
+        return {"prompt": self.prompt, "response": self.response, "raw": self.raw, "normalised": self.normalised}
+
+
+def generate(
+    method: Method,
+    context: RunContext,
+    wanted: Sequence[Preference],
+    prompts: Sequence[str] | None = None,
+    temperature: float | None = None,
+    seed: int | None = None,
+    say: Say = silent,
+) -> list[list[Answer]]:
+    """Answer prompts at every preference wanted, in batched passes, and score the answers ``[preferences][prompts]``.
+
+    A prompt draws from the same random numbers at every preference, those that it has when asked for one alone.
+
+    Args:
+        prompts: bare prompts; None takes the first evaluation prompts of the task.
+        temperature: None takes the card's; 0 is greedy.
+        seed: of sampling; None takes the evaluation's, so that its first answers come out again.
+
+    Raises:
+        RequestError: an empty prompt, or a preference that the method cannot serve.
+    """
+    from moalign.policies.policy import respond_all
+
+    preferences_for(method, context, wanted)
+    if prompts is None:
+        prompts = context.task.eval_prompts[:SHOWN]
+    empty = next((number for number, prompt in enumerate(prompts, start=1) if not prompt.strip()), None)
+    if empty is not None or not prompts:
+        raise RequestError(f"PROMPT: prompt {empty} is empty; a text is needed" if empty else "PROMPT: no prompt given")
+    context.task.say = say
+    sampling = context.task.sampling(context.task.card.evaluation.seed if seed is None else seed, temperature)
+    say("answering", 0, len(prompts))
+    policies = [method.policy(context, w) for w in wanted]
+    responses = respond_all(policies, prompts, sampling).responses
+    say("answering", len(prompts), len(prompts))
+    asked, flat = [*prompts] * len(wanted), [text for row in responses for text in row]
+    raw = context.panel.score(asked, flat, lambda done, total: say("scoring", done, total))
+    unit = context.panel.unit(raw)
+    names = context.task.names
+    words = [
+        _words(context, policy, w, prompt) for policy, w in zip(policies, wanted, strict=True) for prompt in prompts
+    ]
+    answers = [
+        Answer(
+            prompt,
+            response,
+            dict(zip(names, raw_row.tolist(), strict=True)),
+            dict(zip(names, unit_row.tolist(), strict=True)),
+            told,
+        )
+        for prompt, response, raw_row, unit_row, told in zip(asked, flat, raw, unit, words, strict=True)
+    ]
+    return [answers[start : start + len(prompts)] for start in range(0, len(answers), len(prompts))]
+
+
+def _words(context: RunContext, policy: Policy, preference: Preference, prompt: str) -> str | None:
+    """Return the card's words for a preference if the policy reads them beside the prompt; else None."""
+    if not context.task.card.template.words:
+        return None
+    renderer = context.task.renderer
+    read = policy.render(prompt) == renderer.preference(prompt, preference)
+    return renderer.preference_text(preference) if read else None

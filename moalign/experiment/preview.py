@@ -1,0 +1,232 @@
+"""``moalign preview``: what a policy reads, token by token, what ends its answer, and what it is trained on.
+
+Only the tokenizer and the generation config are loaded; nothing is sampled, trained or written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from moalign.config import load
+from moalign.config.card import SourceSpec, TaskCard
+from moalign.core import preferences
+from moalign.core.errors import RequestError
+from moalign.core.records import Response
+from moalign.tasks.load import make_task
+
+if TYPE_CHECKING:
+    from moalign.core.preferences import Preference
+    from moalign.lm.chat import Codec
+
+STAND_IN = "This is an answer."
+"""The response of the training row where none is given and the data has none for the prompt."""
+
+Origin = Literal["given", "data", "stand-in"]
+
+
+@dataclass(frozen=True)
+class Preview:
+    """One prompt and one training row."""
+
+    task: str
+    model: str
+    objectives: list[str]
+    prefs: list[float] | None
+    prompt: str
+    """The user's text, whole."""
+    kept: str
+    """What of it is read."""
+    text: str
+    """As rendered, special tokens included."""
+    ids: list[int]
+    tokens: list[str]
+    """The tokenizer's own names of the ids."""
+    cut_tokens: int
+    """How many tokens of the user's text were left out."""
+    max_prompt_tokens: int
+    overlong: Literal["cut", "drop"]
+    stop_ids: list[int]
+    """All tokens that end a response."""
+    stop_texts: list[str]
+    response: str
+    response_from: Origin
+    row_ids: list[int]
+    """Prompt and response."""
+    loss: list[int]
+    """1 where the loss counts the token, else 0; as long as ``row_ids``."""
+
+    def told(self) -> dict[str, Any]:
+        """Return everything for ``--json``."""
+        return {
+            "task": self.task,
+            "model": self.model,
+            "objectives": self.objectives,
+            "prefs": self.prefs,
+            "prompt": self.prompt,
+            "kept": self.kept,
+            "text": self.text,
+            "ids": self.ids,
+            "tokens": self.tokens,
+            "cut_tokens": self.cut_tokens,
+            "overlong": self.overlong,
+            "stop": {"ids": self.stop_ids, "texts": self.stop_texts},
+            "response": self.response,
+            "response_from": self.response_from,
+            "row": {"ids": self.row_ids, "loss": self.loss},
+        }
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A preview with the codec that made it, which tells what single tokens look like."""
+
+    preview: Preview
+    codec: Codec
+
+    def pieces(self, ids: Sequence[int]) -> list[tuple[str, bool]]:
+        """Return (text, whether it is special) of each token; of a part of a character the tokenizer's name."""
+        tokenizer = self.codec.tokenizer
+        special = {*tokenizer.all_special_ids, *(tokenizer.get_added_vocab().values())}
+        shown = []
+        for token, name in zip(ids, tokenizer.convert_ids_to_tokens(list(ids)), strict=True):
+            text = tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            if "\ufffd" in text or not text:
+                text = name
+            elif name[:1] in "Ġ▁" and not text.startswith(" "):
+                text = f" {text}"  # some tokenizers drop the space before what they take for the beginning of a text
+            shown.append((text, token in special))
+        return shown
+
+
+def preview(
+    task: str,
+    prompt: str | None = None,
+    prefs: str | None = None,
+    response: str | None = None,
+    overrides: Sequence[str] = (),
+) -> Seen:
+    """Return what a task's policy reads for a prompt, and one training row.
+
+    Args:
+        task: a task's name, a card file or its folder.
+        prompt: the user's text; None: the task's first prompt.
+        prefs: the preference beside it; None: rendered plain.
+        response: the training row's; None: the data's own for this prompt, else a stand-in.
+        overrides: ``--set`` texts for the card.
+
+    Raises:
+        RequestError: the card, the model's tokenizer, the preference or the prompt cannot be used.
+    """
+    from moalign.lm.chat import Renderer
+
+    card = load.load_card(task, overrides)
+    weights = None if prefs is None else preferences.parse(prefs, card.objective_names)
+    for name, text in (("PROMPT", prompt), ("--response", response)):
+        if text is not None and not text.strip():
+            raise RequestError(f"{name}: found an empty text; give one, or leave it out")
+    codec = codec_of(card)
+    asked = _first_prompt(card) if prompt is None else prompt
+    renderer = Renderer(card.template, tuple(card.objective_names), codec, card.generation.max_prompt_tokens)
+    answer, origin = (Response(response), "given") if response is not None else _response(card, asked)
+    return Seen(_made(card, codec, renderer, asked, weights, answer, origin), codec)
+
+
+def _made(
+    card: TaskCard,
+    codec: Codec,
+    renderer: Any,
+    prompt: str,
+    weights: Preference | None,
+    response: Response,
+    origin: Any,
+) -> Preview:
+    rendered = renderer.plain(prompt) if weights is None else renderer.preference(prompt, weights)
+    (ids,) = codec.prompt_ids([rendered])
+    tail = codec.response_ids(rendered, response, ids)
+    return Preview(
+        task=card.name,
+        model=codec.source,
+        objectives=card.objective_names,
+        prefs=None if weights is None else list(weights),
+        prompt=prompt,
+        kept=rendered.prompt,
+        text=_with_special(codec, rendered, ids),
+        ids=ids,
+        tokens=codec.tokenizer.convert_ids_to_tokens(ids),
+        cut_tokens=rendered.cut,
+        max_prompt_tokens=card.generation.max_prompt_tokens,
+        overlong=card.overlong or "cut",
+        stop_ids=sorted(codec.ends.ids),
+        stop_texts=list(codec.ends.texts),
+        response=response.text,
+        response_from=origin,
+        row_ids=[*ids, *tail],
+        loss=[*[0] * len(ids), *[1] * len(tail)],
+    )
+
+
+def _with_special(codec: Codec, rendered: str, ids: Sequence[int]) -> str:
+    """Return the text with the special tokens that the tokenizer puts before it: plain text does not hold them."""
+    special = set(codec.tokenizer.all_special_ids)
+    head = next((at for at, token in enumerate(ids) if token not in special), len(ids))
+    if codec.template.chat or head == 0:
+        return str(rendered)
+    # A plain text may begin with special tokens of its own; only what is not its own is put before it.
+    own = codec.tokenizer(str(rendered), add_special_tokens=False, verbose=False)["input_ids"]
+    added = len(ids) - len(own)
+    return "".join(codec.tokenizer.convert_ids_to_tokens(list(ids[: max(0, added)]))) + str(rendered)
+
+
+def codec_of(card: TaskCard) -> Codec:
+    """Return what turns the task's texts into tokens; a built-in base is not trained for it."""
+    from moalign.lm import language_model
+
+    if card.kind == "sandbox" and card.model is None:
+        from moalign.lm.chat import Codec
+        from moalign.tasks.sandbox.base import make_tokenizer
+
+        return Codec(make_tokenizer(), card.template, source="the sandbox's base")
+    if card.model is None:
+        raise RequestError(
+            f"task {card.name}: it needs a model; give a folder or a hub id: --set task.model=PATH/TO/FOLDER"
+        )
+    return language_model.load_codec(card.model, card.model_revision, card.template)
+
+
+def _first_prompt(card: TaskCard) -> str:
+    return make_task(card, Path("results"))._all_prompts()[0]
+
+
+def _response(card: TaskCard, prompt: str) -> tuple[Response, Origin]:
+    """Return a response that the data has for the prompt, else the stand-in; hub data sets are not looked through."""
+    from moalign.data import load as records
+
+    data = card.data
+    if card.kind == "sandbox":
+        import numpy as np
+
+        from moalign.tasks.sandbox import world
+
+        if prompt in world.prompts():
+            return Response(world.draw_responses([prompt], np.random.default_rng(0))[0]), "data"
+    if data is not None and _is_here(data.responses):
+        for scored in records.load_responses(data, card.objective_names, Path.cwd()):
+            if scored.prompt == prompt:
+                return Response(scored.response, finished=scored.finished), "data"
+    sources = data.pairs if data is not None and isinstance(data.pairs, dict) else {}
+    for objective in [*sources, None]:
+        source = sources[objective] if objective is not None else getattr(data, "pairs", None)
+        if data is not None and isinstance(source, SourceSpec) and _is_here(source):
+            for pair in records.load_pairs(data, Path.cwd(), objective):
+                if pair.prompt == prompt:
+                    return Response(pair.chosen), "data"
+    return Response(STAND_IN), "stand-in"
+
+
+def _is_here(source: SourceSpec | None) -> bool:
+    from moalign.data import readers
+
+    return source is not None and isinstance(readers.locate(source, Path.cwd()), Path)

@@ -1,0 +1,115 @@
+"""Sources of text: a language model in a certain state, asked in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from moalign.core.records import Response
+from moalign.lm.adapters import drop, merged
+from moalign.lm.language_model import LanguageModel, reference_mode
+from moalign.lm.sampler import Generated, Sampling, Traces, generate
+
+Progress = Callable[[int], None]
+
+
+class Generator(Protocol):
+    """A source of text: a language model in a certain state (adapters on or off, mixed, ...).
+
+    One that is a single model may have ``as_model() -> ModelGenerator``, which ``moalign export`` asks for; a
+    RequestError from it says why there is none.
+    """
+
+    def generate(
+        self, texts: Sequence[str], rows: Sequence[int], sampling: Sampling
+    ) -> Generated | tuple[list[str], int]:
+        """Return one response per text, how many tokens were sampled and, if known, which; ``rows`` fix the randomness.
+
+        A generator that has no token ids and log-probabilities may return the pair (responses, number of tokens).
+        """
+        ...
+
+
+@dataclass(eq=False)
+class ModelGenerator:
+    """A language model with one of its adapters, or the bare base (``adapter=None``)."""
+
+    lm: LanguageModel
+    adapter: str | None = None
+
+    def generate(self, texts: Sequence[str], rows: Sequence[int], sampling: Sampling) -> Generated:
+        """See :class:`Generator`. The adapter is made active first, whatever ran on the model before."""
+        if self.adapter is None:
+            with reference_mode(self.lm):
+                return generate(self.lm, texts, rows, sampling)
+        self.lm.model.set_adapter(self.adapter)
+        with merged(self.lm):
+            return generate(self.lm, texts, rows, sampling)
+
+    def as_model(self) -> ModelGenerator:
+        """Return the one model that answers: this one."""
+        return self
+
+
+RESIDENT = "resident adapter"
+"""Where a run's cache keeps the name of the adapter that lies on the model."""
+
+
+@dataclass(eq=False)
+class LazyGenerator:
+    """A language model with an adapter that is put on it when it is asked for, in the place of the one before.
+
+    For runs with an adapter for each preference: memory stays that of one adapter, whatever the number of preferences.
+    """
+
+    lm: LanguageModel
+    adapter: str
+    place: Callable[[], None]
+    """Puts the adapter on the model under the name ``adapter``."""
+    cache: dict[str, Any]
+    """Shared by the generators of a run that take turns."""
+
+    def generate(self, texts: Sequence[str], rows: Sequence[int], sampling: Sampling) -> Generated:
+        """See :class:`Generator`."""
+        return self.as_model().generate(texts, rows, sampling)
+
+    def as_model(self) -> ModelGenerator:
+        """Return the model with the adapter on it."""
+        before = self.cache.get(RESIDENT)
+        if before != self.adapter:
+            if before is not None:
+                drop(self.lm, before)
+                del self.cache[RESIDENT]
+            self.place()
+            self.cache[RESIDENT] = self.adapter
+        return ModelGenerator(self.lm, self.adapter)
+
+
+def in_chunks(
+    generator: Generator, requests: list[tuple[str, int]], sampling: Sampling, progress: Progress | None
+) -> Generated:
+    """Generate in chunks of several batches, so that a progress bar moves and length sorting still pays."""
+    chunk = sampling.batch_size * 4
+    parts: list[Generated] = []
+    for start in range(0, len(requests), chunk):
+        part = requests[start : start + chunk]
+        told = generator.generate([text for text, _ in part], [row for _, row in part], sampling)
+        parts.append(Generated(*told) if isinstance(told, tuple) else told)
+        if progress is not None:
+            progress(len(part))
+    return Generated(
+        [text for part in parts for text in part.responses],
+        sum(part.tokens for part in parts),
+        Traces.joined([part.traces for part in parts]),
+    )
+
+
+def records(responses: Sequence[str], traces: Traces | None) -> list[Response]:
+    """Return responses with the tokens they were sampled as, where these are known."""
+    if traces is None:
+        return [Response(text) for text in responses]
+    return [
+        Response(text, tuple(ids.tolist()), finished)
+        for text, ids, finished in zip(responses, traces.ids, traces.finished, strict=True)
+    ]

@@ -1,0 +1,226 @@
+"""A causal language model with its tokenizer, loaded safely, and its token log-probabilities."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from moalign.config.card import TemplateSpec
+from moalign.core.errors import RequestError
+from moalign.lm import model_folder
+from moalign.lm.chat import Codec, Rendered, generation_ends
+from moalign.lm.log_probs import token_log_probs
+
+WHERE = "task.model"
+"""How messages name the place of the policy's model; ``--set task.model=FOLDER`` sets it."""
+
+TINY = 20_000_000
+"""Models below this many parameters run on one thread: two are up to ten times slower on a busy machine."""
+
+
+@dataclass
+class LanguageModel:
+    """A loaded model. ``model`` may be wrapped by peft; the base weights are frozen and shared."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    source: str
+    fingerprint: str
+    device: torch.device
+    codec: Codec
+    """From text to the model's tokens and back."""
+    end_ids: frozenset[int]
+    """Ids that end a response when they are sampled."""
+    in_reference: bool = False
+    """Whether a :func:`reference_mode` block is open, so that an inner one does not end it."""
+
+    @property
+    def eos(self) -> int:
+        """The id of the end token."""
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def pad(self) -> int:
+        """The id used for padding (always masked)."""
+        return int(self.tokenizer.pad_token_id)
+
+    def encode(self, texts: Sequence[str], max_tokens: int | None = None) -> list[list[int]]:
+        """Return the token ids of rendered prompts (:meth:`moalign.lm.chat.Codec.prompt_ids`).
+
+        A text that is longer than ``max_tokens`` loses the beginning of the user's part, which of a bare text is all.
+        """
+        rows = self.codec.prompt_ids(texts)
+        for at, row in enumerate(rows):
+            if max_tokens is not None and len(row) > max_tokens:
+                whole = Rendered.whole(texts[at])
+                fitted = self.codec.fit(whole.prompt, whole.build, max_tokens, "generation.max_prompt_tokens")
+                rows[at] = self.codec.prompt_ids([fitted.text])[0]
+        return rows
+
+    def decode(self, rows: Sequence[Iterable[int]]) -> list[str]:
+        """Return the text of response tokens without special tokens."""
+        return self.codec.decode(rows)
+
+
+def load_codec(source: str, revision: str | None = None, template: TemplateSpec | None = None) -> Codec:
+    """Load what turns text into a model's tokens: its tokenizer and generation config, no weights.
+
+    ``template`` is a card's; None: its defaults.
+
+    Raises RequestError for a tokenizer that cannot be loaded or does not suit the template.
+    """
+    path = model_folder.resolve(source, revision, WHERE)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise RequestError(f"model {path}: its tokenizer cannot be loaded ({_first_line(error)})") from None
+    try:
+        limits = GenerationConfig.from_pretrained(path)
+    except (OSError, ValueError):  # a folder need not have one; the model's own config names end tokens, too
+        try:
+            limits = GenerationConfig.from_model_config(AutoConfig.from_pretrained(path, trust_remote_code=False))
+        except (OSError, ValueError) as error:
+            raise RequestError(f"model {path}: its config cannot be used ({_first_line(error)})") from None
+    return Codec(tokenizer, template, generation_ends(limits), source)
+
+
+def load(
+    source: str,
+    revision: str | None = None,
+    dtype: str = "float32",
+    device: str | None = None,
+    codec: Codec | None = None,
+) -> LanguageModel:
+    """Load a causal language model from a folder or hub id (safetensors only, no remote code).
+
+    ``codec`` is the model's own, for a card's template; None: :func:`load_codec` for none in particular.
+
+    Raises RequestError for a folder without whole safetensors weights, without tokenizer, or a hub id
+    that cannot be reached.
+    """
+    transformers_logging.disable_progress_bar()  # moalign shows its own
+    path = model_folder.resolve(source, revision, WHERE)
+    codec = load_codec(source, revision) if codec is None else codec
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, use_safetensors=True, trust_remote_code=False, dtype=getattr(torch, dtype)
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise RequestError(
+            f"model {path}: it cannot be loaded as a causal language model ({_first_line(error)})"
+        ) from None
+    return wrap(model, codec.tokenizer, source, model_folder.fingerprint(path, WHERE), device, codec)
+
+
+def wrap(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    fingerprint: str,
+    device: str | None = None,
+    codec: Codec | None = None,
+) -> LanguageModel:
+    """Freeze a model, settle its padding token and put it on its device."""
+    if codec is None:
+        codec = Codec(tokenizer, ends=generation_ends(getattr(model, "generation_config", None)), source=source)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model.to(place).eval().requires_grad_(False)
+    return LanguageModel(model, tokenizer, source, fingerprint, place, codec, codec.ends.ids)
+
+
+def set_threads(parameters: int) -> int:
+    """Choose the number of CPU threads by model size and return it; OMP_NUM_THREADS or MOALIGN_THREADS wins."""
+    told = os.environ.get("MOALIGN_THREADS") or os.environ.get("OMP_NUM_THREADS")
+    threads = (
+        int(told) if told and told.isdigit() and int(told) > 0 else (1 if parameters < TINY else os.cpu_count() or 1)
+    )
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+    return threads
+
+
+@contextlib.contextmanager
+def reference_mode(lm: LanguageModel) -> Iterator[None]:
+    """Within the block the base answers: adapters are off (no second copy of the base).
+
+    The layers are switched directly: peft's own context manager walks the whole model twice, which costs
+    more than a forward pass of a tiny model.
+    """
+    tuner: Any = getattr(lm.model, "base_model", None)
+    if lm.in_reference or not hasattr(tuner, "disable_adapter_layers"):
+        yield
+        return
+    tuner.disable_adapter_layers()
+    lm.in_reference = True
+    try:
+        yield
+    finally:
+        lm.in_reference = False
+        tuner.enable_adapter_layers()
+
+
+def positions(attention_mask: Tensor) -> Tensor:
+    """Return position ids that do not count padding, on either side; int ``[batch, length]``."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
+
+
+@dataclass
+class TokenOutputs:
+    """What one forward pass says of the last ``T`` tokens of each row."""
+
+    logps: Tensor
+    """log pi of each token, ``[batch, T]``; 0 outside the mask."""
+    entropy: Tensor
+    """Entropy of the distribution each token was drawn from, in nats, ``[batch, T]``; no gradient."""
+    hidden: Tensor | None = None
+    """Last hidden state before each token, ``[batch, T, width]``, when asked for."""
+
+
+def token_outputs(
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    response_mask: Tensor,
+    temperature: float = 1.0,
+    hidden: bool = False,
+) -> TokenOutputs:
+    """Log-probabilities of the tokens that ``response_mask`` marks, padding on either side; in little memory.
+
+    Args:
+        input_ids, attention_mask: ``[batch, length]``.
+        response_mask: ``[batch, T]`` over the last ``T <= length - 1`` columns; True on response tokens, the end
+            token included. Prompt and padding tokens get 0.
+        temperature: the sampler's temperature; log-probabilities are of the very distribution sampled from.
+        hidden: also return the hidden states that predicted the tokens (for value heads).
+    """
+    width = response_mask.shape[1]
+    logps, entropy, output = token_log_probs(
+        model,
+        response_mask,
+        input_ids[:, -width:],
+        temperature,
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=positions(attention_mask),
+        output_hidden_states=hidden,
+        use_cache=False,
+    )
+    states = output.hidden_states[-1][:, -(width + 1) : -1] if hidden else None
+    nothing = torch.zeros(response_mask.shape, dtype=torch.float32, device=logps.device)
+    return TokenOutputs(
+        nothing.masked_scatter(response_mask, logps), nothing.masked_scatter(response_mask, entropy), states
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:200]

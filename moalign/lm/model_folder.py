@@ -1,0 +1,198 @@
+"""Model folders: found, checked and fingerprinted without importing torch.
+
+Nothing is ever unpickled: weights must be safetensors, whose header tells the file's exact size, so that
+a truncated file is named before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from moalign.core.errors import RequestError, did_you_mean
+from moalign.lm import builtin
+
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "*.vocab", "bpe.codes", "*.bpe")
+"""One of these must be there: without them the library makes up an empty tokenizer and says nothing."""
+_READ = (
+    "config.json",
+    "tokenizer*",
+    "chat_template*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    *_TOKENIZER_FILES,
+)
+"""What can change a score, beside the weights."""
+_FETCHED = ["*.json", "*.jinja", "*.txt", "*.model", "*.bpe", "*.tiktoken", "*.vocab", "model*.safetensors"]
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
+
+
+def local_folder(model: str, base_dir: Path, where: str) -> Path | None:
+    """Return the folder that ``model`` names, or None when it can only be a hub id.
+
+    A relative path is looked up from ``base_dir`` (the task card's folder), then from the current folder; then the
+    name may be one of :data:`moalign.lm.builtin.MODELS`, whose folder is made at its first use.
+    Raises RequestError when it is a path (``./x``, ``/x``, ``a/b/c``) that does not exist, or a file.
+    """
+    given = Path(model).expanduser()
+    for candidate in [given] if given.is_absolute() else [base_dir / given, given]:
+        if candidate.is_dir():
+            return candidate.resolve()
+        if candidate.exists():
+            raise RequestError(f"{where}: model {model!r} is a file; a model folder or a hub id is needed")
+    if model in builtin.MODELS:
+        return builtin.ensure(model, where)
+    if not _HUB_ID.match(model):
+        raise RequestError(
+            f"{where}: there is no model folder {model!r} (looked in {base_dir} and the current folder), and it is not "
+            f"of the form owner/name of a hub id{_near(model)}"
+        )
+    return None
+
+
+def _near(model: str) -> str:
+    """Return the hint for a built-in model's name mistyped; an owner's model has another's name by right."""
+    return "" if "/" in model else did_you_mean(model, list(builtin.MODELS))
+
+
+def resolve(model: str, revision: str | None, where: str) -> Path:
+    """Return a model's checked local folder: as given, a built-in model's, or a hub id's in the library's cache.
+
+    A relative path is relative to the current folder. Raises RequestError as :func:`local_folder`,
+    :func:`fetch` and :func:`check` do.
+    """
+    folder = local_folder(model, Path.cwd(), where) or fetch(model, revision, where)
+    check(folder, where)
+    return folder
+
+
+def read_config(folder: Path, where: str) -> dict[str, Any]:
+    """Return the folder's config.json; raises RequestError when it is missing or not a JSON object."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RequestError(f"{where}: {folder} is not a model folder: it has no config.json") from None
+    except (OSError, ValueError) as error:
+        raise RequestError(f"{where}: {path} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise RequestError(f"{where}: {path} holds a {type(config).__name__}; a JSON object is needed")
+    return config
+
+
+def check(folder: Path, where: str) -> None:
+    """Raise RequestError unless the folder has a config, whole safetensors weights and a tokenizer."""
+    read_config(folder, where)
+    for path in weight_files(folder, where):
+        check_safetensors(path, where)
+    if not any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES):
+        raise RequestError(
+            f"{where}: model folder {folder} has no tokenizer files (such as tokenizer.json); save the tokenizer "
+            "beside the weights with tokenizer.save_pretrained(folder)"
+        )
+
+
+def weight_files(folder: Path, where: str) -> list[Path]:
+    """Return the safetensors files of a model folder, all of them present; raises RequestError otherwise."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise RequestError(f"{where}: {index} cannot be read: {type(error).__name__}: {error}") from error
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise RequestError(f"{where}: model folder {folder} lacks the weight files {', '.join(missing)}")
+        return [folder / name for name in names]
+    pickled = sorted(path.name for path in folder.glob("*.bin"))
+    if pickled:
+        raise RequestError(
+            f"{where}: model folder {folder} has only pickled weights ({', '.join(pickled)}), which moalign never "
+            "loads because they can run code; save the model as safetensors (model.save_pretrained(folder))"
+        )
+    raise RequestError(f"{where}: model folder {folder} has no weights: model.safetensors is missing")
+
+
+def check_safetensors(path: Path, where: str) -> None:
+    """Raise RequestError unless the file is as long as its header says (layout: 8 bytes length, JSON, data)."""
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            header_size = int.from_bytes(file.read(8), "little")
+            if size < 8 or header_size > size - 8:
+                raise ValueError("it ends inside its header")
+            header = json.loads(file.read(header_size))
+        needed = (
+            8 + header_size + max(entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__")
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RequestError(f"{where}: {path} is not a whole safetensors file ({error}); copy it again") from error
+    if size != needed:
+        raise RequestError(
+            f"{where}: {path} is truncated or damaged: {size} bytes, but its header says {needed}; copy it again"
+        )
+
+
+def fingerprint(folder: Path, where: str) -> str:
+    """Return 16 hex digits over config, tokenizer and weights: moving the folder keeps it, any change changes it."""
+    paths = {path for pattern in _READ for path in folder.glob(pattern) if path.is_file()}
+    paths.update(weight_files(folder, where))
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        state = path.stat()
+        digest.update(f"{path.name}\0{_file_hash(str(path), state.st_size, state.st_mtime_ns)}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+@functools.lru_cache(maxsize=1024)
+def _file_hash(path: str, size: int, changed: int) -> str:
+    """Hash a file; size and time are only there so that a file is read once per process unless it changes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def fetch(model: str, revision: str | None, where: str, config_only: bool = False) -> Path:
+    """Return the local folder of a hub model, downloading what is not in the library's cache.
+
+    Args:
+        model: hub id ``owner/name``.
+        revision: branch, tag or commit; None is the default branch.
+        where: how messages name the place.
+        config_only: fetch config.json only (small), enough to check labels before any work begins.
+
+    Raises:
+        RequestError: offline, unknown id or revision, access denied.
+    """
+    from huggingface_hub import constants, errors, snapshot_download
+
+    wanted = ["config.json"] if config_only else _FETCHED
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*"]))
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError) as error:
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "no connection"
+        raise RequestError(
+            f"{where}: hub model {model!r} is not in the local cache and the hub cannot be reached ({why}), and "
+            f"there is no folder of that name; name a local model folder instead: model: path/to/folder{_near(model)}"
+        ) from error
+    except errors.GatedRepoError as error:
+        raise RequestError(
+            f"{where}: hub model {model!r} is gated: accept its terms and log in, or name a folder"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise RequestError(f"{where}: hub model {model!r} has no revision {revision!r}") from error
+    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+        first = str(error).strip().partition("\n")[0]
+        raise RequestError(
+            f"{where}: hub model {model!r} cannot be fetched ({type(error).__name__}: {first}); check the id, or "
+            f"name a local model folder instead{_near(model)}"
+        ) from error

@@ -1,0 +1,425 @@
+"""Sampling from a language model: one plain loop that returns log-probabilities as it samples.
+
+Every row is drawn by inverting its cumulative distribution at given uniform numbers. Two policies that are
+given the same numbers therefore differ only where their distributions do (common random numbers), and a
+sample does not depend on the batch it was computed in.
+
+The sampler draws from the full distribution (temperature apart): no minimum length, no top-k; ``top_p`` is for
+evaluation and RiC's own samples only. Truncating while training on full log-probabilities lets a policy drift
+where the sampler never looks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import DynamicCache
+
+from moalign.lm.language_model import LanguageModel, positions
+from moalign.lm.stopping import length
+
+KEEP_ABOVE = 0.9
+"""Rows that have ended leave the batch when at most this share of it is left: a copy of the cache for each step."""
+
+CHUNK = 256
+"""Tokens that are summed at once to find where in a large vocabulary a draw falls."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample. ``seed`` and the row numbers fix every random number."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+    batch_size: int = 256
+    max_prompt_tokens: int = 512
+    stop: tuple[str, ...] = ()
+
+
+@dataclass
+class Samples:
+    """Sampled responses, aligned for training: prompts padded on the left, responses on the right."""
+
+    input_ids: Tensor
+    """``[rows, prompt + T]``."""
+    attention_mask: Tensor
+    """``[rows, prompt + T]``; 0 on padding of either side."""
+    response_mask: Tensor
+    """Bool ``[rows, T]`` over the last T columns; True on response tokens, the end token included."""
+    logps: Tensor
+    """log pi of each sampled token at the sampling temperature, ``[rows, T]``; 0 outside the mask. Of the whole
+    distribution: a nucleus chooses where to draw and is no part of the policy (see :func:`draw`)."""
+    finished: Tensor
+    """Bool ``[rows]``: the response ended at an end id, or at a stop text (:func:`.stopping.trim`), not by the limit.
+    """
+    hidden: Tensor | None = None
+    """Last hidden state before each token, ``[rows, T, width]``, 0 outside the mask; when asked for (what value heads
+    read)."""
+
+    @property
+    def tokens(self) -> int:
+        """Number of sampled tokens."""
+        return int(self.response_mask.sum())
+
+
+@dataclass(eq=False)
+class Traces:
+    """The tokens behind responses, in the responses' order, and what the policy that wrote them thinks of them."""
+
+    vocabulary: Any
+    """The tokenizer that the ids are numbers of."""
+    ids: list[NDArray[np.int64]]
+    """Token ids of each response, ``[length]``, the end token included. They end with the token that completes the
+    first stop text: what follows it is no part of the response. At least one token each."""
+    logps: list[float]
+    """log pi of those tokens together, in nats, at the sampling temperature: at temperature 1 that of the policy
+    itself. A nucleus is left out (see :func:`draw`); for greedy answers it is that of temperature 1."""
+    finished: list[bool]
+    """Whether each response ended at an end id or a stop text; the limit cut off the others."""
+
+    def at(self, places: Sequence[int]) -> Traces:
+        """Return those of the responses at ``places``."""
+        ids, logps = [self.ids[place] for place in places], [self.logps[place] for place in places]
+        return Traces(self.vocabulary, ids, logps, [self.finished[place] for place in places])
+
+    @classmethod
+    def joined(cls, parts: Sequence[Traces | None]) -> Traces | None:
+        """Return the parts, all of one vocabulary, as one; None where a part is not known."""
+        known = [part for part in parts if part is not None]
+        if not known or len(known) < len(parts):
+            return None
+        ids, logps = [row for part in known for row in part.ids], [value for part in known for value in part.logps]
+        return cls(known[0].vocabulary, ids, logps, [flag for part in known for flag in part.finished])
+
+
+@dataclass(eq=False)
+class Generated:
+    """What a generator answers."""
+
+    responses: list[str]
+    """One for each text asked."""
+    tokens: int
+    """Number of tokens sampled, those after a stop text included."""
+    traces: Traces | None = None
+    """The tokens of the responses; None where the generator does not know them."""
+
+
+def uniforms(seed: int, rows: Sequence[int], length: int) -> Tensor:
+    """Return uniform numbers ``[rows, length]``; row ``r`` depends on ``(seed, r)`` alone."""
+    drawn = {row: np.random.default_rng([seed, row]).random(length) for row in set(rows)}
+    return torch.from_numpy(np.stack([drawn[row] for row in rows]))
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return ``(input_ids, attention_mask)``, both ``[rows, longest]``, padded on the left."""
+    longest = max(len(row) for row in rows)
+    ids = torch.full((len(rows), longest), pad, dtype=torch.long)
+    mask = torch.zeros((len(rows), longest), dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, longest - len(row) :] = torch.tensor(row)
+        mask[i, longest - len(row) :] = 1
+    return ids.to(device), mask.to(device)
+
+
+class NextToken(Protocol):
+    """Where the next token's distribution comes from: what reads tokens and remembers those it has read.
+
+    One object serves one batch. Mixing several models is another source; the sampling loop stays the same.
+    """
+
+    state: Tensor | None
+    """The hidden state of the token read last, ``[rows, width]``, where the source keeps it."""
+
+    def read(self, ids: Tensor, mask: Tensor, place: Tensor) -> Tensor:
+        """Read tokens ``[rows, new]`` at positions ``place``; ``mask`` covers all read so far, ``[rows, total]``.
+
+        Returns logits of the token after the last, ``[rows, vocabulary]``, up to a constant of each row.
+        """
+        ...
+
+    def repeat(self, times: int) -> None:
+        """Make ``times`` consecutive rows of each row read so far."""
+        ...
+
+    def keep(self, rows: Tensor) -> None:
+        """Forget all rows but those numbered ``rows``, int ``[kept]``, which are read on in this order."""
+        ...
+
+
+class Direct:
+    """A model as it stands, with a cache of its own. See :class:`NextToken`."""
+
+    def __init__(self, model: Any, hidden: bool = False) -> None:
+        """Begin a batch; nothing is read yet. ``hidden`` keeps each token's hidden state in ``state``."""
+        self.model = model
+        self.cache = DynamicCache(config=model.config)
+        self.hidden = hidden
+        self.state: Tensor | None = None
+
+    def read(self, ids: Tensor, mask: Tensor, place: Tensor) -> Tensor:
+        """See :class:`NextToken`."""
+        output = self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=place,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+            output_hidden_states=self.hidden,
+        )
+        if self.hidden:
+            self.state = output.hidden_states[-1][:, -1]
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+    def repeat(self, times: int) -> None:
+        """See :class:`NextToken`."""
+        self.cache.batch_repeat_interleave(times)
+        self.state = None if self.state is None else self.state.repeat_interleave(times, dim=0)
+
+    def keep(self, rows: Tensor) -> None:
+        """See :class:`NextToken`."""
+        self.cache.reorder_cache(rows)  # unlike batch_select_indices every kind of layer has it, recurrent ones too
+        self.state = None if self.state is None else self.state[rows]
+
+
+@torch.no_grad()
+def sample(
+    lm: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    numbers: Tensor,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    repeat: int = 1,
+    hidden: bool = False,
+    source: NextToken | None = None,
+) -> Samples:
+    """Sample ``repeat`` responses for each tokenised prompt in one batch; prompts are read once.
+
+    Row ``i * repeat + j`` of the result is response ``j`` to prompt ``i``. A row ends at any of ``lm.end_ids``; rows
+    that have ended leave the batch in groups, which changes nothing for the others.
+
+    Args:
+        prompts: token ids per prompt, not padded.
+        numbers: uniform numbers ``[rows, max_new_tokens]``; column ``t`` draws token ``t``.
+        temperature: 0 is greedy.
+        top_p: nucleus; 1 draws from the whole distribution.
+        hidden: keep the hidden state that each token was drawn from.
+        source: where next-token distributions come from, fresh for this batch; None: the model as it stands.
+    """
+    source = Direct(lm.model, hidden) if source is None else source
+    read, read_mask = pad_left(prompts, lm.pad, lm.device)
+    ids, mask = read.repeat_interleave(repeat, dim=0), read_mask.repeat_interleave(repeat, dim=0)
+    logits = source.read(read, read_mask, positions(read_mask))
+    if repeat > 1:
+        source.repeat(repeat)
+        logits = logits.repeat_interleave(repeat, dim=0)
+    batch = _Batch(lm, mask, numbers.to(lm.device))
+    for step in range(numbers.shape[1]):
+        if step:
+            logits = source.read(*batch.next(step))
+        chosen, logp = draw(logits, batch.numbers[:, step], temperature, top_p)
+        batch.write(step, chosen, logp, source.state)
+        left = int(batch.alive.sum())
+        if left == 0:
+            break
+        if left <= KEEP_ABOVE * len(batch.rows):
+            source.keep(batch.leave())
+    return batch.samples(ids, mask)
+
+
+class _Batch:
+    """The state of a batch while it is sampled: results of all rows, and which rows are still read."""
+
+    def __init__(self, lm: LanguageModel, mask: Tensor, numbers: Tensor) -> None:
+        """Begin behind prompts of attention mask ``[rows, prompt]``; ``numbers`` ``[rows, steps]``."""
+        count, steps = numbers.shape
+        self.rows = torch.arange(count, device=lm.device)
+        """Numbers of the rows that are read, ``[live]``; the next three attributes are of these rows."""
+        self.alive = torch.ones(count, dtype=torch.bool, device=lm.device)
+        self.numbers = numbers
+        # The whole mask is allocated once; each step sees a growing view of it.
+        self._mask = torch.cat([mask, mask.new_zeros(count, steps)], dim=1)
+        self._place = positions(mask)[:, -1:]
+        self._prompt = mask.shape[1]
+        self._ends = torch.tensor(sorted(lm.end_ids), device=lm.device)
+        self._tokens = torch.full((count, steps), lm.pad, dtype=torch.long, device=lm.device)
+        self._logps = torch.zeros((count, steps), dtype=torch.float32, device=lm.device)
+        self._lengths = torch.zeros(count, dtype=torch.long, device=lm.device)
+        self._finished = torch.zeros(count, dtype=torch.bool, device=lm.device)
+        self._hidden: Tensor | None = None
+        self._pad = lm.pad
+        self._last = self._tokens[:, :1]
+
+    def next(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what is read before token ``step``: ids and positions ``[live, 1]``, and the mask of all so far."""
+        self._place = self._place + 1
+        return self._last, self._mask[:, : self._prompt + step], self._place
+
+    def write(self, step: int, chosen: Tensor, logp: Tensor, state: Tensor | None) -> None:
+        """Take token ``step`` of the live rows, its log-probability and the state it was drawn from."""
+        alive, rows = self.alive, self.rows
+        token = torch.where(alive, chosen, self._pad)
+        self._tokens[rows, step] = token
+        self._logps[rows, step] = torch.where(alive, logp, torch.zeros_like(logp))
+        if state is not None:
+            if self._hidden is None:
+                self._hidden = state.new_zeros(*self._tokens.shape, state.shape[-1])
+            self._hidden[rows, step] = torch.where(alive.unsqueeze(-1), state, torch.zeros_like(state))
+        self._mask[:, self._prompt + step] = alive.long()
+        self._lengths[rows] += alive.long()
+        ended = alive & torch.isin(chosen, self._ends)
+        self._finished[rows] |= ended
+        self.alive = alive & ~ended
+        self._last = token.unsqueeze(-1)
+
+    def leave(self) -> Tensor:
+        """Drop the rows that have ended; returns the places of the others among those read before, ``[left]``."""
+        kept = self.alive.nonzero().squeeze(-1)
+        self.rows, self.numbers, self.alive = self.rows[kept], self.numbers[kept], self.alive[kept]
+        self._mask, self._place, self._last = self._mask[kept], self._place[kept], self._last[kept]
+        return kept
+
+    def samples(self, ids: Tensor, mask: Tensor) -> Samples:
+        """Return the responses behind the prompts ``ids`` with attention mask ``mask``, ``[rows, prompt]``."""
+        used = int(self._lengths.max())
+        response = torch.arange(used, device=ids.device) < self._lengths.unsqueeze(-1)
+        return Samples(
+            input_ids=torch.cat([ids, self._tokens[:, :used]], dim=1),
+            attention_mask=torch.cat([mask, response.to(mask.dtype)], dim=1),
+            response_mask=response,
+            logps=self._logps[:, :used],
+            finished=self._finished,
+            hidden=None if self._hidden is None else self._hidden[:, :used],
+        )
+
+
+def draw(logits: Tensor, numbers: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
+    """Draw one token a row by inverse cumulative distribution; returns (token, log-probability), ``[rows]`` each.
+
+    The log-probability is that of the policy at ``temperature``, whatever the nucleus: truncated and renormalised it
+    would tell how much was cut off, and two policies that cut differently could not be compared by it. Greedy tokens
+    have that of temperature 1.
+    """
+    logits = logits.float()
+    if temperature == 0:
+        best = logits.argmax(-1)
+        return best, torch.log_softmax(logits, -1).gather(-1, best.unsqueeze(-1)).squeeze(-1)
+    log_probs = torch.log_softmax(logits / temperature, dim=-1)
+    probs = log_probs.exp()
+    if top_p < 1:
+        ranked, order = probs.sort(dim=-1, descending=True)
+        # A token stays while the mass before it is below top_p, so the most likely one always does.
+        ranked = torch.where(ranked.cumsum(-1) - ranked < top_p, ranked, torch.zeros_like(ranked))
+        probs = torch.zeros_like(probs).scatter(-1, order, ranked)
+        probs = probs / probs.sum(-1, keepdim=True)
+    token = _invert(probs, numbers.double().unsqueeze(-1))
+    return token, log_probs.gather(-1, token.unsqueeze(-1)).squeeze(-1)
+
+
+def _invert(probs: Tensor, numbers: Tensor) -> Tensor:
+    """Return the first token of each row whose cumulative share is above its number ``[rows, 1]``, int ``[rows]``.
+
+    Double precision keeps the last token reachable and the first from being drawn at u = 0 by rounding. Over a whole
+    large vocabulary it would cost more than the softmax; so the chunk is found first, then the token within it.
+    """
+    rows, size = probs.shape
+    if size <= CHUNK:
+        cumulative = probs.double().cumsum(-1)
+        return (cumulative <= numbers * cumulative[:, -1:]).sum(-1).clamp_max(size - 1)
+    whole = size // CHUNK
+    full = probs[:, : whole * CHUNK].reshape(rows, whole, CHUNK).sum(-1)
+    sums = torch.cat([full, probs[:, whole * CHUNK :].sum(-1, keepdim=True)], dim=-1).double()
+    cumulative = sums.cumsum(-1)
+    target = numbers * cumulative[:, -1:]
+    chunk = (cumulative <= target).sum(-1, keepdim=True).clamp_max(whole)
+    # A chunk's sum and the sum of its cumulative shares differ by rounding: never before the chunk's first token with
+    # mass, nor behind its last.
+    within = (target - (cumulative - sums).gather(-1, chunk)).clamp_min(0)
+    places = chunk * CHUNK + torch.arange(CHUNK, device=probs.device)
+    masses = probs.gather(-1, places.clamp_max(size - 1)).double().masked_fill(places >= size, 0.0)
+    inner = masses.cumsum(-1)
+    last = (inner < inner[:, -1:]).sum(-1)
+    return chunk.squeeze(-1) * CHUNK + (inner <= within).sum(-1).minimum(last)
+
+
+def responses(lm: LanguageModel, samples: Samples, stop: Sequence[str] = ()) -> list[str]:
+    """Return the text of each sampled response, cut at the first stop text."""
+    return [cut(text, stop) for text in lm.decode(_tokens(samples))]
+
+
+def _tokens(samples: Samples) -> list[NDArray[np.int64]]:
+    """Return the token ids of each response, ``[length]``, the end token included."""
+    width = samples.response_mask.shape[1]
+    ids = samples.input_ids[:, -width:].cpu().numpy()
+    lengths = samples.response_mask.sum(-1).cpu().tolist()
+    return [row[:count] for row, count in zip(ids, lengths, strict=True)]
+
+
+def cut(text: str, stop: Sequence[str]) -> str:
+    """Return ``text`` up to the first stop text (for example the next turn marker), without trailing space."""
+    for marker in stop:
+        at = text.find(marker)
+        if at >= 0:
+            text = text[:at]
+    return text.strip()
+
+
+def generate(
+    lm: LanguageModel,
+    texts: Sequence[str],
+    rows: Sequence[int],
+    sampling: Sampling,
+    source: Callable[[], NextToken] | None = None,
+) -> Generated:
+    """Sample a response for every rendered prompt in length-sorted batches.
+
+    Args:
+        texts: what the policy reads, one per response wanted.
+        rows: the number that fixes each response's randomness (see :func:`uniforms`).
+        source: makes the source of next-token distributions of each batch; None: the model as it stands.
+
+    Returns:
+        Responses in the order of ``texts``, the number of tokens sampled, and the responses' tokens.
+    """
+    lm.model.eval()
+    encoded = lm.encode(texts, sampling.max_prompt_tokens)
+    order = sorted(range(len(texts)), key=lambda i: len(encoded[i]))
+    made = Generated([""] * len(texts), 0)
+    ids, logps = [np.empty(0, dtype=np.int64)] * len(texts), [0.0] * len(texts)
+    finished = [False] * len(texts)
+    for start in range(0, len(order), sampling.batch_size):
+        part = order[start : start + sampling.batch_size]
+        numbers = uniforms(sampling.seed, [rows[i] for i in part], sampling.max_new_tokens)
+        drawn = sample(
+            lm,
+            [encoded[i] for i in part],
+            numbers,
+            sampling.temperature,
+            sampling.top_p,
+            source=None if source is None else source(),
+        )
+        made.tokens += drawn.tokens
+        rows_ids, rows_logps, ended = _tokens(drawn), drawn.logps.cpu().double().numpy(), drawn.finished.tolist()
+        for i, row, logp, end, text in zip(part, rows_ids, rows_logps, ended, lm.decode(rows_ids), strict=True):
+            made.responses[i] = cut(text, sampling.stop)
+            stopped = any(marker in text for marker in sampling.stop)
+            count = length(lm, row.tolist(), sampling.stop) if stopped else len(row)
+            # A copy: a view of one row would keep the whole batch in memory.
+            ids[i], logps[i], finished[i] = row[:count].copy(), float(logp[:count].sum()), end or stopped
+    made.traces = Traces(lm.tokenizer, ids, logps, finished)
+    return made
+
+
+def batches(count: int, size: int) -> int:
+    """Return how many batches :func:`generate` needs, for progress bars."""
+    return math.ceil(count / size)

@@ -1,0 +1,51 @@
+"""What every trainer of transformers and trl is kept from: its own printing, and names that differ by version."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+
+def checkpointing_option() -> str:
+    """Return what the installed transformers calls gradient checkpointing among a trainer's arguments.
+
+    5.17 knows the old name only, 5.23 warns of it.
+    """
+    from transformers import TrainingArguments
+
+    known = TrainingArguments.__dataclass_fields__
+    return "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+
+
+def run_trainer(trainer: Any) -> None:
+    """Train without the library's own printing."""
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Silence progress bars and notices of libraries: moalign has its own."""
+    import datasets
+    import transformers
+
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    level = logging.getLogger("accelerate").level
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore", UserWarning)
+            yield
+    finally:
+        transformers.logging.set_verbosity(before)
+        logging.getLogger("accelerate").setLevel(level)

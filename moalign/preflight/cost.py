@@ -1,0 +1,114 @@
+"""What a recipe costs at most, before it runs: tokens and scores as the meter counts them, rough hours on its GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from moalign.config.load import ResolvedRequest
+from moalign.config.strict import Strict
+from moalign.lm.architecture import Architecture
+from moalign.methods.base import Capabilities
+from moalign.preflight.memory import WIDTH, stages
+from moalign.training.settings import DpoStage, OnlineConfig, SftConfig
+
+GPUS = {
+    # name: (dense bfloat16 TFLOP/s, GB/s), from the makers' data sheets
+    "A6000": (155.0, 768.0),
+    "A100": (312.0, 2039.0),
+    "H100": (989.0, 3350.0),
+    "H200": (989.0, 4800.0),
+    "RTX 4090": (165.0, 1008.0),
+    "RTX 3090": (71.0, 936.0),
+}
+TRAINING_SHARE = 0.35
+"""Share of a GPU's peak that training reaches (assumed)."""
+DECODING_SHARE = 0.5
+"""Share of a GPU's memory bandwidth that decoding reaches (assumed)."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Upper bounds; every response as long as it may be, every row as long as it may be."""
+
+    policies: int
+    """Separate training runs inside the recipe."""
+    tokens_generated: int
+    tokens_trained: int
+    reward_calls: int
+    gpu: str | None
+    hours: float | None
+    """None when the GPU is not one of :data:`GPUS` or the base's size is not known."""
+
+    def told(self) -> dict[str, Any]:
+        """Return the cost for ``--json``."""
+        return {
+            "policies": self.policies,
+            "tokens_generated": self.tokens_generated,
+            "tokens_trained": self.tokens_trained,
+            "reward_calls": self.reward_calls,
+            "gpu": self.gpu,
+            "hours": self.hours,
+        }
+
+
+def estimate(resolved: ResolvedRequest, capabilities: Capabilities, policy: Architecture | None) -> Cost:
+    """Return the training cost of a recipe; answering and judging come on top.
+
+    ``policy`` None: the base's size is not known, and neither are the hours.
+    """
+    card, objectives = resolved.card, len(resolved.card.objectives)
+    policies = _policies(resolved, capabilities)
+    limits = card.generation
+    generated = trained = calls = 0
+    waits = 0  # forward passes of one token each, one after the other: what decoding waits for
+    for name, config in stages(resolved.config) if capabilities.trains else ():
+        times = objectives if name.split(".")[0] == "experts" else policies
+        if isinstance(config, OnlineConfig):
+            rows = times * config.steps * config.batch * config.samples
+            generated += rows * limits.max_new_tokens
+            calls += rows * objectives
+            trained += rows * config.epochs * (limits.max_prompt_tokens + limits.max_new_tokens)
+            waits += times * config.steps * limits.max_new_tokens
+        elif isinstance(config, SftConfig):
+            per_row = 2 if isinstance(config, DpoStage) else 1
+            trained += times * config.steps * config.batch * per_row * config.max_tokens
+    sampled = _sampled(resolved.config)
+    generated += sampled * limits.max_new_tokens
+    calls += sampled * objectives
+    waits += -(-sampled // limits.batch_size) * limits.max_new_tokens
+    gpu, hours = _hours(resolved, policy, trained, waits)
+    return Cost(policies, generated, trained, calls, gpu, hours)
+
+
+def _policies(resolved: ResolvedRequest, capabilities: Capabilities) -> int:
+    """Return how many policies are trained one after the other."""
+    from moalign.core import preferences
+
+    if not capabilities.trains:
+        return 0
+    if capabilities.one_policy or getattr(resolved.config, "conditioned", False):
+        return 1
+    if resolved.recipe.prefs is not None:
+        return len(resolved.recipe.prefs)
+    return len(preferences.grid_of(len(resolved.card.objectives), resolved.card.grid))
+
+
+def _sampled(config: Strict) -> int:
+    """Return how many responses a method samples between its stages, as far as its settings tell."""
+    rounds = getattr(config, "online_rounds", 0) * getattr(config, "online_prompts", 0)
+    return int(rounds + 3 * getattr(config, "augment_prompts", 0))
+
+
+def _hours(
+    resolved: ResolvedRequest, policy: Architecture | None, trained: int, waits: int
+) -> tuple[str | None, float | None]:
+    stated = resolved.recipe.needs.gpu
+    name = next((gpu for gpu in GPUS if gpu in stated), None)
+    if name is None or policy is None or not policy.parameters:
+        return name, None
+    flops, bandwidth = GPUS[name]
+    # Frozen base with adapters: forward 2, backward to the activations 2, recomputed forward 2 operations a parameter.
+    training = trained * 6 * policy.parameters / (flops * 1e12 * TRAINING_SHARE)
+    decoding = waits * policy.parameters * WIDTH[resolved.card.dtype] / (bandwidth * 1e9 * DECODING_SHARE)
+    return name, (training + decoding) / 3600

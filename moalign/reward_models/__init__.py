@@ -1,0 +1,1 @@
+"""Reward models: trained on preference pairs, combined, calibrated, and judged."""

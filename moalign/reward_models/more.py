@@ -1,0 +1,115 @@
+"""MORE: weights of several annotator groups' losses by the min-norm point of their gradients on the reward head.
+
+Source: "On Diversified Preferences of Large Language Model Alignment", arXiv 2312.07401 v5; facts of the public code
+dunzeng/MORE are marked "code". ``L = sum_i lambda_i L_i`` with ``L_i`` the mean Bradley-Terry loss of group i and
+``lambda = argmin || sum_i lambda_i g_i ||^2`` over the simplex. The head is linear, so that the gradient of ``L_i`` on
+it is known without a backward pass:
+
+    g_i = -(1/|B_i|) sum_b sigma(-delta_b) (z_w,b - z_l,b)
+
+with z the head's input for the winner and the loser. One backward pass of L follows. Momentum (code): the solver gets
+``0.01 * old + 0.99 * new``, then scaled to length 1.
+
+Deviation: the first step's momentum starts from its own gradient; in the code it starts from random numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moalign.losses.min_norm import min_norm
+
+
+def head_gradients(winner: Tensor, loser: Tensor, delta: Tensor, group: Tensor, groups: int) -> Tensor:
+    """Return every group's gradient of its mean loss on the head's weight, ``[groups, width]``, float32.
+
+    Args:
+        winner, loser: the head's inputs, ``[pairs, width]``.
+        delta: reward of the winner minus that of the loser, ``[pairs]``.
+        group: the pair's group, ``[pairs]``; a group without pairs gets zeros.
+    """
+    pull = torch.sigmoid(-delta.float()).unsqueeze(1) * (winner.float() - loser.float())
+    member = F.one_hot(group, groups).float()
+    return -(member.T @ pull) / member.sum(0).clamp_min(1).unsqueeze(1)
+
+
+class Balancer:
+    """The weights of the groups, with the memory of their gradients."""
+
+    def __init__(self, groups: int, normalise: bool, momentum: float) -> None:
+        """Weigh ``groups`` groups; ``momentum`` is the new gradient's share."""
+        self.groups = groups
+        self.normalise = normalise
+        self.momentum = momentum
+        self.memory: Tensor | None = None
+        """Smoothed gradients ``[groups, width]``."""
+
+    @torch.no_grad()
+    def weights(self, winner: Tensor, loser: Tensor, delta: Tensor, group: Tensor) -> Tensor:
+        """Return lambda ``[groups]``, on the simplex; arguments as :func:`head_gradients`."""
+        new = head_gradients(winner, loser, delta, group, self.groups)
+        if self.memory is not None:
+            new = (1 - self.momentum) * self.memory.to(new.device) + self.momentum * new
+        self.memory = new
+        gradients = F.normalize(new, dim=1) if self.normalise else new
+        gram = (gradients @ gradients.T).double().cpu().numpy()
+        return torch.as_tensor(min_norm(gram), dtype=torch.float32, device=delta.device)
+
+
+class HeadWatch:
+    """Sees what goes into a classifier's last linear layer."""
+
+    def __init__(self, model: Any) -> None:
+        """Find the head: the last linear layer with one output per label.
+
+        Raises ValueError when the model has none.
+        """
+        labels = model.config.num_labels
+        linear = [
+            module
+            for module in model.modules()
+            if isinstance(module, torch.nn.Linear) and module.out_features == labels and module.weight.requires_grad
+        ]
+        if not linear:
+            raise ValueError(f"{type(model).__name__} has no trainable linear layer with {labels} outputs")
+        self.layer = linear[-1]
+        self.seen: Tensor | None = None
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Within the block the head's input is kept."""
+
+        def keep(layer: Any, given: tuple[Tensor, ...]) -> None:
+            self.seen = given[0]
+
+        hook = self.layer.register_forward_pre_hook(keep)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def states(self, input_ids: Tensor, pad: int) -> Tensor:
+        """Return the head's input per row, ``[rows, width]``; no gradient.
+
+        A decoder's head reads every token and the last that is no padding counts.
+        """
+        assert self.seen is not None  # set by the forward pass
+        seen = self.seen.detach()
+        if seen.ndim == 2:
+            return seen
+        places = torch.arange(input_ids.shape[1], device=input_ids.device)
+        last = (places * (input_ids != pad)).argmax(-1)
+        return seen[torch.arange(len(seen), device=seen.device), last]
+
+
+def weighted(delta: Tensor, group: Tensor, weights: Tensor) -> Tensor:
+    """Return ``sum_i weights_i * mean_{pairs of i} -log sigma(delta)``, a scalar; a group without pairs adds 0."""
+    member = F.one_hot(group, len(weights)).to(delta.dtype)
+    share = member / member.sum(0).clamp_min(1)
+    return -(F.logsigmoid(delta) * (share @ weights.to(delta.dtype))).sum()

@@ -1,0 +1,136 @@
+"""Preference pairs for reward models: data sets (annotator groups) by name, split by a hash of the prompt."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moalign.config.card import SourceSpec, SplitSpec
+from moalign.core.errors import RequestError
+from moalign.data import load, splits
+
+SHOWN = 3
+"""Data sets named in a message."""
+
+
+@dataclass
+class PairSet:
+    """The pairs of one data set or annotator group."""
+
+    name: str
+    prompts: list[str] = field(default_factory=list)
+    chosen: list[str] = field(default_factory=list)
+    rejected: list[str] = field(default_factory=list)
+    chance: list[float] = field(default_factory=list)
+    """The true probability that ``chosen`` is preferred, where it is known (the sandbox's annotators); else empty."""
+
+    def __len__(self) -> int:
+        """Return the number of pairs."""
+        return len(self.prompts)
+
+    def add(self, prompt: str, chosen: str, rejected: str, chance: float | None = None) -> None:
+        """Append one pair."""
+        self.prompts.append(prompt)
+        self.chosen.append(chosen)
+        self.rejected.append(rejected)
+        if chance is not None:
+            self.chance.append(chance)
+
+    def pick(self, rows: Iterable[int]) -> PairSet:
+        """Return some pairs, in the order given."""
+        kept = list(rows)
+
+        def of(values: list[str]) -> list[str]:
+            return [values[row] for row in kept]
+
+        chance = [self.chance[row] for row in kept] if self.chance else []
+        return PairSet(self.name, of(self.prompts), of(self.chosen), of(self.rejected), chance)
+
+    def split(self, spec: SplitSpec) -> dict[str, PairSet]:
+        """Return the pairs of every split; which one a pair is in follows from its prompt alone."""
+        rows: dict[str, list[int]] = {name: [] for name in splits.SPLITS}
+        for row, prompt in enumerate(self.prompts):
+            rows[splits.split_of(prompt, spec)].append(row)
+        return {name: self.pick(some) for name, some in rows.items()}
+
+
+def read(sources: Sequence[tuple[str | None, SourceSpec]], base_dir: Path | str = ".") -> list[PairSet]:
+    """Read pair files: columns prompt, chosen, rejected (or whole dialogues), and optionally ``group``.
+
+    Args:
+        sources: (name, file or hub data set); a row's ``group`` names its data set, else the source's name does, else
+            the file's own.
+        base_dir: where relative paths begin.
+
+    Raises:
+        RequestError: whatever is wrong with a file, with its line; both replies of a pair the same text.
+    """
+    sets: dict[str, PairSet] = {}
+    for name, source in sources:
+        default = name or Path(source.path).name.split(".")[0]
+        for group, pair in load.load_grouped_pairs(source, base_dir):
+            key = group if group is not None else default
+            sets.setdefault(key, PairSet(key)).add(pair.prompt, pair.chosen, pair.rejected)
+    if not sets:
+        raise RequestError("--pairs: the files hold no pairs")
+    return list(sets.values())
+
+
+def split_all(sets: Sequence[PairSet], spec: SplitSpec) -> dict[str, list[PairSet]]:
+    """Return every data set's pairs by split.
+
+    Raises RequestError when a data set has none in ``train`` or ``eval``.
+    """
+    parts = [one.split(spec) for one in sets]
+    found: dict[str, list[PairSet]] = {name: [part[name] for part in parts] for name in splits.SPLITS}
+    for needed in ("train", "eval"):
+        empty = [one.name for one in found[needed] if not len(one)]
+        if empty:
+            counts = "; ".join(
+                f"{one.name}: " + ", ".join(f"{name} {len(part[name])}" for name in splits.SPLITS)
+                for one, part in list(zip(sets, parts, strict=True))[:SHOWN]
+            )
+            raise RequestError(
+                f"pairs: the split {needed} of {', '.join(empty[:SHOWN])} is empty ({counts}); give more pairs, "
+                "larger shares (--set splits={train: .., calibration: .., eval: ..}) or another splits.salt"
+            )
+    return found
+
+
+def content_hash(sets: Sequence[PairSet]) -> str:
+    """Return 16 hex digits over every pair in order."""
+    digest = hashlib.sha256()
+    for one in sets:
+        for row in range(len(one)):
+            for text in (one.name, one.prompts[row], one.chosen[row], one.rejected[row]):
+                data = text.encode("utf-8", "surrogatepass")
+                digest.update(len(data).to_bytes(8, "big") + data)
+    return digest.hexdigest()[:16]
+
+
+def row_order(sizes: Sequence[int], steps: int, batch: int, parts: int, seed: int) -> NDArray[np.intp]:
+    """Return which row each place of each step takes, ``[steps * batch]``.
+
+    Rows of all data sets are numbered one after the other. Each data set is walked in reshuffled passes; each of
+    the ``parts`` of a step holds the same number of pairs of every data set.
+
+    Args:
+        sizes: pairs of each data set, ``[sets]``.
+        batch: pairs in a step; a multiple of ``parts * sets``.
+    """
+    from moalign.core.seeds import derive
+
+    each = batch // (parts * len(sizes))
+    offsets = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+    columns = []
+    for number, size in enumerate(sizes):
+        rng = np.random.default_rng(derive(seed, "order", number))
+        needed = steps * parts * each
+        passes = [rng.permutation(size) for _ in range(-(-needed // size))]
+        columns.append(offsets[number] + np.concatenate(passes)[:needed].reshape(steps * parts, each))
+    return np.concatenate(columns, axis=1).reshape(-1)

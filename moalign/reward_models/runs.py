@@ -1,0 +1,145 @@
+"""Reward models as runs: ``<results>/reward-models/<pairs>/<loss>/<run-id>/``, found again by what was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moalign.config.objectives import ClassifierObjective
+from moalign.core.progress import Say
+from moalign.lm import model_folder
+from moalign.reward_models import pairs, training
+from moalign.reward_models.pairs import PairSet
+from moalign.reward_models.settings import RewardSettings
+from moalign.reward_models.training import RewardJob
+from moalign.runs.meter import Meter
+from moalign.runs.run import Run
+from moalign.runs.store import RunStore
+
+
+class RewardStore(RunStore):
+    """The reward models below a results folder."""
+
+    def __init__(self, results: Path | str = "results") -> None:
+        super().__init__(results)
+        self.root = self.results / "reward-models"
+
+
+@dataclass(frozen=True)
+class RewardRequest:
+    """A reward model asked for, checked: see :func:`make`."""
+
+    name: str
+    """What the pairs are called: a task, or the data sets."""
+    settings: RewardSettings
+    backbone: str
+    revision: str | None
+    parts: dict[str, list[PairSet]]
+    """The data sets by split."""
+    seed: int
+    results: Path
+    said: str | None = None
+    """What has to be told about the settings."""
+    as_given: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def train_sets(self) -> list[PairSet]:
+        """The pairs that are trained on."""
+        return self.parts["train"]
+
+    def identity(self) -> dict[str, Any]:
+        """Return what the run's identifier is the hash of."""
+        folder = model_folder.resolve(self.backbone, self.revision, "--model")
+        return {
+            "settings": self.settings.model_dump(mode="json"),
+            "backbone": model_folder.fingerprint(folder, "--model"),
+            "pairs": content(self.parts),
+            "seed": self.seed,
+        }
+
+
+def content(parts: dict[str, list[PairSet]]) -> str:
+    """Return 16 hex digits over the pairs of every split."""
+    return pairs.content_hash([one for name in sorted(parts) for one in parts[name]])
+
+
+def make(
+    name: str,
+    settings: RewardSettings,
+    backbone: str,
+    sets: Sequence[PairSet],
+    *,
+    revision: str | None = None,
+    seed: int = 0,
+    results: Path = Path("results"),
+    as_given: dict[str, Any] | None = None,
+) -> RewardRequest:
+    """Check a request and split its pairs; raises RequestError for what cannot be trained."""
+    fitting, said = training.check_loss(settings, [one.name for one in sets])
+    parts = pairs.split_all(sets, fitting.splits)
+    return RewardRequest(name, fitting, backbone, revision, parts, seed, results, said, as_given or {})
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """Report nothing."""
+
+
+def obtain(request: RewardRequest, say: Say = silent, wait: bool = False) -> tuple[Run, bool]:
+    """Train the reward model, or find it trained; returns (run, whether it was found).
+
+    The model's folder is ``<run>/model``. ``wait``: wait for another process that trains it instead of refusing.
+    Raises what :func:`moalign.reward_models.training.train` raises.
+    """
+    identity = request.identity()
+    method, store = request.settings.loss, RewardStore(request.results)
+    found = store.lookup(method, request.name, identity)
+    if found is not None and found.record.status == "done":
+        return found, True
+    run = store.open(
+        method,
+        request.name,
+        identity,
+        card_hash=identity["pairs"],
+        seed=request.seed,
+        recipe={"settings": identity["settings"], "model": request.backbone, "revision": request.revision},
+        as_given=request.as_given,
+    )
+    with run.lock(wait):
+        if run.record.status == "done":
+            return run, True
+        run.mark("running")
+        settings = request.settings
+        job = RewardJob(
+            run, settings, request.backbone, request.revision, request.train_sets, request.seed, Meter(), say
+        )
+        try:
+            training.train(job)
+        except KeyboardInterrupt:
+            run.mark("interrupted")
+            raise
+        except Exception as error:
+            run.mark("failed", error=f"{type(error).__name__}: {error}")
+            raise
+        sizes = {split: {one.name: len(one) for one in sets} for split, sets in request.parts.items()}
+        run.record.notes = {**job.notes, "pairs": sizes, "heads": job.heads, "said": request.said}
+        run.mark("done", meter=job.meter)
+        run.drop_checkpoints()
+    return run, False
+
+
+def objective(run: Run, name: str = "reward", head: str | None = None) -> ClassifierObjective:
+    """Return the trained model as an objective of a task card.
+
+    ``head`` names one of several heads; None is right for a model with one.
+    """
+    settings = RewardSettings.model_validate(run.record.recipe["settings"])
+    return ClassifierObjective(
+        name=name,
+        kind="hf-classifier",
+        model=str((run.path / training.MODEL).resolve()),
+        label=head,
+        template=settings.template,
+        max_length=settings.max_tokens,
+    )

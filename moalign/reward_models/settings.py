@@ -1,0 +1,65 @@
+"""Settings of reward-model training, typed; importing them imports no engine (and no torch)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from moalign.config.card import SplitSpec
+from moalign.config.recipe import LoraSpec
+from moalign.config.strict import Strict
+from moalign.core.schedule import ScheduleName
+
+Loss = Literal["bt", "multitask", "more"]
+
+
+class RewardSettings(Strict):
+    """How a reward model is trained. Defaults are those of arXiv 2312.07401 unless marked as a choice of ours."""
+
+    loss: Loss = "bt"
+    """bt: Bradley-Terry on one data set; multitask: the same on several, as many pairs of each in every batch;
+    more: several, weighted by the min-norm point of their gradients on the reward head."""
+    heads: Literal["shared", "each"] = "shared"
+    """shared: one reward for all data sets; each: one trunk with one head per data set (multitask only)."""
+    epochs: float = Field(default=1.0, gt=0)
+    """Passes over all pairs together; ``steps`` goes before it."""
+    steps: int | None = Field(default=None, ge=1)
+    batch: int = Field(default=80, ge=1)
+    """Pairs in a step."""
+    accumulate: int = Field(default=1, ge=1)
+    """Each step is read in this many parts; with ``more`` every part has weights of its own."""
+    lr: float = Field(default=1e-6, gt=0)
+    """The paper's, for models of 1.4 to 7 thousand million parameters; small models need more."""
+    schedule: ScheduleName = "cosine"
+    """choice"""
+    warmup: int = Field(default=0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    """choice"""
+    clip: float = Field(default=1.0, gt=0)
+    """choice"""
+    max_tokens: int = Field(default=512, ge=8)
+    """Longest row; the prompt is cut on its left, so that the answer stays."""
+    template: str = "{prompt}{response}"
+    """The text that the model reads; the objective that uses the model needs the same."""
+    normalise_gradients: bool = True
+    """more: head gradients have length 1 before the min-norm step (public code)."""
+    momentum: float = Field(default=0.99, gt=0, le=1)
+    """more: share of the new gradient, g = (1 - momentum) * old + momentum * new (public code)."""
+    lora: LoraSpec | None = None
+    """Train low-rank adapters and the head instead of all weights; folded into the weights when saved."""
+    splits: SplitSpec = SplitSpec()
+    """By a hash of the prompt: trained on train, judged on eval, temperature fitted on calibration."""
+    checkpoint_every: int = Field(default=100, ge=1)
+    log_every: int = Field(default=10, ge=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RewardSettings:
+        if self.heads == "each" and self.loss != "multitask":
+            raise ValueError(
+                f"heads: each goes with loss: multitask; found loss: {self.loss} (bt has one data set, and heads "
+                "that share nothing leave more nothing to weigh)"
+            )
+        if self.batch % self.accumulate:
+            raise ValueError(f"batch must be a multiple of accumulate; found {self.batch} and {self.accumulate}")
+        return self

@@ -1,0 +1,114 @@
+"""What a method is given: a run being trained, and a finished one with all that a policy needs to answer.
+
+It stands here, above everything that it holds and below everything that reads it, so that its parts have their types.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Self
+
+from moalign.core.errors import WorkError
+from moalign.core.preferences import Preference
+from moalign.core.progress import Say, silent
+
+if TYPE_CHECKING:
+    from moalign.config.recipe import PolicySpec
+    from moalign.lm.language_model import LanguageModel
+    from moalign.rewards.panel import RewardPanel
+    from moalign.runs.meter import Meter
+    from moalign.runs.run import Run
+    from moalign.tasks.task import Scored, Task
+
+
+@dataclass
+class RunContext:
+    """A finished run with the task that it belongs to: all that a policy needs to answer."""
+
+    task: Task
+    config: Any
+    run: Run
+    preferences: Sequence[Preference]
+    """The vectors trained on (or the task's grid)."""
+    policy_spec: PolicySpec
+    panel: RewardPanel
+    """The task's scorers with its normaliser."""
+    cache: dict[str, Any] = field(default_factory=dict, kw_only=True)
+    """What policies of one run share (a loaded adapter)."""
+
+    @classmethod
+    def of(cls, task: Task, run: Run, *, meter: Meter | None = None, **parts: Any) -> Self:
+        """Return a context (or job) whose panel is the task's with its normaliser, counting into ``meter``."""
+        panel = task.panel.with_normaliser(task.normaliser)
+        if meter is not None:
+            panel, parts["meter"] = panel.with_meter(meter), meter
+        return cls(task=task, run=run, panel=panel, **parts)
+
+
+Experts = Callable[[str, dict[str, Any], Sequence[Preference]], "Run"]
+
+
+def _no_experts(method: str, settings: dict[str, Any], preferences: Sequence[Preference]) -> Run:
+    raise WorkError(f"experts by {method} are needed, but this job was given no way to get them")
+
+
+@dataclass
+class Job(RunContext):
+    """A run being trained."""
+
+    seed: int
+    meter: Meter
+    given_preferences: Sequence[Preference] | None = None
+    """``--prefs``: for conditioned methods the vectors to train on instead of the task's distribution."""
+    say: Say = silent
+    """Progress: ``say(phase, done, total)``."""
+    notes: dict[str, Any] = field(default_factory=dict)
+    """Small results of training (counts of dropped ties, filter shares); saved in the record."""
+    finished_here: set[str] = field(default_factory=set)
+    """Stages whose cost the meter already holds."""
+    experts: Experts = _no_experts
+    """``experts(method, settings, preferences)``: the finished run of a per-preference method on this task, base and
+    seed, found or trained now. It is trained once, whoever asks; its whole cost counts as this job's even when it was
+    found, as needing experts must not be cheaper for coming second."""
+
+    def scored(self, per_prompt: int | None = None) -> Scored:
+        """Return the training split's scored responses (the first ``per_prompt`` of each prompt); counts their cost.
+
+        Scores, and tokens where the base was sampled for them, count for every method that learns from them, also
+        when another run has had them made: a comparison would otherwise depend on who came first.
+        """
+        scored = self.task.scored()
+        if per_prompt is not None:
+            scored = scored.first(per_prompt)
+        self.meter.add_tokens_generated(scored.sampled)
+        self.meter.add_reward_calls(scored.raw.size)
+        return scored
+
+    def stage_done(self, name: str, lm: LanguageModel | None = None) -> bool:
+        """Whether a stage was finished, here or before an interruption.
+
+        If so the meter continues from it, and the adapter of ``lm`` (when given) gets the weights that the stage
+        ended with.
+        """
+        if not self.run.phase_done(name):
+            return False
+        if name not in self.finished_here:
+            told = self.run.phase_info(name)
+            self.meter.load(told["meter"])
+            self.notes.update(told["notes"])
+            self.finished_here.add(name)  # once is enough: later stages have counted on from it
+        if lm is not None:
+            from moalign.lm import adapters
+
+            adapters.set_tensors(lm, self.run.load_tensors(f"stages/{name}"))
+        return True
+
+    def finish_stage(self, name: str, lm: LanguageModel | None = None) -> None:
+        """Record that a stage is done, with the cost so far and (``lm`` given) the adapter's weights."""
+        if lm is not None:
+            from moalign.lm import adapters
+
+            self.run.save_tensors(f"stages/{name}", adapters.tensors(lm))
+        self.finished_here.add(name)
+        self.run.finish_phase(name, meter=self.meter.state(), notes=self.notes)

@@ -1,0 +1,73 @@
+"""The command of a row makes the same record again, and evaluating disturbs nobody's random numbers."""
+
+from __future__ import annotations
+
+import json
+import random
+import shlex
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from moalign.cli import main as cli
+from moalign.comparison.compare import CompareRequest, compare
+from moalign.evaluation.evaluate import evaluate
+from moalign.experiment.train import TrainRequest, context_of, plan, train
+from moalign.report import drawings
+
+SHORT = ("steps=2", "batch=4", "max_tokens=48")
+
+
+def test_a_rows_command_gives_the_same_record_bit_for_bit(
+    small_task: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(drawings, "ALL", {"fronts": lambda told, suffix: b"a figure"})
+    asked = CompareRequest(methods=["sft"], overrides=(*small_task, *SHORT), results=tmp_path / "first")
+    row = compare(asked).told["rows"][0]
+    words = shlex.split(row["runs"][0]["command"])
+    place = words.index("--results") + 1
+    assert words[0] == "moalign" and words[place] == str(tmp_path / "first")
+    words[place] = str(tmp_path / "second")
+    assert cli.main([*words[1:], "--json"]) == 0
+    again = Path(json.loads(capsys.readouterr().out)["run"])
+    first = Path(row["runs"][0]["run"])
+    assert again != first and again.name == first.name
+    told = [json.loads((folder / "eval.json").read_text()) for folder in (first, again)]
+    for key in ("points", "hypervolume", "hypervolume_ci", "optimal_share", "indicators", "quality", "optimum"):
+        assert told[0][key] == told[1][key], key
+    tables = [pd.read_parquet(folder / "responses.parquet") for folder in (first, again)]
+    assert tables[0].equals(tables[1])
+
+
+def state() -> list[Any]:
+    import torch
+
+    numpy_state = np.random.get_state(legacy=False)
+    return [
+        random.getstate(),
+        {key: value for key, value in numpy_state.items() if key != "state"},
+        [np.asarray(part).tolist() for part in numpy_state["state"].values()],
+        torch.get_rng_state().tolist(),
+    ]
+
+
+def test_evaluation_neither_moves_nor_reads_a_global_generator(small_task: tuple[str, ...], tmp_path: Path) -> None:
+    import torch
+
+    run, _ = train(plan(TrainRequest("sft", overrides=(*small_task, *SHORT), results=tmp_path)))
+    found = []
+    for seed in (1, 2):
+        method, context = context_of(run, tmp_path)
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        before = state()
+        for file in run.path.glob("eval*.json"):
+            file.unlink()
+        found.append(evaluate(method, context))
+        assert state() == before
+    assert np.array_equal(found[0].scores, found[1].scores)
+    assert found[0].told["hypervolume_ci"] == found[1].told["hypervolume_ci"]

@@ -1,0 +1,393 @@
+"""``eval``: one judge; what it writes, reads back, and in which order."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from moalign.core.errors import RequestError
+from moalign.core.preferences import Preference
+from moalign.evaluation.evaluate import Evaluation, evaluate, held_out, preferences_for, result_of
+from moalign.experiment.train import TrainRequest, context_of, plan, train
+from moalign.lm import sampler
+from moalign.methods.base import Capabilities, Method
+from moalign.methods.sft import Sft
+from moalign.pareto.hypervolume import hypervolume
+from moalign.pareto.indicators import spacing
+from moalign.policies import policy
+from moalign.tasks.sandbox import world
+from moalign.training.job import RunContext
+
+PROMPTS = 8
+LAST = len(world.SLOTS[0]) - 1
+
+
+class Speaker:
+    """Says in each slot the last phrase or the first, by the preference and the prompt that the text holds; its
+    answers to a repeated prompt differ."""
+
+    calls = 0
+
+    def generate(self, texts: Sequence[str], rows: Sequence[int], sampling: Any) -> tuple[list[str], int]:
+        type(self).calls += 1
+        return [said(*text.split("|"), row % 2) for text, row in zip(texts, rows, strict=True)], 10 * len(texts)
+
+
+def said(weight: str, prompt: str, sample: int = 0) -> str:
+    first = round(float(weight) * len(world.SLOTS))
+    choice = [0 if slot < first else LAST for slot in range(len(world.SLOTS))]
+    choice[-1] = len(prompt) % 3 + sample
+    return world.response_text(tuple(choice))
+
+
+class Steered(Sft):
+    """Answers by its first weight, without a model."""
+
+    def policy(self, context: RunContext, preference: Preference) -> policy.Policy:
+        """See :class:`Speaker`."""
+        speaker = context.cache.setdefault("speaker", Speaker())
+        return policy.Policy(speaker, lambda prompt: f"{preference[0]}|{prompt}")
+
+
+class Fixed(Steered):
+    """The same, for trained preferences alone."""
+
+    capabilities = Capabilities(one_policy=False, steerable=False)
+
+
+Opened = tuple[Method, RunContext]
+
+
+def opened(task: tuple[str, ...], results: Path, method: Method, **changes: Any) -> Opened:
+    run, _ = train(plan(TrainRequest("sft", overrides=(*task, "steps=0"), results=results, **changes)))
+    Speaker.calls = 0
+    return method, context_of(run, results)[1]
+
+
+@pytest.fixture
+def steered(small_task: tuple[str, ...], tmp_path: Path) -> Opened:
+    return opened(small_task, tmp_path, Steered())
+
+
+def expected(context: RunContext, grid: Sequence[Preference]) -> np.ndarray:
+    """The scores ``[prompts, preferences, objectives]``, one prompt and preference at a time."""
+    scores = np.zeros((PROMPTS, len(grid), 2))
+    for p, prompt in enumerate(context.task.eval_prompts):
+        for k, preference in enumerate(grid):
+            raw = context.panel.score([prompt], [said(str(preference[0]), prompt, p % 2)])
+            scores[p, k] = context.task.normaliser.unit(raw)[0]
+    return scores
+
+
+def test_scores_are_prompts_by_preferences_by_objectives(steered: Opened) -> None:
+    result = evaluate(*steered)
+    wanted = expected(steered[1], steered[1].task.grid)
+    assert result.scores.shape == (PROMPTS, 3, 2)
+    assert np.allclose(result.scores, wanted)
+    for k, point in enumerate(result.told["points"]):
+        assert tuple(point["prefs"]) == steered[1].task.grid[k]
+        assert point["mean"] == pytest.approx(wanted[:, k].mean(axis=0).tolist())
+    assert len({tuple(point["mean"]) for point in result.told["points"]}) == 3
+
+
+def test_what_eval_json_holds(steered: Opened) -> None:
+    method, context = steered
+    told = evaluate(method, context).told
+    promised = {"run", "objectives", "points", "hypervolume", "hypervolume_ci", "ref", "optimal_share", "indicators"}
+    assert promised <= set(told)
+    assert {
+        "run_id",
+        "method",
+        "task",
+        "card_hash",
+        "seed",
+        "prompts",
+        "front",
+        "sensitivity",
+        "quality",
+        "cost",
+    } <= set(told)
+    assert told == json.loads((context.run.path / "eval.json").read_text())
+    assert told["run"] == str(context.run.path)
+    assert told["objectives"] == ["helpfulness", "harmlessness"]
+    assert told["ref"] == list(context.task.card.reference_point)
+    assert told["prompts"] == PROMPTS
+
+    means = np.array([point["mean"] for point in told["points"]])
+    assert told["hypervolume"] == pytest.approx(hypervolume(means, told["ref"]))
+    low, high = told["hypervolume_ci"]
+    assert low <= told["hypervolume"] <= high
+    for point in told["points"]:
+        assert all(bounds[0] <= mean <= bounds[1] for mean, bounds in zip(point["mean"], point["ci"], strict=True))
+        assert context.task.normaliser.unit([point["raw"]])[0].tolist() == pytest.approx(point["mean"])
+    best = context.task.optimum(context.task.grid, context.task.eval_prompts)
+    assert best is not None
+    most = hypervolume(context.task.normaliser.unit(best), told["ref"])
+    assert told["optimal_share"] == pytest.approx(told["hypervolume"] / most)
+    assert 0 < told["optimal_share"] < 1
+    assert {"tau", "inner_product", "expected_utility", "regret", "igd_plus"} <= set(told["indicators"])
+    assert told["indicators"]["spacing"] == pytest.approx(spacing(means))
+    assert [point["kl"] for point in told["points"]] == [None] * 3  # the speaker tells nothing of its tokens
+    assert told["quality"]["kl"] is None and told["quality"]["kl_bound"] is False
+    assert told["cost"]["tokens_generated"] == PROMPTS * 3 * 10
+    assert told["cost"]["reward_calls"] == 0  # what the judge scores is not the policy's cost
+    assert result_of(context.run) == told
+
+
+def test_collapse_is_judged_by_the_policys_tokens_and_what_short_means_on_the_task(
+    small_task: tuple[str, ...], tmp_path: Path
+) -> None:
+    method, context = opened(small_task, tmp_path / "a", Steered())
+    found = evaluate(method, context)
+    tokens = context.task.tokens(context.run.read_table("responses")["response"])
+    assert found.told["quality"]["causes"]["short"] == 0
+    assert found.told["quality"]["mean_length"] == pytest.approx(np.mean([len(ids) for ids in tokens]))
+    longest = max(len(ids) for ids in tokens)
+    asked = opened((*small_task, f"task.quality={{short: {longest + 1}}}"), tmp_path / "b", Steered())
+    assert evaluate(*asked).told["quality"]["causes"]["short"] == 1
+
+
+def test_the_table_holds_every_answer_with_its_raw_scores(steered: Opened) -> None:
+    method, context = steered
+    evaluate(method, context)
+    table = pd.read_parquet(context.run.path / "responses.parquet")
+    assert table.columns.tolist() == [
+        *("prompt", "preference", "response", "ids", "finished"),
+        *("helpfulness", "harmlessness"),
+    ]
+    assert len(table) == PROMPTS * 3
+    assert table["preference"].unique().tolist() == ["0,1", "0.5,0.5", "1,0"]
+    assert table["prompt"].tolist() == context.task.eval_prompts * 3
+    raw = context.panel.score(table["prompt"].tolist(), table["response"].tolist())
+    assert np.array_equal(table[context.task.names].to_numpy(), raw)
+
+
+def test_the_table_of_a_model_s_answers_holds_their_tokens(small_task: tuple[str, ...], tmp_path: Path) -> None:
+    run, _ = train(plan(TrainRequest("prompting", overrides=small_task, results=tmp_path)))
+    method, context = context_of(run, tmp_path)
+    evaluate(method, context)
+    table, codec = run.read_table("responses"), context.task.codec
+    limit = context.task.card.generation.max_new_tokens
+    assert codec.decode(table["ids"]) == table["response"].tolist()
+    for ids, finished in zip(table["ids"], table["finished"], strict=True):
+        assert finished == (ids[-1] in codec.ends.ids)
+        assert finished or len(ids) == limit
+    assert set(table["finished"]) == {True, False}
+
+
+def test_answers_without_known_tokens_are_finished_texts(steered: Opened) -> None:
+    evaluate(*steered)
+    table = steered[1].run.read_table("responses")
+    assert table["ids"].isna().all()
+    assert table["finished"].all()
+
+
+def assert_equal(left: Evaluation, right: Evaluation) -> None:
+    assert left.told == right.told
+    assert np.array_equal(left.scores, right.scores)
+
+
+def test_what_was_evaluated_before_is_read_back(steered: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = evaluate(*steered)
+    calls = Speaker.calls
+    assert calls > 0
+    monkeypatch.setattr(type(steered[1].panel), "score", lambda *given: pytest.fail("it scored again"))
+    assert_equal(evaluate(*steered), first)
+    assert Speaker.calls == calls
+
+
+def test_reading_back_loads_no_model(
+    small_task: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same with a real policy."""
+    run, _ = train(plan(TrainRequest("prompting", overrides=small_task, results=tmp_path)))
+    method, context = context_of(run, tmp_path)
+    first = evaluate(method, context)
+    monkeypatch.setattr(sampler, "sample", lambda *given, **named: pytest.fail("it sampled again"))
+    monkeypatch.setattr("moalign.lm.language_model.load", lambda *given: pytest.fail("it loaded a model"))
+    assert_equal(evaluate(*context_of(run, tmp_path)), first)
+
+
+def test_the_same_seed_gives_the_same_answers(small_task: tuple[str, ...], tmp_path: Path) -> None:
+    found = []
+    for where in ("a", "b"):
+        run, _ = train(plan(TrainRequest("prompting", overrides=small_task, results=tmp_path / where)))
+        found.append(evaluate(*context_of(run, tmp_path / where)))
+    assert np.array_equal(found[0].scores, found[1].scores)
+
+
+def test_an_evaluation_of_another_card_is_not_read_back(steered: Opened) -> None:
+    method, context = steered
+    evaluate(method, context)
+    path = context.run.path / "eval.json"
+    told = json.loads(path.read_text())
+    path.write_text(json.dumps({**told, "card_hash": "0" * 16, "hypervolume": 99.0}))
+    calls = Speaker.calls
+    assert evaluate(method, context).told["hypervolume"] == told["hypervolume"]
+    assert Speaker.calls > calls
+
+
+def test_other_preferences_go_to_another_file(steered: Opened) -> None:
+    method, context = steered
+    own = evaluate(method, context)
+    wanted = [(0.3, 0.7), (0.9, 0.1)]
+    other = evaluate(method, context, wanted)
+    assert [tuple(point["prefs"]) for point in other.told["points"]] == wanted
+    assert np.allclose(other.scores, expected(context, wanted))
+    assert json.loads((context.run.path / "eval.json").read_text()) == own.told
+    (file,) = context.run.path.glob("eval-*.json")
+    assert json.loads(file.read_text()) == other.told
+    assert (context.run.path / file.name.replace("eval", "responses").replace("json", "parquet")).is_file()
+    calls = Speaker.calls
+    assert_equal(evaluate(method, context, wanted), other)
+    assert Speaker.calls == calls
+    evaluate(method, context, [(0.9, 0.1)])
+    assert len(list(context.run.path.glob("eval-*.json"))) == 2
+
+
+def test_the_tasks_grid_spelt_out_is_the_tasks_grid(steered: Opened) -> None:
+    method, context = steered
+    evaluate(method, context, context.task.grid)
+    assert (context.run.path / "eval.json").is_file()
+    assert not list(context.run.path.glob("eval-*.json"))
+
+
+def test_several_samples_of_a_prompt_are_averaged(small_task: tuple[str, ...], tmp_path: Path) -> None:
+    method, context = opened((*small_task, "task.evaluation.samples=2"), tmp_path, Steered())
+    result = evaluate(method, context)
+    assert result.scores.shape == (PROMPTS, 3, 2)
+    assert result.told["prompts"] == PROMPTS
+    for p, prompt in enumerate(context.task.eval_prompts):
+        for k, preference in enumerate(context.task.grid):
+            both = [said(str(preference[0]), prompt, sample) for sample in (0, 1)]
+            raw = context.panel.score([prompt] * 2, both)
+            assert both[0] != both[1]
+            assert result.scores[p, k] == pytest.approx(context.task.normaliser.unit(raw).mean(axis=0))
+
+
+def test_more_samples_than_the_card_asks_for(small_task: tuple[str, ...], tmp_path: Path, steered: Opened) -> None:
+    """As a card with as many would have it; the card's own evaluation stays, and the run is the same."""
+    method, context = steered
+    own = evaluate(method, context)
+    assert own.told["samples"] == 1
+    asked = evaluate(method, context, samples=2)
+    assert (asked.told["samples"], asked.told["prompts"]) == (2, PROMPTS)
+    other = evaluate(*opened((*small_task, "task.evaluation.samples=2"), tmp_path / "other", Steered()))
+    assert np.array_equal(asked.scores, other.scores)
+    assert asked.told["points"] == other.told["points"] and asked.told["hypervolume"] == other.told["hypervolume"]
+    assert not np.allclose(asked.scores, own.scores)
+    assert json.loads((context.run.path / "eval.json").read_text()) == own.told
+    assert json.loads((context.run.path / "eval-x2.json").read_text()) == asked.told
+    assert len(context.run.read_table("responses-x2")) == 2 * len(context.run.read_table("responses"))
+    calls = Speaker.calls
+    assert_equal(evaluate(method, context, samples=2), asked)
+    assert_equal(evaluate(method, context, samples=1), own)  # the card's number spelt out is the card's evaluation
+    assert Speaker.calls == calls
+
+
+def test_more_samples_narrow_the_intervals(small_task: tuple[str, ...], tmp_path: Path) -> None:
+    """With a policy that samples: prompts differ less when each is the mean of several answers."""
+    run, _ = train(plan(TrainRequest("prompting", overrides=small_task, results=tmp_path)))
+    opened_ = context_of(run, tmp_path)
+    one, many = (evaluate(*opened_, samples=count) for count in (1, 8))
+    spread = [float(result.scores.var(axis=0).mean()) for result in (one, many)]
+    assert spread[1] < 0.5 * spread[0]
+
+
+def test_an_evaluation_that_does_not_say_how_many_answers_is_of_the_cards_number(steered: Opened) -> None:
+    method, context = steered
+    own = evaluate(method, context)
+    path = context.run.path / "eval.json"
+    path.write_text(json.dumps({key: value for key, value in own.told.items() if key != "samples"}))
+    assert_equal(evaluate(method, context), own)
+
+
+def test_a_method_that_is_not_steerable_answers_for_what_it_was_trained_on(
+    small_task: tuple[str, ...], tmp_path: Path
+) -> None:
+    method, context = opened(small_task, tmp_path, Fixed(), prefs=("0.3,0.7", "1,0"))
+    assert preferences_for(method, context, None) == [(0.3, 0.7), (1.0, 0.0)]
+    assert preferences_for(method, context, [(1.0, 0.0)]) == [(1.0, 0.0)]
+    with pytest.raises(RequestError, match=r"--prefs 0.5,0.5: .* trained on: 0.3,0.7; 1,0"):
+        evaluate(method, context, [(0.5, 0.5)])
+    evaluate(method, context)
+    assert len(list(context.run.path.glob("eval-*.json"))) == 1  # not the task's grid
+
+
+def test_progress_ends_at_the_total(steered: Opened) -> None:
+    told: list[tuple[str, int, int]] = []
+    evaluate(*steered, None, lambda *what: told.append(what))
+    answering = [(done, total) for what, done, total in told if what == "answering"]
+    assert answering[-1] == (PROMPTS * 3, PROMPTS * 3)
+    assert answering == sorted(answering)
+
+
+# -- held-out preferences --------------------------------------------------------------------------------------------
+
+
+def unaware(task: tuple[str, ...], results: Path, holdout: str) -> Opened:
+    return opened((*task, f"holdout={holdout}"), results, Steered())
+
+
+def test_held_out_preferences_are_judged_beside_the_trained_ones(small_task: tuple[str, ...], tmp_path: Path) -> None:
+    method, context = unaware(small_task, tmp_path, "[[0.5, 0.5]]")
+    assert held_out(context) == [(0.5, 0.5)]
+    assert list(context.preferences) == [(0.0, 1.0), (1.0, 0.0)]
+    result = evaluate(method, context)
+    told = result.told["generalisation"]
+    assert told["trained"]["prefs"] == [[0.0, 1.0], [1.0, 0.0]]
+    assert told["held_out"]["prefs"] == [[0.5, 0.5]]
+    means, ref = result.scores.mean(axis=0), result.told["ref"]
+    best = np.array(result.told["optimum"]["points"])
+    for side, rows in (("trained", [0, 2]), ("held_out", [1])):
+        volume = hypervolume(means[rows], ref)
+        assert told[side]["hypervolume"] == pytest.approx(volume)
+        assert told[side]["optimal_share"] == pytest.approx(volume / hypervolume(best[rows], ref))
+        weights = np.array(told[side]["prefs"])
+        utility, most = ((weights * found[rows]).sum(axis=1).mean() for found in (means, best))
+        assert told[side]["utility_share"] == pytest.approx(utility / most)
+    assert json.loads((context.run.path / "eval.json").read_text())["generalisation"] == told
+
+
+def test_held_out_preferences_off_the_grid_are_answered_too(small_task: tuple[str, ...], tmp_path: Path) -> None:
+    method, context = unaware(small_task, tmp_path, "[[0.3, 0.7], [0.9, 0.1]]")
+    result = evaluate(method, context)
+    told = result.told["generalisation"]
+    assert [point["prefs"] for point in result.told["points"]] == [list(w) for w in context.task.grid]
+    assert told["trained"]["prefs"] == [list(w) for w in context.task.grid]
+    assert told["held_out"]["prefs"] == [[0.3, 0.7], [0.9, 0.1]]
+    wanted = expected(context, [(0.3, 0.7), (0.9, 0.1)]).mean(axis=0)
+    assert told["held_out"]["hypervolume"] == pytest.approx(hypervolume(wanted, result.told["ref"]))
+    other = evaluate(method, context, [(0.3, 0.7), (0.9, 0.1)])
+    assert "generalisation" not in other.told
+
+
+def test_without_a_holdout_there_is_nothing_to_tell(steered: Opened) -> None:
+    assert "generalisation" not in evaluate(*steered).told
+
+
+def test_a_holdout_makes_another_run_and_an_old_request_stays_the_same_run(
+    small_task: tuple[str, ...], tmp_path: Path
+) -> None:
+    def made(*overrides: str, **more: Any) -> Any:
+        return plan(TrainRequest("sft", overrides=(*small_task, "steps=0", *overrides), results=tmp_path, **more))
+
+    plain, held = made(), made("holdout=[[0.5, 0.5]]")
+    assert "holdout" not in plain.identity
+    assert plain.folder != held.folder
+    assert held.given == [(0.0, 1.0), (1.0, 0.0)]
+    assert made("holdout=[[0.5, 0.5]]", prefs=("0,1", "1,0")).folder == held.folder
+    assert made(prefs=("0,1", "1,0")).folder != held.folder
+
+
+def test_holding_out_everything_is_refused(small_task: tuple[str, ...], tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="holdout: it holds every preference"):
+        plan(TrainRequest("sft", overrides=(*small_task, "holdout=[[0.5, 0.5]]"), prefs=("0.5,0.5",), results=tmp_path))
+    with pytest.raises(RequestError, match=r"holdout.*0.5,0.6.*sum to 1.1"):
+        plan(TrainRequest("sft", overrides=(*small_task, "holdout=[[0.5, 0.6]]"), results=tmp_path))

@@ -1,0 +1,269 @@
+"""``train``: what a plan checks, when a request is the same one, and what reopening a run refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moalign.core import errors
+from moalign.core.errors import RequestError
+from moalign.experiment.train import TrainRequest, context_of, plan, train
+
+SMALL = ("steps=2", "batch=4", "max_tokens=48")
+
+
+def contents(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    return tmp_path / "results"
+
+
+# -- a plan writes nothing -------------------------------------------------------------------------------------------
+
+
+def test_a_plan_writes_nothing(small_task: tuple[str, ...], results: Path) -> None:
+    made = plan(TrainRequest("sft", overrides=(*small_task, *SMALL), results=results))
+    assert made.found is None
+    assert made.folder.parent == results / "runs" / "sandbox" / "sft"
+    assert not results.exists()
+
+
+def test_a_dry_run_writes_nothing(
+    small_task: tuple[str, ...], results: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from moalign.cli import main as cli
+
+    before = dict(os.environ)
+    try:
+        sets = [part for text in (*small_task, *SMALL) for part in ("--set", text)]
+        assert cli.main(("train", "sft", "--dry-run", "--results", str(results), *sets)) == 0
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    assert "sft" in capsys.readouterr().out
+    assert not results.exists()
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"method": "mo-opdo"}, "did you mean 'mo-odpo'"),
+    ({"task": "sandbx"}, "did you mean 'sandbox'"),
+    ({"overrides": ("stpes=3",)}, "did you mean 'steps'"),
+    ({"overrides": ("steps=-1",)}, "steps"),
+    ({"overrides": ("steps=many",)}, "steps"),
+    ({"overrides": ("task.grid=1",)}, "grid"),
+    ({"prefs": ("3,7",)}, "did you mean --prefs 0.3,0.7"),
+    ({"prefs": ("0.2,0.3,0.5",)}, "2 objectives"),
+    ({"prefs": ("0.5,x",)}, "not a number"),
+    ({"grid": 1}, "--grid 1"),
+    ({"prefs": ("0.5,0.5",), "grid": 3}, "--prefs and --grid exclude each other"),
+    ({"recipe": Path("no/such/recipe.yaml")}, "no/such/recipe.yaml"),
+    ({"overrides": ("task.model=no/such/folder",)}, "no/such/folder"),
+]
+
+
+@pytest.mark.parametrize(("changes", "told"), BAD, ids=[told for _, told in BAD])
+def test_a_bad_request_is_refused_before_anything_is_written(
+    changes: dict[str, Any], told: str, results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RequestError) as caught:
+        plan(TrainRequest(**{"method": "sft", "results": results, **changes}))
+    assert told in str(caught.value)
+    assert contents(tmp_path) == []
+
+
+def test_every_problem_of_a_recipe_is_told_at_once(tmp_path: Path, results: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("method: sft\ntask: sandbox\nconfig:\n  stpes: 3\n  batch: 0\n")
+    with pytest.raises(RequestError) as caught:
+        plan(TrainRequest("sft", recipe=recipe, overrides=("lr=-1",), results=results))
+    told = "\n".join(caught.value.problems)
+    assert f"{recipe}:4" in told
+    assert "stpes" in told
+    assert f"{recipe}:5" in told
+    assert "batch" in told
+    assert "lr" in told
+    assert not results.exists()
+
+
+def test_a_recipe_of_another_method_is_refused(tmp_path: Path, results: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("method: ric\ntask: sandbox\n")
+    with pytest.raises(RequestError, match="a recipe of ric, but the method asked for is sft"):
+        plan(TrainRequest("sft", recipe=recipe, results=results))
+
+
+def test_a_recipe_names_its_task_and_its_preferences(tmp_path: Path, results: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "method: mo-odpo\ntask: sandbox-3\nseed: 4\nprefs: [[0.2, 0.3, 0.5], [1, 0, 0], [1, 0, 0]]\n"
+        "config: {steps: 7}\n"
+    )
+    made = plan(TrainRequest("mo-odpo", recipe=recipe, results=results))
+    assert made.task.card.name == "sandbox-3"
+    assert made.seed == 4
+    assert made.given == [(0.2, 0.3, 0.5), (1.0, 0.0, 0.0)]  # each once
+    assert made.resolved.config.steps == 7
+    assert plan(TrainRequest("mo-odpo", recipe=recipe, seed=9, results=results)).seed == 9
+    asked = plan(TrainRequest("mo-odpo", recipe=recipe, prefs=("0,1,0",), results=results))
+    assert asked.given == [(0.0, 1.0, 0.0)]
+
+
+def test_preferences_asked_for_and_the_tasks_own(small_task: tuple[str, ...], results: Path) -> None:
+    def made(**changes: Any) -> Any:
+        return plan(TrainRequest("mo-odpo", overrides=small_task, results=results, **changes))
+
+    assert made().given is None
+    assert made().preferences == [(0.0, 1.0), (0.5, 0.5), (1.0, 0.0)]
+    assert made(prefs=("0.3,0.7",)).preferences == made(prefs=("0.3,0.7",)).given == [(0.3, 0.7)]
+    assert made(grid=5).given == [(0.0, 1.0), (0.25, 0.75), (0.5, 0.5), (0.75, 0.25), (1.0, 0.0)]
+
+
+# -- the same request ------------------------------------------------------------------------------------------------
+
+
+def test_the_run_is_the_same_exactly_when_the_request_is(
+    small_task: tuple[str, ...], results: Path, tmp_path: Path
+) -> None:
+    def folder(method: str = "mo-odpo", *more: str, **changes: Any) -> str:
+        request = {"overrides": (*small_task, "steps=2", *more), "results": results, **changes}
+        return plan(TrainRequest(method, **request)).folder.name
+
+    same = folder()
+    assert folder() == same
+    assert folder(results=tmp_path / "elsewhere") == same
+    assert folder(seed=0) == same  # the recipe's
+    assert folder("mo-odpo", "clip=1.0") == same  # the default again
+    others = [
+        folder("sft"),
+        folder("mo-odpo", "steps=3"),
+        folder("mo-odpo", "policy.lora.r=8"),
+        folder("mo-odpo", "task.grid=4"),
+        folder("mo-odpo", "task.evaluation.seed=7"),
+        folder(seed=1),
+        folder(prefs=("0.3,0.7",)),
+        folder(prefs=("0.7,0.3",)),
+        folder(grid=3),
+    ]
+    assert len({same, *others}) == len(others) + 1
+
+
+def test_a_finished_run_is_found_and_not_trained_again(
+    small_task: tuple[str, ...], results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = TrainRequest("sft", overrides=(*small_task, *SMALL), results=results)
+    run, found = train(plan(request))
+    assert not found
+    assert run.record.status == "done"
+    written = {path: path.stat().st_mtime_ns for path in run.path.rglob("*") if path.is_file()}
+
+    made = plan(request)
+    assert made.found is not None
+    monkeypatch.setattr(type(made.method), "train", lambda *given: pytest.fail("it trained again"))
+    again, found = train(made)
+    assert found
+    assert again.path == run.path == made.folder
+    assert {path: path.stat().st_mtime_ns for path in run.path.rglob("*") if path.is_file()} == written
+
+
+def test_the_record_holds_what_was_asked_for(small_task: tuple[str, ...], results: Path) -> None:
+    request = TrainRequest("sft", overrides=(*small_task, *SMALL), prefs=("0.3,0.7",), seed=5, results=results)
+    made = plan(request)
+    record = train(made)[0].record
+    assert (record.method, record.task, record.seed) == ("sft", "sandbox", 5)
+    assert record.card_hash == made.task.hash
+    assert record.preferences == [(0.3, 0.7)]
+    assert record.recipe["config"]["steps"] == 2
+    assert record.recipe["config"]["clip"] == 1.0  # a default, resolved
+    assert record.cost.tokens_trained > 0
+    assert record.seconds > 0
+
+
+def test_a_failure_is_recorded_and_the_same_request_goes_on(
+    small_task: tuple[str, ...], results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = TrainRequest("sft", overrides=(*small_task, *SMALL), results=results)
+    made = plan(request)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            type(made.method), "train", lambda *given: (_ for _ in ()).throw(errors.WorkError("the disk sang"))
+        )
+        with pytest.raises(errors.WorkError):
+            train(made)
+    left = plan(request).found
+    assert left is not None
+    assert left.record.status == "failed"
+    assert left.record.error == "WorkError: the disk sang"
+    run, found = train(plan(request))
+    assert not found
+    assert (run.record.status, run.record.error) == ("done", None)
+
+
+def test_a_run_that_another_process_trains_is_refused(small_task: tuple[str, ...], results: Path) -> None:
+    request = TrainRequest("sft", overrides=(*small_task, *SMALL), results=results)
+    made = plan(request)
+    run = made.store.open("sft", "sandbox", made.identity, card_hash=made.task.hash, seed=0)
+    with run.lock(), pytest.raises(RequestError, match=f"pid {os.getpid()}"):
+        train(plan(request))
+
+
+# -- reopening -------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_reopened_from_its_record_alone(small_task: tuple[str, ...], results: Path) -> None:
+    made = plan(TrainRequest("sft", overrides=(*small_task, *SMALL), prefs=("0.3,0.7",), results=results))
+    run, _ = train(made)
+    method, context = context_of(run, results)
+    assert method.name == "sft"
+    assert context.config == made.resolved.config
+    assert context.policy_spec == made.resolved.recipe.policy
+    assert context.task.hash == made.task.hash
+    assert context.task.normaliser == made.task.normaliser
+    assert list(context.preferences) == [(0.3, 0.7)]
+
+
+@pytest.mark.parametrize("status", ["failed", "interrupted"])
+def test_an_unfinished_run_is_not_reopened(small_task: tuple[str, ...], results: Path, status: Any) -> None:
+    made = plan(TrainRequest("sft", overrides=(*small_task, "steps=0"), results=results))
+    run = made.store.open("sft", "sandbox", made.identity, card_hash=made.task.hash, seed=0)
+    run.mark(status)
+    with pytest.raises(RequestError, match=f"it is {status}, not done; finish it with the same train command"):
+        context_of(run, results)
+
+
+def test_a_run_whose_base_has_changed_is_not_reopened(
+    small_task: tuple[str, ...], results: Path, tmp_path: Path, random_base: Path
+) -> None:
+    import shutil
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    base = tmp_path / "base"
+    shutil.copytree(random_base, base)
+    run, _ = train(plan(TrainRequest("sft", overrides=(*small_task, f"task.model={base}", "steps=0"), results=results)))
+    assert context_of(run, results)[1].task.hash == run.record.card_hash
+    tensors = load_file(base / "model.safetensors")
+    name = next(iter(tensors))
+    tensors[name] = tensors[name] + torch.ones_like(tensors[name])
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RequestError, match="its task card has changed since") as caught:
+        context_of(run, results)
+    assert run.record.card_hash in str(caught.value)
+
+
+def test_a_run_whose_card_was_edited_is_not_reopened(small_task: tuple[str, ...], results: Path) -> None:
+    run, _ = train(plan(TrainRequest("sft", overrides=(*small_task, "steps=0"), results=results)))
+    path = run.path / "run.json"
+    told = json.loads(path.read_text())
+    told["recipe"]["card"]["reference_point"] = [0.1, 0.1]
+    path.write_text(json.dumps(told))
+    with pytest.raises(RequestError, match="its task card has changed since"):
+        context_of(type(run).load(run.path), results)

@@ -1,0 +1,65 @@
+"""What follows a stop text is no part of a response: neither for the judge nor for a loss."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from moalign.lm.language_model import LanguageModel, token_outputs
+from moalign.lm.sampler import Samples, responses, sample
+from moalign.lm.stopping import trim
+
+PROMPTS = ["how do i make soup today ?", "any tips ?", "can you help me paint a wall ?"]
+
+
+@pytest.fixture
+def drawn(lm: LanguageModel) -> Samples:
+    numbers = torch.from_numpy(__import__("numpy").random.default_rng(3).random((3, 20)))
+    return sample(lm, lm.encode(PROMPTS), numbers)
+
+
+def words(lm: LanguageModel, samples: Samples, row: int) -> list[str]:
+    width = samples.response_mask.shape[1]
+    ids = samples.input_ids[row, -width:][samples.response_mask[row]]
+    return lm.tokenizer.decode(ids, skip_special_tokens=True).split()
+
+
+def test_without_stop_texts_nothing_changes(lm: LanguageModel, drawn: Samples) -> None:
+    assert trim(lm, drawn, ()) is drawn
+
+
+def test_a_row_ends_with_the_token_that_completes_its_stop_text(lm: LanguageModel, drawn: Samples) -> None:
+    said = [words(lm, drawn, row) for row in range(3)]
+    at = 4
+    stop = said[0][at]
+    first = said[0].index(stop)
+    kept = trim(lm, drawn, [stop])
+    assert words(lm, kept, 0) == said[0][: first + 1]
+    for row in (1, 2):
+        expected = said[row][: said[row].index(stop) + 1] if stop in said[row] else said[row]
+        assert words(lm, kept, row) == expected
+    assert kept.finished.all()  # these rows ended by themselves
+    cut_off = replace(drawn, finished=torch.tensor([False, False, True]))
+    assert trim(lm, cut_off, [stop]).finished.tolist() == [True, stop in said[1], True]
+    assert stop not in said[1]
+    assert responses(lm, kept, [stop]) == responses(lm, drawn, [stop])  # the judge sees what it saw before
+
+
+def test_a_stop_text_of_several_tokens_ends_with_its_last(lm: LanguageModel, drawn: Samples) -> None:
+    said = words(lm, drawn, 1)
+    kept = trim(lm, drawn, [" ".join(said[2:5])])
+    assert words(lm, kept, 1) == said[:5]
+
+
+def test_masks_and_log_probabilities_agree_with_the_shorter_row(lm: LanguageModel, drawn: Samples) -> None:
+    stop = words(lm, drawn, 0)[3]
+    kept = trim(lm, drawn, [stop])
+    width = kept.response_mask.shape[1]
+    assert torch.equal(kept.attention_mask[:, -width:].bool(), kept.response_mask)
+    assert (kept.logps[~kept.response_mask] == 0).all()
+    assert torch.equal(kept.logps[kept.response_mask], drawn.logps[kept.response_mask])
+    assert kept.tokens < drawn.tokens
+    again = token_outputs(lm.model, kept.input_ids, kept.attention_mask, kept.response_mask)
+    assert torch.allclose(again.logps, kept.logps, atol=1e-5)

@@ -1,0 +1,266 @@
+"""The memory estimate against real modules: parameters, adapters, optimiser state, and what autograd keeps."""
+
+from __future__ import annotations
+
+import contextlib
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moalign.config import load
+from moalign.config.recipe import LoraSpec
+from moalign.lm import architecture
+from moalign.methods import registry
+from moalign.preflight import memory
+from moalign.preflight.memory import GIB
+
+SMALL: dict[str, dict[str, Any]] = {
+    "llama": {"num_key_value_heads": 4},
+    "llama grouped": {"num_key_value_heads": 2, "tie_word_embeddings": True},
+    "qwen2": {"num_key_value_heads": 2, "tie_word_embeddings": True},
+    "gpt2": {},
+}
+
+
+def config(name: str, **more: Any) -> Any:
+    import transformers as t
+
+    if name == "gpt2":
+        return t.GPT2Config(vocab_size=60, n_embd=32, n_layer=2, n_head=4, n_positions=48)
+    kind = t.Qwen2Config if name == "qwen2" else t.LlamaConfig
+    sizes = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 2}
+    return kind(**{**sizes, "num_attention_heads": 4, "max_position_embeddings": 48, **SMALL[name], **more})
+
+
+def model(name: str, **more: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config(name, **more))
+
+
+def with_adapters(base: Any, spec: LoraSpec) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    targets: Any = spec.targets
+    told = LoraConfig(
+        r=spec.r, lora_alpha=spec.alpha, lora_dropout=spec.dropout, target_modules=targets, task_type="CAUSAL_LM"
+    )
+    return get_peft_model(base.requires_grad_(False), told)
+
+
+def nbytes(tensors: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_parameters_are_those_of_the_real_model(name: str, tmp_path: Path) -> None:
+    real = model(name)
+    sizes = architecture.of_config(real.config.to_dict())
+    assert sizes is not None
+    named = {key: list(value.shape) for key, value in real.named_parameters()}
+    assert sizes.shapes == named
+    assert sizes.parameters == sum(p.numel() for p in real.parameters())
+    real.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    from_folder = architecture.of_folder(tmp_path)
+    assert from_folder is not None
+    assert from_folder.parameters == sizes.parameters
+    assert (from_folder.hidden, from_folder.layers, from_folder.key_value) == (
+        sizes.hidden,
+        sizes.layers,
+        sizes.key_value,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("meta-llama/Llama-2-7b-hf", 6_738_415_616),
+        ("meta-llama/Llama-3.2-1B", 1_235_814_400),
+        ("Qwen/Qwen2.5-0.5B", 494_032_768),
+        ("Ray2333/gpt2-large-harmless-reward_model", 774_030_080),
+        ("Tristan/gpt2_reward_summarization", 124_439_808),
+    ],
+)
+def test_known_models_have_their_published_size(name: str, count: int) -> None:
+    sizes = architecture.known(name)
+    assert sizes is not None
+    assert sizes.parameters == count == sum(prod(shape) for shape in sizes.shapes.values())
+
+
+def test_a_model_that_is_not_known_is_not_guessed() -> None:
+    assert architecture.known("someone/some-model") is None
+    assert architecture.of_config({"model_type": "llama"}) is None
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"], r".*\.(q_proj|down_proj)"])
+def test_adapters_and_their_optimiser_are_those_of_peft(name: str, targets: list[str] | str) -> None:
+    if name == "gpt2" and targets != "all-linear":
+        targets = ["c_attn"]
+    spec = LoraSpec(r=3, alpha=6, dropout=0.0, targets=targets)
+    real = with_adapters(model(name), spec)
+    trained = [p for p in real.parameters() if p.requires_grad]
+    sizes = architecture.of_config(real.config.to_dict())
+    assert sizes is not None
+    count = architecture.adapted(sizes.shapes, spec.r, targets)
+    assert count == sum(p.numel() for p in trained)
+    optimizer = torch.optim.AdamW(trained)
+    real(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
+    optimizer.step()
+    moments = [value for state in optimizer.state.values() for value in state.values() if value.ndim]
+    held = nbytes(trained) + nbytes(p.grad for p in trained) + nbytes(moments)
+    assert held == count * memory.TRAINED
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_base_takes_what_its_tensors_take(dtype: str) -> None:
+    real = model("llama").to(getattr(torch, dtype))
+    sizes = architecture.of_config(real.config.to_dict())
+    assert sizes is not None
+    assert sizes.parameters * memory.WIDTH[dtype] == nbytes(real.parameters())
+
+
+def test_the_kv_cache_takes_what_a_real_cache_takes() -> None:
+    real = model("llama grouped")
+    sizes = architecture.of_config(real.config.to_dict())
+    assert sizes is not None
+    rows, tokens = 3, 10
+    with torch.no_grad():
+        cache = real(input_ids=torch.randint(0, 60, (rows, tokens)), use_cache=True).past_key_values
+    real_bytes = nbytes(side for layer in cache.layers for side in (layer.keys, layer.values))
+    assert real_bytes == rows * tokens * 2 * sizes.layers * sizes.key_value * 4
+
+
+def kept(layers: int, name: str, dtype: torch.dtype, dropout: float, autocast: bool) -> tuple[float, Any]:
+    """Bytes per token that autograd keeps in a forward pass, weights left out, and the model's config."""
+    real = with_adapters(
+        model(name, num_hidden_layers=layers).to(dtype), LoraSpec(r=4, alpha=8, dropout=dropout)
+    ).train()
+    own = {p.untyped_storage().data_ptr() for p in real.parameters()}
+    seen: dict[int, tuple[int, torch.Tensor]] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = (storage.nbytes(), tensor)  # kept alive: an address is not used twice
+        return tensor
+
+    ids = torch.randint(0, 60, (4, 48))
+    half = torch.autocast("cpu", dtype=torch.bfloat16) if autocast else contextlib.nullcontext()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), half:
+        real(input_ids=ids, attention_mask=torch.ones_like(ids))
+    return sum(size for size, _ in seen.values()) / ids.numel(), real.config
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize(("dtype", "autocast"), [("float32", False), ("bfloat16", False), ("bfloat16", True)])
+def test_one_layer_keeps_what_autograd_keeps(dtype: str, autocast: bool, dropout: float) -> None:
+    kind = getattr(torch, dtype)
+    three, told = kept(3, "llama", kind, dropout, autocast)
+    two, _ = kept(2, "llama", kind, dropout, autocast)
+    sizes = architecture.of_config(told.to_dict())
+    assert sizes is not None
+    spec = LoraSpec(r=4, alpha=8, dropout=dropout)
+    expected = memory.layer_bytes(sizes, memory.WIDTH[dtype], spec, 1, autocast, mask=4)
+    assert expected == pytest.approx(three - two, rel=0.05)
+
+
+# -- phases --------------------------------------------------------------------------------------------------------
+
+CARD = """\
+name: tales
+kind: text
+description: short stories
+model: meta-llama/Llama-2-7b-hf
+dtype: bfloat16
+objectives:
+  - {name: harmless, kind: hf-classifier, model: Ray2333/gpt2-large-harmless-reward_model, dtype: bfloat16}
+  - {name: helpful, kind: hf-classifier, model: Ray2333/gpt2-large-helpful-reward_model, dtype: bfloat16}
+reference_point: [0, 0]
+sensitivity_point: [-0.1, -0.1]
+generation: {max_prompt_tokens: 128, max_new_tokens: 128, batch_size: 32}
+data: {prompts: [hello]}
+"""
+
+
+def estimated(tmp_path: Path, method: str, *overrides: str) -> memory.Estimate:
+    (tmp_path / "task.yaml").write_text(CARD)
+    recipe = tmp_path / f"{method}.yaml"
+    recipe.write_text(f"method: {method}\ntask: ./task.yaml\n")
+    resolved = load.load_recipe(recipe, method, None, overrides, registry.get(method).Config)
+    sizes = memory.sizes_of(str(resolved.card.model))
+    assert sizes is not None
+    return memory.estimate(resolved, sizes, registry.get(method).capabilities.trains)
+
+
+def test_a_7b_policy_with_two_gpt2_large_reward_models(tmp_path: Path) -> None:
+    """The hand-made table of FACTS.md, section 5: 12.55 base, 2.38 adapters, 2.88 reward models, 4.00 KV cache."""
+    told = estimated(tmp_path, "mo-odpo", "micro_batch=8", "batch=16", "policy.lora.dropout=0")
+    assert [phase.name for phase in told.phases] == [
+        "sampling the base",
+        "training: rollout",
+        "training: update",
+        "answering",
+    ]
+    parts = {phase.name: phase.parts for phase in told.phases}
+    update = parts["training: update"]
+    assert update["base"] / GIB == pytest.approx(12.55, abs=0.01)
+    assert update["adapters"] / GIB == pytest.approx(2.38, abs=0.01)
+    assert update["reward models"] / GIB == pytest.approx(2.88, abs=0.01)
+    assert parts["training: rollout"]["KV cache"] / GIB == pytest.approx(4.00, abs=0.01)
+    # 8 rows of 256 tokens without checkpointing: FACTS measured 167 to 270 KiB a token and layer.
+    assert update["activations"] / (8 * 256 * 32 * 1024) == pytest.approx(268, abs=5)
+    assert told.peak.name == "training: update"
+
+
+def test_what_makes_a_phase_smaller(tmp_path: Path) -> None:
+    def update(method: str, *overrides: str) -> dict[str, int]:
+        phases = estimated(tmp_path, method, *overrides).phases
+        return next(phase.parts for phase in phases if phase.name.endswith("update"))
+
+    large, small = update("mo-odpo", "micro_batch=8"), update("mo-odpo", "micro_batch=4")
+    assert large["activations"] == 2 * small["activations"]
+    assert large["logits"] == 2 * small["logits"]
+    assert (
+        update("sft", "steps=1", "batch=8")["activations"]
+        > update("sft", "steps=1", "batch=8", "accumulate=4")["activations"]
+    )
+    started = update("mo-odpo", "micro_batch=8", "reference=start")
+    assert started["adapters"] - large["adapters"] == 4 * 159_907_840  # a frozen copy of the adapter
+    assert update("mo-odpo", "policy.lora.r=8")["adapters"] == large["adapters"] // 8
+
+
+def test_checkpointing_is_counted_where_trl_trains(tmp_path: Path) -> None:
+    told = estimated(tmp_path, "ric", "online.steps=0", "offline={steps: 9, batch: 8, accumulate: 8}")
+    update = next(phase.parts for phase in told.phases if phase.name == "offline: update")
+    tokens, layer_inputs = 512, 32 * 4096 * 2
+    assert update["activations"] > tokens * layer_inputs
+    assert update["activations"] < tokens * layer_inputs + tokens * 350 * 1024  # and one layer
+
+
+def test_stages_of_no_steps_and_switched_off_ones_are_left_out(tmp_path: Path) -> None:
+    names = [phase.name for phase in estimated(tmp_path, "sft", "steps=0").phases]
+    assert names == ["sampling the base", "answering"]
+    assert not any("distil" in phase.name for phase in estimated(tmp_path, "mo-odpo").phases)
+    warm = estimated(tmp_path, "mo-odpo", "warm_start=hindsight")
+    assert any("distil" in phase.name for phase in warm.phases)
+
+
+def test_value_heads_are_counted_for_ppo(tmp_path: Path) -> None:
+    update = next(p for p in estimated(tmp_path, "moc").phases if p.name == "training: update")
+    assert update.parts["value heads"] == 2 * 4097 * 16
+
+
+def test_a_reward_model_of_unknown_size_is_named(tmp_path: Path) -> None:
+    (tmp_path / "task.yaml").write_text(CARD.replace("Ray2333/gpt2-large-helpful-reward_model", "someone/else"))
+    recipe = tmp_path / "sft.yaml"
+    recipe.write_text("method: sft\ntask: ./task.yaml\n")
+    resolved = load.load_recipe(recipe, "sft", None, (), registry.get("sft").Config)
+    sizes = memory.sizes_of(str(resolved.card.model))
+    assert sizes is not None
+    assert memory.estimate(resolved, sizes).unknown == ["someone/else"]
