@@ -19,11 +19,15 @@ os.environ.setdefault("MOALIGN_JOBS", "1")  # in this process, where a test may 
 os.environ.setdefault("MPLBACKEND", "agg")
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from moalign.lm.language_model import LanguageModel
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 
@@ -209,3 +213,37 @@ def picky(monkeypatch: pytest.MonkeyPatch) -> None:
     made: dict[str, Any] = {"picky": Picky, "picky-soup": PickySoup}
     monkeypatch.setattr(registry, "names", lambda: sorted([*names(), *made]))
     monkeypatch.setattr(registry, "get", lambda name: made[name]() if name in made else get(name))
+
+
+@pytest.fixture(scope="session")
+def make_lm() -> Callable[..., LanguageModel]:
+    """Return a maker of tiny random Llamas with the sandbox's tokenizer: the same ``seed``, the same weights.
+
+    They are steep enough that their next-token distributions differ.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from moalign.lm.language_model import wrap
+    from moalign.tasks.sandbox import base
+
+    def make(seed: int = 0, end: float = 3.0) -> LanguageModel:
+        tokenizer = base.make_tokenizer()
+        torch.manual_seed(seed)
+        config = LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.3,
+            tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        )  # fmt: skip
+        model = LlamaForCausalLM(config)
+        with torch.no_grad():
+            model.lm_head.weight[2] *= end  # the end token is then likely in some places, as in a trained model
+        return wrap(model, tokenizer, "tiny", f"{seed:016d}", device="cpu")
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def lm(make_lm: Callable[..., LanguageModel]) -> LanguageModel:
+    """One bare model per test file; nothing may change it."""
+    return make_lm()

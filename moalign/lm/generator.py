@@ -87,7 +87,7 @@ class LazyGenerator:
 
 
 def in_chunks(
-    generator: Generator, requests: list[tuple[str, int]], sampling: Sampling, progress: Progress | None
+    generator: Generator, requests: Sequence[tuple[str, int]], sampling: Sampling, progress: Progress | None
 ) -> Generated:
     """Generate in chunks of several batches, so that a progress bar moves and length sorting still pays."""
     chunk = sampling.batch_size * 4

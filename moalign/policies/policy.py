@@ -1,7 +1,7 @@
 """What a trained method hands back: something that answers prompts for one preference.
 
-Policies that read their preference from the prompt share one generator (:mod:`moalign.lm.generator`); :func:`respond_all`
-therefore answers a whole preference grid in batched passes instead of one pass per preference.
+Policies that read their preference from the prompt share one generator (:mod:`moalign.lm.generator`);
+:func:`respond_all` therefore answers a whole preference grid in batched passes instead of one pass per preference.
 """
 
 from __future__ import annotations

@@ -54,8 +54,8 @@ def evaluate(
 
     Returns:
         ``datasets``: per data set the numbers of :func:`moalign.reward_models.calibration.report`, ``temperature``
-        and the ECE after it (None without ``fitting``), and, where the true probabilities are known, ``truth``: accuracy and
-        ECE against them. ``mean``: accuracy and ECE averaged over data sets, as the paper reports them.
+        and the ECE after it (None without ``fitting``), and, where the true probabilities are known, ``truth``:
+        accuracy and ECE against them. ``mean``: accuracy and ECE averaged over data sets, as the paper reports them.
     """
     told = []
     labels = list(ClassifierScorer(spec.model_copy(update={"label": 0}), base_dir).labels.values())

@@ -22,7 +22,7 @@ import moalign.core.errors
 from moalign.core.errors import RequestError
 from moalign.runs import atomic
 
-ROOT = Path(moalign.core.errors.__file__).parents[1]
+ROOT = Path(moalign.core.errors.__file__).parents[2]
 
 
 def python(code: str, *arguments: str) -> subprocess.Popen[str]:

@@ -20,7 +20,7 @@ import moalign.core.errors
 from moalign.core.errors import RequestError
 from moalign.runs import checkpoint
 
-ROOT = Path(moalign.core.errors.__file__).parents[1]
+ROOT = Path(moalign.core.errors.__file__).parents[2]
 
 
 def tensors(value: float = 1.0) -> dict[str, torch.Tensor]:

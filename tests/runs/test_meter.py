@@ -16,7 +16,7 @@ from moalign.runs import meter as meters
 from moalign.runs.meter import Meter
 from moalign.runs.record import Cost
 
-ROOT = Path(moalign.core.errors.__file__).parents[1]
+ROOT = Path(moalign.core.errors.__file__).parents[2]
 
 
 def test_counts_and_cost() -> None:

@@ -29,7 +29,7 @@ from moalign.runs.meter import Meter
 from moalign.runs.record import RunRecord
 from moalign.runs.run import Run
 
-ROOT = Path(moalign.core.errors.__file__).parents[1]
+ROOT = Path(moalign.core.errors.__file__).parents[2]
 
 HOLD = """
 import sys, time

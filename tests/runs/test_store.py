@@ -23,7 +23,7 @@ from moalign.runs.record import RunRecord
 from moalign.runs.run import Run
 from moalign.runs.store import RunStore, identity
 
-ROOT = Path(moalign.core.errors.__file__).parents[1]
+ROOT = Path(moalign.core.errors.__file__).parents[2]
 
 KEYS = st.text(max_size=5)
 VALUES = st.recursive(
