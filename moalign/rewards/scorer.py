@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from moalign.core.errors import RequestError
+from moalign.core.errors import RequestError, WorkError
 
 if TYPE_CHECKING:
     from moalign.config.objectives import ObjectiveSpec
@@ -65,7 +65,7 @@ class FunctionScorer:
 
 
 BUILDERS: dict[str, Callable[[Any, Path], Scorer]] = {}
-"""Of kinds of objective that belong to a task of their own, which registers them: see :mod:`moalign.tasks`."""
+"""Scorers of kinds of objective that belong to a task of ours; :mod:`moalign.tasks`, once imported, puts them in."""
 
 
 def build_scorer(spec: ObjectiveSpec, base_dir: Path) -> Scorer:
@@ -77,6 +77,7 @@ def build_scorer(spec: ObjectiveSpec, base_dir: Path) -> Scorer:
 
     Raises:
         RequestError: unknown rule, function, option, label or model; a model folder that cannot be used.
+        WorkError: a kind that :data:`BUILDERS` does not hold yet.
     """
     from moalign.config.objectives import ClassifierObjective, LmObjective, PythonObjective, RuleObjective
 
@@ -96,6 +97,8 @@ def build_scorer(spec: ObjectiveSpec, base_dir: Path) -> Scorer:
         from moalign.rewards.lm_scorer import LmScorer
 
         return LmScorer(spec, base_dir)
+    if spec.kind not in BUILDERS:
+        raise WorkError(f"objective {spec.name}: kind {spec.kind} is a task's own; import moalign.tasks first")
     return BUILDERS[spec.kind](spec, base_dir)
 
 

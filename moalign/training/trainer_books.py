@@ -1,4 +1,4 @@
-"""What every trainer of trl is given and kept from: our order of rows, books, checkpoints and silence.
+"""What every trainer of trl is given: our order of rows, books and checkpoints.
 
 Only public hooks are used here. A resumed run is a trainer over the remaining rows, with the optimizer as it was;
 checkpoints are safetensors, and the result equals the uninterrupted run's bit for bit.

@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 
 from moalign.config.objectives import PythonObjective, RuleObjective, SandboxObjective
 from moalign.core.errors import RequestError, WorkError
+from moalign.rewards import scorer
 from moalign.rewards.normaliser import Normaliser
 from moalign.rewards.panel import RewardPanel
-from moalign.rewards.scorer import FunctionScorer, Scorer, build_scorer
+from moalign.rewards.scorer import FunctionScorer
 from moalign.rewards.store import Store
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -296,14 +297,8 @@ def test_from_specs_builds_every_kind_and_reports_every_problem(tmp_path: Path) 
     assert len(caught.value.problems) == 2
 
 
-def test_sandbox_objective() -> None:
-    names = ("helpfulness", "humor")
-    assert len({build_scorer(SandboxObjective(name=name, kind="sandbox"), Path()).revision for name in names}) == 2
-    humor = build_scorer(SandboxObjective(name="humor", kind="sandbox"), Path())
-    turned = build_scorer(SandboxObjective(name="humor", kind="sandbox", maximise=False, store=True), Path())
-    assert isinstance(humor, Scorer)
-    assert (humor.cheap, turned.cheap) == (True, False)
-    raw = RewardPanel([humor]).score(["tell me about bees"], ["stray words"])
-    assert RewardPanel([turned]).score(["tell me about bees"], ["stray words"]).tolist() == (-raw).tolist()
-    with pytest.raises(RequestError, match="did you mean 'humor'"):
-        build_scorer(SandboxObjective(name="humour", kind="sandbox"), Path())
+def test_the_kind_of_a_task_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scoring layer knows no task: what only a task can score has to be registered by it."""
+    monkeypatch.setattr(scorer, "BUILDERS", {})
+    with pytest.raises(WorkError, match="objective humor: kind sandbox is a task's own; import moalign.tasks first"):
+        scorer.build_scorer(SandboxObjective(name="humor", kind="sandbox"), Path())

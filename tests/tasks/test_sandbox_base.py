@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from moalign.core.paths import cache_root
 from moalign.lm import language_model
 from moalign.lm.sampler import sample, uniforms
 from moalign.pareto.hypervolume import hypervolume
@@ -30,7 +31,7 @@ Scores = Callable[[str], tuple[np.ndarray, np.ndarray]]
 
 
 def cached(names: list[str], kind: str) -> bool:
-    folder = base.cache_root() / "sandbox" / f"{kind}-{len(names)}-{base.identity(names, kind, 0)}"
+    folder = cache_root() / "sandbox" / f"{kind}-{len(names)}-{base.identity(names, kind, 0)}"
     return (folder / "model.safetensors").is_file()
 
 
@@ -84,14 +85,6 @@ def test_identity_changes_with_the_world(name: str, monkeypatch: pytest.MonkeyPa
     before = base.identity(NAMES, "warm", 0)
     monkeypatch.setattr(world, name, CHANGES[name])
     assert base.identity(NAMES, "warm", 0) != before
-
-
-def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
-    monkeypatch.delenv("MOALIGN_CACHE", raising=False)
-    assert base.cache_root() == tmp_path / "x" / "moalign"
-    monkeypatch.setenv("MOALIGN_CACHE", str(tmp_path / "y"))
-    assert base.cache_root() == tmp_path / "y"
 
 
 # -- trained once --------------------------------------------------------------------------------------

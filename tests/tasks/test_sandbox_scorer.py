@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moalign.config.objectives import SandboxObjective
 from moalign.core.errors import RequestError
+from moalign.rewards.panel import RewardPanel
+from moalign.rewards.scorer import Scorer, build_scorer
 from moalign.tasks.sandbox import world
 from moalign.tasks.sandbox.scorer import SandboxScorer, parse, rewards
 
@@ -100,3 +105,16 @@ def test_scorer_refuses_unequal_lengths_and_unknown_names() -> None:
         SandboxScorer("humor").score([SAFE, RISKY], [WHOLE])
     with pytest.raises(RequestError, match="did you mean 'humor'"):
         SandboxScorer("humour")
+
+
+def test_sandbox_objective() -> None:
+    names = ("helpfulness", "humor")
+    assert len({build_scorer(SandboxObjective(name=name, kind="sandbox"), Path()).revision for name in names}) == 2
+    humor = build_scorer(SandboxObjective(name="humor", kind="sandbox"), Path())
+    turned = build_scorer(SandboxObjective(name="humor", kind="sandbox", maximise=False, store=True), Path())
+    assert isinstance(humor, Scorer)
+    assert (humor.cheap, turned.cheap) == (True, False)
+    raw = RewardPanel([humor]).score(["tell me about bees"], ["stray words"])
+    assert RewardPanel([turned]).score(["tell me about bees"], ["stray words"]).tolist() == (-raw).tolist()
+    with pytest.raises(RequestError, match="did you mean 'humor'"):
+        build_scorer(SandboxObjective(name="humour", kind="sandbox"), Path())
