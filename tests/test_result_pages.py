@@ -135,3 +135,21 @@ def test_readmes_tables_say_what_the_records_say(heading: str, task: str, checko
         assert row["% of optimum (each seed)"] == f"{100 * one['optimal_share']:.0f} %{seeds}"
         assert row["inner product"] == f"{one['indicators']['inner_product']:.3f}"
         assert row["tau"] == f"{one['indicators']['tau']:.2f}"
+
+
+def test_readmes_table_of_the_real_llm_says_what_the_record_says(checkout: Path) -> None:
+    told = record(RESULTS / "published" / "assistant" / "compare.json")
+    text = (checkout / "README.md").read_text(encoding="utf-8").partition("### A real LLM: assistant\n")[2]
+    table = text[text.index("| method |") :].partition("\n\n")[0].splitlines()
+    heads = [cell.strip() for cell in table[0].strip("|").split("|")]
+    rows = [dict(zip(heads, (cell.strip() for cell in line.strip("|").split("|")), strict=True)) for line in table[2:]]
+    assert [row["method"].strip("`") for row in rows] == [row["label"] for row in told["rows"]]
+    for row, one in zip(rows, told["rows"], strict=True):
+        assert row["hypervolume"] == f"{one['hypervolume']:.3f}"
+        assert row["95 % interval"] == f"[{one['ci'][0]:.3f}, {one['ci'][1]:.3f}]"
+        assert row["inner product"] == f"{one['indicators']['inner_product']:.3f}"
+        assert row["tau"] == f"{one['indicators']['tau']:.2f}"
+        assert row["KL to base"] == f"{abs(one['quality']['kl']):.1f}"
+        at = {tuple(point["prefs"]): point["mean"] for point in one["points"]}
+        for head, corner in (("brevity, detail at (0,1)", (0.0, 1.0)), ("at (1,0)", (1.0, 0.0))):
+            assert row[head] == " ".join(f"{mean:.2f}".lstrip("0") for mean in at[corner])
