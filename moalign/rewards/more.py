@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moalign.training.min_norm import min_norm
+from moalign.losses.min_norm import min_norm
 
 
 def head_gradients(winner: Tensor, loser: Tensor, delta: Tensor, group: Tensor, groups: int) -> Tensor:

@@ -1,7 +1,7 @@
 """DPO on fixed pairs by trl's DPOTrainer, with margins, shares and soft labels: MODPO's loss and its special cases.
 
 ``z = (1 / w_k) * (beta * (D(y_w) - D(y_l)) - w_-k . (mu(y_w) - mu(y_l)))``, ``D(y) = log pi(y|x) - log pi_ref(y|x)``;
-the loss of a pair is ``-log sigma(z)`` or the hinge (:func:`moalign.training.dpo.margin_logits`).
+the loss of a pair is ``-log sigma(z)`` or the hinge (:func:`moalign.losses.dpo.margin_logits`).
 
 The trainer is given our rows, order, optimizer, schedule and books (:mod:`moalign.training.trainer_books`), a collator
 and, by the public hook ``compute_loss``, the loss. One private hook is overridden, ``_prepare_dataset``, since the
@@ -248,7 +248,7 @@ class PairLoss:
 
     def __call__(self, logps: Any, batch: dict[str, Any]) -> Any:
         """Return the mean loss, from the responses' token log-probabilities ``[2 * pairs, T]``."""
-        from moalign.training.dpo import margin_logits, preference_loss
+        from moalign.losses.dpo import margin_logits, preference_loss
 
         ratio = logps.sum(-1) - batch["reference"].T.reshape(-1)
         chosen, rejected = ratio.chunk(2)
