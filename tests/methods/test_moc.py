@@ -166,7 +166,7 @@ def test_while_the_constraint_holds_it_is_the_plain_min_norm_step(mode: Any) -> 
 @pytest.mark.parametrize("size", [2, 3, 5])
 def test_omega_is_what_the_vectors_say(mode: Any, size: int) -> None:
     """sum_i omega_i v_i is the min-norm point of the q_i (soft), computed here from the vectors themselves."""
-    from moalign.training.min_norm import min_norm
+    from moalign.losses.min_norm import min_norm
 
     rng = np.random.default_rng(size)
     for _ in range(20):

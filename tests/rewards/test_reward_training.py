@@ -97,7 +97,7 @@ def test_the_loss_equals_one_computed_pair_by_pair(ask: Ask, loss: str) -> None:
     if loss == "multitask":
         torch.testing.assert_close(told, per_group.mean())
         return
-    from moalign.training.min_norm import min_norm
+    from moalign.losses.min_norm import min_norm
 
     gradients = [torch.autograd.grad(one, model.score.weight, retain_graph=True)[0][0] for one in per_group]
     unit = F.normalize(torch.stack(gradients), dim=1)

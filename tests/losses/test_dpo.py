@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from moalign.training.dpo import log_ratios, margin_logits, pair_loss, preference_loss
+from moalign.losses.dpo import log_ratios, margin_logits, pair_loss, preference_loss
 
 BETA = 0.1
 WEIGHTS = np.array([0.3, 0.7])

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 
 from moalign.errors import WorkError
-from moalign.training.min_norm import min_norm
+from moalign.losses.min_norm import min_norm
 
 Matrix = NDArray[np.float64]
 
