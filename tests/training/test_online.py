@@ -396,32 +396,3 @@ def test_reference_log_probabilities_are_computed_when_asked_for_and_once(make_j
     assert torch.equal(few[0], more[2])
     whole = score(torch.arange(16))
     torch.testing.assert_close(more, whole[[2, 7, 5]], rtol=0.0, atol=1e-5)
-
-
-# -- preferences -----------------------------------------------------------------------------------------------------
-
-
-def test_given_preferences_are_the_only_ones_drawn() -> None:
-    given = [(0.25, 0.75), (1.0, 0.0)]
-    drawn = preference_sampler(given, 2, 1.0)(np.random.default_rng(0), 200)
-    assert drawn.shape == (200, 2)
-    assert {tuple(row) for row in drawn.tolist()} == set(given)
-
-
-@pytest.mark.parametrize("alpha", [0.3, 1.0, 5.0])
-def test_without_them_they_are_dirichlet(alpha: float) -> None:
-    drawn = preference_sampler(None, 3, alpha)(np.random.default_rng(0), 20_000)
-    assert np.allclose(drawn.sum(axis=1), 1)
-    assert np.allclose(drawn.mean(axis=0), 1 / 3, atol=0.01)
-    # Var w_i = (1/m)(1 - 1/m) / (m alpha + 1)
-    assert np.allclose(drawn.var(axis=0), (2 / 9) / (3 * alpha + 1), rtol=0.05)
-
-
-def test_draws_of_a_resolution_are_round_numbers_and_corners() -> None:
-    drawn = preference_sampler(None, 3, 0.5, resolution=20)(np.random.default_rng(0), 10_000)
-    assert np.allclose(drawn * 20, np.rint(drawn * 20)) and np.allclose(drawn.sum(axis=1), 1)
-    free = preference_sampler(None, 3, 0.5)(np.random.default_rng(0), 10_000)
-    assert np.abs(drawn - free).max() < 1 / 20  # the same draws, moved
-    corners = (drawn == 1).any(axis=1)
-    assert corners.mean() > 0.03 and not (free == 1).any()
-    assert drawn[corners].mean(axis=0) == pytest.approx(np.full(3, 1 / 3), abs=0.1)
