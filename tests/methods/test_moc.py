@@ -19,6 +19,7 @@ from moalign.methods import moc
 from moalign.methods.moc import Config, combined, control_error, policy_grams, ramp, weights
 from moalign.pareto import indicators
 from moalign.pareto.hypervolume import hypervolume
+from moalign.training.online import PpoTrainer
 from moalign.training.rollout import Rollout
 from moalign.workflow.train import TrainRequest, plan, train
 
@@ -365,6 +366,28 @@ def test_training_draws_from_the_grid_and_from_what_is_given(
     held = "holdout=[[0.5, 0.5]]"
     train(plan(TrainRequest("moc", overrides=(*small_task, *FEW, held), results=tmp_path)))
     assert {tuple(row) for row in np.concatenate(seen).tolist()} == {(0.0, 1.0), (1.0, 0.0)}
+
+
+def test_a_second_update_on_a_rollout_sees_how_far_the_policy_has_come(
+    small_task: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing was trained before the first: ratios are 1. Then every token is twice as likely, say."""
+    seen: list[tuple[Experience, torch.Tensor]] = []
+    plain = moc.combined
+
+    def look(rollout: Rollout, made: Experience, ratios: torch.Tensor, *rest: Any) -> Any:
+        seen.append((made, ratios))
+        return plain(rollout, made, ratios, *rest)
+
+    monkeypatch.setattr(moc, "combined", look)
+    twice = np.log(2.0)
+    monkeypatch.setattr(PpoTrainer, "policy_logps", lambda self: seen[-1][0].old_logps + twice * seen[-1][0].mask)
+    train(plan(TrainRequest("moc", overrides=(*small_task, *FEW, "epochs=2"), results=tmp_path)))
+    assert len(seen) == 2 * 3
+    for (made, first), (again, second) in zip(seen[::2], seen[1::2], strict=True):
+        assert torch.equal(first, torch.ones_like(first))
+        torch.testing.assert_close(second, torch.where(made.mask, 2.0, 1.0))
+        assert again is made
 
 
 def test_more_objectives_than_the_task_has_are_refused(small_task: tuple[str, ...], tmp_path: Path) -> None:
