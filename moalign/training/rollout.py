@@ -25,8 +25,8 @@ from moalign.training.settings import OnlineConfig
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from moalign.methods.base import Job
     from moalign.lm.chat import Renderer
+    from moalign.methods.base import Job
 
 Style = Literal["percent", "fraction", "plain"]
 """How preferences are written into prompts; plain: they are not."""
