@@ -175,13 +175,11 @@ def picky(monkeypatch: pytest.MonkeyPatch) -> None:
             lm, scored = job.task.language_model, job.task.scored()
             z = job.panel.z(scored.raw)
 
-            def one(preference: Preference, stage: str) -> None:
+            for _, preference, stage in each_preference(job):
                 best = np.argsort(-(z @ np.array(preference)), kind="stable")[:12].tolist()
                 texts = [job.task.renderer.plain(scored.prompts[i]) for i in best]
                 train_sft(job, lm, texts, [scored.responses[i] for i in best], job.config, stage)
                 job.notes["diagnostics"] = {"first weight": preference[0]}
-
-            each_preference(job, lm, one)
 
         def policy(self, context: RunContext, preference: Preference) -> Policy:
             from moalign.policies.per_preference import trained_for

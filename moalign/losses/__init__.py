@@ -1,1 +1,1 @@
-"""Losses and what they are made of: pure functions, tensors in, tensors out."""
+"""Losses: pure functions, tensors in and tensors out."""

@@ -1,15 +1,146 @@
-"""The parts of clipped PPO with a head for every reward; :mod:`moalign.training.ppo` says how they fit together.
+"""Clipped PPO with a value head for every reward.
 
-Sources: arXiv 1707.06347 (clipped objective), 1506.02438 (generalised advantages), 1909.08593 (KL cost and its adaptive
-coefficient).
+Source: Schulman et al., "Proximal Policy Optimization Algorithms", arXiv 1707.06347, and "High-Dimensional Continuous
+Control Using Generalized Advantage Estimation", arXiv 1506.02438; the token-wise KL cost and its adaptive coefficient
+are those of Ziegler et al., arXiv 1909.08593.
+
+    reward of token t, head i:   -kl_coef * (log pi_old - log pi_ref)_t, on the last token also r_i
+    A_i[t] = sum_l (gamma * lambda)^l * delta_i[t + l],   delta_i[t] = reward + gamma * V_i[t + 1] - V_i[t]
+    loss = -mean_t min(u A, clip(u, 1 - eps, 1 + eps) A) + vf_coef * sum_i mean_t (V_i - (A_i + V_i,old))^2
+    u = pi / pi_old
+
+With ``kl_apart`` the KL cost is no part of the heads' rewards but a stream of its own with a head of its own, whose
+advantage A_kl is added with weight 1 to the one advantage that the method makes of the others. Its head is there for
+the cost to come: without it GAE would forget the cost of tokens 20 steps ahead (lambda^20 = .36), and what all
+responses cost alike would push every sampled token down. ``kl_coef`` is in units of the normalised reward, and so A_kl
+is divided by no deviation of its own. Where the others are divided by theirs (``whiten``), equal weights 1 / m
+maximise ``sum_i (1 / m) r_i / sd_i = s * (a weighted mean of the rewards)``, s the mean of ``1 / sd_i``: A_kl is
+multiplied by this s, so that a nat costs ``kl_coef`` of that mean. s does not depend on how the method weighs the
+objectives: weights that sum to 0 must not switch the cost off.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 TINY = 1e-8
+
+KL_HEAD = "kl"
+"""Name of the head that foresees the KL cost where it is apart."""
+
+
+class Settings(Protocol):
+    """What of a method's settings PPO needs; what each is worth is said in :mod:`moalign.training.settings`."""
+
+    @property
+    def gamma(self) -> float: ...
+    @property
+    def gae_lambda(self) -> float: ...
+    @property
+    def whiten(self) -> str: ...
+    @property
+    def clip_range(self) -> float: ...
+    @property
+    def vf_coef(self) -> float: ...
+
+
+@dataclass
+class Experience:
+    """What a rollout teaches, fixed before its first update."""
+
+    mask: Tensor
+    """Response tokens, bool ``[rows, T]``."""
+    old_logps: Tensor
+    """``[rows, T]``."""
+    advantages: Tensor
+    """``[rows, T, rewards]``; 0 outside the mask."""
+    returns: Tensor
+    """What the value heads are trained towards, ``[rows, T, heads]``."""
+    kl: Tensor | None = None
+    """Advantages of the KL cost where it is apart, on the scale of the others, ``[rows, T]``."""
+
+    def tensors(self, combined: Tensor) -> dict[str, Tensor]:
+        """Return what :func:`loss` needs of every row; ``combined`` is the one advantage of the update, ``[rows, T]``.
+
+        Sums over a row times ``per_token``, averaged over rows, are means over the batch's tokens.
+        """
+        rows, tokens = len(self.mask), float(self.mask.sum())
+        return {
+            "advantages": combined if self.kl is None else combined + self.kl,
+            "returns": self.returns,
+            "per_token": torch.full((rows,), rows / tokens, device=combined.device),
+        }
+
+
+def experience(
+    rewards: Tensor,
+    values: Tensor,
+    old_logps: Tensor,
+    ref_logps: Tensor,
+    mask: Tensor,
+    kl_coef: float,
+    settings: Settings,
+    kl_apart: bool = False,
+) -> Experience:
+    """Return advantages and returns of a rollout.
+
+    Args:
+        rewards: reward of each response, ``[rows, rewards]``.
+        values: of the heads as the responses were sampled, ``[rows, T, rewards]``; with ``kl_apart`` one more head.
+        old_logps, ref_logps: of the policy that sampled and of the reference, ``[rows, T]``.
+        mask: response tokens, bool ``[rows, T]``.
+        kl_coef: cost of a nat of every token's log ratio to the reference.
+    """
+    log_ratio = old_logps - ref_logps
+    streams = token_rewards(rewards, log_ratio, mask, 0.0 if kl_apart else kl_coef)
+    if kl_apart:
+        cost = token_rewards(torch.zeros_like(rewards[:, :1]), log_ratio, mask, kl_coef)
+        streams = torch.cat([streams, cost], dim=-1)
+    advantages, returns = gae(streams, values, mask, settings.gamma, settings.gae_lambda)
+    kl = None
+    if kl_apart:
+        advantages, kl = advantages[..., :-1], beside(advantages, mask, settings.whiten)
+    return Experience(mask, old_logps, whitened(advantages, mask, settings.whiten), returns, kl)
+
+
+def loss(
+    logps: Tensor,
+    entropy: Tensor,
+    values: Tensor,
+    old_logps: Tensor,
+    mask: Tensor,
+    tensors: Mapping[str, Tensor],
+    settings: Settings,
+    heads: Sequence[str],
+) -> tuple[Tensor, dict[str, float]]:
+    """Return policy and value loss of a micro-batch (a scalar), means over tokens, and metrics.
+
+    Args:
+        logps, entropy, old_logps: of the policy now and of the one that sampled, ``[rows, T]``.
+        values: of the heads, ``[rows, T, heads]``.
+        tensors: these rows of :meth:`Experience.tensors`.
+        heads: a name for every head.
+    """
+
+    def mean(tokens: Tensor) -> Tensor:
+        return (torch.where(mask, tokens, torch.zeros_like(tokens)).sum(-1) * tensors["per_token"]).mean()
+
+    ratios, advantages = (logps - old_logps).exp(), tensors["advantages"]
+    policy = mean(clipped(ratios, advantages, settings.clip_range))
+    errors = [mean(error) for error in (values - tensors["returns"]).square().unbind(-1)]
+    clipped_away = ~gate(ratios.detach(), advantages, settings.clip_range)
+    metrics = {
+        "policy_loss": float(policy.detach()),
+        "entropy": float(mean(entropy)),
+        "clip_fraction": float(mean(clipped_away.float())),
+    }
+    metrics.update({f"value_loss/{n}": float(e.detach()) for n, e in zip(heads, errors, strict=True)})
+    return policy + settings.vf_coef * torch.stack(errors).sum(), metrics
 
 
 def token_rewards(terminal: Tensor, log_ratio: Tensor, mask: Tensor, kl_coef: float) -> Tensor:

@@ -49,7 +49,7 @@ class DpoLw:
             )
         pairs = objective_pairs(job, lm, config, used)
 
-        def one(w: Preference, stage: str) -> None:
+        for _, w, stage in each_preference(job):
             parts = [k for k in range(len(w)) if w[k] > 0]
             rows = [pairs[k].rows for k in parts]
             seed = derive(job.seed, stage, "order")
@@ -57,10 +57,7 @@ class DpoLw:
             # The mean over the batch of these times the losses is sum_i w_i (mean loss of objective i's pairs).
             each = np.repeat([w[k] * config.batch / count for k, count in zip(parts, counts, strict=True)], counts)
             weights = np.tile(each, config.steps)
-            told = train_dpo(job, lm, joined(rows), config, stage, places=places, weights=weights)
-            job.notes["diagnostics"] = told
-
-        each_preference(job, lm, one)
+            job.notes["diagnostics"] = train_dpo(job, lm, joined(rows), config, stage, places=places, weights=weights)
 
     def policy(self, context: RunContext, preference: Preference) -> Policy:
         """Return the policy trained for a preference; raises RequestError for one that was not trained."""

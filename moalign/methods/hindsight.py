@@ -6,7 +6,7 @@ already show what to answer at each preference.
 
 1. Pool: n scored responses per training prompt.
 2. Distil: supervised training on the best of n for drawn preferences (:mod:`moalign.training.distil`).
-3. Online: MO-ODPO's loss and engine from there (:mod:`moalign.training.online_dpo`); the reference is the base
+3. Online: MO-ODPO from there (:func:`moalign.methods.mo_odpo.learn_from_pairs`); the reference is the base
    (``reference: base``) or the distilled policy (``reference: start``).
 
 ``steps: 0`` leaves the online part out: a preference-conditioned distillation of best-of-n, an offline method. The
@@ -26,15 +26,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from moalign.core.preferences import Preference
+from moalign.methods import mo_odpo
 from moalign.methods.base import Capabilities
 from moalign.training.job import Job, RunContext
-from moalign.training.online_dpo import ConditionedConfig
 
 if TYPE_CHECKING:
     from moalign.policies.policy import Policy
 
 
-class Config(ConditionedConfig):
+class Config(mo_odpo.Config):
     """Settings of hindsight: ``distil`` for the distillation, the others for the online part."""
 
     warm_start: Literal["hindsight"] = "hindsight"
@@ -58,9 +58,12 @@ class Hindsight:
 
     def train(self, job: Job) -> None:
         """Train both stages; resumes at the stage and step that an interruption left."""
-        from moalign.training.online_dpo import train_conditioned
+        from moalign.training.distil import distil
+        from moalign.training.grid import one_adapter
 
-        train_conditioned(job, job.config)
+        with one_adapter(job) as lm:
+            distil(job, lm, job.config.distil)
+            mo_odpo.learn_from_pairs(job, lm, job.config)
 
     def policy(self, context: RunContext, preference: Preference) -> Policy:
         """Return the trained policy asked with the preference in its prompt."""

@@ -1,33 +1,70 @@
 """MO-ODPO: multi-objective online DPO.
 
-Source: "Robust Multi-Objective Preference Alignment with Online DPO", arXiv 2503.00295 (AAAI 2025).
+Source: "Robust Multi-Objective Preference Alignment with Online DPO", arXiv 2503.00295 (AAAI 2025), algorithm 1.
 
 For every prompt of a batch a preference ``w ~ Dirichlet(alpha * 1)`` is drawn and written in front of the prompt; two
 responses are sampled from the policy, ordered by ``s = w . r`` (normalised rewards, bare prompt), and one gradient
 step is made on ``-log sigma(beta * (D(y+) - D(y-)))``, ``D(y) = log pi(y|x~) - log pi_ref(y|x~)`` on the prompt that
-carries the preference, for policy and reference alike (algorithm 1). Exact ties and identical responses are dropped
-and counted. With ``samples: n`` the best is paired with the worst by ``w . r``.
+carries the preference, for policy and reference alike. Exact ties and identical responses are dropped and counted.
+With ``samples: n`` the best is paired with the worst by ``w . r``.
 
 Deviations, all choices of ours and fields of :class:`Config`: ``pairing: per_objective`` (off) labels the pair once per
-objective and minimises ``sum_k w_k L_DPO,k``, which others report under this method's name; ``warm_start: hindsight``
-(off) first teaches the base what a stated preference means (:mod:`moalign.training.distil`).
+objective and minimises ``sum_k w_k L_DPO,k``, which others report under this method's name; ``sft_coef`` (0) adds the
+preferred response's likelihood; ``warm_start: hindsight`` (off) first teaches the base what a stated preference means
+(:mod:`moalign.training.distil`); ``resolution`` (off) rounds the drawn preferences. MOC and P-MORL draw theirs
+otherwise, some vectors of the grid for a rollout, since MOC's control error is that of a group of responses.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
 
 from moalign.core.preferences import Preference
 from moalign.methods.base import Capabilities
 from moalign.training.job import Job, RunContext
-from moalign.training.online_dpo import ConditionedConfig
+from moalign.training.settings import OnlineConfig, WarmStart
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from moalign.lm.language_model import LanguageModel
     from moalign.policies.policy import Policy
+    from moalign.training.online import Part, Rollout
+
+Pairing = Literal["weighted", "per_objective"]
 
 
-class Config(ConditionedConfig):
-    """Settings of MO-ODPO: the engine's, online DPO's and the warm start's."""
+class Config(OnlineConfig, WarmStart):
+    """Settings of MO-ODPO; those of the online trainer are inherited."""
+
+    alpha: float = Field(default=1.0, gt=0)
+    """Dirichlet concentration; the sensitive knob: a badly chosen one makes the policy collapse."""
+    resolution: int | None = Field(default=None, ge=1)
+    """Preferences are drawn in steps of one over this; None: as the Dirichlet gives them, never quite round."""
+    beta: float = Field(default=0.1, gt=0)
+    pairing: Pairing = "weighted"
+    sft_coef: float = Field(default=0.0, ge=0)
+    """Weight of the preferred response's negative log-likelihood per token (RPO, arXiv 2404.19733, eq. 1): DPO alone
+    may lower the likelihood of both responses, and what it frees goes to malformed ones. Needs pairing: weighted."""
+    samples: int = Field(default=2, ge=2)
+    """Responses per prompt; more than 2: best against worst by w . r."""
+
+    @model_validator(mode="after")
+    def _pairing_fits(self) -> Config:
+        if self.pairing == "per_objective" and self.samples != 2:
+            raise ValueError(f"pairing: per_objective needs samples: 2; found {self.samples}")
+        if self.pairing == "per_objective" and self.sft_coef:
+            raise ValueError(
+                f"sft_coef needs pairing: weighted, where one response is preferred; found {self.sft_coef}"
+            )
+        return self
 
 
 class MoOdpo:
@@ -41,12 +78,129 @@ class MoOdpo:
 
     def train(self, job: Job) -> None:
         """Train the adapter; resumes from the last checkpoint."""
-        from moalign.training.online_dpo import train_conditioned
+        from moalign.training.distil import warm_start
+        from moalign.training.grid import one_adapter
 
-        train_conditioned(job, job.config)
+        with one_adapter(job) as lm:
+            warm_start(job, lm, job.config)
+            learn_from_pairs(job, lm, job.config)
 
     def policy(self, context: RunContext, preference: Preference) -> Policy:
         """Return the trained policy asked with the preference in its prompt."""
         from moalign.policies.prompted import conditioned
 
         return conditioned(context, preference)
+
+
+def learn_from_pairs(job: Job, lm: LanguageModel, config: Config) -> None:
+    """Train the active adapter of ``lm`` on pairs of its own samples (algorithm 1)."""
+    from moalign.training.online import OnlineTrainer
+    from moalign.training.preference_draws import independent
+
+    draw = independent(job.given_preferences, len(job.task.names), config.alpha, config.resolution)
+    trainer = OnlineTrainer(job, lm, config, draw)
+    for rollout in trainer.rollouts():
+        pairs = paired(rollout, config.pairing)
+        for _ in range(config.epochs):
+            trainer.counts["pairs_dropped"] = trainer.counts.get("pairs_dropped", 0) + pairs.dropped
+            if not len(pairs.rows):
+                trainer.skip(pairs.metrics)
+                break
+            for part in trainer.parts(pairs.rows, group=2, tensors=pairs.tensors):
+                trainer.backward(*loss(part, config, job.task.names))
+            trainer.step(pairs.metrics)
+
+
+@dataclass
+class Pairs:
+    """The pairs of a rollout that teach something; rows 2i and 2i + 1 belong to pair i."""
+
+    rows: NDArray[np.intp]
+    """``[2 * pairs]``."""
+    tensors: dict[str, Tensor]
+    """``labels`` and ``weights`` ``[pairs, labels]``, ``preferences`` ``[pairs, objectives]``."""
+    dropped: int
+    """Ties and identical responses."""
+    metrics: dict[str, float]
+
+
+def paired(rollout: Rollout, pairing: Pairing) -> Pairs:
+    """Pair the responses of every prompt and leave out what teaches nothing; see :func:`best_against_worst`."""
+    import numpy as np
+    import torch
+
+    rows, labels = best_against_worst(rollout.z, rollout.preferences, rollout.per_prompt, rollout.responses, pairing)
+    kept = np.flatnonzero((labels != 0).any(axis=1))
+    dropped = len(labels) - len(kept)
+    weights = np.ones((len(labels), 1)) if pairing == "weighted" else rollout.preferences
+    columns = {"labels": labels, "weights": weights, "preferences": rollout.preferences}
+    return Pairs(
+        rows=rows[kept].reshape(-1),
+        tensors={name: torch.as_tensor(column[kept], dtype=torch.float32) for name, column in columns.items()},
+        dropped=dropped,
+        metrics={"dropped": float(dropped), "dropped_share": dropped / max(1, len(labels))},
+    )
+
+
+def best_against_worst(
+    z: NDArray[np.float64],
+    preferences: NDArray[np.float64],
+    per_prompt: int,
+    responses: Sequence[str],
+    pairing: Pairing,
+) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+    """Pair the responses of every prompt.
+
+    Args:
+        z: normalised rewards ``[prompts * per_prompt, objectives]``.
+        preferences: ``[prompts, objectives]``.
+        responses: ``[prompts * per_prompt]``; identical texts make no pair.
+
+    Returns:
+        Row numbers ``[prompts, 2]`` and labels ``[prompts, 1]`` (weighted; the first row is the better one) or
+        ``[prompts, objectives]`` (+1 or -1 per objective); a label of 0 is a tie.
+    """
+    import numpy as np
+
+    count = len(preferences)
+    grouped = z.reshape(count, per_prompt, -1)
+    scores = np.einsum("nsm,nm->ns", grouped, preferences)
+    best, worst = scores.argmax(axis=1), scores.argmin(axis=1)
+    if pairing == "per_objective":
+        best, worst = np.zeros(count, dtype=np.intp), np.ones(count, dtype=np.intp)
+    every = np.arange(count)
+    rows = np.stack([best, worst], axis=1) + (every * per_prompt)[:, None]
+    if pairing == "weighted":
+        labels = np.sign(scores[every, best] - scores[every, worst])[:, None]
+    else:
+        labels = np.sign(grouped[every, best] - grouped[every, worst])
+    same = np.array([responses[a] == responses[b] for a, b in rows.tolist()], dtype=bool)
+    labels[same] = 0.0
+    return rows, labels
+
+
+def loss(part: Part, config: Config, names: Sequence[str]) -> tuple[Tensor, dict[str, float]]:
+    """Return the mean DPO loss over a part's pairs (a scalar) and metrics; ``names`` are the objectives'."""
+    from moalign.losses.dpo import log_ratios, pair_loss
+
+    ratio = log_ratios(part.logps, part.ref_logps)
+    labels, weights = part.tensors["labels"].to(ratio.device), part.tensors["weights"].to(ratio.device)
+    value = pair_loss(ratio[0::2], ratio[1::2], labels, weights, config.beta).mean()
+    metrics = {}
+    if config.sft_coef:  # the first response of a pair is the preferred one
+        lengths = part.response_mask[0::2].sum(-1).clamp_min(1)
+        nll = -(part.logps[0::2].sum(-1) / lengths).mean()
+        value, metrics = value + config.sft_coef * nll, {"nll": float(nll.detach())}
+    right = ((ratio[0::2] - ratio[1::2]).detach().unsqueeze(-1) * labels > 0).float()[labels != 0].mean()
+    return value, {"accuracy": float(right), **metrics, **entropies(part, names)}
+
+
+def entropies(part: Part, names: Sequence[str]) -> dict[str, float]:
+    """Return mean token entropy, and by the objective that a preference weighs most: collapse shows here first."""
+    per_row = part.entropy.sum(-1) / part.response_mask.sum(-1).clamp_min(1)
+    leading = part.tensors["preferences"].argmax(-1).repeat_interleave(2).to(per_row.device)
+    told = {"entropy": float(per_row.mean())}
+    for index, name in enumerate(names):
+        if bool((leading == index).any()):
+            told[f"entropy/{name}"] = float(per_row[leading == index].mean())
+    return told

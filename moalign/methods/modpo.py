@@ -70,6 +70,7 @@ class Modpo:
     def train(self, job: Job) -> None:
         """Train an adapter for every preference; resumes at the preference and step of an interruption."""
         from moalign.training.grid import each_preference
+        from moalign.training.offline_dpo import train_dpo
         from moalign.training.pair_rows import objective_pairs
 
         config: Config = job.config
@@ -84,17 +85,13 @@ class Modpo:
         }
         job.notes["roles"] = {label(w): job.task.names[k] for w, k in roles.items()}
 
-        def one(w: Preference, stage: str) -> None:
+        for _, w, stage in each_preference(job):
             k = roles[w]
             if w[k] == 0:
                 _take(lm, folders[w.index(1.0)])
-                return
-            from moalign.training.offline_dpo import train_dpo
-
+                continue
             margin = margin_of(w, k, gaps[k])
             job.notes["diagnostics"] = train_dpo(job, lm, pairs[k].rows, config, stage, margin)
-
-        each_preference(job, lm, one)
 
     def policy(self, context: RunContext, preference: Preference) -> Policy:
         """Return the policy trained for a preference; raises RequestError for one that was not trained."""

@@ -4,7 +4,7 @@ Source: the baseline of the multi-objective literature, e.g. Rewarded Soups, arX
 arXiv 2402.10207 (both call it MORLHF); PPO as in Ziegler et al., arXiv 1909.08593.
 
 For a preference w it maximises ``E[w . r] - kl_coef * KL(pi, pi_ref)``, r the normalised rewards, by clipped PPO with
-one value head (:mod:`moalign.training.ppo`: the very engine of MOC with a scalar reward). The prompt is bare; every
+one value head (:mod:`moalign.losses.ppo`: as MOC does, with a scalar reward). The prompt is bare; every
 vector of ``--prefs`` (or of the task's grid) has a training of its own.
 
 ``conditioned: true`` is P-MORL: one policy that reads its preference from the prompt. Under this name it is judged at
@@ -14,8 +14,7 @@ that may be asked for any preference.
 
 from __future__ import annotations
 
-from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import model_validator
 
@@ -25,6 +24,8 @@ from moalign.training.job import Job, RunContext
 from moalign.training.settings import ConditionedPpoConfig
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
     from numpy.typing import NDArray
 
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from moalign.policies.policy import Policy
     from moalign.training.online import Rollout
 
-PHASE = "online"
 HEAD = "utility"
 """Name of the one value head."""
 DIAGNOSTICS = ("kl", "kl_coef", "entropy", "clip_fraction", "value_loss/")
@@ -65,11 +65,11 @@ class Morlhf:
         """Train one adapter per preference (``conditioned``: one for all); resumes in the one in flight."""
         from moalign.training.grid import each_preference
 
-        lm = job.task.language_model
         if job.config.conditioned:
-            train_conditioned(job, lm)
-        else:
-            each_preference(job, lm, partial(_train_one, job, lm))
+            train_conditioned(job)
+            return
+        for lm, preference, stage in each_preference(job):
+            learn(job, lm, [preference], stage, "plain")
 
     def policy(self, context: RunContext, preference: Preference) -> Policy:
         """Return the policy trained for ``preference``; raises RequestError when there is none."""
@@ -82,31 +82,42 @@ class Morlhf:
         return conditioned(context, preference, style=context.config.style)
 
 
-def _train_one(job: Job, lm: LanguageModel, preference: Preference, stage: str) -> None:
-    from moalign.training.ppo import PpoLoss, grouped, only, train_ppo
-
-    loss = PpoLoss(job.config, [HEAD], grouped([preference], 1), utility, only)
-    train_ppo(job, lm, loss, stage, "plain", DIAGNOSTICS)
-
-
-def train_conditioned(job: Job, lm: LanguageModel) -> None:
+def train_conditioned(job: Job) -> None:
     """Train one policy that reads its preference from the prompt, and save it as the run's adapter (P-MORL)."""
-    from moalign.lm import adapters
     from moalign.training.distil import warm_start
-    from moalign.training.ppo import PpoLoss, grouped, only, train_ppo
+    from moalign.training.grid import one_adapter
 
-    adapters.attach(lm, job.policy_spec.lora, job.seed)
-    warm_start(job, lm, job.config, job.config.style)
-    loss = PpoLoss(job.config, [HEAD], grouped(job.preferences, job.config.groups), utility, only)
-    train_ppo(job, lm, loss, PHASE, job.config.style, DIAGNOSTICS)
-    adapters.save(lm, job.run.path / "adapter")
-    adapters.drop(lm)
+    with one_adapter(job) as lm:
+        warm_start(job, lm, job.config, job.config.style)
+        learn(job, lm, job.preferences, "online", job.config.style)
+
+
+def learn(
+    job: Job,
+    lm: LanguageModel,
+    preferences: Sequence[Preference],
+    phase: str,
+    style: Literal["percent", "fraction", "plain"],
+) -> None:
+    """Train the active adapter of ``lm`` by PPO on ``w . r``, w drawn from ``preferences``."""
+    from moalign.training.diagnostics import at_the_end
+    from moalign.training.online import PpoTrainer
+    from moalign.training.preference_draws import grouped
+
+    config = job.config
+    draw = grouped(preferences, min(config.groups, len(preferences)))
+    trainer = PpoTrainer(job, lm, config, draw, [HEAD], phase, style)
+    for rollout in trainer.rollouts():
+        experience = trainer.experience(utility(rollout))
+        for _ in range(config.epochs):
+            trainer.update(experience, experience.advantages[..., 0])
+    job.notes["diagnostics"] = at_the_end(job.run.metrics(), phase, config.steps, DIAGNOSTICS)
 
 
 def utility(rollout: Rollout) -> NDArray[np.float64]:
     """Return ``w . r`` of every response with its own preference, ``[rows, 1]``."""
     import numpy as np
 
-    wanted = np.repeat(rollout.preferences, rollout.per_prompt, axis=0)
-    found: NDArray[np.float64] = (rollout.z * wanted).sum(axis=1, keepdims=True)
-    return found
+    preferences = np.repeat(rollout.preferences, rollout.per_prompt, axis=0)
+    utilities: NDArray[np.float64] = (rollout.z * preferences).sum(axis=1, keepdims=True)
+    return utilities

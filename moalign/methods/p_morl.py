@@ -37,7 +37,7 @@ class PMorl:
 
     def train(self, job: Job) -> None:
         """Train adapter and value head; resumes from the last checkpoint."""
-        train_conditioned(job, job.task.language_model)
+        train_conditioned(job)
 
     def policy(self, context: RunContext, preference: Preference) -> Policy:
         """Return the trained policy asked with the preference in its prompt."""

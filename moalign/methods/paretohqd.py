@@ -87,12 +87,16 @@ class ParetoHqd:
         scored = job.scored()
         _check(job, scored)
         first = pool_of(job, scored, config.k, FIRST)
-        each_preference(job, lm, lambda w, stage: self._fit(job, lm, scored, first, w, stage), walk=FIRST)
+        for lm, w, stage in each_preference(job, FIRST):
+            _train(job, lm, _set(scored, first, w, config.k), config.first, stage, FIRST)
         answers, second = scored, first
         if config.second.steps:
             answers = self._augment(job, lm)
             second = pool_of(job, answers, config.k // 2, SECOND)
-        each_preference(job, lm, lambda w, stage: self._go_on(job, lm, answers, second, w, stage))
+        for lm, w, stage in each_preference(job):
+            _put_first(job, lm, list(job.preferences).index(w))
+            if config.second.steps:
+                _train(job, lm, _set(answers, second, w, config.k // 2), config.second, stage, SECOND)
         for index in range(len(job.preferences)):  # only the second stage needed them
             atomic.remove_directory(job.run.path / adapter_of(index, FIRST))
 
@@ -101,16 +105,6 @@ class ParetoHqd:
         from moalign.policies.per_preference import trained_for
 
         return trained_for(context, preference)
-
-    def _fit(self, job: Job, lm: LanguageModel, scored: Scored, pool: Pool, w: Preference, stage: str) -> None:
-        """Stage 1 of one preference: train the fresh adapter on its set."""
-        _train(job, lm, _set(scored, pool, w, job.config.k), job.config.first, stage, FIRST)
-
-    def _go_on(self, job: Job, lm: LanguageModel, answers: Scored, pool: Pool, w: Preference, stage: str) -> None:
-        """Stage 2 of one preference: its stage-1 adapter, trained on with its set of the answers."""
-        _put_first(job, lm, list(job.preferences).index(w))
-        if job.config.second.steps:
-            _train(job, lm, _set(answers, pool, w, job.config.k // 2), job.config.second, stage, SECOND)
 
     def _augment(self, job: Job, lm: LanguageModel) -> Scored:
         """Return the scored answers of the representative stage-1 models; sampled once and kept in the run."""

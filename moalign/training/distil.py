@@ -46,7 +46,7 @@ def distil(job: Job, lm: LanguageModel, config: DistilConfig, style: Style = "pe
     Raises RequestError when no prompt has ``config.n`` scored responses.
     """
     from moalign.core.seeds import derive
-    from moalign.training.online import preference_sampler
+    from moalign.training.preference_draws import independent
     from moalign.training.sft import train_sft
 
     if job.stage_done(PHASE, lm):
@@ -57,7 +57,7 @@ def distil(job: Job, lm: LanguageModel, config: DistilConfig, style: Style = "pe
     rng = np.random.default_rng(derive(job.seed, PHASE, "rows"))
     count = config.steps * config.batch
     # Every row once: the trainer's own order is then just one more shuffle of rows that are independent anyway.
-    wanted = preference_sampler(job.given_preferences, len(job.task.names), config.alpha, config.resolution)(rng, count)
+    wanted = independent(job.given_preferences, len(job.task.names), config.alpha, config.resolution)(rng, count)
     chosen = rng.integers(len(prompts), size=count)
     best = best_of(z[chosen], wanted)
     texts = [job.task.renderer.preference(prompts[x], w, style) for x, w in zip(chosen, wanted, strict=True)]

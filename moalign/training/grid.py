@@ -1,12 +1,12 @@
-"""A grid of preferences for methods that train one policy for each: resumable stages of one run.
+"""The adapters of a run: one that reads its preference from the prompt, or one for every preference of a grid.
 
-Every vector is a stage of its own with its own adapter, record and checkpoints, so that a crash loses at most what the
-vector in flight did since its last checkpoint.
+In a grid every vector is a stage of its own with its own adapter, record and checkpoints, so that a crash loses at
+most what the vector in flight did since its last checkpoint.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -34,22 +34,33 @@ def adapter_of(index: int, walk: str = LAST) -> str:
     return f"adapter-{stage_of(index, walk)}"
 
 
-def each_preference(
-    job: Job, lm: LanguageModel, train_one: Callable[[Preference, str], None], walk: str = LAST
-) -> None:
-    """Train one adapter for each vector of ``job.preferences``; resumes at the vector in flight.
+@contextmanager
+def one_adapter(job: Job) -> Iterator[LanguageModel]:
+    """Give the base with a fresh trainable adapter; what it has become is saved as the run's ``adapter``."""
+    from moalign.lm import adapters
+
+    lm = job.task.language_model
+    adapters.attach(lm, job.policy_spec.lora, job.seed)
+    yield lm
+    adapters.save(lm, job.run.path / "adapter")
+    adapters.drop(lm)
+
+
+def each_preference(job: Job, walk: str = LAST) -> Iterator[tuple[LanguageModel, Preference, str]]:
+    """Yield ``(lm, preference, stage)`` for each vector of ``job.preferences``; resumes at the vector in flight.
+
+    The base has a fresh adapter for each, whose first weights depend on ``job.seed`` alone; what the loop's body has
+    made of it is saved. The body's phases (checkpoints, metrics, seeds) are named ``stage`` or ``stage-<part>``. What
+    it puts into ``job.notes["diagnostics"]`` (floats) is kept by vector under ``job.notes["per_preference"]`` and
+    averaged at the end.
 
     Args:
-        lm: the base; every vector starts with a fresh adapter whose first weights depend on ``job.seed`` alone.
-        train_one: ``train_one(preference, stage)`` trains the active adapter of ``lm``. Its phases (checkpoints,
-            metrics, seeds) are named ``stage`` or ``stage-<part>``. What it puts into ``job.notes["diagnostics"]``
-            (floats) is kept by vector under ``job.notes["per_preference"]`` and averaged at the end.
         walk: a method that walks the grid several times (stage 1 of every vector before stage 2 of any) names each
             walk; its stages and adapters are ``<walk>-<index>``. Policies answer with those of the walk ``pref``.
     """
     from moalign.lm import adapters
 
-    total = len(job.preferences)
+    lm, total = job.task.language_model, len(job.preferences)
     for index, preference in enumerate(job.preferences):
         stage = stage_of(index, walk)
         if job.stage_done(stage):
@@ -58,11 +69,12 @@ def each_preference(
         job.notes.pop("diagnostics", None)
         title = f"preference {label(preference)} ({index + 1}/{total})"
         with _naming(job, stage, title if walk == LAST else f"{walk}: {title}"):
-            train_one(preference, stage)
-        told = job.notes.pop("diagnostics", None)
-        if told:
+            yield lm, preference, stage
+        diagnostics = job.notes.pop("diagnostics", None)
+        if diagnostics:
             kept = job.notes.get(PER_PREFERENCE, {})
-            job.notes[PER_PREFERENCE] = {**kept, label(preference): {**kept.get(label(preference), {}), **told}}
+            own = {**kept.get(label(preference), {}), **diagnostics}
+            job.notes[PER_PREFERENCE] = {**kept, label(preference): own}
         adapters.save(lm, job.run.path / adapter_of(index, walk))
         job.finish_stage(stage)
         job.run.drop_checkpoints(stage)

@@ -25,38 +25,46 @@ def inside_updates(repeats: int) -> dict[str, Any]:
     from moalign.lm import adapters
     from moalign.methods import moc, morlhf
     from moalign.runs.meter import Meter
-    from moalign.training.online import OnlineEngine
-    from moalign.training.ppo import PpoLoss, ValueHeads, grouped, only
+    from moalign.training.online import PpoTrainer
+    from moalign.training.preference_draws import grouped
 
     with tempfile.TemporaryDirectory() as folder:
         made = plan(TrainRequest("moc", results=Path(folder)))
         job = made.job(made.open(), Meter())
-        lm, config = job.task.language_model, job.config
+        lm = job.task.language_model
+        rounds = repeats + 1  # the first warms the allocator
+        never = {"steps": rounds + 1, "log_every": rounds + 1, "checkpoint_every": rounds + 1}
+        config = job.config.model_copy(update=never)
         adapters.attach(lm, job.policy_spec.lora, job.seed)
         draw = grouped(job.preferences, config.groups)
-        losses = {"morlhf": PpoLoss(config, ["utility"], draw, morlhf.utility, only)}
-        for size in OBJECTIVES:
-            names = [f"r{k}" for k in range(size)]
-            control = moc.Control(config, names)
-            losses[f"moc-{size}"] = PpoLoss(config, names, draw, moc.normalised, control.combine)
-        width = lm.model.config.hidden_size
-        engines = {
-            name: OnlineEngine(job, lm, config, "online", config.style, ValueHeads(width, len(loss.heads)))
-            for name, loss in losses.items()
-        }
-        times: dict[str, dict[str, list[float]]] = {name: {"update": [], "step": []} for name in losses}
-        for step in range(repeats + 1):  # the first warms the allocator
-            for name, engine in engines.items():
-                size = len(losses[name].heads)
+        heads = {"morlhf": [morlhf.HEAD], **{f"moc-{size}": [f"r{k}" for k in range(size)] for size in OBJECTIVES}}
+        trainers = {name: PpoTrainer(job, lm, config, draw, names, name, config.style) for name, names in heads.items()}
+        rollouts = {name: trainer.rollouts() for name, trainer in trainers.items()}
+
+        def update(trainer: PpoTrainer, rollout: Any) -> None:
+            alone = len(trainer.heads) == 1
+            experience = trainer.experience(morlhf.utility(rollout) if alone else rollout.z)
+            for epoch in range(config.epochs):
+                if alone:
+                    trainer.update(experience, experience.advantages[..., 0])
+                    continue
+                now = experience.old_logps if epoch == 0 else trainer.policy_logps()
+                ratios = (now - experience.old_logps).exp()
+                trainer.update(experience, *moc.combined(rollout, experience, ratios, config, trainer.heads))
+
+        times: dict[str, dict[str, list[float]]] = {name: {"update": [], "step": []} for name in heads}
+        for step in range(rounds):
+            for name, trainer in trainers.items():
+                size = len(trainer.heads)
                 started = time.perf_counter()
-                rollout = engine.rollout(step, losses[name])
+                rollout = next(rollouts[name])
                 if size > 1:
                     rng = np.random.default_rng([step, size])
                     vectors = rng.dirichlet(np.ones(size), size=config.groups)
                     rollout.preferences = grouped(vectors.tolist(), config.groups)(rng, len(rollout.prompts))
                     rollout.z = rng.normal(size=(len(rollout.responses), size))
                 sampled = time.perf_counter()
-                engine._update(step, rollout, losses[name])
+                update(trainer, rollout)
                 times[name]["update"].append(time.perf_counter() - sampled)
                 times[name]["step"].append(time.perf_counter() - started)
         told: dict[str, Any] = {"batch": config.batch, "repeats": repeats}

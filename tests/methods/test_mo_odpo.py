@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moalign.experiment.train import TrainRequest, plan, train
-from moalign.lm.language_model import TokenOutputs
-from moalign.methods.mo_odpo import Config
-from moalign.training.online import Part, Rollout
-from moalign.training.online_dpo import PairLoss, pairs
+from moalign.methods import mo_odpo
+from moalign.methods.mo_odpo import Config, Pairs, best_against_worst, loss, paired
+from moalign.training import preference_draws
+from moalign.training.online import Part
+from moalign.training.preference_draws import Draw
+from moalign.training.rollout import Rollout
 
 W = np.array([[0.25, 0.75], [1.0, 0.0]])
 TEXTS = ["a", "b", "c", "d"]
@@ -31,35 +32,35 @@ def rewards(*rows: tuple[float, float]) -> np.ndarray:
 
 def test_the_better_response_by_the_weighted_score_comes_first() -> None:
     # w.r: .25 * 4 + .75 * 0 = 1 against .25 * 0 + .75 * 2 = 1.5; then 4 against 0.
-    rows, labels = pairs(rewards((4, 0), (0, 2), (4, 0), (0, 2)), W, 2, TEXTS, "weighted")
+    rows, labels = best_against_worst(rewards((4, 0), (0, 2), (4, 0), (0, 2)), W, 2, TEXTS, "weighted")
     assert rows.tolist() == [[1, 0], [2, 3]]
     assert labels.tolist() == [[1.0], [1.0]]
 
 
 def test_of_more_than_two_the_best_meets_the_worst() -> None:
     z = rewards((0, 1), (0, 3), (0, -1), (5, 0), (1, 9), (2, 2))
-    rows, labels = pairs(z, W, 3, ["a", "b", "c", "d", "e", "f"], "weighted")
+    rows, labels = best_against_worst(z, W, 3, ["a", "b", "c", "d", "e", "f"], "weighted")
     assert rows.tolist() == [[1, 2], [3, 4]]
     assert labels.tolist() == [[1.0], [1.0]]
 
 
 def test_exact_ties_have_label_zero() -> None:
     # .25 * 3 + .75 * 0 = .25 * 0 + .75 * 1, exactly
-    _, labels = pairs(rewards((3, 0), (0, 1), (3, 0), (0, 1)), W, 2, TEXTS, "weighted")
+    _, labels = best_against_worst(rewards((3, 0), (0, 1), (3, 0), (0, 1)), W, 2, TEXTS, "weighted")
     assert labels.tolist() == [[0.0], [1.0]]
-    _, labels = pairs(np.zeros((6, 2)), W, 3, ["a", "b", "c", "d", "e", "f"], "weighted")
+    _, labels = best_against_worst(np.zeros((6, 2)), W, 3, ["a", "b", "c", "d", "e", "f"], "weighted")
     assert labels.tolist() == [[0.0], [0.0]]
 
 
 @pytest.mark.parametrize("pairing", ["weighted", "per_objective"])
 def test_identical_responses_make_no_pair_whatever_their_scores(pairing: Any) -> None:
-    _, labels = pairs(rewards((4, 0), (0, 2), (4, 0), (0, 2)), W, 2, ["same", "same", "c", "d"], pairing)
+    _, labels = best_against_worst(rewards((4, 0), (0, 2), (4, 0), (0, 2)), W, 2, ["same", "same", "c", "d"], pairing)
     assert not labels[0].any()
     assert labels[1].any()
 
 
 def test_a_label_per_objective_keeps_the_order_of_sampling() -> None:
-    rows, labels = pairs(rewards((1, 5), (3, 2), (7, 0), (7, 1)), W, 2, TEXTS, "per_objective")
+    rows, labels = best_against_worst(rewards((1, 5), (3, 2), (7, 0), (7, 1)), W, 2, TEXTS, "per_objective")
     assert rows.tolist() == [[0, 1], [2, 3]]
     assert labels.tolist() == [[-1.0, 1.0], [0.0, -1.0]]
 
@@ -70,7 +71,7 @@ def test_pairs_hold_for_any_numbers(prompts: int, samples: int, objectives: int,
     rng = np.random.default_rng(seed)
     z = rng.integers(-2, 3, size=(prompts * samples, objectives)).astype(float)  # small integers: ties happen
     w = rng.dirichlet(np.ones(objectives), size=prompts)
-    rows, labels = pairs(z, w, samples, [str(i) for i in range(len(z))], "weighted")
+    rows, labels = best_against_worst(z, w, samples, [str(i) for i in range(len(z))], "weighted")
     assert rows.shape == (prompts, 2)
     assert labels.shape == (prompts, 1)
     for i, ((best, worst), label) in enumerate(zip(rows.tolist(), labels[:, 0].tolist(), strict=True)):
@@ -98,46 +99,41 @@ def test_a_label_per_objective_needs_exactly_two_samples() -> None:
 # -- the loss --------------------------------------------------------------------------------------------------------
 
 
-def loss_of(pairing: str = "weighted", given: Any = None, **changes: float) -> PairLoss:
-    config = Config.model_validate({"pairing": pairing, "beta": 0.1, "alpha": 1.0, **changes})
-    job: Any = SimpleNamespace(config=config, task=SimpleNamespace(names=["one", "two"]), given_preferences=given)
-    return PairLoss(job, job.config)
-
-
 def rollout(z: np.ndarray, texts: list[str]) -> Rollout:
     nothing: Any = None
     return Rollout(["p", "q"], W, len(z) // 2, nothing, texts, z, z, nothing)
 
 
 def test_pairs_that_teach_nothing_are_left_out_and_counted() -> None:
-    chosen = loss_of().select(rollout(rewards((3, 0), (0, 1), (3, 0), (0, 1)), TEXTS))
+    chosen = paired(rollout(rewards((3, 0), (0, 1), (3, 0), (0, 1)), TEXTS), "weighted")
     assert chosen.rows.tolist() == [2, 3]
-    assert chosen.group == 2
+    assert chosen.dropped == 1
     assert chosen.metrics == {"dropped": 1.0, "dropped_share": 0.5}
-    assert chosen.extras["labels"].tolist() == [[1.0]]
-    assert chosen.extras["weights"].tolist() == [[1.0]]
-    assert chosen.extras["preferences"].tolist() == [[1.0, 0.0]]
+    assert chosen.tensors["labels"].tolist() == [[1.0]]
+    assert chosen.tensors["weights"].tolist() == [[1.0]]
+    assert chosen.tensors["preferences"].tolist() == [[1.0, 0.0]]
 
 
 def test_when_all_tie_nothing_is_left() -> None:
-    chosen = loss_of().select(rollout(np.zeros((4, 2)), TEXTS))
+    chosen = paired(rollout(np.zeros((4, 2)), TEXTS), "weighted")
     assert len(chosen.rows) == 0
+    assert chosen.dropped == 2
     assert chosen.metrics == {"dropped": 2.0, "dropped_share": 1.0}
 
 
 def test_labels_per_objective_weigh_as_the_preference_does() -> None:
-    chosen = loss_of("per_objective").select(rollout(rewards((1, 5), (3, 2), (7, 0), (7, 0)), TEXTS))
+    chosen = paired(rollout(rewards((1, 5), (3, 2), (7, 0), (7, 0)), TEXTS), "per_objective")
     assert chosen.rows.tolist() == [0, 1]
-    assert chosen.extras["labels"].tolist() == [[-1.0, 1.0]]
-    assert chosen.extras["weights"].tolist() == [[0.25, 0.75]]
+    assert chosen.tensors["labels"].tolist() == [[-1.0, 1.0]]
+    assert chosen.tensors["weights"].tolist() == [[0.25, 0.75]]
 
 
 def test_what_is_kept_brings_its_own_weights() -> None:
     """The first pair is a tie on both objectives: what is left is the second prompt's, weights and all."""
-    chosen = loss_of("per_objective").select(rollout(rewards((2, 2), (2, 2), (7, 0), (3, 1)), TEXTS))
+    chosen = paired(rollout(rewards((2, 2), (2, 2), (7, 0), (3, 1)), TEXTS), "per_objective")
     assert chosen.rows.tolist() == [2, 3]
-    assert chosen.extras["labels"].tolist() == [[1.0, -1.0]]
-    assert chosen.extras["weights"].tolist() == chosen.extras["preferences"].tolist() == [[1.0, 0.0]]
+    assert chosen.tensors["labels"].tolist() == [[1.0, -1.0]]
+    assert chosen.tensors["weights"].tolist() == chosen.tensors["preferences"].tolist() == [[1.0, 0.0]]
 
 
 def test_the_loss_of_a_part_by_hand() -> None:
@@ -146,15 +142,17 @@ def test_the_loss_of_a_part_by_hand() -> None:
     mask = torch.arange(4)[None] < lengths[:, None]
     logps = torch.zeros(4, 4)
     logps[0], logps[1:, 0] = 0.5, torch.tensor([-1.0, -1.0, 2.0])
+    entropy = torch.zeros(4, 4)
+    entropy[0], entropy[1:, 0] = torch.tensor([1.0, 3.0, 2.5, 1.5]), torch.tensor([2.0, 0.5, 0.1])
     part = Part(
+        logps=logps,
+        entropy=entropy,
         response_mask=mask,
         old_logps=logps,
         ref_logps=torch.zeros(4, 4),
-        extras={"labels": torch.ones(2, 1), "weights": torch.ones(2, 1), "preferences": torch.tensor(W).float()},
+        tensors={"labels": torch.ones(2, 1), "weights": torch.ones(2, 1), "preferences": torch.tensor(W).float()},
     )
-    entropy = torch.zeros(4, 4)
-    entropy[0], entropy[1:, 0] = torch.tensor([1.0, 3.0, 2.5, 1.5]), torch.tensor([2.0, 0.5, 0.1])
-    value, told = loss_of().loss(TokenOutputs(logps, entropy), part)
+    value, told = loss(part, Config(beta=0.1), ["one", "two"])
     assert value.item() == pytest.approx(0.704355, abs=1e-5)
     assert told["accuracy"] == 0.5
     assert told["entropy"] == pytest.approx((2 + 2 + 0.5 + 0.1) / 4)
@@ -162,7 +160,7 @@ def test_the_loss_of_a_part_by_hand() -> None:
     assert told["entropy/one"] == pytest.approx(0.3)
     # The preferred rows have log-likelihoods per token of 2 / 4 and -1 / 1, mean -.25. The rejected ones would have .5,
     # or .875 over the preferred ones' lengths; the preferred ones over the rejected ones' lengths .5.
-    value, told = loss_of(sft_coef=0.2).loss(TokenOutputs(logps, entropy), part)
+    value, told = loss(part, Config(beta=0.1, sft_coef=0.2), ["one", "two"])
     assert told["nll"] == pytest.approx(0.25)
     assert value.item() == pytest.approx(0.704355 + 0.2 * 0.25, abs=1e-5)
 
@@ -170,23 +168,40 @@ def test_the_loss_of_a_part_by_hand() -> None:
 # -- preferences -----------------------------------------------------------------------------------------------------
 
 
-def test_alpha_is_the_concentration() -> None:
-    drawn = loss_of(alpha=0.3).preferences(np.random.default_rng(0), 20_000)
+def preferences_seen(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
+    """Return a list that every rollout's preferences are put into from here on, ``[prompts, objectives]`` each."""
+    seen: list[np.ndarray] = []
+    plain = mo_odpo.paired
+
+    def look(rollout: Rollout, pairing: Any) -> Pairs:
+        seen.append(rollout.preferences)
+        return plain(rollout, pairing)
+
+    monkeypatch.setattr(mo_odpo, "paired", look)
+    return seen
+
+
+def test_alpha_and_resolution_are_those_of_the_draw(
+    small_task: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draws: list[Draw] = []
+    plain = preference_draws.independent
+    monkeypatch.setattr(preference_draws, "independent", lambda *a: [made := plain(*a), draws.append(made)][0])
+    few = (*small_task, "steps=1", "batch=4")
+    train(plan(TrainRequest("mo-odpo", overrides=(*few, "alpha=0.3"), results=tmp_path)))
+    drawn = draws[-1](np.random.default_rng(0), 20_000)
     assert drawn[:, 0].var() == pytest.approx(0.25 / 1.6, rel=0.03)  # m = 2: (1/4) / (2 alpha + 1)
+    assert np.abs(drawn * 5 - np.rint(drawn * 5)).max() > 0.1
+    train(plan(TrainRequest("mo-odpo", overrides=(*few, "resolution=5"), results=tmp_path)))
+    round_ones = draws[-1](np.random.default_rng(0), 20_000)
+    assert np.allclose(round_ones * 5, np.rint(round_ones * 5))
 
 
 def test_only_the_vectors_given_are_trained_on(
     small_task: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """``--prefs`` reaches the prompts of every rollout; without it every prompt has a vector of its own."""
-    seen: list[np.ndarray] = []
-    select = PairLoss.select
-
-    def look(self: PairLoss, rollout: Rollout) -> Any:
-        seen.append(rollout.preferences)
-        return select(self, rollout)
-
-    monkeypatch.setattr(PairLoss, "select", look)
+    seen = preferences_seen(monkeypatch)
     few = (*small_task, "steps=2", "batch=6", "samples=2")
     train(plan(TrainRequest("mo-odpo", overrides=few, prefs=("0.3,0.7", "1,0"), results=tmp_path)))
     assert {tuple(row) for row in np.concatenate(seen).tolist()} == {(0.3, 0.7), (1.0, 0.0)}

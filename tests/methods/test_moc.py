@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,12 +13,15 @@ from numpy.typing import NDArray
 from moalign.core import preferences
 from moalign.core.errors import RequestError, WorkError
 from moalign.experiment.train import TrainRequest, plan, train
-from moalign.losses.ppo import clipped, whitened
-from moalign.methods.moc import Config, Control, control_error, normalised, policy_grams, ramp, weights
+from moalign.losses.min_norm import min_norm
+from moalign.losses.ppo import Experience, clipped, whitened
+from moalign.losses.ppo import experience as experience_of
+from moalign.methods import moc
+from moalign.methods.moc import Config, combined, control_error, policy_grams, ramp, weights
 from moalign.pareto import indicators
 from moalign.pareto.hypervolume import hypervolume
-from moalign.training.online import Rollout
-from moalign.training.ppo import Experience, PpoLoss, grouped
+from moalign.training.online import PpoTrainer
+from moalign.training.rollout import Rollout
 
 Matrix = NDArray[np.float64]
 
@@ -73,10 +75,10 @@ class Table:
         return rows.gather(-1, actions)
 
     def train(self, config: Config) -> Matrix:
-        control = Control(config, ["one", "two"])
         for step in range(config.steps):
             rollout, experience, actions = self.rollout(step)
-            advantages, _ = control.combine(rollout, experience, torch.ones_like(experience.old_logps))
+            ones = torch.ones_like(experience.old_logps)
+            advantages, _ = combined(rollout, experience, ones, config, ["one", "two"])
             ratios = (self.log_probabilities(actions) - experience.old_logps).exp()
             self.optimizer.zero_grad()
             clipped(ratios, advantages, config.clip_range).mean().backward()
@@ -167,8 +169,6 @@ def test_while_the_constraint_holds_it_is_the_plain_min_norm_step(mode: Any) -> 
 @pytest.mark.parametrize("size", [2, 3, 5])
 def test_omega_is_what_the_vectors_say(mode: Any, size: int) -> None:
     """sum_i omega_i v_i is the min-norm point of the q_i (soft), computed here from the vectors themselves."""
-    from moalign.losses.min_norm import min_norm
-
     rng = np.random.default_rng(size)
     for _ in range(20):
         v = rng.normal(size=(size, 30)) + rng.normal(size=30)
@@ -209,7 +209,7 @@ def test_gram_matrices_by_hand() -> None:
     assert grams[1] * 2 == pytest.approx(np.array([[4, 4], [4, 8]]))  # v_1 = (0, 2), v_2 = (-2, 2)
 
 
-def combined(
+def one_advantage(
     config: Config, z: Any, wanted: Any, advantages: Any, step: int = 0
 ) -> tuple[torch.Tensor, dict[str, float]]:
     nothing: Any = None
@@ -218,7 +218,7 @@ def combined(
         [], np.asarray(wanted), len(rewards) // len(wanted), nothing, [], rewards, rewards, nothing, step=step
     )
     made = experience(advantages)
-    return Control(config, ["one", "two"]).combine(rollout, made, torch.ones_like(made.old_logps))
+    return combined(rollout, made, torch.ones_like(made.old_logps), config, ["one", "two"])
 
 
 def test_every_group_has_weights_of_its_own() -> None:
@@ -226,7 +226,7 @@ def test_every_group_has_weights_of_its_own() -> None:
     z = [[1, -1], [-1, 1], [1, -1], [-1, 1]]
     advantages = [[[1.0, -1.0]], [[-1.0, 1.0]], [[1.0, 3.0]], [[3.0, 1.0]]]
     wanted = [[1.0, 0.0], [1.0, 0.0], [0.5, 0.5], [0.5, 0.5]]
-    found, told = combined(Config(mode="switch"), z, wanted, advantages)
+    found, told = one_advantage(Config(mode="switch"), z, wanted, advantages)
     assert found[:, 0].tolist() == pytest.approx([1.0, -1.0, 2.0, 2.0])
     assert told["active"] == 0.5
     assert told["e/one"] == pytest.approx(0.25)
@@ -238,15 +238,15 @@ def test_every_group_has_weights_of_its_own() -> None:
 
 def test_several_responses_to_a_prompt_share_its_preference() -> None:
     z, advantages = [[1, -1], [-1, 1], [2, -2], [-2, 2]], np.ones((4, 1, 2))
-    whole, _ = combined(Config(mode="switch"), z, [[1.0, 0.0], [0.0, 1.0]], advantages)
+    whole, _ = one_advantage(Config(mode="switch"), z, [[1.0, 0.0], [0.0, 1.0]], advantages)
     assert whole.abs().max().item() == 0.0  # e sums to 0 and both advantages are the same
-    _, told = combined(Config(), z, [[1.0, 0.0], [0.0, 1.0]], advantages)
+    _, told = one_advantage(Config(), z, [[1.0, 0.0], [0.0, 1.0]], advantages)
     assert told["active"] == 1.0
 
 
 def test_constant_rewards_and_corners_do_no_harm() -> None:
     for p in ([1.0, 0.0], [0.0, 1.0]):
-        found, told = combined(Config(), np.ones((4, 2)), [p] * 4, np.zeros((4, 3, 2)))
+        found, told = one_advantage(Config(), np.ones((4, 2)), [p] * 4, np.zeros((4, 3, 2)))
         assert torch.isfinite(found).all()
         assert all(np.isfinite(value) for value in told.values())
 
@@ -255,7 +255,7 @@ def test_a_reward_that_is_not_finite_stops_the_run_with_a_message() -> None:
     advantages = np.ones((2, 1, 2))
     advantages[0, 0, 1] = np.nan
     with pytest.raises(WorkError, match="min-norm: vector 2 of 2"):
-        combined(Config(phi=1.0), [[1, 2], [2, 1]], [[0.5, 0.5]] * 2, advantages)
+        one_advantage(Config(phi=1.0), [[1, 2], [2, 1]], [[0.5, 0.5]] * 2, advantages)
 
 
 @pytest.mark.parametrize(
@@ -278,16 +278,16 @@ def cost_of_a_nat(config: Config) -> float:
     mask = torch.ones(2, 2, dtype=torch.bool)
     logps = torch.tensor([[-1.0, -1.0], [-1.0, -1.0]])
     reference = torch.tensor([[-2.0, -1.0], [-2.0, -1.0]])
-    drawn: Any = SimpleNamespace(logps=logps, response_mask=mask)
     z = np.array([[1.0, -1.0], [-1.0, 1.0]])
-    rollout = Rollout(["p"], np.array([[1.0, 0.0]]), 2, drawn, ["a", "b"], z, z, lambda rows: reference[rows])
     apart = config.kl == "outside"
-    rollout.values = torch.zeros(2, 2, 3 if apart else 2)
-    control = Control(config, ["one", "two"])
-    loss = PpoLoss(config, control.names, grouped([(1.0, 0.0)], 1), normalised, control.combine, apart)
-    told = loss.select(rollout)
-    assert told.metrics["active"] == 1.0
-    first = told.extras["advantages"][:, 0]
+    values = torch.zeros(2, 2, 3 if apart else 2)
+    rewards = torch.as_tensor(z, dtype=torch.float32)
+    made = experience_of(rewards, values, logps, reference, mask, config.kl_coef, config, apart)
+    nothing: Any = None
+    rollout = Rollout(["p"], np.array([[1.0, 0.0]]), 2, nothing, ["a", "b"], z, z, nothing)
+    advantages, told = combined(rollout, made, torch.ones_like(logps), config, ["one", "two"])
+    assert told["active"] == 1.0
+    first = made.tensors(advantages)["advantages"][:, 0]
     assert first[0] == first[1]
     return float(first[0]) / -config.kl_coef
 
@@ -319,7 +319,7 @@ def test_with_the_cost_outside_it_trains_and_keeps_a_head_for_it(small_task: tup
     assert "value_loss/kl" in run.record.notes["diagnostics"]
 
 
-# -- on the engine -----------------------------------------------------------------------------------------------------
+# -- on the trainer ----------------------------------------------------------------------------------------------------
 
 NAMES = ["helpfulness", "harmlessness", "humor"]
 THREE = ", ".join(f"{{name: {name}, kind: sandbox}}" for name in NAMES)
@@ -350,13 +350,13 @@ def test_training_draws_from_the_grid_and_from_what_is_given(
     small_task: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[np.ndarray] = []
-    combine = Control.combine
+    plain = moc.combined
 
-    def look(self: Control, rollout: Rollout, *rest: Any) -> Any:
+    def look(rollout: Rollout, *rest: Any) -> Any:
         seen.append(rollout.preferences)
-        return combine(self, rollout, *rest)
+        return plain(rollout, *rest)
 
-    monkeypatch.setattr(Control, "combine", look)
+    monkeypatch.setattr(moc, "combined", look)
     train(plan(TrainRequest("moc", overrides=(*small_task, *FEW), results=tmp_path)))
     assert {tuple(row) for row in np.concatenate(seen).tolist()} == {(0.0, 1.0), (0.5, 0.5), (1.0, 0.0)}
     seen.clear()
@@ -366,6 +366,28 @@ def test_training_draws_from_the_grid_and_from_what_is_given(
     held = "holdout=[[0.5, 0.5]]"
     train(plan(TrainRequest("moc", overrides=(*small_task, *FEW, held), results=tmp_path)))
     assert {tuple(row) for row in np.concatenate(seen).tolist()} == {(0.0, 1.0), (1.0, 0.0)}
+
+
+def test_a_second_update_on_a_rollout_sees_how_far_the_policy_has_come(
+    small_task: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing was trained before the first: ratios are 1. Then every token is twice as likely, say."""
+    seen: list[tuple[Experience, torch.Tensor]] = []
+    plain = moc.combined
+
+    def look(rollout: Rollout, made: Experience, ratios: torch.Tensor, *rest: Any) -> Any:
+        seen.append((made, ratios))
+        return plain(rollout, made, ratios, *rest)
+
+    monkeypatch.setattr(moc, "combined", look)
+    twice = np.log(2.0)
+    monkeypatch.setattr(PpoTrainer, "policy_logps", lambda self: seen[-1][0].old_logps + twice * seen[-1][0].mask)
+    train(plan(TrainRequest("moc", overrides=(*small_task, *FEW, "epochs=2"), results=tmp_path)))
+    assert len(seen) == 2 * 3
+    for (made, first), (again, second) in zip(seen[::2], seen[1::2], strict=True):
+        assert torch.equal(first, torch.ones_like(first))
+        torch.testing.assert_close(second, torch.where(made.mask, 2.0, 1.0))
+        assert again is made
 
 
 def test_more_objectives_than_the_task_has_are_refused(small_task: tuple[str, ...], tmp_path: Path) -> None:

@@ -36,15 +36,13 @@ def train(job: Job, seen: list[Preference] | None = None) -> None:
     lm, scored = job.task.language_model, job.task.scored()
     z = job.panel.z(scored.raw)
 
-    def one(preference: Preference, stage: str) -> None:
+    for _, preference, stage in each_preference(job):
         if seen is not None:
             seen.append(preference)
         best = np.argsort(-(z @ np.array(preference)))[:12].tolist()
         texts = [job.task.renderer.plain(scored.prompts[i]) for i in best]
         train_sft(job, lm, texts, [scored.responses[i] for i in best], SFT, stage)
         job.notes["diagnostics"] = {"first weight": preference[0]}
-
-    each_preference(job, lm, one)
 
 
 def adapters_of(job: Job) -> list[dict[str, Any]]:
@@ -94,7 +92,8 @@ def test_progress_names_the_vector_and_its_place(make_job: MakeJob, stop: Any) -
 def test_a_part_of_a_stage_is_named_behind_the_vector(make_job: MakeJob, stop: Any) -> None:
     said = stop("none", 0)
     job = make_job("sft", preferences=GRID[:1], say=said)
-    each_preference(job, job.task.language_model, lambda w, stage: job.say(f"{stage}-second", 1, 2))
+    for _, _, stage in each_preference(job):
+        job.say(f"{stage}-second", 1, 2)
     assert ("preference 0,1 (1/1) second", 1) in said.seen
 
 

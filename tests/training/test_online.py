@@ -1,8 +1,9 @@
-"""The online engine: gradients, references, value heads, books; on a base of random weights."""
+"""The online trainer: gradients, references, value heads, log, resume; on a base of random weights."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,12 @@ import torch
 from numpy.typing import NDArray
 
 from moalign.lm import adapters
-from moalign.lm.language_model import TokenOutputs
-from moalign.training import online
+from moalign.methods import mo_odpo
+from moalign.training import rollout as rollouts
 from moalign.training.job import Job
-from moalign.training.online import REFERENCE, OnlineEngine, Part, Rollout, Selection, preference_sampler
-from moalign.training.online_dpo import PairLoss
+from moalign.training.online import OnlineTrainer, Part
+from moalign.training.preference_draws import independent
+from moalign.training.rollout import REFERENCE, Rollout
 
 MakeJob = Callable[..., Job]
 Same = Callable[..., None]
@@ -30,10 +32,28 @@ def farthest(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> f
     return max(float((left[name] - right[name]).abs().max()) for name in left)
 
 
-def train(job: Job, loss: Any = None, **given: Any) -> OnlineEngine:
-    engine = OnlineEngine(job, job.task.language_model, job.config, **given)
-    engine.run(loss or PairLoss(job, job.config))
-    return engine
+def trainer_of(job: Job, **given: Any) -> OnlineTrainer:
+    draw = independent(None, len(job.task.names), 1.0)
+    return OnlineTrainer(job, job.task.language_model, job.config, draw, **given)
+
+
+def train(job: Job) -> None:
+    """Train by MO-ODPO: a loop that pairs, skips and steps."""
+    mo_odpo.learn_from_pairs(job, job.task.language_model, job.config)
+
+
+@pytest.fixture
+def parts(monkeypatch: pytest.MonkeyPatch) -> list[Part]:
+    """The parts that MO-ODPO's loss is given from here on; their log-probabilities are detached copies."""
+    seen: list[Part] = []
+    plain = mo_odpo.loss
+
+    def look(part: Part, *rest: Any) -> Any:
+        seen.append(replace(part, logps=part.logps.detach().clone()))
+        return plain(part, *rest)
+
+    monkeypatch.setattr(mo_odpo, "loss", look)
+    return seen
 
 
 def warm_up(job: Job) -> None:
@@ -56,10 +76,10 @@ def test_the_gradient_does_not_depend_on_the_micro_batch(make_job: MakeJob, asse
     for where, size in (("a", 4), ("b", 6), ("c", 64)):
         job = make_job("mo-odpo", "batch=8", f"micro_batch={size}", f"pairing={pairing}", where=where)
         warm_up(job)
-        engine = OnlineEngine(job, job.task.language_model, job.config)
-        loss = PairLoss(job, job.config)
-        rollout = engine.rollout(0, loss)
-        engine._accumulate(rollout, loss.select(rollout), loss)
+        trainer = trainer_of(job)
+        pairs = mo_odpo.paired(next(trainer.rollouts()), job.config.pairing)
+        for part in trainer.parts(pairs.rows, group=2, tensors=pairs.tensors):
+            trainer.backward(*mo_odpo.loss(part, job.config, job.task.names))
         named = job.task.language_model.model.named_parameters()
         gradients.append({name: p.grad.clone() for name, p in named if p.grad is not None})
     assert gradients[0]
@@ -80,48 +100,28 @@ def test_a_step_does_not_depend_on_the_micro_batch(make_job: MakeJob, assert_sam
     assert_same(found[0], found[1], rtol=0.0, atol=1e-4)  # Adam's first step is lr * sign: tiny gradients may differ
 
 
-def test_the_log_probabilities_trained_on_are_those_sampled_from(make_job: MakeJob) -> None:
+def test_the_log_probabilities_trained_on_are_those_sampled_from(make_job: MakeJob, parts: list[Part]) -> None:
     job = make_job("mo-odpo", *FEW, "temperature=0.7")
     warm_up(job)
-    ratios = []
-
-    class Look(PairLoss):
-        def loss(self, outputs: TokenOutputs, part: Part) -> tuple[torch.Tensor, dict[str, float]]:
-            if not ratios:
-                ratios.append((outputs.logps.detach() - part.old_logps, part.ref_logps - part.old_logps))
-            return super().loss(outputs, part)
-
-    train(job, Look(job, job.config))
-    assert float(ratios[0][0].abs().max()) < 1e-4
-    assert float(ratios[0][1].abs().max()) > 1e-2  # the base is another policy by now
+    train(job)
+    assert float((parts[0].logps - parts[0].old_logps).abs().max()) < 1e-4
+    assert float((parts[0].ref_logps - parts[0].old_logps).abs().max()) > 1e-2  # the base is another policy by now
 
 
 LORA_DROPOUT = "policy.lora={r: 4, alpha: 8, dropout: 0.3}"
 
 
-def first_part(job: Job, **given: Any) -> tuple[torch.Tensor, Part]:
-    """Train one step; returns the log-probabilities that its first part was trained on, and the part."""
-    seen: list[tuple[torch.Tensor, Part]] = []
-
-    class Look(PairLoss):
-        def loss(self, outputs: TokenOutputs, part: Part) -> tuple[torch.Tensor, dict[str, float]]:
-            seen.append((outputs.logps.detach().clone(), part))
-            return super().loss(outputs, part)
-
-    train(job, Look(job, job.config), **given)
-    return seen[0]
-
-
 @pytest.mark.parametrize("reference", ["start", "base"])
-def test_dropout_is_off_in_both_sides_of_a_log_ratio(make_job: MakeJob, reference: str) -> None:
+def test_dropout_is_off_in_both_sides_of_a_log_ratio(make_job: MakeJob, parts: list[Part], reference: str) -> None:
     job = make_job("mo-odpo", *FEW, "steps=1", f"reference={reference}", lora=LORA_DROPOUT)
     if reference == "start":
         warm_up(job)  # at the base B is zero, and the adapter's dropout has nothing to drop
     start = weights(job)
-    logps, part = first_part(job)
-    assert float(logps.abs().max()) > 0.1
-    assert torch.equal(logps, part.ref_logps)
-    assert float((logps - part.old_logps).abs().max()) < 1e-4
+    train(job)
+    part = parts[0]
+    assert float(part.logps.abs().max()) > 0.1
+    assert torch.equal(part.logps, part.ref_logps)
+    assert float((part.logps - part.old_logps).abs().max()) < 1e-4
     assert farthest(weights(job), start) > 1e-3  # and gradients flow
     assert not job.task.language_model.model.training
 
@@ -130,22 +130,22 @@ def test_half_precision_is_scored_again_as_it_is_trained_on(make_job: MakeJob, m
     """What the sampler says of its own tokens rounds otherwise; in float32 it is kept (to 1e-4, above)."""
     monkeypatch.setattr(adapters, "MERGE_BELOW", 0)
     drawn: list[torch.Tensor] = []
-    plain = online.sample
-    monkeypatch.setattr(online, "sample", lambda *a, **k: [made := plain(*a, **k), drawn.append(made.logps.clone())][0])
+    plain = rollouts.sample
+    monkeypatch.setattr(
+        rollouts, "sample", lambda *a, **k: [made := plain(*a, **k), drawn.append(made.logps.clone())][0]
+    )
     job = make_job("mo-odpo", *FEW, "steps=1", "micro_batch=8", "task.dtype=bfloat16")
     warm_up(job)
-
-    class All(PairLoss):
-        def select(self, rollout: Rollout) -> Selection:
-            told = super().select(rollout)
-            assert rollout.score_policy is not None
-            assert torch.equal(rollout.samples.logps, rollout.score_policy())
-            return told
-
-    train(job, All(job, job.config))
+    trainer = trainer_of(job)
+    for rollout in trainer.rollouts():
+        assert torch.equal(rollout.samples.logps, trainer.policy_logps())
+        for part in trainer.parts(np.arange(8), tensors={}):
+            assert torch.equal(rollout.samples.logps, part.logps)
+            trainer.backward(-part.logps.mean())
+        trainer.step()
     again = make_job("mo-odpo", *FEW, "task.dtype=bfloat16", where="b")
     warm_up(again)
-    rollout = OnlineEngine(again, again.task.language_model, again.config).rollout(0, PairLoss(again, again.config))
+    rollout = trainer_of(again).sample(0)
     assert float((rollout.samples.logps - drawn[-1]).abs().max()) > 1e-3
 
 
@@ -183,11 +183,46 @@ def test_identical_responses_are_counted_and_skipped(make_job: MakeJob, monkeypa
     job = make_job("mo-odpo", *FEW)
     noise = np.random.default_rng(0)
     monkeypatch.setattr(job.panel, "score", lambda prompts, texts: noise.normal(size=(len(texts), 2)))
-    monkeypatch.setattr("moalign.training.online.responses", lambda lm, drawn, stop: ["same"] * len(drawn.logps))
+    monkeypatch.setattr("moalign.training.rollout.responses", lambda lm, drawn, stop: ["same"] * len(drawn.logps))
     start = weights(job)
     train(job)
     assert farthest(weights(job), start) == 0.0
     assert job.notes == {"pairs_dropped": 12, "updates_skipped": 3}
+
+
+def test_a_rollout_of_ties_is_skipped_once_and_counted_once_whatever_the_epochs(
+    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job("mo-odpo", *FEW, "epochs=2")
+    score, calls = job.panel.score, []
+
+    def constant_at_first(*given: Any, **named: Any) -> NDArray[np.float64]:
+        raw = score(*given, **named)
+        calls.append(len(raw))
+        return np.ones_like(raw) if len(calls) == 1 else raw
+
+    monkeypatch.setattr(job.panel, "score", constant_at_first)
+    train(job)
+    lines = job.run.metrics()
+    assert [line.get("skipped") for line in lines] == [1.0, None, None]
+    assert lines[0]["dropped"] == 4.0
+    assert "loss" not in lines[0] and "grad_norm" not in lines[0]
+    assert job.notes["updates_skipped"] == 1
+    # What is left out of a rollout that is trained on is left out of both of its updates.
+    assert job.notes["pairs_dropped"] == 4 + 2 * sum(line["dropped"] for line in lines[1:])
+
+
+def test_a_loop_that_neither_steps_nor_skips_is_refused(make_job: MakeJob) -> None:
+    job = make_job("mo-odpo", *FEW)
+    trainer = trainer_of(job, phase="forgetful")
+    with pytest.raises(RuntimeError, match=r"forgetful: step 2 ended without trainer.step\(\) or trainer.skip\(\)"):
+        for rollout in trainer.rollouts():
+            if rollout.step == 0:
+                trainer.skip()
+            else:
+                for part in trainer.parts(np.arange(8), tensors={}):
+                    trainer.backward(part.logps.mean())
+    assert [line["step"] for line in job.run.metrics()] == [1]
 
 
 # -- references ----------------------------------------------------------------------------------------------------
@@ -232,8 +267,8 @@ def test_the_reference_follows_the_policy_every_so_many_steps(make_job: MakeJob)
 
 def test_the_reference_is_never_trained(make_job: MakeJob) -> None:
     job = make_job("mo-odpo", *FEW, "reference=start")
-    engine = OnlineEngine(job, job.task.language_model, job.config)
-    trained = {id(p) for p in engine.parameters}
+    trainer = trainer_of(job)
+    trained = {id(p) for p in trainer.parameters}
     named = dict(job.task.language_model.model.named_parameters())
     assert trained == {id(p) for name, p in named.items() if f".{adapters.ADAPTER}." in name}
     assert trained
@@ -242,48 +277,37 @@ def test_the_reference_is_never_trained(make_job: MakeJob) -> None:
 # -- value heads -----------------------------------------------------------------------------------------------------
 
 
-class Critics:
-    """A toy loss with one value head per objective, as a method with critics would write it: advantages from the
+def learn_with_critics(trainer: OnlineTrainer) -> None:
+    """A toy loop with one value head per objective, as a method with critics would write it: advantages from the
     heads for the policy, squared error to the reward for the heads."""
-
-    def __init__(self, job: Job) -> None:
-        self.preferences = preference_sampler(None, len(job.task.names), 1.0)
-
-    def select(self, rollout: Rollout) -> Selection:
-        return Selection(
-            rows=np.arange(len(rollout.responses)), extras={"z": torch.as_tensor(rollout.z, dtype=torch.float32)}
-        )
-
-    def loss(self, outputs: TokenOutputs, part: Part) -> tuple[torch.Tensor, dict[str, float]]:
-        assert part.values is not None
-        assert part.values.shape == (*part.response_mask.shape, 2)
-        mask, wanted = part.response_mask, part.extras["z"][:, None, :]
-        error = (part.values - wanted)[mask].square().mean()
-        advantage = (wanted - part.values.detach()).sum(-1)
-        policy = -((outputs.logps - part.old_logps).exp() * advantage)[mask].mean()
-        return policy + error, {"value_error": float(error.detach())}
-
-
-def heads(job: Job) -> torch.nn.Linear:
-    torch.manual_seed(3)
-    width = job.task.language_model.model.config.hidden_size
-    return torch.nn.Linear(width, 2)
+    for rollout in trainer.rollouts():
+        z = torch.as_tensor(rollout.z, dtype=torch.float32)
+        for part in trainer.parts(np.arange(len(rollout.responses)), tensors={"z": z}):
+            assert part.values is not None
+            assert part.values.shape == (*part.response_mask.shape, 2)
+            mask, wanted = part.response_mask, part.tensors["z"][:, None, :]
+            error = (part.values - wanted)[mask].square().mean()
+            advantage = (wanted - part.values.detach()).sum(-1)
+            policy = -((part.logps - part.old_logps).exp() * advantage)[mask].mean()
+            trainer.backward(policy + error, {"value_error": float(error.detach())})
+        trainer.step()
 
 
 CRITIC = ("batch=4", "samples=2", "steps=6", "lr=0.01", "log_every=1", "checkpoint_every=2", "micro_batch=6")
 
 
-def with_critics(job: Job) -> torch.nn.Linear:
-    module = heads(job)
-    train(job, Critics(job), phase="critic", style="fraction", value_heads=module)
-    return module
+def with_critics(job: Job) -> dict[str, torch.Tensor]:
+    """Train; returns the value heads as the run keeps them."""
+    learn_with_critics(trainer_of(job, phase="critic", style="fraction", value_heads=2))
+    return job.run.load_tensors("value_heads-critic")
 
 
 def test_value_heads_are_trained_along(make_job: MakeJob) -> None:
     job = make_job("mo-odpo", *CRITIC)
-    start, first = weights(job), heads(job)
-    module = with_critics(job)
-    assert float((module.weight - first.weight).detach().abs().max()) > 0.01
+    start = weights(job)
+    heads = with_critics(job)
+    assert heads["linear.weight"].shape == (2, job.task.language_model.model.config.hidden_size)
+    assert float(heads["linear.weight"].abs().max()) > 0.01  # they start at 0
     assert farthest(weights(job), start) > 0.01
     assert [line["phase"] for line in job.run.metrics()] == ["critic"] * 6
     assert all("value_error" in line for line in job.run.metrics())
@@ -300,12 +324,11 @@ def test_value_heads_are_kept_in_checkpoints_and_restored(
     job = make_job("mo-odpo", *CRITIC, say=say)
     found = with_critics(job)
     assert say.seen[5:] == [("critic", 5), ("critic", 6)]  # it went on from the checkpoint of step 4
-    assert torch.equal(found.weight, wanted.weight)
-    assert torch.equal(found.bias, wanted.bias)
+    assert_same(found, wanted)
     assert_same(weights(job), weights(whole))
 
 
-# -- resume and books ------------------------------------------------------------------------------------------------
+# -- resume and log -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -359,17 +382,38 @@ def test_what_every_step_logs(make_job: MakeJob) -> None:
     wanted |= {f"reward/{name}" for name in job.task.names}
     wanted |= {"tokens_generated", "tokens_trained", "reward_calls"}
     assert all(wanted <= set(line) for line in lines)
+    maybe = {f"entropy/{name}" for name in job.task.names}  # of those that a preference weighs most
+    assert all(set(line) - wanted <= {"step", "phase", "peak_memory_bytes", *maybe} for line in lines)
     assert all(0 <= line["unfinished"] <= 1 and 1 <= line["length"] <= 12 and line["entropy"] > 0 for line in lines)
     assert lines[-1]["reward_calls"] == 5 * 6 * 2 * 2  # steps x prompts x samples x objectives
     assert lines[-1]["tokens_generated"] <= 5 * 12 * 12
     assert lines[-1]["tokens_trained"] > lines[-1]["tokens_generated"] / 2
 
 
+def test_a_line_has_what_the_loop_says_by_name_whatever_the_order(make_job: MakeJob) -> None:
+    """Parts of 2, 2 and 1 rows: a metric of 0, 1 and 4 is .4 * 0 + .4 * 1 + .2 * 4 = 1.2. Of two updates the last."""
+    lines = []
+    for where, order in (("a", 1), ("b", -1)):
+        job = make_job("mo-odpo", "batch=5", "samples=2", "steps=1", "micro_batch=2", "log_every=1", where=where)
+        trainer = trainer_of(job)
+        for _ in trainer.rollouts():
+            for update in (1.0, 2.0):
+                for index, part in enumerate(trainer.parts(np.array([0, 2, 4, 6, 8]), tensors={})):
+                    told = {"squared": float(index**2), "update": update}
+                    trainer.backward(0 * part.logps.sum() + index, dict(list(told.items())[::order]))
+                trainer.step(dict([("mine", 10 * update), ("other", 1.0)][::order]))
+        lines += job.run.metrics()
+    left, right = ({key: value for key, value in line.items() if key != "peak_memory_bytes"} for line in lines)
+    assert left == right
+    assert (left["squared"], left["loss"]) == (pytest.approx(1.2), pytest.approx(0.8))
+    assert (left["update"], left["mine"], left["other"], left["grad_norm"]) == (2.0, 20.0, 1.0, 0.0)
+
+
 def test_a_rollout_is_fixed_by_seed_and_step(make_job: MakeJob) -> None:
     def drawn(where: str, step: int, **changes: Any) -> Rollout:
         job = make_job("mo-odpo", *FEW, where=where, **changes)
         torch.rand(len(where))  # what ran before must not matter
-        return OnlineEngine(job, job.task.language_model, job.config).rollout(step, PairLoss(job, job.config))
+        return trainer_of(job).sample(step)
 
     first, again, later = drawn("a", 0), drawn("other", 0), drawn("a", 1)
     other = drawn("a", 0, seed=5)
@@ -384,8 +428,7 @@ def test_a_rollout_is_fixed_by_seed_and_step(make_job: MakeJob) -> None:
 
 def test_reference_log_probabilities_are_computed_when_asked_for_and_once(make_job: MakeJob) -> None:
     job = make_job("mo-odpo", *FEW, "samples=4")
-    engine = OnlineEngine(job, job.task.language_model, job.config)
-    rollout = engine.rollout(0, PairLoss(job, job.config))
+    rollout = trainer_of(job).sample(0)
     asked: list[list[int]] = []
     score = rollout.score_reference
     rollout.score_reference = lambda rows: (asked.append(rows.tolist()), score(rows))[1]
@@ -396,32 +439,3 @@ def test_reference_log_probabilities_are_computed_when_asked_for_and_once(make_j
     assert torch.equal(few[0], more[2])
     whole = score(torch.arange(16))
     torch.testing.assert_close(more, whole[[2, 7, 5]], rtol=0.0, atol=1e-5)
-
-
-# -- preferences -----------------------------------------------------------------------------------------------------
-
-
-def test_given_preferences_are_the_only_ones_drawn() -> None:
-    given = [(0.25, 0.75), (1.0, 0.0)]
-    drawn = preference_sampler(given, 2, 1.0)(np.random.default_rng(0), 200)
-    assert drawn.shape == (200, 2)
-    assert {tuple(row) for row in drawn.tolist()} == set(given)
-
-
-@pytest.mark.parametrize("alpha", [0.3, 1.0, 5.0])
-def test_without_them_they_are_dirichlet(alpha: float) -> None:
-    drawn = preference_sampler(None, 3, alpha)(np.random.default_rng(0), 20_000)
-    assert np.allclose(drawn.sum(axis=1), 1)
-    assert np.allclose(drawn.mean(axis=0), 1 / 3, atol=0.01)
-    # Var w_i = (1/m)(1 - 1/m) / (m alpha + 1)
-    assert np.allclose(drawn.var(axis=0), (2 / 9) / (3 * alpha + 1), rtol=0.05)
-
-
-def test_draws_of_a_resolution_are_round_numbers_and_corners() -> None:
-    drawn = preference_sampler(None, 3, 0.5, resolution=20)(np.random.default_rng(0), 10_000)
-    assert np.allclose(drawn * 20, np.rint(drawn * 20)) and np.allclose(drawn.sum(axis=1), 1)
-    free = preference_sampler(None, 3, 0.5)(np.random.default_rng(0), 10_000)
-    assert np.abs(drawn - free).max() < 1 / 20  # the same draws, moved
-    corners = (drawn == 1).any(axis=1)
-    assert corners.mean() > 0.03 and not (free == 1).any()
-    assert drawn[corners].mean(axis=0) == pytest.approx(np.full(3, 1 / 3), abs=0.1)
