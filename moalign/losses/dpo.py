@@ -1,10 +1,13 @@
-"""The DPO loss on sequence log-ratios, online and offline.
+"""DPO losses, online and offline: pure functions of log-probabilities.
 
 ``D(y) = log pi(y|x) - log pi_ref(y|x)`` summed over response tokens; the loss of a labelled pair is
-``-log sigma(beta * (D(y+) - D(y-)))`` (DPO, arXiv 2305.18290, eq. 7).
+``-log sigma(beta * (D(y+) - D(y-)))`` (DPO, arXiv 2305.18290, eq. 7). MODPO's with its special cases is
+:func:`modpo_loss`.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +30,59 @@ def pair_loss(first: Tensor, second: Tensor, labels: Tensor, weights: Tensor, be
         beta: strength of the KL term.
     """
     margin = beta * (first - second).unsqueeze(-1) * labels
-    told = torch.where(labels != 0, -F.logsigmoid(margin), torch.zeros_like(margin))
-    return (weights * told).sum(-1)
+    per_label = torch.where(labels != 0, -F.logsigmoid(margin), torch.zeros_like(margin))
+    return (weights * per_label).sum(-1)
+
+
+def modpo_loss(
+    logps: Tensor,
+    ref_logps: Tensor,
+    mask: Tensor,
+    margins: Tensor,
+    chance: Tensor,
+    weights: Tensor,
+    *,
+    margin_weights: Tensor,
+    share: float,
+    beta: float,
+    kind: Literal["sigmoid", "hinge"] = "sigmoid",
+    sft_coef: float = 0.0,
+    sft_on: Literal["chosen", "both"] = "chosen",
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the mean MODPO loss of a batch of labelled pairs (a scalar) and metrics.
+
+    With ``share = 1`` and no margins it is plain DPO.
+
+    Args:
+        logps: token log-probabilities, 0 outside the response, ``[2 * pairs, T]``: chosen responses, then rejected.
+        ref_logps: of the whole responses under the reference, chosen and rejected, ``[pairs, 2]``.
+        mask: response tokens, ``[2 * pairs, T]``.
+        margins: ``mu(y_w) - mu(y_l)``, the other objectives' rewards, ``[pairs, objectives - 1]``.
+        chance: probability that the chosen response is preferred, ``[pairs]``.
+        weights: of the pairs' losses, ``[pairs]``.
+        margin_weights: w_-k, ``[objectives - 1]``.
+        share: w_k, the weight of the objective that the pairs are labelled for.
+        beta: strength of the KL term.
+        kind: see :func:`preference_loss`.
+        sft_coef, sft_on: weight of the mean negative log-likelihood per token, of the chosen or of both responses.
+
+    Returns:
+        The loss, and means over the batch: ``accuracy``; ``preference``, |beta (D(y_w) - D(y_l))|; ``margin``,
+        |w_-k . mu|; ``chosen_log_ratio``, D(y_w), which falls when the policy leaves what the data shows.
+    """
+    chosen, rejected = (logps.sum(-1) - ref_logps.T.reshape(-1)).chunk(2)
+    z = margin_logits(chosen, rejected, margins, margin_weights, share, beta)
+    losses = preference_loss(z, chance, kind)
+    if sft_coef:
+        of_chosen, of_rejected = (logps.sum(-1) / mask.sum(-1).clamp_min(1)).chunk(2)
+        losses = losses - sft_coef * (of_chosen if sft_on == "chosen" else (of_chosen + of_rejected) / 2)
+    preference = beta * (chosen - rejected).detach()
+    return (weights * losses).mean(), {
+        "accuracy": (preference > 0).float().mean(),
+        "preference": preference.abs().mean(),
+        "margin": (margins @ margin_weights).abs().mean(),
+        "chosen_log_ratio": chosen.detach().mean(),
+    }
 
 
 def margin_logits(
@@ -40,10 +94,7 @@ def margin_logits(
 
     Args:
         chosen, rejected: D of the pair's responses, ``[pairs]``.
-        margins: ``mu(y_w) - mu(y_l)``, the other objectives' rewards, ``[pairs, objectives - 1]``.
-        weights: w_-k, ``[objectives - 1]``.
-        share: w_k, the weight of the objective that the pairs are labelled for.
-        beta: strength of the KL term.
+        margins, weights, share, beta: see :func:`modpo_loss`.
     """
     return (beta * (chosen - rejected) - margins @ weights) / share
 
@@ -54,9 +105,9 @@ def preference_loss(logits: Tensor, chance: Tensor, kind: str) -> Tensor:
     ``chance`` ``[pairs]`` is the probability that the chosen response is preferred: the loss is its expectation.
     """
     if kind == "sigmoid":
-        told, other = -F.logsigmoid(logits), -F.logsigmoid(-logits)
+        as_labelled, reversed_ = -F.logsigmoid(logits), -F.logsigmoid(-logits)
     elif kind == "hinge":
-        told, other = F.relu(1 - logits), F.relu(1 + logits)
+        as_labelled, reversed_ = F.relu(1 - logits), F.relu(1 + logits)
     else:
         raise ValueError(f"loss must be sigmoid or hinge; found {kind!r}")
-    return chance * told + (1 - chance) * other
+    return chance * as_labelled + (1 - chance) * reversed_

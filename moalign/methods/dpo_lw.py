@@ -36,8 +36,7 @@ class DpoLw:
         """Train an adapter for every preference; resumes at the preference and step of an interruption."""
         from moalign.core.seeds import derive
         from moalign.training.grid import each_preference
-        from moalign.training.offline_dpo import even_order, train_dpo
-        from moalign.training.pair_rows import joined, objective_pairs
+        from moalign.training.offline_dpo import even_order, joined, objective_pairs, train_dpo
 
         config: DpoConfig = job.config
         lm = job.task.language_model

@@ -43,8 +43,7 @@ if TYPE_CHECKING:
 
     from moalign.lm.language_model import LanguageModel
     from moalign.policies.policy import Policy
-    from moalign.training.offline_dpo import Margin
-    from moalign.training.pair_rows import ObjectivePairs
+    from moalign.training.offline_dpo import Margin, ObjectivePairs
 
 LEAST_SHARE = 0.05
 """A smaller w_k is refused: the gradient grows with 1 / w_k."""
@@ -70,8 +69,7 @@ class Modpo:
     def train(self, job: Job) -> None:
         """Train an adapter for every preference; resumes at the preference and step of an interruption."""
         from moalign.training.grid import each_preference
-        from moalign.training.offline_dpo import train_dpo
-        from moalign.training.pair_rows import objective_pairs
+        from moalign.training.offline_dpo import objective_pairs, train_dpo
 
         config: Config = job.config
         lm = job.task.language_model

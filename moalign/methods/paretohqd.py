@@ -231,7 +231,7 @@ def _put_first(job: Job, lm: LanguageModel, index: int) -> None:
 
 def _drawn(prompts: list[str], count: int, seed: int) -> list[str]:
     """Return ``count`` prompts: shuffled passes over all of them."""
-    from moalign.training.trainer_books import order
+    from moalign.training.callbacks import order
 
     return [prompts[i] for i in order(len(prompts), count, 1, seed).tolist()]
 

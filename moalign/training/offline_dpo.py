@@ -1,9 +1,9 @@
-"""DPO on fixed pairs by trl's DPOTrainer, with margins, shares and soft labels: MODPO's loss and its special cases.
+"""DPO on fixed pairs by trl's DPOTrainer, with margins, shares and soft labels: MODPO and its special cases.
 
-``z = (1 / w_k) * (beta * (D(y_w) - D(y_l)) - w_-k . (mu(y_w) - mu(y_l)))``, ``D(y) = log pi(y|x) - log pi_ref(y|x)``;
-the loss of a pair is ``-log sigma(z)`` or the hinge (:func:`moalign.losses.dpo.margin_logits`).
+From a task's preference pairs (:func:`objective_pairs`) through tokens (:func:`encode_pairs`) to training
+(:func:`train_dpo`); the loss is :func:`moalign.losses.dpo.modpo_loss`.
 
-The trainer is given our rows, order, optimizer, schedule and books (:mod:`moalign.training.trainer_books`), a collator
+The trainer is given our rows, order, optimizer, schedule and callback (:mod:`moalign.training.callbacks`), a collator
 and, by the public hook ``compute_loss``, the loss. One private hook is overridden, ``_prepare_dataset``, since the
 trainer takes no tokenised pairs. The reference's log-probabilities are computed before (:mod:`.reference`): the trainer
 holds no reference model.
@@ -16,18 +16,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from datasets import Dataset
 from numpy.typing import NDArray
+from torch import Tensor
+from trl import DPOConfig, DPOTrainer
 
 from moalign.core.errors import RequestError
 from moalign.core.records import Response
 from moalign.core.seeds import derive
 from moalign.lm.chat import pair_row
 from moalign.lm.trainers import quiet_libraries, run_trainer
-from moalign.training.diagnostics import at_the_end
-from moalign.training.reference import Row, pad_rows, reference_log_probs
-from moalign.training.settings import DpoConfig, DpoStage
-from moalign.training.trainer_books import (
-    make_books,
+from moalign.losses.dpo import modpo_loss
+from moalign.training.callbacks import (
+    RunCallback,
     make_optimizer,
     make_scheduler,
     order,
@@ -35,17 +37,20 @@ from moalign.training.trainer_books import (
     trainable,
     trainer_settings,
 )
+from moalign.training.diagnostics import at_the_end
+from moalign.training.dropout import without_dropout
+from moalign.training.reference import Row, pad_rows, reference_log_probs
+from moalign.training.settings import DpoConfig, DpoStage
 
 if TYPE_CHECKING:
     from moalign.lm.language_model import LanguageModel
+    from moalign.tasks.pairs import Pairs
     from moalign.training.job import Job
-
-__all__ = ["DpoConfig", "DpoStage", "Margin", "PairRows", "encode_pairs", "even_order", "train_dpo"]
 
 Matrix = NDArray[np.float64]
 
 METRICS = ("loss", "accuracy", "preference", "margin", "margin_ratio", "chosen_log_ratio")
-"""What a run's diagnostics hold of its last tenth."""
+"""Metrics of which a run's diagnostics hold the mean over its last tenth."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,52 @@ class PairRows:
     def __len__(self) -> int:
         """Return the number of pairs."""
         return len(self.chosen)
+
+
+@dataclass(frozen=True)
+class ObjectivePairs:
+    """The pairs labelled for one objective."""
+
+    rows: PairRows
+    gaps: Matrix | None
+    """Normalised scores of the chosen responses less those of the rejected, ``[pairs, objectives]``, if requested."""
+
+
+def objective_pairs(
+    job: Job, lm: LanguageModel, config: DpoConfig, objectives: Sequence[int], scores: bool = False
+) -> dict[int, ObjectivePairs]:
+    """Return the pairs of some objectives; call it before any stage, so that their cost counts once.
+
+    ``job.notes["pairs"]`` gets how many were built and left out.
+
+    Args:
+        objectives: their indices.
+        scores: also score both responses of every pair on every objective.
+
+    Raises:
+        RequestError: no pairs, or pairs that cannot be used (:meth:`moalign.tasks.task.Task.pairs`).
+    """
+    build = config.pairs == "scored" or not all(job.task.has_pairs(k) for k in objectives)
+    scored = job.scored() if build and config.pairs != "data" else None
+    result, counts = {}, {}
+    for k in objectives:
+        pairs = job.task.pairs(k, config.pairs, config.per_prompt, config.labels, scored)
+        texts = [job.task.renderer.plain(prompt) for prompt in pairs.prompts]
+        rows = encode_pairs(job, lm, texts, pairs.chosen, pairs.rejected, config.max_tokens, pairs.chance)
+        result[k] = ObjectivePairs(rows, _gaps(job, pairs)[rows.kept] if scores else None)
+        counts[job.task.names[k]] = {"pairs": len(rows), **pairs.dropped, "alike": len(pairs) - len(rows)}
+    job.notes["pairs"] = counts
+    return result
+
+
+def _gaps(job: Job, pairs: Pairs) -> Matrix:
+    raw = pairs.raw
+    if raw is None:
+        raw = (
+            job.panel.score(pairs.prompts, [response.shown for response in pairs.chosen]),
+            job.panel.score(pairs.prompts, [response.shown for response in pairs.rejected]),
+        )
+    return np.asarray(job.panel.z(raw[0]) - job.panel.z(raw[1]))
 
 
 def encode_pairs(
@@ -150,6 +201,17 @@ def _key(row: Row) -> tuple[tuple[int, ...], int]:
     return tuple(row[0]), row[1]
 
 
+def joined(parts: Sequence[PairRows]) -> PairRows:
+    """Return the pairs of several objectives one after the other."""
+    return PairRows(
+        chosen=[row for part in parts for row in part.chosen],
+        rejected=[row for part in parts for row in part.rejected],
+        reference=np.concatenate([part.reference for part in parts]),
+        chance=np.concatenate([part.chance for part in parts]),
+        kept=np.concatenate([part.kept for part in parts]),
+    )
+
+
 def even_order(sizes: Sequence[int], steps: int, batch: int, seed: int) -> tuple[np.ndarray, list[int]]:
     """Return which row each place of each batch takes when a batch holds equally many rows of every part.
 
@@ -189,153 +251,119 @@ def train_dpo(
     Raises:
         RequestError: margins that do not fit the pairs.
     """
-    if margin is not None:
-        margin.check(len(pairs))
+    if margin is None:
+        margin = Margin(np.zeros((len(pairs), 0)), [], 1.0)
+    margin.check(len(pairs))
     if config.steps == 0:
         return {}
     if places is None:
         places = order(len(pairs), config.steps, config.batch, derive(job.seed, phase, "order"))
+    if weights is None:
+        weights = np.ones(len(places))
     optimizer = make_optimizer(lm, config)
     start = resume(job, lm, optimizer, phase)
     if start < config.steps:
         left = slice(start * config.batch, None)
-        batches = Batches(pairs, margin, places[left], None if weights is None else weights[left], lm.pad)
-        tokens = [len(pairs.chosen[pair][0]) + len(pairs.rejected[pair][0]) for pair in places[left]]
-        losses = PairLoss(config, margin)
-        books = make_books(job, lm, optimizer, config, phase, start, tokens, losses.told)
+        batches = Batches(pairs, margin, places[left], weights[left], lm.pad)
         with quiet_libraries(), trainable(lm):
-            trainer = make_trainer(job, lm, config, phase, batches, losses, (optimizer, start), books)
-            run_trainer(trainer)
+            run_trainer(make_trainer(job, lm, config, phase, batches, optimizer, start))
     return at_the_end(job.run.metrics(), phase, config.steps, METRICS)
 
 
 class Batches:
-    """Makes the trainer's batches: its rows are places in the order of training."""
+    """Makes the trainer's batches; its rows are places in the order of training."""
 
-    def __init__(
-        self, pairs: PairRows, margin: Margin | None, places: np.ndarray, weights: np.ndarray | None, pad: int
-    ) -> None:
-        import torch
-
-        self.pairs, self.places, self.pad = pairs, places, pad
-        values = np.zeros((len(pairs), 0)) if margin is None else margin.values
-        self.values = {
-            "reference": torch.from_numpy(pairs.reference),
-            "margins": torch.as_tensor(values, dtype=torch.float32),
+    def __init__(self, pairs: PairRows, margin: Margin, places: np.ndarray, weights: np.ndarray, pad: int) -> None:
+        self.pairs, self.margin, self.places, self.pad = pairs, margin, places, pad
+        self.of_pair = {
+            "ref_logps": torch.from_numpy(pairs.reference),
+            "margins": torch.as_tensor(margin.values, dtype=torch.float32),
             "chance": torch.as_tensor(pairs.chance, dtype=torch.float32),
         }
-        self.weights = torch.as_tensor(np.ones(len(places)) if weights is None else weights, dtype=torch.float32)
+        self.weights = torch.as_tensor(weights, dtype=torch.float32)
 
-    def __call__(self, rows: Sequence[dict[str, int]]) -> dict[str, Any]:
-        """Return a batch: chosen responses first, then rejected ones; per pair reference, margins, chance, weight."""
-        at = [row["place"] for row in rows]
-        some = self.places[at].tolist()
-        padded = pad_rows([self.pairs.chosen[i] for i in some] + [self.pairs.rejected[i] for i in some], self.pad)
-        return {**padded, **{name: value[some] for name, value in self.values.items()}, "weights": self.weights[at]}
+    def tokens(self) -> list[int]:
+        """Return the tokens of the pair at each place, prompts included."""
+        return [len(self.pairs.chosen[pair][0]) + len(self.pairs.rejected[pair][0]) for pair in self.places]
+
+    def __call__(self, rows: Sequence[dict[str, int]]) -> dict[str, Tensor]:
+        """Return a batch: chosen responses first, then rejected ones, and what the loss needs of each pair."""
+        places = [row["place"] for row in rows]
+        pairs = self.places[places].tolist()
+        padded = pad_rows([self.pairs.chosen[i] for i in pairs] + [self.pairs.rejected[i] for i in pairs], self.pad)
+        return {
+            **padded,
+            **{name: value[pairs] for name, value in self.of_pair.items()},
+            "weights": self.weights[places],
+        }
 
 
-class PairLoss:
-    """The loss of a batch of pairs, and what is told of it between two lines of the log."""
+class PairTrainer(DPOTrainer):
+    """trl's DPOTrainer on tokenised pairs, with our loss."""
 
-    def __init__(self, config: DpoStage, margin: Margin | None) -> None:
-        import torch
+    def __init__(self, stage: DpoStage, margin: Margin, **arguments: Any) -> None:
+        """Prepare the trainer; ``arguments`` are those of DPOTrainer."""
+        super().__init__(**arguments)
+        self.stage, self.margin = stage, margin
+        self.seen: list[dict[str, Tensor]] = []
+        """Metrics of the batches since the last line of the log."""
 
-        self.config = config
-        self.share = 1.0 if margin is None else margin.share
-        self.weights = torch.as_tensor([] if margin is None else list(margin.weights), dtype=torch.float32)
-        self.seen: list[dict[str, Any]] = []
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        return dataset
 
-    def __call__(self, logps: Any, batch: dict[str, Any]) -> Any:
-        """Return the mean loss, from the responses' token log-probabilities ``[2 * pairs, T]``."""
-        from moalign.losses.dpo import margin_logits, preference_loss
-
-        ratio = logps.sum(-1) - batch["reference"].T.reshape(-1)
-        chosen, rejected = ratio.chunk(2)
-        weights = self.weights.to(ratio.device)
-        z = margin_logits(chosen, rejected, batch["margins"], weights, self.share, self.config.beta)
-        each = preference_loss(z, batch["chance"], self.config.loss)
-        if self.config.sft_coef:
-            per_token = logps.sum(-1) / batch["completion_mask"].sum(-1).clamp_min(1)
-            first, second = per_token.chunk(2)
-            each = each - self.config.sft_coef * (first if self.config.sft_on == "chosen" else (first + second) / 2)
-        self._note(chosen.detach(), rejected.detach(), batch["margins"] @ weights)
-        return (batch["weights"] * each).mean()
-
-    def _note(self, chosen: Any, rejected: Any, margin: Any) -> None:
-        preference = self.config.beta * (chosen - rejected)
-        self.seen.append(
-            {
-                "accuracy": (preference > 0).float().mean(),
-                "preference": preference.abs().mean(),
-                "margin": margin.abs().mean(),
-                "chosen_log_ratio": chosen.mean(),
-            }
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Return the loss of a batch of :class:`Batches`."""
+        without_dropout(model)  # the trainer has just put the model into training mode
+        out = model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            labels=inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100),
+            use_cache=False,
+            fused_lm_head=True,
         )
+        loss, metrics = modpo_loss(
+            out.log_probs,
+            inputs["ref_logps"],
+            inputs["completion_mask"],
+            inputs["margins"],
+            inputs["chance"],
+            inputs["weights"],
+            margin_weights=torch.as_tensor(list(self.margin.weights), dtype=torch.float32, device=out.log_probs.device),
+            share=self.margin.share,
+            beta=self.stage.beta,
+            kind=self.stage.loss,
+            sft_coef=self.stage.sft_coef,
+            sft_on=self.stage.sft_on,
+        )
+        self.seen.append(metrics)
+        return loss
 
-    def told(self) -> dict[str, float]:
-        """Return the means since the last call.
+    def mean_metrics(self) -> dict[str, float]:
+        """Return means of the loss's metrics since the last call.
 
-        ``preference`` is mean |beta (D(y_w) - D(y_l))|, ``margin`` mean |w_-k . mu|, ``margin_ratio`` the second over
-        the first: far above 1 the margin drowns the preference signal. A falling ``chosen_log_ratio`` says that the
-        policy leaves what the data shows.
+        ``margin_ratio`` is ``margin`` over ``preference``: far above 1 the margin drowns the preference signal.
         """
-        import torch
-
         if not self.seen:
             return {}
-        told = {name: float(torch.stack([one[name] for one in self.seen]).mean()) for name in self.seen[0]}
+        means = {name: float(torch.stack([metrics[name] for metrics in self.seen]).mean()) for name in self.seen[0]}
         self.seen.clear()
-        if told["preference"] > 0:
-            told["margin_ratio"] = told["margin"] / told["preference"]
-        return told
+        if means["preference"] > 0:
+            means["margin_ratio"] = means["margin"] / means["preference"]
+        return means
 
 
-def trainer_class() -> Any:
-    """Return trl's DPOTrainer, made to take tokenised pairs and our loss."""
-    from trl import DPOTrainer
+class NoReference(torch.nn.Module):
+    """Stands where the trainer wants a reference model: the reference's log-probabilities are in the batch."""
 
-    from moalign.training.dropout import without_dropout
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
 
-    class PairTrainer(DPOTrainer):
-        """DPOTrainer on rows that are ready."""
-
-        losses: PairLoss
-
-        def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-            return dataset
-
-        def compute_loss(
-            self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-        ) -> Any:
-            """Return the loss of a batch of :class:`Batches`."""
-            without_dropout(model)  # the trainer has just put the model into training mode
-            labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
-            out = model(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
-                labels=labels,
-                use_cache=False,
-                fused_lm_head=True,
-            )
-            return self.losses(out.log_probs, inputs)
-
-    return PairTrainer
-
-
-def no_reference(config: Any) -> Any:
-    """Return what stands where the trainer wants a reference model: ours was asked before, and it refuses."""
-    import torch
-
-    class NoReference(torch.nn.Module):
-        """A module without weights."""
-
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            """Refuse: the reference's log-probabilities are in the batch."""
-            raise AssertionError("the trainer asked for a reference model")
-
-    module = NoReference()
-    module.config = config
-    return module
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse."""
+        raise AssertionError("the trainer asked for a reference model")
 
 
 def make_trainer(
@@ -344,30 +372,25 @@ def make_trainer(
     config: DpoStage,
     phase: str,
     batches: Batches,
-    losses: PairLoss,
-    state: tuple[Any, int],
-    books: Any,
-) -> Any:
-    """Return the trainer for the batches that are left; ``state`` is the optimizer and the steps done."""
-    from datasets import Dataset
-    from trl import DPOConfig
-
-    optimizer, start = state
-    steps = len(batches.places) // config.batch
+    optimizer: torch.optim.Optimizer,
+    start: int,
+) -> PairTrainer:
+    """Return the trainer for the batches that are left after ``start`` steps."""
     settings = DPOConfig(
         beta=config.beta,
         disable_dropout=False,  # for good, that is, also for what runs after us; see compute_loss
-        **trainer_settings(job, lm, config, steps, phase),
+        **trainer_settings(job, lm, config, len(batches.places) // config.batch, phase),
     )
-    trainer = trainer_class()(
+    trainer = PairTrainer(
+        config,
+        batches.margin,
         model=lm.model,
-        ref_model=no_reference(lm.model.config),
+        ref_model=NoReference(lm.model.config),
         args=settings,
         train_dataset=Dataset.from_dict({"place": list(range(len(batches.places)))}),
         data_collator=batches,
         processing_class=lm.tokenizer,
         optimizers=(optimizer, make_scheduler(optimizer, config, start)),
-        callbacks=[books],
     )
-    trainer.losses = losses
+    trainer.add_callback(RunCallback(job, lm, optimizer, config, phase, start, batches.tokens(), trainer.mean_metrics))
     return trainer

@@ -10,14 +10,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
+
 from moalign.core.errors import RequestError
 from moalign.core.records import Response
 from moalign.core.seeds import derive
 from moalign.lm.chat import training_row
 from moalign.lm.trainers import quiet_libraries, run_trainer
-from moalign.training.settings import SftConfig
-from moalign.training.trainer_books import (
-    make_books,
+from moalign.training.callbacks import (
+    RunCallback,
     make_optimizer,
     make_scheduler,
     order,
@@ -25,6 +27,7 @@ from moalign.training.trainer_books import (
     trainable,
     trainer_settings,
 )
+from moalign.training.settings import SftConfig
 
 if TYPE_CHECKING:
     from moalign.lm.language_model import LanguageModel
@@ -41,8 +44,8 @@ def encode_rows(
     Raises RequestError when a row would train on nothing: an empty response mask is silent otherwise.
     """
     inputs, labels = [], []
-    for number, (text, told) in enumerate(zip(texts, responses, strict=True)):
-        response = Response.of(told)
+    for number, (text, answer) in enumerate(zip(texts, responses, strict=True)):
+        response = Response.of(answer)
         head, tail = training_row(lm.codec, text, response, max_tokens)
         if not tail:
             raise RequestError(f"training row {number}: the response has no tokens ({response.text!r})")
@@ -80,11 +83,8 @@ def train_sft(
     if start >= config.steps:
         return
     rows = places[start * config.batch :]
-    books = make_books(job, lm, optimizer, config, phase, start, [len(inputs[row]) for row in rows])
+    tokens = [len(inputs[row]) for row in rows]
     with quiet_libraries(), trainable(lm):
-        from datasets import Dataset
-        from trl import SFTConfig, SFTTrainer
-
         data = Dataset.from_dict({"input_ids": [inputs[row] for row in rows], "labels": [labels[row] for row in rows]})
         settings = SFTConfig(
             dataset_kwargs={"skip_prepare_dataset": True},
@@ -96,6 +96,6 @@ def train_sft(
             train_dataset=data,
             processing_class=lm.tokenizer,
             optimizers=(optimizer, make_scheduler(optimizer, config, start)),
-            callbacks=[books],
+            callbacks=[RunCallback(job, lm, optimizer, config, phase, start, tokens)],
         )
         run_trainer(trainer)

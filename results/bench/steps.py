@@ -87,28 +87,22 @@ def inside_dpo(repeats: int) -> dict[str, Any]:
     from moalign.methods.modpo import margin_of
     from moalign.runs.meter import Meter
     from moalign.training import offline_dpo
-    from moalign.training.pair_rows import objective_pairs
 
-    own = offline_dpo.trainer_class
+    own = offline_dpo.PairTrainer
 
-    def unchanged() -> Any:
-        from trl import DPOTrainer
-
-        class Plain(own()):  # type: ignore[misc]
-            def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-                self.precompute_ref_logps = True
-                told = {name: inputs[name] for name in ("input_ids", "attention_mask", "completion_mask")}
-                told["ref_chosen_logps"], told["ref_rejected_logps"] = inputs["reference"].unbind(1)
-                return DPOTrainer.compute_loss(self, model, told)
-
-        return Plain
+    class Unchanged(own):
+        def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            self.precompute_ref_logps = True
+            batch = {name: inputs[name] for name in ("input_ids", "attention_mask", "completion_mask")}
+            batch["ref_chosen_logps"], batch["ref_rejected_logps"] = inputs["ref_logps"].unbind(1)
+            return offline_dpo.DPOTrainer.compute_loss(self, model, batch)
 
     with tempfile.TemporaryDirectory() as folder:
         made = plan(TrainRequest("modpo", results=Path(folder)))
         job = made.job(made.open(), Meter())
         lm, steps = job.task.language_model, 12
         config = job.config.model_copy(update={"steps": steps, "log_every": steps + 1})
-        pairs = objective_pairs(job, lm, config, [0], scores=True)[0]
+        pairs = offline_dpo.objective_pairs(job, lm, config, [0], scores=True)[0]
         assert pairs.gaps is not None
         margins = {"trl": None, "dpo": None, "modpo": margin_of((0.6, 0.4), 0, pairs.gaps)}
         times: dict[str, list[float]] = {name: [] for name in margins}
@@ -118,7 +112,7 @@ def inside_dpo(repeats: int) -> dict[str, Any]:
             for name, margin in margins.items():
                 adapters.attach(lm, job.policy_spec.lora, job.seed)
                 stamps.clear()
-                offline_dpo.trainer_class = unchanged if name == "trl" else own
+                offline_dpo.PairTrainer = Unchanged if name == "trl" else own
                 offline_dpo.train_dpo(job, lm, pairs.rows, config, f"bench-{name}-{repeat}", margin)
                 if repeat:
                     times[name] += [after - before for before, after in itertools.pairwise(stamps)]

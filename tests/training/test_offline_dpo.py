@@ -18,16 +18,17 @@ from moalign.core.seeds import derive
 from moalign.lm import adapters
 from moalign.lm.language_model import LanguageModel
 from moalign.lm.trainers import quiet_libraries
+from moalign.losses.dpo import modpo_loss
 from moalign.tasks.sandbox import world
 from moalign.tasks.sandbox.base import z_scale
 from moalign.tasks.sandbox.optimum import all_rewards, corpus_log_probs
 from moalign.training import reference
+from moalign.training.callbacks import make_optimizer, order, trainable
 from moalign.training.dropout import without_dropout
 from moalign.training.job import Job
 from moalign.training.offline_dpo import (
     Batches,
     Margin,
-    PairLoss,
     PairRows,
     encode_pairs,
     even_order,
@@ -36,13 +37,13 @@ from moalign.training.offline_dpo import (
 )
 from moalign.training.settings import DpoStage, SftConfig
 from moalign.training.sft import train_sft
-from moalign.training.trainer_books import make_books, make_optimizer, order, trainable
 
 MakeJob = Callable[..., Job]
 TEXTS = ["how do i make soup today ?", "tell me how to plant roses on my own .", "any tips ?", "i want to"]
 CHOSEN = ["sure thing , use a hot pan", "well ,", "take it slowly stay safe .", "good luck ."]
 REJECTED = ["i am not sure", "careful now , use a wide brush and eat cake .", "well , good luck .", "sure thing ,"]
 GAPS = np.array([[0.5, -1.0], [-2.0, 0.3], [0.0, 0.0], [1.5, 0.7]])
+NO_MARGIN = Margin(np.zeros((4, 0)), [], 1.0)
 
 
 def settings(**changes: Any) -> DpoStage:
@@ -177,11 +178,8 @@ class Opened:
     def __init__(self, job: Job, config: DpoStage, margin: Margin | None) -> None:
         lm = job.task.language_model
         rows = encoded(job)
-        self.batches = Batches(rows, margin, np.arange(3), None, lm.pad)
-        optimizer = make_optimizer(lm, config)
-        books = make_books(job, lm, optimizer, config, "here", 0, [0] * 3)
-        losses = PairLoss(config, margin)
-        self.trainer = make_trainer(job, lm, config, "here", self.batches, losses, (optimizer, 0), books)
+        self.batches = Batches(rows, margin or NO_MARGIN, np.arange(3), np.ones(3), lm.pad)
+        self.trainer = make_trainer(job, lm, config, "here", self.batches, make_optimizer(lm, config), 0)
         self.batch = self.batches([{"place": 0}, {"place": 1}, {"place": 2}])
 
     def own(self) -> torch.Tensor:
@@ -194,8 +192,8 @@ class Opened:
         assert DPOTrainer in type(self.trainer).__mro__
         self.trainer.beta, self.trainer.precompute_ref_logps = beta, True
         plain = {name: self.batch[name] for name in ("input_ids", "attention_mask", "completion_mask")}
-        plain["ref_chosen_logps"] = self.batch["reference"][:, 0] + shift
-        plain["ref_rejected_logps"] = self.batch["reference"][:, 1]
+        plain["ref_chosen_logps"] = self.batch["ref_logps"][:, 0] + shift
+        plain["ref_rejected_logps"] = self.batch["ref_logps"][:, 1]
         return DPOTrainer.compute_loss(self.trainer, self.trainer.model, plain)
 
 
@@ -397,12 +395,13 @@ def test_a_batch_holds_every_part_alike() -> None:
 
 
 def test_weights_make_the_weighted_sum_of_mean_losses(job: Job) -> None:
-    rows, config = encoded(job), settings(beta=0.2)
+    rows = encoded(job)
     w, counts = (0.7, 0.3), [2, 1]
     each = np.repeat([w[k] * 3 / counts[k] for k in range(2)], counts)
-    batch = Batches(rows, None, np.array([0, 1, 3]), each, 0)([{"place": i} for i in range(3)])
+    batch = Batches(rows, NO_MARGIN, np.array([0, 1, 3]), each, 0)([{"place": i} for i in range(3)])
     logps = -torch.rand(6, 20, generator=torch.Generator().manual_seed(0))
-    found = PairLoss(config, None)(logps, batch)
+    per_pair = [batch[name] for name in ("ref_logps", "completion_mask", "margins", "chance", "weights")]
+    found, _ = modpo_loss(logps, *per_pair, margin_weights=torch.zeros(0), share=1.0, beta=0.2)
     ratio = logps.sum(-1) - torch.tensor(rows.reference[[0, 1, 3]].T.reshape(-1))
     plain = torch.log1p(torch.exp(-0.2 * (ratio[:3] - ratio[3:])))
     assert found.item() == pytest.approx(float(0.7 * plain[:2].mean() + 0.3 * plain[2]), abs=1e-6)
@@ -431,23 +430,24 @@ def test_the_closed_form_is_reached_on_the_enumerated_sandbox(w: tuple[float, ..
     count = len(values)
     first, second = np.tile(np.arange(count), 12), np.concatenate([rng.permutation(count) for _ in range(12)])
     gap = values[first] - values[second]
-    batch = {
-        "reference": torch.tensor(np.stack([log_ref[first], log_ref[second]], axis=1)),
-        "margins": torch.tensor(gap[:, others]),
-        "chance": torch.tensor(1 / (1 + np.exp(-gap[:, k]))),
-        "weights": torch.ones(len(first), dtype=torch.float64),
-    }
-    loss = PairLoss(settings(beta=beta), Margin(gap[:, others], [w[j] for j in others], w[k]))
-    loss.weights = loss.weights.double()
+    per_pair = (
+        torch.tensor(np.stack([log_ref[first], log_ref[second]], axis=1)),
+        torch.ones(2 * len(first), 1),
+        torch.tensor(gap[:, others]),
+        torch.tensor(1 / (1 + np.exp(-gap[:, k]))),
+        torch.ones(len(first), dtype=torch.float64),
+    )
+    margin_weights = torch.tensor([w[j] for j in others], dtype=torch.float64)
     free = torch.tensor(log_ref, requires_grad=True)
     optimizer = torch.optim.LBFGS([free], max_iter=150, history_size=20, line_search_fn="strong_wolfe")
 
     def evaluate() -> torch.Tensor:
         optimizer.zero_grad()
         policy = torch.log_softmax(free, 0)
-        told = loss(torch.cat([policy[first], policy[second]])[:, None], batch) * count
-        told.backward()
-        return told
+        logps = torch.cat([policy[first], policy[second]])[:, None]
+        loss = modpo_loss(logps, *per_pair, margin_weights=margin_weights, share=w[k], beta=beta)[0] * count
+        loss.backward()
+        return loss
 
     start = torch.softmax(free.detach(), 0).numpy()
     assert 0.5 * np.abs(start - wanted).sum() > 0.2

@@ -19,7 +19,7 @@ from moalign.lm.trainers import checkpointing_option
 from moalign.training.job import Job
 from moalign.training.settings import SftConfig
 from moalign.training.sft import encode_rows, train_sft
-from moalign.training.trainer_books import order
+from moalign.training.callbacks import order
 
 MakeJob = Callable[..., Job]
 TEXTS = [

@@ -1,0 +1,157 @@
+"""What moalign gives to every trainer of trl: one callback, and the order of rows, optimizer, schedule and settings.
+
+Only public hooks are used here. A resumed run is a trainer over the remaining rows, with the optimizer as it was;
+checkpoints are safetensors, and the result equals the uninterrupted run's bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers import TrainerCallback
+
+from moalign.core.schedule import factor
+from moalign.core.seeds import derive
+from moalign.lm import adapters
+from moalign.lm.optimizer_state import pack_optimizer, unpack_optimizer
+from moalign.lm.trainers import checkpointing_option
+from moalign.training.settings import SftConfig
+
+if TYPE_CHECKING:
+    from moalign.lm.language_model import LanguageModel
+    from moalign.training.job import Job
+
+_PATCHED = ("forward", "_original_forward")
+"""What trl (a fused head) and accelerate (mixed precision) put on a model that they train, and leave there."""
+
+
+def order(rows: int, steps: int, batch: int, seed: int) -> np.ndarray:
+    """Return which row each place of each batch takes: reshuffled passes over all rows; int ``[steps * batch]``."""
+    rng = np.random.default_rng(seed)
+    passes = -(-steps * batch // rows)
+    return np.concatenate([rng.permutation(rows) for _ in range(passes)])[: steps * batch]
+
+
+def make_optimizer(lm: LanguageModel, config: SftConfig) -> torch.optim.Optimizer:
+    """Return AdamW over the trainable weights of ``lm``."""
+    parameters = [p for p in lm.model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer, config: SftConfig, start: int) -> Any:
+    """Return the learning-rate schedule of a run that continues at step ``start``."""
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: factor(config.schedule, start + step, config.steps, config.warmup)
+    )
+
+
+def resume(job: Job, lm: LanguageModel, optimizer: torch.optim.Optimizer, phase: str) -> int:
+    """Restore adapter, optimizer and meter from the phase's checkpoint; returns the number of steps already done."""
+    checkpoint = job.run.load_checkpoint(phase)
+    job.run.truncate_metrics(phase, 0 if checkpoint is None else checkpoint.step)
+    if checkpoint is None:
+        return 0
+    prefix = "adapter."
+    adapter = {key[len(prefix) :]: value for key, value in checkpoint.tensors.items() if key.startswith(prefix)}
+    adapters.set_tensors(lm, adapter)
+    unpack_optimizer(optimizer, checkpoint.tensors, checkpoint.state["optimizer"])
+    job.meter.load(checkpoint.state["meter"])
+    return checkpoint.step
+
+
+def trainer_settings(job: Job, lm: LanguageModel, config: SftConfig, steps: int, phase: str) -> dict[str, Any]:
+    """Return the arguments that all trainers share; ``steps`` are those left to do."""
+    on_cpu = lm.device.type == "cpu"
+    return {
+        "output_dir": str(job.run.path / "checkpoints"),
+        "per_device_train_batch_size": config.batch // config.accumulate,
+        "gradient_accumulation_steps": config.accumulate,
+        "max_steps": steps,
+        "max_grad_norm": config.clip,
+        "train_sampling_strategy": "sequential",
+        "max_length": None,
+        "save_strategy": "no",
+        "report_to": "none",
+        "logging_strategy": "no",  # the callback decides: the trainer counts from a resume, the run from its start
+        "disable_tqdm": True,
+        "use_cpu": on_cpu,
+        "bf16": not on_cpu,
+        checkpointing_option(): not on_cpu,
+        "seed": derive(job.seed, phase) % 2**32,
+        "dataloader_pin_memory": not on_cpu,
+        "remove_unused_columns": False,
+    }
+
+
+class RunCallback(TrainerCallback):
+    """Seeds every step, counts tokens, writes the log, reports progress and saves checkpoints."""
+
+    def __init__(
+        self,
+        job: Job,
+        lm: LanguageModel,
+        optimizer: torch.optim.Optimizer,
+        config: SftConfig,
+        phase: str,
+        start: int,
+        tokens: Sequence[int],
+        metrics: Callable[[], dict[str, float]] = dict,
+    ) -> None:
+        """Prepare the callback.
+
+        Args:
+            start: steps done before.
+            tokens: length of each row, in the order of training from ``start`` on, ``[steps left * batch]``.
+            metrics: returns further metrics of a line of the log; called once for each.
+        """
+        self.job, self.lm, self.optimizer, self.config = job, lm, optimizer, config
+        self.phase, self.start, self.tokens, self.metrics = phase, start, tokens, metrics
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Seed dropout by the step of the run, whatever was drawn before."""
+        torch.manual_seed(derive(self.job.seed, self.phase, self.start + state.global_step))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count the step's tokens and decide whether it is logged."""
+        config, step = self.config, self.start + state.global_step
+        rows = slice((state.global_step - 1) * config.batch, state.global_step * config.batch)
+        self.job.meter.add_tokens_trained(sum(self.tokens[rows]))
+        # At checkpoints, too: a line is a mean since the last one, and a resume must not need what came before it.
+        control.should_log = step == config.steps or 0 in (step % config.log_every, step % config.checkpoint_every)
+        self.job.say(self.phase, step, config.steps)
+        if not control.should_log:
+            self._save_checkpoint(step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Write a line of the run's log."""
+        if logs and "loss" in logs:
+            step = self.start + state.global_step
+            own = {name: float(logs[name]) for name in ("loss", "grad_norm", "learning_rate") if name in logs}
+            self.job.run.log(step, self.phase, **own, **self.metrics(), **self.job.meter.cost())
+            self._save_checkpoint(step)  # after its line: a kill between the two must not lose the line
+
+    def _save_checkpoint(self, step: int) -> None:
+        if step % self.config.checkpoint_every or step >= self.config.steps:
+            return
+        tensors, plain = pack_optimizer(self.optimizer)
+        tensors.update({f"adapter.{key}": value for key, value in adapters.tensors(self.lm).items()})
+        self.job.run.save_checkpoint(self.phase, step, tensors, {"optimizer": plain, "meter": self.job.meter.state()})
+
+
+@contextlib.contextmanager
+def trainable(lm: LanguageModel) -> Iterator[None]:
+    """Within the block trainers may patch the model's forward pass; afterwards it is what it was, and in eval mode."""
+    modules = [lm.model, *([lm.model.get_base_model()] if hasattr(lm.model, "get_base_model") else [])]
+    before = [{name: vars(module)[name] for name in _PATCHED if name in vars(module)} for module in modules]
+    try:
+        yield
+    finally:
+        for module, attributes in zip(modules, before, strict=True):
+            for name in _PATCHED:
+                vars(module).pop(name, None)
+            vars(module).update(attributes)
+        lm.model.eval()
