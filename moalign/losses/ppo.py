@@ -9,21 +9,19 @@ are those of Ziegler et al., arXiv 1909.08593.
     loss = -mean_t min(u A, clip(u, 1 - eps, 1 + eps) A) + vf_coef * sum_i mean_t (V_i - (A_i + V_i,old))^2
     u = pi / pi_old
 
-With ``kl_apart`` the KL cost is no part of the heads' rewards but a stream of its own with a head of its own, whose
-advantage A_kl is added with weight 1 to the one advantage that the method makes of the others. Its head is there for
+With ``kl_apart`` the KL cost is no part of the heads' rewards but a stream with a head of its own. The head foresees
 the cost to come: without it GAE would forget the cost of tokens 20 steps ahead (lambda^20 = .36), and what all
-responses cost alike would push every sampled token down. ``kl_coef`` is in units of the normalised reward, and so A_kl
-is divided by no deviation of its own. Where the others are divided by theirs (``whiten``), equal weights 1 / m
-maximise ``sum_i (1 / m) r_i / sd_i = s * (a weighted mean of the rewards)``, s the mean of ``1 / sd_i``: A_kl is
-multiplied by this s, so that a nat costs ``kl_coef`` of that mean. s does not depend on how the method weighs the
-objectives: weights that sum to 0 must not switch the cost off.
+responses cost alike would push every sampled token down. Its advantage A_kl is added, with weight 1, to the one
+advantage that the method makes of the others. ``kl_coef`` is in units of the normalised reward, so A_kl is not divided
+by its own deviation; where the others are divided by theirs (``whiten``), equal weights 1 / m maximise
+``s * (a weighted mean of the rewards)``, s the mean of ``1 / sd_i``, and A_kl is multiplied by this s. It does not
+depend on how the method weighs the objectives: weights that sum to 0 must not switch the cost off.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -34,24 +32,9 @@ KL_HEAD = "kl"
 """Name of the head that foresees the KL cost where it is apart."""
 
 
-class Settings(Protocol):
-    """What of a method's settings PPO needs; what each is worth is said in :mod:`moalign.training.settings`."""
-
-    @property
-    def gamma(self) -> float: ...
-    @property
-    def gae_lambda(self) -> float: ...
-    @property
-    def whiten(self) -> str: ...
-    @property
-    def clip_range(self) -> float: ...
-    @property
-    def vf_coef(self) -> float: ...
-
-
 @dataclass
 class Experience:
-    """What a rollout teaches, fixed before its first update."""
+    """Advantages and returns of a rollout, fixed before its first update."""
 
     mask: Tensor
     """Response tokens, bool ``[rows, T]``."""
@@ -60,12 +43,12 @@ class Experience:
     advantages: Tensor
     """``[rows, T, rewards]``; 0 outside the mask."""
     returns: Tensor
-    """What the value heads are trained towards, ``[rows, T, heads]``."""
+    """Targets of the value heads, ``[rows, T, heads]``."""
     kl: Tensor | None = None
     """Advantages of the KL cost where it is apart, on the scale of the others, ``[rows, T]``."""
 
     def tensors(self, combined: Tensor) -> dict[str, Tensor]:
-        """Return what :func:`loss` needs of every row; ``combined`` is the one advantage of the update, ``[rows, T]``.
+        """Return the ``tensors`` of :func:`loss`; ``combined`` is the one advantage of the update, ``[rows, T]``.
 
         Sums over a row times ``per_token``, averaged over rows, are means over the batch's tokens.
         """
@@ -84,7 +67,10 @@ def experience(
     ref_logps: Tensor,
     mask: Tensor,
     kl_coef: float,
-    settings: Settings,
+    *,
+    gamma: float,
+    gae_lambda: float,
+    whiten: str,
     kl_apart: bool = False,
 ) -> Experience:
     """Return advantages and returns of a rollout.
@@ -95,17 +81,18 @@ def experience(
         old_logps, ref_logps: of the policy that sampled and of the reference, ``[rows, T]``.
         mask: response tokens, bool ``[rows, T]``.
         kl_coef: cost of a nat of every token's log ratio to the reference.
+        gamma, gae_lambda: see :func:`gae`.
+        whiten: none, scale or full; see :func:`whitened`.
     """
     log_ratio = old_logps - ref_logps
     streams = token_rewards(rewards, log_ratio, mask, 0.0 if kl_apart else kl_coef)
     if kl_apart:
         cost = token_rewards(torch.zeros_like(rewards[:, :1]), log_ratio, mask, kl_coef)
         streams = torch.cat([streams, cost], dim=-1)
-    advantages, returns = gae(streams, values, mask, settings.gamma, settings.gae_lambda)
-    kl = None
-    if kl_apart:
-        advantages, kl = advantages[..., :-1], beside(advantages, mask, settings.whiten)
-    return Experience(mask, old_logps, whitened(advantages, mask, settings.whiten), returns, kl)
+    advantages, returns = gae(streams, values, mask, gamma, gae_lambda)
+    kl = beside(advantages, mask, whiten) if kl_apart else None
+    of_rewards = advantages[..., : rewards.shape[1]]
+    return Experience(mask, old_logps, whitened(of_rewards, mask, whiten), returns, kl)
 
 
 def loss(
@@ -115,8 +102,10 @@ def loss(
     old_logps: Tensor,
     mask: Tensor,
     tensors: Mapping[str, Tensor],
-    settings: Settings,
     heads: Sequence[str],
+    *,
+    clip_range: float,
+    vf_coef: float,
 ) -> tuple[Tensor, dict[str, float]]:
     """Return policy and value loss of a micro-batch (a scalar), means over tokens, and metrics.
 
@@ -125,22 +114,24 @@ def loss(
         values: of the heads, ``[rows, T, heads]``.
         tensors: these rows of :meth:`Experience.tensors`.
         heads: a name for every head.
+        clip_range: a ratio outside ``1 - clip_range .. 1 + clip_range`` is not pushed further out.
+        vf_coef: weight of the heads' squared errors.
     """
 
     def mean(tokens: Tensor) -> Tensor:
         return (torch.where(mask, tokens, torch.zeros_like(tokens)).sum(-1) * tensors["per_token"]).mean()
 
     ratios, advantages = (logps - old_logps).exp(), tensors["advantages"]
-    policy = mean(clipped(ratios, advantages, settings.clip_range))
+    policy = mean(clipped(ratios, advantages, clip_range))
     errors = [mean(error) for error in (values - tensors["returns"]).square().unbind(-1)]
-    clipped_away = ~gate(ratios.detach(), advantages, settings.clip_range)
+    clipped_away = ~gate(ratios.detach(), advantages, clip_range)
     metrics = {
         "policy_loss": float(policy.detach()),
         "entropy": float(mean(entropy)),
         "clip_fraction": float(mean(clipped_away.float())),
     }
     metrics.update({f"value_loss/{n}": float(e.detach()) for n, e in zip(heads, errors, strict=True)})
-    return policy + settings.vf_coef * torch.stack(errors).sum(), metrics
+    return policy + vf_coef * torch.stack(errors).sum(), metrics
 
 
 def token_rewards(terminal: Tensor, log_ratio: Tensor, mask: Tensor, kl_coef: float) -> Tensor:

@@ -101,11 +101,11 @@ def learn_from_pairs(job: Job, lm: LanguageModel, config: Config) -> None:
     trainer = OnlineTrainer(job, lm, config, draw)
     for rollout in trainer.rollouts():
         pairs = paired(rollout, config.pairing)
+        trainer.counts["pairs_dropped"] = trainer.counts.get("pairs_dropped", 0) + pairs.dropped
+        if not len(pairs.rows):
+            trainer.skip(pairs.metrics)
+            continue
         for _ in range(config.epochs):
-            trainer.counts["pairs_dropped"] = trainer.counts.get("pairs_dropped", 0) + pairs.dropped
-            if not len(pairs.rows):
-                trainer.skip(pairs.metrics)
-                break
             for part in trainer.parts(pairs.rows, group=2, tensors=pairs.tensors):
                 trainer.backward(*loss(part, config, job.task.names))
             trainer.step(pairs.metrics)

@@ -19,8 +19,8 @@ combined as they are, with the weight ``sum_i omega_i``: 1 / (1 + lam) for ``sof
 constraint is active (the e_i sum to 0), anything once advantages are whitened. ``outside`` makes it an advantage of its
 own, added to A with weight 1 after step 5 and unknown to steps 2 to 5 (:mod:`moalign.losses.ppo`, ``kl_apart``).
 Measured at the same ``kl_coef``, inside against outside: sandbox .910 and .909 of the optimum against .899 and .886
-(two seeds), sandbox with learned rewards .488 against .482, the real LLM (task ``assistant``) a hypervolume of .673
-against .638 (one seed each). So ``inside`` is the default; for ``switch`` it means no KL at all.
+(two seeds), learned rewards .488 against .482, the real LLM a hypervolume of .673 against .638 (one seed each). So
+``inside`` is the default; for ``switch`` it means no KL at all.
 
 Deviations, choices of ours: ``groups`` preferences of the grid share a rollout (the parent method: one), with steps 2
 to 5 for each of them and one common update. ``control: simplex`` takes ``s(R) = sigmoid(R) / sum sigmoid(R)``;
@@ -35,9 +35,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 
 from moalign.core.preferences import Preference
+from moalign.losses.min_norm import min_norm
 from moalign.methods.base import Capabilities
 from moalign.training.job import Job, RunContext
 from moalign.training.settings import ConditionedPpoConfig
@@ -45,21 +48,17 @@ from moalign.training.settings import ConditionedPpoConfig
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import numpy as np
-    from numpy.typing import NDArray
     from torch import Tensor
 
     from moalign.losses.ppo import Experience
     from moalign.policies.policy import Policy
     from moalign.training.online import Rollout
 
-    Vector = NDArray[np.float64]
-
+Vector = NDArray[np.float64]
 DIAGNOSTICS = ("kl", "entropy", "clip_fraction", "active", "psi", "c/", "omega/", "e/", "value_loss/")
 
 Mode = Literal["soft", "switch", "stacked"]
 ControlMap = Literal["simplex", "raw_mse"]
-KlPlace = Literal["inside", "outside"]
 
 
 class Config(ConditionedPpoConfig):
@@ -67,7 +66,7 @@ class Config(ConditionedPpoConfig):
 
     mode: Mode = "soft"
     control: ControlMap = "simplex"
-    kl: KlPlace = "inside"
+    kl: Literal["inside", "outside"] = "inside"
     """Where the KL cost is: in every objective's reward, weighed as they are; or beside them, with weight 1."""
     phi: float = Field(default=1e-3, ge=0, le=1)
     """The constraint is active while the mean squared control error is above it; with ``simplex`` 1 is never."""
@@ -89,7 +88,6 @@ class Moc:
 
     def train(self, job: Job) -> None:
         """Train adapter and value heads; resumes from the last checkpoint."""
-
         from moalign.losses import ppo
         from moalign.training.diagnostics import at_the_end
         from moalign.training.distil import warm_start
@@ -121,11 +119,10 @@ class Moc:
 def combined(
     rollout: Rollout, experience: Experience, ratios: Tensor, config: Config, names: Sequence[str]
 ) -> tuple[Tensor, dict[str, float]]:
-    """Return the one advantage of the update ``[rows, T]`` and metrics: steps 2 to 5 for every group.
+    """Return the one advantage of the update ``[rows, T]``, and metrics (means over groups): steps 2 to 5.
 
     Rows with the same preference are a group; ``ratios`` are u = pi / pi_old, ``[rows, T]``.
     """
-    import numpy as np
     import torch
 
     preferences, of_prompt = np.unique(rollout.preferences, axis=0, return_inverse=True)
@@ -141,19 +138,12 @@ def combined(
         active = psi > config.phi
         omega[g], c = weights(grams[g], e if active else None, lam, config.mode, speaks)
         of_groups.append({"c": c, "omega": omega[g], "e": np.abs(e), "psi": psi, "active": float(active)})
-    share = torch.as_tensor(omega[group], dtype=experience.advantages.dtype, device=experience.advantages.device)
-    return (experience.advantages * share[:, None, :]).sum(-1), {**means(of_groups, names), "lam": lam}
-
-
-def means(of_groups: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, float]:
-    """Return means of the groups' numbers over the groups, by objective where they have one for each."""
-    import numpy as np
-
-    metrics = {key: float(np.mean([group[key] for group in of_groups])) for key in ("psi", "active")}
+    metrics = {key: float(np.mean([numbers[key] for numbers in of_groups])) for key in ("psi", "active")}
     for key in ("c", "omega", "e"):
-        for name, value in zip(names, np.mean([group[key] for group in of_groups], axis=0), strict=True):
+        for name, value in zip(names, np.mean([numbers[key] for numbers in of_groups], axis=0), strict=True):
             metrics[f"{key}/{name}"] = float(value)
-    return metrics
+    share = torch.as_tensor(omega[group], dtype=experience.advantages.dtype, device=experience.advantages.device)
+    return (experience.advantages * share[:, None, :]).sum(-1), {**metrics, "lam": lam}
 
 
 def ramp(config: Config, step: int) -> float:
@@ -165,21 +155,16 @@ def ramp(config: Config, step: int) -> float:
 
 def control_error(preference: Vector, reward: Vector, control: ControlMap) -> Vector:
     """Return ``e = p - s(R)``, ``[objectives]``; ``reward`` is the group's mean normalised reward."""
-    import numpy as np
-
     if control == "raw_mse":
         return preference - reward
     likes = 1 / (1 + np.exp(-np.clip(reward, -30, 30)))
-    error: Vector = preference - likes / likes.sum()
-    return error
+    return np.asarray(preference - likes / likes.sum())
 
 
 def policy_grams(experience: Experience, ratios: Tensor, group: NDArray[np.intp], clip_range: float) -> Vector:
     """Return the Gram matrices of the vectors ``v_i = gate(u) u A_i`` of each group, ``[groups, m, m]``.
 
-    Args:
-        ratios: u, ``[rows, T]``.
-        group: number of each row's group, ``[rows]``.
+    ``ratios`` are u, ``[rows, T]``; ``group`` is the number of each row's group, ``[rows]``.
     """
     import torch
 
@@ -187,14 +172,13 @@ def policy_grams(experience: Experience, ratios: Tensor, group: NDArray[np.intp]
 
     advantages, u = experience.advantages, ratios.unsqueeze(-1)
     v = (advantages * u * gate(u, advantages, clip_range)).double()
-    of_row = torch.einsum("rti,rtj->rij", v, v)
-    size = int(group.max()) + 1
-    grams = torch.zeros((size, *of_row.shape[1:]), dtype=of_row.dtype, device=of_row.device)
-    grams.index_add_(0, torch.as_tensor(group, device=of_row.device), of_row)
-    tokens = torch.zeros(size, dtype=of_row.dtype, device=of_row.device)
-    tokens.index_add_(0, torch.as_tensor(group, device=of_row.device), experience.mask.sum(-1).to(of_row.dtype))
-    found: Vector = (grams / tokens[:, None, None]).cpu().numpy()
-    return found
+    index = torch.as_tensor(group, device=v.device)
+
+    def sums(of_rows: Tensor) -> Tensor:
+        return v.new_zeros((int(group.max()) + 1, *of_rows.shape[1:])).index_add_(0, index, of_rows)
+
+    grams, tokens = sums(torch.einsum("rti,rtj->rij", v, v)), sums(experience.mask.sum(-1).to(v.dtype))
+    return np.asarray((grams / tokens[:, None, None]).cpu().numpy())
 
 
 def weights(
@@ -207,23 +191,19 @@ def weights(
         error: the control error e, ``[m]``; None while the constraint is inactive.
         speaks: which objectives vary in the group; the others get weight 0. When none does, all count.
     """
-    import numpy as np
-
-    from moalign.losses.min_norm import min_norm
-
     size = len(gram)
     live = np.flatnonzero(speaks) if speaks is not None and speaks.any() else np.arange(size)
-    e = None if error is None else error[live]
-    g = gram[np.ix_(live, live)]
-    omega, c = np.zeros(size), np.zeros(size)
-    if e is None:
+    g, omega, c = gram[np.ix_(live, live)], np.zeros(size), np.zeros(size)
+    if error is None:
         c[live] = omega[live] = min_norm(g)
-    elif mode == "switch":
+        return omega, c
+    e = error[live]
+    if mode == "switch":
         omega[live] = e
     elif mode == "stacked":
         both = np.vstack([np.eye(len(live)), e])  # v_c = sum_i e_i v_i, so its inner products follow from G
-        found = min_norm(both @ g @ both.T)
-        c[live], omega[live] = found[:-1], found[:-1] + found[-1] * e
+        shares = min_norm(both @ g @ both.T)
+        c[live], omega[live] = shares[:-1], shares[:-1] + shares[-1] * e
     else:
         turn = (np.eye(len(live)) + lam * np.outer(np.ones(len(live)), e)) / (1 + lam)  # q = turn v
         c[live] = min_norm(turn @ g @ turn.T)

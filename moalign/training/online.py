@@ -15,10 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from moalign.core.schedule import factor
@@ -36,6 +37,7 @@ from moalign.training.rollout import (
     ValueHeads,
     has_own_reference,
     response_logps,
+    rollout_metrics,
     sample_rollout,
 )
 from moalign.training.settings import OnlineConfig, PpoConfig
@@ -91,23 +93,20 @@ class OnlineTrainer:
             value_heads: number of value heads, trained along and kept as ``value_heads-<phase>.safetensors``.
             value_lr: their learning rate, on the same schedule; None: the policy's.
         """
-        from accelerate import Accelerator
-
         self.job, self.lm, self.config, self.draw, self.phase, self.style = job, lm, config, draw, phase, style
         self.value_heads = ValueHeads(lm.model.config.hidden_size, value_heads).to(lm.device) if value_heads else None
         self.accelerator = Accelerator(cpu=lm.device.type == "cpu")
-        policy = [p for p in lm.model.parameters() if p.requires_grad]
-        critics = [] if self.value_heads is None else list(self.value_heads.parameters())
-        self.parameters = policy + critics
-        groups = [{"params": policy, "peak": config.lr}, {"params": critics, "peak": value_lr or config.lr}]
-        self.optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]], lr=config.lr, weight_decay=config.weight_decay
-        )
+        self.parameters = [p for p in lm.model.parameters() if p.requires_grad]
+        groups = [{"params": list(self.parameters), "peak": config.lr}]
+        if self.value_heads is not None:
+            self.parameters += self.value_heads.parameters()
+            groups += [{"params": list(self.value_heads.parameters()), "peak": value_lr or config.lr}]
+        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
         self.own_reference = has_own_reference(config)
         self.counts = {"updates_skipped": 0}
         """Go to the run's notes at the end."""
         self.state: dict[str, float] = {}
-        """What else a method must know to go on after an interruption; kept in checkpoints."""
+        """What else a method needs to continue after an interruption; kept in checkpoints."""
         self._rollout: Rollout | None = None
         self._metrics: dict[str, float] | None = None
         self._sums: dict[str, float] = {}
@@ -116,33 +115,42 @@ class OnlineTrainer:
             adapters.attach(lm, job.policy_spec.lora, seed=0, name=REFERENCE)
             self._sync_reference()
 
-    # -- rollouts --------------------------------------------------------------------------------------
-
     def rollouts(self) -> Iterator[Rollout]:
         """Yield a rollout for every step that is left, going on from the phase's checkpoint.
 
+        The reference's adapter is dropped at the end, also when the loop is left by ``break`` or an exception.
+
         Raises RuntimeError when the method neither stepped nor skipped: a loop that forgets to learn is a bug.
         """
-        for step in range(resume(self), self.config.steps):
-            torch.manual_seed(derive(self.job.seed, self.phase, step))
-            self._rollout, self._metrics = self.sample(step), None
-            yield self._rollout
-            if self._metrics is None:
-                raise RuntimeError(f"{self.phase}: step {step + 1} ended without trainer.step() or trainer.skip()")
-            self._end_step(step + 1, self._rollout, self._metrics)
+        config, run, names = self.config, self.job.run, self.job.task.names
+        try:
+            for done in range(resume(self) + 1, config.steps + 1):
+                torch.manual_seed(derive(self.job.seed, self.phase, done - 1))
+                self._rollout = rollout = self.sample(done - 1)
+                self._metrics, self._sums = None, {}
+                yield rollout
+                if self._metrics is None:
+                    raise RuntimeError(f"{self.phase}: step {done} ended without trainer.step() or trainer.skip()")
+                if config.ref_sync_steps and done % config.ref_sync_steps == 0:
+                    self._sync_reference()
+                if done % config.log_every == 0 or done == config.steps:
+                    run.log(
+                        done, self.phase, **self._metrics, **rollout_metrics(rollout, names), **self.job.meter.cost()
+                    )
+                self.job.say(self.phase, done, config.steps)
+                if done % config.checkpoint_every == 0 and done < config.steps:
+                    save_checkpoint(self, done)
+        finally:
+            if self.own_reference:
+                adapters.drop(self.lm, REFERENCE)
         self._rollout = None
         self.job.notes.update(self.counts)
-        if self.own_reference:
-            adapters.drop(self.lm, REFERENCE)
         if self.value_heads is not None:
-            heads = self.value_heads.state_dict()
-            self.job.run.save_tensors(f"value_heads-{self.phase}", {name: heads[name].detach() for name in heads})
+            run.save_tensors(f"value_heads-{self.phase}", self.value_heads.state_dict())
 
     def sample(self, step: int) -> Rollout:
         """Return the rollout of a step, from 0."""
         return sample_rollout(self.job, self.lm, self.config, self.draw, self.phase, self.style, step, self.value_heads)
-
-    # -- learning from the rollout in hand ---------------------------------------------------------------
 
     def parts(self, rows: NDArray[np.intp], group: int = 1, *, tensors: Mapping[str, Tensor]) -> Iterator[Part]:
         """Yield micro-batches of some rows, for one update; each weighs as many groups as it holds.
@@ -153,37 +161,30 @@ class OnlineTrainer:
             tensors: what the loss needs per group, ``[groups, ...]``.
         """
         assert self._rollout is not None, "parts belong to the rollout in hand"
-        rollout, drawn, groups = self._rollout, self._rollout.samples, len(rows) // group
+        rollout, samples, groups, config = self._rollout, self._rollout.samples, len(rows) // group, self.config
         for parameters in self.optimizer.param_groups:
-            config = self.config
             parameters["lr"] = parameters["peak"] * factor(config.schedule, rollout.step, config.steps, config.warmup)
         self.optimizer.zero_grad(set_to_none=True)
         self._sums = {}
-        size = max(1, self.config.micro_batch // group)
+        size = max(1, config.micro_batch // group)
         without_dropout(self.lm.model)
         for first in range(0, groups, size):
-            some = slice(first, min(first + size, groups))
-            chosen = torch.as_tensor(rows[first * group : some.stop * group]).cpu()
-            mask, heads = drawn.response_mask[chosen], self.value_heads
-            outputs = token_outputs(
-                self.lm.model,
-                drawn.input_ids[chosen],
-                drawn.attention_mask[chosen],
-                mask,
-                self.config.temperature,
-                hidden=heads is not None,
-            )
-            self._share = (some.stop - some.start) / groups
+            last = min(first + size, groups)
+            chosen = torch.as_tensor(rows[first * group : last * group]).cpu()
+            mask, heads = samples.response_mask[chosen], self.value_heads
+            tokens = (samples.input_ids[chosen], samples.attention_mask[chosen], mask)
+            outputs = token_outputs(self.lm.model, *tokens, config.temperature, hidden=heads is not None)
+            self._share = (last - first) / groups
             yield Part(
                 logps=outputs.logps,
                 entropy=outputs.entropy,
                 response_mask=mask,
-                old_logps=drawn.logps[chosen],
+                old_logps=samples.logps[chosen],
                 ref_logps=rollout.ref_logps(chosen),
-                tensors={name: value[some] for name, value in tensors.items()},
+                tensors={name: value[first:last] for name, value in tensors.items()},
                 values=None if heads is None else heads(outputs.hidden),
             )
-            self.job.meter.add_tokens_trained(int(drawn.attention_mask[chosen].sum()))
+            self.job.meter.add_tokens_trained(int(samples.attention_mask[chosen].sum()))
         self.lm.model.eval()
 
     def backward(self, loss: Tensor, metrics: Mapping[str, float] | None = None) -> None:
@@ -193,10 +194,15 @@ class OnlineTrainer:
             self._sums[name] = self._sums.get(name, 0.0) + self._share * value
 
     def step(self, metrics: Mapping[str, float] | None = None) -> None:
-        """Clip the gradient and make one update; the metrics of a rollout's last update are logged."""
+        """Clip the gradient and make one update; the metrics of a rollout's last update are logged.
+
+        Raises RuntimeError when :meth:`backward` was not called since the last step.
+        """
+        if not self._sums:
+            raise RuntimeError(f"{self.phase}: trainer.step() without trainer.parts() and trainer.backward() before it")
         norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.config.clip))
         self.optimizer.step()
-        self._metrics = {**(metrics or {}), **self._sums, "grad_norm": norm}
+        self._metrics, self._sums = {**(metrics or {}), **self._sums, "grad_norm": norm}, {}
 
     def skip(self, metrics: Mapping[str, float] | None = None) -> None:
         """Say that the rollout has nothing to learn from (all ties, say): counted, and training goes on."""
@@ -211,36 +217,6 @@ class OnlineTrainer:
     def _sync_reference(self) -> None:
         adapters.set_tensors(self.lm, adapters.tensors(self.lm), name=REFERENCE)
         self.lm.model.set_adapter(adapters.ADAPTER)
-
-    # -- log, checkpoints, resume --------------------------------------------------------------------------
-
-    def _end_step(self, done: int, rollout: Rollout, metrics: Mapping[str, float]) -> None:
-        """Do what follows an update: the moving reference, the log, progress and the checkpoint."""
-        config, run = self.config, self.job.run
-        if config.ref_sync_steps and done % config.ref_sync_steps == 0:
-            self._sync_reference()
-        if done % config.log_every == 0 or done == config.steps:
-            run.log(done, self.phase, **metrics, **self._describe(rollout), **self.job.meter.cost())
-        self.job.say(self.phase, done, config.steps)
-        if done % config.checkpoint_every == 0 and done < config.steps:
-            save_checkpoint(self, done)
-
-    @torch.no_grad()
-    def _describe(self, rollout: Rollout) -> dict[str, Any]:
-        """Return what every online method logs: rewards, KL, length."""
-        drawn = rollout.samples
-        lengths = drawn.response_mask.sum(-1)
-        # One response of each prompt: an unbiased estimate, also when the update chose best and worst.
-        first = torch.arange(0, len(lengths), rollout.per_prompt)
-        utility = (rollout.z * np.repeat(rollout.preferences, rollout.per_prompt, axis=0)).sum(axis=1)
-        rewards = zip(self.job.task.names, rollout.z.mean(axis=0), strict=True)
-        return {
-            "kl": float((drawn.logps[first] - rollout.ref_logps(first)).sum(-1).mean()),
-            "length": float(lengths.float().mean()),
-            "unfinished": float((~drawn.finished).float().mean()),
-            **{f"reward/{name}": float(value) for name, value in rewards},
-            "utility": float(utility.mean()),
-        }
 
 
 class PpoTrainer(OnlineTrainer):
@@ -271,22 +247,24 @@ class PpoTrainer(OnlineTrainer):
             kl_apart: the KL cost is a stream of its own with the last head, and no part of the rewards.
         """
         assert self._rollout is not None and self._rollout.values is not None
-        drawn, ref_logps = self._rollout.samples, self._rollout.ref_logps()
-        made = ppo.experience(
-            torch.as_tensor(rewards, dtype=torch.float32, device=drawn.logps.device),
+        samples, ref_logps, config = self._rollout.samples, self._rollout.ref_logps(), self.config
+        experience = ppo.experience(
+            torch.as_tensor(rewards, dtype=torch.float32, device=samples.logps.device),
             self._rollout.values,
-            drawn.logps,
+            samples.logps,
             ref_logps,
-            drawn.response_mask,
+            samples.response_mask,
             self.state["kl_coef"],
-            self.config,
-            kl_apart,
+            gamma=config.gamma,
+            gae_lambda=config.gae_lambda,
+            whiten=config.whiten,
+            kl_apart=kl_apart,
         )
-        target, horizon = self.config.kl_target, self.config.kl_horizon
-        if target is not None:
-            nats = float((drawn.logps - ref_logps).sum(-1).mean())
-            self.state["kl_coef"] = ppo.adapted(self.state["kl_coef"], nats, target, len(drawn.logps), horizon)
-        return made
+        if config.kl_target is not None:
+            nats, responses = float((samples.logps - ref_logps).sum(-1).mean()), len(samples.logps)
+            coef = ppo.adapted(self.state["kl_coef"], nats, config.kl_target, responses, config.kl_horizon)
+            self.state["kl_coef"] = coef
+        return experience
 
     def update(
         self, experience: ppo.Experience, advantages: Tensor, metrics: Mapping[str, float] | None = None
@@ -295,5 +273,6 @@ class PpoTrainer(OnlineTrainer):
         for part in self.parts(np.arange(len(advantages)), tensors=experience.tensors(advantages)):
             assert part.values is not None
             tokens = (part.logps, part.entropy, part.values, part.old_logps, part.response_mask)
-            self.backward(*ppo.loss(*tokens, part.tensors, self.config, self.heads))
+            clip_range, vf_coef = self.config.clip_range, self.config.vf_coef
+            self.backward(*ppo.loss(*tokens, part.tensors, self.heads, clip_range=clip_range, vf_coef=vf_coef))
         self.step({**(metrics or {}), "kl_coef": self.state["kl_coef"]})

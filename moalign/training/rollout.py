@@ -6,7 +6,7 @@ token a token like any other. Every random number depends on (seed, phase, step)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -71,6 +71,24 @@ class Rollout:
             for row, logps in zip(missing, self.score_reference(torch.tensor(missing)), strict=True):
                 self._reference[row] = logps
         return torch.stack([self._reference[row] for row in wanted])
+
+
+@torch.no_grad()
+def rollout_metrics(rollout: Rollout, names: Sequence[str]) -> dict[str, float]:
+    """Return what every online method logs of a rollout: KL, length, rewards; ``names`` are the objectives'."""
+    samples = rollout.samples
+    lengths = samples.response_mask.sum(-1)
+    # One response of each prompt: an unbiased estimate, also when the update chose best and worst.
+    first = torch.arange(0, len(lengths), rollout.per_prompt)
+    utility = (rollout.z * np.repeat(rollout.preferences, rollout.per_prompt, axis=0)).sum(axis=1)
+    rewards = zip(names, rollout.z.mean(axis=0), strict=True)
+    return {
+        "kl": float((samples.logps[first] - rollout.ref_logps(first)).sum(-1).mean()),
+        "length": float(lengths.float().mean()),
+        "unfinished": float((~samples.finished).float().mean()),
+        **{f"reward/{name}": float(value) for name, value in rewards},
+        "utility": float(utility.mean()),
+    }
 
 
 class ValueHeads(torch.nn.Module):

@@ -20,7 +20,6 @@ from moalign.losses.ppo import (
     token_rewards,
     whitened,
 )
-from moalign.training.settings import PpoConfig
 
 MASK = torch.tensor([[True, True, True], [True, False, False]])
 
@@ -122,7 +121,7 @@ def test_the_kl_coefficient_moves_towards_its_target() -> None:
 
 # -- the loss on hand-made numbers -------------------------------------------------------------------------------------
 
-SETTINGS: dict[str, Any] = {"gae_lambda": 1.0, "whiten": "none", "vf_coef": 0.1}
+GAE: dict[str, Any] = {"gamma": 1.0, "gae_lambda": 1.0, "whiten": "none"}
 LOGPS = torch.where(MASK, torch.tensor(-1.0), torch.tensor(0.0))
 """Of the policy that sampled."""
 Z = np.array([[2.0, 1.0], [-1.0, 0.5]])
@@ -136,7 +135,7 @@ def made(
     if values is None:
         values = torch.zeros(2, 3, rewards.shape[1] + kl_apart)
     ref = torch.where(MASK, LOGPS - gap, LOGPS)
-    return experience(rewards, values, LOGPS, ref, MASK, kl_coef, PpoConfig(**SETTINGS), kl_apart)
+    return experience(rewards, values, LOGPS, ref, MASK, kl_coef, kl_apart=kl_apart, **GAE)
 
 
 def test_every_row_carries_its_advantages() -> None:
@@ -188,7 +187,7 @@ def loss_of(rows: slice, logps: torch.Tensor, values: torch.Tensor) -> tuple[tor
     tensors = {name: value[rows] for name, value in found.tensors(found.advantages.sum(-1)).items()}
     entropy = torch.where(MASK, torch.tensor(2.0), torch.tensor(0.0))
     tokens = (logps[rows], entropy[rows], values[rows], LOGPS[rows], MASK[rows])
-    return loss(*tokens, tensors, PpoConfig(**SETTINGS), ["r0", "r1"])
+    return loss(*tokens, tensors, ["r0", "r1"], clip_range=0.2, vf_coef=0.1)
 
 
 def test_the_loss_of_a_part_by_hand() -> None:

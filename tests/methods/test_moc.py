@@ -282,7 +282,8 @@ def cost_of_a_nat(config: Config) -> float:
     apart = config.kl == "outside"
     values = torch.zeros(2, 2, 3 if apart else 2)
     rewards = torch.as_tensor(z, dtype=torch.float32)
-    made = experience_of(rewards, values, logps, reference, mask, config.kl_coef, config, apart)
+    gae = {"gamma": config.gamma, "gae_lambda": config.gae_lambda, "whiten": config.whiten}
+    made = experience_of(rewards, values, logps, reference, mask, config.kl_coef, kl_apart=apart, **gae)
     nothing: Any = None
     rollout = Rollout(["p"], np.array([[1.0, 0.0]]), 2, nothing, ["a", "b"], z, z, nothing)
     advantages, told = combined(rollout, made, torch.ones_like(logps), config, ["one", "two"])

@@ -97,6 +97,20 @@ def test_a_part_of_a_stage_is_named_behind_the_vector(make_job: MakeJob, stop: A
     assert ("preference 0,1 (1/1) second", 1) in said.seen
 
 
+def test_progress_is_the_job_s_own_again_when_a_vector_fails(make_job: MakeJob, stop: Any) -> None:
+    reports = stop("none", 0)
+    job = make_job("sft", preferences=GRID, say=reports)
+
+    def fail() -> None:
+        for _ in each_preference(job):
+            assert job.say is not reports
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert job.say is reports
+
+
 def test_a_crash_in_the_second_vector_loses_only_what_it_did_since_its_checkpoint(
     make_job: MakeJob, assert_same: Callable[..., None], stop: Any, interrupted: type[Exception]
 ) -> None:

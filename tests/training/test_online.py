@@ -208,8 +208,19 @@ def test_a_rollout_of_ties_is_skipped_once_and_counted_once_whatever_the_epochs(
     assert lines[0]["dropped"] == 4.0
     assert "loss" not in lines[0] and "grad_norm" not in lines[0]
     assert job.notes["updates_skipped"] == 1
-    # What is left out of a rollout that is trained on is left out of both of its updates.
-    assert job.notes["pairs_dropped"] == 4 + 2 * sum(line["dropped"] for line in lines[1:])
+    assert job.notes["pairs_dropped"] == sum(line["dropped"] for line in lines)
+
+
+def test_pairs_that_a_rollout_drops_are_counted_once_whatever_the_epochs(
+    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the four pairs of each rollout the first is a tie."""
+    job = make_job("mo-odpo", *FEW, "epochs=3")
+    monkeypatch.setattr(job.panel, "score", lambda prompts, texts: np.stack([np.maximum(range(8), 1.0)] * 2, axis=1))
+    monkeypatch.setattr("moalign.training.rollout.responses", lambda lm, drawn, stop: [str(i) for i in range(8)])
+    train(job)
+    assert [line["dropped"] for line in job.run.metrics()] == [1.0] * 3
+    assert job.notes["pairs_dropped"] == 3
 
 
 def test_a_loop_that_neither_steps_nor_skips_is_refused(make_job: MakeJob) -> None:
@@ -223,6 +234,25 @@ def test_a_loop_that_neither_steps_nor_skips_is_refused(make_job: MakeJob) -> No
                 for part in trainer.parts(np.arange(8), tensors={}):
                     trainer.backward(part.logps.mean())
     assert [line["step"] for line in job.run.metrics()] == [1]
+
+
+def test_a_step_without_a_gradient_is_refused(make_job: MakeJob) -> None:
+    """Adam would move the weights by what it remembers, and the log would repeat the metrics of the step before."""
+    job = make_job("mo-odpo", *FEW)
+    trainer = trainer_of(job, phase="hasty")
+    refused = pytest.raises(RuntimeError, match=r"hasty: trainer.step\(\) without trainer.parts\(\)")
+    for rollout in trainer.rollouts():
+        if rollout.step:
+            with refused:
+                trainer.step()
+            break
+        for part in trainer.parts(np.arange(8), tensors={}):
+            trainer.backward(part.logps.mean())
+        trainer.step()
+        moved = weights(job)
+        with refused:
+            trainer.step()
+        assert farthest(weights(job), moved) == 0.0
 
 
 # -- references ----------------------------------------------------------------------------------------------------
@@ -255,6 +285,29 @@ def test_the_reference_may_be_the_policy_at_the_start(make_job: MakeJob, assert_
     assert_same(kept[-1], start)
     assert farthest(weights(job), start) > 1e-3
     assert REFERENCE not in job.task.language_model.model.peft_config
+
+
+def test_the_reference_goes_however_the_loop_ends(make_job: MakeJob, assert_same: Same) -> None:
+    job = make_job("mo-odpo", *FEW, "reference=start")
+    warm_up(job)
+    start = weights(job)
+    model = job.task.language_model.model
+
+    def leave(how: str) -> None:
+        for _ in trainer_of(job, value_heads=1).rollouts():
+            assert REFERENCE in model.peft_config
+            if how == "break":
+                break
+            raise ZeroDivisionError
+
+    leave("break")
+    assert REFERENCE not in model.peft_config
+    with pytest.raises(ZeroDivisionError):
+        leave("an exception")
+    assert REFERENCE not in model.peft_config
+    assert "updates_skipped" not in job.notes  # nor is anything saved as if training had ended
+    assert not list(job.run.path.glob("value_heads*"))
+    assert_same(weights(job), start)
 
 
 def test_the_reference_follows_the_policy_every_so_many_steps(make_job: MakeJob) -> None:

@@ -53,9 +53,9 @@ def losses(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tokens, dict[str, torc
     seen: list[tuple[Tokens, dict[str, torch.Tensor]]] = []
     plain = ppo.loss
 
-    def look(*given: Any) -> Any:
+    def look(*given: Any, **named: Any) -> Any:
         seen.append((tuple(tokens.detach() for tokens in given[:5]), given[5]))
-        return plain(*given)
+        return plain(*given, **named)
 
     monkeypatch.setattr(ppo, "loss", look)
     return seen

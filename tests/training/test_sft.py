@@ -16,10 +16,10 @@ from moalign.core.seeds import derive
 from moalign.lm import adapters
 from moalign.lm.language_model import LanguageModel
 from moalign.lm.trainers import checkpointing_option
+from moalign.training.callbacks import order
 from moalign.training.job import Job
 from moalign.training.settings import SftConfig
 from moalign.training.sft import encode_rows, train_sft
-from moalign.training.callbacks import order
 
 MakeJob = Callable[..., Job]
 TEXTS = [
