@@ -1,8 +1,12 @@
-"""The house has an order: a room imports from itself and from those before it in the list, for typing, too."""
+"""The house has an order: a room imports from itself and from those before it in the list, for typing, too.
+
+And a method can be followed: from its ``train`` to its loss a reader opens few files, those that CONTRIBUTING.md names.
+"""
 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -124,3 +128,79 @@ def test_a_wrong_import_is_found_wherever_it_stands(tmp_path: Path) -> None:
         "moalign/lm/bad.py:9 imports moalign.workflow: workflow is no room of the house",
         "moalign/loose.py: loose.py is no room of the house; they are listed in tests/test_house.py",
     ]
+
+
+# -- to follow a method ----------------------------------------------------------------------------------------------
+
+FOLLOWED = ("MOC", "RiC", "MO-ODPO", "MODPO", "ParetoHqD")
+MOST_FILES, MOST_LINES = 3, 700
+
+BESIDE = {
+    "methods.base",  # the contract of all methods
+    "training.callbacks",  # order of rows, optimizer, log, checkpoints of trl's trainers
+    "training.checkpoints",
+    "training.diagnostics",  # means of the log's last lines
+    "training.distil",  # a stage before, off by default
+    "training.dropout",
+    "training.grid",  # which adapter is trained
+    "training.job",
+    "training.preference_draws",
+    "training.reference",  # log-probabilities of fixed rows, kept on disk
+    "training.rollout",  # sampling and scoring
+    "training.settings",
+}
+"""What the files on the way import from these rooms without its being on the way. A module between a method and its
+loss belongs into the table of CONTRIBUTING.md, not here."""
+
+
+def followed(text: str) -> dict[str, tuple[list[str], int]]:
+    """Return files (below moalign/) and lines of every row of the table in CONTRIBUTING.md's "To follow a method"."""
+    section = text.split("## To follow a method\n")[1].split("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:2] == "| "]
+    return {name: (re.findall(r"`(\w+/\w+\.py)`", files), int(lines)) for name, files, lines in rows[1:]}
+
+
+def off_the_way(package: Path, files: list[str]) -> list[str]:
+    """Return modules of methods, training and losses that the files import, neither among them nor beside the way.
+
+    Where a loss is among the files, others are not on the way: the online trainer imports PPO's, which MO-ODPO has no
+    use for.
+    """
+    own = {file.removesuffix(".py").replace("/", ".") for file in files}
+    rooms = {"methods", "training"} | ({"losses"} if not any(name.startswith("losses.") for name in own) else set())
+    found = set()
+    for file in files:
+        for node in ast.walk(ast.parse((package / file).read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom):
+                continue
+            for module in (node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)):
+                room, _, rest = module.removeprefix("moalign.").partition(".")
+                if room in rooms and (package / room / f"{rest}.py").is_file():
+                    found.add(f"{room}.{rest}")
+    return sorted(found - own - BESIDE)
+
+
+def test_a_method_is_followed_in_three_files_and_700_lines() -> None:
+    table = followed((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    assert tuple(table) == FOLLOWED
+    for name, (files, said) in table.items():
+        lines = sum(len((ROOT / "moalign" / file).read_text(encoding="utf-8").splitlines()) for file in files)
+        assert len(files) <= MOST_FILES, f"{name}: {len(files)} files"
+        assert lines <= MOST_LINES, f"{name}: {lines} lines in {', '.join(files)}"
+        assert abs(lines - said) <= 20, f"{name}: CONTRIBUTING.md says {said} lines, it is {lines}"
+        assert files[0] == f"methods/{name.lower().replace('-', '_')}.py"
+        assert off_the_way(ROOT / "moalign", files) == [], f"{name}: these are not in CONTRIBUTING.md's table"
+
+
+def test_a_file_between_a_method_and_its_loss_is_found(tmp_path: Path) -> None:
+    for name, text in {
+        "methods/mine.py": "from moalign.training.job import Job\nfrom moalign.training.middle import go\n",
+        "training/middle.py": "def go():\n    from moalign.losses import dpo\n",
+        "training/job.py": "",
+        "losses/dpo.py": "",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    assert off_the_way(tmp_path, ["methods/mine.py"]) == ["training.middle"]
+    assert off_the_way(tmp_path, ["methods/mine.py", "training/middle.py"]) == ["losses.dpo"]
+    assert off_the_way(tmp_path, ["methods/mine.py", "training/middle.py", "losses/dpo.py"]) == []
