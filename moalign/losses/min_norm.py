@@ -90,15 +90,15 @@ def _optimum_in_use(g: NDArray[np.float64], c: Vector, enters: int) -> Vector:
     """Return the min-norm weights over the vectors in use and ``enters``, by dropping those that would be negative."""
     used = sorted({*np.flatnonzero(c > 0).tolist(), enters})
     while True:
-        wanted = np.zeros(len(g))
-        wanted[used] = _affine(g[np.ix_(used, used)])
-        if (wanted[used] > TRIVIAL).all():
-            return wanted
+        optimum = np.zeros(len(g))
+        optimum[used] = _affine(g[np.ix_(used, used)])
+        if (optimum[used] > TRIVIAL).all():
+            return optimum
         # Go from c towards the wanted weights as far as the simplex reaches; the vector met there leaves.
-        leaving = [i for i in used if wanted[i] <= TRIVIAL]
-        reach = {i: c[i] / (c[i] - wanted[i]) if c[i] > wanted[i] else 0.0 for i in leaving}
+        leaving = [i for i in used if optimum[i] <= TRIVIAL]
+        reach = {i: c[i] / (c[i] - optimum[i]) if c[i] > optimum[i] else 0.0 for i in leaving}
         out = min(reach, key=reach.__getitem__)
-        c = np.maximum(c + reach[out] * (wanted - c), 0.0)
+        c = np.maximum(c + reach[out] * (optimum - c), 0.0)
         c[out] = 0.0
         used.remove(out)
         if len(used) == 1:

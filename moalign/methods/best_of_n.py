@@ -49,8 +49,8 @@ class BestOfN:
 
         def choose(prompts: Sequence[str], candidates: Sequence[Sequence[str]]) -> list[int]:
             flat = [text for row in candidates for text in row]
-            asked = [prompt for prompt, row in zip(prompts, candidates, strict=True) for _ in row]
-            utility = panel.z(panel.score(asked, flat)) @ list(preference)
+            repeated = [prompt for prompt, row in zip(prompts, candidates, strict=True) for _ in row]
+            utility = panel.z(panel.score(repeated, flat)) @ list(preference)
             return [int(i) for i in utility.reshape(len(prompts), -1).argmax(axis=1)]
 
         return Policy(base(context), context.task.renderer.plain, samples=context.config.n, choose=choose)

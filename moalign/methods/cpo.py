@@ -86,8 +86,8 @@ class Cpo:
         if not job.stage_done("cpsft", lm):
             shown = controlled(np.random.default_rng([job.seed, 1]), len(levels), levels.shape[1], config.uncontrolled)
             texts = [
-                job.task.renderer.beside(prompt, tags(row, job.task.names, some))
-                for prompt, row, some in zip(scored.prompts, levels, shown, strict=True)
+                job.task.renderer.beside(prompt, tags(row, job.task.names, which))
+                for prompt, row, which in zip(scored.prompts, levels, shown, strict=True)
             ]
             train_sft(job, lm, texts, scored.responses, config.cpsft, "cpsft")
             job.finish_stage("cpsft", lm)
@@ -101,17 +101,17 @@ class Cpo:
         from moalign.policies.policy import Policy
         from moalign.policies.prompted import trained
 
-        told = tags(desired_levels(preference), context.task.names)
-        return Policy(trained(context), lambda prompt: context.task.renderer.beside(prompt, told))
+        condition = tags(desired_levels(preference), context.task.names)
+        return Policy(trained(context), lambda prompt: context.task.renderer.beside(prompt, condition))
 
     def _edges(self, job: Job) -> NDArray[np.float64]:
         """Return the quintiles of the calibration split's raw scores, ``[4, objectives]``; kept with the run."""
         if not job.stage_done("levels"):
-            found = job.task.calibration()
-            job.meter.add_tokens_generated(found.sampled)
-            job.meter.add_reward_calls(found.raw.size)
+            calibration = job.task.calibration()
+            job.meter.add_tokens_generated(calibration.sampled)
+            job.meter.add_reward_calls(calibration.raw.size)
             quantiles = np.arange(1, LEVELS) / LEVELS
-            job.notes["level_edges"] = np.quantile(found.raw, quantiles, axis=0).tolist()
+            job.notes["level_edges"] = np.quantile(calibration.raw, quantiles, axis=0).tolist()
             job.finish_stage("levels")
         return np.array(job.notes["level_edges"], dtype=np.float64)
 
@@ -120,15 +120,15 @@ class Cpo:
         from moalign.training.offline_dpo import encode_pairs, train_dpo
 
         config: Config = job.config
-        pairs, told = conditioned_pairs(scored, levels, weights, config, job.seed)
+        pairs, left_out = conditioned_pairs(scored, levels, weights, config, job.seed)
         if not pairs:
             raise RequestError(
-                f"cdpo: no pair of responses differs in value ({told['ties']} ties, {told['identical']} identical "
-                "texts); it needs prompts with at least two different scored responses"
+                f"cdpo: no pair of responses differs in value ({left_out['ties']} ties, {left_out['identical']} "
+                "identical texts); it needs prompts with at least two different scored responses"
             )
-        job.notes["cdpo_pairs"] = {"pairs": len(pairs), **told}
+        job.notes["cdpo_pairs"] = {"pairs": len(pairs), **left_out}
         names = job.task.names
-        texts = [job.task.renderer.beside(scored.prompts[a], tags(c, names, some)) for a, _, c, some, _ in pairs]
+        texts = [job.task.renderer.beside(scored.prompts[a], tags(c, names, which)) for a, _, c, which, _ in pairs]
         gaps = np.array([gap for *_, gap in pairs])
         rows = encode_pairs(
             job,
@@ -150,14 +150,14 @@ def levels_of(raw: NDArray[np.float64], edges: NDArray[np.float64]) -> Ints:
 
 def tags(levels: Ints, names: Sequence[str], shown: NDArray[np.bool_] | None = None) -> str:
     """Return the condition as text, ``<helpfulness:5> <honesty:4>``; ``shown`` picks the controlled objectives."""
-    some = [True] * len(names) if shown is None else shown.tolist()
-    return " ".join(f"<{name}:{int(level)}>" for name, level, on in zip(names, levels, some, strict=True) if on)
+    which = [True] * len(names) if shown is None else shown.tolist()
+    return " ".join(f"<{name}:{int(level)}>" for name, level, on in zip(names, levels, which, strict=True) if on)
 
 
 def value(levels: Ints, condition: Ints, shown: NDArray[np.bool_], weights: NDArray[np.float64]) -> float:
     """Return R(y|c) of a response with ``levels`` ``[objectives]``; an exact match on all that is controlled adds 0."""
-    told = np.where(shown, -np.abs(levels - condition), levels)
-    return float(weights @ told)
+    terms = np.where(shown, -np.abs(levels - condition), levels)
+    return float(weights @ terms)
 
 
 def desired_levels(preference: Sequence[float]) -> Ints:
@@ -200,8 +200,8 @@ def conditioned_pairs(
     for row, prompt in enumerate(scored.prompts):
         groups.setdefault(prompt, []).append(row)
     rng = np.random.default_rng([seed, 2])
-    found: list[Conditioned] = []
-    told = {"ties": 0, "identical": 0}
+    pairs: list[Conditioned] = []
+    left_out = {"ties": 0, "identical": 0}
     for group in groups.values():
         drawn = matches(group, config.per_prompt, rng)
         conditions = levels[rng.choice(group, size=len(drawn))]
@@ -210,10 +210,10 @@ def conditioned_pairs(
         ):
             first, second = (value(levels[row], c, shown, weights) for row in (a, b))
             if scored.responses[a].shown == scored.responses[b].shown:
-                told["identical"] += 1
+                left_out["identical"] += 1
             elif first == second:
-                told["ties"] += 1
+                left_out["ties"] += 1
             else:
                 better, worse = (a, b) if first > second else (b, a)
-                found.append((better, worse, c, shown, abs(first - second)))
-    return found, told
+                pairs.append((better, worse, c, shown, abs(first - second)))
+    return pairs, left_out

@@ -52,7 +52,7 @@ class DpoLw:
             parts = [k for k in range(len(w)) if w[k] > 0]
             rows = [pairs[k].rows for k in parts]
             seed = derive(job.seed, stage, "order")
-            places, counts = even_order([len(some) for some in rows], config.steps, config.batch, seed)
+            places, counts = even_order([len(part) for part in rows], config.steps, config.batch, seed)
             # The mean over the batch of these times the losses is sum_i w_i (mean loss of objective i's pairs).
             each = np.repeat([w[k] * config.batch / count for k, count in zip(parts, counts, strict=True)], counts)
             weights = np.tile(each, config.steps)

@@ -130,13 +130,13 @@ def paired(rollout: Rollout, pairing: Pairing) -> Pairs:
     import torch
 
     rows, labels = best_against_worst(rollout.z, rollout.preferences, rollout.per_prompt, rollout.responses, pairing)
-    kept = np.flatnonzero((labels != 0).any(axis=1))
-    dropped = len(labels) - len(kept)
+    useful = np.flatnonzero((labels != 0).any(axis=1))
+    dropped = len(labels) - len(useful)
     weights = np.ones((len(labels), 1)) if pairing == "weighted" else rollout.preferences
     columns = {"labels": labels, "weights": weights, "preferences": rollout.preferences}
     return Pairs(
-        rows=rows[kept].reshape(-1),
-        tensors={name: torch.as_tensor(column[kept], dtype=torch.float32) for name, column in columns.items()},
+        rows=rows[useful].reshape(-1),
+        tensors={name: torch.as_tensor(column[useful], dtype=torch.float32) for name, column in columns.items()},
         dropped=dropped,
         metrics={"dropped": float(dropped), "dropped_share": dropped / max(1, len(labels))},
     )
@@ -199,8 +199,8 @@ def entropies(part: Part, names: Sequence[str]) -> dict[str, float]:
     """Return mean token entropy, and by the objective that a preference weighs most: collapse shows here first."""
     per_row = part.entropy.sum(-1) / part.response_mask.sum(-1).clamp_min(1)
     leading = part.tensors["preferences"].argmax(-1).repeat_interleave(2).to(per_row.device)
-    told = {"entropy": float(per_row.mean())}
+    metrics = {"entropy": float(per_row.mean())}
     for index, name in enumerate(names):
         if bool((leading == index).any()):
-            told[f"entropy/{name}"] = float(per_row[leading == index].mean())
-    return told
+            metrics[f"entropy/{name}"] = float(per_row[leading == index].mean())
+    return metrics

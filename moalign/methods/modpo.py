@@ -78,8 +78,8 @@ class Modpo:
         used = sorted({k for w, k in roles.items() if w[k] > 0})
         pairs = objective_pairs(job, lm, config, used, scores=config.margin == "reward")
         gaps = {
-            k: self._implicit(job, lm, told, folders, k, roles) if told.gaps is None else told.gaps
-            for k, told in pairs.items()
+            k: self._implicit(job, lm, own, folders, k, roles) if own.gaps is None else own.gaps
+            for k, own in pairs.items()
         }
         job.notes["roles"] = {label(w): job.task.names[k] for w, k in roles.items()}
 
@@ -124,16 +124,16 @@ class Modpo:
         from moalign.training.reference import reference_log_probs
 
         rows = pairs.rows
-        found = np.zeros((len(rows), len(job.task.names)))
+        gaps = np.zeros((len(rows), len(job.task.names)))
         for j in range(len(job.task.names)):
             if j == k or not any(w[j] > 0 and role == k for w, role in roles.items()):
                 continue
             adapters.load(lm, folders[j])
             logps = reference_log_probs(job, lm, [*rows.chosen, *rows.rejected], own=True)
             ratio = logps.reshape(2, -1).T.astype(np.float64) - rows.reference
-            found[:, j] = job.config.beta * (ratio[:, 0] - ratio[:, 1])
+            gaps[:, j] = job.config.beta * (ratio[:, 0] - ratio[:, 1])
             adapters.drop(lm)
-        return found
+        return gaps
 
 
 def role_of(w: Preference, config: Config, names: Sequence[str]) -> int:
@@ -164,7 +164,7 @@ def role_of(w: Preference, config: Config, names: Sequence[str]) -> int:
 
 
 def margin_of(w: Preference, k: int, gaps: NDArray[np.float64]) -> Margin:
-    """Return what the other objectives say of the pairs of objective k; ``gaps`` are ``[pairs, objectives]``."""
+    """Return the other objectives' margins on the pairs of objective k; ``gaps`` are ``[pairs, objectives]``."""
     from moalign.training.offline_dpo import Margin
 
     others = [j for j in range(len(w)) if j != k]

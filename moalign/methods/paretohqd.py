@@ -112,9 +112,9 @@ class ParetoHqd:
 
         if not job.stage_done(AUGMENT):
             adapters.attach(lm, job.policy_spec.lora, job.seed)
-            table, told = self._answers(job, lm)
+            table, causes = self._answers(job, lm)
             adapters.drop(lm)
-            job.notes[AUGMENT] = told
+            job.notes[AUGMENT] = causes
             job.run.write_table(AUGMENT, table)
             job.finish_stage(AUGMENT)
         return _scored(job.run.read_table(AUGMENT), job.task.names)
@@ -138,22 +138,24 @@ class ParetoHqd:
         limits: Sampling = job.task.sampling(derive(job.seed, "paretohqd", "answers"), config.temperature)
         limits = Sampling(**{**vars(limits), "top_p": config.top_p})
         policy = Policy(ModelGenerator(lm, ADAPTER), job.task.renderer.plain)
-        parts, told, done = [], {}, 0
+        parts, causes, done = [], {}, 0
 
-        def moved(count: int) -> None:
+        def advance(count: int) -> None:
             nonlocal done
             done += count
             job.say("augment: stage-1 models answer", done, len(chosen) * len(prompts))
 
         for index in chosen:
             _put_first(job, lm, index)
-            answers = respond_all([policy], prompts, limits, moved)
+            answers = respond_all([policy], prompts, limits, advance)
             job.meter.add_tokens_generated(answers.tokens)
             responses, records = answers.responses[0], answers.records(0)
             tokens, short = job.task.tokens(responses), job.task.short_below
-            told[label(job.preferences[index])] = {"answers": len(responses), **collapse_report(tokens, short)}
-            whole = [i for i, ids in enumerate(tokens) if not collapse(ids, short)]
-            parts.append(pd.DataFrame({"prompt": [prompts[i] for i in whole], **columns([records[i] for i in whole])}))
+            causes[label(job.preferences[index])] = {"answers": len(responses), **collapse_report(tokens, short)}
+            usable = [i for i, ids in enumerate(tokens) if not collapse(ids, short)]
+            parts.append(
+                pd.DataFrame({"prompt": [prompts[i] for i in usable], **columns([records[i] for i in usable])})
+            )
         table = pd.concat(parts, ignore_index=True).drop_duplicates(["prompt", "response"], ignore_index=True)
         if table.empty:
             raise RequestError(
@@ -163,7 +165,7 @@ class ParetoHqd:
         raw = job.panel.score(table["prompt"].tolist(), table["response"].tolist())
         for column, name in enumerate(job.task.names):
             table[f"raw:{name}"] = raw[:, column]
-        return table, told
+        return table, causes
 
 
 def pool_of(job: Job, scored: Scored, k: int, stage: str) -> Pool:
@@ -173,8 +175,8 @@ def pool_of(job: Job, scored: Scored, k: int, stage: str) -> Pool:
     least = job.config.min_pool or max(2000, 20 * k)
     what = "the scored responses" if stage == FIRST else "stage 2, the answers of the stage-1 models"
     pool = Pool.of(scored.raw, scored.prompts, k, least, job.task.names, f"{job.task.card.name}: {what}")
-    told = {"responses": len(scored.prompts), "pool": len(pool.rows), "layers": pool.layers}
-    job.notes["pools"] = {**job.notes.get("pools", {}), stage: told}
+    sizes = {"responses": len(scored.prompts), "pool": len(pool.rows), "layers": pool.layers}
+    job.notes["pools"] = {**job.notes.get("pools", {}), stage: sizes}
     return pool
 
 

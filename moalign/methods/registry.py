@@ -26,8 +26,8 @@ def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
 
 
 def _own() -> list[str]:
-    found = {module.name for module in pkgutil.iter_modules(methods.__path__)}
-    return [name.replace("_", "-") for name in sorted(found - _NOT_METHODS) if not name.startswith("_")]
+    modules = {module.name for module in pkgutil.iter_modules(methods.__path__)}
+    return [name.replace("_", "-") for name in sorted(modules - _NOT_METHODS) if not name.startswith("_")]
 
 
 def names() -> list[str]:
@@ -58,10 +58,10 @@ def get(name: str) -> Method:
     raise unknown("method", name, names())
 
 
-def _checked(found: object, name: str, where: str) -> Method:
-    method = found() if inspect.isclass(found) else found
-    wanted = ("name", "summary", "capabilities", "Config", "quick", "train", "policy")
-    missing = [part for part in wanted if not hasattr(method, part)]
+def _checked(plugin: object, name: str, where: str) -> Method:
+    method = plugin() if inspect.isclass(plugin) else plugin
+    contract = ("name", "summary", "capabilities", "Config", "quick", "train", "policy")
+    missing = [part for part in contract if not hasattr(method, part)]
     if missing:
         raise RequestError(
             f"method {name!r} ({where}): the plugin lacks {', '.join(missing)}; see moalign.methods.base"

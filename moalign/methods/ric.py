@@ -108,8 +108,8 @@ class Ric:
         from moalign.policies.policy import Policy
         from moalign.policies.prompted import trained
 
-        wanted = desired_rewards(preference, context.task.normaliser.z_bounds(), context.config.preference_map)
-        return Policy(trained(context), partial(context.task.renderer.scores, scores=wanted.tolist()))
+        desired = desired_rewards(preference, context.task.normaliser.z_bounds(), context.config.preference_map)
+        return Policy(trained(context), partial(context.task.renderer.scores, scores=desired.tolist()))
 
     def _round_rows(self, job: Job, lm: Any, scored: Any, z: Matrix, number: int) -> tuple[list[str], list[Response]]:
         """Return the training rows of a round: filtered samples of each round so far and of the offline set.
@@ -124,7 +124,7 @@ class Ric:
         columns = [f"z:{name}" for name in job.task.names]
         prompts: list[str] = []
         responses: list[Response] = []
-        told: list[list[float]] = []
+        obtained: list[list[float]] = []
         notes = {"samples": 0, "kept": 0, "offline_passed": 0, "offline_kept": 0, "collapsed": 0}
         for earlier in range(number + 1):
             table = self._samples(job, lm, earlier)
@@ -132,7 +132,7 @@ class Ric:
             rows = np.flatnonzero(keep(own, config))
             prompts += table["prompt"].iloc[rows].tolist()
             responses += from_columns(table.iloc[rows])
-            told += own[rows].tolist()
+            obtained += own[rows].tolist()
             notes["samples"] += len(own)
             notes["kept"] += len(rows)
             notes["collapsed"] += int(table["collapsed"].iloc[0])
@@ -143,9 +143,9 @@ class Ric:
         job.notes[f"round-{number + 1}"] = notes
         prompts += [scored.prompts[i] for i in mixed]
         responses += [scored.responses[i] for i in mixed]
-        told += z[mixed].tolist()
+        obtained += z[mixed].tolist()
         render = job.task.renderer.scores
-        return [render(prompt, scores) for prompt, scores in zip(prompts, told, strict=True)], responses
+        return [render(prompt, scores) for prompt, scores in zip(prompts, obtained, strict=True)], responses
 
     def _samples(self, job: Job, lm: Any, number: int) -> Any:
         """Return a round's own samples with the scores they obtained; sampled once and kept in the run."""
@@ -171,27 +171,27 @@ class Ric:
         limits = Sampling(**{**vars(limits), "top_p": config.top_p})
         done = 0
 
-        def moved(count: int) -> None:
+        def advance(count: int) -> None:
             nonlocal done
             done += count
             job.say(stage, done, len(texts))
 
         # The texts are rendered already: each has its own target.
-        answers = respond_all([Policy(ModelGenerator(lm, "policy"), lambda text: text)], texts, limits, moved)
+        answers = respond_all([Policy(ModelGenerator(lm, "policy"), lambda text: text)], texts, limits, advance)
         job.meter.add_tokens_generated(answers.tokens)
         responses, records = answers.responses[0], answers.records(0)
         short = job.task.short_below
-        whole = [i for i, ids in enumerate(job.task.tokens(responses)) if not collapse(ids, short)]
-        if not whole:
+        usable = [i for i, ids in enumerate(job.task.tokens(responses)) if not collapse(ids, short)]
+        if not usable:
             raise RequestError(
                 f"{stage}: all {len(responses)} samples collapsed (too short or repeating); "
                 "train the offline stage longer"
             )
-        z = job.panel.z(job.panel.score([prompts[i] for i in whole], [responses[i] for i in whole]))
-        table = pd.DataFrame({"prompt": [prompts[i] for i in whole], **columns([records[i] for i in whole])})
+        z = job.panel.z(job.panel.score([prompts[i] for i in usable], [responses[i] for i in usable]))
+        table = pd.DataFrame({"prompt": [prompts[i] for i in usable], **columns([records[i] for i in usable])})
         for column, objective in enumerate(job.task.names):
             table[f"z:{objective}"] = z[:, column]
-        table["collapsed"] = len(responses) - len(whole)
+        table["collapsed"] = len(responses) - len(usable)
         job.run.write_table(name, table)
         job.finish_stage(stage)
         return table
@@ -231,8 +231,8 @@ def keep(z: Matrix, config: Config) -> NDArray[np.bool_]:
     """Return which rows of one set ``[rows, objectives]`` pass the filter, ``[rows]``; see :class:`Config`."""
     if config.filter == "any_quantile":
         # More than its least value, too: of an objective that is mostly 0 every sample would reach a quantile of 0.
-        told = (z >= np.quantile(z, config.quantile, axis=0)) & (z > z.min(axis=0))
-        return np.asarray(told.any(axis=1)) if told.any() else np.ones(len(z), dtype=bool)
+        passes = (z >= np.quantile(z, config.quantile, axis=0)) & (z > z.min(axis=0))
+        return np.asarray(passes.any(axis=1)) if passes.any() else np.ones(len(z), dtype=bool)
     from moalign.pareto.front import layers
 
     layer = layers(z)

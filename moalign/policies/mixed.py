@@ -53,12 +53,12 @@ def mixed(context: RunContext, preference: Preference) -> Policy:
     """
     if "experts on the model" not in context.cache:
         lm = context.task.language_model
-        found = []
+        generators = []
         for index, expert in enumerate(experts(context)):
             name = f"run_{context.run.record.run_id}_expert_{index}"
             adapters.place(lm, expert, name)
-            found.append(ModelGenerator(lm, name))
-        context.cache["experts on the model"] = found
+            generators.append(ModelGenerator(lm, name))
+        context.cache["experts on the model"] = generators
     return Policy(MixedGenerator(context.cache["experts on the model"], preference), context.task.renderer.plain)
 
 
@@ -69,8 +69,8 @@ def experts(context: RunContext) -> list[Adapter]:
         context.cache["experts"] = [
             adapters.read(lm, path / expert_folder(index)) for index in range(len(context.task.names))
         ]
-    found: list[Adapter] = context.cache["experts"]
-    return found
+    cached: list[Adapter] = context.cache["experts"]
+    return cached
 
 
 class MixedGenerator:
@@ -86,11 +86,11 @@ class MixedGenerator:
         Raises RequestError when the experts do not share one base and one vocabulary.
         """
         check_alike([expert.lm for expert in experts])
-        kept = [(expert, weight) for expert, weight in zip(experts, weights, strict=True) if weight != 0]
-        if not kept:
+        used = [(expert, weight) for expert, weight in zip(experts, weights, strict=True) if weight != 0]
+        if not used:
             raise ValueError(f"at least one weight must not be 0; found {list(weights)}")
-        self.experts = [expert for expert, _ in kept]
-        self.weights = [weight for _, weight in kept]
+        self.experts = [expert for expert, _ in used]
+        self.weights = [weight for _, weight in used]
 
     def generate(self, texts: Sequence[str], rows: Sequence[int], sampling: Sampling) -> Generated:
         """See :class:`~moalign.lm.generator.Generator`."""

@@ -60,26 +60,28 @@ def respond_all(
     Prompt ``i`` draws from the same random numbers whatever the policy (common random numbers), and policies
     whose rendered prompts agree share the sample: an unsteered policy answers every preference alike.
     """
-    wanted: dict[int, dict[tuple[str, int], int]] = {}
+    requests_of: dict[int, dict[tuple[str, int], int]] = {}
     generators: dict[int, Generator] = {}
     for policy in policies:
-        requests = wanted.setdefault(id(policy.generator), {})
+        requests = requests_of.setdefault(id(policy.generator), {})
         generators[id(policy.generator)] = policy.generator
         for i, prompt in enumerate(prompts):
             text = policy.render(prompt)
             for sample in range(policy.samples):
                 requests.setdefault((text, i + sample * len(prompts)), len(requests))
-    drawn = {key: in_chunks(generators[key], list(requests), sampling, progress) for key, requests in wanted.items()}
-    answers = Answers([], sum(made.tokens for made in drawn.values()), [])
+    drawn = {
+        key: in_chunks(generators[key], list(requests), sampling, progress) for key, requests in requests_of.items()
+    }
+    answers = Answers([], sum(output.tokens for output in drawn.values()), [])
     for policy in policies:
-        requests, made = wanted[id(policy.generator)], drawn[id(policy.generator)]
+        requests, output = requests_of[id(policy.generator)], drawn[id(policy.generator)]
         places = [
             [requests[text, i + sample * len(prompts)] for sample in range(policy.samples)]
             for i, text in enumerate(map(policy.render, prompts))
         ]
-        candidates = [[made.responses[place] for place in row] for row in places]
+        candidates = [[output.responses[place] for place in row] for row in places]
         picked = policy.choose(prompts, candidates) if policy.choose else [0] * len(prompts)
         chosen = [row[index] for row, index in zip(places, picked, strict=True)]
-        answers.responses.append([made.responses[place] for place in chosen])
-        answers.traces.append(None if made.traces is None else made.traces.at(chosen))
+        answers.responses.append([output.responses[place] for place in chosen])
+        answers.traces.append(None if output.traces is None else output.traces.at(chosen))
     return answers

@@ -1,4 +1,4 @@
-"""What an online trainer needs to go on after an interruption, bit for bit."""
+"""Checkpoints of the online trainer: after an interruption it continues bit for bit."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 
 def save_checkpoint(trainer: OnlineTrainer, step: int) -> None:
-    """Keep all that an online trainer needs to go on after ``step`` steps, bit for bit."""
+    """Save all that an online trainer needs to continue after ``step`` steps."""
     tensors, plain = pack_optimizer(trainer.optimizer)
-    kept = {"adapter": adapters.tensors(trainer.lm)}
+    modules = {"adapter": adapters.tensors(trainer.lm)}
     if trainer.own_reference:
-        kept["reference"] = adapters.tensors(trainer.lm, REFERENCE)
+        modules["reference"] = adapters.tensors(trainer.lm, REFERENCE)
     if trainer.value_heads is not None:
         heads = trainer.value_heads.state_dict()
-        kept["values"] = {key: value.detach().cpu().contiguous() for key, value in heads.items()}
-    for prefix, named in kept.items():
+        modules["values"] = {key: value.detach().cpu().contiguous() for key, value in heads.items()}
+    for prefix, named in modules.items():
         tensors.update({f"{prefix}.{key}": value for key, value in named.items()})
     state = {
         "optimizer": plain,
@@ -35,22 +35,22 @@ def save_checkpoint(trainer: OnlineTrainer, step: int) -> None:
 
 
 def resume(trainer: OnlineTrainer) -> int:
-    """Bring an online trainer to where its phase's checkpoint left it; returns the steps already done."""
-    found = trainer.job.run.load_checkpoint(trainer.phase)
-    trainer.job.run.truncate_metrics(trainer.phase, 0 if found is None else found.step)
-    if found is None:
+    """Restore an online trainer from its phase's checkpoint; returns the number of steps already done."""
+    checkpoint = trainer.job.run.load_checkpoint(trainer.phase)
+    trainer.job.run.truncate_metrics(trainer.phase, 0 if checkpoint is None else checkpoint.step)
+    if checkpoint is None:
         return 0
 
     def named(prefix: str) -> dict[str, Tensor]:
-        return {key[len(prefix) :]: value for key, value in found.tensors.items() if key.startswith(prefix)}
+        return {key[len(prefix) :]: value for key, value in checkpoint.tensors.items() if key.startswith(prefix)}
 
     adapters.set_tensors(trainer.lm, named("adapter."))
     if trainer.own_reference:
         adapters.set_tensors(trainer.lm, named("reference."), name=REFERENCE)
     if trainer.value_heads is not None:
         trainer.value_heads.load_state_dict(named("values."))
-    unpack_optimizer(trainer.optimizer, found.tensors, found.state["optimizer"])
-    trainer.job.meter.load(found.state["meter"])
-    trainer.counts.update(found.state["counts"])
-    trainer.state.update(found.state["method"])
-    return found.step
+    unpack_optimizer(trainer.optimizer, checkpoint.tensors, checkpoint.state["optimizer"])
+    trainer.job.meter.load(checkpoint.state["meter"])
+    trainer.counts.update(checkpoint.state["counts"])
+    trainer.state.update(checkpoint.state["method"])
+    return checkpoint.step

@@ -1,4 +1,4 @@
-"""What a run's metrics say at its end: the means over the last tenth of training."""
+"""Means of a run's metrics over the last tenth of training."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ def at_the_end(lines: Iterable[Mapping[str, Any]], phase: str, steps: int, names
     Args:
         lines: of ``metrics.jsonl``, in order.
         steps: length of the phase.
-        names: metrics wanted; ``kl`` takes ``kl``, ``e/`` takes every metric that begins so. What no line has is
-            left out, and so are values that were not finite.
+        names: metrics to average; ``kl`` takes ``kl``, ``e/`` takes every metric that begins so. Metrics that no line
+            has are left out, and so are values that were not finite.
     """
     own = [line for line in lines if line["phase"] == phase]
     last = [line for line in own if line["step"] > 0.9 * steps] or own[-1:]
-    found: dict[str, list[float]] = {}
+    values_of: dict[str, list[float]] = {}
     for line in last:
         for key, value in line.items():
             if value is not None and any(key == n or (n.endswith("/") and key.startswith(n)) for n in names):
-                found.setdefault(key, []).append(float(value))
-    return {key: sum(values) / len(values) for key, values in found.items()}
+                values_of.setdefault(key, []).append(float(value))
+    return {key: sum(values) / len(values) for key, values in values_of.items()}

@@ -32,7 +32,7 @@ PHASE = "distil"
 
 
 def warm_start(job: Job, lm: LanguageModel, config: WarmStart, style: Style = "percent") -> None:
-    """Do what ``config.warm_start`` asks for, on the active adapter of ``lm``; resumes.
+    """Train the active adapter of ``lm`` as ``config.warm_start`` says, or not at all; resumes.
 
     ``style`` is how the method that follows writes preferences into prompts.
     """
@@ -57,10 +57,10 @@ def distil(job: Job, lm: LanguageModel, config: DistilConfig, style: Style = "pe
     rng = np.random.default_rng(derive(job.seed, PHASE, "rows"))
     count = config.steps * config.batch
     # Every row once: the trainer's own order is then just one more shuffle of rows that are independent anyway.
-    wanted = independent(job.given_preferences, len(job.task.names), config.alpha, config.resolution)(rng, count)
+    preferences = independent(job.given_preferences, len(job.task.names), config.alpha, config.resolution)(rng, count)
     chosen = rng.integers(len(prompts), size=count)
-    best = best_of(z[chosen], wanted)
-    texts = [job.task.renderer.preference(prompts[x], w, style) for x, w in zip(chosen, wanted, strict=True)]
+    best = best_of(z[chosen], preferences)
+    texts = [job.task.renderer.preference(prompts[x], w, style) for x, w in zip(chosen, preferences, strict=True)]
     answers = [responses[x][j] for x, j in zip(chosen, best, strict=True)]
     job.notes[PHASE] = {
         "prompts": len(prompts),
@@ -80,23 +80,23 @@ def pools(job: Job, n: int) -> tuple[list[str], list[list[Response]], NDArray[np
     rows: dict[str, list[int]] = {}
     for i, prompt in enumerate(scored.prompts):
         rows.setdefault(prompt, []).append(i)
-    whole = {prompt: some for prompt, some in rows.items() if len(some) == n}
-    if not whole:
-        most = max(len(some) for some in rows.values())
+    complete = {prompt: indices for prompt, indices in rows.items() if len(indices) == n}
+    if not complete:
+        most = max(len(indices) for indices in rows.values())
         raise RequestError(
             f"distil.n: {n} scored responses a prompt asked for, but task {job.task.card.name} has at most {most}; "
             f"use a smaller n, or let the base be sampled more often (--set task.pool.per_prompt={n})"
         )
-    used = [i for some in whole.values() for i in some]
-    z = job.panel.z(scored.raw[used]).reshape(len(whole), n, -1)
-    return list(whole), [[scored.responses[i] for i in some] for some in whole.values()], z
+    used = [i for indices in complete.values() for i in indices]
+    z = job.panel.z(scored.raw[used]).reshape(len(complete), n, -1)
+    return list(complete), [[scored.responses[i] for i in indices] for indices in complete.values()], z
 
 
-def best_of(z: NDArray[np.float64], wanted: NDArray[np.float64] | Sequence[Sequence[float]]) -> NDArray[np.intp]:
+def best_of(z: NDArray[np.float64], preferences: NDArray[np.float64] | Sequence[Sequence[float]]) -> NDArray[np.intp]:
     """Return which of each row's ``n`` responses has the largest ``w . z``, ``[rows]``; of equals the first.
 
     Args:
         z: normalised scores ``[rows, n, objectives]``.
-        wanted: preferences ``[rows, objectives]``.
+        preferences: ``[rows, objectives]``.
     """
-    return np.einsum("rnm,rm->rn", z, np.asarray(wanted, dtype=np.float64)).argmax(axis=1)
+    return np.einsum("rnm,rm->rn", z, np.asarray(preferences, dtype=np.float64)).argmax(axis=1)

@@ -1,4 +1,4 @@
-"""Where dropout has no place: log-probabilities of which a ratio is taken."""
+"""Dropout switched off in training on ratios of probabilities."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 def without_dropout(model: Any) -> None:
     """Make ``model`` ready to train on ratios of probabilities: dropout off, gradients as ever.
 
-    DPO and PPO compare the policy with what a policy said before (the reference, the one that sampled). Dropout on
+    DPO and PPO compare the policy with an earlier one (the reference, the one that sampled). Dropout on
     either side draws a random policy there: before any update the ratio would not be 1, and PPO would clip noise.
     Eval mode turns all of it off, the adapter's and what a model's own layers do by themselves, and keeps the graph.
     Only layers that store no activations but compute them again do so in training mode alone: they stay in it, as long

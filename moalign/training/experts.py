@@ -21,10 +21,10 @@ def expert_folder(index: int) -> str:
 
 
 def bring_experts(job: Job, method: str, settings: dict[str, Any]) -> None:
-    """Put the adapter of each objective's expert into the job's run, trained or found.
+    """Copy the adapter of each objective's expert into the job's run; experts that do not exist are trained.
 
-    The experts are one run of the per-preference ``method`` at the corners of the simplex, shared by everyone who asks
-    for the same ``settings``. The run gets copies, so that it stays whole when that run is deleted.
+    The experts are one run of the per-preference ``method`` at the corners of the simplex, shared by all runs with the
+    same ``settings``. The job's run gets copies, so that it stays complete when the experts' run is deleted.
 
     Raises RequestError when a finished run of experts has lost an adapter.
     """

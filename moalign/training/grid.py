@@ -72,9 +72,9 @@ def each_preference(job: Job, walk: str = LAST) -> Iterator[tuple[LanguageModel,
             yield lm, preference, stage
         diagnostics = job.notes.pop("diagnostics", None)
         if diagnostics:
-            kept = job.notes.get(PER_PREFERENCE, {})
-            own = {**kept.get(label(preference), {}), **diagnostics}
-            job.notes[PER_PREFERENCE] = {**kept, label(preference): own}
+            of_vectors = job.notes.get(PER_PREFERENCE, {})
+            of_vector = {**of_vectors.get(label(preference), {}), **diagnostics}
+            job.notes[PER_PREFERENCE] = {**of_vectors, label(preference): of_vector}
         adapters.save(lm, job.run.path / adapter_of(index, walk))
         job.finish_stage(stage)
         job.run.drop_checkpoints(stage)
@@ -86,9 +86,9 @@ def _average(job: Job) -> None:
     """Put the mean of the vectors' diagnostics where those of a single policy stand."""
     rows = list(job.notes.get(PER_PREFERENCE, {}).values())
     names = dict.fromkeys(name for row in rows for name in row)
-    found = {name: [row[name] for row in rows if name in row] for name in names}
-    if found:
-        job.notes["diagnostics"] = {name: sum(values) / len(values) for name, values in found.items()}
+    values_of = {name: [row[name] for row in rows if name in row] for name in names}
+    if values_of:
+        job.notes["diagnostics"] = {name: sum(values) / len(values) for name, values in values_of.items()}
 
 
 @contextmanager

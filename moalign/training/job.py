@@ -1,6 +1,6 @@
-"""What a method is given: a run being trained, and a finished one with all that a policy needs to answer.
+"""The arguments of a method: a job (a run being trained), and the context of a finished run.
 
-It stands here, above everything that it holds and below everything that reads it, so that its parts have their types.
+This module stands above everything that a job holds and below everything that reads one, so that all is typed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class RunContext:
-    """A finished run with the task that it belongs to: all that a policy needs to answer."""
+    """A finished run with its task: all that a policy needs to answer."""
 
     task: Task
     config: Any
@@ -94,10 +94,10 @@ class Job(RunContext):
         if not self.run.phase_done(name):
             return False
         if name not in self.finished_here:
-            told = self.run.phase_info(name)
-            self.meter.load(told["meter"])
-            self.notes.update(told["notes"])
-            self.finished_here.add(name)  # once is enough: later stages have counted on from it
+            stage = self.run.phase_info(name)
+            self.meter.load(stage["meter"])
+            self.notes.update(stage["notes"])
+            self.finished_here.add(name)  # only once: later stages have counted on from it
         if lm is not None:
             from moalign.lm import adapters
 

@@ -55,7 +55,7 @@ METRICS = ("loss", "accuracy", "preference", "margin", "margin_ratio", "chosen_l
 
 @dataclass(frozen=True)
 class Margin:
-    """What the other objectives say of pairs that are labelled for objective k."""
+    """Rewards of the other objectives on pairs that are labelled for objective k."""
 
     values: Matrix
     """``mu(y_w) - mu(y_l)``, ``[pairs, objectives - 1]``."""
@@ -66,10 +66,10 @@ class Margin:
 
     def check(self, pairs: int) -> None:
         """Raise RequestError when the margins do not fit the pairs or the weights, or are not finite."""
-        wanted = (pairs, len(self.weights))
-        if self.values.shape != wanted:
+        shape = (pairs, len(self.weights))
+        if self.values.shape != shape:
             raise RequestError(
-                f"margins: found a matrix of shape {list(self.values.shape)}; needed {list(wanted)}: "
+                f"margins: found a matrix of shape {list(self.values.shape)}; needed {list(shape)}: "
                 "one row per pair, one column per other objective"
             )
         if not np.isfinite(self.values).all():
@@ -82,7 +82,7 @@ class Margin:
 
 @dataclass(frozen=True)
 class PairRows:
-    """Pairs as tokens, with what the reference says of them."""
+    """Pairs as tokens, with the reference's log-probabilities."""
 
     chosen: list[Row]
     rejected: list[Row]
@@ -91,7 +91,7 @@ class PairRows:
     chance: Matrix
     """Probability that the chosen response is preferred, ``[pairs]``."""
     kept: NDArray[np.intp]
-    """Which of the given pairs these are: those that differ in a token after cutting."""
+    """Indices of these pairs among the given ones: those that differ in a token after cutting."""
 
     def __len__(self) -> int:
         """Return the number of pairs."""
@@ -170,30 +170,30 @@ def encode_pairs(
         raise RequestError(f"{job.task.card.name}: no pairs to train on")
     count = len(texts)
     both = [
-        pair_row(lm.codec, text, [Response.of(one), Response.of(other)], max_tokens)
-        for text, one, other in zip(texts, chosen, rejected, strict=True)
+        pair_row(lm.codec, text, [Response.of(better), Response.of(worse)], max_tokens)
+        for text, better, worse in zip(texts, chosen, rejected, strict=True)
     ]
     rows = [(head + tail, len(tail)) for which in (0, 1) for head, tail in (pair[which] for pair in both)]
     empty = next((at for at, (_, length) in enumerate(rows) if not length), None)
     if empty is not None:
         which = "chosen" if empty < count else "rejected"
         raise RequestError(f"pair {empty % count}: the {which} response has no tokens")
-    kept = [at for at in range(count) if rows[at][0] != rows[count + at][0]]
-    if not kept:
+    differing = [at for at in range(count) if rows[at][0] != rows[count + at][0]]
+    if not differing:
         raise RequestError(
             f"{job.task.card.name}: chosen and rejected are the same text in all {count} pairs (after cutting to "
             f"max_tokens = {max_tokens}); a pair needs two different responses"
         )
-    distinct = {_key(rows[at]): None for pair in kept for at in (pair, count + pair)}
+    distinct = {_key(rows[at]): None for pair in differing for at in (pair, count + pair)}
     places = {key: number for number, key in enumerate(distinct)}
     logps = reference_log_probs(job, lm, [(list(ids), length) for ids, length in distinct], own_reference)
-    reference = [[logps[places[_key(rows[at])]], logps[places[_key(rows[count + at])]]] for at in kept]
+    reference = [[logps[places[_key(rows[at])]], logps[places[_key(rows[count + at])]]] for at in differing]
     return PairRows(
-        chosen=[rows[at] for at in kept],
-        rejected=[rows[count + at] for at in kept],
+        chosen=[rows[at] for at in differing],
+        rejected=[rows[count + at] for at in differing],
         reference=np.array(reference, dtype=np.float32),
-        chance=np.ones(len(kept)) if chance is None else np.asarray(chance, dtype=np.float64)[kept],
-        kept=np.array(kept, dtype=np.intp),
+        chance=np.ones(len(differing)) if chance is None else np.asarray(chance, dtype=np.float64)[differing],
+        kept=np.array(differing, dtype=np.intp),
     )
 
 

@@ -1,8 +1,8 @@
-"""Log-probabilities of fixed responses under the reference; for training, computed once for whoever needs the same.
+"""Log-probabilities of fixed responses under the reference, computed once and stored for training.
 
-They are kept by content (the model's weights, the very tokens): in the task's folder for the base, shared by every
-preference, seed and method that trains on the same rows; in the run's folder for a trained start. The judge asks once
-for each evaluation (:func:`log_probs`) and keeps nothing.
+They are stored by content (the model's weights and the tokens): in the task's folder for the base, shared by every
+preference, seed and method that trains on the same rows; in the run's folder for a trained start. An evaluation calls
+:func:`log_probs`, which stores nothing.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Row = tuple[list[int], int]
 
 
 def reference_log_probs(job: Job, lm: LanguageModel, rows: Sequence[Row], own: bool = False) -> NDArray[np.float32]:
-    """Return ``log pi_ref`` of each row's response, ``[rows]``; computed now or found.
+    """Return ``log pi_ref`` of each row's response, ``[rows]``, computed now or read from the store.
 
     Args:
         rows: token ids and response lengths.
@@ -94,19 +94,19 @@ def log_probs(
     from moalign.lm.language_model import reference_mode
 
     lm.model.eval()
-    found = torch.zeros(len(rows))
+    logps = torch.zeros(len(rows))
     longest_first = sorted(range(len(rows)), key=lambda row: -len(rows[row][0]))
     precision = torch.autocast(lm.device.type, torch.bfloat16, enabled=half)
     done = 0
     with torch.no_grad(), contextlib.nullcontext() if own else reference_mode(lm), precision:
         while done < len(rows):
             count = max(1, BATCH_TOKENS // len(rows[longest_first[done]][0]))
-            some = longest_first[done : done + count]
-            found[some] = _score(lm, [rows[row] for row in some], temperature)
-            done += len(some)
+            batch = longest_first[done : done + count]
+            logps[batch] = _score(lm, [rows[row] for row in batch], temperature)
+            done += len(batch)
             if say is not None:
                 say(done, len(rows))
-    return found
+    return logps
 
 
 def _score(lm: LanguageModel, rows: Sequence[Row], temperature: float = 1.0) -> torch.Tensor:
@@ -130,5 +130,5 @@ def pad_rows(rows: Sequence[Row], pad: int, device: Any = None) -> dict[str, tor
         ids[number, : len(tokens)] = torch.tensor(tokens)
         mask[number, : len(tokens)] = 1
         response[number, len(tokens) - length : len(tokens)] = 1
-    told = {"input_ids": ids, "attention_mask": mask, "completion_mask": response}
-    return told if device is None else {name: value.to(device) for name, value in told.items()}
+    batch = {"input_ids": ids, "attention_mask": mask, "completion_mask": response}
+    return batch if device is None else {name: value.to(device) for name, value in batch.items()}

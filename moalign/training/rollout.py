@@ -62,15 +62,15 @@ class Rollout:
     def ref_logps(self, rows: Tensor | None = None) -> Tensor:
         """Return the reference's log-probability of each token of some rows (None: all), ``[rows, T]``.
 
-        0 outside the response. Computed when first asked for: a method that trains on two of eight samples pays for
+        0 outside the response. Computed when first needed: a method that trains on two of eight samples pays for
         two.
         """
-        wanted = list(range(len(self.responses))) if rows is None else rows.tolist()
-        missing = [row for row in dict.fromkeys(wanted) if row not in self._reference]
+        requested = list(range(len(self.responses))) if rows is None else rows.tolist()
+        missing = [row for row in dict.fromkeys(requested) if row not in self._reference]
         if missing:
             for row, logps in zip(missing, self.score_reference(torch.tensor(missing)), strict=True):
                 self._reference[row] = logps
-        return torch.stack([self._reference[row] for row in wanted])
+        return torch.stack([self._reference[row] for row in requested])
 
 
 @torch.no_grad()
@@ -131,46 +131,46 @@ def sample_rollout(
     lm.model.eval()
     with torch.no_grad(), adapters.merged(lm):
         hidden = value_heads is not None
-        drawn = sample(lm, encoded, numbers, config.temperature, repeat=config.samples, hidden=hidden)
-        values = None if value_heads is None else value_heads(drawn.hidden)
-    job.meter.add_tokens_generated(drawn.tokens)
-    drawn = trim(lm, drawn, stop)
+        samples = sample(lm, encoded, numbers, config.temperature, repeat=config.samples, hidden=hidden)
+        values = None if value_heads is None else value_heads(samples.hidden)
+    job.meter.add_tokens_generated(samples.tokens)
+    samples = trim(lm, samples, stop)
     if lm.model.dtype != torch.float32:
-        # Token by token, with a cache, half precision rounds otherwise than in the one pass that is trained on
+        # Token by token, with a cache, half precision rounds differently from the one pass that is trained on
         # (measured: .04 nats a token, .8 % of PPO's ratios outside the clip before any update).
-        drawn = replace(drawn, logps=response_logps(lm, drawn, config))
-    texts = responses(lm, drawn, stop)
+        samples = replace(samples, logps=response_logps(lm, samples, config))
+    texts = responses(lm, samples, stop)
     raw = job.panel.score([prompt for prompt in bare for _ in range(config.samples)], texts)
     return Rollout(
         prompts=bare,
         preferences=preferences,
         per_prompt=config.samples,
-        samples=drawn,
+        samples=samples,
         responses=texts,
         raw=raw,
         z=job.panel.z(raw),
-        score_reference=lambda rows: reference_logps(lm, drawn, config, rows),
+        score_reference=lambda rows: reference_logps(lm, samples, config, rows),
         step=step,
         values=values,
     )
 
 
 def rendered(renderer: Renderer, prompts: list[str], preferences: NDArray[np.float64], style: Style) -> list[str]:
-    """Return what the policy reads."""
+    """Return the prompts as the policy reads them."""
     if style == "plain":
         return [renderer.plain(prompt) for prompt in prompts]
     return [renderer.preference(p, w, style) for p, w in zip(prompts, preferences, strict=True)]
 
 
 @torch.no_grad()
-def response_logps(lm: LanguageModel, drawn: Samples, config: OnlineConfig, rows: Tensor | None = None) -> Tensor:
+def response_logps(lm: LanguageModel, samples: Samples, config: OnlineConfig, rows: Tensor | None = None) -> Tensor:
     """Return log-probabilities of some rows (None: all) under the model as it is set, ``[rows, T]``, in micro-batches.
 
     By the very pass that is trained on: the adapter is not folded into the weights, which rounds.
     """
     parts = []
-    for some in (torch.arange(len(drawn.input_ids)) if rows is None else rows).split(config.micro_batch):
-        tokens = (drawn.input_ids[some], drawn.attention_mask[some], drawn.response_mask[some])
+    for chosen in (torch.arange(len(samples.input_ids)) if rows is None else rows).split(config.micro_batch):
+        tokens = (samples.input_ids[chosen], samples.attention_mask[chosen], samples.response_mask[chosen])
         parts.append(token_outputs(lm.model, *tokens, temperature=config.temperature).logps)
     return torch.cat(parts)
 
@@ -180,13 +180,13 @@ def has_own_reference(config: OnlineConfig) -> bool:
     return config.reference == "start" or config.ref_sync_steps is not None
 
 
-def reference_logps(lm: LanguageModel, drawn: Samples, config: OnlineConfig, rows: Tensor) -> Tensor:
+def reference_logps(lm: LanguageModel, samples: Samples, config: OnlineConfig, rows: Tensor) -> Tensor:
     """Return the reference's log-probabilities of some rows, ``[rows, T]``."""
     if not has_own_reference(config):
         with reference_mode(lm):
-            return response_logps(lm, drawn, config, rows)
+            return response_logps(lm, samples, config, rows)
     lm.model.set_adapter(REFERENCE)
     try:
-        return response_logps(lm, drawn, config, rows)
+        return response_logps(lm, samples, config, rows)
     finally:
         lm.model.set_adapter(adapters.ADAPTER)
