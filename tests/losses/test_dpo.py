@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from moalign.losses.dpo import log_ratios, margin_logits, pair_loss, preference_loss
+from moalign.losses.dpo import log_ratios, margin_logits, modpo_loss, pair_loss, preference_loss
 
 BETA = 0.1
 WEIGHTS = np.array([0.3, 0.7])
@@ -231,3 +232,53 @@ def test_a_label_of_probability_p_costs_its_expectation() -> None:
 def test_an_unknown_loss_is_refused() -> None:
     with pytest.raises(ValueError, match="sigmoid or hinge; found 'ipo'"):
         preference_loss(column(0.0), column(1.0), "ipo")
+
+
+# -- the loss of a batch of labelled pairs ---------------------------------------------------------------------------
+
+
+def batch_loss(**changes: Any) -> tuple[float, dict[str, float]]:
+    """Two pairs. D(y_w) = (2, -1), D(y_l) = (-1, 1): beta times the difference is (1.5, -1) with beta 1/2.
+
+    The margins weigh (.4 * 1 - .1 * 2, .4 * -2 + .1 * 0) = (.2, -.8). Rows of 2 and 1, 1 and 4 tokens.
+    """
+    logps = torch.tensor([[-1.0, -2, 0, 0], [-5, 0, 0, 0], [-6, 0, 0, 0], [-1, -1, -1, -1]])
+    mask = (logps != 0).long()
+    ref = torch.tensor([[-5.0, -5.0], [-4.0, -5.0]])  # chosen, rejected
+    margins, chance = torch.tensor([[1.0, 2.0], [-2.0, 0.0]]), changes.pop("chance", torch.ones(2))
+    given: dict[str, Any] = {"margin_weights": torch.tensor([0.4, -0.1]), "share": 0.5, "beta": 0.5, **changes}
+    loss, metrics = modpo_loss(logps, ref, mask, margins, chance, given.pop("weights", torch.ones(2)), **given)
+    assert loss.ndim == 0
+    return float(loss), {name: float(value) for name, value in metrics.items()}
+
+
+def nll_of_sigmoid(z: float) -> float:
+    return math.log1p(math.exp(-z))
+
+
+Z = ((1.5 - 0.2) / 0.5, (-1.0 + 0.8) / 0.5)
+
+
+def test_the_loss_of_a_batch_by_hand() -> None:
+    loss, metrics = batch_loss()
+    assert loss == pytest.approx((nll_of_sigmoid(Z[0]) + nll_of_sigmoid(Z[1])) / 2, abs=1e-6)
+    wanted = {"accuracy": 0.5, "preference": (1.5 + 1.0) / 2, "margin": (0.2 + 0.8) / 2, "chosen_log_ratio": 0.5}
+    assert metrics == pytest.approx(wanted, abs=1e-6)
+    hinge, _ = batch_loss(kind="hinge")
+    assert hinge == pytest.approx((0.0 + (1 - Z[1])) / 2, abs=1e-6)
+
+
+def test_each_pair_has_its_weight_and_its_chance() -> None:
+    loss, metrics = batch_loss(weights=torch.tensor([3.0, 0.5]), chance=torch.tensor([0.75, 1.0]))
+    first = 0.75 * nll_of_sigmoid(Z[0]) + 0.25 * nll_of_sigmoid(-Z[0])
+    assert loss == pytest.approx((3 * first + 0.5 * nll_of_sigmoid(Z[1])) / 2, abs=1e-6)
+    assert metrics == batch_loss()[1]
+
+
+def test_the_supervised_term_is_a_mean_over_tokens_of_the_chosen_or_of_both() -> None:
+    """Per token: chosen -3/2 and -5, rejected -6 and -1."""
+    plain, _ = batch_loss()
+    chosen, _ = batch_loss(sft_coef=0.1, sft_on="chosen")
+    both, _ = batch_loss(sft_coef=0.1, sft_on="both")
+    assert chosen - plain == pytest.approx(0.1 * (1.5 + 5) / 2, abs=1e-6)
+    assert both - plain == pytest.approx(0.1 * ((1.5 + 6) / 2 + (5 + 1) / 2) / 2, abs=1e-6)
