@@ -243,8 +243,8 @@ class TaskCard(Strict):
                 )
             limits = [phrase.up_to for phrase in phrases]
             if not limits or limits != sorted(set(limits)) or limits[-1] != 1:
-                found = ", ".join(map(str, limits)) or "none"
-                raise ValueError(f"template.words.{name}: up_to must rise and end with 1; found {found}")
+                listed = ", ".join(map(str, limits)) or "none"
+                raise ValueError(f"template.words.{name}: up_to must rise and end with 1; found {listed}")
         return self
 
     @model_validator(mode="after")
@@ -302,18 +302,18 @@ class TaskCard(Strict):
         files), so that moving a folder keeps the hash and changing a weight changes it. What is not given (null) does
         not count, so that a key which moalign learns later leaves the hash of cards without it as it is.
         """
-        told = self.model_dump(mode="json", exclude=_NOT_HASHED | ({"model"} if identity else set()), exclude_none=True)
-        text = json.dumps([_without_folders(told), identity], sort_keys=True, ensure_ascii=False)
+        card = self.model_dump(mode="json", exclude=_NOT_HASHED | ({"model"} if identity else set()), exclude_none=True)
+        text = json.dumps([_without_folders(card), identity], sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _without_folders(told: Any) -> Any:
+def _without_folders(node: Any) -> Any:
     """Return the card with every absolute path cut to its last part: a moved file is the same file."""
-    if isinstance(told, dict):
+    if isinstance(node, dict):
         return {
             key: PurePath(value).name
             if key in {"path", "model", "function"} and isinstance(value, str) and PurePath(value).is_absolute()
             else _without_folders(value)
-            for key, value in told.items()
+            for key, value in node.items()
         }
-    return [_without_folders(item) for item in told] if isinstance(told, list) else told
+    return [_without_folders(item) for item in node] if isinstance(node, list) else node

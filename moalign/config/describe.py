@@ -75,11 +75,11 @@ class Slot(NamedTuple):
     def tags(self) -> dict[str, type[BaseModel]]:
         """Return tag -> model for a union told apart by a key (``discriminator``)."""
         name = self.bare().discriminator
-        found = {}
+        models = {}
         for branch in self.branches() if name else ():
             for tag in get_args(branch.model_fields[name].annotation):
-                found[str(tag)] = branch
-        return found
+                models[str(tag)] = branch
+        return models
 
     def literals(self) -> list[str]:
         """Return the texts that a slot of fixed choices allows."""
@@ -139,7 +139,7 @@ def _plain(slot: Slot) -> str:
 
 
 def _bounds(slot: Slot) -> str:
-    told = [
+    bounds = [
         f"{sign} {getattr(item, name)}"
         for name, sign in _BOUNDS
         for item in slot.metadata
@@ -147,7 +147,7 @@ def _bounds(slot: Slot) -> str:
     ]
     steps = [f"a multiple of {item.multiple_of}" for item in slot.metadata if getattr(item, "multiple_of", None)]
     patterns = [f"that matches {item.pattern}" for item in slot.metadata if getattr(item, "pattern", None)]
-    return "".join(f" {part}" for part in (" and ".join(told + steps), *patterns) if part)
+    return "".join(f" {part}" for part in (" and ".join(bounds + steps), *patterns) if part)
 
 
 def _length(slot: Slot) -> str:
@@ -204,7 +204,7 @@ def fields(model: type[BaseModel], prefix: str = "", preset: BaseModel | None = 
 
 def _docs(model: type[BaseModel]) -> dict[str, str]:
     """Return field -> the text that stands under it in the class body, parents included."""
-    found: dict[str, str] = {}
+    docs: dict[str, str] = {}
     for cls in reversed(model.__mro__):
         if not (is_model(cls) and cls is not BaseModel):
             continue
@@ -221,5 +221,5 @@ def _docs(model: type[BaseModel]) -> dict[str, str]:
                 and isinstance(text.value, ast.Constant)
                 and isinstance(text.value.value, str)
             ):
-                found[field.target.id] = " ".join(text.value.value.split())
-    return found
+                docs[field.target.id] = " ".join(text.value.value.split())
+    return docs

@@ -74,10 +74,10 @@ def find_card(name: str) -> Path | None:
     if path.name == CARD:
         return path
     try:
-        told = yaml_lines.load(path).data
+        data = yaml_lines.load(path).data
     except RequestError:
         return None  # whatever it is meant to be, reading it as such tells what is broken
-    return path if "objectives" in told and "method" not in told else None
+    return path if "objectives" in data and "method" not in data else None
 
 
 def find_recipe_file(task: str | Path, method: str) -> Path | None:

@@ -37,22 +37,22 @@ def check(weights: Sequence[float], objectives: Sequence[str], where: str = "--p
         objectives: the task's objective names; fixes the expected length.
         where: the option or file position named in the message.
     """
-    found = ",".join(f"{w:g}" for w in weights)
+    shown = ",".join(f"{w:g}" for w in weights)
     if len(weights) != len(objectives):
         raise RequestError(
-            f"{where} {found}: {len(weights)} weight{'s' if len(weights) != 1 else ''}, but the task "
+            f"{where} {shown}: {len(weights)} weight{'s' if len(weights) != 1 else ''}, but the task "
             f"has {len(objectives)} objectives ({', '.join(objectives)}); give one weight each"
         )
     for weight, name in zip(weights, objectives, strict=True):
         if not math.isfinite(weight):
-            raise RequestError(f"{where} {found}: the weight of {name} is {weight}; a finite number is needed")
+            raise RequestError(f"{where} {shown}: the weight of {name} is {weight}; a finite number is needed")
         if weight < 0:
-            raise RequestError(f"{where} {found}: the weight of {name} is negative; allowed: 0 to 1")
+            raise RequestError(f"{where} {shown}: the weight of {name} is negative; allowed: 0 to 1")
     total = sum(weights)  # not fsum, which raises when the sum overflows
     if abs(total - 1.0) > TOLERANCE:
         option = "--prefs " if where == "--prefs" else ""
         hint = _normalised_form(weights, total, option)
-        raise RequestError(f"{where} {found}: the weights sum to {total:.10g}, not 1{hint}")
+        raise RequestError(f"{where} {shown}: the weights sum to {total:.10g}, not 1{hint}")
     return tuple(float(w) for w in weights)
 
 

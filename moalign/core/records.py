@@ -64,9 +64,9 @@ class Response:
     """Whether it came to its end; False: a limit cut it off, and nothing says where it would have ended."""
 
     @classmethod
-    def of(cls, told: str | Response) -> Response:
+    def of(cls, response: str | Response) -> Response:
         """Return a finished response for a bare text, a response as it is."""
-        return cls(told) if isinstance(told, str) else told
+        return cls(response) if isinstance(response, str) else response
 
     @property
     def shown(self) -> str:

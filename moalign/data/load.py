@@ -10,7 +10,6 @@ import itertools
 import math
 import string
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from moalign.config.card import DataSpec, SourceSpec
@@ -23,34 +22,17 @@ GRAMMAR_LIMIT = 1_000_000
 """Prompts; a larger grammar is refused before it is generated."""
 
 
-@dataclass(frozen=True, slots=True)
-class PromptSet:
-    """Prompts without duplicates, in the order found, and how many duplicates were removed."""
-
-    prompts: list[str]
-    duplicates: int
-
-
 def load_prompts(spec: DataSpec, base_dir: Path | str = ".") -> list[str]:
-    """Return the task's prompts, each once; see :func:`load_prompt_set`."""
-    return load_prompt_set(spec, base_dir).prompts
-
-
-def load_prompt_set(spec: DataSpec, base_dir: Path | str = ".") -> PromptSet:
-    """Return the task's prompts and how many exact duplicates were dropped.
+    """Return the task's prompts in the order in which they first appear, each once.
 
     A source needs a field ``prompt``; a source of preference dialogues (``chosen`` and ``rejected``)
     gives the prompts of its pairs. Raises RequestError for an empty prompt (with its line or
     position), a broken grammar, or when there is no prompt at all.
     """
-    prompts: dict[str, None] = {}
-    count = 0
-    for prompt in itertools.chain(_given(spec, base_dir), _generated(spec.prompt_grammar)):
-        prompts[prompt] = None
-        count += 1
+    prompts = list(dict.fromkeys(itertools.chain(_given(spec, base_dir), _generated(spec.prompt_grammar))))
     if not prompts:
         raise RequestError("data: no prompts; give data.prompts (a list or a source) or data.prompt_grammar")
-    return PromptSet(list(prompts), count - len(prompts))
+    return prompts
 
 
 def load_responses(spec: DataSpec, objectives: Sequence[str], base_dir: Path | str = ".") -> Iterator[ScoredResponse]:

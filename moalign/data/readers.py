@@ -207,8 +207,8 @@ def _rows(plan: _Plan) -> Iterator[Row]:
         yield Row(where, values, columns)
     if not count:
         empty = isinstance(plan.place, Path) and plan.place.is_file() and plan.place.stat().st_size == 0
-        found = "the file is empty" if empty else "no records in it"
-        raise RequestError(f"{plan.shown}: {found}; at least one record is needed")
+        reason = "the file is empty" if empty else "no records in it"
+        raise RequestError(f"{plan.shown}: {reason}; at least one record is needed")
 
 
 def _open(plan: _Plan) -> tuple[Iterator[Located], bool]:
@@ -265,18 +265,18 @@ def _number(where: str, column: str, value: Any, from_text: bool) -> float | Non
         except (ValueError, OverflowError):
             number = math.nan
     if not math.isfinite(number):
-        found = shorten(value) if from_text or isinstance(value, (int, float)) else _kind(value)
-        raise RequestError(f"{where}: column {column!r} must be a finite number or nothing; found {found}")
+        shown = shorten(value) if from_text or isinstance(value, (int, float)) else _kind(value)
+        raise RequestError(f"{where}: column {column!r} must be a finite number or nothing; found {shown}")
     return number
 
 
 def _truth(where: str, column: str, value: Any, from_text: bool) -> bool | None:
     if value is None or (from_text and not value.strip()):
         return None
-    told = str(value).strip().casefold() if isinstance(value, str | bool | int) else ""
-    if told not in ("true", "false", "1", "0"):
+    word = str(value).strip().casefold() if isinstance(value, str | bool | int) else ""
+    if word not in ("true", "false", "1", "0"):
         raise RequestError(f"{where}: column {column!r} must be true, false or nothing; found {_kind(value)}")
-    return told in ("true", "1")
+    return word in ("true", "1")
 
 
 def _kind(value: object) -> str:
@@ -473,8 +473,8 @@ def _suffix(path: Path) -> str | None:
 
 def _shown(path: Path) -> str:
     """Return a path as messages name it: short where it lies under the current folder."""
-    whole = Path(os.path.abspath(path))
-    return str(whole.relative_to(Path.cwd())) if whole.is_relative_to(Path.cwd()) else str(path)
+    absolute = Path(os.path.abspath(path))
+    return str(absolute.relative_to(Path.cwd())) if absolute.is_relative_to(Path.cwd()) else str(path)
 
 
 def _refuse_shadow(name: str, path: Path) -> None:

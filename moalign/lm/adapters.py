@@ -80,13 +80,13 @@ def interpolate(experts: Sequence[Adapter], weights: Sequence[float]) -> Adapter
     Raises ValueError for a number of weights that is not that of the experts or for weights that are all zero, and
     RequestError for experts that change different layers, or more than a product of two matrices.
     """
-    kept = [(expert, weight) for expert, weight in zip(experts, weights, strict=True) if weight != 0]
-    if not kept:
+    terms = [(expert, weight) for expert, weight in zip(experts, weights, strict=True) if weight != 0]
+    if not terms:
         raise ValueError(f"at least one weight must not be 0; found {list(weights)}")
-    first = kept[0][0]
-    if len(kept) == 1 and kept[0][1] == 1.0:
+    first = terms[0][0]
+    if len(terms) == 1 and terms[0][1] == 1.0:
         return first
-    for expert, _ in kept:
+    for expert, _ in terms:
         wrong = sorted(set(expert.weights) ^ set(first.weights)) or [
             key for key in expert.weights if not _is_down(key) and not _is_up(key)
         ]
@@ -97,10 +97,10 @@ def interpolate(experts: Sequence[Adapter], weights: Sequence[float]) -> Adapter
     joined = {}
     for key in first.weights:
         if _is_down(key):
-            joined[key] = torch.cat([expert.weights[key] for expert, _ in kept], dim=0)
+            joined[key] = torch.cat([expert.weights[key] for expert, _ in terms], dim=0)
         else:
-            joined[key] = torch.cat([weight * expert.scale * expert.weights[key] for expert, weight in kept], dim=1)
-    rank = sum(expert.spec.r for expert, _ in kept)
+            joined[key] = torch.cat([weight * expert.scale * expert.weights[key] for expert, weight in terms], dim=1)
+    rank = sum(expert.spec.r for expert, _ in terms)
     return Adapter(first.spec.model_copy(update={"r": rank, "alpha": float(rank)}), joined)
 
 
@@ -205,8 +205,8 @@ class Folded:
 def _lora_layers(lm: LanguageModel) -> list[Any]:
     from peft.tuners.lora import LoraLayer
 
-    found = lm.model.modules() if hasattr(lm.model, "peft_config") else []
-    return [module for module in found if isinstance(module, LoraLayer)]
+    modules = lm.model.modules() if hasattr(lm.model, "peft_config") else []
+    return [module for module in modules if isinstance(module, LoraLayer)]
 
 
 def _with_adapter(layer: Any, name: str) -> Tensor:
@@ -291,11 +291,11 @@ def read(lm: LanguageModel, folder: Path) -> Adapter:
             raise RequestError(f"adapter folder {folder}: {path.name} is missing")
     check_safetensors(weights_path, f"adapter folder {folder}")
     with safe_open(weights_path, framework="pt") as file:
-        told = (file.metadata() or {}).get("base_fingerprint")
+        base = (file.metadata() or {}).get("base_fingerprint")
         weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping: it cannot be iterated)
-    if told is not None and told != lm.fingerprint:
+    if base is not None and base != lm.fingerprint:
         raise RequestError(
-            f"adapter folder {folder}: trained on a base with fingerprint {told}, but {lm.source} has {lm.fingerprint}"
+            f"adapter folder {folder}: trained on a base with fingerprint {base}, but {lm.source} has {lm.fingerprint}"
         )
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))
@@ -303,6 +303,6 @@ def read(lm: LanguageModel, folder: Path) -> Adapter:
             r=config["r"], alpha=config["lora_alpha"], dropout=config["lora_dropout"], targets=config["target_modules"]
         )
     except (ValueError, KeyError, TypeError) as error:
-        told = f"{config_path.name} is damaged ({type(error).__name__})"
-        raise RequestError(f"adapter folder {folder}: {told}") from error
+        problem = f"{config_path.name} is damaged ({type(error).__name__})"
+        raise RequestError(f"adapter folder {folder}: {problem}") from error
     return Adapter(spec, weights)

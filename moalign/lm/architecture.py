@@ -129,10 +129,10 @@ def of_config(config: dict[str, Any], shapes: Shapes | None = None) -> Architect
     groups = config.get("num_key_value_heads") or heads
     head = config.get("head_dim") or hidden // heads
     inner = _first(config, "intermediate_size", "n_inner", "encoder_ffn_dim", "hidden_dim") or 4 * hidden
-    found = shapes if shapes is not None else _shapes(config, hidden, inner, layers, groups * head)
-    counted = sum(prod(shape) for shape in found.values()) or int(config.get("parameters") or 0)
+    weights = shapes if shapes is not None else _shapes(config, hidden, inner, layers, groups * head)
+    counted = sum(prod(shape) for shape in weights.values()) or int(config.get("parameters") or 0)
     vocabulary = int(config.get("vocab_size") or 0)
-    return Architecture(counted, hidden, inner, layers, groups * head, vocabulary, found)
+    return Architecture(counted, hidden, inner, layers, groups * head, vocabulary, weights)
 
 
 def folder_shapes(folder: Path) -> Shapes:
@@ -149,8 +149,8 @@ def _header(file: Path) -> Shapes:
 
 
 def _first(config: dict[str, Any], *names: str) -> int | None:
-    found = next((config[name] for name in names if isinstance(config.get(name), int)), None)
-    return None if found is None else int(found)
+    value = next((config[name] for name in names if isinstance(config.get(name), int)), None)
+    return None if value is None else int(value)
 
 
 def _shapes(config: dict[str, Any], hidden: int, inner: int, layers: int, key_value: int) -> Shapes:

@@ -45,8 +45,8 @@ class Ends:
 
 def generation_ends(config: Any) -> tuple[int, ...]:
     """Return the end tokens of a transformers ``GenerationConfig``, which may name none, one or several."""
-    told = getattr(config, "eos_token_id", None)
-    return () if told is None else tuple(told) if isinstance(told, list | tuple) else (int(told),)
+    ids = getattr(config, "eos_token_id", None)
+    return () if ids is None else tuple(ids) if isinstance(ids, list | tuple) else (int(ids),)
 
 
 class Codec:
@@ -88,15 +88,15 @@ class Codec:
 
         Raises RequestError when the template refuses (a system prompt that it does not know, say).
         """
-        told = [{"role": "user", "content": text}]
+        messages = [{"role": "user", "content": text}]
         if self.template.system:
-            told.insert(0, {"role": "system", "content": self.template.system})
+            messages.insert(0, {"role": "system", "content": self.template.system})
         if reply is not None:
-            told.append({"role": "assistant", "content": reply})
+            messages.append({"role": "assistant", "content": reply})
         try:
             return str(
                 self.tokenizer.apply_chat_template(
-                    told,
+                    messages,
                     tokenize=False,
                     add_generation_prompt=reply is None,
                     chat_template=self._dated_template,
@@ -119,18 +119,18 @@ class Codec:
             return None
         day = datetime.date.fromisoformat(self.template.date or DATE)
         formats = dict.fromkeys(re.findall(r"""strftime_now\(\s*["']([^"']*)["']\s*\)""", own))
-        told = "".join(
+        cases = "".join(
             f"{{%- if format == {form!r} -%}}{{{{ {day.strftime(form)!r} }}}}{{%- endif -%}}" for form in formats
         )
-        return f"{{%- macro strftime_now(format) -%}}{told}{{%- endmacro -%}}{own}"
+        return f"{{%- macro strftime_now(format) -%}}{cases}{{%- endmacro -%}}{own}"
 
     @functools.cached_property
     def _reply(self) -> tuple[str, bool, tuple[int, ...]]:
         """How the chat template writes a reply: (text between the prompt and it, whether it loses white space around
         it, token ids behind it up to the first special one; none when there is no special one)."""
         user, reply = "moalign prompt", "moalign reply"
-        whole = self.turns(user, reply)
-        before, _, behind = whole.rpartition(reply)
+        conversation = self.turns(user, reply)
+        before, _, behind = conversation.rpartition(reply)
         head = self.turns(user)
         # A template that opens replies differently in the history than when it asks for one (thinking) says nothing.
         gap = before.removeprefix(head) if before.startswith(head) else ""
@@ -242,17 +242,17 @@ class Codec:
         Raises:
             RequestError: what stands around the text is longer than the limit already.
         """
-        whole = build(prompt)
+        rendered = build(prompt)
         # A token holds at least one byte, but for the few that stand around a text.
-        if len(whole.encode(errors="surrogatepass")) + 8 <= limit:
-            return Fitted(whole, prompt, 0)
+        if len(rendered.encode(errors="surrogatepass")) + 8 <= limit:
+            return Fitted(rendered, prompt, 0)
 
         def size(text: str) -> int:
             return len(self.prompt_ids([build(text)])[0])
 
         excess = size(prompt) - limit
         if excess <= 0:
-            return Fitted(whole, prompt, 0)
+            return Fitted(rendered, prompt, 0)
         starts = self._starts(prompt)
         first = 0
         while excess > 0 and first < len(starts):
@@ -266,8 +266,10 @@ class Codec:
         # Behind other text the tokens may be fewer than alone: what still fits stays.
         while first > 1 and size(prompt[starts[first - 1] :]) <= limit:
             first -= 1
-        kept = prompt[starts[first] :]
-        return Fitted(build(kept), kept, len(self._plain_ids([prompt])[0]) - len(self._plain_ids([kept])[0]))
+        remaining = prompt[starts[first] :]
+        return Fitted(
+            build(remaining), remaining, len(self._plain_ids([prompt])[0]) - len(self._plain_ids([remaining])[0])
+        )
 
     def _starts(self, text: str) -> list[int]:
         """Return at which character each token of a text begins; every character for a tokenizer that cannot tell."""
@@ -303,7 +305,7 @@ class Rendered(str):
     cut: int
 
     @classmethod
-    def whole(cls, text: str) -> Rendered:
+    def from_text(cls, text: str) -> Rendered:
         """Return a text as what a policy reads: of a bare one (a method's own rendering) all is the user's."""
         return text if isinstance(text, Rendered) else cls.of(Fitted(text, text, 0), str)
 
@@ -339,12 +341,12 @@ class Renderer:
         """Return a preference as the policy reads it."""
         if not self.template.words:
             return preferences.to_text(weights, self.objectives, style)
-        told = []
+        chosen = []
         for name, phrases in self.template.words.items():
             weight = weights[self.objectives.index(name)]
             # The grid's weights are floats: .1 + .2 belongs to "up to .3".
-            told.append(next(phrase.text for phrase in phrases if weight <= phrase.up_to + preferences.TOLERANCE))
-        return " ".join(text for text in told if text)
+            chosen.append(next(phrase.text for phrase in phrases if weight <= phrase.up_to + preferences.TOLERANCE))
+        return " ".join(text for text in chosen if text)
 
     def beside(self, prompt: str, text: str) -> Rendered:
         """Return the prompt with a text in the place where its preference would stand."""
@@ -364,12 +366,12 @@ class Renderer:
                 filled = self.codec.turns(filled)
             return filled + self.template.marker
 
-        whole = build(prompt)
+        rendered = build(prompt)
         if self.codec is None or self.max_tokens is None:
-            return Rendered.of(Fitted(whole, prompt, 0), build)
-        if whole not in self._fitted:
-            self._fitted[whole] = self.codec.fit(prompt, build, self.max_tokens, "generation.max_prompt_tokens")
-        return Rendered.of(self._fitted[whole], build)
+            return Rendered.of(Fitted(rendered, prompt, 0), build)
+        if rendered not in self._fitted:
+            self._fitted[rendered] = self.codec.fit(prompt, build, self.max_tokens, "generation.max_prompt_tokens")
+        return Rendered.of(self._fitted[rendered], build)
 
 
 def fill(template: str, **fields: str) -> str:
@@ -378,11 +380,11 @@ def fill(template: str, **fields: str) -> str:
     rest = template
     while rest:
         places = [(rest.find("{" + name + "}"), name) for name in fields]
-        found = [(at, name) for at, name in places if at >= 0]
-        if not found:
+        present = [(at, name) for at, name in places if at >= 0]
+        if not present:
             parts.append(rest)
             break
-        at, name = min(found)
+        at, name = min(present)
         parts += [rest[:at], fields[name]]
         rest = rest[at + len(name) + 2 :]
     return "".join(parts)
@@ -406,8 +408,8 @@ def pair_row(codec: Codec, rendered: str, responses: Sequence[Response], max_tok
     tails = [codec.response_ids(rendered, response, head) for response in responses]
     longest = max(map(len, tails))
     if len(head) + longest > max_tokens:
-        whole = Rendered.whole(rendered)
-        fixed = codec.prompt_ids([whole.build("")])[0]
+        prompt = Rendered.from_text(rendered)
+        fixed = codec.prompt_ids([prompt.build("")])[0]
         # The user's text keeps a token where there is one.
         room = min(longest, max_tokens - len(fixed) - (1 if len(fixed) < len(head) else 0))
         if room < 1:
@@ -417,5 +419,5 @@ def pair_row(codec: Codec, rendered: str, responses: Sequence[Response], max_tok
             )
         tails = [tail[:room] for tail in tails]
         if len(head) + room > max_tokens:
-            head = codec.prompt_ids([codec.fit(whole.prompt, whole.build, max_tokens - room, "max_tokens").text])[0]
+            head = codec.prompt_ids([codec.fit(prompt.prompt, prompt.build, max_tokens - room, "max_tokens").text])[0]
     return [(head, tail) for tail in tails]

@@ -94,8 +94,8 @@ def in_chunks(
     parts: list[Generated] = []
     for start in range(0, len(requests), chunk):
         part = requests[start : start + chunk]
-        told = generator.generate([text for text, _ in part], [row for _, row in part], sampling)
-        parts.append(Generated(*told) if isinstance(told, tuple) else told)
+        generated = generator.generate([text for text, _ in part], [row for _, row in part], sampling)
+        parts.append(Generated(*generated) if isinstance(generated, tuple) else generated)
         if progress is not None:
             progress(len(part))
     return Generated(

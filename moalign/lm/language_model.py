@@ -60,8 +60,8 @@ class LanguageModel:
         rows = self.codec.prompt_ids(texts)
         for at, row in enumerate(rows):
             if max_tokens is not None and len(row) > max_tokens:
-                whole = Rendered.whole(texts[at])
-                fitted = self.codec.fit(whole.prompt, whole.build, max_tokens, "generation.max_prompt_tokens")
+                prompt = Rendered.from_text(texts[at])
+                fitted = self.codec.fit(prompt.prompt, prompt.build, max_tokens, "generation.max_prompt_tokens")
                 rows[at] = self.codec.prompt_ids([fitted.text])[0]
         return rows
 
@@ -140,9 +140,11 @@ def wrap(
 
 def set_threads(parameters: int) -> int:
     """Choose the number of CPU threads by model size and return it; OMP_NUM_THREADS or MOALIGN_THREADS wins."""
-    told = os.environ.get("MOALIGN_THREADS") or os.environ.get("OMP_NUM_THREADS")
+    setting = os.environ.get("MOALIGN_THREADS") or os.environ.get("OMP_NUM_THREADS")
     threads = (
-        int(told) if told and told.isdigit() and int(told) > 0 else (1 if parameters < TINY else os.cpu_count() or 1)
+        int(setting)
+        if setting and setting.isdigit() and int(setting) > 0
+        else (1 if parameters < TINY else os.cpu_count() or 1)
     )
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)

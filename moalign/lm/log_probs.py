@@ -59,8 +59,8 @@ def token_log_probs(
 
 def _head(model: Any) -> Any:
     """Return the module that makes logits of hidden states; None where the model does not tell."""
-    told = getattr(model, "get_output_embeddings", None)
-    return None if told is None else told()
+    get_head = getattr(model, "get_output_embeddings", None)
+    return None if get_head is None else get_head()
 
 
 def _may_chunk(head: nn.Linear) -> bool:
@@ -135,17 +135,17 @@ class _ChunkedLogProbs(torch.autograd.Function):
         logps = torch.empty(len(states), dtype=torch.float32, device=states.device)
         entropy, slopes = torch.empty_like(logps), torch.empty_like(states) if learns else None
         for first in range(0, len(states), size):
-            some = slice(first, first + size)
-            logits = nn.functional.linear(states[some], weight, bias).float().div_(temperature)
+            part = slice(first, first + size)
+            logits = nn.functional.linear(states[part], weight, bias).float().div_(temperature)
             log_total = torch.logsumexp(logits, dim=-1)
-            picked = logits.gather(-1, chosen[some, None]).squeeze(-1)
-            logps[some] = picked - log_total
+            picked = logits.gather(-1, chosen[part, None]).squeeze(-1)
+            logps[part] = picked - log_total
             probs = torch.exp(logits - log_total.unsqueeze(-1))
             # entr() and not a product with the logits: a word ruled out has 0 * -inf.
-            entropy[some] = torch.special.entr(probs).sum(-1)
+            entropy[part] = torch.special.entr(probs).sum(-1)
             if slopes is not None:
                 mean = probs.to(weight.dtype) @ weight
-                slopes[some] = ((weight[chosen[some]] - mean) / temperature).to(slopes.dtype)
+                slopes[part] = ((weight[chosen[part]] - mean) / temperature).to(slopes.dtype)
         ctx.mark_non_differentiable(entropy)
         ctx.save_for_backward(slopes)
         return logps, entropy

@@ -175,9 +175,9 @@ def fetch(model: str, revision: str | None, where: str, config_only: bool = Fals
     """
     from huggingface_hub import constants, errors, snapshot_download
 
-    wanted = ["config.json"] if config_only else _FETCHED
+    patterns = ["config.json"] if config_only else _FETCHED
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*"]))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError) as error:
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "no connection"
         raise RequestError(

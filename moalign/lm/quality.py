@@ -58,8 +58,8 @@ def short_below(lengths: Sequence[int]) -> int:
     At most :data:`SHORT_SHARE` of them are shorter; never above :data:`SHORT_AT_MOST`, and never below 1: an empty
     answer is short wherever.
     """
-    found = int(np.quantile(lengths, SHORT_SHARE, method="lower")) if len(lengths) else SHORT_AT_MOST
-    return max(1, min(SHORT_AT_MOST, found))
+    quantile = int(np.quantile(lengths, SHORT_SHARE, method="lower")) if len(lengths) else SHORT_AT_MOST
+    return max(1, min(SHORT_AT_MOST, quantile))
 
 
 def collapse(tokens: Sequence[Hashable], short: int = SHORT_AT_MOST) -> set[str]:
@@ -87,12 +87,12 @@ def collapse_report(responses: Sequence[Sequence[Hashable]], short: int = SHORT_
     """
     if not len(responses) or isinstance(responses, str) or isinstance(responses[0], str):
         raise RequestError("collapse report: found no list of tokenised responses; at least one response is needed")
-    found = [collapse(tokens, short) for tokens in responses]
+    collapsed = [collapse(tokens, short) for tokens in responses]
     ratios = [ratio for ratio in (distinct(tokens, 3) for tokens in responses) if ratio is not None]
     total = len(responses)
     return {
-        "rate": sum(bool(causes) for causes in found) / total,
-        "causes": {cause: sum(cause in causes for causes in found) / total for cause in CAUSES},
+        "rate": sum(bool(causes) for causes in collapsed) / total,
+        "causes": {cause: sum(cause in causes for causes in collapsed) / total for cause in CAUSES},
         "mean_length": sum(len(tokens) for tokens in responses) / total,
         "distinct_3": sum(ratios) / len(ratios) if ratios else 0.0,
     }

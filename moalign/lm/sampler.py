@@ -11,7 +11,6 @@ where the sampler never looks.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -284,10 +283,10 @@ class _Batch:
 
     def leave(self) -> Tensor:
         """Drop the rows that have ended; returns the places of the others among those read before, ``[left]``."""
-        kept = self.alive.nonzero().squeeze(-1)
-        self.rows, self.numbers, self.alive = self.rows[kept], self.numbers[kept], self.alive[kept]
-        self._mask, self._place, self._last = self._mask[kept], self._place[kept], self._last[kept]
-        return kept
+        live = self.alive.nonzero().squeeze(-1)
+        self.rows, self.numbers, self.alive = self.rows[live], self.numbers[live], self.alive[live]
+        self._mask, self._place, self._last = self._mask[live], self._place[live], self._last[live]
+        return live
 
     def samples(self, ids: Tensor, mask: Tensor) -> Samples:
         """Return the responses behind the prompts ``ids`` with attention mask ``mask``, ``[rows, prompt]``."""
@@ -336,12 +335,12 @@ def _invert(probs: Tensor, numbers: Tensor) -> Tensor:
     if size <= CHUNK:
         cumulative = probs.double().cumsum(-1)
         return (cumulative <= numbers * cumulative[:, -1:]).sum(-1).clamp_max(size - 1)
-    whole = size // CHUNK
-    full = probs[:, : whole * CHUNK].reshape(rows, whole, CHUNK).sum(-1)
-    sums = torch.cat([full, probs[:, whole * CHUNK :].sum(-1, keepdim=True)], dim=-1).double()
+    full_chunks = size // CHUNK
+    full = probs[:, : full_chunks * CHUNK].reshape(rows, full_chunks, CHUNK).sum(-1)
+    sums = torch.cat([full, probs[:, full_chunks * CHUNK :].sum(-1, keepdim=True)], dim=-1).double()
     cumulative = sums.cumsum(-1)
     target = numbers * cumulative[:, -1:]
-    chunk = (cumulative <= target).sum(-1, keepdim=True).clamp_max(whole)
+    chunk = (cumulative <= target).sum(-1, keepdim=True).clamp_max(full_chunks)
     # A chunk's sum and the sum of its cumulative shares differ by rounding: never before the chunk's first token with
     # mass, nor behind its last.
     within = (target - (cumulative - sums).gather(-1, chunk)).clamp_min(0)
@@ -418,8 +417,3 @@ def generate(
             ids[i], logps[i], finished[i] = row[:count].copy(), float(logp[:count].sum()), end or stopped
     made.traces = Traces(lm.tokenizer, ids, logps, finished)
     return made
-
-
-def batches(count: int, size: int) -> int:
-    """Return how many batches :func:`generate` needs, for progress bars."""
-    return math.ceil(count / size)

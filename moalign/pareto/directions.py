@@ -165,6 +165,6 @@ def representatives(grid: Sequence[Sequence[float]]) -> list[int]:
     """
     vectors = check_points(grid, what="preferences")
     m = vectors.shape[1]
-    wanted = np.vstack([np.eye(m), np.full((1, m), 1.0 / m)])
-    apart = np.linalg.norm(vectors[None] - wanted[:, None], axis=2).round(12)
+    targets = np.vstack([np.eye(m), np.full((1, m), 1.0 / m)])
+    apart = np.linalg.norm(vectors[None] - targets[:, None], axis=2).round(12)
     return sorted({int(row.argmin()) for row in apart})

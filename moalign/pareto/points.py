@@ -172,8 +172,8 @@ def _names(header: Row, source: str) -> list[str]:
 def _fault(cell: str, where: str, name: str) -> str | None:
     number = _number(cell)
     if number is None:
-        found = repr(cell) if cell else "an empty cell"
-        return f"{where}, column {name}: found {found}; needed: a finite number"
+        shown = repr(cell) if cell else "an empty cell"
+        return f"{where}, column {name}: found {shown}; needed: a finite number"
     if not math.isfinite(number):
         return f"{where}, column {name}: found {cell}; NaN and infinity are not allowed"
     return None

@@ -77,9 +77,9 @@ def check(name_or_path: str, overrides: Sequence[str] = (), results: Path = Path
     path, task = (find.find_recipe(name_or_path), None) if borrowed is None else borrowed
     report = Preflight(path)
     resolved = _resolve(report, path, overrides, task)
-    card, whole = (resolved.card, True) if resolved else _card_alone(path, overrides)
+    card, with_options = (resolved.card, True) if resolved else _card_alone(path, overrides)
     if card is not None:
-        model = _pointed_to(report, card, results, whole)
+        model = _pointed_to(report, card, results, with_options)
         if resolved is not None:
             _sizes(report, resolved, model)
     return report
@@ -94,7 +94,7 @@ def _check_card(path: Path, overrides: Sequence[str], results: Path) -> Prefligh
         return f"{path}: task {cards[0].name}: {', '.join(cards[0].objective_names)}"
 
     if report.look("card", read):
-        _pointed_to(report, cards[0], results, whole=True)
+        _pointed_to(report, cards[0], results, with_options=True)
     for file in sorted(path.parent.glob("*.yaml")):
         if find.find_card(str(file)) is None:
             report.look("recipe", partial(_settings_of, file, path, overrides))
@@ -108,17 +108,17 @@ def _settings_of(recipe: Path, card: Path, overrides: Sequence[str]) -> str:
     return f"{recipe}: {len(resolved.config.model_dump())} settings of {method}"
 
 
-def _pointed_to(report: Preflight, card: TaskCard, results: Path, whole: bool) -> Path | None:
+def _pointed_to(report: Preflight, card: TaskCard, results: Path, with_options: bool) -> Path | None:
     """Look at what a card points to; return the policy's folder when it is there.
 
     ``whole`` is False for a card without its options: what they might have changed is not blamed.
     """
-    model = _model(report, card) if whole else None
+    model = _model(report, card) if with_options else None
     sound = _data(report, card, results, model)
-    if sound and whole:
+    if sound and with_options:
         _overlong(report, card, results, model)
     _objectives(report, card)
-    if card.published and whole:
+    if card.published and with_options:
         report.look("published", lambda: _published(report, card, results))
     return model
 
@@ -156,7 +156,7 @@ def _here(model: str) -> bool:
 def _borrowed(name: str) -> tuple[Path, str] | None:
     """Return (file, task) when ``task/method`` names a recipe of another task that this one borrows."""
     task, _, method = name.partition("/")
-    known = {f"{one}/{other}" for one, other, _ in find.list_recipes()}
+    known = {f"{task_name}/{method_name}" for task_name, method_name, _ in find.list_recipes()}
     if not method or name in known or Path(name).is_file() or task not in find.list_tasks():
         return None
     path = find.find_recipe_file(task, method)
@@ -212,9 +212,9 @@ def _card_alone(path: Path, overrides: Sequence[str]) -> tuple[TaskCard | None, 
         return None, False
     beside = path.parent / named if find.is_path(named) else named
     given = [text for text in overrides if text.startswith("task.")]
-    for texts, whole in ((given, True), ([], not given)):
+    for texts, with_options in ((given, True), ([], not given)):
         try:
-            return load.load_card(beside, texts), whole
+            return load.load_card(beside, texts), with_options
         except RequestError:
             continue
     return None, False
@@ -230,22 +230,22 @@ def _model(report: Preflight, card: TaskCard) -> Path | None:
                 f"task {card.name}: it needs a model; give a folder or a hub id: --set task.model=PATH/TO/FOLDER"
             )
         return None
-    found: list[Path] = []
+    folders: list[Path] = []
 
     def look() -> str:
         from moalign.lm import model_folder
 
         source = str(card.model)
         if _here(source):
-            found.append(model_folder.resolve(source, card.model_revision, "task.model"))
-            return f"{source}: whole safetensors weights, content {model_folder.fingerprint(found[0], 'task.model')}"
-        return _hub(report, source, card.model_revision, "model", found)
+            folders.append(model_folder.resolve(source, card.model_revision, "task.model"))
+            return f"{source}: whole safetensors weights, content {model_folder.fingerprint(folders[0], 'task.model')}"
+        return _hub(report, source, card.model_revision, "model", folders)
 
     report.look("model", look)
-    return found[0] if found else None
+    return folders[0] if folders else None
 
 
-def _hub(report: Preflight, source: str, revision: str | None, what: str, found: list[Path] | None = None) -> str:
+def _hub(report: Preflight, source: str, revision: str | None, what: str, folders: list[Path] | None = None) -> str:
     """Look for a hub id in the local cache; nothing is downloaded."""
     import os
 
@@ -268,8 +268,8 @@ def _hub(report: Preflight, source: str, revision: str | None, what: str, found:
             ) from None
         report.notes.append(f"{what} {source}: not in the local hub cache; it will be downloaded")
         return f"{source}: hub id, revision {revision or 'not pinned'}, not downloaded yet"
-    if found is not None:
-        found.append(folder)
+    if folders is not None:
+        folders.append(folder)
     return f"{source}: hub id, revision {revision or 'not pinned'}, in the local cache"
 
 
@@ -306,19 +306,19 @@ def _overlong(report: Preflight, card: TaskCard, results: Path, model: Path | No
         if card.overlong == "drop":
             report.notes.append("overlong: drop: how many prompts are left out is not known: the model is not here yet")
         return
-    report.look("overlong", lambda: _overlong_told(report, _on(card, model), results))
+    report.look("overlong", lambda: _overlong_summary(report, _on(card, model), results))
 
 
-def _overlong_told(report: Preflight, card: TaskCard, results: Path) -> str:
+def _overlong_summary(report: Preflight, card: TaskCard, results: Path) -> str:
     from moalign.tasks.load import make_task
 
-    told = make_task(card, results).overlong_report()
-    count, limit = told.get("dropped", told.get("cut", 0)), card.generation.max_prompt_tokens
-    what = "dropped" if "dropped" in told else "cut"
+    counts = make_task(card, results).overlong_report()
+    count, limit = counts.get("dropped", counts.get("cut", 0)), card.generation.max_prompt_tokens
+    what = "dropped" if "dropped" in counts else "cut"
     if not count:
-        return f"none of {told['prompts']} prompts is {what}: all fit {limit} tokens"
-    lost = f", {told['cut_tokens']} tokens in all" if "cut_tokens" in told else ""
-    text = f"{count} of {told['prompts']} prompts are {what}{lost}: longer than {limit} tokens"
+        return f"none of {counts['prompts']} prompts is {what}: all fit {limit} tokens"
+    lost = f", {counts['cut_tokens']} tokens in all" if "cut_tokens" in counts else ""
+    text = f"{count} of {counts['prompts']} prompts are {what}{lost}: longer than {limit} tokens"
     report.notes.append(f"overlong: {text} (generation.max_prompt_tokens)")
     return text
 
@@ -391,7 +391,7 @@ def _published(report: Preflight, card: TaskCard, results: Path) -> str:
     from moalign.rewards.normaliser import Normaliser
     from moalign.tasks.load import make_task
 
-    listed = ", ".join(f"{name} {one.mean:g} (sd {one.sd:g})" for name, one in card.published.items())
+    listed = ", ".join(f"{name} {published.mean:g} (sd {published.sd:g})" for name, published in card.published.items())
     if must_be_fetched(card):
         return f"{listed}; not compared: the base is not here yet"
     path = make_task(card, results).folder / "normaliser.json"
@@ -400,16 +400,16 @@ def _published(report: Preflight, card: TaskCard, results: Path) -> str:
     spec = card.normaliser
     names = card.objective_names
     fitted = Normaliser.from_json(path) if spec is None else Normaliser.from_spec(spec, names)
-    told = []
-    for name, one in card.published.items():
+    lines = []
+    for name, published in card.published.items():
         mean, sd = (values[fitted.names.index(name)] for values in (fitted.mean, fitted.sd))
-        told.append(f"{name} {mean:.3f} (sd {sd:.3f}), published {one.mean:g} (sd {one.sd:g})")
-        if abs(mean - one.mean) > FAR * one.sd or not 1 / (1 + FAR) <= sd / one.sd <= 1 + FAR:
+        lines.append(f"{name} {mean:.3f} (sd {sd:.3f}), published {published.mean:g} (sd {published.sd:g})")
+        if abs(mean - published.mean) > FAR * published.sd or not 1 / (1 + FAR) <= sd / published.sd <= 1 + FAR:
             report.notes.append(
-                f"published: {told[-1]}: far apart; the responses may be of another kind, or template, label or "
+                f"published: {lines[-1]}: far apart; the responses may be of another kind, or template, label or "
                 f"revision of the objective not the paper's"
             )
-    return "; ".join(told)
+    return "; ".join(lines)
 
 
 # -- memory and cost -----------------------------------------------------------------------------------------------
@@ -429,7 +429,7 @@ def _sizes(report: Preflight, resolved: ResolvedRequest, model: Path | None) -> 
         report.notes.append("memory: not known, because the model's sizes are not (no folder, and no model known here)")
         return
     estimate = memory.estimate(resolved, sizes, method.capabilities.trains)
-    report.memory |= estimate.told()
+    report.memory |= estimate.as_dict()
     report.checked.append(("memory", estimate.sentence()))
     for phase in estimate.phases:
         report.checked.append(("", f"{phase.total / memory.GIB:6.1f} GiB  {phase.name}: {_parts(phase)}"))
@@ -439,8 +439,8 @@ def _sizes(report: Preflight, resolved: ResolvedRequest, model: Path | None) -> 
 
 
 def _parts(phase: memory.Phase) -> str:
-    told = [f"{name} {size / memory.GIB:.1f}" for name, size in phase.parts.items() if size >= 0.05 * memory.GIB]
-    return ", ".join(told) or "little"
+    sizes = [f"{name} {size / memory.GIB:.1f}" for name, size in phase.parts.items() if size >= 0.05 * memory.GIB]
+    return ", ".join(sizes) or "little"
 
 
 def _fits(report: Preflight, resolved: ResolvedRequest, estimate: memory.Estimate) -> None:
@@ -477,15 +477,15 @@ def _remedy(part: str) -> str:
 
 def _cost(report: Preflight, resolved: ResolvedRequest, sizes: Architecture | None) -> None:
     method = registry.get(resolved.recipe.method)
-    found = cost.estimate(resolved, method.capabilities, sizes)
-    report.cost = found.told()
-    if not found.policies:
+    estimate = cost.estimate(resolved, method.capabilities, sizes)
+    report.cost = estimate.as_dict()
+    if not estimate.policies:
         report.checked.append(("cost", "nothing is trained; answering samples and scores"))
         return
-    told = [f"{found.policies} polic{'y' if found.policies == 1 else 'ies'}"]
-    counts = {"generated": found.tokens_generated, "trained on": found.tokens_trained}
-    told += [f"{number / 1e6:.1f} M tokens {what}" for what, number in counts.items() if number]
-    told += [f"{found.reward_calls:,} scores"] if found.reward_calls else []
-    if found.hours is not None:
-        told.append(f"about {found.hours:.1f} h on {found.gpu} by its data sheet")
-    report.checked.append(("cost", "at most " + ", ".join(told)))
+    parts = [f"{estimate.policies} polic{'y' if estimate.policies == 1 else 'ies'}"]
+    counts = {"generated": estimate.tokens_generated, "trained on": estimate.tokens_trained}
+    parts += [f"{number / 1e6:.1f} M tokens {what}" for what, number in counts.items() if number]
+    parts += [f"{estimate.reward_calls:,} scores"] if estimate.reward_calls else []
+    if estimate.hours is not None:
+        parts.append(f"about {estimate.hours:.1f} h on {estimate.gpu} by its data sheet")
+    report.checked.append(("cost", "at most " + ", ".join(parts)))

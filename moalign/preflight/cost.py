@@ -40,7 +40,7 @@ class Cost:
     hours: float | None
     """None when the GPU is not one of :data:`GPUS` or the base's size is not known."""
 
-    def told(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         """Return the cost for ``--json``."""
         return {
             "policies": self.policies,

@@ -69,13 +69,13 @@ def reliability(delta: ArrayLike, first: ArrayLike | float = 1.0, bins: int = HE
     """Return the bars of the reliability diagram, from low to high confidence; arguments as :func:`accuracy`."""
     confidence, label = _both_orders(*_checked(delta, first))
     place = _places(confidence, bins)
-    told = []
+    bars = []
     for number in range(bins):
         inside = place == number
         count = int(inside.sum())
         means = (float(confidence[inside].mean()), float(label[inside].mean())) if count else (None, None)
-        told.append(Bin(number / bins, (number + 1) / bins, count, *means))
-    return told
+        bars.append(Bin(number / bins, (number + 1) / bins, count, *means))
+    return bars
 
 
 def log_loss(delta: ArrayLike, first: ArrayLike | float = 1.0) -> float:
@@ -130,7 +130,7 @@ def report(delta: ArrayLike, first: ArrayLike | float = 1.0, draws: int = 1000, 
     columns = [_agreement(values, labels)[:, None], *(_gaps(values, labels, bins) for bins in BINS)]
     ends = np.cumsum([column.shape[1] for column in columns])
     drawn = statistics.bootstrap_means(np.concatenate(columns, axis=1)[:, None, :], draws, seed)[:, 0]
-    told: dict[str, Any] = {
+    result: dict[str, Any] = {
         "pairs": len(values),
         "accuracy": float(columns[0].mean()),
         "accuracy_ci": list(statistics.interval(drawn[:, 0])),
@@ -138,17 +138,17 @@ def report(delta: ArrayLike, first: ArrayLike | float = 1.0, draws: int = 1000, 
         "ece": {},
         "ece_ci": {},
         "ece_by_chance": {},
-        "reliability": [asdict(one) for one in reliability(values, labels)],
+        "reliability": [asdict(bar) for bar in reliability(values, labels)],
     }
     for bins, start, end in zip(BINS, ends[:-1], ends[1:], strict=True):
         point = ece(values, labels, bins)
         low, high = statistics.interval(0.5 * np.abs(drawn[:, start:end]).sum(axis=1))
         chance = by_chance(values, bins, seed=seed)
         within = point <= np.quantile(chance, 0.95)
-        told["ece"][str(bins)] = point
-        told["ece_ci"][str(bins)] = [0.0 if within else max(0.0, 2 * point - high), max(0.0, 2 * point - low)]
-        told["ece_by_chance"][str(bins)] = float(chance.mean())
-    return told
+        result["ece"][str(bins)] = point
+        result["ece_ci"][str(bins)] = [0.0 if within else max(0.0, 2 * point - high), max(0.0, 2 * point - low)]
+        result["ece_by_chance"][str(bins)] = float(chance.mean())
+    return result
 
 
 def _checked(delta: ArrayLike, first: ArrayLike | float) -> tuple[Vector, Vector]:

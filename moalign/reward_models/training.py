@@ -54,7 +54,7 @@ class RewardJob:
     @property
     def heads(self) -> list[str]:
         """The names of the model's outputs."""
-        return [one.name for one in self.sets] if self.settings.heads == "each" else ["reward"]
+        return [pair_set.name for pair_set in self.sets] if self.settings.heads == "each" else ["reward"]
 
     @property
     def steps(self) -> int:
@@ -68,9 +68,9 @@ def check_loss(settings: RewardSettings, names: Sequence[str]) -> tuple[RewardSe
 
     Raises RequestError for several data sets with ``bt`` and for a batch that cannot hold all groups alike.
     """
-    said = None
+    notice = None
     if len(names) == 1 and settings.loss != "bt" and settings.heads == "shared":
-        said = f"loss {settings.loss}: there is one data set only ({names[0]}), so this is plain Bradley-Terry (bt)"
+        notice = f"loss {settings.loss}: there is one data set only ({names[0]}), so this is plain Bradley-Terry (bt)"
         settings = settings.model_copy(update={"loss": "bt"})
     if len(names) > 1 and settings.loss == "bt":
         raise RequestError(
@@ -84,7 +84,7 @@ def check_loss(settings: RewardSettings, names: Sequence[str]) -> tuple[RewardSe
             f"batch {settings.batch}: every batch holds as many pairs of each of the {len(names)} data sets, so it "
             f"must be a multiple of data sets x accumulate = {parts}; nearest: --set batch={near}"
         )
-    return settings, said
+    return settings, notice
 
 
 def train(job: RewardJob) -> Path:
@@ -96,9 +96,9 @@ def train(job: RewardJob) -> Path:
     """
     folder = job.run.path / MODEL
     if job.run.phase_done(PHASE):
-        told = job.run.phase_info(PHASE)
-        job.meter.load(told["meter"])
-        job.notes.update(told["notes"])
+        finished = job.run.phase_info(PHASE)
+        job.meter.load(finished["meter"])
+        job.notes.update(finished["notes"])
         return folder
     from moalign.lm.trainers import quiet_libraries
     from moalign.runs import atomic
@@ -179,7 +179,7 @@ def _fit(job: RewardJob, model: Any, tokenizer: Any, encoder: RowEncoder) -> Any
         model = _with_adapters(model, settings)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     rows = _rows(job, encoder)
-    sizes = [len(one) for one in job.sets]
+    sizes = [len(pair_set) for pair_set in job.sets]
     order = row_order(sizes, job.steps, settings.batch, settings.accumulate, job.seed)
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=settings.lr, weight_decay=settings.weight_decay)
@@ -191,8 +191,8 @@ def _fit(job: RewardJob, model: Any, tokenizer: Any, encoder: RowEncoder) -> Any
     start = _resume(job, trained, optimizer, balancer)
     if start < job.steps:
         here = [rows[at] for at in order[start * settings.batch :].tolist()]
-        books = _keeper(job, trained, optimizer, balancer, start, [row["tokens"] for row in here])
-        run_trainer(make_trainer(job, model, tokenizer, here, (optimizer, start), books, balancer))
+        callback = _make_callback(job, trained, optimizer, balancer, start, [row["tokens"] for row in here])
+        run_trainer(make_trainer(job, model, tokenizer, here, (optimizer, start), callback, balancer))
     return model.merge_and_unload() if settings.lora is not None else model
 
 
@@ -214,9 +214,9 @@ def _with_adapters(model: Any, settings: RewardSettings) -> Any:
 def _rows(job: RewardJob, encoder: RowEncoder) -> list[dict[str, Any]]:
     """Return one row per pair, data set after data set."""
     rows = []
-    for number, one in enumerate(job.sets):
-        chosen = encoder.rows(list(zip(one.prompts, one.chosen, strict=True)))
-        rejected = encoder.rows(list(zip(one.prompts, one.rejected, strict=True)))
+    for number, pair_set in enumerate(job.sets):
+        chosen = encoder.rows(list(zip(pair_set.prompts, pair_set.chosen, strict=True)))
+        rejected = encoder.rows(list(zip(pair_set.prompts, pair_set.rejected, strict=True)))
         for better, worse in zip(chosen, rejected, strict=True):
             pair = {"chosen_ids": better["input_ids"], "rejected_ids": worse["input_ids"], "group": number}
             rows.append({**pair, "tokens": len(better["input_ids"]) + len(worse["input_ids"])})
@@ -229,7 +229,7 @@ def make_trainer(
     tokenizer: Any,
     rows: Sequence[dict[str, Any]],
     optimizer: tuple[Any, int],
-    books: Any,
+    callback: Any,
     balancer: Balancer | None,
 ) -> Any:
     """Return trl's trainer over ``rows`` in the order given; ``optimizer`` comes with the steps already done."""
@@ -273,7 +273,7 @@ def make_trainer(
             train_dataset=Dataset.from_dict(columns),
             processing_class=tokenizer,
             optimizers=(inner, scheduler),
-            callbacks=[books],
+            callbacks=[callback],
         )
     trainer.prepare(job.settings, balancer)
     return trainer
@@ -282,12 +282,12 @@ def make_trainer(
 @contextmanager
 def one_label(config: Any) -> Iterator[None]:
     """Within the block the config tells one label: trl takes no other when a trainer is made; its loss is ours."""
-    told = config.id2label, config.label2id
+    labels = config.id2label, config.label2id
     config.id2label, config.label2id = {0: "reward"}, {"reward": 0}
     try:
         yield
     finally:
-        config.id2label, config.label2id = told
+        config.id2label, config.label2id = labels
 
 
 def _collator(pad: int) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
@@ -364,24 +364,24 @@ def _resume(job: RewardJob, trained: dict[str, Any], optimizer: Any, balancer: B
 
     from moalign.lm.optimizer_state import unpack_optimizer
 
-    found = job.run.load_checkpoint(PHASE)
-    job.run.truncate_metrics(PHASE, 0 if found is None else found.step)
-    if found is None:
+    checkpoint = job.run.load_checkpoint(PHASE)
+    job.run.truncate_metrics(PHASE, 0 if checkpoint is None else checkpoint.step)
+    if checkpoint is None:
         return 0
     with torch.no_grad():
         for name, value in trained.items():
-            value.copy_(found.tensors[f"model.{name}"])
+            value.copy_(checkpoint.tensors[f"model.{name}"])
     if balancer is not None:
-        balancer.memory = found.tensors.get("more.memory")
-    unpack_optimizer(optimizer, found.tensors, found.state["optimizer"])
-    job.meter.load(found.state["meter"])
-    return found.step
+        balancer.memory = checkpoint.tensors.get("more.memory")
+    unpack_optimizer(optimizer, checkpoint.tensors, checkpoint.state["optimizer"])
+    job.meter.load(checkpoint.state["meter"])
+    return checkpoint.step
 
 
 _LOGGED = ("loss", "grad_norm", "learning_rate", "accuracy", "margin", "mean_reward")
 
 
-def _keeper(
+def _make_callback(
     job: RewardJob,
     trained: dict[str, Any],
     optimizer: Any,
@@ -397,8 +397,8 @@ def _keeper(
 
     settings = job.settings
 
-    class Keeper(TrainerCallback):  # type: ignore[misc]
-        """Keeps the run's books at every step."""
+    class RunCallback(TrainerCallback):  # type: ignore[misc]
+        """What happens around every optimiser step; see :func:`_make_callback`."""
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
             torch.manual_seed(derive(job.seed, PHASE, start + state.global_step))
@@ -412,22 +412,22 @@ def _keeper(
             control.should_log = done == job.steps or 0 in (done % settings.log_every, done % settings.checkpoint_every)
             job.say(f"training on {sum(map(len, job.sets))} pairs", done, job.steps)
             if not control.should_log:
-                self.keep(done)
+                self.save(done)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
             if not logs or "loss" not in logs:
                 return
             step = start + state.global_step
-            told = {name: float(logs[name]) for name in _LOGGED if name in logs}
-            told |= {name: float(value) for name, value in logs.items() if name.startswith("weight_")}
-            if not math.isfinite(told["loss"]):
+            metrics = {name: float(logs[name]) for name in _LOGGED if name in logs}
+            metrics |= {name: float(value) for name, value in logs.items() if name.startswith("weight_")}
+            if not math.isfinite(metrics["loss"]):
                 raise WorkError(
-                    f"step {step}: the loss is {told['loss']}; training diverged: lower lr ({settings.lr:g})"
+                    f"step {step}: the loss is {metrics['loss']}; training diverged: lower lr ({settings.lr:g})"
                 )
-            job.run.log(step, PHASE, **told, **job.meter.cost())
-            self.keep(step)  # after its line: a kill between the two must not lose the line
+            job.run.log(step, PHASE, **metrics, **job.meter.cost())
+            self.save(step)  # after its line: a kill between the two must not lose the line
 
-        def keep(self, step: int) -> None:
+        def save(self, step: int) -> None:
             if step % settings.checkpoint_every or step >= job.steps:
                 return
             tensors, plain = pack_optimizer(optimizer)
@@ -436,4 +436,4 @@ def _keeper(
                 tensors["more.memory"] = balancer.memory
             job.run.save_checkpoint(PHASE, step, tensors, {"optimizer": plain, "meter": job.meter.state()})
 
-    return Keeper()
+    return RunCallback()

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 """How far a padded row may be from the same row alone before another way of padding is tried."""
 
-_MOST_KEPT = 100_000
+_CACHE_LIMIT = 100_000
 """Texts whose logits are kept for the other labels of a model."""
 
 
@@ -55,7 +55,7 @@ class ClassifierScorer:
         self._padding: str | None = None
         self._reader = self
         """Whose model reads the texts: another objective's, where both are labels of one model (:func:`share`)."""
-        self._kept: dict[tuple[str, str], torch.Tensor] | None = None
+        self._cached: dict[tuple[str, str], torch.Tensor] | None = None
         """What the model gave, where others will ask for another label of it."""
         check_templates(spec.template, spec.pair_template, self.where)
         self._folder = model_folder.local_folder(spec.model, base_dir, self.where)
@@ -79,8 +79,8 @@ class ClassifierScorer:
         """Hash of the model's files (a hub model: its commit) and of every setting that changes a score."""
         # The hub's cache names a snapshot's folder by its commit, which spares reading gigabytes.
         content = model_folder.fingerprint(self.folder, self.where) if self._folder else self.folder.name
-        told = self.spec.model_dump(include={"output", "template", "pair_template", "max_length", "dtype"})
-        text = json.dumps([content, self.index, told], sort_keys=True)
+        settings = self.spec.model_dump(include={"output", "template", "pair_template", "max_length", "dtype"})
+        text = json.dumps([content, self.index, settings], sort_keys=True)
         return f"hf-classifier:{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
@@ -94,15 +94,15 @@ class ClassifierScorer:
         """Return the logits of all labels, float32 ``[texts, labels]``."""
         import torch
 
-        if self._kept is None:
+        if self._cached is None:
             return self._read(pairs)
-        new = [pair for pair in pairs if pair not in self._kept]
+        new = [pair for pair in pairs if pair not in self._cached]
         if new:
-            if len(self._kept) + len(new) > _MOST_KEPT:  # those of this call stay: they are read again below
-                wanted = set(pairs)
-                self._kept = {pair: row for pair, row in self._kept.items() if pair in wanted}
-            self._kept.update(zip(new, self._read(new), strict=True))
-        return torch.stack([self._kept[pair] for pair in pairs])
+            if len(self._cached) + len(new) > _CACHE_LIMIT:  # those of this call stay: they are read again below
+                requested = set(pairs)
+                self._cached = {pair: row for pair, row in self._cached.items() if pair in requested}
+            self._cached.update(zip(new, self._read(new), strict=True))
+        return torch.stack([self._cached[pair] for pair in pairs])
 
     def _read(self, pairs: Sequence[tuple[str, str]]) -> torch.Tensor:
         import torch
@@ -211,8 +211,8 @@ class ClassifierScorer:
         if self._own_pad is not None:
             return self._own_pad
         ends = {row["input_ids"][-1] for row in rows}
-        wanted = [self._tokenizer.pad_token_id, self._tokenizer.eos_token_id, *range(self._vocabulary)]
-        pad = next((token for token in wanted if token is not None and token not in ends), None)
+        candidates = [self._tokenizer.pad_token_id, self._tokenizer.eos_token_id, *range(self._vocabulary)]
+        pad = next((token for token in candidates if token is not None and token not in ends), None)
         if pad is None and len(rows) == 1:
             pad = self._vocabulary  # one row is never padded: any number that is no token will do
         if pad is not None:
@@ -227,7 +227,7 @@ class ClassifierScorer:
         import torch
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        told: dict[str, Any]
+        info: dict[str, Any]
         config = model_folder.read_config(self.folder, self.where)
         score_model = is_score_model(config)
         # Where the config names no labels, kinds of models differ in how many they assume (BART: 3, others: 2).
@@ -236,7 +236,7 @@ class ClassifierScorer:
         # The generators are put back: when a model is loaded must not change what is sampled afterwards.
         with explained(self.where, self.folder), quiet(), torch.random.fork_rng(devices=[]):
             tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
-            model, told = AutoModelForSequenceClassification.from_pretrained(
+            model, info = AutoModelForSequenceClassification.from_pretrained(
                 self.folder,
                 local_files_only=True,
                 trust_remote_code=False,
@@ -247,11 +247,11 @@ class ClassifierScorer:
             )
             if score_model:
                 _add_bias(model, self.folder, self.where)
-            if told["missing_keys"]:
+            if info["missing_keys"]:
                 # The library would fill them with random numbers and only warn.
                 raise RequestError(
                     f"{self.where}: model folder {self.folder} is not a whole classifier: its weights lack "
-                    f"{few(told['missing_keys'])}; a folder saved from AutoModelForSequenceClassification is needed"
+                    f"{few(info['missing_keys'])}; a folder saved from AutoModelForSequenceClassification is needed"
                 )
             model.eval().requires_grad_(False)
             model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -288,11 +288,11 @@ class ClassifierScorer:
             if label in self.labels:
                 return label
             raise RequestError(f"{self.where}: the model has no label {label}; its labels: {listed}")
-        found = [index for index, name in self.labels.items() if name == label]
-        if len(found) == 1:
-            return found[0]
-        why = "several labels" if found else "no label"
-        near = "" if found else did_you_mean(label, list(self.labels.values()))
+        matches = [index for index, name in self.labels.items() if name == label]
+        if len(matches) == 1:
+            return matches[0]
+        why = "several labels" if matches else "no label"
+        near = "" if matches else did_you_mean(label, list(self.labels.values()))
         raise RequestError(f"{self.where}: the model has {why} {label!r}; its labels: {listed}{near}")
 
 
@@ -303,7 +303,7 @@ def share(scorers: Sequence[ClassifierScorer]) -> None:
         leader = first.setdefault(scorer.spec.reading, scorer)
         if leader is not scorer:
             scorer._reader = leader
-            leader._kept = {}
+            leader._cached = {}
 
 
 def is_score_model(config: dict[str, Any]) -> bool:

@@ -45,7 +45,7 @@ _VERSION = 1
 """Raise it when a score's meaning changes: it is part of the revision."""
 _MOST_LOGITS = 2**26
 """Numbers; a batch's logits are at most this many (256 MiB in float32), one row's at least."""
-_MOST_KEPT = 100_000
+_CACHE_LIMIT = 100_000
 """Prompts whose likelihood without a response is kept."""
 
 
@@ -98,8 +98,8 @@ class LmScorer:
     def revision(self) -> str:
         """Hash of the model's files (a hub model: its commit) and of every setting that changes a score."""
         content = model_folder.fingerprint(self.folder, self.where) if self._folder else self.folder.name
-        told = self.spec.model_dump(include={"score", "template", "max_length", "dtype"})
-        text = json.dumps([_VERSION, content, told, ASK, JOIN], sort_keys=True)
+        settings = self.spec.model_dump(include={"score", "template", "max_length", "dtype"})
+        text = json.dumps([_VERSION, content, settings, ASK, JOIN], sort_keys=True)
         return f"lm:{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
     def prepare(self) -> None:
@@ -111,17 +111,17 @@ class LmScorer:
         pairs = list(zip(prompts, responses, strict=True))
         if self.spec.score == "fluency":
             lines = [self._line(response, prompt, "", "start") for prompt, response in pairs]
-            told = self._means(lines)
-            return [told[line] if len(line.ids) > line.start else -math.log(self._vocabulary) for line in lines]
+            means = self._means(lines)
+            return [means[line] if len(line.ids) > line.start else -math.log(self._vocabulary) for line in lines]
         given = [self._line(prompt, response, ASK, "end") for prompt, response in pairs]
         bare = [self._bare(line) for line in given]
-        if len(self._alone) > _MOST_KEPT:
+        if len(self._alone) > _CACHE_LIMIT:
             self._alone.clear()
         unknown = [line for line in bare if line not in self._alone]
-        told = self._means([*given, *unknown])
-        self._alone.update({line: told[line] for line in unknown})
+        means = self._means([*given, *unknown])
+        self._alone.update({line: means[line] for line in unknown})
         return [
-            told[line] - self._alone[alone] if response and len(line.ids) > line.start else 0.0
+            means[line] - self._alone[alone] if response and len(line.ids) > line.start else 0.0
             for line, alone, (_, response) in zip(given, bare, pairs, strict=True)
         ]
 
@@ -192,8 +192,8 @@ class LmScorer:
     def _cut(self, text: str, tokens: int, side: str) -> str:
         """Return a text without its first (or last) tokens, shorter by a character at least."""
         if not self._tokenizer.is_fast:
-            kept = max(0, len(text) - 2 * tokens)
-            return text[len(text) - kept :] if side == "start" else text[:kept]
+            length = max(0, len(text) - 2 * tokens)
+            return text[len(text) - length :] if side == "start" else text[:length]
         coded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         spans = [span for span in coded["offset_mapping"] if span[1] > span[0]]
         if tokens >= len(spans):
@@ -206,11 +206,11 @@ class LmScorer:
 
     def _means(self, lines: Sequence[Line]) -> dict[Line, float]:
         """Return the mean log-probability of each line's scored tokens; 0 for a line without any."""
-        found = {line: 0.0 for line in lines}
-        work = [line for line in found if len(line.ids) > line.start]
+        means = {line: 0.0 for line in lines}
+        work = [line for line in means if len(line.ids) > line.start]
         for batch in self._batches(work):
-            found.update(zip(batch, self._batch_means(batch), strict=True))
-        return found
+            means.update(zip(batch, self._batch_means(batch), strict=True))
+        return means
 
     def _batches(self, lines: Sequence[Line]) -> Iterator[list[Line]]:
         """Give lines of like length together, so that a batch is within ``batch_tokens`` and ``_MOST_LOGITS``."""
@@ -243,11 +243,11 @@ class LmScorer:
 
         inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
         if "logits_to_keep" in inspect.signature(self._model.forward).parameters:
-            wanted = torch.arange(first, ids.shape[1], device=ids.device)
-            kept: torch.Tensor = self._model(**inputs, logits_to_keep=wanted).logits
-            return kept
-        whole: torch.Tensor = self._model(**inputs).logits
-        return whole[:, first:]
+            positions = torch.arange(first, ids.shape[1], device=ids.device)
+            scored: torch.Tensor = self._model(**inputs, logits_to_keep=positions).logits
+            return scored
+        logits: torch.Tensor = self._model(**inputs).logits
+        return logits[:, first:]
 
     # --- the model
 
@@ -259,7 +259,7 @@ class LmScorer:
         # The generators are put back: when a model is loaded must not change what is sampled afterwards.
         with explained(self.where, self.folder), quiet(), torch.random.fork_rng(devices=[]):
             tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
-            model, told = AutoModelForCausalLM.from_pretrained(
+            model, info = AutoModelForCausalLM.from_pretrained(
                 self.folder,
                 local_files_only=True,
                 trust_remote_code=False,
@@ -267,10 +267,10 @@ class LmScorer:
                 dtype=getattr(torch, self.spec.dtype),
                 output_loading_info=True,
             )
-            if told["missing_keys"]:
+            if info["missing_keys"]:
                 raise RequestError(
                     f"{self.where}: model folder {self.folder} is not a whole causal language model: its weights lack "
-                    f"{few(told['missing_keys'])}"
+                    f"{few(info['missing_keys'])}"
                 )
             model.eval().requires_grad_(False)
             model.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -107,8 +107,8 @@ class RewardPanel:
     @property
     def scorer_hash(self) -> str:
         """16 hex digits over the objectives' order, names, directions and revisions."""
-        told = [[name, s.maximise, s.revision] for name, s in zip(self.names, self.objectives, strict=True)]
-        return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+        identity = [[name, s.maximise, s.revision] for name, s in zip(self.names, self.objectives, strict=True)]
+        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
 
     def score(
         self,
@@ -236,10 +236,10 @@ class _Column:
     def _keep(self, rows: Sequence[int], given: Matrix) -> None:
         """Keep the finite scores, here and in the store; then raise WorkError when there are others."""
         good = np.isfinite(given)
-        kept = [row for row, finite in zip(rows, good, strict=True) if finite]
-        self.values[kept] = given[good]
+        finite_rows = [row for row, finite in zip(rows, good, strict=True) if finite]
+        self.values[finite_rows] = given[good]
         if self.store is not None:
-            self.store.put_many(self.scorer.revision, [self.pairs[row] for row in kept], given[good].tolist())
+            self.store.put_many(self.scorer.revision, [self.pairs[row] for row in finite_rows], given[good].tolist())
         for row, value in zip(rows, given, strict=True):
             if not math.isfinite(value):
                 raise self._error(f"gave {value}, which is not a finite number, for {self._shown(row)}")
@@ -266,10 +266,10 @@ class _Column:
     def _error(self, what: str) -> WorkError:
         done = int(np.count_nonzero(~np.isnan(self.values)))
         if self.store is None:
-            kept = f"{done} of {len(self.pairs)} texts had a score"
+            saved = f"{done} of {len(self.pairs)} texts had a score"
         else:
-            kept = f"the {done} of {len(self.pairs)} scores made so far are kept in {self.store.path}"
-        return WorkError(f"objective {self.name!r}: the scorer {what}; {kept}")
+            saved = f"the {done} of {len(self.pairs)} scores made so far are kept in {self.store.path}"
+        return WorkError(f"objective {self.name!r}: the scorer {what}; {saved}")
 
 
 def _short(text: str, most: int = 60) -> str:

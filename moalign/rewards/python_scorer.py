@@ -38,9 +38,9 @@ class PythonScorer:
         _check_options(self.function, spec.function, self.options, where)
         file = file_of(spec.function, base_dir)
         source = _source(self.function) if file is None else fingerprint(file)
-        told = json.dumps([self.options, spec.revision, source], sort_keys=True, default=repr)
+        settings = json.dumps([self.options, spec.revision, source], sort_keys=True, default=repr)
         name = spec.function if file is None else Path(spec.function).name  # a moved file is the same file
-        self.revision = f"python:{name}:{hashlib.sha256(told.encode()).hexdigest()[:16]}"
+        self.revision = f"python:{name}:{hashlib.sha256(settings.encode()).hexdigest()[:16]}"
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Sequence[float]:
         """Return what the callable gives, ``[samples]``; the panel checks length and values."""
@@ -55,12 +55,12 @@ def load_function(name: str, base_dir: Path, where: str) -> Callable[..., Any]:
     Raises RequestError when it cannot be imported, does not exist or cannot be called.
     """
     if ":" in name:
-        found = _from_path(name, base_dir, where)
+        function = _from_path(name, base_dir, where)
     else:
-        found = _from_entry_point(name, where)
-    if not callable(found):
-        raise RequestError(f"{where}: function {name!r} is a {type(found).__name__}, which cannot be called")
-    return found  # type: ignore[no-any-return]
+        function = _from_entry_point(name, where)
+    if not callable(function):
+        raise RequestError(f"{where}: function {name!r} is a {type(function).__name__}, which cannot be called")
+    return function  # type: ignore[no-any-return]
 
 
 def file_of(name: str, base_dir: Path) -> Path | None:
@@ -90,7 +90,7 @@ def _from_entry_point(name: str, where: str) -> Any:
         return offered[name].load()
     except Exception as error:
         raise RequestError(
-            f"{where}: entry point {name!r} ({offered[name].value}) cannot be loaded: {_told(error)}"
+            f"{where}: entry point {name!r} ({offered[name].value}) cannot be loaded: {_described(error)}"
         ) from error
 
 
@@ -99,13 +99,13 @@ def _from_path(name: str, base_dir: Path, where: str) -> Any:
     module_name, _, attribute = name.rpartition(":")
     if not all(part.isidentifier() for part in [*([] if file else module_name.split(".")), *attribute.split(".")]):
         raise RequestError(f"{where}: function {name!r} is not of the form file.py:callable or package.module:callable")
-    found: Any = _import(module_name, base_dir, where) if file is None else _import_file(file, where)
+    target: Any = _import(module_name, base_dir, where) if file is None else _import_file(file, where)
     for part in attribute.split("."):
-        if not hasattr(found, part):
-            near = did_you_mean(part, [key for key in dir(found) if not key.startswith("_")])
+        if not hasattr(target, part):
+            near = did_you_mean(part, [key for key in dir(target) if not key.startswith("_")])
             raise RequestError(f"{where}: {module_name} has no {part!r} (function {name!r}){near}")
-        found = getattr(found, part)
-    return found
+        target = getattr(target, part)
+    return target
 
 
 def _import_file(file: Path, where: str) -> Any:
@@ -126,7 +126,7 @@ def _import_file(file: Path, where: str) -> Any:
         spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
-        raise RequestError(f"{where}: running {file} failed: {_told(error)}{_line_in(error, path)}") from error
+        raise RequestError(f"{where}: running {file} failed: {_described(error)}{_line_in(error, path)}") from error
     return module
 
 
@@ -161,10 +161,10 @@ def _import(module_name: str, base_dir: Path, where: str) -> Any:
             f"{where}: module {module_name!r} cannot be imported: {error}; looked on the Python path and in {base_dir}"
         ) from error
     except Exception as error:
-        raise RequestError(f"{where}: importing {module_name!r} failed: {_told(error)}") from error
+        raise RequestError(f"{where}: importing {module_name!r} failed: {_described(error)}") from error
 
 
-def _told(error: Exception) -> str:
+def _described(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 

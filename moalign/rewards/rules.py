@@ -133,8 +133,8 @@ def content_words(text: str) -> set[str]:
     ['cat', 'cats', 'see']
     """
     folded = (word.casefold().replace("’", "'") for word in words(text))
-    kept = (word.removesuffix("'s") for word in folded if word not in _STOP_WORDS)
-    return {word for word in kept if sum(map(str.isalpha, word)) >= 3 and word not in _STOP_WORDS}
+    stems = (word.removesuffix("'s") for word in folded if word not in _STOP_WORDS)
+    return {word for word in stems if sum(map(str.isalpha, word)) >= 3 and word not in _STOP_WORDS}
 
 
 @_rule("detail", DetailOptions)
@@ -200,9 +200,9 @@ def keyword_density(response: str, options: KeywordOptions) -> float:
     # Longest first, so that "ice cream" wins over "ice" where both would match.
     ordered = sorted(set(options.keywords), key=len, reverse=True)
     pattern = r"(?<!\w)(?:" + "|".join(re.escape(keyword.strip()) for keyword in ordered) + r")(?!\w)"
-    found = len(re.findall(pattern, response, re.IGNORECASE if options.ignore_case else 0))
+    occurrences = len(re.findall(pattern, response, re.IGNORECASE if options.ignore_case else 0))
     total = len(words(response))
-    return found / total if total else 0.0
+    return occurrences / total if total else 0.0
 
 
 class DialogueOptions(Strict):
@@ -294,11 +294,11 @@ class RegexOptions(Strict):
 def regex_count(response: str, options: RegexOptions) -> float:
     """Number of non-overlapping matches of a pattern (Python syntax), or matches per word."""
     flags = re.IGNORECASE if options.ignore_case else 0
-    found = sum(1 for _ in re.finditer(options.pattern, response, flags))
+    matches = sum(1 for _ in re.finditer(options.pattern, response, flags))
     if not options.per_word:
-        return float(found)
+        return float(matches)
     total = len(words(response))
-    return found / total if total else 0.0
+    return matches / total if total else 0.0
 
 
 class VaderOptions(Strict):
@@ -378,8 +378,8 @@ class RuleScorer:
         self.rule = RULES[spec.rule]
         if spec.rule == "vader":
             _vader_analyser()  # a missing library is told now, not after the base has been sampled
-        told = json.dumps([_VERSION, self.options.model_dump(mode="json")], sort_keys=True)
-        self.revision = f"rule:{spec.rule}:{hashlib.sha256(told.encode()).hexdigest()[:16]}"
+        settings = json.dumps([_VERSION, self.options.model_dump(mode="json")], sort_keys=True)
+        self.revision = f"rule:{spec.rule}:{hashlib.sha256(settings.encode()).hexdigest()[:16]}"
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         """Return the rule's value of each response, ``[samples]``; prompts are not looked at."""

@@ -66,8 +66,8 @@ def _refusal(error: Exception) -> int | None:
         code = error.errno
     elif type(error).__module__.split(".")[0] == "safetensors":
         # safetensors reports a full disk as its own error, with the number only in the text.
-        found = re.search(r"\(os error (\d+)\)", str(error))
-        code = int(found.group(1)) if found else None
+        match = re.search(r"\(os error (\d+)\)", str(error))
+        code = int(match.group(1)) if match else None
     return code if code in _REFUSALS else None
 
 
@@ -75,8 +75,8 @@ def _concerns(error: Exception, folder: Path) -> bool:
     name = getattr(error, "filename", None)
     if not isinstance(name, str | os.PathLike):
         return True
-    found, ours = Path(os.path.realpath(name)), Path(os.path.realpath(folder))
-    return found.is_relative_to(ours) or ours.is_relative_to(found)
+    path, ours = Path(os.path.realpath(name)), Path(os.path.realpath(folder))
+    return path.is_relative_to(ours) or ours.is_relative_to(path)
 
 
 @contextlib.contextmanager

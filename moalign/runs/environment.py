@@ -102,8 +102,8 @@ def _threads() -> int | None:
     torch = sys.modules.get("torch")
     if torch is not None:
         return int(torch.get_num_threads())
-    told = os.environ.get("OMP_NUM_THREADS", "")
-    return int(told) if told.isdigit() else None
+    setting = os.environ.get("OMP_NUM_THREADS", "")
+    return int(setting) if setting.isdigit() else None
 
 
 def _gpus() -> list[str]:

@@ -85,10 +85,10 @@ def read(folder: Path) -> RunRecord:
     except json.JSONDecodeError as error:
         raise RequestError(f"{path}:{error.lineno}: not JSON ({error.msg}); {_REMEDY}") from error
     except ValidationError as error:
-        found = "; ".join(
+        details = "; ".join(
             f"{'.'.join(map(str, problem['loc'])) or 'the whole file'}: {problem['msg']}" for problem in error.errors()
         )
-        raise RequestError(f"{path}: not a run record of this moalign: {found}; {_REMEDY}") from error
+        raise RequestError(f"{path}: not a run record of this moalign: {details}; {_REMEDY}") from error
 
 
 _REMEDY = "move the run's folder away to train it again"

@@ -175,9 +175,9 @@ class Run:
     def truncate_metrics(self, phase: str, step: int) -> None:
         """Drop the lines of ``phase`` after ``step``: a resume from the checkpoint of ``step`` writes them again."""
         lines = self._metric_lines()
-        kept = [raw for raw, entry in lines if entry.get("phase") != phase or entry["step"] <= step]
+        remaining = [raw for raw, entry in lines if entry.get("phase") != phase or entry["step"] <= step]
         path = self.path / METRICS
-        content = b"".join(raw + b"\n" for raw in kept)
+        content = b"".join(raw + b"\n" for raw in remaining)
         if path.exists() and path.read_bytes() != content:
             atomic.write_bytes(path, content)
         self._mended = True
@@ -187,14 +187,14 @@ class Run:
         if not path.exists():
             return []
         *lines, last = path.read_bytes().split(b"\n")
-        found = []
+        entries = []
         for number, raw in enumerate(lines, start=1):
             entry = _metric(raw)
             if entry is None:
                 raise RequestError(f"{path}:{number}: damaged line {raw[:60]!r}; delete it")
-            found.append((raw, entry))
+            entries.append((raw, entry))
         entry = _metric(last)  # empty, unless a kill cut the last line (or only its newline)
-        return [*found, (last, entry)] if entry is not None else found
+        return [*entries, (last, entry)] if entry is not None else entries
 
     def _mend_metrics(self) -> None:
         """Make the file end with a newline, so that a new line is not glued to a half one."""

@@ -108,7 +108,7 @@ class RunStore:
 
         A run whose record is damaged is named once on stderr and left out.
         """
-        found = []
+        matching = []
         for folder in self._folders():
             if task not in (None, folder.parts[-3]) or method not in (None, folder.parts[-2]):
                 continue
@@ -118,8 +118,8 @@ class RunStore:
                 self._warn(folder, str(error))
                 continue
             if status in (None, run.status):
-                found.append(run)
-        return sorted(found, key=lambda run: (run.record.created, run.run_id), reverse=True)
+                matching.append(run)
+        return sorted(matching, key=lambda run: (run.record.created, run.run_id), reverse=True)
 
     def newest_finished(self, task: str | None = None, method: str | None = None) -> Run:
         """Return the run that finished last; RequestError when none is finished."""

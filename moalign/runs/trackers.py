@@ -77,10 +77,10 @@ class Mirrors:
             self._try(name, self._start, name)
         for name, tracker in list(self._open.items()):
             if name in _STEPS_GROW:
-                told, at = {**numbers, f"{phase}/step": step}, None
+                values, at = {**numbers, f"{phase}/step": step}, None
             else:
-                told, at = numbers, step
-            self._try(name, tracker.log, told, at)
+                values, at = numbers, step
+            self._try(name, tracker.log, values, at)
 
     def finish(self) -> None:
         """Close every tracker."""
@@ -114,8 +114,8 @@ class Mirrors:
             work(*arguments)
         except Exception as error:  # whatever a library of others raises: a mirror must not end a run
             self._open.pop(name, None)
-            said = " ".join(str(error).split())
-            self._warn(f"{name}: {type(error).__name__}: {said}; it is told no more, metrics.jsonl goes on")
+            message = " ".join(str(error).split())
+            self._warn(f"{name}: {type(error).__name__}: {message}; it is told no more, metrics.jsonl goes on")
 
 
 def _tags(settings: Mapping[str, Any]) -> dict[str, str]:

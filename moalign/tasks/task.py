@@ -63,16 +63,16 @@ class Scored:
     def first(self, per_prompt: int) -> Scored:
         """Return the first ``per_prompt`` responses of every prompt, in their order."""
         seen: Counter[str] = Counter()
-        kept = []
+        rows = []
         for row, prompt in enumerate(self.prompts):
             seen[prompt] += 1
             if seen[prompt] <= per_prompt:
-                kept.append(row)
+                rows.append(row)
         return Scored(
-            [self.prompts[row] for row in kept],
-            [self.responses[row] for row in kept],
-            self.raw[kept],
-            round(self.sampled * len(kept) / max(1, len(self.prompts))),
+            [self.prompts[row] for row in rows],
+            [self.responses[row] for row in rows],
+            self.raw[rows],
+            round(self.sampled * len(rows) / max(1, len(self.prompts))),
         )
 
 
@@ -154,7 +154,7 @@ class Task:
         """What the card points to, by content: part of the hash."""
         raise NotImplementedError
 
-    def optimum(self, wanted: Sequence[Preference], prompts: Sequence[str], beta: float = 0.0) -> Matrix | None:
+    def optimum(self, prefs: Sequence[Preference], prompts: Sequence[str], beta: float = 0.0) -> Matrix | None:
         """Return the optimal mean raw rewards ``[preferences, objectives]``, or None when they are not known."""
         return None
 
@@ -173,13 +173,13 @@ class Task:
     @functools.cached_property
     def prompts(self) -> dict[str, list[str]]:
         """Bare prompts of the splits ``train``, ``calibration``, ``eval``."""
-        kept = [prompt for prompt in self._all_prompts() if not self.left_out(prompt)]
-        if not kept:
+        fitting = [prompt for prompt in self._all_prompts() if not self.left_out(prompt)]
+        if not fitting:
             raise RequestError(
                 f"task {self.card.name}: overlong: drop leaves no prompt; all are longer than "
                 f"generation.max_prompt_tokens = {self.card.generation.max_prompt_tokens}"
             )
-        parts = splits.split(kept, self.card.splits)
+        parts = splits.split(fitting, self.card.splits)
         splits.check_leaks(parts)
         return parts
 
@@ -205,8 +205,8 @@ class Task:
 
     def overlong(self) -> dict[str, int]:
         """Return :meth:`overlong_report` where there is something to tell, else nothing."""
-        told = self.overlong_report()
-        return told if told.get("cut") or told.get("dropped") else {}
+        report = self.overlong_report()
+        return report if report.get("cut") or report.get("dropped") else {}
 
     def overlong_report(self) -> dict[str, int]:
         """Return how many prompts of all splits the limit cuts (and of how many tokens in all) or drops."""
@@ -412,18 +412,18 @@ class Task:
                 "pairs: scored builds them from scored responses"
             )
         if source == "scored" or not self.has_pairs(objective):
-            found = self.scored() if scored is None else scored
-            values = self.panel.with_normaliser(self.normaliser).z(found.raw)
-            return from_scores(found, values, objective, self.names, per_prompt, labels, self.card.pool.seed)
-        told = self._data_pairs(objective)
-        if not told:
+            responses = self.scored() if scored is None else scored
+            values = self.panel.with_normaliser(self.normaliser).z(responses.raw)
+            return from_scores(responses, values, objective, self.names, per_prompt, labels, self.card.pool.seed)
+        labelled = self._data_pairs(objective)
+        if not labelled:
             raise RequestError(f"data.pairs.{name}: none of its prompts falls into the training split (splits)")
         return Pairs(
             objective=objective,
-            prompts=[pair.prompt for pair in told],
-            chosen=[Response(pair.chosen) for pair in told],
-            rejected=[Response(pair.rejected) for pair in told],
-            chance=np.ones(len(told)),
+            prompts=[pair.prompt for pair in labelled],
+            chosen=[Response(pair.chosen) for pair in labelled],
+            rejected=[Response(pair.rejected) for pair in labelled],
+            chance=np.ones(len(labelled)),
         )
 
     def _sample_base(self, split: str, per_prompt: int, what: str) -> Sampled:

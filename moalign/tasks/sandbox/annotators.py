@@ -68,10 +68,10 @@ def label(groups: Sequence[Group], prompts: Sequence[str], count: int, seed: int
         chosen_prompts, first, second = _draw(rng, prompts, count)
         chance = sigmoid(group.sharpness * _utilities(group, chosen_prompts, first, second))
         wins = rng.random(count) < chance
-        one = PairSet(group.name)
+        pair_set = PairSet(group.name)
         for prompt, a, b, p, won in zip(chosen_prompts, first, second, chance.tolist(), wins.tolist(), strict=True):
-            one.add(prompt, *((a, b) if won else (b, a)), chance=p if won else 1 - p)
-        made.append(one)
+            pair_set.add(prompt, *((a, b) if won else (b, a)), chance=p if won else 1 - p)
+        made.append(pair_set)
     return made
 
 

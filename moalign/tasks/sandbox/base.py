@@ -75,7 +75,7 @@ _WORLD = (
 
 def identity(objectives: Sequence[str], kind: str, seed: int) -> str:
     """Return the content address of a base: 12 hex digits over all that determines it."""
-    told = {
+    content = {
         "objectives": list(objectives),
         "kind": kind,
         "seed": seed,
@@ -102,8 +102,8 @@ def identity(objectives: Sequence[str], kind: str, seed: int) -> str:
         ],
     }
     if len(objectives) > 2:
-        told["more"] = MORE_STEPS * (len(objectives) - 2)
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
+        content["more"] = MORE_STEPS * (len(objectives) - 2)
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def ensure(objectives: Sequence[str], kind: str, seed: int, progress: Callable[[int, int], None] | None = None) -> Path:
@@ -122,11 +122,11 @@ def ensure(objectives: Sequence[str], kind: str, seed: int, progress: Callable[[
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(str(folder) + ".lock"):
         if not (folder / "model.safetensors").is_file():
-            model, tokenizer, told = train(objectives, kind, seed, progress)
+            model, tokenizer, facts = train(objectives, kind, seed, progress)
             with atomic.directory(folder) as place:
                 model.save_pretrained(place, safe_serialization=True)
                 tokenizer.save_pretrained(place)
-                (place / "base.json").write_text(json.dumps(told, indent=2) + "\n")
+                (place / "base.json").write_text(json.dumps(facts, indent=2) + "\n")
     return folder
 
 
@@ -281,11 +281,11 @@ class Corpus:
         which = self.rng.integers(len(self.prompts), size=count)
         weights = self.rng.dirichlet([1.0] * len(self.objectives), size=count)
         # Corners and round numbers are what people ask for, and Dirichlet draws never hit them.
-        round_ones = np.round(weights, 1)
+        rounded = np.round(weights, 1)
         corners = np.eye(len(self.objectives))[self.rng.integers(len(self.objectives), size=count)]
         pick = self.rng.random(count)
-        exact = np.isclose(round_ones.sum(axis=1), 1.0) & (pick < 0.3)
-        weights = np.where(exact[:, None], round_ones, weights)
+        exact = np.isclose(rounded.sum(axis=1), 1.0) & (pick < 0.3)
+        weights = np.where(exact[:, None], rounded, weights)
         weights = np.where((pick > 0.85)[:, None], corners, weights)
         stated = self.rng.random(count) < PREFERENCE_SHARE
         logits = (
