@@ -18,7 +18,7 @@ from moalign.config.strict import Strict
 from moalign.core.errors import did_you_mean
 
 _NOT_HASHED = {"description", "suite", "recipes_from", "published"}
-"""What changes no score."""
+"""Keys that change no score."""
 
 
 class SourceSpec(Strict):
@@ -91,7 +91,7 @@ class PublishedSpec(Strict):
 
 
 class WordsSpec(Strict):
-    """What one range of an objective's weight is called, for a model that does as it is told."""
+    """The phrase for one range of an objective's weight, for a model that follows instructions."""
 
     up_to: float = Field(gt=0, le=1)
     """The phrase is for weights up to this one and above the phrase before; the last of an objective has 1."""
@@ -299,8 +299,8 @@ class TaskCard(Strict):
         """Return 16 hex digits over everything that changes a score.
 
         ``identity`` adds what the card only points to (fingerprints of the model folder and of data
-        files), so that moving a folder keeps the hash and changing a weight changes it. What is not given (null) does
-        not count, so that a key which moalign learns later leaves the hash of cards without it as it is.
+        files), so that moving a folder keeps the hash and changing a weight changes it. Null values are left out, so
+        that a key added in a later version does not change the hash of cards without it.
         """
         card = self.model_dump(mode="json", exclude=_NOT_HASHED | ({"model"} if identity else set()), exclude_none=True)
         text = json.dumps([_without_folders(card), identity], sort_keys=True, ensure_ascii=False)

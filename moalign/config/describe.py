@@ -68,12 +68,12 @@ class Slot(NamedTuple):
                 return slot
 
     def branches(self) -> tuple[Any, ...]:
-        """Return the types of a union except None; for any other slot nothing."""
+        """Return the types of a union except None; empty for any other slot."""
         slot = self.bare()
         return tuple(a for a in get_args(slot.annotation) if a is not type(None)) if is_union(slot.annotation) else ()
 
     def tags(self) -> dict[str, type[BaseModel]]:
-        """Return tag -> model for a union told apart by a key (``discriminator``)."""
+        """Return tag -> model for a union whose branches a key (``discriminator``) distinguishes."""
         name = self.bare().discriminator
         models = {}
         for branch in self.branches() if name else ():
@@ -102,7 +102,7 @@ def is_model(annotation: Any) -> bool:
 
 
 def words(slot: Slot) -> str:
-    """Say in words what a slot allows, bounds included.
+    """Return in words what a slot allows, bounds included.
 
     >>> words(Slot(int | None))
     'a whole number or null'
@@ -211,7 +211,7 @@ def _docs(model: type[BaseModel]) -> dict[str, str]:
         try:
             body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
         except (OSError, TypeError, SyntaxError):
-            continue  # no source at hand (a zipped install, a class made at run time): fields go without text
+            continue  # no source file (a zipped install, a class made at run time): fields have no text
         statements = body.body if isinstance(body, ast.ClassDef) else []
         for field, text in itertools.pairwise(statements):
             if not (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)):

@@ -29,7 +29,7 @@ _SCORER_FILE = re.compile(r"^(?P<file>.+\.py):(?P<attribute>[^/]*)$")
 
 @dataclass(frozen=True)
 class ResolvedRequest:
-    """One training request, checked: what is run, and how it was asked for."""
+    """One training request, checked: what is run, and what the user wrote."""
 
     recipe: Recipe
     """``recipe.config`` holds every setting of the method, defaults included."""
@@ -120,7 +120,7 @@ def load_recipe(
 
     Args:
         path: the recipe file; None for a method's defaults.
-        method: the method asked for; a recipe of another method is refused.
+        method: the requested method; a recipe of another method is refused.
         task: task name or card file; None for the recipe's own. It goes before the recipe's.
         overrides: ``--set`` texts. ``task.X`` goes to the card; ``policy.X``, ``config.X``, ``needs.X``, ``seed``
             and the like go to the recipe; ``X`` alone, a key of ``config_class``, is short for ``config.X``.
@@ -182,7 +182,7 @@ def _sort(texts: Sequence[str], config_class: type[Strict] | None) -> tuple[list
 
 
 def _not_a_setting(keys: tuple[str, ...], config_class: type[Strict] | None) -> str:
-    """Say which settings there are; a key of the card or the policy alone is offered with its section."""
+    """Return the allowed settings as text; for a bare key of the card or the policy, suggest it with its section."""
     if keys[0] in {"task", "method"}:
         option = "--task NAME, and its keys with --set task.KEY" if keys[0] == "task" else "the argument METHOD"
         return f"the {keys[0]} itself is not a setting; name it with {option}"
@@ -292,7 +292,7 @@ def _recipe_section(
 def _requested_task(
     section: _Section | None, path: str | Path | None, task: str | Path | None
 ) -> tuple[str | Path | None, str]:
-    """Return the task to load and what to blame when there is none such."""
+    """Return the task to load, and what messages name when it does not exist."""
     if task is not None or section is None:
         return task, "--task"
     named = section.data.get("task")
@@ -331,7 +331,7 @@ def _recipe(
 
 
 def _borrowed(sections: Mapping[str, str], plain: Mapping[str, Any], task: str | Path) -> dict[str, Any]:
-    """Return the sections that the task's recipes of other methods complete."""
+    """Return the config sections that the task's recipes of other methods fill in."""
     filled = {}
     for section, method in sections.items():
         file = find.find_recipe_file(task, method)

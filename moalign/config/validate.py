@@ -1,8 +1,8 @@
 """One validator for task cards, recipes and methods' configs: every problem at once, in plain words.
 
-pydantic finds what is wrong; this module says it for a person: file and line (or the ``--set`` that did it), key
-path, what was found, what is allowed, the nearest valid name. An unknown key does not hide other problems:
-the data is repaired with the nearest key and validated again.
+pydantic finds the errors; this module turns them into messages: file and line (or the ``--set`` option), key path, what
+was found, what is allowed, the nearest valid name. An unknown key does not hide other problems: the data is repaired
+with the nearest key and validated again.
 """
 
 from __future__ import annotations
@@ -222,7 +222,7 @@ def _value(data: Any, path: Path) -> Any:
 
 
 def found_words(value: Any) -> str:
-    """Say in a few words what was found: a short value as written in YAML, a long one by its kind."""
+    """Describe a value briefly: a short one as written in YAML, a long one by its kind."""
     if isinstance(value, dict):
         return f"a section with keys {', '.join(map(str, value))}" if value else "an empty section"
     if isinstance(value, list):
@@ -257,7 +257,7 @@ def _problem(model: type[Strict], data: Any, details: ErrorDetails) -> _Problem:
     if kind in {"value_error", "assertion_error"}:
         text = str(details["ctx"]["error"])
         head = text.split(" ", 1)[0].rstrip(":,")
-        # A check over several fields reports at the section: the line of the field it names says more.
+        # A check over several fields reports the section; the line of the field that it names is more helpful.
         named = is_model(slot.bare().annotation) and head in slot.bare().annotation.model_fields
         return _Problem(path, text, f"{kind} {text}", union, anchor=(*path, head) if named else None)
     if kind in {"union_tag_invalid", "union_tag_not_found"} and slot.tags():

@@ -1,4 +1,4 @@
-"""Where things are that belong to no run: the checkout, the user's cache."""
+"""Folders that belong to no run: the checkout and the user's cache."""
 
 from __future__ import annotations
 

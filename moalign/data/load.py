@@ -1,7 +1,7 @@
 """From a task's :class:`~moalign.config.card.DataSpec` to typed records.
 
 Prompts come from a list in the card, from a grammar, from a source, or from a grammar and one of the
-others. Responses and pairs are streams: nothing here holds a whole file in memory but the prompts.
+others. Responses and pairs are streamed; only the prompts are held in memory.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ def load_responses(spec: DataSpec, objectives: Sequence[str], base_dir: Path | s
 
     ``scores`` is ``[objectives]`` in the order of ``objectives``, or None when a record has none of
     them. Raises RequestError when the task has no responses, a score is no finite number, or a column
-    differs from an objective's name only in case or punctuation (its scores would be passed over).
+    differs from an objective's name only in case or punctuation (its scores would be ignored).
 
     A source whose ``columns`` name ``chosen`` is read as preference pairs: both replies of a pair are responses (RiC).
-    A column ``finished`` says which responses came to their end; without one all did.
+    A column ``finished`` marks the responses that a limit cut off as false; without it all are finished.
     """
     if spec.responses is None:
         raise RequestError("data.responses: the task has none; give a source with the columns prompt and response")
@@ -61,7 +61,7 @@ def load_responses(spec: DataSpec, objectives: Sequence[str], base_dir: Path | s
 def load_pairs(spec: DataSpec, base_dir: Path | str = ".", objective: str | None = None) -> Iterator[Pair]:
     """Stream ``data.pairs``: fields prompt, chosen, rejected, or whole dialogues in chosen and rejected.
 
-    ``objective`` names whose pairs, where they are given by objective. Raises RequestError when the task has no (such)
+    ``objective`` selects the pairs where they are given by objective. Raises RequestError when the task has no (such)
     pairs, the dialogues share no prompt, or both replies of a pair are the same text (with file and line).
     """
     if spec.pairs is None:

@@ -64,7 +64,7 @@ class Field:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One checked record: ``values`` has every field asked for, None where an optional one is absent."""
+    """One checked record: ``values`` has every requested field, None where an optional one is absent."""
 
     where: str
     values: dict[str, Any]
@@ -77,7 +77,7 @@ def read(source: SourceSpec, fields: Sequence[Field], base_dir: Path | str = "."
 
     Args:
         source: where they are; ``source.columns`` renames columns, ``source.limit`` stops early.
-        fields: the fields wanted; a required one must be in every record, an optional one only when
+        fields: the requested fields; a required one must be in every record, an optional one only when
             ``source.columns`` names its column.
         base_dir: the folder that a relative path starts from.
 
@@ -168,7 +168,7 @@ class _Plan:
     shown: str
     """The source as messages name it."""
     looked: str
-    """Where a local file or folder would be; for a hub id that cannot be reached."""
+    """Where a local file or folder would be; named when a hub id cannot be reached."""
     source: SourceSpec
     fields: tuple[Field, ...]
     named: Mapping[str, str]
@@ -437,7 +437,7 @@ def _open_folder(datasets: Any, path: Path) -> Any:
 def _open_hub(datasets: Any, name: str, source: SourceSpec) -> Any:
     builder = datasets.load_dataset_builder(name, revision=source.revision)
     # Whatever goes wrong on the way to the hub, datasets takes the newest cached copy, and with it
-    # another revision than the one asked for.
+    # possibly another revision than requested.
     cached = type(builder).__module__.endswith(".cache.cache")
     if cached and source.revision is not None and not str(builder.hash).startswith(source.revision):
         raise RequestError(

@@ -91,11 +91,11 @@ class Pool:
     rows: Rows
     """Which of the given points are in the pool, ``[pool]``."""
     unit: Array
-    """They in the unit box of all given points, ``[pool, objectives]``."""
+    """The pool's points in the unit box of all given points, ``[pool, objectives]``."""
     groups: NDArray[np.intp]
-    """Number of each one's prompt, ``[pool]``."""
+    """Index of the prompt that each point answers, ``[pool]``."""
     layers: int
-    """How many layers it took."""
+    """How many layers the pool holds."""
 
     @classmethod
     def of(

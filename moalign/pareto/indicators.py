@@ -1,7 +1,7 @@
 """Indicators beside the hypervolume: how well the policies obey, how useful and how even the front is.
 
 Shapes throughout: k preferences, m objectives. Row i of ``means`` is the mean (normalised) reward
-vector of the policy that was asked for row i of ``preferences``. Larger is better.
+vector of the policy conditioned on row i of ``preferences``. Larger is better.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _PAIR_BLOCK = 1024
 
 
 class Controllability(TypedDict):
-    """Kendall's tau-b between asked weight and achieved mean: averaged, and per objective ``[m]``."""
+    """Kendall's tau-b between requested weight and achieved mean: averaged, and per objective ``[m]``."""
 
     tau: float
     per_objective: list[float]
@@ -70,7 +70,7 @@ def controllability(preferences: ArrayLike, means: ArrayLike) -> Controllability
 
 
 def inner_product(preferences: ArrayLike, means: ArrayLike) -> float:
-    """Return MIP: the mean over preferences ``[k, m]`` of w.n of the policy asked for w (``means`` ``[k, m]``)."""
+    """Return MIP: the mean over preferences ``[k, m]`` of w.n of the policy conditioned on w (``means`` ``[k, m]``)."""
     weights, achieved = _paired(preferences, means)
     return float((weights * achieved).sum(axis=1).mean())
 

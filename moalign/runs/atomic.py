@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all.
+"""Atomic writes: files and folders appear complete or not at all.
 
 Everything is written under a hidden name beside its target, flushed to the disk and renamed into
 place: a reader, and a process that continues after ``kill -9``, sees the old content or the new one.
@@ -134,18 +134,18 @@ def directory(path: Path | str, *, replace: bool = True, remedy: str = REMEDY) -
 
 
 def write_bytes(path: Path | str, data: bytes, remedy: str = REMEDY) -> None:
-    """Write ``data`` to ``path``: whole, or not at all."""
+    """Write ``data`` to ``path`` atomically."""
     with file(path, remedy) as temporary, open(temporary, "xb") as stream:
         stream.write(data)
 
 
 def write_text(path: Path | str, text: str, remedy: str = REMEDY) -> None:
-    """Write ``text`` as UTF-8 to ``path``: whole, or not at all."""
+    """Write ``text`` as UTF-8 to ``path`` atomically."""
     write_bytes(path, text.encode("utf-8"), remedy)
 
 
 def write_json(path: Path | str, value: Any, remedy: str = REMEDY) -> None:
-    """Write ``value`` as indented JSON (see :func:`plain`) to ``path``: whole, or not at all."""
+    """Write ``value`` as indented JSON (see :func:`plain`) to ``path`` atomically."""
     write_bytes(path, json_bytes(value, indent=2), remedy)
 
 

@@ -60,7 +60,7 @@ def save(folder: Path, step: int, tensors: Mapping[str, torch.Tensor], state: Ma
 
 
 def load(folder: Path) -> Checkpoint | None:
-    """Return the newest whole checkpoint below ``folder``, or None; a damaged one is named on stderr."""
+    """Return the newest undamaged checkpoint below ``folder``, or None; a damaged one is named on stderr."""
     for step in _steps(folder):
         path = folder / f"step-{step:08d}"
         try:
@@ -71,7 +71,7 @@ def load(folder: Path) -> Checkpoint | None:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write tensors to a safetensors file, whole or not at all."""
+    """Write tensors to a safetensors file atomically."""
     with atomic.file(path) as temporary:
         _write_tensors(tensors, temporary)
 

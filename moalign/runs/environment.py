@@ -80,7 +80,7 @@ def _git(checkout: Path, *arguments: str) -> str | None:
 
 
 def usable_cpus() -> int:
-    """Return how many CPUs this process may keep busy: those it is bound to, or fewer where a container is held."""
+    """Return how many CPUs this process may keep busy: those it is bound to, or fewer where a container is limited."""
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, _, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").partition(" ")

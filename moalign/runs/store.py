@@ -1,7 +1,7 @@
 """The store of runs: ``<results>/runs/<task>/<method>/<run-id>/``.
 
-A run's identifier is the hash of what was asked for, so the same request finds its run again: finished, to be
-resumed, or being trained by another process.
+A run's identifier is the hash of its request, so the same request finds its run again: finished, to be resumed, or
+being trained by another process.
 """
 
 from __future__ import annotations
@@ -71,13 +71,13 @@ class RunStore:
         recipe: Mapping[str, Any] | None = None,
         as_given: Mapping[str, Any] | None = None,
     ) -> Run:
-        """Return the run that ``request`` asks for, made now (status ``running``) or found as it was left.
+        """Return the run that ``request`` asks for, created now (status ``running``) or loaded as it was left.
 
-        The folder appears together with its record; of two processes that make it at once, one does and the other
-        finds it. Take :meth:`Run.lock` before writing.
+        The folder appears together with its record; of two processes that create it at once, one succeeds and the other
+        loads it. Take :meth:`Run.lock` before writing.
 
         Raises:
-            RequestError: the results folder is read-only, full or not a folder; or the record found is damaged.
+            RequestError: the results folder is read-only, full or not a folder; or the existing record is damaged.
         """
         folder = self.folder(method, task, request)
         if not folder.exists():
