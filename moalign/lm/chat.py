@@ -40,7 +40,7 @@ class Ends:
     texts: tuple[str, ...]
     """Stop texts that are no single special token: the response is cut at the first one."""
     row: tuple[int, ...]
-    """What is written behind a finished response in training rows; the loss counts it."""
+    """Tokens appended to a finished response in training rows; the loss includes them."""
 
 
 def generation_ends(config: Any) -> tuple[int, ...]:
@@ -126,13 +126,13 @@ class Codec:
 
     @functools.cached_property
     def _reply(self) -> tuple[str, bool, tuple[int, ...]]:
-        """How the chat template writes a reply: (text between the prompt and it, whether it loses white space around
-        it, token ids behind it up to the first special one; none when there is no special one)."""
+        """How the chat template writes a reply: (text between prompt and reply, whether white space around the reply is
+        stripped, token ids after it up to the first special one; empty without a special one)."""
         user, reply = "moalign prompt", "moalign reply"
         conversation = self.turns(user, reply)
         before, _, behind = conversation.rpartition(reply)
         head = self.turns(user)
-        # A template that opens replies differently in the history than when it asks for one (thinking) says nothing.
+        # A template that opens past replies in another way than a new one (thinking) gives no usable gap.
         gap = before.removeprefix(head) if before.startswith(head) else ""
         trims = f" {reply} " not in self.turns(user, f" {reply} ")
         ids = self._plain_ids([behind])[0] if behind else []
@@ -144,8 +144,8 @@ class Codec:
     def prompt_ids(self, texts: Sequence[str]) -> list[Ids]:
         """Return the token ids of rendered prompts: exactly those that the tokenizer itself gives.
 
-        Chat text holds its special tokens already; plain text gets those that the tokenizer puts around a text, less an
-        end token behind it, after which there would be nothing to say.
+        Chat text holds its special tokens already; plain text gets those that the tokenizer puts around a text, less a
+        final end token, after which the model would not continue.
         """
         if self.template.chat:
             return self._plain_ids(texts)
@@ -175,14 +175,14 @@ class Codec:
             else:
                 texts.append(text)
         if self.template.end is not None:
-            row = tuple(self._behind(self.template.end))
+            row = tuple(self._ids_after(self.template.end))
         else:
             row = turn if self.template.chat and turn else (int(self.tokenizer.eos_token_id),)
         return Ends(frozenset(ids), tuple(texts), row)
 
     @property
     def _turn_end(self) -> tuple[int, ...]:
-        """What the chat template writes behind a reply, its first special token last; none without a chat template."""
+        """What the chat template writes after a reply, up to its first special token; empty without a chat template."""
         if not self.tokenizer.chat_template:
             return ()
         try:
@@ -193,11 +193,11 @@ class Codec:
             return ()
 
     def response_ids(self, prompt: str, response: Response, prompt_ids: Ids | None = None) -> Ids:
-        """Return the ids of a response to a rendered prompt, with what ends it in a training row if it is finished.
+        """Return the ids of a response to a rendered prompt, with :attr:`Ends.row` appended if it is finished.
 
         Sampled responses keep their ids. A text is tokenised together with its prompt, as it would be read: where the
-        prompt's own ids are the beginning of that, the rest is the response. Where a token reaches across the border
-        (the sampler can never write one) the response is tokenised behind a character that merges with nothing.
+        prompt's own ids are the beginning of that, the rest is the response. Where a token spans the boundary (the
+        sampler can never produce one) the response is tokenised after a character that merges with nothing.
         """
         if response.ids is not None:
             return list(response.ids)
@@ -210,11 +210,11 @@ class Codec:
             return []
         head = self.prompt_ids([prompt])[0] if prompt_ids is None else prompt_ids
         both = self.prompt_ids([prompt + text])[0]
-        ids = both[len(head) :] if both[: len(head)] == head else self._behind(text)
+        ids = both[len(head) :] if both[: len(head)] == head else self._ids_after(text)
         return [*ids, *self.ends.row] if response.finished and ids else ids
 
-    def _behind(self, text: str) -> Ids:
-        """Return the tokens of a text behind other text: alone, some tokenizers put a word boundary before it."""
+    def _ids_after(self, text: str) -> Ids:
+        """Return the tokens of a text that follows other text: alone, it may get a word boundary in front."""
         for anchor in ("\n", "a", ":", "."):
             alone, both = self._plain_ids([anchor, anchor + text])
             if both[: len(alone)] == alone and len(both) > len(alone):
@@ -236,14 +236,14 @@ class Codec:
         """Return ``build(prompt)`` with as much of the end of ``prompt`` as ``limit`` tokens hold, cut between tokens.
 
         Args:
-            build: renders a user's text; what it puts around the text stays whole.
-            where: the setting behind ``limit``, for messages.
+            build: renders a user's text; what it puts around the text is never cut.
+            where: the setting that ``limit`` comes from, for messages.
 
         Raises:
-            RequestError: what stands around the text is longer than the limit already.
+            RequestError: the template alone is longer than the limit.
         """
         rendered = build(prompt)
-        # A token holds at least one byte, but for the few that stand around a text.
+        # Every token covers at least one byte, except the few special ones around a text.
         if len(rendered.encode(errors="surrogatepass")) + 8 <= limit:
             return Fitted(rendered, prompt, 0)
 
@@ -263,7 +263,7 @@ class Codec:
                 f"{where}: {limit} tokens do not hold what the template writes around a prompt "
                 f"({size('')} tokens) and a token of the prompt; raise it, or shorten the template"
             )
-        # Behind other text the tokens may be fewer than alone: what still fits stays.
+        # After other text there may be fewer tokens than in the text alone: keep what still fits.
         while first > 1 and size(prompt[starts[first - 1] :]) <= limit:
             first -= 1
         remaining = prompt[starts[first] :]
@@ -272,7 +272,7 @@ class Codec:
         )
 
     def _starts(self, text: str) -> list[int]:
-        """Return at which character each token of a text begins; every character for a tokenizer that cannot tell."""
+        """Return the character at which each token of a text begins; every one if the tokenizer has no offsets."""
         if not self.tokenizer.is_fast:
             return list(range(len(text)))
         coded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -298,7 +298,7 @@ class Fitted:
 
 
 class Rendered(str):
-    """What a policy reads, already cut to the card's limit. It knows the user's text, so that it can be cut again."""
+    """The text that a policy reads, cut to the card's limit; it keeps the user's own text, to be cut again."""
 
     prompt: str
     build: Callable[[str], str]
@@ -306,12 +306,12 @@ class Rendered(str):
 
     @classmethod
     def from_text(cls, text: str) -> Rendered:
-        """Return a text as what a policy reads: of a bare one (a method's own rendering) all is the user's."""
+        """Return rendered text as it is; a plain string (a method's own rendering) is all the user's text."""
         return text if isinstance(text, Rendered) else cls.of(Fitted(text, text, 0), str)
 
     @classmethod
     def of(cls, fitted: Fitted, build: Callable[[str], str]) -> Rendered:
-        """Return a fitted prompt as what a policy reads."""
+        """Return a fitted prompt as rendered text."""
         made = cls(fitted.text)
         made.prompt, made.build, made.cut = fitted.prompt, build, fitted.cut
         return made
@@ -349,7 +349,7 @@ class Renderer:
         return " ".join(text for text in chosen if text)
 
     def beside(self, prompt: str, text: str) -> Rendered:
-        """Return the prompt with a text in the place where its preference would stand."""
+        """Return the prompt with a text in the place of its preference."""
         return self._finish(prompt, self.template.preference, preference=text)
 
     def scores(self, prompt: str, scores: Sequence[float]) -> Rendered:
@@ -375,7 +375,7 @@ class Renderer:
 
 
 def fill(template: str, **fields: str) -> str:
-    """Put the fields in, each once and from the template alone: a prompt that holds ``{prompt}`` stays as it is."""
+    """Fill in each field once, in the template alone: a prompt that itself holds ``{prompt}`` stays as it is."""
     parts: list[str] = []
     rest = template
     while rest:
@@ -410,7 +410,7 @@ def pair_row(codec: Codec, rendered: str, responses: Sequence[Response], max_tok
     if len(head) + longest > max_tokens:
         prompt = Rendered.from_text(rendered)
         fixed = codec.prompt_ids([prompt.build("")])[0]
-        # The user's text keeps a token where there is one.
+        # Keep at least one token of the user's text, if it has any.
         room = min(longest, max_tokens - len(fixed) - (1 if len(fixed) < len(head) else 0))
         if room < 1:
             raise RequestError(

@@ -17,7 +17,7 @@ AT_ONCE = 2**23
 """Logits held at a time (32 MB in single precision); with no more than these in all, the plain formula is used."""
 
 _linear: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-"""Which heads are known to make the model's logits by themselves; see :func:`_is_linear`."""
+"""Whether a head alone makes its model's logits, as far as tested; see :func:`_is_linear`."""
 
 
 def token_log_probs(
@@ -53,12 +53,12 @@ def token_log_probs(
     elif _is_linear(head, tap, output.logits):
         return *_in_chunks(head, tap.states, chosen, temperature), output
     else:
-        return token_log_probs(model, mask, tokens, temperature, **inputs)  # now known to be no linear map
+        return token_log_probs(model, mask, tokens, temperature, **inputs)  # now known not to be linear
     return *_plain(logits, chosen, temperature), output
 
 
 def _head(model: Any) -> Any:
-    """Return the module that makes logits of hidden states; None where the model does not tell."""
+    """Return the module that makes logits of hidden states; None where the model does not expose it."""
     get_head = getattr(model, "get_output_embeddings", None)
     return None if get_head is None else get_head()
 
@@ -92,7 +92,7 @@ class _Tap:
 
 @torch.no_grad()
 def _is_linear(head: nn.Linear, tap: _Tap, logits: Tensor) -> bool:
-    """Whether the model's logits are the head's own: no scale, softcap or the like follows it. Found once a head."""
+    """Whether the model's logits are the head's own: no scale, softcap or the like follows it. Tested once per head."""
     if head not in _linear:
         own = nn.functional.linear(tap.sent, head.weight, head.bias).float()
         _linear[head] = bool((own - logits.float()).abs().max() <= 0.01 * own.abs().max())
@@ -118,7 +118,7 @@ def _in_chunks(head: nn.Linear, states: Tensor, chosen: Tensor, temperature: flo
 
 
 class _ChunkedLogProbs(torch.autograd.Function):
-    """Log-probabilities under a frozen linear head, some places at a time.
+    """Log-probabilities under a frozen linear head, a chunk of positions at a time.
 
     ``log p_y`` of a place depends on its own state alone, with the gradient ``(W_y - sum_v p_v W_v) / temperature``:
     ``[marked, width]`` in all, made while the logits are there, so that nothing is computed twice.

@@ -17,7 +17,7 @@ from moalign.core.errors import RequestError, did_you_mean
 from moalign.lm import builtin
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "*.vocab", "bpe.codes", "*.bpe")
-"""One of these must be there: without them the library makes up an empty tokenizer and says nothing."""
+"""One of these must be there: without them the library silently makes up an empty tokenizer."""
 _READ = (
     "config.json",
     "tokenizer*",
@@ -56,7 +56,7 @@ def local_folder(model: str, base_dir: Path, where: str) -> Path | None:
 
 
 def _near(model: str) -> str:
-    """Return the hint for a built-in model's name mistyped; an owner's model has another's name by right."""
+    """Return a hint when ``model`` looks like a mistyped built-in name; a name with an owner is a hub id."""
     return "" if "/" in model else did_you_mean(model, list(builtin.MODELS))
 
 
