@@ -1,10 +1,10 @@
-"""``moalign check``: preflight of a recipe or a task card. Everything that can be known before training is looked at,
-every problem is collected, and nothing is written or loaded into a model."""
+"""``moalign check``: preflight of a recipe or a task card. Everything that can be known before training is checked,
+every problem is collected, and nothing is written and no model loaded."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,14 @@ FAR = 0.5
 
 @dataclass
 class Preflight:
-    """What was looked at and what is wrong."""
+    """What was checked and what is wrong."""
 
     recipe: Path
-    """The file that was asked about: a recipe, or a card."""
+    """The file that is checked: a recipe, or a card."""
     checked: list[tuple[str, str]] = field(default_factory=list)
     """(what, what was found), in order."""
     notes: list[str] = field(default_factory=list)
-    """What is not wrong but worth knowing, and what could not be known."""
+    """What is not wrong but worth knowing, and what could not be checked."""
     problems: list[str] = field(default_factory=list)
     memory: dict[str, Any] = field(default_factory=dict)
     cost: dict[str, Any] = field(default_factory=dict)
@@ -65,7 +65,7 @@ class Preflight:
 
 
 def check(name_or_path: str, overrides: Sequence[str] = (), results: Path = Path("results")) -> Preflight:
-    """Look at a recipe or a card and everything that it points to.
+    """Check a recipe or a card and everything that it points to.
 
     ``task/method`` may also name a recipe that the task borrows (``recipes_from``). Raises RequestError only when there
     is no such recipe or card; every other problem is in ``problems``.
@@ -86,7 +86,7 @@ def check(name_or_path: str, overrides: Sequence[str] = (), results: Path = Path
 
 
 def _check_card(path: Path, overrides: Sequence[str], results: Path) -> Preflight:
-    """Look at a card, what it points to, and the settings of the recipes beside it."""
+    """Check a card, what it points to, and the settings of the recipes beside it."""
     report, cards = Preflight(path, of_card=True), []
 
     def read() -> str:
@@ -102,16 +102,17 @@ def _check_card(path: Path, overrides: Sequence[str], results: Path) -> Prefligh
 
 
 def _settings_of(recipe: Path, card: Path, overrides: Sequence[str]) -> str:
-    """Read a recipe for a card; the card's own problems are told once, with the card."""
+    """Read a recipe for a card; the card's own problems are reported once, with the card."""
     method = load.recipe_names(recipe)[0]
     resolved = load.load_recipe(recipe, method, card, overrides, registry.get(method).Config)
     return f"{recipe}: {len(resolved.config.model_dump())} settings of {method}"
 
 
 def _pointed_to(report: Preflight, card: TaskCard, results: Path, with_options: bool) -> Path | None:
-    """Look at what a card points to; return the policy's folder when it is there.
+    """Check what a card points to; return the policy's folder when it is there.
 
-    ``whole`` is False for a card without its options: what they might have changed is not blamed.
+    ``with_options`` is False for a card read without its ``--set`` options: what they might have changed is not
+    checked.
     """
     model = _model(report, card) if with_options else None
     sound = _data(report, card, results, model)
@@ -134,7 +135,7 @@ def preview(resolved: ResolvedRequest) -> Preflight:
 
 def must_be_fetched(card: TaskCard) -> bool:
     """Whether the task's base is a hub model that is not on this machine."""
-    if card.model is None or _here(card.model):
+    if card.model is None or _is_local(card.model):
         return False
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
@@ -148,7 +149,7 @@ def must_be_fetched(card: TaskCard) -> bool:
     return False
 
 
-def _here(model: str) -> bool:
+def _is_local(model: str) -> bool:
     """Whether a model needs no hub: a folder, or a built-in name."""
     return model in builtin.MODELS or Path(model).expanduser().is_dir()
 
@@ -199,10 +200,10 @@ def _resolve(
 
 
 def _card_alone(path: Path, overrides: Sequence[str]) -> tuple[TaskCard | None, bool]:
-    """Return the card of a recipe that has problems, so that what it points to is looked at too.
+    """Return the card of a recipe that has problems, so that what it points to is checked too.
 
-    The flag tells whether the options for the card are in it: when one of those is wrong, the card is read without
-    them. None when the card is wrong itself; its problems are among the recipe's, which the caller has already.
+    The flag is True when the card holds the options for it: when one of those is wrong, the card is read without them.
+    None when the card is wrong itself; its problems are among the recipe's, which the caller has already.
     """
     try:
         named = yaml_lines.load(path).data.get("task")
@@ -236,7 +237,7 @@ def _model(report: Preflight, card: TaskCard) -> Path | None:
         from moalign.lm import model_folder
 
         source = str(card.model)
-        if _here(source):
+        if _is_local(source):
             folders.append(model_folder.resolve(source, card.model_revision, "task.model"))
             return f"{source}: whole safetensors weights, content {model_folder.fingerprint(folders[0], 'task.model')}"
         return _hub(report, source, card.model_revision, "model", folders)
@@ -290,23 +291,23 @@ def _data(report: Preflight, card: TaskCard, results: Path, model: Path | None) 
         _pairs(report, spec)
         if isinstance(spec.prompts, SourceSpec):
             sound = _local(report, "prompts", spec.prompts)
-    return sound and report.look("splits", lambda: _splits(_on(card, model), results))
+    return sound and report.look("splits", lambda: _splits(_with_folder(card, model), results))
 
 
-def _on(card: TaskCard, model: Path | None) -> TaskCard:
-    """Return the card with its model's folder; without one all prompts stay, since none can be measured."""
+def _with_folder(card: TaskCard, model: Path | None) -> TaskCard:
+    """Return the card with its model's folder; without one no prompt is dropped, since none can be measured."""
     if model is not None:
         return card.model_copy(update={"model": str(model)})
     return card.model_copy(update={"overlong": None})
 
 
 def _overlong(report: Preflight, card: TaskCard, results: Path, model: Path | None) -> None:
-    """Tell how many prompts are cut or dropped, where the tokenizer is here to count their tokens."""
+    """Report how many prompts are cut or dropped, where the tokenizer is here to count their tokens."""
     if model is None:
         if card.overlong == "drop":
             report.notes.append("overlong: drop: how many prompts are left out is not known: the model is not here yet")
         return
-    report.look("overlong", lambda: _overlong_summary(report, _on(card, model), results))
+    report.look("overlong", lambda: _overlong_summary(report, _with_folder(card, model), results))
 
 
 def _overlong_summary(report: Preflight, card: TaskCard, results: Path) -> str:
@@ -371,7 +372,7 @@ def _splits(card: TaskCard, results: Path) -> str:
 
 def _objectives(report: Preflight, card: TaskCard) -> None:
     for spec in card.objectives:
-        if isinstance(spec, ModelObjective) and not _here(spec.model):
+        if isinstance(spec, ModelObjective) and not _is_local(spec.model):
             what = f"objective {spec.name}: model"
             report.look(f"objective {spec.name}", partial(_hub, report, spec.model, spec.revision, what))
         else:
@@ -379,7 +380,7 @@ def _objectives(report: Preflight, card: TaskCard) -> None:
 
 
 def _built(spec: ObjectiveSpec) -> str:
-    import moalign.tasks  # noqa: F401 - makes the objectives known that only a task of ours can score
+    import moalign.tasks  # noqa: F401 - registers the scorers of the sandbox's objectives
     from moalign.rewards.scorer import build_scorer
 
     scorer = build_scorer(spec, Path.cwd())
@@ -478,7 +479,7 @@ def _remedy(part: str) -> str:
 def _cost(report: Preflight, resolved: ResolvedRequest, sizes: Architecture | None) -> None:
     method = registry.get(resolved.recipe.method)
     estimate = cost.estimate(resolved, method.capabilities, sizes)
-    report.cost = estimate.as_dict()
+    report.cost = asdict(estimate)
     if not estimate.policies:
         report.checked.append(("cost", "nothing is trained; answering samples and scores"))
         return

@@ -18,14 +18,14 @@ Vector = NDArray[np.float64]
 
 
 def head_of(scorer_labels: Sequence[str], label: str | int | None, data_set: str) -> str | int | None:
-    """Return the output that judges a data set: the one asked for, else a head of the data set's own name."""
+    """Return the output that judges a data set: the requested one, else the head of the data set's own name."""
     if label is not None or len(scorer_labels) == 1:
         return label
     return data_set if data_set in scorer_labels else None
 
 
 def deltas(spec: ClassifierObjective, pairs: PairSet, base_dir: Path) -> tuple[Vector, ClassifierScorer]:
-    """Return ``r(chosen) - r(rejected)`` of every pair, ``[pairs]``, and the scorer that said so.
+    """Return ``r(chosen) - r(rejected)`` of every pair, ``[pairs]``, and the scorer that gave them.
 
     The sign is turned where smaller scores are better.
     """
@@ -49,7 +49,8 @@ def evaluate(
     Args:
         spec: the model; its ``label`` may be None for a model with a head per data set.
         sets: the pairs to judge on, by data set.
-        fitting: pairs on which a temperature is fitted (the calibration split), in the same order; may be empty.
+        fitting: pairs on which temperatures are fitted (the calibration split), in the same order of data sets; may be
+            empty.
         draws, seed: of the bootstrap.
 
     Returns:

@@ -40,7 +40,7 @@ def head_gradients(winner: Tensor, loser: Tensor, delta: Tensor, group: Tensor, 
 
 
 class Balancer:
-    """The weights of the groups, with the memory of their gradients."""
+    """The weights of the groups, with their smoothed gradients."""
 
     def __init__(self, groups: int, normalise: bool, momentum: float) -> None:
         """Weigh ``groups`` groups; ``momentum`` is the new gradient's share."""
@@ -63,7 +63,7 @@ class Balancer:
 
 
 class HeadWatch:
-    """Sees what goes into a classifier's last linear layer."""
+    """Records the input of a classifier's last linear layer."""
 
     def __init__(self, model: Any) -> None:
         """Find the head: the last linear layer with one output per label.
@@ -83,7 +83,7 @@ class HeadWatch:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Within the block the head's input is kept."""
+        """Within the block the head's input is recorded."""
 
         def keep(layer: Any, given: tuple[Tensor, ...]) -> None:
             self.seen = given[0]
@@ -97,7 +97,7 @@ class HeadWatch:
     def states(self, input_ids: Tensor, pad: int) -> Tensor:
         """Return the head's input per row, ``[rows, width]``; no gradient.
 
-        A decoder's head reads every token and the last that is no padding counts.
+        A decoder's head reads every token; the last one that is not padding counts.
         """
         assert self.seen is not None  # set by the forward pass
         seen = self.seen.detach()

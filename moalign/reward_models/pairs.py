@@ -42,7 +42,7 @@ class PairSet:
             self.chance.append(chance)
 
     def pick(self, rows: Iterable[int]) -> PairSet:
-        """Return some pairs, in the order given."""
+        """Return the pairs at ``rows``, in that order."""
         indices = list(rows)
 
         def of(values: list[str]) -> list[str]:
@@ -114,10 +114,10 @@ def content_hash(sets: Sequence[PairSet]) -> str:
 
 
 def row_order(sizes: Sequence[int], steps: int, batch: int, parts: int, seed: int) -> NDArray[np.intp]:
-    """Return which row each place of each step takes, ``[steps * batch]``.
+    """Return the row at each position of each step, ``[steps * batch]``.
 
-    Rows of all data sets are numbered one after the other. Each data set is walked in reshuffled passes; each of
-    the ``parts`` of a step holds the same number of pairs of every data set.
+    Rows of all data sets are numbered consecutively. Each data set is read in reshuffled passes; each of the ``parts``
+    of a step holds the same number of pairs of every data set.
 
     Args:
         sizes: pairs of each data set, ``[sets]``.

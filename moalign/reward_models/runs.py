@@ -1,4 +1,4 @@
-"""Reward models as runs: ``<results>/reward-models/<pairs>/<loss>/<run-id>/``, found again by what was asked for."""
+"""Reward models as runs: ``<results>/reward-models/<pairs>/<loss>/<run-id>/``, found by the hash of the request."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class RewardStore(RunStore):
 
 @dataclass(frozen=True)
 class RewardRequest:
-    """A reward model asked for, checked: see :func:`make`."""
+    """A checked request for a reward model; see :func:`make`."""
 
     name: str
-    """What the pairs are called: a task, or the data sets."""
+    """Name of the pairs: a task's, or that of the data sets."""
     settings: RewardSettings
     backbone: str
     revision: str | None
@@ -41,7 +41,7 @@ class RewardRequest:
     seed: int
     results: Path
     said: str | None = None
-    """What has to be told about the settings."""
+    """A notice for the user about the settings, if any."""
     as_given: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -77,13 +77,13 @@ def make(
     as_given: dict[str, Any] | None = None,
 ) -> RewardRequest:
     """Check a request and split its pairs; raises RequestError for what cannot be trained."""
-    fitting, said = training.check_loss(settings, [pair_set.name for pair_set in sets])
+    fitting, notice = training.check_loss(settings, [pair_set.name for pair_set in sets])
     parts = pairs.split_all(sets, fitting.splits)
-    return RewardRequest(name, fitting, backbone, revision, parts, seed, results, said, as_given or {})
+    return RewardRequest(name, fitting, backbone, revision, parts, seed, results, notice, as_given or {})
 
 
 def obtain(request: RewardRequest, say: Say = silent, wait: bool = False) -> tuple[Run, bool]:
-    """Train the reward model, or find it trained; returns (run, whether it was found).
+    """Train the reward model unless it is trained already; returns (run, whether it was).
 
     The model's folder is ``<run>/model``. ``wait``: wait for another process that trains it instead of refusing.
     Raises what :func:`moalign.reward_models.training.train` raises.

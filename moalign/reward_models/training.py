@@ -1,9 +1,9 @@
 """Reward models trained on preference pairs by trl's RewardTrainer, saved as plain sequence classifiers.
 
-Of the trainer only ``compute_loss`` is overridden: the model it calls is wrapped, so that a pair is read off its own
-head, and with ``more`` the groups' losses are weighted (:mod:`moalign.reward_models.more`). Rows are tokenised by the
-very code that scores (:mod:`moalign.rewards.rows`). A resumed run is a trainer over the remaining rows with weights
-and optimizer as they were: the result equals the uninterrupted run's bit for bit.
+Of the trainer only ``compute_loss`` is overridden: the model it calls is wrapped, so that each pair is scored by its
+own head, and with ``more`` the groups' losses are weighted (:mod:`moalign.reward_models.more`). Rows are tokenised by
+the same code as for scoring (:mod:`moalign.rewards.rows`). A resumed run is a trainer over the remaining rows with
+weights and optimizer as they were: the result equals the uninterrupted run's bit for bit.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from moalign.core.errors import RequestError, WorkError
 from moalign.core.progress import Say
@@ -33,6 +33,17 @@ if TYPE_CHECKING:
 PHASE = "train"
 MODEL = "model"
 """The model's folder inside its run."""
+
+
+class PairRow(TypedDict):
+    """A tokenised pair."""
+
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+    group: int
+    """Number of its data set."""
+    tokens: int
+    """Tokens of both."""
 
 
 @dataclass
@@ -64,7 +75,7 @@ class RewardJob:
 
 
 def check_loss(settings: RewardSettings, names: Sequence[str]) -> tuple[RewardSettings, str | None]:
-    """Return the settings that fit these data sets, and what has to be said about them.
+    """Return the settings that fit these data sets, and a notice for the user, if any.
 
     Raises RequestError for several data sets with ``bt`` and for a batch that cannot hold all groups alike.
     """
@@ -88,7 +99,7 @@ def check_loss(settings: RewardSettings, names: Sequence[str]) -> tuple[RewardSe
 
 
 def train(job: RewardJob) -> Path:
-    """Train the model and return its folder; resumes from the run's checkpoint, or finds it trained.
+    """Train the model and return its folder; resumes from the run's checkpoint and skips a phase that is done.
 
     Raises:
         RequestError: a backbone or tokenizer that cannot be used.
@@ -211,15 +222,16 @@ def _with_adapters(model: Any, settings: RewardSettings) -> Any:
         raise RequestError(f"lora.targets {spec.targets!r}: {str(error).splitlines()[0]}") from None
 
 
-def _rows(job: RewardJob, encoder: RowEncoder) -> list[dict[str, Any]]:
+def _rows(job: RewardJob, encoder: RowEncoder) -> list[PairRow]:
     """Return one row per pair, data set after data set."""
     rows = []
     for number, pair_set in enumerate(job.sets):
         chosen = encoder.rows(list(zip(pair_set.prompts, pair_set.chosen, strict=True)))
         rejected = encoder.rows(list(zip(pair_set.prompts, pair_set.rejected, strict=True)))
         for better, worse in zip(chosen, rejected, strict=True):
-            pair = {"chosen_ids": better["input_ids"], "rejected_ids": worse["input_ids"], "group": number}
-            rows.append({**pair, "tokens": len(better["input_ids"]) + len(worse["input_ids"])})
+            winner, loser = better["input_ids"], worse["input_ids"]
+            tokens = len(winner) + len(loser)
+            rows.append(PairRow(chosen_ids=winner, rejected_ids=loser, group=number, tokens=tokens))
     return rows
 
 
@@ -227,7 +239,7 @@ def make_trainer(
     job: RewardJob,
     model: Any,
     tokenizer: Any,
-    rows: Sequence[dict[str, Any]],
+    rows: Sequence[PairRow],
     optimizer: tuple[Any, int],
     callback: Any,
     balancer: Balancer | None,
@@ -264,7 +276,11 @@ def make_trainer(
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         inner, lambda step: factor(settings.schedule, start + step, job.steps, settings.warmup)
     )
-    columns = {key: [row[key] for row in rows] for key in ("chosen_ids", "rejected_ids", "group")}
+    columns = {
+        "chosen_ids": [row["chosen_ids"] for row in rows],
+        "rejected_ids": [row["rejected_ids"] for row in rows],
+        "group": [row["group"] for row in rows],
+    }
     with one_label(model.config):
         trainer = _trainer_class()(
             model=model,
@@ -281,7 +297,7 @@ def make_trainer(
 
 @contextmanager
 def one_label(config: Any) -> Iterator[None]:
-    """Within the block the config tells one label: trl takes no other when a trainer is made; its loss is ours."""
+    """Within the block the config names one label, as trl requires when a trainer is made; the loss is our own."""
     labels = config.id2label, config.label2id
     config.id2label, config.label2id = {0: "reward"}, {"reward": 0}
     try:
@@ -291,7 +307,7 @@ def one_label(config: Any) -> Iterator[None]:
 
 
 def _collator(pad: int) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-    """Return trl's collator, which also hands over every pair's group."""
+    """Return trl's collator, which also passes on every pair's group."""
     import torch
     from trl.trainer.reward_trainer import DataCollatorForPreference
 
@@ -310,7 +326,7 @@ def _trainer_class() -> Any:
         """trl's trainer with a head per pair and, for ``more``, weighted groups."""
 
         def prepare(self, settings: RewardSettings, balancer: Balancer | None) -> None:
-            """Tell the trainer how to read the heads; ``balancer`` weighs the groups."""
+            """Set how the heads are read; ``balancer`` weighs the groups."""
             from moalign.reward_models.more import HeadWatch
 
             self.each = settings.heads == "each"
@@ -408,7 +424,7 @@ def _make_callback(
             job.meter.add_tokens_trained(
                 sum(lengths[(state.global_step - 1) * settings.batch : state.global_step * settings.batch])
             )
-            # At checkpoints, too: a line is a mean since the last one, and what a resume cannot know must not be in it.
+            # At checkpoints, too: a line holds means since the last one, and a resumed run starts at its checkpoint.
             control.should_log = done == job.steps or 0 in (done % settings.log_every, done % settings.checkpoint_every)
             job.say(f"training on {sum(map(len, job.sets))} pairs", done, job.steps)
             if not control.should_log:

@@ -33,7 +33,7 @@ _CACHE_LIMIT = 100_000
 
 
 class ClassifierScorer:
-    """A classifier objective. The model is loaded at the first score and kept; see the module's text."""
+    """A classifier objective. The model is loaded at the first score and kept; see the module docstring."""
 
     def __init__(self, spec: ClassifierObjective, base_dir: Path) -> None:
         """Check all that can be checked without torch: folder, weights, tokenizer, label, templates.
@@ -51,12 +51,12 @@ class ClassifierScorer:
         self.cheap = spec.store is False
         self.where = f"objective {spec.name!r}"
         self.rows_scored = 0
-        """Rows given to the model so far: fewer than asked for where texts repeat."""
+        """Rows given to the model so far: fewer than requested where texts repeat."""
         self._padding: str | None = None
         self._reader = self
-        """Whose model reads the texts: another objective's, where both are labels of one model (:func:`share`)."""
+        """The scorer whose model reads the texts: another one where both are labels of one model (:func:`share`)."""
         self._cached: dict[tuple[str, str], torch.Tensor] | None = None
-        """What the model gave, where others will ask for another label of it."""
+        """Logits ``[labels]`` of texts read so far, kept where other objectives use another label of the model."""
         check_templates(spec.template, spec.pair_template, self.where)
         self._folder = model_folder.local_folder(spec.model, base_dir, self.where)
         if self._folder is not None:
@@ -98,7 +98,7 @@ class ClassifierScorer:
             return self._read(pairs)
         new = [pair for pair in pairs if pair not in self._cached]
         if new:
-            if len(self._cached) + len(new) > _CACHE_LIMIT:  # those of this call stay: they are read again below
+            if len(self._cached) + len(new) > _CACHE_LIMIT:  # rows of this call stay: they are read again below
                 requested = set(pairs)
                 self._cached = {pair: row for pair, row in self._cached.items() if pair in requested}
             self._cached.update(zip(new, self._read(new), strict=True))
@@ -153,10 +153,10 @@ class ClassifierScorer:
             yield batch
 
     def _padding_of(self, rows: Sequence[Row], batch: Sequence[int]) -> str:
-        """Return how this model may be padded, found out once: a padded row must score as it does alone.
+        """Return how this model may be padded, determined once: a padded row must score as it does alone.
 
-        Nearly every model reads right-padded rows; some (XLNet) need the left. A model that neither suits is
-        given rows of equal length only.
+        Nearly every model reads right-padded rows; a few (XLNet) need left padding. A model that takes neither is given
+        rows of equal length only.
         """
         if self._padding is None:
             short, longest = rows[batch[-1]], rows[batch[0]]
@@ -204,9 +204,9 @@ class ClassifierScorer:
     def _pad_token(self, rows: Sequence[Row]) -> int | None:
         """Return the token to pad with; None: only single rows are safe.
 
-        A decoder's head reads the last token that is not ``config.pad_token_id``. Where the model names no
-        pad token we lend it one (the tokenizer's, else end-of-text), but never one that ends a row of the
-        batch: that row would be read one token too early.
+        A decoder's head reads the last token that is not ``config.pad_token_id``. Where the model names no pad token it
+        gets one (the tokenizer's, else end-of-text), but never one that ends a row of the batch: that row would be read
+        one token too early.
         """
         if self._own_pad is not None:
             return self._own_pad
@@ -297,7 +297,7 @@ class ClassifierScorer:
 
 
 def share(scorers: Sequence[ClassifierScorer]) -> None:
-    """Have objectives that are labels of one model, read in one way, use one copy of it."""
+    """Make objectives that are labels of one model, read in the same way, use one copy of it."""
     first: dict[tuple[object, ...], ClassifierScorer] = {}
     for scorer in scorers:
         leader = first.setdefault(scorer.spec.reading, scorer)

@@ -57,7 +57,7 @@ class Line(NamedTuple):
 
 
 class LmScorer:
-    """An ``lm`` objective. The model is loaded at the first score and kept; see the module's text."""
+    """An ``lm`` objective. The model is loaded at the first score and kept; see the module docstring."""
 
     def __init__(self, spec: LmObjective, base_dir: Path) -> None:
         """Check what can be checked without torch.
@@ -77,7 +77,7 @@ class LmScorer:
         self.rows_shortened = 0
         """Texts so far that were longer than ``max_length``."""
         self._lender = self
-        """Whose model is used: another objective's, where both name the same (:func:`share`)."""
+        """The scorer whose model is used: another one where both name the same model (:func:`share`)."""
         self._alone: dict[Line, float] = {}
         self._folder = model_folder.local_folder(spec.model, base_dir, self.where)
         if self._folder is not None:
@@ -149,7 +149,7 @@ class LmScorer:
         return Line((*prefix, *ids), len(prefix))
 
     def _bare(self, line: Line) -> Line:
-        """Return the same scored tokens after what stands there without a response."""
+        """Return the same scored tokens after an empty response."""
         prefix = self._tokens(self._prefix("", ASK))
         return Line((*prefix, *line.ids[line.start :]), len(prefix))
 
@@ -213,7 +213,7 @@ class LmScorer:
         return means
 
     def _batches(self, lines: Sequence[Line]) -> Iterator[list[Line]]:
-        """Give lines of like length together, so that a batch is within ``batch_tokens`` and ``_MOST_LOGITS``."""
+        """Yield batches of lines of similar length, each within ``batch_tokens`` and ``_MOST_LOGITS``."""
         batch: list[Line] = []
         for line in sorted(lines, key=lambda line: (-len(line.ids), -line.start)):
             wide = len(batch[0].ids) if batch else len(line.ids)
@@ -307,7 +307,7 @@ class LmScorer:
 
 
 def share(scorers: Sequence[LmScorer]) -> None:
-    """Have objectives of one model use one copy of it."""
+    """Make objectives of one model use one copy of it."""
     first: dict[tuple[object, ...], LmScorer] = {}
     for scorer in scorers:
         scorer._lender = first.setdefault(scorer.spec.reading, scorer)
@@ -324,7 +324,7 @@ def _mean(logits: torch.Tensor, line: Line, first: int) -> float:
 
 
 def _check_causal(model: Any, where: str) -> None:
-    """Raise RequestError for a model that looks ahead, such as a BERT, which would see what it is asked to guess."""
+    """Raise RequestError for a model that looks ahead, such as BERT: it would see the tokens that it is to predict."""
     import torch
 
     rows = torch.tensor([[0, 1, 2], [0, 1, 3]], device=model.device) % int(model.get_input_embeddings().weight.shape[0])

@@ -1,4 +1,4 @@
-"""The frozen normaliser: what a raw score means on this task.
+"""The frozen normaliser: the scale of raw scores on a task.
 
 Fitted once on base-policy and data responses of the calibration split and saved with the task, so that every
 method and every later run is judged on one scale. All numbers are of scores whose direction has been
@@ -176,7 +176,7 @@ class Normaliser:
     def _array(self, raw: ArrayLike) -> Matrix:
         values = np.asarray(raw, dtype=np.float64)
         if values.ndim == 0 or values.shape[-1] != len(self.names):
-            # Numpy would spread one column over all objectives without a word.
+            # numpy would silently broadcast one column over all objectives.
             raise ValueError(f"scores of shape {list(values.shape)} for {len(self.names)} objectives")
         return values
 

@@ -1,7 +1,7 @@
 """The reward panel: named objectives in a fixed order; texts in, a matrix ``[samples, objectives]`` out.
 
 The panel turns the sign where smaller is better, so that larger is better in every column. It never sums
-objectives. Whatever was scored before a failure is kept in the store.
+objectives. Scores made before a failure stay in the store.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class RewardCounter(Protocol):
     """What the panel needs of a run's meter."""
 
     def add_reward_calls(self, count: int) -> None:
-        """Count ``count`` scores that were asked for."""
+        """Count ``count`` requested scores."""
         ...
 
 
@@ -59,7 +59,7 @@ class RewardPanel:
             objectives: one scorer per objective, in the task's order.
             names: the objectives' names; None takes the scorers' own.
             store: where scores of scorers that are not cheap are kept; None keeps nothing.
-            meter: counts the scores asked for.
+            meter: counts the requested scores.
             normaliser: for :meth:`z` and :meth:`unit`; may be given later with :meth:`with_normaliser`.
             chunk: texts per call of a scorer; a finished chunk is stored at once.
 
@@ -201,7 +201,7 @@ class _Column:
             known = self.store.get_many(self.scorer.revision, self.pairs)
             self.values[:] = [math.nan if value is None else value for value in known]
         missing = np.flatnonzero(np.isnan(self.values)).tolist()
-        self._tell()
+        self._report_progress()
         for start in range(0, len(missing), self.chunk):
             rows = missing[start : start + self.chunk]
             try:
@@ -209,15 +209,15 @@ class _Column:
             except _Fault as fault:
                 self._locate(rows, fault)
             self._keep(rows, given)
-            self._tell()
+            self._report_progress()
         return self.values
 
-    def _tell(self) -> None:
+    def _report_progress(self) -> None:
         if self.progress is not None:
             self.progress(self.before + int(np.count_nonzero(~np.isnan(self.values))), self.total)
 
     def _call(self, rows: Sequence[int]) -> Matrix:
-        """Return the scorer's numbers for some texts; _Fault when the call as a whole is of no use."""
+        """Return the scorer's numbers for the texts of ``rows``; raises _Fault when the whole call failed."""
         prompts, responses = [self.pairs[row][0] for row in rows], [self.pairs[row][1] for row in rows]
         try:
             given = np.asarray(self.scorer.score(prompts, responses))
@@ -245,7 +245,7 @@ class _Column:
                 raise self._error(f"gave {value}, which is not a finite number, for {self._shown(row)}")
 
     def _locate(self, rows: Sequence[int], fault: _Fault) -> NoReturn:
-        """Find the text on which the scorer fails by halving, keeping every score made on the way."""
+        """Find the text on which the scorer fails by bisection, keeping every score made on the way."""
         if len(rows) == 1:
             raise self._error(f"{fault} for {self._shown(rows[0])}") from fault
         for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):

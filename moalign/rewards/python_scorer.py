@@ -120,7 +120,7 @@ def _import_file(file: Path, where: str) -> Any:
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None  # a path that ends with .py has a loader
     module = importlib.util.module_from_spec(spec)
-    _look_in(path.parent)
+    _add_to_path(path.parent)
     sys.modules[name] = module  # before it runs: dataclasses look their module up
     try:
         spec.loader.exec_module(module)
@@ -131,12 +131,12 @@ def _import_file(file: Path, where: str) -> Any:
 
 
 def _line_in(error: Exception, path: Path) -> str:
-    """Return `` (line N)`` of the file that an error came from; empty when it is told already or not known."""
+    """Return `` (line N)`` of the file that an error came from; empty where the traceback holds no line of it."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     return f" (line {lines[-1]})" if lines else ""
 
 
-def _look_in(folder: Path) -> None:
+def _add_to_path(folder: Path) -> None:
     """Let modules in ``folder`` be imported.
 
     Last on the path, so that a file beside the card never hides an installed package; it stays there because a module
@@ -154,7 +154,7 @@ def _import(module_name: str, base_dir: Path, where: str) -> Any:
         except ModuleNotFoundError as error:
             if error.name != module_name.partition(".")[0]:
                 raise
-        _look_in(base_dir.resolve())
+        _add_to_path(base_dir.resolve())
         return importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise RequestError(
@@ -172,7 +172,7 @@ def _check_options(function: Callable[..., Any], name: str, options: dict[str, A
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
-        return  # compiled callables tell no signature: the first call will
+        return  # compiled callables have no signature: the first call will show
     try:
         signature.bind([], [], **options)
     except TypeError as error:
@@ -186,7 +186,7 @@ def _check_options(function: Callable[..., Any], name: str, options: dict[str, A
 
 
 def _source(function: Callable[..., Any]) -> str:
-    """Return the callable's own source text: an edited function must not answer from old scores."""
+    """Return the callable's own source text: scores of an edited function must not come from the store."""
     try:
         return inspect.getsource(function if inspect.isroutine(function) else type(function))
     except (OSError, TypeError):

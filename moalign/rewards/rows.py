@@ -39,8 +39,8 @@ def render(template: str, prompt: str, response: str) -> str:
 
 
 def longest(model: Any, tokenizer: Any, max_length: int) -> int:
-    """Return how many tokens a model can read, special tokens included: the least of what was asked for, the
-    tokenizer's limit and the model's positions."""
+    """Return how many tokens a model can read, special tokens included: the least of ``max_length``, the tokenizer's
+    limit and the model's positions."""
     limits = [max_length, int(tokenizer.model_max_length)]
     limits.append(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0)
     for name, module in model.named_modules():
@@ -117,7 +117,7 @@ class RowEncoder:
         return rows
 
     def _shortened(self, prompt: str, response: str, excess: int) -> Row:
-        """Return the row with as much of the prompt's end as fits; then as much of the response's start."""
+        """Return the row with as much of the prompt's end as fits, else of the response's start, without a prompt."""
 
         def from_end(count: int) -> Row:
             return self._encode([self._render(prompt[len(prompt) - count :], response)])[0]
@@ -143,7 +143,7 @@ class RowEncoder:
         return int(offsets[number][0]) if number < len(offsets) else len(prompt)
 
     def _longest(self, encode: Callable[[int], Row], most: int, guess: int) -> Row | None:
-        """Return ``encode(kept)`` for the largest ``kept`` that fits, None when even 0 does not.
+        """Return ``encode(count)`` for the largest ``count`` that fits, None when even 0 does not.
 
         The search widens from the guess, which is nearly always right, and then halves.
         """

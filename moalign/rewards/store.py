@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from typing import Self
 
 APPLICATION_ID = 0x6D6F616C
-"""Marks the sqlite file as ours (``moal``), so that another program's database is never written to."""
+"""Marks the sqlite file as a score store (``moal``), so that another program's database is never written to."""
 
 _CHUNK = 500
 _Result = TypeVar("_Result")

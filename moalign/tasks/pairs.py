@@ -32,7 +32,7 @@ class Pairs:
     raw: tuple[Matrix, Matrix] | None = None
     """Raw scores of the chosen and of the rejected responses, ``[pairs, objectives]`` each, where they are known."""
     dropped: dict[str, int] = field(default_factory=dict)
-    """What was left out, counted: ``ties``, ``identical`` texts."""
+    """How many pairs were left out: ``ties``, ``identical`` texts."""
 
     def __len__(self) -> int:
         """Return the number of pairs."""

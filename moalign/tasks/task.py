@@ -1,7 +1,7 @@
-"""A task: a card brought to life. Everything that methods and the judge share lives here.
+"""A task: everything that methods and the judge share, loaded or computed from a task card.
 
-What has to be computed once (the normaliser, the pool of the base's own scored responses) is kept in
-``<results>/tasks/<name>-<hash>/`` and found again by the card's hash.
+What is computed once (the normaliser, the pool of the base's own scored responses) is stored in
+``<results>/tasks/<name>-<hash>/``, under the hash of the card.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ class Scored:
 
     prompts: list[str]
     responses: list[Response]
-    """Bare texts that are given become finished responses."""
+    """Plain strings are converted to finished responses."""
     raw: Matrix
     """Raw scores, larger is better, ``[samples, objectives]``."""
     sampled: int = 0
     """Tokens that the base sampled for them; 0 when they are the data's own."""
 
     def __post_init__(self) -> None:
-        """Take bare texts, too."""
+        """Convert plain strings to responses."""
         object.__setattr__(self, "responses", [Response.of(response) for response in self.responses])
 
     def first(self, per_prompt: int) -> Scored:
@@ -82,7 +82,7 @@ class Sampled(NamedTuple):
     prompts: list[str]
     responses: list[Response]
     sampled: int
-    """Tokens it took."""
+    """Tokens that were sampled."""
 
 
 def shown(responses: Sequence[Response]) -> list[str]:
@@ -116,7 +116,7 @@ def fingerprint(model: str, revision: str | None) -> str:
 
 
 class Task:
-    """What every kind of task shares; kinds fill in where prompts, responses and the base come from."""
+    """What every kind of task shares; subclasses define where prompts, responses and the base come from."""
 
     def __init__(self, card: TaskCard, results: Path, say: Say = silent) -> None:
         self.card = card
@@ -151,7 +151,7 @@ class Task:
 
     @property
     def identity(self) -> dict[str, str]:
-        """What the card points to, by content: part of the hash."""
+        """Content fingerprints of what the card points to: part of the hash."""
         raise NotImplementedError
 
     def optimum(self, prefs: Sequence[Preference], prompts: Sequence[str], beta: float = 0.0) -> Matrix | None:
@@ -200,11 +200,11 @@ class Task:
 
     @functools.cached_property
     def _around(self) -> int:
-        """Most tokens of what stands around a prompt: its bytes, and the few that a tokenizer adds."""
+        """Upper bound of the tokens around a prompt: the bytes of the text there, and the few that a tokenizer adds."""
         return len(self.renderer.preference("", self._even).encode()) + 8
 
     def overlong(self) -> dict[str, int]:
-        """Return :meth:`overlong_report` where there is something to tell, else nothing."""
+        """Return :meth:`overlong_report` if any prompt is cut or dropped, else an empty dict."""
         report = self.overlong_report()
         return report if report.get("cut") or report.get("dropped") else {}
 
@@ -403,7 +403,7 @@ class Task:
             scored: the responses to build from; None: :meth:`scored`.
 
         Raises:
-            RequestError: no labels where they were asked for, or nothing to build pairs from.
+            RequestError: ``source`` is data and there are no labels, or there is nothing to build pairs from.
         """
         name = self.names[objective]
         if source == "data" and not self.has_pairs(objective):
@@ -447,7 +447,7 @@ class Task:
 
     @contextmanager
     def _once(self, path: Path) -> Iterator[bool]:
-        """Hold the file's lock and tell whether it is still missing: of several processes one makes it."""
+        """Hold the file's lock and yield whether the file is still missing: of several processes one makes it."""
         from filelock import FileLock
 
         from moalign.runs import atomic

@@ -24,7 +24,7 @@ class TextTask(Task):
 
     @functools.cached_property
     def identity(self) -> dict[str, str]:
-        """Fingerprints of the model, every data file and every scorer file: whatever changes there is another task."""
+        """Fingerprints of the model, every data file and every scorer file: any change there makes another task."""
         content = {"model": fingerprint(self._model(), self.card.model_revision)}
         for name in ("prompts", "responses", "pairs"):
             source = getattr(self._data, name)

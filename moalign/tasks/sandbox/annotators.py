@@ -40,7 +40,7 @@ DIVERSE = (
 """Five groups that disagree, as the five data sets of arXiv 2312.07401 do: some like what others mind."""
 
 ALIKE = tuple(Group(group.name, (0.6, 0.5, 0.2)) for group in DIVERSE)
-"""As many groups with one taste: what diversity does shows against these."""
+"""As many groups with one taste: the control that shows what diversity does."""
 
 
 def specialists(objectives: Sequence[str], sharpness: float = 1.0) -> list[Group]:

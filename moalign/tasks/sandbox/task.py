@@ -68,7 +68,7 @@ class SandboxTask(Task):
 
     @functools.cached_property
     def judge_panel(self) -> RewardPanel:
-        """The exact scorers, whatever methods are given."""
+        """The exact scorers, whichever scorers methods see."""
         if self.card.rewards is None:
             return self.panel
         return RewardPanel.from_specs(self.card.objectives, Path.cwd(), self._store)
