@@ -60,8 +60,8 @@ class Slot(NamedTuple):
                 infos = [item for item in args[1:] if isinstance(item, FieldInfo)]
                 inner = [part for info in infos for part in info.metadata]
                 plain = [item for item in args[1:] if not isinstance(item, FieldInfo)]
-                named = next((name for name in map(_discriminator, infos) if name), slot.discriminator)
-                slot = Slot(args[0], (*slot.metadata, *plain, *inner), named)
+                discriminator = next((name for name in map(_discriminator, infos) if name), slot.discriminator)
+                slot = Slot(args[0], (*slot.metadata, *plain, *inner), discriminator)
             elif is_union(slot.annotation) and type(None) in args and len(args) == 2:
                 slot = slot._replace(annotation=next(arg for arg in args if arg is not type(None)))
             else:

@@ -63,8 +63,8 @@ class _Section:
     def origin(self, *prefix: str) -> Origin:
         """Return where the values below ``prefix`` came from."""
         size = len(prefix)
-        given = {item.keys[size:]: item.label for item in self.sets if item.keys[:size] == prefix}
-        return Origin(self.source, self.document, prefix, given)
+        labels = {item.keys[size:]: item.label for item in self.sets if item.keys[:size] == prefix}
+        return Origin(self.source, self.document, prefix, labels)
 
 
 def load_card(name_or_path: str | Path, overrides: Sequence[str] = ()) -> TaskCard:
@@ -162,7 +162,7 @@ def _sort(texts: Sequence[str], config_class: type[Strict] | None) -> tuple[list
     card: list[_Set] = []
     recipe: list[_Set] = []
     problems: list[str] = []
-    own = set(config_class.model_fields) if config_class else set()
+    config_keys = set(config_class.model_fields) if config_class else set()
     for text in texts:
         try:
             keys, value = overrides.parse(text)
@@ -174,7 +174,7 @@ def _sort(texts: Sequence[str], config_class: type[Strict] | None) -> tuple[list
             card.append(_Set(keys[1:], value, label))
         elif config_class and keys[0] in _RECIPE_KEYS:
             recipe.append(_Set(keys, value, label))
-        elif keys[0] in own:
+        elif keys[0] in config_keys:
             recipe.append(_Set(("config", *keys), value, label))
         else:
             problems.append(f"{label}: {_not_a_setting(keys, config_class)}")
@@ -189,11 +189,11 @@ def _not_a_setting(keys: tuple[str, ...], config_class: type[Strict] | None) -> 
     offered = {name: f"task.{name}" for name in TaskCard.model_fields} | {"task": "task"}
     allowed = ["task.KEY"]
     if config_class is not None:
-        own = list(config_class.model_fields)
+        config_keys = list(config_class.model_fields)
         offered |= {name: f"policy.{name}" for name in PolicySpec.model_fields}
-        offered |= {name: name for name in (*_RECIPE_KEYS, *own)}
+        offered |= {name: name for name in (*_RECIPE_KEYS, *config_keys)}
         sections = [f"{name}.KEY" if _is_section(name) else name for name in _RECIPE_KEYS]
-        allowed = [*own, *sections, *allowed]
+        allowed = [*config_keys, *sections, *allowed]
     near = errors.nearest(keys[0], offered)
     hint = f"; did you mean {'.'.join((offered[near], *keys[1:]))!r}?" if near else ""
     return f"unknown setting; allowed: {', '.join(allowed)}{hint}"
@@ -295,21 +295,21 @@ def _requested_task(
     """Return the task to load, and what messages name when it does not exist."""
     if task is not None or section is None:
         return task, "--task"
-    named = section.data.get("task")
-    if not isinstance(named, str):
+    name = section.data.get("task")
+    if not isinstance(name, str):
         return None, ""
-    beside = Path(path).parent / os.path.expanduser(named) if path is not None else named
+    beside = Path(path).parent / os.path.expanduser(name) if path is not None else name
     # A path in a recipe is relative to the recipe.
-    return (beside if find.is_path(named) else named), f"{section.origin().at(('task',))}: task"
+    return (beside if find.is_path(name) else name), f"{section.origin().at(('task',))}: task"
 
 
 def _recipe(
     section: _Section, method: str, config_class: type[Strict], card: TaskCard | None, requested: str | Path | None
 ) -> tuple[Recipe | None, Strict | None, list[str]]:
     recipe, problems = check(Recipe, section.data, section.origin())
-    named = section.data.get("method")
-    if isinstance(named, str) and named != method:
-        text = f"found {named!r}, but the method asked for is {method!r}; give the recipe of {method}, or train {named}"
+    name = section.data.get("method")
+    if isinstance(name, str) and name != method:
+        text = f"found {name!r}, but the method asked for is {method!r}; give the recipe of {method}, or train {name}"
         problems.append(section.origin().sentence(("method",), text))
     plain = section.data.get("config", {})
     config: Strict | None = None
@@ -336,7 +336,7 @@ def _borrowed(sections: Mapping[str, str], plain: Mapping[str, Any], task: str |
     for section, method in sections.items():
         file = find.find_recipe_file(task, method)
         config = yaml_lines.load(file).data.get("config") if file is not None else None
-        lent, own = config.get(section) if isinstance(config, dict) else None, plain.get(section, {})
-        if isinstance(lent, dict) and isinstance(own, dict):
-            filled[section] = {**lent, **own}
+        defaults, settings = config.get(section) if isinstance(config, dict) else None, plain.get(section, {})
+        if isinstance(defaults, dict) and isinstance(settings, dict):
+            filled[section] = {**defaults, **settings}
     return filled

@@ -171,7 +171,7 @@ def _hidden(model: type[Strict], plain: Any, problems: Sequence[_Problem], renam
 
     ``renamed`` receives valid path -> path as written.
     """
-    new: list[_Problem] = []
+    uncovered: list[_Problem] = []
     seen = {(problem.path, problem.kind) for problem in problems}
     repaired = copy.deepcopy(plain)
     todo = [problem for problem in problems if problem.kind in _REPAIRABLE]
@@ -187,9 +187,9 @@ def _hidden(model: type[Strict], plain: Any, problems: Sequence[_Problem], renam
             break
         later = [problem for problem in later if (problem.path, problem.kind) not in seen]
         seen |= {(problem.path, problem.kind) for problem in later}
-        new += later
+        uncovered += later
         todo = [problem for problem in later if problem.kind in _REPAIRABLE]
-    return new
+    return uncovered
 
 
 def _repair(data: Any, problem: _Problem, renamed: dict[Path, Path]) -> None:
@@ -258,8 +258,8 @@ def _problem(model: type[Strict], data: Any, details: ErrorDetails) -> _Problem:
         text = str(details["ctx"]["error"])
         head = text.split(" ", 1)[0].rstrip(":,")
         # A check over several fields reports the section; the line of the field that it names is more helpful.
-        named = is_model(slot.bare().annotation) and head in slot.bare().annotation.model_fields
-        return _Problem(path, text, f"{kind} {text}", union, anchor=(*path, head) if named else None)
+        names_field = is_model(slot.bare().annotation) and head in slot.bare().annotation.model_fields
+        return _Problem(path, text, f"{kind} {text}", union, anchor=(*path, head) if names_field else None)
     if kind in {"union_tag_invalid", "union_tag_not_found"} and slot.tags():
         tags, name = sorted(slot.tags()), slot.bare().discriminator or ""
         tag = _value(data, (*path, name))

@@ -163,9 +163,9 @@ def on_grid(weights: np.ndarray, steps: int) -> np.ndarray:
 
     scaled = np.asarray(weights, dtype=np.float64) * steps
     below = np.floor(scaled)
-    left = np.rint(steps - below.sum(axis=1)).astype(np.int64)
+    missing = np.rint(steps - below.sum(axis=1)).astype(np.int64)
     rank = np.argsort(np.argsort(below - scaled, axis=1, kind="stable"), axis=1)
-    return np.asarray((below + (rank < left[:, None])) / steps)
+    return np.asarray((below + (rank < missing[:, None])) / steps)
 
 
 def to_text(weights: Sequence[float], objectives: Sequence[str], style: str = "percent") -> str:

@@ -98,9 +98,9 @@ def _responses(rows: Iterator[Row], source: SourceSpec, objectives: Sequence[str
         if index == 0:
             _refuse_near_miss(row, source, objectives)
         scores = tuple(row.values[name] for name in objectives)
-        known = any(score is not None for score in scores)
+        scored = any(score is not None for score in scores)
         finished = row.values["finished"] is not False
-        yield ScoredResponse(row.values["prompt"], row.values["response"], scores if known else None, finished)
+        yield ScoredResponse(row.values["prompt"], row.values["response"], scores if scored else None, finished)
 
 
 def _replies(source: SourceSpec, base_dir: Path | str) -> Iterator[ScoredResponse]:

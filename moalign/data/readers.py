@@ -119,8 +119,8 @@ def locate(source: SourceSpec, base_dir: Path | str = ".") -> Path | str:
         raise RequestError(_no_such_file(path, shown))
     if _suffix(path) is None:
         raise RequestError(f"{shown}: unknown kind of data file; allowed: {', '.join(SUFFIXES)}, or a folder")
-    for option, given in (("split", source.split != "train"), ("revision", source.revision is not None)):
-        if given:
+    for option, is_set in (("split", source.split != "train"), ("revision", source.revision is not None)):
+        if is_set:
             raise RequestError(
                 f"{shown}: {option} {getattr(source, option)!r} is for hub data sets and folders, "
                 "but this is one file; leave it out"

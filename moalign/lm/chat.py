@@ -114,15 +114,15 @@ class Codec:
 
         A macro of that name goes before the function that transformers gives to templates.
         """
-        own = self.tokenizer.get_chat_template()
-        if "strftime_now" not in own:
+        template = self.tokenizer.get_chat_template()
+        if "strftime_now" not in template:
             return None
         day = datetime.date.fromisoformat(self.template.date or DATE)
-        formats = dict.fromkeys(re.findall(r"""strftime_now\(\s*["']([^"']*)["']\s*\)""", own))
+        formats = dict.fromkeys(re.findall(r"""strftime_now\(\s*["']([^"']*)["']\s*\)""", template))
         cases = "".join(
             f"{{%- if format == {form!r} -%}}{{{{ {day.strftime(form)!r} }}}}{{%- endif -%}}" for form in formats
         )
-        return f"{{%- macro strftime_now(format) -%}}{cases}{{%- endmacro -%}}{own}"
+        return f"{{%- macro strftime_now(format) -%}}{cases}{{%- endmacro -%}}{template}"
 
     @functools.cached_property
     def _reply(self) -> tuple[str, bool, tuple[int, ...]]:
@@ -312,9 +312,9 @@ class Rendered(str):
     @classmethod
     def of(cls, fitted: Fitted, build: Callable[[str], str]) -> Rendered:
         """Return a fitted prompt as rendered text."""
-        made = cls(fitted.text)
-        made.prompt, made.build, made.cut = fitted.prompt, build, fitted.cut
-        return made
+        rendered = cls(fitted.text)
+        rendered.prompt, rendered.build, rendered.cut = fitted.prompt, build, fitted.cut
+        return rendered
 
 
 @dataclass(frozen=True)

@@ -80,14 +80,14 @@ class _Tap:
         self.sent: Tensor
         """What the head reads instead, ``[1, places, width]``."""
 
-    def __call__(self, module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         """Replace the head's input; see ``register_forward_pre_hook``."""
-        if not given:
+        if not inputs:
             return None
-        self.states = given[0][:, -(self._mask.shape[1] + 1) : -1][self._mask]
+        self.states = inputs[0][:, -(self._mask.shape[1] + 1) : -1][self._mask]
         # The probe is long: a softcap, nearly linear around 0, shows.
         self.sent = (100.0 * self.states[:1].detach() if self._probe else self.states).unsqueeze(0)
-        return (self.sent, *given[1:])
+        return (self.sent, *inputs[1:])
 
 
 @torch.no_grad()

@@ -39,8 +39,8 @@ def local_folder(model: str, base_dir: Path, where: str) -> Path | None:
     name may be one of :data:`moalign.lm.builtin.MODELS`, whose folder is made at its first use.
     Raises RequestError when it is a path (``./x``, ``/x``, ``a/b/c``) that does not exist, or a file.
     """
-    given = Path(model).expanduser()
-    for candidate in [given] if given.is_absolute() else [base_dir / given, given]:
+    path = Path(model).expanduser()
+    for candidate in [path] if path.is_absolute() else [base_dir / path, path]:
         if candidate.is_dir():
             return candidate.resolve()
         if candidate.exists():

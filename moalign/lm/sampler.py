@@ -227,10 +227,10 @@ def sample(
             logits = source.read(*batch.next(step))
         chosen, logp = draw(logits, batch.numbers[:, step], temperature, top_p)
         batch.write(step, chosen, logp, source.state)
-        left = int(batch.alive.sum())
-        if left == 0:
+        live = int(batch.alive.sum())
+        if live == 0:
             break
-        if left <= KEEP_ABOVE * len(batch.rows):
+        if live <= KEEP_ABOVE * len(batch.rows):
             source.keep(batch.leave())
     return batch.samples(ids, mask)
 
@@ -392,7 +392,7 @@ def generate(
     lm.model.eval()
     encoded = lm.encode(texts, sampling.max_prompt_tokens)
     order = sorted(range(len(texts)), key=lambda i: len(encoded[i]))
-    made = Generated([""] * len(texts), 0)
+    generated = Generated([""] * len(texts), 0)
     ids, logps = [np.empty(0, dtype=np.int64)] * len(texts), [0.0] * len(texts)
     finished = [False] * len(texts)
     for start in range(0, len(order), sampling.batch_size):
@@ -406,13 +406,13 @@ def generate(
             sampling.top_p,
             source=None if source is None else source(),
         )
-        made.tokens += drawn.tokens
+        generated.tokens += drawn.tokens
         rows_ids, rows_logps, ended = _tokens(drawn), drawn.logps.cpu().double().numpy(), drawn.finished.tolist()
         for i, row, logp, end, text in zip(part, rows_ids, rows_logps, ended, lm.decode(rows_ids), strict=True):
-            made.responses[i] = cut(text, sampling.stop)
+            generated.responses[i] = cut(text, sampling.stop)
             stopped = any(marker in text for marker in sampling.stop)
             count = length(lm, row.tolist(), sampling.stop) if stopped else len(row)
             # A copy: a view of one row would keep the whole batch in memory.
             ids[i], logps[i], finished[i] = row[:count].copy(), float(logp[:count].sum()), end or stopped
-    made.traces = Traces(lm.tokenizer, ids, logps, finished)
-    return made
+    generated.traces = Traces(lm.tokenizer, ids, logps, finished)
+    return generated

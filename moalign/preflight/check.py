@@ -168,15 +168,15 @@ def _resolve(
     report: Preflight, path: Path, overrides: Sequence[str], task: str | None = None
 ) -> ResolvedRequest | None:
     """Read recipe, method config and card; None when one of them is wrong."""
-    made: list[ResolvedRequest] = []
+    requests: list[ResolvedRequest] = []
     try:
         document = yaml_lines.load(path)
     except RequestError as error:
         report.problems += error.problems
         return None
     try:
-        named = load.recipe_names(path)[0]
-        method = registry.get(named)
+        name = load.recipe_names(path)[0]
+        method = registry.get(name)
     except RequestError as error:  # without a method its settings cannot be checked, but the rest of the recipe can
         own = f"{document.source}:"
         where = f"{own}{document.line('method')}: "
@@ -186,16 +186,16 @@ def _resolve(
         return None
 
     def read() -> str:
-        made.append(load.load_recipe(path, named, task, overrides, method.Config))
-        return f"{path}: {len(made[0].config.model_dump())} settings of {named}"
+        requests.append(load.load_recipe(path, name, task, overrides, method.Config))
+        return f"{path}: {len(requests[0].config.model_dump())} settings of {name}"
 
     if not report.look("recipe", read):
         return None
-    resolved = made[0]
+    resolved = requests[0]
     report.checked.append(("card", f"{resolved.card_path}: {', '.join(resolved.card.objective_names)}"))
     if method.capabilities.objectives == "2" and len(resolved.card.objectives) != 2:
         count = len(resolved.card.objectives)
-        report.problems.append(f"{path}: {named} works with 2 objectives; task {resolved.card.name} has {count}")
+        report.problems.append(f"{path}: {name} works with 2 objectives; task {resolved.card.name} has {count}")
     return resolved
 
 
@@ -206,14 +206,14 @@ def _card_alone(path: Path, overrides: Sequence[str]) -> tuple[TaskCard | None, 
     None when the card is wrong itself; its problems are among the recipe's, which the caller has already.
     """
     try:
-        named = yaml_lines.load(path).data.get("task")
+        name = yaml_lines.load(path).data.get("task")
     except RequestError:
         return None, False
-    if not isinstance(named, str):
+    if not isinstance(name, str):
         return None, False
-    beside = path.parent / named if find.is_path(named) else named
-    given = [text for text in overrides if text.startswith("task.")]
-    for texts, with_options in ((given, True), ([], not given)):
+    beside = path.parent / name if find.is_path(name) else name
+    card_options = [text for text in overrides if text.startswith("task.")]
+    for texts, with_options in ((card_options, True), ([], not card_options)):
         try:
             return load.load_card(beside, texts), with_options
         except RequestError:

@@ -120,11 +120,11 @@ def estimate(resolved: ResolvedRequest, policy: Architecture, trains: bool = Tru
     card, lora = resolved.card, resolved.recipe.policy.lora
     count = architecture.adapted(policy.shapes, lora.r, lora.targets) if trains else 0
     models, unknown = reward_models(card)
-    made = _Sizes(card, policy, lora, count, models)
-    phases = [made.sampling("sampling the base", 0)]
+    sizes = _Sizes(card, policy, lora, count, models)
+    phases = [sizes.sampling("sampling the base", 0)]
     for name, config in stages(resolved.config) if trains else ():
-        phases += made.stage(name, config)
-    phases.append(made.sampling("answering", count))
+        phases += sizes.stage(name, config)
+    phases.append(sizes.sampling("answering", count))
     return Estimate(policy, count, card.dtype, phases, unknown)
 
 

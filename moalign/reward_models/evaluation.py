@@ -61,11 +61,11 @@ def evaluate(
     rows = []
     labels = list(ClassifierScorer(spec.model_copy(update={"label": 0}), base_dir).labels.values())
     for number, pairs in enumerate(sets):
-        own = spec.model_copy(update={"label": head_of(labels, spec.label, pairs.name)})
-        delta, scorer = deltas(own, pairs, base_dir)
+        head = spec.model_copy(update={"label": head_of(labels, spec.label, pairs.name)})
+        delta, scorer = deltas(head, pairs, base_dir)
         row: dict[str, Any] = {"name": pairs.name, **calibration.report(delta, 1.0, draws, seed)}
         row["rows_shortened"] = scorer.rows_shortened
-        row |= _scaled(own, delta, fitting[number] if fitting else None, base_dir)
+        row |= _scaled(head, delta, fitting[number] if fitting else None, base_dir)
         row["truth"] = None
         if pairs.chance:
             chance = np.asarray(pairs.chance)

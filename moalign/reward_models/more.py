@@ -53,11 +53,11 @@ class Balancer:
     @torch.no_grad()
     def weights(self, winner: Tensor, loser: Tensor, delta: Tensor, group: Tensor) -> Tensor:
         """Return lambda ``[groups]``, on the simplex; arguments as :func:`head_gradients`."""
-        new = head_gradients(winner, loser, delta, group, self.groups)
+        smoothed = head_gradients(winner, loser, delta, group, self.groups)
         if self.memory is not None:
-            new = (1 - self.momentum) * self.memory.to(new.device) + self.momentum * new
-        self.memory = new
-        gradients = F.normalize(new, dim=1) if self.normalise else new
+            smoothed = (1 - self.momentum) * self.memory.to(smoothed.device) + self.momentum * smoothed
+        self.memory = smoothed
+        gradients = F.normalize(smoothed, dim=1) if self.normalise else smoothed
         gram = (gradients @ gradients.T).double().cpu().numpy()
         return torch.as_tensor(min_norm(gram), dtype=torch.float32, device=delta.device)
 
@@ -85,8 +85,8 @@ class HeadWatch:
     def watching(self) -> Iterator[None]:
         """Within the block the head's input is recorded."""
 
-        def keep(layer: Any, given: tuple[Tensor, ...]) -> None:
-            self.seen = given[0]
+        def keep(layer: Any, inputs: tuple[Tensor, ...]) -> None:
+            self.seen = inputs[0]
 
         hook = self.layer.register_forward_pre_hook(keep)
         try:

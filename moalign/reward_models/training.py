@@ -160,13 +160,13 @@ def _settle_padding(tokenizer: Any, folder: Path) -> None:
     """Give the tokenizer a padding token: the head reads the last token that is not it."""
     if tokenizer.pad_token_id is not None:
         return
-    lent = tokenizer.eos_token or tokenizer.unk_token
-    if lent is None:
+    token = tokenizer.eos_token or tokenizer.unk_token
+    if token is None:
         raise RequestError(
             f"--model {folder}: its tokenizer has no pad, end or unknown token, so that rows cannot be padded; "
             'add one: tokenizer.add_special_tokens({"pad_token": "<pad>"}), resize the embeddings, save both'
         )
-    tokenizer.pad_token = lent
+    tokenizer.pad_token = token
 
 
 def make_encoder(settings: RewardSettings, model: Any, tokenizer: Any) -> RowEncoder:
@@ -339,11 +339,11 @@ def _trainer_class() -> Any:
         ) -> Any:
             group = inputs.pop("group")
 
-            def read(**given: Any) -> Any:
+            def read(**arguments: Any) -> Any:
                 """Call the model; each row's logit is that of its pair's head."""
                 if not self.accepts_cache:
-                    given.pop("use_cache", None)
-                outputs = model(**given)
+                    arguments.pop("use_cache", None)
+                outputs = model(**arguments)
                 if self.each:
                     outputs.logits = outputs.logits.gather(1, group.repeat(2).unsqueeze(1))
                 return outputs

@@ -336,8 +336,8 @@ def _labels(config: dict[str, Any], where: str) -> dict[int, str]:
                 "set it to false in a copy of the folder"
             )
         return {index: f"SCORE_{index}" for index in range(int(config.get("score_dim") or 1))}
-    named = config.get("id2label")
-    if isinstance(named, dict) and named and all(str(key).isdigit() for key in named):
-        return {int(key): str(name) for key, name in named.items()}
+    labels = config.get("id2label")
+    if isinstance(labels, dict) and labels and all(str(key).isdigit() for key in labels):
+        return {int(key): str(name) for key, name in labels.items()}
     count = config.get("num_labels")
     return {index: f"LABEL_{index}" for index in range(count if isinstance(count, int) and count > 0 else 2)}

@@ -113,16 +113,16 @@ class LmScorer:
             lines = [self._line(response, prompt, "", "start") for prompt, response in pairs]
             means = self._means(lines)
             return [means[line] if len(line.ids) > line.start else -math.log(self._vocabulary) for line in lines]
-        given = [self._line(prompt, response, ASK, "end") for prompt, response in pairs]
-        bare = [self._bare(line) for line in given]
+        conditioned = [self._line(prompt, response, ASK, "end") for prompt, response in pairs]
+        bare = [self._bare(line) for line in conditioned]
         if len(self._alone) > _CACHE_LIMIT:
             self._alone.clear()
         unknown = [line for line in bare if line not in self._alone]
-        means = self._means([*given, *unknown])
+        means = self._means([*conditioned, *unknown])
         self._alone.update({line: means[line] for line in unknown})
         return [
             means[line] - self._alone[alone] if response and len(line.ids) > line.start else 0.0
-            for line, alone, (_, response) in zip(given, bare, pairs, strict=True)
+            for line, alone, (_, response) in zip(conditioned, bare, pairs, strict=True)
         ]
 
     # --- from texts to tokens
@@ -317,9 +317,9 @@ def _mean(logits: torch.Tensor, line: Line, first: int) -> float:
     """Return the mean log-probability of a line's scored tokens from its row's logits ``[positions, vocabulary]``."""
     import torch
 
-    own = logits[line.start - 1 - first : len(line.ids) - 1 - first].float()
-    goal = torch.tensor(line.ids[line.start :], device=own.device)
-    picked = own.gather(1, goal[:, None])[:, 0] - own.logsumexp(dim=-1)
+    scored = logits[line.start - 1 - first : len(line.ids) - 1 - first].float()
+    goal = torch.tensor(line.ids[line.start :], device=scored.device)
+    picked = scored.gather(1, goal[:, None])[:, 0] - scored.logsumexp(dim=-1)
     return float(picked.double().mean())
 
 

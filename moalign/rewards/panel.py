@@ -205,10 +205,10 @@ class _Column:
         for start in range(0, len(missing), self.chunk):
             rows = missing[start : start + self.chunk]
             try:
-                given = self._call(rows)
+                scores = self._call(rows)
             except _Fault as fault:
                 self._locate(rows, fault)
-            self._keep(rows, given)
+            self._keep(rows, scores)
             self._report_progress()
         return self.values
 
@@ -220,27 +220,27 @@ class _Column:
         """Return the scorer's numbers for the texts of ``rows``; raises _Fault when the whole call failed."""
         prompts, responses = [self.pairs[row][0] for row in rows], [self.pairs[row][1] for row in rows]
         try:
-            given = np.asarray(self.scorer.score(prompts, responses))
+            scores = np.asarray(self.scorer.score(prompts, responses))
         except RequestError:
             raise
         except Exception as error:
             raise _Fault(f"raised {type(error).__name__}: {error}") from error
-        if given.shape != (len(rows),):
-            raise _Fault(f"gave scores of shape {list(given.shape)} for {len(rows)} texts; [{len(rows)}] is needed")
-        if given.dtype == object and all(value is None or isinstance(value, (int, float)) for value in given):
-            given = given.astype(np.float64)
-        if given.dtype.kind not in "fiub":
-            raise _Fault(f"gave {type(given[0]).__name__} instead of numbers")
-        return given.astype(np.float64)
+        if scores.shape != (len(rows),):
+            raise _Fault(f"gave scores of shape {list(scores.shape)} for {len(rows)} texts; [{len(rows)}] is needed")
+        if scores.dtype == object and all(value is None or isinstance(value, (int, float)) for value in scores):
+            scores = scores.astype(np.float64)
+        if scores.dtype.kind not in "fiub":
+            raise _Fault(f"gave {type(scores[0]).__name__} instead of numbers")
+        return scores.astype(np.float64)
 
-    def _keep(self, rows: Sequence[int], given: Matrix) -> None:
+    def _keep(self, rows: Sequence[int], scores: Matrix) -> None:
         """Keep the finite scores, here and in the store; then raise WorkError when there are others."""
-        good = np.isfinite(given)
+        good = np.isfinite(scores)
         finite_rows = [row for row, finite in zip(rows, good, strict=True) if finite]
-        self.values[finite_rows] = given[good]
+        self.values[finite_rows] = scores[good]
         if self.store is not None:
-            self.store.put_many(self.scorer.revision, [self.pairs[row] for row in finite_rows], given[good].tolist())
-        for row, value in zip(rows, given, strict=True):
+            self.store.put_many(self.scorer.revision, [self.pairs[row] for row in finite_rows], scores[good].tolist())
+        for row, value in zip(rows, scores, strict=True):
             if not math.isfinite(value):
                 raise self._error(f"gave {value}, which is not a finite number, for {self._shown(row)}")
 
@@ -250,10 +250,10 @@ class _Column:
             raise self._error(f"{fault} for {self._shown(rows[0])}") from fault
         for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
             try:
-                given = self._call(half)
+                scores = self._call(half)
             except _Fault as inner:
                 self._locate(half, inner)
-            self._keep(half, given)
+            self._keep(half, scores)
         raise self._error(
             f"{fault} for {len(rows)} texts together (samples {self.first[rows[0]]} to {self.first[rows[-1]]}), but "
             "not for each half of them"

@@ -44,8 +44,8 @@ class PythonScorer:
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Sequence[float]:
         """Return what the callable gives, ``[samples]``; the panel checks length and values."""
-        given: Sequence[float] = self.function(list(prompts), list(responses), **self.options)
-        return given
+        scores: Sequence[float] = self.function(list(prompts), list(responses), **self.options)
+        return scores
 
 
 def load_function(name: str, base_dir: Path, where: str) -> Callable[..., Any]:

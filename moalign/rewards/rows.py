@@ -102,9 +102,14 @@ class RowEncoder:
 
     def _encode(self, texts: Sequence[tuple[str, str | None]]) -> list[Row]:
         firsts, seconds = [first for first, _ in texts], [second for _, second in texts]
-        given = [firsts] if self.pair_template is None else [firsts, seconds]
+        columns = [firsts] if self.pair_template is None else [firsts, seconds]
         coded = self.tokenizer(
-            *given, add_special_tokens=True, truncation=False, padding=False, return_attention_mask=False, verbose=False
+            *columns,
+            add_special_tokens=True,
+            truncation=False,
+            padding=False,
+            return_attention_mask=False,
+            verbose=False,
         )
         keys = [key for key in ("input_ids", "token_type_ids") if key in coded]
         rows = [{key: list(coded[key][at]) for key in keys} for at in range(len(texts))]

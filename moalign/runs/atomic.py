@@ -202,12 +202,12 @@ def sweep(folder: Path) -> None:
                     shutil.rmtree(old)
                 else:
                     os.rename(old, target)
-        for left in sorted(folder.rglob(".tmp-*")):
-            if left.exists() and _abandoned(left):
-                if left.is_dir():
-                    shutil.rmtree(left)
+        for leftover in sorted(folder.rglob(".tmp-*")):
+            if leftover.exists() and _abandoned(leftover):
+                if leftover.is_dir():
+                    shutil.rmtree(leftover)
                 else:
-                    left.unlink()
+                    leftover.unlink()
 
 
 def _host() -> str:

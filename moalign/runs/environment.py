@@ -66,7 +66,7 @@ def _git(checkout: Path, *arguments: str) -> str | None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
     environment["GIT_OPTIONAL_LOCKS"] = "0"  # looking must not write to the checkout
     try:
-        done = subprocess.run(
+        result = subprocess.run(
             ["git", "-C", str(checkout), *arguments],
             capture_output=True,
             text=True,
@@ -76,7 +76,7 @@ def _git(checkout: Path, *arguments: str) -> str | None:
         )
     except (OSError, subprocess.SubprocessError):
         return None  # no git, not a repository, or not ours to read: the commit is unknown
-    return done.stdout.strip()
+    return result.stdout.strip()
 
 
 def usable_cpus() -> int:

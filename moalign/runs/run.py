@@ -225,8 +225,8 @@ class Run:
 
     def finish_phase(self, name: str, **info: Any) -> None:
         """Record that a phase is done, with small results. Call it after the phase's files are written."""
-        done = {"finished": records.now(), **info}
-        self.record.phases = {**self.record.phases, name: atomic.plain(done)}
+        entry = {"finished": records.now(), **info}
+        self.record.phases = {**self.record.phases, name: atomic.plain(entry)}
         self.save_record()
 
     def checkpoint_dir(self, phase: str) -> Path:

@@ -123,14 +123,14 @@ class RunStore:
 
     def newest_finished(self, task: str | None = None, method: str | None = None) -> Run:
         """Return the run that finished last; RequestError when none is finished."""
-        done = self.runs(task, method, status="done")
-        if not done:
+        finished = self.runs(task, method, status="done")
+        if not finished:
             which = "".join(f" {kind} {name}" for kind, name in (("task", task), ("method", method)) if name)
             raise RequestError(
                 f"{self.root}: no finished run{' of' + which if which else ''}; "
                 f"train one: moalign train {method or 'METHOD'}, or name another folder with --results DIR"
             )
-        return max(done, key=lambda run: (run.record.finished or run.record.created, run.run_id))
+        return max(finished, key=lambda run: (run.record.finished or run.record.created, run.run_id))
 
     def find(self, name: str) -> Run:
         """Return the run named by its folder, its identifier, or the beginning of it.
@@ -176,9 +176,9 @@ class RunStore:
         return bool(last) and folder.name.startswith(last) and list(parts[:-1][len(parts) - 1 - len(above) :]) == above
 
     def _list(self, folders: Sequence[Path]) -> str:
-        named = ", ".join(self._label(folder) for folder in folders[:_LISTED])
+        listed = ", ".join(self._label(folder) for folder in folders[:_LISTED])
         more = len(folders) - _LISTED
-        return f"{named} and {more} more (moalign ls runs)" if more > 0 else named
+        return f"{listed} and {more} more (moalign ls runs)" if more > 0 else listed
 
     def _label(self, folder: Path) -> str:
         return folder.relative_to(self.root).as_posix()

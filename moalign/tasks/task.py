@@ -442,8 +442,8 @@ class Task:
         temperature = self.card.pool.temperature or self.card.generation.temperature or 1.0
         sampling = self.sampling(self.card.pool.seed, temperature)
         requests = [(self.renderer.plain(prompt), row) for row, prompt in enumerate(prompts)]
-        made = in_chunks(ModelGenerator(self.language_model), requests, sampling, moved)
-        return Sampled(prompts, records(made.responses, made.traces), made.tokens)
+        generated = in_chunks(ModelGenerator(self.language_model), requests, sampling, moved)
+        return Sampled(prompts, records(generated.responses, generated.traces), generated.tokens)
 
     @contextmanager
     def _once(self, path: Path) -> Iterator[bool]:

@@ -63,7 +63,7 @@ def label(groups: Sequence[Group], prompts: Sequence[str], count: int, seed: int
     drawn again.
     """
     rng = np.random.default_rng([seed, 11])
-    made = []
+    pair_sets = []
     for group in groups:
         chosen_prompts, first, second = _draw(rng, prompts, count)
         chance = sigmoid(group.sharpness * _utilities(group, chosen_prompts, first, second))
@@ -71,8 +71,8 @@ def label(groups: Sequence[Group], prompts: Sequence[str], count: int, seed: int
         pair_set = PairSet(group.name)
         for prompt, a, b, p, won in zip(chosen_prompts, first, second, chance.tolist(), wins.tolist(), strict=True):
             pair_set.add(prompt, *((a, b) if won else (b, a)), chance=p if won else 1 - p)
-        made.append(pair_set)
-    return made
+        pair_sets.append(pair_set)
+    return pair_sets
 
 
 def _draw(rng: np.random.Generator, prompts: Sequence[str], count: int) -> tuple[list[str], list[str], list[str]]:
