@@ -90,10 +90,10 @@ def read(source: SourceSpec, fields: Sequence[Field], base_dir: Path | str = "."
         if name not in names:
             raise unknown("field", name, names, f"{source.path}: columns")
     place = locate(source, base_dir)
-    named = {field.name: source.columns.get(field.name, field.name) for field in fields}
+    column_of = {field.name: source.columns.get(field.name, field.name) for field in fields}
     needed = tuple(field for field in fields if field.required or field.name in source.columns)
     shown = place if isinstance(place, str) else _shown(place)
-    return _rows(_Plan(place, shown, _shown(Path(base_dir) / source.path), source, tuple(fields), named, needed))
+    return _rows(_Plan(place, shown, _shown(Path(base_dir) / source.path), source, tuple(fields), column_of, needed))
 
 
 def locate(source: SourceSpec, base_dir: Path | str = ".") -> Path | str:
@@ -167,11 +167,11 @@ class _Plan:
     place: Path | str
     shown: str
     """The source as messages name it."""
-    looked: str
+    local: str
     """Where a local file or folder would be; named when a hub id cannot be reached."""
     source: SourceSpec
     fields: tuple[Field, ...]
-    named: Mapping[str, str]
+    column_of: Mapping[str, str]
     """Field -> column."""
     needed: tuple[Field, ...]
     """Fields whose column every record must have."""
@@ -179,12 +179,12 @@ class _Plan:
     def require(self, where: str, available: Sequence[str]) -> None:
         """Refuse a record or header without a needed column."""
         for field in self.needed:
-            if self.named[field.name] not in available:
-                raise missing_column(where, field.name, self.named[field.name], available)
+            if self.column_of[field.name] not in available:
+                raise missing_column(where, field.name, self.column_of[field.name], available)
 
     def check_header(self, where: str, header: Sequence[str]) -> None:
         """Refuse a header that lacks a needed column or has one of ours twice."""
-        for column in self.named.values():
+        for column in self.column_of.values():
             if header.count(column) > 1:
                 raise RequestError(
                     f"{where}: column {column!r} is there {header.count(column)} times; every name must be unique"
@@ -193,7 +193,7 @@ class _Plan:
 
     def present(self, available: Sequence[str]) -> list[str]:
         """Return the columns to read: ours that are there."""
-        return [column for column in dict.fromkeys(self.named.values()) if column in available]
+        return [column for column in dict.fromkeys(self.column_of.values()) if column in available]
 
 
 def _rows(plan: _Plan) -> Iterator[Row]:
@@ -203,7 +203,9 @@ def _rows(plan: _Plan) -> Iterator[Row]:
         count += 1
         columns = tuple(record)
         plan.require(where, columns)
-        values = {field.name: _value(where, field, plan.named[field.name], record, from_text) for field in plan.fields}
+        values = {
+            field.name: _value(where, field, plan.column_of[field.name], record, from_text) for field in plan.fields
+        }
         yield Row(where, values, columns)
     if not count:
         empty = isinstance(plan.place, Path) and plan.place.is_file() and plan.place.stat().st_size == 0
@@ -419,7 +421,7 @@ def _dataset(plan: _Plan) -> Iterator[Located]:
             raise WorkError(f"{plan.shown}: the connection broke after row {row}: {_first_line(error)}") from error
         raise RequestError(
             f"{plan.shown}: this hub data set could not be reached (offline?), is not in the cache, and there is no "
-            f"local file or folder {plan.looked} ({_first_line(error)}); to work offline, point path to a local file "
+            f"local file or folder {plan.local} ({_first_line(error)}); to work offline, point path to a local file "
             f"({', '.join(SUFFIXES)}) or to a data set folder"
         ) from error
     except failures as error:

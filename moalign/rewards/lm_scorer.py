@@ -78,7 +78,7 @@ class LmScorer:
         """Texts so far that were longer than ``max_length``."""
         self._lender = self
         """The scorer whose model is used: another one where both name the same model (:func:`share`)."""
-        self._alone: dict[Line, float] = {}
+        self._bare_means: dict[Line, float] = {}
         self._folder = model_folder.local_folder(spec.model, base_dir, self.where)
         if self._folder is not None:
             model_folder.check(self._folder, self.where)
@@ -114,15 +114,15 @@ class LmScorer:
             means = self._means(lines)
             return [means[line] if len(line.ids) > line.start else -math.log(self._vocabulary) for line in lines]
         conditioned = [self._line(prompt, response, ASK, "end") for prompt, response in pairs]
-        bare = [self._bare(line) for line in conditioned]
-        if len(self._alone) > _CACHE_LIMIT:
-            self._alone.clear()
-        unknown = [line for line in bare if line not in self._alone]
+        bare_lines = [self._bare(line) for line in conditioned]
+        if len(self._bare_means) > _CACHE_LIMIT:
+            self._bare_means.clear()
+        unknown = [line for line in bare_lines if line not in self._bare_means]
         means = self._means([*conditioned, *unknown])
-        self._alone.update({line: means[line] for line in unknown})
+        self._bare_means.update({line: means[line] for line in unknown})
         return [
-            means[line] - self._alone[alone] if response and len(line.ids) > line.start else 0.0
-            for line, alone, (_, response) in zip(conditioned, bare, pairs, strict=True)
+            means[line] - self._bare_means[bare_line] if response and len(line.ids) > line.start else 0.0
+            for line, bare_line, (_, response) in zip(conditioned, bare_lines, pairs, strict=True)
         ]
 
     # --- from texts to tokens
