@@ -35,44 +35,52 @@ def grouped(works: Sequence[Work]) -> dict[str, list[Work]]:
     for work in works:
         rest = {key: value for key, value in work.identity.items() if key != "seed"}
         groups.setdefault(json.dumps([work.method.name, rest], sort_keys=True), []).append(work)
-    found = [sorted(group, key=lambda work: work.seed) for group in groups.values()]
-    return dict(zip(_labels(found), found, strict=True))
+    rows = [sorted(group, key=lambda work: work.seed) for group in groups.values()]
+    return dict(zip(_labels([row[0] for row in rows]), rows, strict=True))
 
 
-def _labels(groups: Sequence[Sequence[Work]]) -> list[str]:
-    """Name each row by its method; where a method has several, by the settings in which they differ."""
-    labels = []
-    for group in groups:
-        one = group[0]
-        rivals = [other[0] for other in groups if other[0].method.name == one.method.name]
-        if len(rivals) == 1:
-            labels.append(one.method.name)
-            continue
-        mine = dict(_flat(one.identity))
-        telling = _telling([dict(_flat(rival.identity)) for rival in rivals])
-        told = ", ".join(f"{key.removeprefix('config.')}={_short(mine.get(key))}" for key in telling)
-        labels.append(f"{one.method.name} ({told})" if told else one.method.name)
+_SHORT, _LONG = 16, 48
+"""Characters of a value in a label: the short form, and the long one for values that are alike in the short one."""
+
+
+def _labels(works: Sequence[Work]) -> list[str]:
+    """Return a label for each row, given by its first run: its method and, where a method has several rows, the
+    settings in which they differ, all of them.
+
+    Where these are too long to be written out, the label ends with the run's identifier: no two labels are alike.
+    """
+    by_method: dict[str, list[Work]] = {}
+    for work in works:
+        by_method.setdefault(work.method.name, []).append(work)
+    differences = {id(work): text for group in by_method.values() for work, text in _differences(group)}
+    labels = [f"{work.method.name}{differences[id(work)]}" for work in works]
     repeated = {label for label in labels if labels.count(label) > 1}
     return [
-        f"{label} [{group[0].folder.name[:6]}]" if label in repeated else label
-        for label, group in zip(labels, groups, strict=True)
+        f"{label} [{work.folder.name[:6]}]" if label in repeated else label
+        for label, work in zip(labels, works, strict=True)
     ]
 
 
-def _telling(settings: Sequence[Mapping[str, Any]], most: int = 2) -> list[str]:
-    """Return the keys that tell these settings apart best, the most telling first."""
-    keys = [key for key in dict.fromkeys(key for one in settings for key in one) if key != "seed"]
-    chosen: list[str] = []
+def _differences(works: Sequence[Work]) -> Iterator[tuple[Work, str]]:
+    """Yield each run of one method with the settings that tell these runs apart, the most telling first."""
+    settings = [_settings(work) for work in works]
+    columns = {key: [row.get(key) for row in settings] for key in dict.fromkeys(key for row in settings for key in row)}
+    counts = {key: len(set(map(json.dumps, values))) for key, values in columns.items() if key != "seed"}
+    keys = sorted((key for key, count in counts.items() if count > 1), key=lambda key: -counts[key])
+    texts = {key: _texts(columns[key], counts[key]) for key in keys}
+    for index, work in enumerate(works):
+        told = ", ".join(f"{key.removeprefix('config.')}={texts[key][index]}" for key in keys)
+        yield work, f" ({told})" if told else ""
 
-    def apart(more: str) -> int:
-        return len({tuple(str(one.get(key)) for key in (*chosen, more)) for one in settings})
 
-    while keys and len(chosen) < most:
-        best = max(keys, key=apart)
-        if (chosen and apart(best) == apart(chosen[-1])) or apart(best) == 1:
-            break
-        chosen.append(best)
-    return chosen
+def _settings(work: Work) -> dict[str, Any]:
+    """Return a run's settings by dotted name, with the method's defaults where its identity leaves them out."""
+    settings = dict(_flat(work.identity))
+    defaults = work.method.Config.model_construct().model_dump(mode="json")
+    for key, value in _flat({"config": defaults}):
+        if not any(key.startswith(f"{name}.") for name in settings):  # a whole part that is switched off
+            settings.setdefault(key, value)
+    return settings
 
 
 def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -83,6 +91,12 @@ def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix.rstrip("."), value
 
 
-def _short(value: Any) -> str:
-    text = f"{value:g}" if isinstance(value, float) else str(value)
-    return text if len(text) <= 16 else text[:15] + "…"
+def _texts(values: Sequence[Any], different: int) -> list[str]:
+    """Return a setting's values as a label shows them: short where all ``different`` ones stay apart, else longer."""
+    short = [_cut(f"{value:g}" if isinstance(value, float) else str(value), _SHORT) for value in values]
+    long = [_cut(str(value), _LONG) for value in values]
+    return long if len(set(short)) < different and len(set(long)) == different else short
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else f"{text[: width - 1]}…"

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 WIDTH = 100
 """Tables and sentences are not spread wider than this; wide lines are hard to read."""
+_LABEL = 9
+"""Characters that a row's label has at the least, however narrow the terminal is."""
 
 
 def print_comparison(console: Console, told: Mapping[str, Any]) -> None:
@@ -24,11 +26,11 @@ def print_comparison(console: Console, told: Mapping[str, Any]) -> None:
     judged = [row for row in told["rows"] if row["status"] != "failed"]
     console.print(Text(_heading(told)), width=width)
     if judged:
-        console.print(ranking(told["rows"]), width=width)
+        console.print(_fitted(ranking(told["rows"]), console, width), width=width)
         leads = verdict.lead_over_each(told)
         if leads:
-            console.print(lead(judged[0]["label"], leads), width=width)
-        console.print(cost(judged), width=width)
+            console.print(_fitted(lead(judged[0]["label"], leads), console, width), width=width)
+        console.print(_fitted(cost(judged), console, width), width=width)
         if any(row.get("diagnostics") for row in judged):
             console.print(diagnostics(judged), width=width)
         console.print()
@@ -159,4 +161,17 @@ def _table(heads: Sequence[str], name: int = 1) -> Table:
             table.add_column(Text(head), justify="left", overflow="fold", min_width=8)
         else:
             table.add_column(head, justify="right", no_wrap=True, min_width=1)
+    return table
+
+
+def _fitted(table: Table, console: Console, width: int) -> Table:
+    """Return the table without its last columns where these would leave the labels no room in ``width`` characters."""
+    from rich.measure import Measurement
+
+    labels = next(column for column in table.columns if column.overflow == "fold")
+    labels.width = _LABEL
+    wide = console.options.update(max_width=10 * WIDTH)
+    while len(table.columns) > 2 and Measurement.get(console, wide, table).maximum > width:
+        table.columns.pop()
+    labels.width = None
     return table

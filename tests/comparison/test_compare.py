@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 
 from moalign.comparison import compare as workflow
-from moalign.comparison import executors, jobs
+from moalign.comparison import contenders, executors, jobs
 from moalign.comparison.compare import CompareRequest, Comparison, compare
 from moalign.config.strict import Strict
 from moalign.core.errors import RequestError, WorkError
@@ -46,8 +46,14 @@ suite: [good, bad]
 """
 
 
+class Tuning(Strict):
+    rounds: int = 4
+
+
 class Config(Strict):
     gain: float = 0.0
+    base: str = "/models/one-and-the-same-folder/small"
+    tuning: Tuning = Tuning()
     fail: bool = False
     fail_seed: int | None = None
 
@@ -392,6 +398,64 @@ def test_settings_tell_runs_of_one_method_apart(card: str, results: Path) -> Non
     assert [row["label"] for row in compared.told["rows"]] == ["good (gain=0.2)", "good (gain=0.1)"]
     assert [row["seeds"] for row in compared.told["rows"]] == [[0, 1], [0, 1]]
     assert compared.told["winner"] == "good (gain=0.2)"
+
+
+def test_runs_of_one_method_that_differ_in_three_settings_have_labels_of_their_own(card: str, results: Path) -> None:
+    """Every setting in which they differ is in the label: no two of six runs look alike."""
+    settings = [
+        f"gain={gain} tuning.rounds={rounds} fail_seed={seed}"
+        for gain, rounds, seed in [(0.3, 4, 7), (0.3, 4, 8), (0.3, 2, 7), (0.2, 2, 7), (0.2, 2, 8), (0.2, 4, 8)]
+    ]
+    found = [
+        run for texts in settings for run in runs_of(ask(card, results, methods=["good"], overrides=texts.split()))
+    ]
+    compared = compare(CompareRequest(runs=found, results=results))
+    wanted = {text.replace(" ", ", ") for text in settings}
+    assert {row["label"].removeprefix("good (").removesuffix(")") for row in compared.told["rows"]} == wanted
+
+
+def test_long_values_are_abbreviated_where_labels_stay_apart(card: str, results: Path) -> None:
+    """A value is cut only where what is left tells it apart; numbers get the digits that they need."""
+
+    def labels(*overrides: str) -> set[str]:
+        found = [run for text in overrides for run in runs_of(ask(card, results, methods=["good"], overrides=[text]))]
+        return {row["label"] for row in compare(CompareRequest(runs=found, results=results)).told["rows"]}
+
+    assert labels("base=/elsewhere/in-a-long-folder", "base=/models/one") == {
+        "good (base=/elsewhere/in-a…)",
+        "good (base=/models/one)",
+    }
+    assert labels("base=/models/in-one-folder/small", "base=/models/in-one-folder/large") == {
+        "good (base=/models/in-one-folder/small)",
+        "good (base=/models/in-one-folder/large)",
+    }
+    assert labels("gain=0.1", "gain=0.10000001") == {"good (gain=0.1)", "good (gain=0.10000001)"}
+
+
+def test_runs_that_only_their_vectors_tell_apart_have_labels_of_their_own(card: str, results: Path) -> None:
+    vectors = [[[0.125, 0.875], [0.5, 0.5], [0.75, 0.25], [1.0, k / 10]] for k in range(2)]
+    works = [
+        jobs.Work(registry.get("own-only"), 0, {"config": {}, "prefs": prefs, "seed": 0}, Path(f"{k}23456789"), [])
+        for k, prefs in enumerate(vectors)
+    ]
+    assert list(contenders.grouped(works)) == [
+        "own-only (prefs=[[0.125, 0.875]…) [023456]",
+        "own-only (prefs=[[0.125, 0.875]…) [123456]",
+    ]
+
+
+def test_a_setting_at_its_default_is_named_with_its_value() -> None:
+    """Also where a run's identity leaves it out, and where it lies deeper."""
+    configs: list[dict[str, Any]] = [{}, {"gain": 0.5}, {"tuning": {"rounds": 9}}]
+    works = [
+        jobs.Work(registry.get("good"), 0, {"config": config, "seed": 0}, Path(str(k)), [])
+        for k, config in enumerate(configs)
+    ]
+    assert list(contenders.grouped(works)) == [
+        "good (gain=0, tuning.rounds=4)",
+        "good (gain=0.5, tuning.rounds=4)",
+        "good (gain=0, tuning.rounds=9)",
+    ]
 
 
 def test_task_cards_are_not_mixed(card: str, results: Path, tmp_path: Path) -> None:

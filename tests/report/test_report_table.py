@@ -51,6 +51,17 @@ def test_names_are_on_one_line_and_numbers_end_in_one_column(compared: Build) ->
     assert len(ends) == 1
 
 
+@pytest.mark.parametrize("width", [60, 80])
+def test_long_labels_are_folded_and_never_cut(compared: Build, width: int) -> None:
+    """Two rows that differ in the last of many settings must not look alike."""
+    labels = [f"hindsight (steps=320, batch=128, temperature=1.25, sft_coef={value})" for value in (0.125, 0.126)]
+    lines = printed(compared({labels[0]: 0.3, labels[1]: 0.1}), width)
+    top = next(number for number, line in enumerate(lines) if "method" in line)
+    cells = "".join(line[4 : lines[top].index("hyperv.")] for line in lines[top + 1 :]).replace(" ", "")
+    assert all(label.replace(" ", "") in cells for label in labels)
+    assert line_of(lines, "hindsight", "1 min 01 s", "45.3 k", "1.36 M", "4.00 k")
+
+
 def test_the_optimum_is_shown_only_when_known(compared: Build) -> None:
     assert "optimum" in " ".join(printed(compared({"a": 0.1, "b": 0.0})))
     assert "optimum" not in " ".join(printed(compared({"a": 0.1, "b": 0.0}, optimum=False)))
