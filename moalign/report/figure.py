@@ -40,7 +40,7 @@ def draw(told: Mapping[str, Any], suffix: str = ".png", theme: ThemeName = "ligh
     pairs = list(itertools.combinations(range(len(told["objectives"])), 2))
     columns = min(3, len(pairs))
     lines = math.ceil(len(pairs) / columns)
-    tall = max(4.8, style.LEGEND_ENTRY * len(told["rows"]) + 0.9)  # the legend stands beside a single panel
+    tall = max(4.8, style.legend_height([row["label"] for row in told["rows"]]))  # it stands beside a single panel
     size = (7.6 + 0.6 * (tall - 4.8), tall) if len(pairs) == 1 else (3.5 * columns, 3.3 * lines + 0.9)
     with style.canvas(*size, theme) as (figure, colours):
         panels = list(np.atleast_1d(figure.subplots(lines, columns)).flat)

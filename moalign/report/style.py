@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -64,8 +64,8 @@ _METADATA: dict[str, dict[str, Any]] = {
 }
 """Fixed, so that the same comparison gives the same bytes."""
 
-LEGEND_ENTRY = 0.42
-"""Inches that a method takes in the legend."""
+_ENTRY, _LINE, _GAP = 0.42, 0.142, 0.095
+"""Inches of the legend that a method takes at the least, of a line of its text, and between two entries."""
 
 
 def look(index: int, theme: Theme) -> tuple[str, str]:
@@ -99,6 +99,12 @@ def wrapped(label: str, width: int = 24) -> str:
     return "\n".join(textwrap.wrap(label, width))
 
 
+def legend_height(labels: Sequence[str]) -> float:
+    """Return the inches that a legend beside a panel takes: a line below each wrapped label, optimum and title."""
+    lines = sum(2 + wrapped(label).count("\n") for label in [*labels, "optimum", "title"])
+    return max(_ENTRY * len(labels) + 0.9, _LINE * lines + _GAP * len(labels) + 0.31)
+
+
 def headline(figure: Figure, text: str) -> None:
     """Write what the figure shows at its top left."""
     figure.suptitle(text, x=0.01, ha="left", fontsize=10)
@@ -110,7 +116,9 @@ def legend(figure: Figure, handles: Any, labels: Any, title: str, beside: bool) 
     if beside:
         figure.legend(handles, labels, loc="outside right center", title=title, **common)
     else:
-        figure.legend(handles, labels, loc="outside lower center", title=title, ncols=min(4, len(labels)), **common)
+        columns = 4 if max(label.count("\n") for label in labels) < 2 else 3  # full lines are as wide as they can be
+        place = "outside lower center"
+        figure.legend(handles, labels, loc=place, title=title, ncols=min(columns, len(labels)), **common)
 
 
 def _settings(theme: Theme) -> Any:

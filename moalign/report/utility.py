@@ -61,7 +61,7 @@ def _best(told: Mapping[str, Any]) -> tuple[Array, Array] | None:
 
 
 def _lines(told: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], suffix: str, theme: ThemeName) -> bytes:
-    tall = max(4.2, style.LEGEND_ENTRY * (len(rows) + 1) + 0.9)
+    tall = max(4.2, style.legend_height([row["label"] for row in rows]) + 0.42)
     with style.canvas(7.6, tall, theme) as (figure, colours):
         panel = figure.subplots()
         best = _best(told)

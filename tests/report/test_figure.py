@@ -30,6 +30,21 @@ def test_size_of_one_panel(compared: Build) -> None:
     assert size(figure.draw(compared(FIVE))) == (round(7.6 * style.DPI), round(4.8 * style.DPI))
 
 
+@pytest.mark.parametrize("place", ["beside", "below"])
+def test_the_legend_of_long_labels_lies_within_the_figure(place: str) -> None:
+    """However many settings tell the rows apart, no label is cut at the figure's edge."""
+    labels = [f"hindsight (steps={i}, temperature=1.25, sft_coef=0.5, batch=128, stage.lr=0.00012)" for i in range(12)]
+    beside = place == "beside"
+    entries = [style.wrapped(label) + ("\n0.477 (77 %)" if beside else "") for label in labels]
+    with style.canvas(7.6, max(4.8, style.legend_height(labels)) if beside else 6.0, "light") as (made, _):
+        panel = made.subplots()
+        handles = [panel.plot([0], [0], marker="o", label=entry)[0] for entry in ["optimum\n0.619", *entries]]
+        style.legend(made, handles, ["optimum\n0.619", *entries], "method\n(share)" if beside else "", beside)
+        made.draw_without_rendering()
+        box, page = made.legends[0].get_window_extent().padded(-4), made.bbox  # without its empty frame, in pixels
+        assert page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1
+
+
 @pytest.mark.parametrize(("objectives", "expected"), [(3, (10.5, 4.2)), (4, (10.5, 7.5))])
 def test_size_of_pairwise_panels(compared: Build, objectives: int, expected: tuple[float, float]) -> None:
     content = figure.draw(compared({"a": 0.2, "b": 0.0}, objectives=objectives))
