@@ -35,10 +35,10 @@ def _contender(label: str, gain: float, grid: Any, on: Any, seeds: int, rate: fl
         noise = np.random.default_rng([seed, m]).normal(0, 0.2, (50, len(grid), m))
         noise -= noise.mean(axis=0)
         table = np.sqrt(np.array(grid)) * (0.6 + gain) + 0.1 + 0.01 * seed + noise
-        told = judge(on, grid, table)
-        told["quality"] = {"rate": rate, "causes": {"short": rate}, "mean_length": 21.0, "distinct_3": 0.99}
-        told["cost"] = {"tokens_generated": 32071, "reward_calls": 2816, "seconds": 1.3}
-        evaluations.append(Evaluation(told, table))
+        record = judge(on, grid, table)
+        record["quality"] = {"rate": rate, "causes": {"short": rate}, "mean_length": 21.0, "distinct_3": 0.99}
+        record["cost"] = {"tokens_generated": 32071, "reward_calls": 2816, "seconds": 1.3}
+        evaluations.append(Evaluation(record, table))
         costs.append(
             {
                 "tokens_generated": 45283,
@@ -68,13 +68,13 @@ def compared() -> Callable[..., dict[str, Any]]:
     ) -> dict[str, Any]:
         key = repr((gains, objectives, seeds, optimum, dead, rates))
         if key not in kept:
-            kept[key] = _told(gains, objectives, seeds, optimum, dead, rates or {})
+            kept[key] = _record(gains, objectives, seeds, optimum, dead, rates or {})
         return copy.deepcopy(kept[key])
 
     return build
 
 
-def _told(
+def _record(
     gains: dict[str, float], objectives: int, seeds: int, optimum: bool, dead: tuple[str, ...], rates: dict[str, float]
 ) -> dict[str, Any]:
     grid = preferences.grid(objectives, 10 if objectives == 2 else 4)
@@ -96,7 +96,7 @@ def _told(
         command = f"moalign train {label} --task toy --seed 0"
         run = {"run": label, "seed": 0, "status": "failed", "error": "WorkError: out of | memory", "command": command}
         rows.append(Contender(label, label, runs=[run]))
-    told: dict[str, Any] = {
+    record: dict[str, Any] = {
         "task": "toy",
         "description": "made up",
         "card_hash": "0123456789abcdef",
@@ -118,8 +118,8 @@ def _told(
         "markdown": "results/compare/toy-1/compare.md",
         "json": "results/compare/toy-1/compare.json",
     }
-    told["verdict"] = verdict.sentences(told)
-    return told
+    record["verdict"] = verdict.sentences(record)
+    return record
 
 
 class Browser:

@@ -22,8 +22,8 @@ def size(content: bytes) -> tuple[int, int]:
 
 @pytest.mark.parametrize("suffix", figure.FORMATS)
 def test_the_same_bytes_twice(compared: Build, suffix: str) -> None:
-    told = compared(FIVE)
-    assert figure.draw(told, suffix) == figure.draw(told, suffix)
+    record = compared(FIVE)
+    assert figure.draw(record, suffix) == figure.draw(record, suffix)
 
 
 def test_size_of_one_panel(compared: Build) -> None:
@@ -89,6 +89,6 @@ def test_drawing_leaves_the_users_matplotlib_alone(compared: Build) -> None:
 
 
 def test_more_methods_than_colours(compared: Build) -> None:
-    told = compared({f"m{i}": 0.02 * i for i in range(12)})
+    record = compared({f"m{i}": 0.02 * i for i in range(12)})
     looks = {style.look(i, style.THEMES["light"]) for i in range(63)}
-    assert len(looks) == 63 and figure.draw(told)
+    assert len(looks) == 63 and figure.draw(record)
