@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moalign.comparison.standings import Contender, standings
+from moalign.comparison.ranking import Entry, ranking
 from moalign.config.card import EvaluationSpec
 from moalign.core import preferences
 from moalign.evaluation.evaluate import Evaluation, judge
@@ -28,7 +28,7 @@ from moalign.report import verdict
 NAMES = ["helpfulness", "harmlessness", "humor", "brevity"]
 
 
-def _contender(label: str, gain: float, grid: Any, on: Any, seeds: int, rate: float) -> Contender:
+def _entry(label: str, gain: float, grid: Any, on: Any, seeds: int, rate: float) -> Entry:
     m = len(on.names)
     runs, evaluations, costs = [], [], []
     for seed in range(seeds):
@@ -50,13 +50,13 @@ def _contender(label: str, gain: float, grid: Any, on: Any, seeds: int, rate: fl
         )
         command = f"moalign train {label} --task toy --seed {seed}"
         runs.append({"run": f"results/{label}", "seed": seed, "status": "done", "error": None, "command": command})
-    return Contender(label, label, True, list(range(seeds)), evaluations, costs, runs)
+    return Entry(label, label, True, list(range(seeds)), evaluations, costs, runs)
 
 
 @pytest.fixture(scope="session")
 def compared() -> Callable[..., dict[str, Any]]:
     """``compared({"a": 0.1, "b": 0.0}, objectives=2, seeds=1, optimum=True, dead=["c"], rates={"a": 0.1})``."""
-    kept: dict[str, dict[str, Any]] = {}
+    built: dict[str, dict[str, Any]] = {}
 
     def build(
         gains: dict[str, float],
@@ -67,9 +67,9 @@ def compared() -> Callable[..., dict[str, Any]]:
         rates: dict[str, float] | None = None,
     ) -> dict[str, Any]:
         key = repr((gains, objectives, seeds, optimum, dead, rates))
-        if key not in kept:
-            kept[key] = _record(gains, objectives, seeds, optimum, dead, rates or {})
-        return copy.deepcopy(kept[key])
+        if key not in built:
+            built[key] = _record(gains, objectives, seeds, optimum, dead, rates or {})
+        return copy.deepcopy(built[key])
 
     return build
 
@@ -91,11 +91,11 @@ def _record(
         eval_prompts=[],
         optimum=lambda asked, prompts: best,
     )
-    rows = [_contender(label, gain, grid, on, seeds, rates.get(label, 0.0)) for label, gain in gains.items()]
+    rows = [_entry(label, gain, grid, on, seeds, rates.get(label, 0.0)) for label, gain in gains.items()]
     for label in dead:
         command = f"moalign train {label} --task toy --seed 0"
         run = {"run": label, "seed": 0, "status": "failed", "error": "WorkError: out of | memory", "command": command}
-        rows.append(Contender(label, label, runs=[run]))
+        rows.append(Entry(label, label, runs=[run]))
     record: dict[str, Any] = {
         "task": "toy",
         "description": "made up",
@@ -107,7 +107,7 @@ def _record(
         "draws": 100,
         "level": 0.95,
         "bounds": {"lo": [-5.0] * objectives, "hi": [5.0] * objectives},
-        **standings(rows, grid, 100, 3),
+        **ranking(rows, grid, 100, 3),
         "failed": list(dead),
         "command": "moalign compare --task toy",
         "environment": {"python": "3.11.7", "packages": {"torch": "2.13"}, "commit": "abcdef0123456789", "dirty": True},

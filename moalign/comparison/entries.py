@@ -1,4 +1,4 @@
-"""The rows of a comparison: runs grouped by method and setting over their seeds, each with a label that is its own."""
+"""The entries of a comparison: runs grouped by method and settings over their seeds, each with a unique label."""
 
 from __future__ import annotations
 
@@ -7,36 +7,36 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from moalign.comparison.jobs import Work
-from moalign.comparison.standings import Contender
+from moalign.comparison.ranking import Entry
 from moalign.report import curves
 
 
-def contenders(works: Sequence[Work]) -> list[Contender]:
-    """Return the rows: one per method and setting, with what its runs gave."""
-    rows = []
+def entries_of(works: Sequence[Work]) -> list[Entry]:
+    """Return one entry per method and settings, with the results of its runs."""
+    entries = []
     for label, group in grouped(works).items():
         method = group[0].method
-        row = Contender(label, method.name, seeded=method.capabilities.trains, runs=[work.told for work in group])
+        entry = Entry(label, method.name, seeded=method.capabilities.trains, runs=[work.summary for work in group])
         for work in group:
             if work.evaluation is not None and work.run is not None:
                 record = work.run.record
-                row.seeds.append(work.seed)
-                row.evaluations.append(work.evaluation)
-                row.costs.append({**record.cost.model_dump(), "seconds": record.seconds})
-                row.diagnostics.append(record.notes.get("diagnostics") or {})
-                row.curves.append(curves.condense(work.run.metrics()))
-        rows.append(row)
-    return rows
+                entry.seeds.append(work.seed)
+                entry.evaluations.append(work.evaluation)
+                entry.costs.append({**record.cost.model_dump(), "seconds": record.seconds})
+                entry.diagnostics.append(record.notes.get("diagnostics") or {})
+                entry.curves.append(curves.condense(work.run.metrics()))
+        entries.append(entry)
+    return entries
 
 
 def grouped(works: Sequence[Work]) -> dict[str, list[Work]]:
-    """Return the runs of each row, in the order of their seeds, by the row's label; labels are unique."""
+    """Return the runs of each entry in the order of their seeds, by the entry's unique label."""
     groups: dict[str, list[Work]] = {}
     for work in works:
         rest = {key: value for key, value in work.identity.items() if key != "seed"}
         groups.setdefault(json.dumps([work.method.name, rest], sort_keys=True), []).append(work)
-    rows = [sorted(group, key=lambda work: work.seed) for group in groups.values()]
-    return dict(zip(_labels([row[0] for row in rows]), rows, strict=True))
+    ordered = [sorted(group, key=lambda work: work.seed) for group in groups.values()]
+    return dict(zip(_labels([group[0] for group in ordered]), ordered, strict=True))
 
 
 _SHORT, _LONG = 16, 48
@@ -44,8 +44,8 @@ _SHORT, _LONG = 16, 48
 
 
 def _labels(works: Sequence[Work]) -> list[str]:
-    """Return a label for each row, given by its first run: its method and, where a method has several rows, the
-    settings in which they differ, all of them.
+    """Return a label for each entry (given by its first run): the method and, where the method has several entries,
+    all settings in which these differ.
 
     Where these are too long to be written out, the label ends with the run's identifier: no two labels are alike.
     """
@@ -69,8 +69,8 @@ def _differences(works: Sequence[Work]) -> Iterator[tuple[Work, str]]:
     keys = sorted((key for key, count in counts.items() if count > 1), key=lambda key: -counts[key])
     texts = {key: _texts(columns[key], counts[key]) for key in keys}
     for index, work in enumerate(works):
-        told = ", ".join(f"{key.removeprefix('config.')}={texts[key][index]}" for key in keys)
-        yield work, f" ({told})" if told else ""
+        text = ", ".join(f"{key.removeprefix('config.')}={texts[key][index]}" for key in keys)
+        yield work, f" ({text})" if text else ""
 
 
 def _settings(work: Work) -> dict[str, Any]:
