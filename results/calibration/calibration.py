@@ -117,7 +117,8 @@ def markdown(record: dict[str, Any]) -> str:
         "# MORE and multitask reward models on the sandbox's annotators",
         "",
         f"Made by `{record['command']}`: {options['seeds']} seeds, {options['pairs']} labelled pairs per group "
-        f"(70 % trained on, 20 % judged on), five groups, {options['steps']} steps of 80 pairs, learning rate {options['lr']:g}, "
+        f"(70 % trained on, 20 % judged on), five groups, {options['steps']} steps of 80 pairs, "
+        f"learning rate {options['lr']:g}, "
         f"sharpness {options['sharpness']:g} (1: what is one unit of taste better wins in 73 %), the "
         "sandbox's base (107,000 parameters) as backbone. Means over groups; 95 % intervals over seeds (Student's t). "
         "ECE: 10 bins, both orders; true: against the annotators' known probabilities instead of their labels.",
