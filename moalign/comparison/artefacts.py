@@ -20,7 +20,7 @@ PAGES = (".html", ".htm")
 
 
 @dataclass(frozen=True)
-class Places:
+class OutputPaths:
     """Paths of the files to write."""
 
     json: Path
@@ -49,29 +49,29 @@ class Places:
 
 def _check_writable(folder: Path) -> None:
     """Raise RequestError for a folder that cannot be created or written, before hours are spent on its files."""
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not there.is_dir():
-        raise RequestError(f"{folder}: cannot write here: {there} is not a folder; choose another place")
-    with atomic.refusals(there), tempfile.TemporaryFile(dir=there) as file:
+    existing = next(ancestor for ancestor in (folder, *folder.absolute().parents) if ancestor.exists())
+    if not existing.is_dir():
+        raise RequestError(f"{folder}: cannot write here: {existing} is not a folder; choose another place")
+    with atomic.refusals(existing), tempfile.TemporaryFile(dir=existing) as file:
         file.write(b"\0" * 65536)
 
 
-def write(record: dict[str, Any], places: Places, works: Sequence[Work], card: TaskCard) -> None:
+def write(record: dict[str, Any], paths: OutputPaths, works: Sequence[Work], card: TaskCard) -> None:
     """Write figures, page, Markdown and, last, the JSON; ``record`` is completed with their paths."""
     if any(row["points"] for row in record["rows"]):
         for name, draw in drawings.ALL.items():
-            place = places.figure if name == "fronts" else places.folder / f"{name}.png"
-            content = draw(record, place.suffix)
+            path = paths.figure if name == "fronts" else paths.folder / f"{name}.png"
+            content = draw(record, path.suffix)
             if content is not None:
-                atomic.write_bytes(place, content)
-                record["figures"][name] = str(place)
+                atomic.write_bytes(path, content)
+                record["figures"][name] = str(path)
         record["figure"] = record["figures"]["fronts"]
-    record["markdown"], record["json"] = str(places.markdown), str(places.json)
-    record["html"] = None if places.html is None else str(places.html)
-    if places.html is not None:
-        atomic.write_bytes(places.html, page.page(record, answers(works, card)))
-    atomic.write_text(places.markdown, markdown.page(record, places.markdown.parent))
-    atomic.write_json(places.json, record)
+    record["markdown"], record["json"] = str(paths.markdown), str(paths.json)
+    record["html"] = None if paths.html is None else str(paths.html)
+    if paths.html is not None:
+        atomic.write_bytes(paths.html, page.page(record, answers(works, card)))
+    atomic.write_text(paths.markdown, markdown.page(record, paths.markdown.parent))
+    atomic.write_json(paths.json, record)
 
 
 def answers(works: Sequence[Work], card: TaskCard) -> list[page.Answers]:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from moalign.comparison import artefacts, entries, executors, jobs, slots
-from moalign.comparison.artefacts import Places
+from moalign.comparison.artefacts import OutputPaths
 from moalign.comparison.jobs import Work
 from moalign.comparison.ranking import ranking
 from moalign.config import load, overrides
@@ -86,20 +86,20 @@ def compare(request: CompareRequest, say: Say = silent) -> Comparison:
 
     Raises:
         RequestError: every problem of the request at once, before anything is trained: unknown names, settings that
-            no method has, runs of different task cards or without evaluation, places that cannot be written.
+            no method has, runs of different task cards or without evaluation, paths that cannot be written.
     """
     works, card, card_hash = _named_runs(request) if request.runs else plan_all(request)
     requested = _requested_grid(request, card)
     samples = _samples(request, card)
     _refuse_lost_answers(works, card, requested, samples)
-    places = _places(request, works, card, card_hash)
+    paths = _output_paths(request, works, card, card_hash)
     jobs.train_missing(works, request.executor, request.jobs, say)
     jobs.evaluate_all(works, requested, say, keep=not request.runs, samples=samples)
     _refuse_not_finite(works, card)
     _same_bounds(works)
     grid = requested or preferences.grid_of(len(card.objectives), card.grid)
     record = _record(request, works, card, card_hash, grid)
-    artefacts.write(record, places, works, card)
+    artefacts.write(record, paths, works, card)
     return Comparison(record, [work.trace for work in works if work.trace])
 
 
@@ -380,18 +380,18 @@ def _command(request: CompareRequest) -> str:
     return shlex.join([*parts, "--results", str(request.results)])
 
 
-def _places(request: CompareRequest, works: Sequence[Work], card: TaskCard, card_hash: str) -> Places:
+def _output_paths(request: CompareRequest, works: Sequence[Work], card: TaskCard, card_hash: str) -> OutputPaths:
     """Return the paths of the files, having checked that they can be written."""
     identity = {"card": card_hash, "runs": sorted(work.folder.name for work in works), "grid": request.grid}
     samples = _samples(request, card)
     if samples is not None:
         identity["samples"] = samples
     folder = request.results / "compare" / f"{card.name}-{stores.identity(identity)[:8]}"
-    places = Places(
+    paths = OutputPaths(
         folder / "compare.json",
         request.figure or folder / "fronts.png",
         request.markdown or folder / "compare.md",
         request.html,
     )
-    places.check()
-    return places
+    paths.check()
+    return paths

@@ -182,11 +182,11 @@ def _collect(work: Work, code: int, messages: str) -> None:
     if code == 0:
         raise WorkError(f"its process ended well, but left no finished run in {work.folder}; did a file of its change?")
     lines = [line.strip() for line in messages.splitlines() if line.strip()]
-    said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")] or lines[-1:]
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")] or lines[-1:]
     if run is not None and run.record.error:
-        said = [run.record.error]
+        errors = [run.record.error]
     how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-    raise WorkError("; ".join(said) if said else f"its process ended without a word ({how})")
+    raise WorkError("; ".join(errors) if errors else f"its process ended without a word ({how})")
 
 
 def _finished(work: Work) -> bool:

@@ -48,7 +48,7 @@ def draw(record: Mapping[str, Any], suffix: str = ".png", theme: ThemeName = "li
 
 def _panel(panel: Axes, rows: Sequence[Mapping[str, Any]], unit: str, colours: Theme) -> None:
     spent = [float(row["cost"][unit]) for row in rows]
-    # Logarithmic, with a place for 0; below a tenth of a second is nothing.
+    # Logarithmic, with room for 0; less than a tenth of a second counts as 0.
     least = min((value for value in spent if value > 0.1), default=1.0)
     panel.set_xscale("symlog", linthresh=least / 2, linscale=0.3)
     for index, (row, value) in enumerate(zip(rows, spent, strict=True)):

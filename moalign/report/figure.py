@@ -145,15 +145,15 @@ def _name_preferences(panel: Axes, record: Mapping[str, Any], colours: Theme) ->
     taken = np.concatenate([_along(panel.transData.transform(line)) for line in lines])
     prefs = sorted(next(row for row in record["rows"] if row["points"])["points"], key=lambda point: point["prefs"])
     room = panel.get_window_extent().get_points()
-    for place in sorted({0, len(prefs) // 2, len(prefs) - 1}):
-        text = f"w = {', '.join(f'{weight:.2g}' for weight in prefs[place]['prefs'])}"
-        at = panel.transData.transform(rows[0][place])
+    for index in sorted({0, len(prefs) // 2, len(prefs) - 1}):
+        text = f"w = {', '.join(f'{weight:.2g}' for weight in prefs[index]['prefs'])}"
+        at = panel.transData.transform(rows[0][index])
         boxes = [_box(at, text, angle) for angle in _ANGLES]
         offset, box = min(boxes, key=lambda option: (_leaves(option[1], room), _inside(taken, option[1])))
         taken = np.concatenate([taken, _along(np.array([box[0], box[1]]))])
         panel.annotate(
             text,
-            rows[0][place],
+            rows[0][index],
             xytext=(offset[0], offset[1]),
             textcoords="offset points",
             ha="center",

@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 from moalign.core.errors import MoalignError, RequestError
 from moalign.report import drawings, markdown
-from moalign.report.markdown import escaped, table
+from moalign.report.markdown import escaped, software, table
 from moalign.report.units import NONE, any_nats, count, duration, interval, memory, nats, number, percent
 from moalign.runs import atomic
 
@@ -39,11 +39,11 @@ def make(records: Path, page: Path) -> list[Path]:
         raise RequestError(f"{records}: no record; each is a file NAME/compare.json, as moalign compare writes it")
     written: list[Path] = []
     for path, record in records_by_path.items():
-        made = _draw(record, path.parent)
-        places = {name: str(files[0]) for name, files in made.items()}
-        text = markdown.page({**record, "figure": places.get("fronts"), "figures": places, "html": None}, path.parent)
+        figures = _draw(record, path.parent)
+        paths = {name: str(files[0]) for name, files in figures.items()}
+        text = markdown.page({**record, "figure": paths.get("fronts"), "figures": paths, "html": None}, path.parent)
         atomic.write_text(path.with_suffix(".md"), text)
-        written += [*(file for files in made.values() for file in files), path.with_suffix(".md")]
+        written += [*(file for files in figures.values() for file in files), path.with_suffix(".md")]
     atomic.write_text(page, leaderboard(records_by_path, page.parent))
     return [*written, page]
 
@@ -61,17 +61,17 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _draw(record: Mapping[str, Any], folder: Path) -> dict[str, list[Path]]:
     """Draw every figure that applies, light and dark, beside the record; return its files by name."""
-    made: dict[str, list[Path]] = {}
+    figures: dict[str, list[Path]] = {}
     if not any(row["points"] for row in record["rows"]):
-        return made
+        return figures
     for name, draw in drawings.ALL.items():
         for suffix, theme in (("", "light"), ("-dark", "dark")):
             content = draw(record, ".png", theme)
             if content is not None:
-                place = folder / f"{name}{suffix}.png"
-                atomic.write_bytes(place, content)
-                made.setdefault(name, []).append(place)
-    return made
+                path = folder / f"{name}{suffix}.png"
+                atomic.write_bytes(path, content)
+                figures.setdefault(name, []).append(path)
+    return figures
 
 
 def leaderboard(records: Mapping[Path, Mapping[str, Any]], folder: Path) -> str:
@@ -104,7 +104,7 @@ def _seeds(record: Mapping[str, Any]) -> str:
 
 
 def _section(path: Path, record: Mapping[str, Any], folder: Path) -> list[str]:
-    place = Path(os.path.relpath(path.parent, folder)).as_posix()
+    relative = Path(os.path.relpath(path.parent, folder)).as_posix()
     parts = [f"## {escaped(path.parent.name)}", escaped(record["description"]), *map(escaped, record["verdict"])]
     samples = record.get("samples") or 1  # older records lack it
     if samples > 1:
@@ -113,14 +113,14 @@ def _section(path: Path, record: Mapping[str, Any], folder: Path) -> list[str]:
             f"`moalign eval RUN --samples {samples}`."
         )
     if any(row["points"] for row in record["rows"]):
-        parts.append(_picture(place, "fronts", "Mean rewards of every method by preference"))
-    parts += [_ranking(record), _cost(record), _origin(record, place)]
+        parts.append(_picture(relative, "fronts", "Mean rewards of every method by preference"))
+    parts += [_ranking(record), _cost(record), _origin(record, relative)]
     return parts
 
 
-def _picture(place: str, name: str, text: str) -> str:
+def _picture(folder: str, name: str, text: str) -> str:
     """Return a figure that follows the reader's colour scheme."""
-    light, dark = quote(f"{place}/{name}.png"), quote(f"{place}/{name}-dark.png")
+    light, dark = quote(f"{folder}/{name}.png"), quote(f"{folder}/{name}-dark.png")
     return (
         f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
         f'<img src="{light}" alt="{text}"></picture>'
@@ -171,17 +171,11 @@ def _cost(record: Mapping[str, Any]) -> str:
     return "Cost of training, mean per seed (memory: the largest):\n\n" + table(heads, lines, left=1)
 
 
-def _origin(record: Mapping[str, Any], place: str) -> str:
-    used = record.get("environment") or {}
-    packages = used.get("packages") or {}
-    named = ", ".join(f"{name} {packages[name]}" for name in ("moalign", "torch", "transformers") if packages.get(name))
-    where = ", ".join(filter(None, (used.get("cpu"), *(used.get("gpus") or []))))
-    commit = (
-        f", commit `{used['commit'][:12]}`{' with changes' if used.get('dirty') else ''}" if used.get("commit") else ""
-    )
-    more = f"Paired differences, diagnostics and figures: [compare.md]({quote(place)}/compare.md)."
-    made = f"All of it: `{record['command']}`, with Python {used.get('python')}, {named or 'moalign'}{commit}"
-    return f"{made}{', on ' + where if where else ''}. {more}"
+def _origin(record: Mapping[str, Any], relative: str) -> str:
+    environment = record.get("environment") or {}
+    where = ", ".join(filter(None, (environment.get("cpu"), *(environment.get("gpus") or []))))
+    more = f"Paired differences, diagnostics and figures: [compare.md]({quote(relative)}/compare.md)."
+    return f"All of it: `{record['command']}`, with {software(environment)}{', on ' + where if where else ''}. {more}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -29,9 +29,9 @@ def page(record: Mapping[str, Any], folder: Path) -> str:
     if judged:
         parts += ["## Quality and cost", f"{_COST} {_KL}" if any_nats(judged) else _COST, _cost(judged)]
     parts += _blocks(record, judged)
-    more = {name: place for name, place in (record.get("figures") or {}).items() if name != "fronts"}
+    more = {name: path for name, path in (record.get("figures") or {}).items() if name != "fronts"}
     if more:
-        parts += ["## Figures", *(_image(_FIGURES[name], place, folder) for name, place in more.items())]
+        parts += ["## Figures", *(_image(_FIGURES[name], path, folder) for name, path in more.items())]
     failures = _failures(record["rows"])
     if failures:
         parts += ["## Failures", failures]
@@ -219,12 +219,12 @@ def _reported(reported: Sequence[Mapping[str, Any]]) -> str:
     return table(["method", "metric", "setting", "source", "value"], lines, left=4)
 
 
-def _image(text: str, place: str, folder: Path) -> str:
-    return f"![{text}]({_link(place, folder)})"
+def _image(text: str, path: str, folder: Path) -> str:
+    return f"![{text}]({_link(path, folder)})"
 
 
-def _link(place: str, folder: Path) -> str:
-    return quote(Path(os.path.relpath(place, folder)).as_posix())
+def _link(path: str, folder: Path) -> str:
+    return quote(Path(os.path.relpath(path, folder)).as_posix())
 
 
 def _failures(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -240,13 +240,17 @@ def _reproduce(record: Mapping[str, Any]) -> str:
     lines = [_code([record["command"]]), "Each row by itself:"]
     for row in record["rows"]:
         lines.append(f"{escaped(row['label'])}:\n\n{_code([run['command'] for run in row['runs']])}")
-    used = record["environment"]
-    packages = used.get("packages") or {}
-    named = ", ".join(f"{name} {packages[name]}" for name in ("moalign", "torch", "transformers") if packages.get(name))
-    changed = " with changes" if used.get("dirty") else ""
-    commit = f", commit `{used['commit'][:12]}`{changed}" if used.get("commit") else ""
-    lines.append(f"Evaluated with Python {used.get('python')}, {named or 'moalign'}{commit}.")
+    lines.append(f"Evaluated with {software(record['environment'])}.")
     return "\n\n".join(lines)
+
+
+def software(environment: Mapping[str, Any]) -> str:
+    """Return the versions of Python and packages in a captured environment, and the commit."""
+    packages = environment.get("packages") or {}
+    named = ", ".join(f"{name} {packages[name]}" for name in ("moalign", "torch", "transformers") if packages.get(name))
+    changed = " with changes" if environment.get("dirty") else ""
+    commit = f", commit `{environment['commit'][:12]}`{changed}" if environment.get("commit") else ""
+    return f"Python {environment.get('python')}, {named or 'moalign'}{commit}"
 
 
 def _code(lines: Sequence[str]) -> str:

@@ -81,7 +81,7 @@ def _policy(css: str, script: str) -> str:
     def allowed(text: str) -> str:
         return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
-    # Attributes cannot carry style or script either; the script sets widths and places through the object model.
+    # Attributes cannot carry style or script either; the script sets widths and positions through the object model.
     own = f"script-src {allowed(script)}; style-src {allowed(css)}"
     return f"default-src 'none'; {own}; base-uri 'none'; form-action 'none'"
 

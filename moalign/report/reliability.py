@@ -28,10 +28,10 @@ def reliability_figure(
     """
     from moalign.runs import atomic
 
-    place = Path(path)
-    if place.suffix not in style.FORMATS:
-        raise RequestError(f"{place}: allowed: a name ending in {', '.join(style.FORMATS)}")
-    atomic.write_bytes(place, draw(bins, title, place.suffix, theme))
+    target = Path(path)
+    if target.suffix not in style.FORMATS:
+        raise RequestError(f"{target}: allowed: a name ending in {', '.join(style.FORMATS)}")
+    atomic.write_bytes(target, draw(bins, title, target.suffix, theme))
 
 
 def draw(

@@ -36,7 +36,7 @@ class Theme:
 
 
 # Okabe and Ito's palette (2008), which colour-blind readers can tell apart; yellow is too pale for thin lines on white.
-# On dark paper the same hues, lightened until each stands out, and white in the place of black.
+# On dark paper the same hues, lightened until each stands out, and white instead of black.
 THEMES: dict[str, Theme] = {
     "light": Theme(
         paper="#FFFFFF",
@@ -89,9 +89,9 @@ def canvas(width: float, height: float, theme: ThemeName) -> Iterator[tuple[Figu
 
 def content(figure: Figure, suffix: str) -> bytes:
     """Return the figure as a file's content; ``suffix`` is one of :data:`FORMATS`."""
-    made = io.BytesIO()
-    figure.savefig(made, format=suffix.removeprefix("."), dpi=DPI, metadata=_METADATA[suffix])
-    return made.getvalue()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=suffix.removeprefix("."), dpi=DPI, metadata=_METADATA[suffix])
+    return buffer.getvalue()
 
 
 def wrapped(label: str, width: int = 24) -> str:

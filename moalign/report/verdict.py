@@ -20,8 +20,8 @@ def sentences(record: Mapping[str, Any]) -> list[str]:
     flips = (record["sensitivity"] or {}).get("flipped", [])
     if flips:
         ref = ", ".join(f"{value:g}" for value in record["sensitivity"]["ref"])
-        places = "; ".join(f"{b} before {a}" for a, b in flips)
-        lines.append(f"The ranking depends on the reference point: at ({ref}) it is {places}.")
+        orders = "; ".join(f"{b} before {a}" for a, b in flips)
+        lines.append(f"The ranking depends on the reference point: at ({ref}) it is {orders}.")
     for row in judged:
         if row["quality"]["rate"] >= COLLAPSED:
             lines.append(

@@ -329,8 +329,8 @@ def _rewards(numbers: dict[str, Any]) -> str:
 def _judge(numbers: dict[str, Any]) -> str:
     ratios = ", ".join(f"{m} objectives {ratio:.2f}" for m, ratio in numbers["hypervolume"].items())
     sizes = ", ".join(
-        f"{words} words {made['bytes'] / 1e6:.1f} MB in {made['seconds']:.1f} s"
-        for words, made in numbers["page"].items()
+        f"{words} words {measured['bytes'] / 1e6:.1f} MB in {measured['seconds']:.1f} s"
+        for words, measured in numbers["page"].items()
     )
     return (
         f"Hypervolume of {numbers['points']} points over moocore's own call on the same array, medians: {ratios} "

@@ -150,13 +150,13 @@ def verdict(summaries: dict[str, Any]) -> str:
     """Return the result for the diverse groups in a sentence."""
     differences = summaries["diverse"]["difference"]
 
-    def said(name: str, words: str) -> str:
+    def compared(name: str, words: str) -> str:
         low, high = differences[name]["lo"], differences[name]["hi"]
         how = "lower with MORE" if high < 0 else "higher with MORE" if low > 0 else "not told apart"
         return f"{words} {how} ({differences[name]['mean']:+.4f} [{low:+.4f}, {high:+.4f}])"
 
     named = ("true_ece", "true ECE"), ("accuracy", "accuracy"), ("true_accuracy", "true accuracy")
-    return f"Found here with diverse annotators: {', '.join(said(*pair) for pair in named)}."
+    return f"Found here with diverse annotators: {', '.join(compared(*pair) for pair in named)}."
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
