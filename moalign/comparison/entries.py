@@ -52,7 +52,7 @@ def _labels(works: Sequence[Work]) -> list[str]:
     by_method: dict[str, list[Work]] = {}
     for work in works:
         by_method.setdefault(work.method.name, []).append(work)
-    differences = {id(work): text for group in by_method.values() for work, text in _differences(group)}
+    differences = {id(work): text for group in by_method.values() for work, text in _distinguishing(group)}
     labels = [f"{work.method.name}{differences[id(work)]}" for work in works]
     repeated = {label for label in labels if labels.count(label) > 1}
     return [
@@ -61,7 +61,7 @@ def _labels(works: Sequence[Work]) -> list[str]:
     ]
 
 
-def _differences(works: Sequence[Work]) -> Iterator[tuple[Work, str]]:
+def _distinguishing(works: Sequence[Work]) -> Iterator[tuple[Work, str]]:
     """Yield each run of one method with the settings that tell these runs apart, the most telling first."""
     settings = [_settings(work) for work in works]
     columns = {key: [row.get(key) for row in settings] for key in dict.fromkeys(key for row in settings for key in row)}

@@ -47,7 +47,7 @@ class TimingRequest:
         return json.dumps(asdict(self))
 
 
-class Watch(trackers.Mirrors):
+class LineTimer(trackers.Mirrors):
     """Replaces a run's trackers and records when each line of ``metrics.jsonl`` was written."""
 
     def __init__(self, run: Run, stamps: list[dict[str, Any]]) -> None:
@@ -69,7 +69,7 @@ class TimedPlan(Plan):
 
     def mirrors(self, run: Run) -> trackers.Mirrors:
         """Return the timing tracker instead of the recipe's own trackers."""
-        return Watch(run, self.stamps)
+        return LineTimer(run, self.stamps)
 
 
 def measure(request: TimingRequest, write: Write) -> dict[str, Any]:

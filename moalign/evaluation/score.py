@@ -86,7 +86,7 @@ def score(
         SourceSpec(path=str(source)), [readers.Field("prompt", blank=False), readers.Field("response")], Path.cwd()
     )
     scores = Scores(loaded.card.name, list(names), out=out)
-    running = _Running(len(names))
+    statistics = _RunningStatistics(len(names))
     panel = loaded.panel.with_normaliser(loaded.normaliser)
     with contextlib.ExitStack() as stack:
         keep = _memory(scores) if out is None else stack.enter_context(_parquet(out, names))
@@ -94,10 +94,10 @@ def score(
             prompts = [row.values["prompt"] for row in rows_now]
             responses = [row.values["response"] for row in rows_now]
             raw = panel.score(prompts, responses, partial(say, f"scoring from row {scores.rows + 1}"))
-            running.add(raw, panel.unit(raw))
+            statistics.add(raw, panel.unit(raw))
             keep(prompts, responses, raw, panel.unit(raw))
             scores.rows += len(prompts)
-    scores.summary = running.summary(names)
+    scores.summary = statistics.summary(names)
     return scores
 
 
@@ -142,7 +142,7 @@ def _parquet(path: Path, names: list[str]) -> Iterator[Keep]:
         yield keep
 
 
-class _Running:
+class _RunningStatistics:
     """Mean, deviation and extremes of scores that come in chunks (Chan's update, exact for any number of rows)."""
 
     def __init__(self, objectives: int) -> None:
