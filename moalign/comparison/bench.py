@@ -18,12 +18,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from moalign.comparison.compare import CompareRequest, plan_all
 from moalign.comparison.executors import GRACE
 from moalign.comparison.jobs import Work
-from moalign.comparison.timed import TimingRequest
+from moalign.comparison.timed import Stamp, TimingRequest
 from moalign.config.card import TaskCard
 from moalign.config.strict import Strict
 from moalign.core.errors import RequestError
@@ -224,7 +224,7 @@ def _row(work: Work, request: TimingRequest, answer: Mapping[str, Any], objectiv
     }
 
 
-def measured(stamps: Sequence[Mapping[str, Any]], objectives: int) -> dict[str, Any]:
+def measured(stamps: Sequence[Stamp], objectives: int) -> dict[str, Any]:
     """Return seconds per step (medians) and rates per second, from the times of the lines of metrics.
 
     A step is timed between two consecutive lines of a phase, so that the first step of each, a warm-up, is left out. A
@@ -232,8 +232,7 @@ def measured(stamps: Sequence[Mapping[str, Any]], objectives: int) -> dict[str, 
     and updates, each rate is over the whole step.
 
     Args:
-        stamps: per line ``run``, ``phase``, ``step``, ``at`` (seconds) and the cost so far (``tokens_generated``,
-            ``tokens_trained``, ``reward_calls``; None where the line has none), in the order written.
+        stamps: of the lines, in the order written.
         objectives: scores of a response.
     """
     every = [(a, b) for a, b in pairwise(stamps) if a["run"] == b["run"]]
@@ -253,12 +252,15 @@ def measured(stamps: Sequence[Mapping[str, Any]], objectives: int) -> dict[str, 
     }
 
 
-def _rate(intervals: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], key: str) -> float | None:
+def _rate(
+    intervals: Sequence[tuple[Stamp, Stamp]], key: Literal["tokens_generated", "tokens_trained", "reward_calls"]
+) -> float | None:
     """Return the count per second over the intervals in which it grew; None where there is none."""
     count, seconds = 0, 0.0
     for a, b in intervals:
-        if a[key] is not None and b[key] is not None and b[key] > a[key]:
-            count += b[key] - a[key]
+        before, after = a[key], b[key]
+        if before is not None and after is not None and after > before:
+            count += after - before
             seconds += b["at"] - a["at"]
     return count / seconds if seconds > 0 else None
 

@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from moalign.comparison.jobs import HEAVY
 from moalign.core.errors import MoalignError
@@ -47,25 +47,47 @@ class TimingRequest:
         return json.dumps(asdict(self))
 
 
+class Stamp(TypedDict):
+    """When one line of ``metrics.jsonl`` was written, and the cost until then; None where the line has none."""
+
+    run: str
+    phase: str
+    step: int
+    at: float
+    """Seconds of ``time.perf_counter``."""
+    tokens_generated: int | None
+    tokens_trained: int | None
+    reward_calls: int | None
+
+
 class LineTimer(trackers.Mirrors):
     """Replaces a run's trackers and records when each line of ``metrics.jsonl`` was written."""
 
-    def __init__(self, run: Run, stamps: list[dict[str, Any]]) -> None:
+    def __init__(self, run: Run, stamps: list[Stamp]) -> None:
         """Append to ``stamps``, the input of :func:`moalign.comparison.bench.measured`."""
         super().__init__((), run.path, {})
         self._run, self._stamps = run.path.name, stamps
 
     def log(self, step: int, phase: str, metrics: Mapping[str, Any]) -> None:
         """Record the time of one line, and the cost so far."""
-        counted = {key: metrics.get(key) for key in ("tokens_generated", "tokens_trained", "reward_calls")}
-        self._stamps.append({"run": self._run, "phase": phase, "step": step, "at": time.perf_counter(), **counted})
+        self._stamps.append(
+            {
+                "run": self._run,
+                "phase": phase,
+                "step": step,
+                "at": time.perf_counter(),
+                "tokens_generated": metrics.get("tokens_generated"),
+                "tokens_trained": metrics.get("tokens_trained"),
+                "reward_calls": metrics.get("reward_calls"),
+            }
+        )
 
 
 @dataclass
 class TimedPlan(Plan):
     """A plan whose run is timed, as are the runs of the experts that it needs."""
 
-    stamps: list[dict[str, Any]] = field(default_factory=list)
+    stamps: list[Stamp] = field(default_factory=list)
 
     def mirrors(self, run: Run) -> trackers.Mirrors:
         """Return the timing tracker instead of the recipe's own trackers."""
