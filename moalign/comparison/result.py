@@ -1,0 +1,96 @@
+"""The result of a comparison, typed: what Python callers get for the content of ``compare.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method with one setting, over its training seeds."""
+
+    label: str
+    """The method, with its settings where several entries are of one method."""
+    method: str
+    status: str
+    """``done``; ``partial``: some seeds failed; ``failed``: all did."""
+    rank: int | None
+    """1 is best; equal hypervolumes share a rank. None for a failed entry, as all that follows."""
+    hypervolume: float | None
+    interval: tuple[float, float] | None
+    """Of the hypervolume: 95 % bootstrap over prompts and seeds."""
+    optimal_share: float | None
+    """The hypervolume over that of the exact optimum; None where no optimum is known."""
+    cost: Mapping[str, float]
+    """Mean cost of a training: tokens generated and trained, reward calls, seconds, peak memory in bytes."""
+    runs: tuple[str, ...]
+    """The folders of its runs, one per seed."""
+
+
+@dataclass(frozen=True)
+class CompareResult:
+    """Which method is best, by how much, and how sure that is."""
+
+    task: str
+    objectives: tuple[str, ...]
+    entries: tuple[Entry, ...]
+    """Best first, failed ones last."""
+    winner: str | None
+    """The label of the entry that beats every other one with certainty (paired differences); None without one."""
+    verdict: tuple[str, ...]
+    """The same in sentences."""
+    failed: tuple[str, ...]
+    """Labels of the entries of which a run failed."""
+    files: Mapping[str, str | None]
+    """Where ``json``, ``markdown``, ``figure`` and ``html`` were written."""
+    content: Mapping[str, Any]
+    """Everything, as ``moalign compare --json`` prints it: paired differences, indicators, costs, curves."""
+    traces: tuple[str, ...] = ()
+    """Tracebacks of the runs that failed here."""
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any], traces: tuple[str, ...] = ()) -> CompareResult:
+        """Return the result that a ``compare.json`` holds."""
+        return cls(
+            task=content["task"],
+            objectives=tuple(content["objectives"]),
+            entries=tuple(_entry(row) for row in content["rows"]),
+            winner=content["winner"],
+            verdict=tuple(content["verdict"]),
+            failed=tuple(content["failed"]),
+            files={name: content[name] for name in ("json", "markdown", "figure", "html")},
+            content=content,
+            traces=traces,
+        )
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row an entry, best first: label, rank, hypervolume with its interval, optimal share, cost."""
+        import pandas as pd
+
+        rows = []
+        for entry in self.entries:
+            low, high = entry.interval or (None, None)
+            row = {"label": entry.label, "method": entry.method, "status": entry.status, "rank": entry.rank}
+            row |= {"hypervolume": entry.hypervolume, "low": low, "high": high, "optimal_share": entry.optimal_share}
+            rows.append({**row, **entry.cost})
+        return pd.DataFrame(rows)
+
+
+def _entry(row: Mapping[str, Any]) -> Entry:
+    bounds = row.get("ci")
+    return Entry(
+        label=row["label"],
+        method=row["method"],
+        status=row["status"],
+        rank=row["rank"],
+        hypervolume=row["hypervolume"],
+        interval=None if bounds is None else (bounds[0], bounds[1]),
+        optimal_share=row.get("optimal_share"),
+        cost=row.get("cost") or {},
+        runs=tuple(run["run"] for run in row["runs"]),
+    )
