@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moalign.api import (
+        best,
         compare,
         evaluate,
         evaluate_all,
@@ -29,6 +30,7 @@ __all__ = [
     "RequestError",
     "WorkError",
     "__version__",
+    "best",
     "compare",
     "evaluate",
     "evaluate_all",

@@ -35,10 +35,21 @@ if TYPE_CHECKING:
     from moalign.evaluation.score import Scores
     from moalign.experiment.arguments import Settings, Vector
     from moalign.experiment.generate import Answer
-    from moalign.experiment.handle import RunHandle
+    from moalign.experiment.handle import Best, RunHandle
     from moalign.experiment.train import Plan
 
-__all__ = ["compare", "evaluate", "evaluate_all", "generate", "hypervolume", "load", "score", "score_file", "train"]
+__all__ = [
+    "best",
+    "compare",
+    "evaluate",
+    "evaluate_all",
+    "generate",
+    "hypervolume",
+    "load",
+    "score",
+    "score_file",
+    "train",
+]
 
 
 def train(
@@ -274,17 +285,23 @@ def generate(
     (1.0, 0.0) ['harmlessness', 'helpfulness']
     (0.0, 1.0) ['harmlessness', 'helpfulness']
     """
-    from moalign.core import preferences
     from moalign.experiment import arguments
     from moalign.experiment import generate as workflow
 
-    method, context = _handle(run, results).opened
+    method, context = _handle(run, results).opened(progress or silent)
     names = context.task.names
-    texts: Sequence[str | None] = arguments.vector_texts(prefs) or [None]
-    requested = list(dict.fromkeys(preferences.required(text, names) for text in texts))
+    requested = _required(arguments.vector_texts(prefs), names)
     given = [prompts] if isinstance(prompts, str) else prompts
     rows = workflow.generate(method, context, requested, given, temperature, seed, progress or silent)
     return [answer for row in rows for answer in row]
+
+
+def _required(vectors: Sequence[str], objectives: Sequence[str]) -> list[Preference]:
+    """Return the preferences that were named, each once; RequestError where there is none."""
+    from moalign.core import preferences
+
+    texts: Sequence[str | None] = vectors or (None,)
+    return list(dict.fromkeys(preferences.required(text, objectives) for text in texts))
 
 
 def score(
@@ -432,7 +449,41 @@ def compare(
         ),
         progress or silent,
     )
-    return CompareResult.of(made.told, tuple(made.traces))
+    return CompareResult(made.told, tuple(made.traces))
+
+
+def best(
+    comparison: CompareResult | str | Path,
+    prefs: Vector | Iterable[Vector],
+    *,
+    results: str | Path = "results",
+) -> Best:
+    """Return the best-ranked trained run of a comparison that answers for the preferences, with its rank.
+
+    Of a method with several seeds it is the first that finished; a method that trains nothing is passed over.
+
+    Args:
+        comparison: what :func:`compare` returned, or its folder or ``compare.json``.
+        prefs: one preference or several.
+        results: where runs are looked for that are not where the comparison says.
+
+    Raises:
+        RequestError: no comparison, or none of its runs can answer (why not, one by one).
+
+    >>> chosen = moalign.best(compared, (0.5, 0.5))
+    >>> chosen.rank, chosen.run.record.method
+    (1, 'mo-odpo')
+    """
+    from moalign.comparison.result import CompareResult
+    from moalign.experiment import arguments, finished
+    from moalign.experiment.handle import Best, RunHandle
+
+    place = comparison.files["json"] if isinstance(comparison, CompareResult) else Path(comparison)
+    file = place / "compare.json" if place.is_dir() else place
+    content = finished.read_comparison(file)
+    requested = _required(arguments.vector_texts(prefs), content["objectives"])
+    run, rank = finished.best_of(file, content, requested, Path(results))
+    return Best(RunHandle.of(run, Path(results)), rank, len(content["rows"]))
 
 
 def _task_or_runs(

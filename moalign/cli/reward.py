@@ -178,7 +178,7 @@ def _show(run: Run, found: bool, judged: dict[str, Any] | None, results: Path) -
 
     said = "found trained" if found else "done"
     output.say(f"reward model, loss {run.record.method}, seed {run.record.seed}: {said}")
-    output.pairs([("model", str(run.path / "model")), ("cost", cost_of(run))])
+    output.pairs([("model", str(run.path / "model")), ("cost", cost_of(run.record))])
     output.say()
     if judged is not None:
         show_judged(judged)

@@ -33,10 +33,10 @@ def score(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Score prompts and responses with a task's objectives."""
-    from moalign.evaluation import score as workflow
+    from moalign import api
 
-    with output.working() as say:
-        scores = workflow.score(task, source, out, tuple(set_ or ()), results, say)
+    with output.working() as progress:
+        scores = api.score_file(task, source, out, settings=set_, results=results, progress=progress)
     if as_json:
         output.as_json(scores.told())
         return

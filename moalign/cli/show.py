@@ -260,7 +260,7 @@ def _run(run: Run, as_json: bool) -> None:
         ("preferences", "  ".join(map(label, record.preferences)) if record.preferences else "the task's own"),
         ("status", run.status + (f": {record.error}" if record.error else "")),
         ("created", record.created.isoformat(timespec="seconds")),
-        ("cost", cost_of(run)),
+        ("cost", cost_of(record)),
         ("phases", ", ".join(record.phases) or "none"),
         ("moalign", f"{record.moalign_version or 'not installed'}, {commit}{local}"),
         ("machine", f"{environment.get('cpu')}, {', '.join(environment.get('gpus') or []) or 'no GPU'}"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -32,41 +33,55 @@ class Entry:
     """The folders of its runs, one per seed."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CompareResult:
     """Which method is best, by how much, and how sure that is."""
 
-    task: str
-    objectives: tuple[str, ...]
-    entries: tuple[Entry, ...]
-    """Best first, failed ones last."""
-    winner: str | None
-    """The label of the entry that beats every other one with certainty (paired differences); None without one."""
-    verdict: tuple[str, ...]
-    """The same in sentences."""
-    failed: tuple[str, ...]
-    """Labels of the entries of which a run failed."""
-    files: Mapping[str, str | None]
-    """Where ``json``, ``markdown``, ``figure`` and ``html`` were written."""
     content: Mapping[str, Any]
     """Everything, as ``moalign compare --json`` prints it: paired differences, indicators, costs, curves."""
     traces: tuple[str, ...] = ()
     """Tracebacks of the runs that failed here."""
 
-    @classmethod
-    def of(cls, content: Mapping[str, Any], traces: tuple[str, ...] = ()) -> CompareResult:
-        """Return the result that a ``compare.json`` holds."""
-        return cls(
-            task=content["task"],
-            objectives=tuple(content["objectives"]),
-            entries=tuple(_entry(row) for row in content["rows"]),
-            winner=content["winner"],
-            verdict=tuple(content["verdict"]),
-            failed=tuple(content["failed"]),
-            files={name: content[name] for name in ("json", "markdown", "figure", "html")},
-            content=content,
-            traces=traces,
-        )
+    def __repr__(self) -> str:
+        ranking = ", ".join(f"{entry.rank} {entry.label}" for entry in self.entries if entry.rank is not None)
+        return f"CompareResult({self.task}: {ranking}; winner {self.winner})"
+
+    @property
+    def task(self) -> str:
+        """The task's name."""
+        return str(self.content["task"])
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """The names of the task's objectives, in the order of preferences and scores."""
+        return tuple(self.content["objectives"])
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """The methods, best first, failed ones last."""
+        return tuple(_entry(row) for row in self.content["rows"])
+
+    @property
+    def winner(self) -> str | None:
+        """The label of the entry that beats every other one with certainty (paired differences); None without one."""
+        winner: str | None = self.content["winner"]
+        return winner
+
+    @property
+    def verdict(self) -> tuple[str, ...]:
+        """The same in sentences, and what speaks against it."""
+        return tuple(self.content["verdict"])
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """Labels of the entries of which a run failed."""
+        return tuple(self.content["failed"])
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """Where ``json``, ``markdown``, ``figure`` and, if it was asked for, ``html`` were written."""
+        names = ("json", "markdown", "figure", "html")
+        return {name: Path(self.content[name]) for name in names if self.content[name] is not None}
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row an entry, best first: label, rank, hypervolume with its interval, optimal share, cost."""
@@ -75,7 +90,12 @@ class CompareResult:
         rows = []
         for entry in self.entries:
             low, high = entry.interval or (None, None)
-            row = {"label": entry.label, "method": entry.method, "status": entry.status, "rank": entry.rank}
+            row: dict[str, Any] = {
+                "label": entry.label,
+                "method": entry.method,
+                "status": entry.status,
+                "rank": entry.rank,
+            }
             row |= {"hypervolume": entry.hypervolume, "low": low, "high": high, "optimal_share": entry.optimal_share}
             rows.append({**row, **entry.cost})
         return pd.DataFrame(rows)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from moalign.core import preferences
 from moalign.core.errors import RequestError
@@ -67,6 +66,7 @@ class RunHandle:
         self.results = results
         self.found = found
         """Whether :func:`moalign.train` found it finished and trained nothing."""
+        self._opened: tuple[Method, RunContext] | None = None
 
     @classmethod
     def of(cls, run: Run, given: Path) -> RunHandle:
@@ -135,18 +135,22 @@ class RunHandle:
         Raises:
             RequestError: the run is not finished, a wrong preference, or one that its method cannot serve.
         """
-        method, context = self.opened
+        method, context = self.opened()
         preference = preferences.parse(vector_text(prefs), context.task.names)
         evaluate.preferences_for(method, context, [preference])
         return SteeredPolicy(method.policy(context, preference), context, preference)
 
-    @cached_property
-    def opened(self) -> tuple[Method, RunContext]:
-        """The method and the context of the finished run; RequestError when it is not finished or cannot be opened."""
-        return self.open()
+    def opened(self, progress: Say = silent) -> tuple[Method, RunContext]:
+        """Return the method and the context of the finished run, made once.
+
+        Raises RequestError when the run is not finished, or when its base model or data have changed since.
+        """
+        if self._opened is None:
+            self._opened = self.open(progress)
+        return self._opened
 
     def open(self, progress: Say = silent) -> tuple[Method, RunContext]:
-        """Return method and context anew: for one use, so that no model stays in memory after it."""
+        """Return the same anew: for one use, so that no model stays in memory after it."""
         return finished.opened(self.run, self.results, progress)
 
     def _files(self) -> tuple[str, str]:
@@ -156,3 +160,13 @@ class RunHandle:
         steerable = registry.get(self.record.method).capabilities.steerable
         trained = [tuple(row) for row in self.record.preferences or grid]
         return evaluate.names_on(grid, grid if steerable else trained)
+
+
+class Best(NamedTuple):
+    """The run of a comparison that was chosen to answer."""
+
+    run: RunHandle
+    rank: int
+    """The rank of its entry, 1 is best."""
+    entries: int
+    """How many entries the comparison has."""
