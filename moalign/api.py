@@ -470,7 +470,7 @@ def best(
     Raises:
         RequestError: no comparison, or none of its runs can answer (why not, one by one).
 
-    >>> chosen = moalign.best(compared, (0.5, 0.5))
+    >>> chosen = moalign.best(moalign.compare([moalign.load()]), (0.5, 0.5))
     >>> chosen.rank, chosen.run.record.method
     (1, 'mo-odpo')
     """
