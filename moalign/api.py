@@ -87,7 +87,7 @@ def train(
         WorkError: training failed; the next call goes on from the last checkpoint.
 
     >>> run = moalign.train("mo-odpo", "sandbox", seed=0, settings=tiny)
-    >>> run.found, run.record.cost.tokens_trained > 0
+    >>> run.reused, run.record.cost.tokens_trained > 0
     (True, True)
     >>> moalign.train("mo-odpo", prefs=(3, 7))
     Traceback (most recent call last):

@@ -67,7 +67,7 @@ def test_the_readme_s_block_runs(examples: dict[str, Any], monkeypatch: pytest.M
     monkeypatch.chdir(examples["folder"])
     names: dict[str, Any] = {"tiny": examples["tiny"]}
     exec(text, names)
-    assert names["run"].found
+    assert names["run"].reused
     assert sorted(names["table"]["label"]) == ["mo-odpo", "sft"]
     assert set(names["table"]["status"]) == {"done"}
     assert "optimal_share" in capsys.readouterr().out

@@ -64,12 +64,12 @@ def evaluate(
         output.as_json(contents[0] if len(contents) == 1 else {"runs": contents})
         return
     for evaluation in evaluations:
-        output.say(f"{evaluation.method} on {evaluation.task}, seed {evaluation.seed}: {evaluation.run}")
+        output.line(f"{evaluation.method} on {evaluation.task}, seed {evaluation.seed}: {evaluation.run}")
         if not hypervolume:
             show_points(evaluation.content)
         show_summary(evaluation.content, short=hypervolume)
         if len(evaluations) > 1:
-            output.say()
+            output.line()
 
 
 def _evaluate(

@@ -65,11 +65,11 @@ def generate(
         return
     if single and prompts is not None:
         for answer in answers:
-            output.say(answer.response)
+            output.line(answer.response)
         return
     if not single:
-        output.say(f"{handle.record.method} on {handle.record.task}: {handle.path}")
-        output.say()
+        output.line(f"{handle.record.method} on {handle.record.task}: {handle.path}")
+        output.line()
     _show(blocks)
 
 
@@ -109,14 +109,14 @@ def _show(blocks: list[list[Answer]]) -> None:
     labels = [label(block[0].preference) for block in blocks]
     width = max(10, *map(len, labels))
     for row in zip(*blocks, strict=True):
-        output.say(f"{'prompt':<{width}}  {row[0].prompt}")
+        output.line(f"{'prompt':<{width}}  {row[0].prompt}")
         for answer, name in zip(row, labels, strict=True):
-            output.say(f"{name:<{width}}  {answer.response}")
+            output.line(f"{name:<{width}}  {answer.response}")
             if answer.words:
-                output.say(f"{'asked':<{width}}  {answer.words}")
+                output.line(f"{'asked':<{width}}  {answer.words}")
             scores = [
                 f"{objective} {output.number(value)} (raw {output.number(answer.raw[objective])})"
                 for objective, value in answer.normalised.items()
             ]
-            output.say(f"{'scores':<{width}}  {', '.join(scores)}")
-            output.say()
+            output.line(f"{'scores':<{width}}  {', '.join(scores)}")
+            output.line()

@@ -114,7 +114,7 @@ def _show_before_download(resolved: ResolvedRequest, report: Preflight, as_json:
             *report.checked,
         ]
     )
-    output.say()
+    output.line()
     table = output.table("setting", "value")
     for section, values in (("config", recipe.config), ("policy", recipe.policy.model_dump(mode="json"))):
         for key, value in flat(values):
@@ -122,7 +122,7 @@ def _show_before_download(resolved: ResolvedRequest, report: Preflight, as_json:
     output.show(table)
     for text in [*report.notes, *report.problems]:
         output.note(f"note: {text}")
-    output.say("dry run: nothing was downloaded, trained or written")
+    output.line("dry run: nothing was downloaded, trained or written")
 
 
 def _plan_json(plan: Plan, preview: Preflight) -> dict[str, Any]:
@@ -179,13 +179,13 @@ def _show_plan(plan: Plan, as_json: bool) -> None:
     if plan.holdout:
         rows.insert(6, ("held out", "  ".join(preferences.label(row) for row in plan.holdout)))
     output.pairs(rows)
-    output.say()
+    output.line()
     table = output.table("setting", "value")
     for section in ("config", "policy"):
         for key, value in flat(content[section]):
             table.add_row(f"{section}.{key}", yaml_form(value))
     output.show(table)
-    output.say("dry run: nothing was trained or written")
+    output.line("dry run: nothing was trained or written")
 
 
 def flat(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -213,7 +213,7 @@ def _json(run: RunHandle) -> dict[str, Any]:
         "status": run.status,
         "seconds": record.seconds,
         "cost": record.cost.model_dump(),
-        "found": run.found,
+        "found": run.reused,
         "card_hash": record.card_hash,
         "notes": record.notes,
         "evaluation": None if evaluation is None else _summary(evaluation.content),
@@ -232,18 +232,18 @@ def _show(run: RunHandle, results: Path) -> None:
     from moalign.core.preferences import example, label
 
     record, evaluation = run.record, run.evaluation
-    outcome = "found finished, nothing to train" if run.found else "done"
-    output.say(f"{record.method} on {record.task}, seed {record.seed}: {outcome}")
+    outcome = "found finished, nothing to train" if run.reused else "done"
+    output.line(f"{record.method} on {record.task}, seed {record.seed}: {outcome}")
     rows = [("run", str(run.path)), ("cost", cost_of(record))]
     if record.notes.get("overlong") and evaluation is None:  # the evaluation tells it, too
         rows.append(("prompts", output.overlong(record.notes["overlong"])))
     output.pairs(rows)
-    output.say()
+    output.line()
     shown = example(len(run.objectives))
     if evaluation is not None:
         show_points(evaluation.content)
         show_summary(evaluation.content)
-        output.say()
+        output.line()
         served = [label(point.preference) for point in evaluation.points]
         if served and shown not in served:
             shown = served[len(served) // 2]

@@ -60,11 +60,11 @@ class SteeredPolicy:
 class RunHandle:
     """A run in its folder. What a policy needs (task, base model) is loaded at its first use and kept."""
 
-    def __init__(self, run: Run, results: Path, found: bool = False) -> None:
+    def __init__(self, run: Run, results: Path, reused: bool = False) -> None:
         """Hold ``run``, which belongs to the results folder ``results``."""
         self.run = run
         self.results = results
-        self.found = found
+        self.reused = reused
         """Whether :func:`moalign.train` found it finished and trained nothing."""
         self._opened: tuple[Method, RunContext] | None = None
 
