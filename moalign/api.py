@@ -15,6 +15,9 @@ The examples share one run, which the first of them trains in seconds and all ot
 >>> run = moalign.train("mo-odpo", settings=tiny)
 >>> run.status
 'done'
+>>> moalign.train("mo-odpo", prefs=(3, 7))
+Traceback (most recent call last):
+moalign.core.errors.RequestError: --prefs 3,7: the weights sum to 10, not 1; did you mean --prefs 0.3,0.7?
 """
 
 from __future__ import annotations
@@ -30,7 +33,6 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
     from moalign.comparison.result import CompareResult
-    from moalign.core.preferences import Preference
     from moalign.evaluation.result import EvalResult
     from moalign.evaluation.score import Scores
     from moalign.experiment.arguments import Settings, Vector
@@ -89,9 +91,6 @@ def train(
     >>> run = moalign.train("mo-odpo", "sandbox", seed=0, settings=tiny)
     >>> run.reused, run.record.cost.tokens_trained > 0
     (True, True)
-    >>> moalign.train("mo-odpo", prefs=(3, 7))
-    Traceback (most recent call last):
-    moalign.core.errors.RequestError: --prefs 3,7: the weights sum to 10, not 1; did you mean --prefs 0.3,0.7?
     """
     from moalign.experiment import arguments
     from moalign.experiment import train as workflow
@@ -201,23 +200,21 @@ def evaluate_all(
     >>> [result.method for result in moalign.evaluate_all([moalign.load()])]
     ['mo-odpo']
     """
-    from moalign.core.errors import RequestError
     from moalign.evaluation import evaluate as workflow
     from moalign.evaluation.reference import at_reference
     from moalign.evaluation.result import EvalResult
     from moalign.experiment import arguments
 
     vectors = arguments.vector_texts(prefs)
-    if vectors and grid is not None:
-        raise RequestError("--prefs and --grid exclude each other: name the vectors, or the size of a grid")
+    arguments.refuse_both(vectors, grid)
     handles = [_handle(run, results) for run in runs]
     requests = []
     for handle in {handle.path.resolve(): handle for handle in handles}.values():
         method, context = handle.open()
         names = context.task.names
-        requested = workflow.preferences_for(method, context, _requested(vectors, grid, names))
+        requested = workflow.preferences_for(method, context, arguments.requested(vectors, grid, names))
         text = None if reference_point is None else arguments.vector_text(reference_point)
-        requests.append((handle, requested, None if text is None else _reference_point(text, names)))
+        requests.append((handle, requested, None if text is None else arguments.reference_point(text, names)))
     evaluated = []
     for handle, requested, corner in requests:
         method, context = handle.open(progress or silent)
@@ -229,29 +226,6 @@ def evaluate_all(
 
 def _handle(run: RunHandle | str | Path | None, results: str | Path) -> RunHandle:
     return load(run, results=results) if run is None or isinstance(run, str | Path) else run
-
-
-def _requested(vectors: Sequence[str], grid: int | None, objectives: Sequence[str]) -> list[Preference] | None:
-    """Return the preferences that were named or make up the grid, each once; None where neither was given."""
-    from moalign.core import preferences
-
-    if vectors:
-        return list(dict.fromkeys(preferences.parse(text, objectives) for text in vectors))
-    return None if grid is None else preferences.grid_of(len(objectives), grid)
-
-
-def _reference_point(text: str, objectives: Sequence[str]) -> tuple[float, ...]:
-    from moalign.core.errors import RequestError
-    from moalign.pareto.points import parse_ref
-
-    corner = parse_ref(text)
-    if len(corner) != len(objectives):
-        raise RequestError(
-            f"--ref {text}: found {len(corner)} number{'s' if len(corner) != 1 else ''}; the task has "
-            f"{len(objectives)} objectives ({', '.join(objectives)}), so give {len(objectives)}, like "
-            f"--ref {','.join(['0'] * len(objectives))}"
-        )
-    return corner
 
 
 def generate(
@@ -290,18 +264,10 @@ def generate(
 
     method, context = _handle(run, results).opened(progress or silent)
     names = context.task.names
-    requested = _required(arguments.vector_texts(prefs), names)
+    requested = arguments.required(arguments.vector_texts(prefs), names)
     given = [prompts] if isinstance(prompts, str) else prompts
     rows = workflow.generate(method, context, requested, given, temperature, seed, progress or silent)
     return [answer for row in rows for answer in row]
-
-
-def _required(vectors: Sequence[str], objectives: Sequence[str]) -> list[Preference]:
-    """Return the preferences that were named, each once; RequestError where there is none."""
-    from moalign.core import preferences
-
-    texts: Sequence[str | None] = vectors or (None,)
-    return list(dict.fromkeys(preferences.required(text, objectives) for text in texts))
 
 
 def score(
@@ -333,23 +299,14 @@ def score(
     (2, 2)
     """
     from moalign.config.load import load_card
-    from moalign.core.errors import RequestError
     from moalign.experiment import arguments
     from moalign.tasks.load import make_task
 
-    if len(prompts) != len(responses) or isinstance(prompts, str) or isinstance(responses, str):
-        raise RequestError(
-            f"found {_count(prompts, 'prompt')} and {_count(responses, 'response')}; allowed: lists of "
-            "one length, a prompt for each response"
-        )
+    arguments.refuse_unequal(prompts, responses)
     report = progress or silent
     scoring = make_task(load_card(task, arguments.setting_texts(settings)), Path(results), report)
     raw = scoring.panel.score(list(prompts), list(responses), lambda done, total: report("scoring", done, total))
     return scoring.normaliser.unit(raw) if normalised else raw
-
-
-def _count(texts: Sequence[str], noun: str) -> str:
-    return f"one text for the {noun}s" if isinstance(texts, str) else f"{len(texts)} {noun}{'s' * (len(texts) != 1)}"
 
 
 def score_file(
@@ -406,13 +363,11 @@ def compare(
     """Compare methods under equal conditions: train and evaluate what is missing, then say which wins and how surely.
 
     Args:
-        task_or_runs: a task's name or card file, whose methods are compared; or finished, evaluated runs. None: the
-            task ``sandbox``.
+        task_or_runs: a task's name or card file (None: ``sandbox``), or else finished, evaluated runs.
         methods: their names; None: the task card's suite.
         seeds: training seeds for each method: its recipe's and those that follow it.
         task: the task that runs must be of, where runs are named.
-        grid: size of the evaluation grid; None: the task card's.
-        samples: answers to each evaluation prompt at each preference; None: the task card's.
+        grid, samples: as in :func:`evaluate`.
         jobs: runs trained at a time; None: one, of tiny models one for each CPU.
         executor: ``local``, or ``ray`` for tasks of a ray cluster.
         settings: for every method that has them; ``{"mo-odpo.steps": 100}`` for one method.
@@ -431,24 +386,22 @@ def compare(
     from moalign.experiment import arguments
 
     named, runs = _task_or_runs(task_or_runs)
-    made = workflow.compare(
-        workflow.CompareRequest(
-            runs=runs,
-            task=task if named is None else named,
-            methods=(methods,) if isinstance(methods, str) else tuple(methods or ()),
-            seeds=seeds,
-            grid=grid,
-            samples=samples,
-            jobs=jobs,
-            executor=executor,
-            overrides=arguments.setting_texts(settings),
-            results=Path(results),
-            figure=None if figure is None else Path(figure),
-            markdown=None if markdown is None else Path(markdown),
-            html=None if html is None else Path(html),
-        ),
-        progress or silent,
+    request = workflow.CompareRequest(
+        runs=runs,
+        task=task if named is None else named,
+        methods=(methods,) if isinstance(methods, str) else tuple(methods or ()),
+        seeds=seeds,
+        grid=grid,
+        samples=samples,
+        jobs=jobs,
+        executor=executor,
+        overrides=arguments.setting_texts(settings),
+        results=Path(results),
+        figure=None if figure is None else Path(figure),
+        markdown=None if markdown is None else Path(markdown),
+        html=None if html is None else Path(html),
     )
+    made = workflow.compare(request, progress or silent)
     return CompareResult(made.told, tuple(made.traces))
 
 
@@ -481,7 +434,7 @@ def best(
     place = comparison.files["json"] if isinstance(comparison, CompareResult) else Path(comparison)
     file = place / "compare.json" if place.is_dir() else place
     content = finished.read_comparison(file)
-    requested = _required(arguments.vector_texts(prefs), content["objectives"])
+    requested = arguments.required(arguments.vector_texts(prefs), content["objectives"])
     run, rank = finished.best_of(file, content, requested, Path(results))
     return Best(RunHandle.of(run, Path(results)), rank, len(content["rows"]))
 

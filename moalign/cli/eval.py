@@ -76,7 +76,9 @@ def _evaluate(
     names: list[str], prefs: list[str] | None, grid: int | None, samples: int | None, ref: str | None, results: Path
 ) -> list[EvalResult]:
     from moalign import api
+    from moalign.experiment.arguments import refuse_both
 
+    refuse_both(prefs, grid)
     runs: list[str] | list[RunHandle] = names
     if not names:
         runs = [api.load(results=results)]

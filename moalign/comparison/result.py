@@ -102,7 +102,7 @@ class CompareResult:
 
 
 def _entry(row: Mapping[str, Any]) -> Entry:
-    bounds = row.get("ci")
+    bounds, cost = row.get("ci"), row.get("cost") or {}
     return Entry(
         label=row["label"],
         method=row["method"],
@@ -111,6 +111,6 @@ def _entry(row: Mapping[str, Any]) -> Entry:
         hypervolume=row["hypervolume"],
         interval=None if bounds is None else (bounds[0], bounds[1]),
         optimal_share=row.get("optimal_share"),
-        cost=row.get("cost") or {},
+        cost={unit: number for unit, number in cost.items() if not isinstance(number, Mapping)},
         runs=tuple(run["run"] for run in row["runs"]),
     )

@@ -36,7 +36,8 @@ class Point:
 class EvalResult:
     """Points, hypervolume and indicators of one run, from one judge.
 
-    All rewards are normalised: 0 and 1 are the task card's low and high bounds of what its base says.
+    Rewards are in normalised units, unless they are called raw: 0 and 1 are the 1 % and 99 % quantiles of what the base
+    and the data score on the task's calibration split.
     """
 
     run: str

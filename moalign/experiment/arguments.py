@@ -7,7 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from moalign.core import preferences
 from moalign.core.errors import RequestError
+from moalign.core.preferences import Preference
 
 Vector = str | Sequence[float]
 """One number per objective, in the task's order; or the same as text, like ``"0.3,0.7"``."""
@@ -38,6 +40,12 @@ def vector_texts(vectors: Vector | Iterable[Vector] | None) -> tuple[str, ...]:
     if items and not any(isinstance(item, Iterable) for item in items):
         return (vector_text(items),)
     return tuple(vector_text(item) for item in items)
+
+
+def refuse_both(prefs: object, grid: int | None) -> None:
+    """Raise RequestError when preferences are named and a grid is asked for, too."""
+    if prefs and grid is not None:
+        raise RequestError("--prefs and --grid exclude each other: name the vectors, or the size of a grid")
 
 
 def _items(values: Any) -> list[Any]:
@@ -88,3 +96,45 @@ def _value(key: str, value: Any) -> str:
         )
 
     return json.dumps(value, default=plain, ensure_ascii=False)
+
+
+def requested(vectors: Sequence[str], grid: int | None, objectives: Sequence[str]) -> list[Preference] | None:
+    """Return the preferences that were named or make up the grid, each once; None where neither was given."""
+    if vectors:
+        return list(dict.fromkeys(preferences.parse(text, objectives) for text in vectors))
+    return None if grid is None else preferences.grid_of(len(objectives), grid)
+
+
+def required(vectors: Sequence[str], objectives: Sequence[str]) -> list[Preference]:
+    """Return the preferences that were named, each once; RequestError where there is none."""
+    texts: Sequence[str | None] = vectors or (None,)
+    return list(dict.fromkeys(preferences.required(text, objectives) for text in texts))
+
+
+def reference_point(text: str, objectives: Sequence[str]) -> tuple[float, ...]:
+    """Return a reference point, one number per objective; RequestError for another length or what is no number."""
+    from moalign.pareto.points import parse_ref
+
+    corner = parse_ref(text)
+    if len(corner) != len(objectives):
+        raise RequestError(
+            f"--ref {text}: found {len(corner)} number{'s' if len(corner) != 1 else ''}; the task has "
+            f"{len(objectives)} objectives ({', '.join(objectives)}), so give {len(objectives)}, like "
+            f"--ref {','.join(['0'] * len(objectives))}"
+        )
+    return corner
+
+
+def refuse_unequal(prompts: Sequence[str], responses: Sequence[str]) -> None:
+    """Raise RequestError unless both are lists of one length."""
+
+    def count(texts: Sequence[str], noun: str) -> str:
+        if isinstance(texts, str):
+            return f"one text for the {noun}s"
+        return f"{len(texts)} {noun}{'s' if len(texts) != 1 else ''}"
+
+    if isinstance(prompts, str) or isinstance(responses, str) or len(prompts) != len(responses):
+        raise RequestError(
+            f"found {count(prompts, 'prompt')} and {count(responses, 'response')}; allowed: lists of one length, "
+            "a prompt for each response"
+        )
