@@ -120,6 +120,10 @@ def test_the_version_and_a_name_that_is_not_there() -> None:
 # -- what is given -------------------------------------------------------------------------------------------------
 
 
+def test_the_examples_of_the_arguments_run() -> None:
+    assert doctest.testmod(arguments).failed == 0
+
+
 def test_settings_are_the_texts_of_set() -> None:
     nested = {"lr": 1e-5, "policy": {"lora": {"r": 4, "modules": ["q", "v"]}}, "task": {"template": {"words": None}}}
     assert arguments.setting_texts(nested) == (
