@@ -41,38 +41,38 @@ def bench(
         steps=workflow.STEPS if steps is None else steps,
     )
     try:
-        with output.working() as say:
-            made = workflow.bench(request, say)
+        with output.working() as progress:
+            result = workflow.bench(request, progress)
     except KeyboardInterrupt:
         output.note("interrupted; a bench keeps nothing")
         raise typer.Exit(130) from None
     if output.debug:
-        for trace in made.traces:
+        for trace in result.traces:
             output.note(trace)
     if as_json:
-        output.as_json(made.told)
+        output.as_json(result.told)
     else:
-        _show(made.told)
-    if made.exit_code:
-        raise typer.Exit(made.exit_code)
+        _show(result.told)
+    if result.exit_code:
+        raise typer.Exit(result.exit_code)
 
 
 COLUMNS = ("method", "s/step", "generated/s", "trained/s", "scored/s", "host peak", "GPU peak", "start")
 
 
-def _show(told: dict[str, Any]) -> None:
-    here = told["machine"]
+def _show(content: dict[str, Any]) -> None:
+    machine = content["machine"]
     output.pairs(
         [
-            ("task", f"{told['task']}, {told['steps']} steps of every stage"),
-            ("CPU", f"{here['cpu'] or 'unknown'}; cores: {here['cpus']}, threads of torch: {here['threads']}"),
-            ("GPU", ", ".join(here["gpus"]) or "none"),
-            ("torch", str(here["torch"])),
+            ("task", f"{content['task']}, {content['steps']} steps of every stage"),
+            ("CPU", f"{machine['cpu'] or 'unknown'}; cores: {machine['cpus']}, threads of torch: {machine['threads']}"),
+            ("GPU", ", ".join(machine["gpus"]) or "none"),
+            ("torch", str(machine["torch"])),
         ]
     )
-    output.say()
+    output.line()
     table = output.table(*COLUMNS, right=COLUMNS[1:])
-    for row in told["rows"]:
+    for row in content["rows"]:
         if row["status"] == "failed":
             table.add_row(f"{row['method']} (failed)", *[output.number(None)] * (len(COLUMNS) - 1))
             continue
@@ -86,15 +86,15 @@ def _show(told: dict[str, Any]) -> None:
             output.duration(row["start_seconds"]),
         )
     output.show(table)
-    output.say(
+    output.line(
         "s/step: median seconds of an update, sampling and scoring included where they belong to it; generated and"
     )
-    output.say("trained: tokens; scored: responses; start: seconds until imports, base and normaliser were there.")
-    for row in told["rows"]:
+    output.line("trained: tokens; scored: responses; start: seconds until imports, base and normaliser were there.")
+    for row in content["rows"]:
         if row["error"]:
-            output.say(f"{row['method']} failed: {row['error']}")
+            output.line(f"{row['method']} failed: {row['error']}")
         elif not row["steps_measured"]:
-            output.say(f"{row['method']}: no update step to measure; it trains nothing (steps: 0?)")
+            output.line(f"{row['method']}: no update step to measure; it trains nothing (steps: 0?)")
 
 
 def _seconds(row: dict[str, Any]) -> str:

@@ -43,5 +43,5 @@ def check(
     if report.problems:
         raise RequestError(*report.problems)
     if not as_json:
-        output.say()
-        output.say(f"{report.recipe}: nothing wrong")
+        output.line()
+        output.line(f"{report.recipe}: nothing wrong")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -53,57 +54,57 @@ def compare(
 
     Trains what is missing; one task card, one judge, differences paired over prompts.
     """
-    from moalign.comparison import compare as workflow
+    from moalign import api
 
-    request = workflow.CompareRequest(
-        runs=tuple(runs or ()),
-        task=task,
-        methods=_names(methods),
-        seeds=1 if seeds is None else seeds,
-        grid=grid,
-        samples=samples,
-        jobs=jobs,
-        executor=executor,
-        overrides=tuple(set_ or ()),
-        results=results,
-        figure=figure,
-        markdown=markdown,
-        html=html,
-    )
-    with output.working() as say:
-        comparison = workflow.compare(request, say)
+    with output.working() as progress:
+        comparison = api.compare(
+            runs or task,
+            _names(methods),
+            1 if seeds is None else seeds,
+            task=task,
+            grid=grid,
+            samples=samples,
+            jobs=jobs,
+            executor=executor,
+            settings=set_,
+            results=results,
+            figure=figure,
+            markdown=markdown,
+            html=html,
+            progress=progress,
+        )
     for trace in comparison.traces if output.debug else ():
         output.note(trace)
     if as_json:
-        output.as_json(comparison.told)
+        output.as_json(comparison.content)
     else:
-        _show(comparison.told, results)
-    if comparison.exit_code:
-        raise typer.Exit(comparison.exit_code)
+        _show(comparison.content, results)
+    if comparison.failed:
+        raise typer.Exit(1)
 
 
-def _show(told: dict[str, Any], results: Path) -> None:
+def _show(content: Mapping[str, Any], results: Path) -> None:
     from moalign.report.table import print_comparison
 
-    print_comparison(output.console(), told)
-    _next(told, results)
+    print_comparison(output.console(), content)
+    _next(content, results)
 
 
-def _next(told: dict[str, Any], results: Path) -> None:
+def _next(content: Mapping[str, Any], results: Path) -> None:
     """Print what to type next, with the leading run filled in."""
     from moalign.core.preferences import example
 
-    ranked = sorted((row for row in told["rows"] if row["rank"] is not None), key=lambda row: row["rank"])
+    ranked = sorted((row for row in content["rows"] if row["rank"] is not None), key=lambda row: row["rank"])
     done = [run["run_id"] for row in ranked for run in row["runs"] if run["status"] == "done"]
     if not done:
         return
     seeds = 1 + max(len(row["seeds"]) for row in ranked)
     commands = [
-        output.command("generate", done[0], "--prefs", example(len(told["objectives"])), results=results),
+        output.command("generate", done[0], "--prefs", example(len(content["objectives"])), results=results),
         output.command("eval", done[0], "--hypervolume", results=results),
         output.command("show", done[0], results=results),
     ]
-    if told["task"] == "sandbox":
+    if content["task"] == "sandbox":
         commands.append(output.command("compare", "--task", "sandbox", "--seeds", str(max(3, seeds)), results=results))
         commands.append(output.command("compare", "--task", "sandbox-cold", results=results))
     output.next_commands(*commands)

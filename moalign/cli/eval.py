@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,8 +12,8 @@ from moalign.cli import output
 from moalign.core.errors import RequestError
 
 if TYPE_CHECKING:
-    from moalign.core.preferences import Preference
-    from moalign.training.job import RunContext
+    from moalign.evaluation.result import EvalResult
+    from moalign.experiment.handle import RunHandle
 
 
 def evaluate(
@@ -49,26 +50,43 @@ def evaluate(
     """Evaluate finished runs, or calculate from a table of points."""
     if points is not None:
         _refuse_with_points(runs, grid, samples)
-        told = _calculate(points, ref, minimise, prefs or [])
+        calculated = _calculate(points, ref, minimise, prefs or [])
         if as_json:
-            output.as_json(told)
+            output.as_json(calculated)
         else:
-            _show_calculated(told)
+            _show_calculated(calculated)
         return
     if minimise:
         raise RequestError("--minimise belongs to --points: the objectives of a run's task know their direction")
-    evaluations = _evaluate(runs or [], prefs or [], grid, samples, ref, results)
+    evaluations = _evaluate(runs or [], prefs, grid, samples, ref, results)
     if as_json:
-        output.as_json(evaluations[0] if len(evaluations) == 1 else {"runs": evaluations})
+        contents = [evaluation.content for evaluation in evaluations]
+        output.as_json(contents[0] if len(contents) == 1 else {"runs": contents})
         return
-    for told in evaluations:
-        seed = f", seed {told['seed']}"
-        output.say(f"{told['method']} on {told['task']}{seed}: {told['run']}")
+    for evaluation in evaluations:
+        output.line(f"{evaluation.method} on {evaluation.task}, seed {evaluation.seed}: {evaluation.run}")
         if not hypervolume:
-            show_points(told)
-        show_summary(told, short=hypervolume)
+            show_points(evaluation.content)
+        show_summary(evaluation.content, short=hypervolume)
         if len(evaluations) > 1:
-            output.say()
+            output.line()
+
+
+def _evaluate(
+    names: list[str], prefs: list[str] | None, grid: int | None, samples: int | None, ref: str | None, results: Path
+) -> list[EvalResult]:
+    from moalign import api
+    from moalign.experiment.arguments import refuse_both
+
+    refuse_both(prefs, grid)
+    runs: list[str] | list[RunHandle] = names
+    if not names:
+        runs = [api.load(results=results)]
+        output.note(f"evaluating the run that finished last: {runs[0].path}")
+    with output.working() as progress:
+        return api.evaluate_all(
+            runs, prefs=prefs, grid=grid, samples=samples, reference_point=ref, results=results, progress=progress
+        )
 
 
 # -- the calculator ------------------------------------------------------------------------------------------------
@@ -92,78 +110,33 @@ def _calculate(path: Path, ref: str | None, minimise: bool, prefs: list[str]) ->
     return points.calculate(path, corner, minimise, vectors, notify=output.warn)
 
 
-def _show_calculated(told: dict[str, Any]) -> None:
+def _show_calculated(content: Mapping[str, Any]) -> None:
     rows = [
-        ("hypervolume", f"{told['hypervolume']:.10g}"),
-        ("reference", ", ".join(f"{name} {r:g}" for name, r in zip(told["objectives"], told["ref"], strict=True))),
-        ("points", str(told["points"])),
-        ("front", str(told["front"])),
+        ("hypervolume", f"{content['hypervolume']:.10g}"),
+        (
+            "reference",
+            ", ".join(f"{name} {r:g}" for name, r in zip(content["objectives"], content["ref"], strict=True)),
+        ),
+        ("points", str(content["points"])),
+        ("front", str(content["front"])),
     ]
-    if "expected_utility" in told:
-        rows.append(("expected utility", f"{told['expected_utility']:.10g}"))
+    if "expected_utility" in content:
+        rows.append(("expected utility", f"{content['expected_utility']:.10g}"))
     output.pairs(rows)
 
 
-# -- runs ----------------------------------------------------------------------------------------------------------
+# -- what is shown of a run ----------------------------------------------------------------------------------------
 
 
-def _evaluate(
-    names: list[str], prefs: list[str], grid: int | None, samples: int | None, ref: str | None, results: Path
-) -> list[dict[str, Any]]:
-    from moalign.evaluation import evaluate as workflow
-    from moalign.evaluation.reference import at_reference
-    from moalign.experiment import finished
-
-    if prefs and grid is not None:
-        raise RequestError("--prefs and --grid exclude each other: name the vectors, or the size of a grid")
-    found = finished.find(names, results)
-    if not names:
-        output.note(f"evaluating the run that finished last: {found[0].path}")
-    asked = []
-    for run in found:  # every option is checked against every run before the first answer is generated
-        method, context = finished.opened(run, results)
-        wanted = workflow.preferences_for(method, context, _wanted(context, prefs, grid))
-        asked.append((run, wanted, None if ref is None else _reference(ref, context.task.names)))
-    evaluations = []
-    with output.working() as say:
-        for run, wanted, corner in asked:
-            method, context = finished.opened(run, results, say)
-            made = workflow.evaluate(method, context, wanted, say, samples)
-            told = made.told if corner is None else at_reference(made, context.task, corner)
-            evaluations.append({**told, "run": str(run.path)})  # the file may have been written from elsewhere
-    return evaluations
-
-
-def _wanted(context: RunContext, prefs: list[str], grid: int | None) -> list[Preference] | None:
-    from moalign.core import preferences
-
-    names = context.task.names
-    if prefs:
-        return list(dict.fromkeys(preferences.parse(text, names) for text in prefs))
-    return None if grid is None else preferences.grid_of(len(names), grid)
-
-
-def _reference(text: str, names: list[str]) -> tuple[float, ...]:
-    from moalign.pareto.points import parse_ref
-
-    corner = parse_ref(text)
-    if len(corner) != len(names):
-        raise RequestError(
-            f"--ref {text}: found {len(corner)} number{'s' if len(corner) != 1 else ''}; the task has {len(names)} "
-            f"objectives ({', '.join(names)}), so give {len(names)}, like --ref {','.join(['0'] * len(names))}"
-        )
-    return corner
-
-
-def show_points(told: dict[str, Any]) -> None:
+def show_points(content: Mapping[str, Any]) -> None:
     """Print the table of mean rewards: one row per preference, normalised with interval and raw; * is the front."""
     from moalign.core.preferences import label
 
-    names = told["objectives"]
+    names = content["objectives"]
     scaled = [f"{name}\nnormalised" for name in names]
     raw = [f"{name}\nraw" for name in names]
     table = output.table("preference", *scaled, *raw, right=[*scaled, *raw])
-    for point in told["points"]:
+    for point in content["points"]:
         cells = [
             f"{output.number(mean)} {output.interval(bounds, 2)}"
             for mean, bounds in zip(point["mean"], point["ci"], strict=True)
@@ -173,25 +146,26 @@ def show_points(told: dict[str, Any]) -> None:
     output.show(table)
 
 
-def show_summary(told: dict[str, Any], short: bool = False) -> None:
+def show_summary(content: Mapping[str, Any], short: bool = False) -> None:
     """Print the hypervolume with its interval, the optimal share and (unless ``short``) the indicators."""
-    corner = ", ".join(f"{r:g}" for r in told["ref"])
-    mark = "" if short else f" (*){_spread(told)}"
+    corner = ", ".join(f"{r:g}" for r in content["ref"])
+    mark = "" if short else f" (*){_spread(content)}"
     rows = [
         (
             "hypervolume",
-            f"{output.number(told['hypervolume'], 4)} {output.interval(told['hypervolume_ci'], 4)} "
-            f"from reference point ({corner}), {told['front']} of {len(told['points'])} points on the front{mark}",
+            f"{output.number(content['hypervolume'], 4)} {output.interval(content['hypervolume_ci'], 4)} "
+            f"from reference point ({corner}), {content['front']} of {len(content['points'])} points on the front"
+            f"{mark}",
         )
     ]
-    if told.get("optimal_share") is not None:
-        share, (low, high) = output.percent(told["optimal_share"], 1), told["optimal_share_ci"]
+    if content.get("optimal_share") is not None:
+        share, (low, high) = output.percent(content["optimal_share"], 1), content["optimal_share_ci"]
         rows.append(
             ("optimal share", f"{share} [{100 * low:.1f}, {100 * high:.1f}] of the exact optimum's hypervolume")
         )
-    rows += _generalisation_rows(told.get("generalisation") or {})
+    rows += _generalisation_rows(content.get("generalisation") or {})
     if not short:
-        indicators, quality = told["indicators"], told.get("quality", {})
+        indicators, quality = content["indicators"], content.get("quality", {})
         rows += [
             ("Kendall's tau", output.number(indicators["tau"], 2)),
             ("inner product", output.number(indicators["inner_product"])),
@@ -200,38 +174,38 @@ def show_summary(told: dict[str, Any], short: bool = False) -> None:
         if "rate" in quality:
             rows.append(("collapse rate", output.percent(quality["rate"], 1)))
         if quality.get("kl") is not None:
-            rows.append(("KL to base", _moved(told)))
-        if told.get("overlong"):
-            rows.append(("prompts", output.overlong(told["overlong"])))
+            rows.append(("KL to base", _moved(content)))
+        if content.get("overlong"):
+            rows.append(("prompts", output.overlong(content["overlong"])))
     output.pairs(rows)
 
 
-def _spread(told: dict[str, Any]) -> str:
+def _spread(content: Mapping[str, Any]) -> str:
     """Return how evenly the front is spread, where it has two points and the evaluation says so."""
-    spacing = told["indicators"].get("spacing")
-    return "" if spacing is None or told["front"] < 2 else f", spacing {output.number(spacing)}"
+    spacing = content["indicators"].get("spacing")
+    return "" if spacing is None or content["front"] < 2 else f", spacing {output.number(spacing)}"
 
 
-def _moved(told: dict[str, Any]) -> str:
+def _moved(content: Mapping[str, Any]) -> str:
     """Return the mean KL to base and, where preferences differ, its range over them."""
-    each = [point["kl"] for point in told["points"]]
+    each = [point["kl"] for point in content["points"]]
     low, high = output.number(min(each), 2), output.number(max(each), 2)
     spread = f", {low} to {high} over the preferences" if low != high else ""
-    return f"{output.nats(told['quality'])} nats per response{spread}"
+    return f"{output.nats(content['quality'])} nats per response{spread}"
 
 
-def _generalisation_rows(told: dict[str, Any]) -> list[tuple[str, str]]:
+def _generalisation_rows(content: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return a row for the preferences that were trained on and one for those that were held out."""
     rows = []
     for side, name in (("trained", "trained on"), ("held_out", "held out")):
-        part = told.get(side)
+        part = content.get(side)
         if part is None:
             continue
-        found = f"{len(part['prefs'])} preferences: hypervolume {output.number(part['hypervolume'], 4)}"
+        text = f"{len(part['prefs'])} preferences: hypervolume {output.number(part['hypervolume'], 4)}"
         if part["optimal_share"] is not None:
             share, (low, high) = output.percent(part["optimal_share"], 1), part["optimal_share_ci"]
-            found += f", {share} [{100 * low:.1f}, {100 * high:.1f}] of the optimum's"
+            text += f", {share} [{100 * low:.1f}, {100 * high:.1f}] of the optimum's"
         if part.get("utility_share") is not None:
-            found += f"; utility {output.percent(part['utility_share'], 1)} of the optimum's"
-        rows.append((name, found))
+            text += f"; utility {output.percent(part['utility_share'], 1)} of the optimum's"
+        rows.append((name, text))
     return rows

@@ -23,21 +23,21 @@ def export(
     """Write a plain peft adapter or merged model that loads without moalign."""
     from dataclasses import asdict
 
+    from moalign import api
     from moalign.core import preferences
     from moalign.experiment import export as workflow
-    from moalign.experiment import finished
 
     workflow.check_free(out)
-    found = finished.find([run], results)[0]
-    with output.working() as say:
-        method, context = finished.opened(found, results, say)
-        wanted = preferences.required(prefs, context.task.names)
-        exported = workflow.export(method, context, wanted, out, merged, say)
+    handle = api.load(run, results=results)
+    with output.working() as progress:
+        method, context = handle.open(progress)
+        preference = preferences.required(prefs, context.task.names)
+        exported = workflow.export(method, context, preference, out, merged, progress)
     if as_json:
         output.as_json({"out": str(out), **asdict(exported)})
         return
     kind = "merged model" if merged else "peft adapter"
-    output.say(f"{exported.method} at {preferences.label(wanted)}: {kind} in {out}")
+    output.line(f"{exported.method} at {preferences.label(preference)}: {kind} in {out}")
     output.pairs(
         [("base", exported.base), ("prompt", repr(exported.prompt)), ("how to ask it", str(out / "README.md"))]
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,9 +13,8 @@ from moalign.cli import output
 from moalign.core.errors import RequestError
 
 if TYPE_CHECKING:
-    from moalign.core.preferences import Preference
     from moalign.experiment.generate import Answer
-    from moalign.runs.run import Run
+    from moalign.experiment.handle import RunHandle
 
 
 def generate(
@@ -41,59 +41,54 @@ def generate(
     With ``--json`` and one preference: ``run``, ``prefs``, ``objectives``, ``answers``; with several ``prefs`` is a
     list of them and ``answers`` a list for each.
     """
-    from moalign.experiment import finished
-    from moalign.experiment import generate as workflow
+    from moalign import api
 
     prompts = _prompts(prompt)
-    with output.working() as say:
-        found, wanted = _found(run, prefs, results)
-        method, context = finished.opened(found, results, say)
-        names = context.task.names
-        wanted = wanted or _wanted(prefs, names)
-        answers = workflow.generate(method, context, wanted, prompts, temperature, seed, say)
+    with output.working() as progress:
+        handle = _run(run, prefs, results)
+        answers = api.generate(
+            handle, prompts, prefs or (), temperature=temperature, seed=seed, results=results, progress=progress
+        )
+    blocks = _blocks(answers)
+    requested = [block[0].preference for block in blocks]
+    single = len(blocks) == 1
     if as_json:
-        told = [[answer.told() for answer in some] for some in answers]
-        one = len(wanted) == 1
+        rows = [[answer.told() for answer in block] for block in blocks]
         output.as_json(
             {
-                "run": str(found.path),
-                "prefs": list(wanted[0]) if one else [list(w) for w in wanted],
-                "objectives": names,
-                "answers": told[0] if one else told,
+                "run": str(handle.path),
+                "prefs": list(requested[0]) if single else [list(preference) for preference in requested],
+                "objectives": list(handle.objectives),
+                "answers": rows[0] if single else rows,
             }
         )
         return
-    if len(wanted) == 1 and prompts is not None:
-        for answer in answers[0]:
-            output.say(answer.response)
+    if single and prompts is not None:
+        for answer in answers:
+            output.line(answer.response)
         return
-    if len(wanted) > 1:
-        output.say(f"{method.name} on {context.task.card.name}: {found.path}")
-        output.say()
-    _show(answers, wanted)
+    if not single:
+        output.line(f"{handle.record.method} on {handle.record.task}: {handle.path}")
+        output.line()
+    _show(blocks)
 
 
-def _found(name: str, prefs: list[str] | None, results: Path) -> tuple[Run, list[Preference]]:
-    """Return the run that RUN names; of a comparison its best one, and the preferences that it was chosen for."""
-    from moalign.experiment import finished
+def _run(name: str, prefs: list[str] | None, results: Path) -> RunHandle:
+    """Return the run that RUN names; of a comparison the best one that answers for the preferences."""
+    from moalign import api
 
     place = Path(name)
     file = place / "compare.json" if place.is_dir() else place
     if file.name != "compare.json" or not file.is_file():
-        return finished.find([name], results)[0], []
-    told = finished.read_comparison(file)
-    wanted = _wanted(prefs, told["objectives"])
-    run, rank = finished.best_of(file, told, wanted, results)
-    output.note(f"{file}: asking {run.record.method}, rank {rank} of {len(told['rows'])}: {run.path}")
-    return run, wanted
+        return api.load(name, results=results)
+    best = api.best(file, prefs or (), results=results)
+    output.note(f"{file}: asking {best.run.record.method}, rank {best.rank} of {best.entries}: {best.run.path}")
+    return best.run
 
 
-def _wanted(prefs: list[str] | None, names: list[str]) -> list[Preference]:
-    """Return the preferences asked for, each once."""
-    from moalign.core import preferences
-
-    texts: list[str | None] = [*prefs] if prefs else [None]
-    return list(dict.fromkeys(preferences.required(text, names) for text in texts))
+def _blocks(answers: list[Answer]) -> list[list[Answer]]:
+    """Return the answers by preference, in their order."""
+    return [list(block) for _, block in itertools.groupby(answers, key=lambda answer: answer.preference)]
 
 
 def _prompts(prompt: str | None) -> list[str] | None:
@@ -101,27 +96,27 @@ def _prompts(prompt: str | None) -> list[str] | None:
     if prompt != "-":
         return None if prompt is None else [prompt]
     lines = [line.rstrip("\r\n") for line in sys.stdin]
-    found = [line for line in lines if line.strip()]
-    if not found:
+    prompts = [line for line in lines if line.strip()]
+    if not prompts:
         raise RequestError("PROMPT -: stdin holds no prompt; give one a line")
-    return found
+    return prompts
 
 
-def _show(answers: list[list[Answer]], preferences: list[Preference]) -> None:
+def _show(blocks: list[list[Answer]]) -> None:
     """Print each prompt with a block for each preference: answer, the words it was asked for in, scores."""
     from moalign.core.preferences import label
 
-    labels = [label(preference) for preference in preferences]
+    labels = [label(block[0].preference) for block in blocks]
     width = max(10, *map(len, labels))
-    for row in zip(*answers, strict=True):
-        output.say(f"{'prompt':<{width}}  {row[0].prompt}")
+    for row in zip(*blocks, strict=True):
+        output.line(f"{'prompt':<{width}}  {row[0].prompt}")
         for answer, name in zip(row, labels, strict=True):
-            output.say(f"{name:<{width}}  {answer.response}")
+            output.line(f"{name:<{width}}  {answer.response}")
             if answer.words:
-                output.say(f"{'asked':<{width}}  {answer.words}")
+                output.line(f"{'asked':<{width}}  {answer.words}")
             scores = [
                 f"{objective} {output.number(value)} (raw {output.number(answer.raw[objective])})"
                 for objective, value in answer.normalised.items()
             ]
-            output.say(f"{'scores':<{width}}  {', '.join(scores)}")
-            output.say()
+            output.line(f"{'scores':<{width}}  {', '.join(scores)}")
+            output.line()

@@ -40,7 +40,7 @@ def init(
     if as_json:
         output.as_json(asdict(started))
         return
-    output.say(f"{started.folder}: a task with {started.prompts} prompts, ready to train")
+    output.line(f"{started.folder}: a task with {started.prompts} prompts, ready to train")
     output.pairs(
         [
             ("task", started.task),
@@ -51,7 +51,7 @@ def init(
     )
     for text in started.notes:
         output.note(f"note: {text}")
-    output.say()
+    output.line()
     where = task_option(started.folder)
     output.next_commands(
         output.command("check", where),

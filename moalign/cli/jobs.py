@@ -43,10 +43,10 @@ def serve() -> int:
 
 
 def listener(answers: TextIO, clock: Callable[[], float] = time.monotonic) -> Callable[[str, int, int], None]:
-    """Return a ``say(what, done, total)`` that writes to ``answers``."""
+    """Return a ``progress(what, done, total)`` that writes to ``answers``."""
     last = clock() - EVERY
 
-    def told(what: str, done: int, total: int) -> None:
+    def report(what: str, done: int, total: int) -> None:
         nonlocal last
         now = clock()
         if done >= total or now - last >= EVERY:
@@ -54,7 +54,7 @@ def listener(answers: TextIO, clock: Callable[[], float] = time.monotonic) -> Ca
             answers.write(json.dumps([what, done, total]) + "\n")
             answers.flush()
 
-    return told
+    return report
 
 
 def _next() -> str:

@@ -30,13 +30,13 @@ def ls(
     }
     if kind not in listers:
         raise unknown("list", kind, KINDS)
-    found = listers[kind]()
+    rows = listers[kind]()
     if as_json:
-        output.as_json({kind: found})
+        output.as_json({kind: rows})
     elif kind == "runs":
-        _show_runs(found, results)
+        _show_runs(rows, results)
     elif kind == "models":
-        _show_models(found)
+        _show_models(rows)
     else:
         columns = {
             "methods": ("name", "steers", "needs", "summary"),
@@ -44,10 +44,10 @@ def ls(
             "recipes": ("name", "gpu", "minutes", "description"),
         }[kind]
         table = output.table(*columns)
-        for row in found:
+        for row in rows:
             table.add_row(*(_cell(row[column]) for column in columns))
         output.show(table)
-        output.say(f"details: moalign show NAME{'; run one: moalign train METHOD --task TASK' * (kind == 'recipes')}")
+        output.line(f"details: moalign show NAME{'; run one: moalign train METHOD --task TASK' * (kind == 'recipes')}")
 
 
 def _cell(value: Any) -> str:
@@ -74,7 +74,7 @@ def _methods() -> list[dict[str, Any]]:
                 "name": name,
                 "summary": method.summary,
                 "steers": steers if can.trains else f"{steers}, untrained",
-                "needs": [text for text, wanted in needs if wanted],
+                "needs": [text for text, needed in needs if needed],
                 "objectives": can.objectives,
                 "one_policy": can.one_policy,
                 "trains": can.trains,
@@ -138,7 +138,7 @@ def _runs(results: Path) -> list[dict[str, Any]]:
 
     rows = []
     for run in RunStore(results).runs():
-        record, told = run.record, _evaluation(run.path / "eval.json")
+        record, evaluation = run.record, _evaluation(run.path / "eval.json")
         rows.append(
             {
                 "run_id": run.run_id,
@@ -148,8 +148,8 @@ def _runs(results: Path) -> list[dict[str, Any]]:
                 "status": run.status,
                 "created": record.created.isoformat(timespec="seconds"),
                 "seconds": record.seconds,
-                "hypervolume": told.get("hypervolume"),
-                "optimal_share": told.get("optimal_share"),
+                "hypervolume": evaluation.get("hypervolume"),
+                "optimal_share": evaluation.get("optimal_share"),
                 "path": str(run.path),
             }
         )
@@ -163,20 +163,20 @@ def _evaluation(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        told: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        evaluation: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         output.warn(f"{path}: not JSON ({error})")
         return {}
-    return told
+    return evaluation
 
 
-def _show_runs(found: list[dict[str, Any]], results: Path) -> None:
-    if not found:
+def _show_runs(rows: list[dict[str, Any]], results: Path) -> None:
+    if not rows:
         output.note(f"no runs in {results / 'runs'}; train one: moalign train METHOD")
         return
     columns = ("run", "task", "method", "seed", "status", "created (UTC)", "took", "hypervolume", "optimal share")
     table = output.table(*columns, right=("seed", "took", "hypervolume", "optimal share"))
-    for row in found:
+    for row in rows:
         table.add_row(
             row["run_id"],
             row["task"],
@@ -197,12 +197,12 @@ def _models() -> list[dict[str, Any]]:
     return builtin.listing()
 
 
-def _show_models(found: list[dict[str, Any]]) -> None:
+def _show_models(rows: list[dict[str, Any]]) -> None:
     table = output.table(
         "name", "parameters", "download", "licence", "package", "state", right=("parameters", "download")
     )
     missing = {}
-    for row in found:
+    for row in rows:
         ready = row["installed"] and row["library"]
         if row["path"] is None and not ready:
             missing[row["name"]] = row["command"]
@@ -211,5 +211,5 @@ def _show_models(found: list[dict[str, Any]]) -> None:
         table.add_row(row["name"], *sizes, row["licence"], row["package"], state)
     output.show(table)
     for name, command in missing.items():
-        output.say(f"get {name}: {command}")
-    output.say("use one: --set task.model=NAME")
+        output.line(f"get {name}: {command}")
+    output.line("use one: --set task.model=NAME")

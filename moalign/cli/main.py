@@ -56,8 +56,8 @@ app = typer.Typer(
 )
 
 
-def _show_version(asked: bool) -> None:
-    if asked:
+def _show_version(requested: bool) -> None:
+    if requested:
         import moalign
 
         typer.echo(f"moalign {moalign.__version__}")

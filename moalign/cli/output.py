@@ -30,13 +30,12 @@ listener: Callable[[str, int, int], None] | None = None
 """Who is told of progress instead of stderr; set by :mod:`moalign.cli.jobs`."""
 
 
-def overlong(told: dict[str, int]) -> str:
+def overlong(counts: dict[str, int]) -> str:
     """Return how many prompts were cut or dropped, in one line."""
-    if "dropped" in told:
-        return f"{told['dropped']} of {told['prompts']} dropped: longer than generation.max_prompt_tokens"
-    return (
-        f"{told['cut']} of {told['prompts']} cut to generation.max_prompt_tokens, {told['cut_tokens']:,} tokens in all"
-    )
+    if "dropped" in counts:
+        return f"{counts['dropped']} of {counts['prompts']} dropped: longer than generation.max_prompt_tokens"
+    share = f"{counts['cut']} of {counts['prompts']} cut"
+    return f"{share} to generation.max_prompt_tokens, {counts['cut_tokens']:,} tokens in all"
 
 
 def note(text: str) -> None:
@@ -55,7 +54,7 @@ def errors(problems: Sequence[str]) -> None:
         note(f"error: {problem}")
 
 
-def say(text: str = "") -> None:
+def line(text: str = "") -> None:
     """Write one line of results to stdout."""
     print(text)
 
@@ -74,7 +73,7 @@ def as_json(value: Mapping[str, Any]) -> None:
 def working() -> Iterator[Callable[[str, int, int], None]]:
     """Show progress on stderr while the block works; whatever a library prints meanwhile goes there too.
 
-    Yields a ``say(what, done, total)`` as methods and evaluation expect it.
+    Yields a ``progress(what, done, total)`` as methods and evaluation expect it.
     """
     from moalign.cli.progress import Progress
 
@@ -100,23 +99,23 @@ def table(*columns: str, right: Sequence[str] = ()) -> Table:
     from rich import box
     from rich.table import Table
 
-    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
+    result = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
     for name in columns:
-        made.add_column(name, justify="right" if name in right else "left", overflow="fold")
-    return made
+        result.add_column(name, justify="right" if name in right else "left", overflow="fold")
+    return result
 
 
-def show(made: Table) -> None:
+def show(table: Table) -> None:
     """Print a table to stdout, followed by an empty line."""
-    console().print(made)
-    say()
+    console().print(table)
+    line()
 
 
 def pairs(rows: Sequence[tuple[str, str]]) -> None:
     """Print ``name  value`` lines with aligned values."""
     width = max((len(name) for name, _ in rows), default=0)
     for name, value in rows:
-        say(f"{name:<{width}}  {value}".rstrip())
+        line(f"{name:<{width}}  {value}".rstrip())
 
 
 def command(*words: str, results: Path = DEFAULT_RESULTS) -> str:
@@ -127,6 +126,6 @@ def command(*words: str, results: Path = DEFAULT_RESULTS) -> str:
 
 def next_commands(*commands: str) -> None:
     """Print the commands that come next."""
-    say("next:")
-    for line in commands:
-        say(f"  {line}")
+    line("next:")
+    for text in commands:
+        line(f"  {text}")

@@ -52,51 +52,51 @@ def preview(
 
 
 def _show(seen: Seen) -> None:
-    made = seen.preview
-    asked = "none: rendered plain"
-    if made.prefs is not None:
-        asked = ", ".join(f"{name} {weight:g}" for name, weight in zip(made.objectives, made.prefs, strict=True))
-    output.pairs([("task", made.task), ("model", visible(made.model)), ("preference", asked)])
-    _section(f"what the model reads ({len(made.ids)} tokens)")
-    for line in made.text.split("\n"):
+    shown = seen.preview
+    preference = "none: rendered plain"
+    if shown.prefs is not None:
+        preference = ", ".join(f"{name} {weight:g}" for name, weight in zip(shown.objectives, shown.prefs, strict=True))
+    output.pairs([("task", shown.task), ("model", visible(shown.model)), ("preference", preference)])
+    _section(f"what the model reads ({len(shown.ids)} tokens)")
+    for line in shown.text.split("\n"):
         _print(_marked([(visible(line), False)], "  "))
     _section("token by token; special tokens in double brackets, a dot between the others")
-    _print(_tokens(seen, made.ids))
+    _print(_tokens(seen, shown.ids))
     _section("what was cut")
-    output.say(f"  {_cut(made)}")
+    output.line(f"  {_cut(shown)}")
     _section("what ends a response")
-    ends = "  ".join(f"{visible(text)} ({token})" for token, (text, _) in _named(seen, made.stop_ids))
-    output.say(f"  token ids: {ends}")
-    output.say(f"  texts: {'  '.join(visible(repr(text)) for text in made.stop_texts) or 'none'}")
-    counted = sum(made.loss)
-    origin = {"given": "as given", "data": "from the data", "stand-in": "a stand-in"}[made.response_from]
-    _section(f"a training row ({len(made.row_ids)} tokens); the loss counts the {counted} between > and <")
+    ends = "  ".join(f"{visible(text)} ({token})" for token, (text, _) in _named(seen, shown.stop_ids))
+    output.line(f"  token ids: {ends}")
+    output.line(f"  texts: {'  '.join(visible(repr(text)) for text in shown.stop_texts) or 'none'}")
+    in_loss = sum(shown.loss)
+    origin = {"given": "as given", "data": "from the data", "stand-in": "a stand-in"}[shown.response_from]
+    _section(f"a training row ({len(shown.row_ids)} tokens); the loss counts the {in_loss} between > and <")
     _print(_row(seen))
-    output.say(f"  the response is {origin}")
+    output.line(f"  the response is {origin}")
 
 
 def _named(seen: Seen, ids: Sequence[int]) -> list[tuple[int, tuple[str, bool]]]:
     return list(zip(ids, seen.pieces(ids), strict=True))
 
 
-def _cut(made: Preview) -> str:
-    if not made.cut_tokens:
-        return f"nothing: at most {made.max_prompt_tokens} tokens are read"
-    if made.overlong == "drop":
+def _cut(shown: Preview) -> str:
+    if not shown.cut_tokens:
+        return f"nothing: at most {shown.max_prompt_tokens} tokens are read"
+    if shown.overlong == "drop":
         return (
-            f"this prompt is longer than {made.max_prompt_tokens} tokens, and the card leaves such prompts out "
-            f"(overlong: drop); without that it would lose {made.cut_tokens} tokens"
+            f"this prompt is longer than {shown.max_prompt_tokens} tokens, and the card leaves such prompts out "
+            f"(overlong: drop); without that it would lose {shown.cut_tokens} tokens"
         )
-    kept = made.kept[:60]
+    kept = shown.kept[:60]
     return (
-        f"the first {made.cut_tokens} tokens of the prompt, so that {made.max_prompt_tokens} hold it; read from: "
-        f"{visible(repr(kept))}{'...' if len(made.kept) > len(kept) else ''}"
+        f"the first {shown.cut_tokens} tokens of the prompt, so that {shown.max_prompt_tokens} hold it; read from: "
+        f"{visible(repr(kept))}{'...' if len(shown.kept) > len(kept) else ''}"
     )
 
 
 def _section(title: str) -> None:
-    output.say()
-    output.say(f"{title}:")
+    output.line()
+    output.line(f"{title}:")
 
 
 def _tokens(seen: Seen, ids: Sequence[int]) -> Text:
@@ -110,12 +110,12 @@ def _tokens(seen: Seen, ids: Sequence[int]) -> Text:
 
 
 def _row(seen: Seen) -> Text:
-    made = seen.preview
-    first = made.loss.index(1) if 1 in made.loss else len(made.loss)
-    before = made.row_ids[max(0, first - BEFORE) : first]
+    shown = seen.preview
+    first = shown.loss.index(1) if 1 in shown.loss else len(shown.loss)
+    before = shown.row_ids[max(0, first - BEFORE) : first]
     text = _marked(seen.pieces(before), "  ... " if first > BEFORE else "  ", "dim")
     text.append(" > ", "bold")
-    text.append_text(_marked(seen.pieces(made.row_ids[first:]), style="underline"))
+    text.append_text(_marked(seen.pieces(shown.row_ids[first:]), style="underline"))
     text.append(" <", "bold")
     return text
 

@@ -35,7 +35,7 @@ class Progress:
 
     def __call__(self, what: str, done: int, total: int) -> None:
         """Report that ``done`` of ``total`` steps of ``what`` are done."""
-        self._reporter.told(what, min(done, total), total)
+        self._reporter.update(what, min(done, total), total)
 
     def __enter__(self) -> Self:
         """Start."""
@@ -68,7 +68,7 @@ class _Lines:
         self.last = clock()
         self.stages: dict[str, _Stage] = {}
 
-    def told(self, what: str, done: int, total: int) -> None:
+    def update(self, what: str, done: int, total: int) -> None:
         now = self.clock()
         stage = self.stages.get(what)
         if stage is None or (stage.finished and done < total):
@@ -81,12 +81,12 @@ class _Lines:
 
     def _line(self, what: str, stage: _Stage, done: int, total: int, now: float) -> str:
         text = f"{what} {done}/{total}"
-        passed, made = now - stage.started, done - stage.first
-        if passed <= 0 or made <= 0:
+        seconds, steps = now - stage.started, done - stage.first
+        if seconds <= 0 or steps <= 0:
             return text
-        rate = made / passed
+        rate = steps / seconds
         if done >= total:
-            return f"{text}, {_rate(rate)}, {duration(passed)}"
+            return f"{text}, {_rate(rate)}, {duration(seconds)}"
         return f"{text}, {_rate(rate)}, {duration((total - done) / rate)} left"
 
     def close(self) -> None:
@@ -105,13 +105,13 @@ class _Bars:
         self.bars: Bars | None = None
         self.tasks: dict[str, TaskID] = {}
 
-    def told(self, what: str, done: int, total: int) -> None:
+    def update(self, what: str, done: int, total: int) -> None:
         bars = self.bars or self._start()
         if what not in self.tasks:
             self._make_room(bars)
             self.tasks[what] = bars.add_task(what, total=total, completed=done, rate="")
         task = self.tasks[what]
-        state = next(one for one in bars.tasks if one.id == task)
+        state = next(bar for bar in bars.tasks if bar.id == task)
         if state.finished and done < total:
             bars.reset(task)  # the same stage once more, as in a second round
         bars.update(task, completed=done, total=total)
@@ -120,7 +120,7 @@ class _Bars:
 
     def _make_room(self, bars: Bars) -> None:
         """Take the oldest finished stages away: a grid has more of them than a terminal has lines."""
-        done = {one.id for one in bars.tasks if one.finished}
+        done = {bar.id for bar in bars.tasks if bar.finished}
         finished = [what for what, task in self.tasks.items() if task in done]
         for what in finished[: max(0, len(self.tasks) + 1 - SHOWN)]:
             bars.remove_task(self.tasks.pop(what))

@@ -60,20 +60,20 @@ def train(
     """Train a reward model on preference pairs; it is judged on held-out pairs and usable as an objective."""
     from moalign.experiment import reward as workflow
 
-    asked = workflow.Asked(tuple(pairs or ()), task, model, revision, loss, tuple(set_ or ()), seed, results)
-    with output.working() as say:
-        request = workflow.plan(asked, say)
-    if request.said is not None:
-        output.note(f"note: {request.said}")
+    request = workflow.Asked(tuple(pairs or ()), task, model, revision, loss, tuple(set_ or ()), seed, results)
+    with output.working() as progress:
+        plan = workflow.plan(request, progress)
+    if plan.said is not None:
+        output.note(f"note: {plan.said}")
     if dry_run:
-        _show_plan(request, as_json)
+        _show_plan(plan, as_json)
         return
-    with output.working() as say:
-        run, found, told = workflow.train(request, say, judge=not no_eval)
+    with output.working() as progress:
+        run, trained_before, evaluation = workflow.train(plan, progress, judge=not no_eval)
     if as_json:
-        output.as_json(_told(run, found, told))
+        output.as_json(_json(run, trained_before, evaluation))
     else:
-        _show(run, found, told, results)
+        _show(run, trained_before, evaluation, results)
 
 
 @app.command("eval")
@@ -95,19 +95,19 @@ def evaluate(
     """Judge a reward model: accuracy, calibration error, reliability diagram, per data set."""
     from moalign.experiment import reward as workflow
 
-    asked = workflow.Asked(tuple(pairs or ()), task, None, revision, None, tuple(set_ or ()), 0, results)
-    wanted = int(label) if label is not None and label.isdigit() else label
-    how = workflow.Judged(wanted, template, max_length, minimise, split, out)
-    with output.working() as say:
-        told = workflow.judge(model, asked, how, say)
+    request = workflow.Asked(tuple(pairs or ()), task, None, revision, None, tuple(set_ or ()), 0, results)
+    head = int(label) if label is not None and label.isdigit() else label
+    reading = workflow.Judged(head, template, max_length, minimise, split, out)
+    with output.working() as progress:
+        evaluation = workflow.judge(model, request, reading, progress)
     if as_json:
-        output.as_json(told)
+        output.as_json(evaluation)
     else:
-        show_judged(told)
+        show_evaluation(evaluation)
 
 
-def _plan(request: RewardRequest) -> dict[str, Any]:
-    sizes = {split: {one.name: len(one) for one in sets} for split, sets in request.parts.items()}
+def _plan_json(request: RewardRequest) -> dict[str, Any]:
+    sizes = {split: {pairs.name: len(pairs) for pairs in sets} for split, sets in request.parts.items()}
     return {
         "dry_run": True,
         "name": request.name,
@@ -123,7 +123,7 @@ def _show_plan(request: RewardRequest, as_json: bool) -> None:
     from moalign.cli.train import flat
     from moalign.config.describe import yaml_form
 
-    plan = _plan(request)
+    plan = _plan_json(request)
     if as_json:
         output.as_json(plan)
         return
@@ -131,15 +131,15 @@ def _show_plan(request: RewardRequest, as_json: bool) -> None:
     rows = [("backbone", plan["model"]), ("seed", str(plan["seed"]))]
     rows += [(f"pairs, {split}", ", ".join(f"{k} {v}" for k, v in sets.items())) for split, sets in sizes.items()]
     output.pairs(rows)
-    output.say()
+    output.line()
     table = output.table("setting", "value")
     for key, value in flat(plan["settings"]):
         table.add_row(key, yaml_form(value))
     output.show(table)
-    output.say("dry run: nothing was trained or written")
+    output.line("dry run: nothing was trained or written")
 
 
-def _told(run: Run, found: bool, judged: dict[str, Any] | None) -> dict[str, Any]:
+def _json(run: Run, trained_before: bool, evaluation: dict[str, Any] | None) -> dict[str, Any]:
     record = run.record
     return {
         "run": str(run.path),
@@ -150,10 +150,10 @@ def _told(run: Run, found: bool, judged: dict[str, Any] | None) -> dict[str, Any
         "status": run.status,
         "seconds": record.seconds,
         "cost": record.cost.model_dump(),
-        "found": found,
+        "found": trained_before,
         "notes": record.notes,
         "objectives": _objectives(run),
-        "evaluation": judged,
+        "evaluation": evaluation,
     }
 
 
@@ -172,29 +172,29 @@ def _identifier(name: str) -> str:
     return kept if kept[:1].isalpha() else f"r{kept}"
 
 
-def _show(run: Run, found: bool, judged: dict[str, Any] | None, results: Path) -> None:
+def _show(run: Run, trained_before: bool, evaluation: dict[str, Any] | None, results: Path) -> None:
     from moalign.cli.train import cost_of
     from moalign.config.describe import yaml_form
 
-    said = "found trained" if found else "done"
-    output.say(f"reward model, loss {run.record.method}, seed {run.record.seed}: {said}")
-    output.pairs([("model", str(run.path / "model")), ("cost", cost_of(run))])
-    output.say()
-    if judged is not None:
-        show_judged(judged)
-    output.say("as an objective of a task card:")
+    outcome = "found trained" if trained_before else "done"
+    output.line(f"reward model, loss {run.record.method}, seed {run.record.seed}: {outcome}")
+    output.pairs([("model", str(run.path / "model")), ("cost", cost_of(run.record))])
+    output.line()
+    if evaluation is not None:
+        show_evaluation(evaluation)
+    output.line("as an objective of a task card:")
     for spec in _objectives(run):
-        output.say(f"  - {yaml_form(spec)}")
+        output.line(f"  - {yaml_form(spec)}")
     output.next_commands(output.command("reward", "eval", str(run.path), results=results))
 
 
-def show_judged(told: dict[str, Any]) -> None:
-    """Print what was found out about a reward model."""
+def show_evaluation(content: dict[str, Any]) -> None:
+    """Print accuracy and calibration of a reward model, one row per data set."""
     columns = ["pairs", "accuracy", "ECE (10 bins)", "by chance", "5 bins", "20 bins", "log loss", "temperature"]
-    known = any(row["truth"] for row in told["datasets"])
-    columns += ["true ECE"] if known else []
+    truth_known = any(row["truth"] for row in content["datasets"])
+    columns += ["true ECE"] if truth_known else []
     table = output.table("data set", *columns, right=columns)
-    for row in told["datasets"]:
+    for row in content["datasets"]:
         cells = [
             str(row["pairs"]),
             f"{row['accuracy']:.3f} {output.interval(row['accuracy_ci'])}",
@@ -205,13 +205,13 @@ def show_judged(told: dict[str, Any]) -> None:
             f"{row['log_loss']:.4f}",
             "" if row["temperature"] is None else f"{row['temperature']:.2f}",
         ]
-        cells += [f"{row['truth']['ece']['10']:.4f}" if row["truth"] else ""] if known else []
+        cells += [f"{row['truth']['ece']['10']:.4f}" if row["truth"] else ""] if truth_known else []
         table.add_row(row["name"], *cells)
     output.show(table)
-    mean = told["mean"]
-    output.say(
+    mean = content["mean"]
+    output.line(
         f"mean over data sets: accuracy {mean['accuracy']:.4f}, ECE {mean['ece']['10']:.4f} (10 bins); "
         "by chance: what a calibrated model would get on so few pairs"
     )
-    for path in told["figures"]:
-        output.say(f"figure: {path}")
+    for path in content["figures"]:
+        output.line(f"figure: {path}")

@@ -33,10 +33,10 @@ def score(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Score prompts and responses with a task's objectives."""
-    from moalign.evaluation import score as workflow
+    from moalign import api
 
-    with output.working() as say:
-        scores = workflow.score(task, source, out, tuple(set_ or ()), results, say)
+    with output.working() as progress:
+        scores = api.score_file(task, source, out, settings=set_, results=results, progress=progress)
     if as_json:
         output.as_json(scores.told())
         return
@@ -51,7 +51,7 @@ def _show_rows(scores: Scores) -> None:
     for row in scores.scored[:SHOWN]:
         cells = [f"{output.number(row['raw'][name])} ({output.number(row['normalised'][name])})" for name in names]
         table.add_row(_short(row["prompt"]), _short(row["response"]), *cells)
-    output.say("raw scores (normalised), larger is better")
+    output.line("raw scores (normalised), larger is better")
     output.show(table)
     if scores.rows > SHOWN:
         output.note(f"{scores.rows - SHOWN} more rows; --json shows them all, --out FILE.parquet writes them")
@@ -64,7 +64,7 @@ def _show_summary(scores: Scores) -> None:
         table.add_row(name, *(output.number(numbers[column.replace(" ", "_")]) for column in columns))
     output.show(table)
     where = "" if scores.out is None else f": {scores.out}"
-    output.say(f"{scores.rows} rows scored on {scores.task}{where}")
+    output.line(f"{scores.rows} rows scored on {scores.task}{where}")
 
 
 def _short(text: str, most: int = 60) -> str:

@@ -85,12 +85,12 @@ def _method(name: str, as_json: bool) -> None:
             }
         )
         return
-    output.say(f"{name}: {method.summary}")
-    output.say()
-    output.say(text)
-    output.say()
+    output.line(f"{name}: {method.summary}")
+    output.line()
+    output.line(text)
+    output.line()
     output.pairs([(key.replace("_", " "), _word(value)) for key, value in vars(can).items()])
-    output.say()
+    output.line()
     table = output.table("setting", "allowed", "default", "meaning")
     for row in settings:
         table.add_row(row.name, row.type, row.default, row.doc)
@@ -108,15 +108,15 @@ def _task(name: str, path: Path, as_json: bool) -> None:
     from moalign.config.load import load_card
 
     card = load_card(path)
-    told = card.model_dump(mode="json")
+    settings = card.model_dump(mode="json")
     if as_json:
-        output.as_json({"task": card.name, "path": str(path), "card": told})
+        output.as_json({"task": card.name, "path": str(path), "card": settings})
         return
-    output.say(f"{card.name}: {card.description}")
-    output.say(str(path))
-    output.say()
+    output.line(f"{card.name}: {card.description}")
+    output.line(str(path))
+    output.line()
     table = output.table("setting", "value")
-    for key, value in flat(told):
+    for key, value in flat(settings):
         if key in ("name", "description"):
             continue
         items = value if key == "objectives" else [value]
@@ -149,7 +149,7 @@ def _recipe(name: str, path: Path, as_json: bool) -> None:
                 "task": resolved.card.name,
                 "description": recipe.description,
                 "needs": recipe.needs.model_dump(),
-                "reported": [one.model_dump() for one in recipe.reported],
+                "reported": [paper.model_dump() for paper in recipe.reported],
                 "settings": settings,
             }
         )
@@ -176,11 +176,14 @@ def _show_recipe(path: Path, recipe: Recipe, task: str, settings: list[dict[str,
         ("measured", needs.measured),
     ]
     rows += [
-        (f"reported {one.method}", f"{one.metric} {one.value:g} ({'; '.join(filter(None, (one.source, one.setting)))})")
-        for one in recipe.reported
+        (
+            f"reported {paper.method}",
+            f"{paper.metric} {paper.value:g} ({'; '.join(filter(None, (paper.source, paper.setting)))})",
+        )
+        for paper in recipe.reported
     ]
     output.pairs(rows)
-    output.say()
+    output.line()
     table = output.table("setting", "value", "source")
     for row in settings:
         table.add_row(row["setting"], yaml_form(row["value"]), row["source"])
@@ -190,8 +193,8 @@ def _show_recipe(path: Path, recipe: Recipe, task: str, settings: list[dict[str,
 def _settings(recipe: Recipe) -> list[tuple[str, Any]]:
     from moalign.cli.train import flat
 
-    told = recipe.model_dump(mode="json")
-    return [("seed", told["seed"]), ("prefs", told["prefs"]), *flat({k: told[k] for k in ("config", "policy")})]
+    values = recipe.model_dump(mode="json")
+    return [("seed", values["seed"]), ("prefs", values["prefs"]), *flat({k: values[k] for k in ("config", "policy")})]
 
 
 def _source(key: str, recipe: Recipe, document: Document, lines: list[str]) -> str:
@@ -208,9 +211,9 @@ def _source(key: str, recipe: Recipe, document: Document, lines: list[str]) -> s
     if not document.has(*parts):
         return "default"
     for end in range(len(parts), 0, -1):
-        said = comment_of(lines[document.line(*parts[:end]) - 1])
-        if said:
-            return said
+        comment = comment_of(lines[document.line(*parts[:end]) - 1])
+        if comment:
+            return comment
     return "recipe"
 
 
@@ -237,17 +240,17 @@ def comment_of(line: str) -> str:
 def _run(run: Run, as_json: bool) -> None:
     import json
 
-    from moalign.cli import eval as evaluation
+    from moalign.cli.eval import show_points, show_summary
     from moalign.cli.train import cost_of, flat
     from moalign.config.describe import yaml_form
     from moalign.core.preferences import label
 
     record = run.record
     path = run.path / "eval.json"
-    told = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    evaluation = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     if as_json:
-        shown = {**record.model_dump(mode="json"), "status": run.status, "run": str(run.path), "evaluation": told}
-        output.as_json(shown)
+        content = record.model_dump(mode="json")
+        output.as_json({**content, "status": run.status, "run": str(run.path), "evaluation": evaluation})
         return
     environment = record.environment
     commit = f"commit {environment['commit']}" if environment.get("commit") else "no commit known"
@@ -260,19 +263,19 @@ def _run(run: Run, as_json: bool) -> None:
         ("preferences", "  ".join(map(label, record.preferences)) if record.preferences else "the task's own"),
         ("status", run.status + (f": {record.error}" if record.error else "")),
         ("created", record.created.isoformat(timespec="seconds")),
-        ("cost", cost_of(run)),
+        ("cost", cost_of(record)),
         ("phases", ", ".join(record.phases) or "none"),
         ("moalign", f"{record.moalign_version or 'not installed'}, {commit}{local}"),
         ("machine", f"{environment.get('cpu')}, {', '.join(environment.get('gpus') or []) or 'no GPU'}"),
     ]
     rows += [(f"note {key}", yaml_form(value)) for key, value in record.notes.items()]
     output.pairs(rows)
-    output.say()
+    output.line()
     table = output.table("setting", "value")
     for section in ("config", "policy"):
         for key, value in flat(record.recipe.get(section, {})):
             table.add_row(f"{section}.{key}", yaml_form(value))
     output.show(table)
-    if told is not None:
-        evaluation.show_points(told)
-        evaluation.show_summary(told)
+    if evaluation is not None:
+        show_points(evaluation)
+        show_summary(evaluation)

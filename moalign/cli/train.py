@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,10 +11,11 @@ import typer
 from moalign.cli import output
 
 if TYPE_CHECKING:
-    from moalign.experiment.complete import Outcome
+    from moalign.config.load import ResolvedRequest
+    from moalign.experiment.handle import RunHandle
     from moalign.experiment.train import Plan, TrainRequest
     from moalign.preflight.check import Preflight
-    from moalign.runs.run import Run
+    from moalign.runs.record import RunRecord
 
 
 def train(
@@ -42,58 +44,66 @@ def train(
 
     The same command again finds the finished run; after an interruption it resumes.
     """
-    from moalign.experiment import train as workflow
-
-    request = workflow.TrainRequest(
-        method=method,
-        task=task,
-        recipe=recipe,
-        prefs=tuple(prefs or ()),
-        grid=grid,
-        overrides=tuple(set_ or ()),
-        seed=seed,
-        results=results,
-    )
-    if dry_run and _shown_before_download(request, as_json):
-        return
-    made = workflow.plan(request)
     if dry_run:
-        _show_plan(made, as_json)
+        from moalign.experiment.train import TrainRequest
+
+        _dry_run(
+            TrainRequest(method, task, recipe, tuple(prefs or ()), grid, tuple(set_ or ()), seed, results), as_json
+        )
         return
-    from moalign.experiment.complete import complete
+    from moalign import api
 
-    _announce(made)
-    with output.working() as say:
-        outcome = complete(made, say, judge=not no_eval)
+    with output.working() as progress:
+        run = api.train(
+            method,
+            task,
+            prefs=prefs,
+            grid=grid,
+            seed=seed,
+            settings=set_,
+            recipe=recipe,
+            results=results,
+            evaluate=not no_eval,
+            progress=progress,
+            planned=_announce,
+        )
     if as_json:
-        output.as_json(_told(outcome))
+        output.as_json(_json(run))
     else:
-        _show(outcome, results)
+        _show(run, results)
 
 
-def _announce(made: Plan) -> None:
-    status = made.found.status if made.found else None
+def _announce(plan: Plan) -> None:
+    status = plan.found.status if plan.found else None
     if status not in ("done", "running"):
         verb = "training" if status is None else f"resuming the {status} run of"
-        output.note(f"{verb} {made.method.name} on {made.task.card.name}, seed {made.seed}: {made.folder}")
+        output.note(f"{verb} {plan.method.name} on {plan.task.card.name}, seed {plan.seed}: {plan.folder}")
 
 
-def _shown_before_download(request: TrainRequest, as_json: bool) -> bool:
-    """Show what a plan says without its model, when that would have to be downloaded first."""
-    from moalign.config.describe import yaml_form
+# -- the plan ------------------------------------------------------------------------------------------------------
+
+
+def _dry_run(request: TrainRequest, as_json: bool) -> None:
+    """Show the plan of a request; what it says without its model, when that would have to be downloaded first."""
     from moalign.experiment import train as workflow
     from moalign.preflight import check
 
     resolved = workflow.resolve(request)
-    if not check.must_be_fetched(resolved.card):
-        return False
-    report = check.preview(resolved)
+    if check.must_be_fetched(resolved.card):
+        _show_before_download(resolved, check.preview(resolved), as_json)
+    else:
+        _show_plan(workflow.plan(request), as_json)
+
+
+def _show_before_download(resolved: ResolvedRequest, report: Preflight, as_json: bool) -> None:
+    from moalign.config.describe import yaml_form
+
     recipe, model = resolved.recipe, f"{resolved.card.model}, revision {resolved.card.model_revision or 'not pinned'}"
     if as_json:
-        told: dict[str, Any] = {"dry_run": True, "run": None, "method": recipe.method, "task": resolved.card.name}
-        told |= {"model": model, "config": recipe.config, "policy": recipe.policy.model_dump(mode="json")}
-        output.as_json({**told, "memory": report.memory, "cost": report.cost, "notes": report.notes})
-        return True
+        plan: dict[str, Any] = {"dry_run": True, "run": None, "method": recipe.method, "task": resolved.card.name}
+        plan |= {"model": model, "config": recipe.config, "policy": recipe.policy.model_dump(mode="json")}
+        output.as_json({**plan, "memory": report.memory, "cost": report.cost, "notes": report.notes})
+        return
     output.pairs(
         [
             ("method", recipe.method),
@@ -104,7 +114,7 @@ def _shown_before_download(request: TrainRequest, as_json: bool) -> bool:
             *report.checked,
         ]
     )
-    output.say()
+    output.line()
     table = output.table("setting", "value")
     for section, values in (("config", recipe.config), ("policy", recipe.policy.model_dump(mode="json"))):
         for key, value in flat(values):
@@ -112,75 +122,70 @@ def _shown_before_download(request: TrainRequest, as_json: bool) -> bool:
     output.show(table)
     for text in [*report.notes, *report.problems]:
         output.note(f"note: {text}")
-    output.say("dry run: nothing was downloaded, trained or written")
-    return True
+    output.line("dry run: nothing was downloaded, trained or written")
 
 
-# -- the plan ------------------------------------------------------------------------------------------------------
-
-
-def _plan(made: Plan, preview: Preflight) -> dict[str, Any]:
-    found = made.found
-    recipe = made.resolved.recipe
+def _plan_json(plan: Plan, preview: Preflight) -> dict[str, Any]:
+    run, recipe = plan.found, plan.resolved.recipe
     return {
         "dry_run": True,
-        "run": str(made.folder),
-        "run_id": made.folder.name,
-        "method": made.method.name,
-        "task": made.task.card.name,
-        "seed": made.seed,
-        "status": found.status if found else None,
-        "recipe": made.resolved.as_given["recipe_file"],
-        "card": str(made.resolved.card_path),
-        "card_hash": made.task.hash,
-        "objectives": made.task.names,
-        "prefs": [list(row) for row in made.given] if made.given else None,
-        "holdout": [list(row) for row in made.holdout] or None,
+        "run": str(plan.folder),
+        "run_id": plan.folder.name,
+        "method": plan.method.name,
+        "task": plan.task.card.name,
+        "seed": plan.seed,
+        "status": run.status if run else None,
+        "recipe": plan.resolved.as_given["recipe_file"],
+        "card": str(plan.resolved.card_path),
+        "card_hash": plan.task.hash,
+        "objectives": plan.task.names,
+        "prefs": [list(row) for row in plan.given] if plan.given else None,
+        "holdout": [list(row) for row in plan.holdout] or None,
         "config": recipe.config,
         "policy": recipe.policy.model_dump(mode="json"),
-        "set": list(made.request.overrides),
+        "set": list(plan.request.overrides),
         "memory": preview.memory,
         "cost": preview.cost,
     }
 
 
-def _show_plan(made: Plan, as_json: bool) -> None:
+def _show_plan(plan: Plan, as_json: bool) -> None:
     from moalign.config.describe import yaml_form
     from moalign.core import preferences
     from moalign.preflight import check
 
-    preview = check.preview(made.resolved)
-    plan = _plan(made, preview)
+    preview = check.preview(plan.resolved)
+    content = _plan_json(plan, preview)
     if as_json:
-        output.as_json(plan)
+        output.as_json(content)
         return
-    if made.given:
-        vectors = "  ".join(preferences.label(row) for row in made.given)
+    if plan.given:
+        vectors = "  ".join(preferences.label(row) for row in plan.given)
     else:
-        vectors = f"the task's own (evaluation grid of {made.task.card.grid})"
+        vectors = f"the task's own (evaluation grid of {plan.task.card.grid})"
     standing = {None: "does not exist yet", "done": "is finished: the command would only show it"}
     rows = [
-        ("method", f"{plan['method']} ({made.method.summary})"),
-        ("task", f"{plan['task']} ({plan['card']})"),
-        ("card hash", plan["card_hash"]),
-        ("objectives", ", ".join(plan["objectives"])),
-        ("recipe", plan["recipe"] or "none; the method's defaults"),
+        ("method", f"{content['method']} ({plan.method.summary})"),
+        ("task", f"{content['task']} ({content['card']})"),
+        ("card hash", content["card_hash"]),
+        ("objectives", ", ".join(content["objectives"])),
+        ("recipe", content["recipe"] or "none; the method's defaults"),
         ("preferences", vectors),
-        ("seed", str(plan["seed"])),
-        ("run", plan["run"]),
-        ("", standing.get(plan["status"], f"is {plan['status']}: the command would resume it")),
+        ("seed", str(content["seed"])),
+        ("run", content["run"]),
+        ("", standing.get(content["status"], f"is {content['status']}: the command would resume it")),
         *preview.checked,
     ]
-    if made.holdout:
-        rows.insert(6, ("held out", "  ".join(preferences.label(row) for row in made.holdout)))
+    if plan.holdout:
+        rows.insert(6, ("held out", "  ".join(preferences.label(row) for row in plan.holdout)))
     output.pairs(rows)
-    output.say()
+    output.line()
     table = output.table("setting", "value")
     for section in ("config", "policy"):
-        for key, value in flat(plan[section]):
+        for key, value in flat(content[section]):
             table.add_row(f"{section}.{key}", yaml_form(value))
     output.show(table)
-    output.say("dry run: nothing was trained or written")
+    output.line("dry run: nothing was trained or written")
 
 
 def flat(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -197,71 +202,61 @@ def flat(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 # -- the outcome -----------------------------------------------------------------------------------------------------
 
 
-def _told(outcome: Outcome) -> dict[str, Any]:
-    record = outcome.run.record
+def _json(run: RunHandle) -> dict[str, Any]:
+    record, evaluation = run.record, run.evaluation
     return {
-        "run": str(outcome.run.path),
+        "run": str(run.path),
         "run_id": record.run_id,
         "method": record.method,
         "task": record.task,
         "seed": record.seed,
-        "status": outcome.run.status,
+        "status": run.status,
         "seconds": record.seconds,
         "cost": record.cost.model_dump(),
-        "found": outcome.found,
+        "found": run.reused,
         "card_hash": record.card_hash,
         "notes": record.notes,
-        "evaluation": _summary(outcome.evaluation),
+        "evaluation": None if evaluation is None else _summary(evaluation.content),
     }
 
 
 _SUMMARY = ("objectives", "points", "hypervolume", "hypervolume_ci", "ref", "optimal_share", "optimal_share_ci")
 
 
-def _summary(evaluation: dict[str, Any] | None) -> dict[str, Any] | None:
-    if evaluation is None:
-        return None
+def _summary(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     return {key: evaluation[key] for key in (*_SUMMARY, "indicators", "quality", "overlong") if key in evaluation}
 
 
-def _show(outcome: Outcome, results: Path) -> None:
+def _show(run: RunHandle, results: Path) -> None:
     from moalign.cli.eval import show_points, show_summary
     from moalign.core.preferences import example, label
 
-    run, evaluation = outcome.run, outcome.evaluation
-    record = run.record
-    said = "found finished, nothing to train" if outcome.found else "done"
-    output.say(f"{record.method} on {record.task}, seed {record.seed}: {said}")
-    rows = [("run", str(run.path)), ("cost", cost_of(run))]
+    record, evaluation = run.record, run.evaluation
+    outcome = "found finished, nothing to train" if run.reused else "done"
+    output.line(f"{record.method} on {record.task}, seed {record.seed}: {outcome}")
+    rows = [("run", str(run.path)), ("cost", cost_of(record))]
     if record.notes.get("overlong") and evaluation is None:  # the evaluation tells it, too
         rows.append(("prompts", output.overlong(record.notes["overlong"])))
     output.pairs(rows)
-    output.say()
+    output.line()
+    shown = example(len(run.objectives))
     if evaluation is not None:
-        show_points(evaluation)
-        show_summary(evaluation)
-        output.say()
-        names = evaluation["objectives"]
-        served = [label(point["prefs"]) for point in evaluation["points"]]
-        wanted = example(len(names))
-        shown = wanted if wanted in served or not served else served[len(served) // 2]
-    else:
-        names = [objective["name"] for objective in record.recipe["card"]["objectives"]]
-        shown = example(len(names))
+        show_points(evaluation.content)
+        show_summary(evaluation.content)
+        output.line()
+        served = [label(point.preference) for point in evaluation.points]
+        if served and shown not in served:
+            shown = served[len(served) // 2]
     output.next_commands(
         output.command("eval", str(run.path), "--hypervolume"),
-        output.command("compare", "--task", _task_option(run), results=results),
+        output.command("compare", "--task", str(record.as_given.get("task") or record.task), results=results),
         output.command("generate", str(run.path), "--prefs", shown),
     )
 
 
-def _task_option(run: Run) -> str:
-    return str(run.record.as_given.get("task") or run.record.task)
-
-
-def cost_of(run: Run) -> str:
+def cost_of(record: RunRecord) -> str:
     """Return what a run took, in one line."""
-    record, cost = run.record, run.record.cost
+    cost = record.cost
     return (
         f"{output.duration(record.seconds)}, {output.count(cost.tokens_generated)} tokens generated, "
         f"{output.count(cost.tokens_trained)} trained, {output.count(cost.reward_calls)} scores, "

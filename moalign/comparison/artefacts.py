@@ -1,4 +1,4 @@
-"""What a comparison leaves behind: JSON, Markdown, figures and, when asked for, the page."""
+"""The files of a comparison: JSON, Markdown, figures and, on request, the page."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moalign.comparison.contenders import grouped
+from moalign.comparison.entries import grouped
 from moalign.comparison.jobs import Work
 from moalign.config.card import TaskCard
 from moalign.core.errors import RequestError
@@ -20,8 +20,8 @@ PAGES = (".html", ".htm")
 
 
 @dataclass(frozen=True)
-class Places:
-    """Where the files go."""
+class OutputPaths:
+    """Paths of the files to write."""
 
     json: Path
     figure: Path
@@ -30,11 +30,11 @@ class Places:
 
     @property
     def folder(self) -> Path:
-        """The comparison's own folder, which holds everything that was given no other place."""
+        """The comparison's own folder: what was given no other path goes there."""
         return self.json.parent
 
     def check(self) -> None:
-        """Raise RequestError for a name of the wrong kind or a place that cannot be written."""
+        """Raise RequestError for a wrong suffix or a path that cannot be written."""
         if self.figure.suffix not in style.FORMATS:
             raise RequestError(f"--figure {self.figure}: allowed: a name ending in {', '.join(style.FORMATS)}")
         if self.html is not None and self.html.suffix not in PAGES:
@@ -48,51 +48,51 @@ class Places:
 
 
 def _check_writable(folder: Path) -> None:
-    """Refuse a folder that cannot be written, or made, before hours are spent on what would go there."""
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not there.is_dir():
-        raise RequestError(f"{folder}: cannot write here: {there} is not a folder; choose another place")
-    with atomic.refusals(there), tempfile.TemporaryFile(dir=there) as file:
+    """Raise RequestError for a folder that cannot be created or written, before hours are spent on its files."""
+    existing = next(ancestor for ancestor in (folder, *folder.absolute().parents) if ancestor.exists())
+    if not existing.is_dir():
+        raise RequestError(f"{folder}: cannot write here: {existing} is not a folder; choose another place")
+    with atomic.refusals(existing), tempfile.TemporaryFile(dir=existing) as file:
         file.write(b"\0" * 65536)
 
 
-def write(told: dict[str, Any], places: Places, works: Sequence[Work], card: TaskCard) -> None:
-    """Write figures, page, Markdown and, last, the JSON that names them (``told`` is completed with their places)."""
-    if any(row["points"] for row in told["rows"]):
+def write(record: dict[str, Any], paths: OutputPaths, works: Sequence[Work], card: TaskCard) -> None:
+    """Write figures, page, Markdown and, last, the JSON; ``record`` is completed with their paths."""
+    if any(row["points"] for row in record["rows"]):
         for name, draw in drawings.ALL.items():
-            place = places.figure if name == "fronts" else places.folder / f"{name}.png"
-            content = draw(told, place.suffix)
+            path = paths.figure if name == "fronts" else paths.folder / f"{name}.png"
+            content = draw(record, path.suffix)
             if content is not None:
-                atomic.write_bytes(place, content)
-                told["figures"][name] = str(place)
-        told["figure"] = told["figures"]["fronts"]
-    told["markdown"], told["json"] = str(places.markdown), str(places.json)
-    told["html"] = None if places.html is None else str(places.html)
-    if places.html is not None:
-        atomic.write_bytes(places.html, page.page(told, answers(works, card)))
-    atomic.write_text(places.markdown, markdown.page(told, places.markdown.parent))
-    atomic.write_json(places.json, told)
+                atomic.write_bytes(path, content)
+                record["figures"][name] = str(path)
+        record["figure"] = record["figures"]["fronts"]
+    record["markdown"], record["json"] = str(paths.markdown), str(paths.json)
+    record["html"] = None if paths.html is None else str(paths.html)
+    if paths.html is not None:
+        atomic.write_bytes(paths.html, page.page(record, answers(works, card)))
+    atomic.write_text(paths.markdown, markdown.page(record, paths.markdown.parent))
+    atomic.write_json(paths.json, record)
 
 
 def answers(works: Sequence[Work], card: TaskCard) -> list[page.Answers]:
-    """Return what each row's first finished seed answered; of several samples of a prompt the first."""
+    """Return the answers of each row's first finished seed; of several samples of a prompt, the first."""
     names = card.objective_names
-    found = []
+    answered = []
     for row, group in grouped(works).items():
-        one = next((work for work in group if work.evaluation is not None), None)
-        if one is None or one.run is None or one.table is None or one.evaluation is None:
+        work = next((work for work in group if work.evaluation is not None), None)
+        if work is None or work.run is None or work.table is None or work.evaluation is None:
             continue
-        table = one.run.read_table(one.table)
-        samples = one.evaluation.told["samples"]
-        wanted = [tuple(point["prefs"]) for point in one.evaluation.told["points"]]
-        parts = [table[table["preference"] == label(preference)].iloc[::samples] for preference in wanted]
-        found.append(
+        table = work.run.read_table(work.table)
+        samples = work.evaluation.told["samples"]
+        preferences = [tuple(point["prefs"]) for point in work.evaluation.told["points"]]
+        parts = [table[table["preference"] == label(preference)].iloc[::samples] for preference in preferences]
+        answered.append(
             page.Answers(
                 label=row,
-                preferences=wanted,
+                preferences=preferences,
                 prompts=parts[0]["prompt"].tolist(),
                 responses=[part["response"].tolist() for part in parts],
                 scores=[part[names].to_numpy().tolist() for part in parts],
             )
         )
-    return found
+    return answered

@@ -1,7 +1,7 @@
 """``moalign bench``: what an update step of each method costs on this machine, in time and memory.
 
 Every method trains for a few steps with the batch and the lengths of its recipe, in a process of its own, so that the
-peak of memory is its own. Nothing is kept: the runs lie in a temporary folder.
+peak of memory is its own. Nothing is kept: the runs are in a temporary folder.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from moalign.comparison.compare import CompareRequest, plan_all
 from moalign.comparison.executors import GRACE
 from moalign.comparison.jobs import Work
-from moalign.comparison.timed import Ask
+from moalign.comparison.timed import Stamp, TimingRequest
 from moalign.config.card import TaskCard
 from moalign.config.strict import Strict
 from moalign.core.errors import RequestError
@@ -31,30 +31,30 @@ from moalign.core.progress import Say, silent
 from moalign.runs import environment
 
 STEPS = 8
-"""Steps of every stage, when nothing else is asked for."""
+"""Steps of every stage, by default."""
 LEAST = 2
-"""A step's time is what lies between two lines of metrics; the first step also warms everything up."""
+"""A step is timed from one line of metrics to the next, and the first step is a warm-up."""
 SAMPLED = ("online_prompts", "augment_prompts")
-"""Settings of how many responses a method samples between its stages: cut like steps, as they too say how long."""
+"""Settings of how many responses a method samples between its stages: reduced like steps, since they take time too."""
 LEAST_SAMPLED = 256
-"""Of these at least so many stay: a method picks the best of them, and too few leave it nothing to pick."""
+"""Lower bound of the reduced :data:`SAMPLED` settings: a method picks the best responses and needs a choice."""
 
 
 @dataclass(frozen=True)
 class BenchRequest:
-    """What the user asked for."""
+    """The user's request."""
 
     methods: Sequence[str] = ()
-    """Empty: those of the task's suite that train."""
+    """Empty: the methods of the task's suite that train."""
     task: str | None = None
     overrides: Sequence[str] = ()
-    """``key=value`` as in ``compare``; what is set here is not cut."""
+    """``key=value`` as in ``compare``; settings given here are not reduced."""
     steps: int = STEPS
 
 
 @dataclass
 class Bench:
-    """What was measured."""
+    """The measurements."""
 
     told: dict[str, Any]
     traces: list[str] = field(default_factory=list)
@@ -67,7 +67,7 @@ class Bench:
 
 
 def bench(request: BenchRequest, say: Say = silent) -> Bench:
-    """Measure the methods one after the other; one that fails is a row of status ``failed`` and the others go on.
+    """Measure the methods one after the other; one that fails is a row of status ``failed``, and the others go on.
 
     Raises:
         RequestError: every problem of the request at once, before anything is trained.
@@ -75,47 +75,47 @@ def bench(request: BenchRequest, say: Say = silent) -> Bench:
     if request.steps < LEAST:
         raise RequestError(f"--steps {request.steps}: allowed: {LEAST} or more; a step's time lies between two steps")
     with tempfile.TemporaryDirectory(prefix="moalign-bench-") as results:
-        asked = CompareRequest(
+        compare_request = CompareRequest(
             task=request.task, methods=request.methods, overrides=request.overrides, results=Path(results)
         )
-        works, card, _ = plan_all(asked)
+        works, card, _ = plan_all(compare_request)
         if not request.methods:
             works = [work for work in works if work.method.capabilities.trains]
-        made = Bench({})
-        rows = list(_rows(works, card, request, Path(results), say, made.traces))
+        result = Bench({})
+        rows = list(_rows(works, card, request, Path(results), say, result.traces))
     machines = [row.pop("machine") for row in rows]
-    made.told = {
+    result.told = {
         "task": card.name,
         "steps": request.steps,
-        "machine": next((one for one in machines if one is not None), None) or _machine(environment.capture()),
+        "machine": next(filter(None, machines), None) or _machine(environment.capture()),
         "rows": rows,
         "failed": [row["method"] for row in rows if row["status"] == "failed"],
     }
-    return made
+    return result
 
 
 def _rows(
     works: Sequence[Work], card: TaskCard, request: BenchRequest, results: Path, say: Say, traces: list[str]
 ) -> Iterator[dict[str, Any]]:
-    """Yield a row per method; the first process of all makes the base and the normaliser and is not measured."""
+    """Yield a row per method; the very first process makes the base and the normaliser and is not measured."""
     for number, work in enumerate(works):
-        ask = _ask(work, card, request.steps, results)
+        timing = _timing_request(work, card, request.steps, results)
         for prepare in [True, False] if number == 0 else [False]:
             title = "preparing" if prepare else f"{work.method.name} ({number + 1}/{len(works)})"
-            answer = _answer(ask, prepare, title, say)
+            answer = _answer(timing, prepare, title, say)
             if "error" in answer:
                 break
-        shutil.rmtree(results / "runs", ignore_errors=True)  # else the next method would find its experts there
+        shutil.rmtree(results / "runs", ignore_errors=True)  # or the next method would reuse its experts
         if "trace" in answer:
             traces.append(answer["trace"])
-        yield _row(work, ask, answer, len(card.objectives))
+        yield _row(work, timing, answer, len(card.objectives))
 
 
 # --- one method -------------------------------------------------------------------------------------------------
 
 
-def _ask(work: Work, card: TaskCard, steps: int, results: Path) -> Ask:
-    """Return what a method's process is asked: its recipe with fewer steps, and one preference where each costs."""
+def _timing_request(work: Work, card: TaskCard, steps: int, results: Path) -> TimingRequest:
+    """Return what a method's process is to do: its recipe with fewer steps, and one preference where each is a run."""
     assert work.plan is not None
     resolved = work.plan.resolved
     given = [str(text) for text in resolved.as_given["set"]]
@@ -123,13 +123,13 @@ def _ask(work: Work, card: TaskCard, steps: int, results: Path) -> Ask:
     limits = {"steps": steps, **dict.fromkeys(SAMPLED, max(LEAST_SAMPLED, 2 * card.generation.batch_size))}
     cuts = [f"config.{key}={value}" for key, value in shortened(resolved.config, limits) if key not in named]
     count = len(card.objectives)
-    one = [] if work.method.capabilities.one_policy else [",".join([repr(1 / count)] * count)]
+    prefs = [] if work.method.capabilities.one_policy else [",".join([repr(1 / count)] * count)]
     task = str(resolved.as_given["task"])
-    return Ask(work.method.name, task, one, [*cuts, *given], str(results), 0.0)
+    return TimingRequest(work.method.name, task, prefs, [*cuts, *given], str(results), 0.0)
 
 
 def shortened(config: Strict, limits: Mapping[str, int], above: str = "") -> Iterator[tuple[str, int]]:
-    """Yield (dotted key, value) of the settings that make a method short: it is all that is changed of its recipe.
+    """Yield (dotted key, value) of the settings that shorten a method; nothing else of its recipe is changed.
 
     Args:
         limits: setting -> its largest value, in every stage; every step is logged (``log_every``).
@@ -144,12 +144,12 @@ def shortened(config: Strict, limits: Mapping[str, int], above: str = "") -> Ite
             yield f"{above}{key}", 1
 
 
-def _answer(ask: Ask, prepare: bool, title: str, say: Say) -> dict[str, Any]:
-    """Let a process answer; returns what it told, or ``{"error": ...}`` when it failed or died."""
-    asked = Ask(**{**vars(ask), "started": time.time(), "prepare": prepare})
+def _answer(request: TimingRequest, prepare: bool, title: str, say: Say) -> dict[str, Any]:
+    """Measure in a process; returns its measurements, or ``{"error": ...}`` when it failed or died."""
+    started = TimingRequest(**{**vars(request), "started": time.time(), "prepare": prepare})
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as messages:
         child = subprocess.Popen(
-            [sys.executable, "-m", "moalign.comparison.timed", asked.text()],
+            [sys.executable, "-m", "moalign.comparison.timed", started.text()],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=messages,
@@ -162,27 +162,27 @@ def _answer(ask: Ask, prepare: bool, title: str, say: Say) -> dict[str, Any]:
             _end(child)
         if answer is not None:
             return answer
-        return {"error": _last_words(messages, code)}
+        return {"error": _failure(messages, code)}
 
 
 def _read(child: subprocess.Popen[str], title: str, say: Say) -> dict[str, Any] | None:
-    """Pass a process's progress on; returns its last word, or None when it died without one."""
+    """Pass a process's progress on; returns its final message, or None when it died without one."""
     assert child.stdout is not None
     for line in child.stdout:
         try:
-            said = json.loads(line)
+            message = json.loads(line)
         except ValueError:
-            continue  # a line that a kill cut
-        if "say" in said:
-            what, done, total = said["say"]
+            continue  # cut off when the process was killed
+        if "say" in message:
+            what, done, total = message["say"]
             say(f"{title}: {what}", done, total)
         else:
-            return said.get("told", said)
+            return message.get("told", message)
     return None
 
 
 def _end(child: subprocess.Popen[str]) -> None:
-    """End a process that is still there: it was interrupted with us, or its answer was not waited for."""
+    """End a process that is still running, because this one was interrupted or did not wait for its answer."""
     if child.poll() is None:
         child.terminate()
         try:
@@ -194,7 +194,7 @@ def _end(child: subprocess.Popen[str]) -> None:
         child.stdout.close()
 
 
-def _last_words(messages: IO[str], code: int) -> str:
+def _failure(messages: IO[str], code: int) -> str:
     messages.seek(0)
     lines = [line.strip() for line in messages if line.strip()]
     how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
@@ -204,7 +204,7 @@ def _last_words(messages: IO[str], code: int) -> str:
 # --- numbers ----------------------------------------------------------------------------------------------------
 
 
-def _row(work: Work, ask: Ask, answer: Mapping[str, Any], objectives: int) -> dict[str, Any]:
+def _row(work: Work, request: TimingRequest, answer: Mapping[str, Any], objectives: int) -> dict[str, Any]:
     host, gpu = answer.get("peak_host_bytes"), answer.get("peak_gpu_bytes")
     here = answer.get("environment")
     return {
@@ -218,22 +218,21 @@ def _row(work: Work, ask: Ask, answer: Mapping[str, Any], objectives: int) -> di
         "peak_memory_bytes": gpu or host,
         "peak_host_bytes": host,
         "peak_gpu_bytes": gpu,
-        "prefs": list(ask.prefs),
-        "set": list(ask.overrides),
+        "prefs": list(request.prefs),
+        "set": list(request.overrides),
         "machine": None if here is None else _machine(here),
     }
 
 
-def measured(stamps: Sequence[Mapping[str, Any]], objectives: int) -> dict[str, Any]:
-    """Return what the lines of metrics tell: seconds a step (medians), and rates per second.
+def measured(stamps: Sequence[Stamp], objectives: int) -> dict[str, Any]:
+    """Return seconds per step (medians) and rates per second, from the times of the lines of metrics.
 
-    A step's time is what lies between two neighbouring lines of a phase, so the first step of each, which warms up, is
-    left out. A rate is a count over the seconds of all stretches between two lines in which there was any: where
-    sampling and updates are one step they share its seconds.
+    A step is timed between two consecutive lines of a phase, so that the first step of each, a warm-up, is left out. A
+    rate is a count divided by the seconds of all intervals between lines in which it grew; where a step both samples
+    and updates, each rate is over the whole step.
 
     Args:
-        stamps: per line ``run``, ``phase``, ``step``, ``at`` (seconds) and the cost so far (``tokens_generated``,
-            ``tokens_trained``, ``reward_calls``; None where the line has none), in the order written.
+        stamps: of the lines, in the order written.
         objectives: scores of a response.
     """
     every = [(a, b) for a, b in pairwise(stamps) if a["run"] == b["run"]]
@@ -241,30 +240,33 @@ def measured(stamps: Sequence[Mapping[str, Any]], objectives: int) -> dict[str, 
     stages: dict[str, list[float]] = {}
     for a, b in steps:
         stages.setdefault(re.sub(r"-\d+(?=-|$)", "", a["phase"]), []).append(b["at"] - a["at"])
-    times = [seconds for found in stages.values() for seconds in found]
+    times = [seconds for durations in stages.values() for seconds in durations]
     scored = _rate(every, "reward_calls")
     return {
         "seconds_per_step": statistics.median(times) if times else None,
         "steps_measured": len(times),
-        "stages": {name: statistics.median(found) for name, found in stages.items()},
+        "stages": {name: statistics.median(durations) for name, durations in stages.items()},
         "tokens_generated_per_second": _rate(every, "tokens_generated"),
         "tokens_trained_per_second": _rate(steps, "tokens_trained"),
         "responses_scored_per_second": None if scored is None else scored / objectives,
     }
 
 
-def _rate(stretches: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], key: str) -> float | None:
-    """Return the count per second over the stretches in which there was any; None where there was none."""
+def _rate(
+    intervals: Sequence[tuple[Stamp, Stamp]], key: Literal["tokens_generated", "tokens_trained", "reward_calls"]
+) -> float | None:
+    """Return the count per second over the intervals in which it grew; None where there is none."""
     count, seconds = 0, 0.0
-    for a, b in stretches:
-        if a[key] is not None and b[key] is not None and b[key] > a[key]:
-            count += b[key] - a[key]
+    for a, b in intervals:
+        before, after = a[key], b[key]
+        if before is not None and after is not None and after > before:
+            count += after - before
             seconds += b["at"] - a["at"]
     return count / seconds if seconds > 0 else None
 
 
-def _machine(here: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what of an environment the numbers depend on."""
-    packages = here["packages"]
-    kept = ("cpu", "cpus", "threads", "memory_bytes", "gpus", "python", "platform")
-    return {**{key: here[key] for key in kept}, "torch": packages["torch"], "moalign": packages["moalign"]}
+def _machine(captured: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the part of an environment that the numbers depend on."""
+    packages = captured["packages"]
+    keys = ("cpu", "cpus", "threads", "memory_bytes", "gpus", "python", "platform")
+    return {**{key: captured[key] for key in keys}, "torch": packages["torch"], "moalign": packages["moalign"]}

@@ -1,7 +1,7 @@
-"""``moalign compare``: train what is missing, evaluate everything with one judge, say which wins and how sure that is.
+"""``moalign compare``: train what is missing, evaluate all runs alike, and say which method wins and how certainly.
 
-A comparison is fair or it is not made: every run has the same task card, the same evaluation prompts and sampling
-seeds, and its cost is counted in the same units.
+Conditions are equal or the comparison is refused: all runs have the same task card, evaluation prompts and sampling
+seeds, and their costs are counted in the same units.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from moalign.comparison import artefacts, contenders, executors, jobs, slots
-from moalign.comparison.artefacts import Places
+from moalign.comparison import artefacts, entries, executors, jobs, slots
+from moalign.comparison.artefacts import OutputPaths
 from moalign.comparison.jobs import Work
-from moalign.comparison.standings import standings
+from moalign.comparison.ranking import ranking
 from moalign.config import load, overrides
 from moalign.config.card import TaskCard
 from moalign.config.recipe import Recipe, ReportedSpec
@@ -38,7 +38,7 @@ from moalign.runs.store import RunStore
 
 @dataclass(frozen=True)
 class CompareRequest:
-    """What the user asked for: finished runs, or methods on a task."""
+    """The user's request: finished runs, or methods on a task."""
 
     runs: Sequence[str] = ()
     """Folders or identifiers of finished, evaluated runs; empty: train and evaluate what is missing."""
@@ -66,7 +66,7 @@ class CompareRequest:
 
 @dataclass
 class Comparison:
-    """What came out."""
+    """The result."""
 
     told: dict[str, Any]
     """The content of ``compare.json``."""
@@ -86,21 +86,21 @@ def compare(request: CompareRequest, say: Say = silent) -> Comparison:
 
     Raises:
         RequestError: every problem of the request at once, before anything is trained: unknown names, settings that
-            no method has, runs of different task cards or without evaluation, places that cannot be written.
+            no method has, runs of different task cards or without evaluation, paths that cannot be written.
     """
-    works, card, card_hash = _found(request) if request.runs else plan_all(request)
-    wanted = _wanted(request, card)
+    works, card, card_hash = _named_runs(request) if request.runs else plan_all(request)
+    requested = _requested_grid(request, card)
     samples = _samples(request, card)
-    _refuse_lost_answers(works, card, wanted, samples)
-    places = _places(request, works, card, card_hash)
+    _refuse_lost_answers(works, card, requested, samples)
+    paths = _output_paths(request, works, card, card_hash)
     jobs.train_missing(works, request.executor, request.jobs, say)
-    jobs.evaluate_all(works, wanted, say, keep=not request.runs, samples=samples)
+    jobs.evaluate_all(works, requested, say, keep=not request.runs, samples=samples)
     _refuse_not_finite(works, card)
     _same_bounds(works)
-    grid = wanted or preferences.grid_of(len(card.objectives), card.grid)
-    told = _told(request, works, card, card_hash, grid)
-    artefacts.write(told, places, works, card)
-    return Comparison(told, [work.trace for work in works if work.trace])
+    grid = requested or preferences.grid_of(len(card.objectives), card.grid)
+    record = _record(request, works, card, card_hash, grid)
+    artefacts.write(record, paths, works, card)
+    return Comparison(record, [work.trace for work in works if work.trace])
 
 
 # --- what is compared -------------------------------------------------------------------------------------------
@@ -115,7 +115,7 @@ def plan_all(request: CompareRequest) -> tuple[list[Work], TaskCard, str]:
     ]
     problems += executors.problems(request.executor)
     try:
-        slots.asked()
+        slots.requested()
     except RequestError as error:
         problems += error.problems
     methods: dict[str, Method] = {}
@@ -145,7 +145,7 @@ def plan_all(request: CompareRequest) -> tuple[list[Work], TaskCard, str]:
 
 
 def _names(request: CompareRequest) -> list[str]:
-    """Return the methods asked for, or the card's suite; every unknown name is told at once."""
+    """Return the requested methods, or the card's suite; RequestError names all unknown ones at once."""
     names = list(request.methods or ())
     if not names:
         task = request.task or DEFAULT_TASK
@@ -162,25 +162,25 @@ def _names(request: CompareRequest) -> list[str]:
 def _plans(request: CompareRequest, method: Method, given: Sequence[str]) -> Iterator[Work]:
     """Yield the work of one method over its seeds; one seed for a method in which nothing is trained."""
     able = method.capabilities
-    asked = TrainRequest(
+    train_request = TrainRequest(
         method.name,
         task=request.task,
-        # What can serve only the preferences it was trained on is trained on those it will be asked for.
+        # A method that answers only for the preferences it was trained on is trained on those of the evaluation.
         grid=None if able.steerable else request.grid,
         overrides=given,
         results=request.results,
     )
-    first = plan(asked)
+    first = plan(train_request)
     yield jobs.planned(first)
     for more in range(1, request.seeds if able.trains else 1):
-        yield jobs.planned(plan(replace(asked, seed=first.seed + more)))
+        yield jobs.planned(plan(replace(train_request, seed=first.seed + more)))
 
 
 def _overrides(texts: Sequence[str], methods: Mapping[str, Method]) -> dict[str, list[str]]:
-    """Hand out the ``--set`` options.
+    """Assign the ``--set`` options to methods.
 
     ``METHOD.key=value`` goes to that method; a key of the card or of every recipe goes to all; a method's own
-    setting goes to the methods that have it. What none of them has goes to all, whose plans then refuse it.
+    setting goes to the methods that have it. A setting that none has goes to all, whose plans then refuse it.
     """
     given: dict[str, list[str]] = {name: [] for name in methods}
     problems: list[str] = []
@@ -203,8 +203,8 @@ def _overrides(texts: Sequence[str], methods: Mapping[str, Method]) -> dict[str,
     return given
 
 
-def _found(request: CompareRequest) -> tuple[list[Work], TaskCard, str]:
-    """Find the runs named; refuse what is not finished, not evaluated or not of one task card."""
+def _named_runs(request: CompareRequest) -> tuple[list[Work], TaskCard, str]:
+    """Return the named runs; RequestError for those that are not finished, not evaluated or not of one task card."""
     refused = {
         "--methods": bool(request.methods),
         "--seeds": request.seeds != 1,
@@ -216,7 +216,7 @@ def _found(request: CompareRequest) -> tuple[list[Work], TaskCard, str]:
         if given
     ]
     problems += executors.problems(request.executor)
-    store, found = RunStore(request.results), []
+    store, named = RunStore(request.results), []
     for name in request.runs:
         try:
             run = store.find(name)
@@ -225,10 +225,10 @@ def _found(request: CompareRequest) -> tuple[list[Work], TaskCard, str]:
             continue
         if run.status != "done":
             problems.append(f"run {run.path}: it is {run.status}, not done; finish it with its train command first")
-        found.append(run)
+        named.append(run)
     if problems:
         raise RequestError(*problems)
-    runs = list({run.path.resolve(): run for run in found}.values())
+    runs = list({run.path.resolve(): run for run in named}.values())
     _same_card(runs)
     for run in runs:
         try:
@@ -250,8 +250,8 @@ def _found(request: CompareRequest) -> tuple[list[Work], TaskCard, str]:
 def _of_run(run: Run) -> Work:
     record = run.record
     command = jobs.arguments(record.as_given, record.seed, record.preferences, jobs.results_of(run))
-    # Until this key was a typed list it was a free mapping, and always empty.
-    reported = [ReportedSpec.model_validate(one).model_dump() for one in record.recipe.get("reported") or []]
+    # In older records it is an empty mapping.
+    reported = [ReportedSpec.model_validate(number).model_dump() for number in record.recipe.get("reported") or []]
     method = registry.get(record.method)
     return Work(method, record.seed, record.identity, run.path, command, run=run, reported=reported)
 
@@ -270,7 +270,7 @@ def _same_card(runs: Sequence[Run]) -> None:
 
 
 def _differences(first: Mapping[str, Any], other: Mapping[str, Any], most: int = 4) -> list[str]:
-    """Return the keys in which two cards differ, apart from what does not count."""
+    """Return the keys in which two cards differ, without those that do not affect results."""
     idle = ("description", "suite")
     keys = [key for key in {**first, **other} if key not in idle and first.get(key) != other.get(key)]
     more = [f"{len(keys) - most} more"] if len(keys) > most else []
@@ -278,25 +278,25 @@ def _differences(first: Mapping[str, Any], other: Mapping[str, Any], most: int =
 
 
 def _refuse_lost_answers(
-    works: Sequence[Work], card: TaskCard, wanted: Sequence[Preference] | None, samples: int | None
+    works: Sequence[Work], card: TaskCard, requested: Sequence[Preference] | None, samples: int | None
 ) -> None:
-    """Refuse runs whose answers were deleted: nothing can be paired without them."""
-    problems = [lost for work in works if (lost := jobs.lost_answers(work, card, wanted, samples)) is not None]
+    """Raise RequestError for runs whose answers were deleted: they are needed for pairing."""
+    problems = [lost for work in works if (lost := jobs.lost_answers(work, card, requested, samples)) is not None]
     if problems:
         raise RequestError(*problems)
 
 
-def _wanted(request: CompareRequest, card: TaskCard) -> list[Preference] | None:
+def _requested_grid(request: CompareRequest, card: TaskCard) -> list[Preference] | None:
     return None if request.grid is None else preferences.grid_of(len(card.objectives), request.grid)
 
 
 def _samples(request: CompareRequest, card: TaskCard) -> int | None:
-    """Return how many answers to each prompt were asked for, None for as many as the card says."""
+    """Return the requested number of answers to each prompt, None where it is the card's."""
     return None if request.samples == card.evaluation.samples else request.samples
 
 
 def _refuse_not_finite(works: Sequence[Work], card: TaskCard) -> None:
-    """Refuse stored answers with a score that is no number; the judge itself lets none through."""
+    """Raise RequestError for stored scores that are not finite; new evaluations never have any."""
     problems = []
     for work in works:
         if work.evaluation is not None and not np.isfinite(work.evaluation.scores).all():
@@ -311,7 +311,7 @@ def _refuse_not_finite(works: Sequence[Work], card: TaskCard) -> None:
 
 
 def _same_bounds(works: Sequence[Work]) -> None:
-    """Refuse runs whose scores were normalised differently (fitted twice, on different machines)."""
+    """Raise RequestError for runs whose normalisers differ (fitted twice, in different results folders)."""
     judged = [work for work in works if work.bounds is not None]
     for work in judged[1:]:
         if work.bounds != judged[0].bounds:
@@ -321,16 +321,16 @@ def _same_bounds(works: Sequence[Work]) -> None:
             )
 
 
-# --- what came out ----------------------------------------------------------------------------------------------
+# --- the record -------------------------------------------------------------------------------------------------
 
 
-def _told(
+def _record(
     request: CompareRequest, works: Sequence[Work], card: TaskCard, card_hash: str, grid: Sequence[Preference]
 ) -> dict[str, Any]:
     spec = card.evaluation
-    judged = standings(contenders.contenders(works), grid, spec.bootstrap, spec.seed)
+    judged = ranking(entries.entries_of(works), grid, spec.bootstrap, spec.seed)
     bounds = next((work.bounds for work in works if work.bounds is not None), None)
-    told: dict[str, Any] = {
+    record: dict[str, Any] = {
         "task": card.name,
         "description": card.description,
         "card_hash": card_hash,
@@ -353,17 +353,18 @@ def _told(
         "markdown": None,
         "json": None,
     }
-    told["verdict"] = verdict.sentences(told)
-    return told
+    record["verdict"] = verdict.sentences(record)
+    return record
 
 
 def _reported(works: Sequence[Work]) -> list[dict[str, Any]]:
-    """Return the numbers of papers that the recipes carry, each once; they stay apart from all that was measured."""
-    return list({json.dumps(one, sort_keys=True): dict(one) for work in works for one in work.reported}.values())
+    """Return the papers' numbers that the recipes quote, each once; they are kept apart from measured numbers."""
+    numbers = [dict(number) for work in works for number in work.reported]
+    return list({json.dumps(number, sort_keys=True): number for number in numbers}.values())
 
 
 def _command(request: CompareRequest) -> str:
-    """Return the command that makes this comparison again."""
+    """Return the command that reproduces this comparison."""
     parts = ["moalign", "compare", *request.runs]
     if request.task is not None:
         parts += ["--task", request.task]
@@ -379,18 +380,18 @@ def _command(request: CompareRequest) -> str:
     return shlex.join([*parts, "--results", str(request.results)])
 
 
-def _places(request: CompareRequest, works: Sequence[Work], card: TaskCard, card_hash: str) -> Places:
-    """Return where the files go, having checked that they can be written there."""
-    asked = {"card": card_hash, "runs": sorted(work.folder.name for work in works), "grid": request.grid}
+def _output_paths(request: CompareRequest, works: Sequence[Work], card: TaskCard, card_hash: str) -> OutputPaths:
+    """Return the paths of the files, having checked that they can be written."""
+    identity = {"card": card_hash, "runs": sorted(work.folder.name for work in works), "grid": request.grid}
     samples = _samples(request, card)
     if samples is not None:
-        asked["samples"] = samples
-    folder = request.results / "compare" / f"{card.name}-{stores.identity(asked)[:8]}"
-    places = Places(
+        identity["samples"] = samples
+    folder = request.results / "compare" / f"{card.name}-{stores.identity(identity)[:8]}"
+    paths = OutputPaths(
         folder / "compare.json",
         request.figure or folder / "fronts.png",
         request.markdown or folder / "compare.md",
         request.html,
     )
-    places.check()
-    return places
+    paths.check()
+    return paths

@@ -1,8 +1,7 @@
-"""Where the trainings of a comparison run: child processes of this machine, or tasks that ray places on a cluster.
+"""Where the runs of a comparison are trained: child processes of this machine, or tasks of a ray cluster.
 
-Either way a job is the command ``moalign train ... --json`` in a process that does nothing else meanwhile, so a run and
-its failure are the same wherever it was made. The results folder must be the same for all: ray's nodes share it, at the
-same path.
+Either way a job is the command ``moalign train ... --json`` in a process that does nothing else meanwhile, so that runs
+and failures are the same in both. All jobs use one results folder: ray's nodes must share it, at the same path.
 """
 
 from __future__ import annotations
@@ -29,11 +28,11 @@ NAMES = ("local", "ray")
 
 GRACE = 5.0
 """Seconds that an interrupted process has to end by itself."""
-_LOOK = 0.2
-"""Seconds between two looks at a child: ray cancels a task between two instructions of Python, not inside a wait."""
-_CARRIED = ("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "OMP_NUM_THREADS")
-"""Variables beside ``MOALIGN_*`` that a ray task takes from the machine where the comparison was asked for: a cluster
-that was started before knows nothing of them."""
+_POLL = 0.2
+"""Seconds of a wait for a child: ray cancels a task between two Python instructions, not inside a wait."""
+_PASSED_ON = ("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "OMP_NUM_THREADS")
+"""Variables, besides ``MOALIGN_*``, that a ray task takes from the machine where the comparison was started: a cluster
+that was already running does not have them."""
 
 
 class Executor(Protocol):
@@ -42,7 +41,7 @@ class Executor(Protocol):
     def run(self, command: Sequence[str], say: Say = silent) -> tuple[int, str]:
         """Run ``moalign`` with these arguments to its end; return (exit code, stderr).
 
-        ``say`` is told of its progress where that can be known, from any thread.
+        ``say`` receives its progress where that is known, from any thread.
 
         Raises WorkError when it could not be run at all, or was lost.
         """
@@ -54,7 +53,7 @@ class Executor(Protocol):
 
 
 def problems(name: str) -> list[str]:
-    """Return what stands against an executor: an unknown name, or a library that is not installed."""
+    """Return why an executor cannot be used: an unknown name, or a library that is not installed."""
     if name not in NAMES:
         return [str(unknown("executor", name, NAMES, "--executor"))]
     if name == "ray" and importlib.util.find_spec("ray") is None:
@@ -67,7 +66,7 @@ def problems(name: str) -> list[str]:
 
 @contextlib.contextmanager
 def opened(name: str) -> Iterator[Executor]:
-    """Make an executor ready; ray is started, or its cluster joined, and left again.
+    """Open an executor; ray is started, or its cluster joined, and left at the end.
 
     Raises WorkError when ray cannot be started or reached.
     """
@@ -100,12 +99,12 @@ class Child:
     """A process that runs commands one after another (:mod:`moalign.cli.jobs`)."""
 
     def __init__(self, folder: str | None, settings: Mapping[str, str]) -> None:
-        self._said = tempfile.TemporaryFile("a+", encoding="utf-8", errors="replace")  # noqa: SIM115 - closed with it
+        self._messages = tempfile.TemporaryFile("a+", encoding="utf-8", errors="replace")  # noqa: SIM115 - closed with it
         self.process = subprocess.Popen(
             [sys.executable, "-m", "moalign.cli.jobs"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self._said,
+            stderr=self._messages,
             text=True,
             errors="replace",
             cwd=folder,
@@ -119,7 +118,7 @@ class Child:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if line.startswith("["):
-                with contextlib.suppress(Exception):  # a display that fails must not lose the answer
+                with contextlib.suppress(Exception):  # an error while showing progress must not lose the answer
                     self._say(*json.loads(line))
             else:
                 self._answers.put(line)
@@ -128,7 +127,7 @@ class Child:
     def run(self, command: Sequence[str], say: Say) -> tuple[int, str]:
         """Run ``moalign`` with these arguments; return (exit code, stderr)."""
         self._say = say
-        begin = self._said.seek(0, os.SEEK_END)
+        begin = self._messages.seek(0, os.SEEK_END)
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it has ended: its exit code says how
             self.process.stdin.write(json.dumps([*command, "--json"]) + "\n")
@@ -136,14 +135,14 @@ class Child:
         answer = None
         while answer is None:
             with contextlib.suppress(queue.Empty):
-                answer = self._answers.get(timeout=_LOOK)
+                answer = self._answers.get(timeout=_POLL)
         code = int(answer) if answer else self.process.wait()
-        self._said.seek(begin)
-        # A process that ends without an answer did not do what it was asked for, whatever its exit code.
-        return code or int(not answer), self._said.read()
+        self._messages.seek(begin)
+        # A process that ends without an answer has failed, whatever its exit code.
+        return code or int(not answer), self._messages.read()
 
     def close(self) -> None:
-        """Let it end; it has nothing to do."""
+        """End the process, which has no command to run."""
         with contextlib.suppress(BrokenPipeError):
             assert self.process.stdin is not None
             self.process.stdin.close()
@@ -152,17 +151,17 @@ class Child:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        self._said.close()
+        self._messages.close()
 
 
 class Processes:
-    """Child processes that an interruption reaches; one that has done its command well takes the next."""
+    """Child processes that are interrupted with this one; one whose command succeeded runs the next one."""
 
     def __init__(self, folder: str | None = None, settings: Mapping[str, str] | None = None) -> None:
-        """Run in ``folder`` (None: here) with ``settings`` on top of this process's environment."""
+        """Run in ``folder`` (None: the current one) with ``settings`` added to this process's environment."""
         self._folder = folder
         self._settings = dict(settings or {})
-        self._lock, self._saying = threading.Lock(), threading.Lock()
+        self._lock, self._reporting = threading.Lock(), threading.Lock()
         self._alive: set[Child] = set()
         self._idle: list[Child] = []
         self._stopping = False
@@ -171,7 +170,7 @@ class Processes:
         """Run ``moalign`` with these arguments; return (exit code, stderr)."""
 
         def one_at_a_time(what: str, done: int, total: int) -> None:
-            with self._saying:
+            with self._reporting:
                 say(what, done, total)
 
         with self._lock:
@@ -182,10 +181,10 @@ class Processes:
         code, messages = child.run(command, one_at_a_time)
         with self._lock:
             self._alive.discard(child)
-            kept = code == 0 and not self._stopping
-            if kept:
+            reusable = code == 0 and not self._stopping
+            if reusable:
                 self._idle.append(child)
-        if not kept:
+        if not reusable:
             child.close()
         return code, messages
 
@@ -199,8 +198,8 @@ class Processes:
     def stop(self) -> None:
         """Interrupt every child and start no more; their runs can be resumed.
 
-        A shell that starts a command in the background has it ignore interrupts, and its children inherit that: those
-        which are still there after a while are terminated, which a run survives as it survives a crash.
+        A command that a shell started in the background ignores interrupts, and its children inherit that: those still
+        running after :data:`GRACE` are terminated, which a run survives as it survives a crash.
         """
         with self._lock:
             self._stopping = True
@@ -218,7 +217,7 @@ class Processes:
 class RayTasks:
     """Tasks of a ray cluster, each with a child process on the worker that ray picks.
 
-    A task asks for one CPU and, where the cluster has GPUs, for one: ray starts it when there is room.
+    A task requires one CPU and, where the cluster has GPUs, one GPU: ray starts it when they are free.
     """
 
     def __init__(self, ray: Any) -> None:
@@ -277,12 +276,12 @@ def _on_worker(command: Sequence[str], folder: str, settings: Mapping[str, str])
 
 
 def _settings() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name in _CARRIED or name.startswith("MOALIGN_")}
+    return {name: value for name, value in os.environ.items() if name in _PASSED_ON or name.startswith("MOALIGN_")}
 
 
 def _line(error: BaseException) -> str:
-    """Return what an error of ray says, in one line: that of the task, where it wraps one."""
+    """Return an error of ray, or the task's error that it wraps, in one line."""
     cause = getattr(error, "cause", None)
-    told = cause if isinstance(cause, BaseException) else error
-    lines = [line.strip() for line in str(told).splitlines() if line.strip()]
-    return f"{type(told).__name__}: {lines[0]}" if lines else type(told).__name__
+    source = cause if isinstance(cause, BaseException) else error
+    lines = [line.strip() for line in str(source).splitlines() if line.strip()]
+    return f"{type(source).__name__}: {lines[0]}" if lines else type(source).__name__

@@ -1,7 +1,7 @@
 """The runs of a comparison as jobs: trained here one after another or in processes of their own, then evaluated.
 
-A job that fails is told as failed and the others go on. Runs are idempotent, so a comparison that was interrupted
-goes on where it stopped when the same command is given again.
+A job that fails is recorded as failed and the others go on. Runs are idempotent: the same command resumes a comparison
+that was interrupted.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from moalign.tasks.task import Task
 from moalign.training.job import RunContext
 
 HEAVY = ("torch", "transformers", "peft")
-"""Imported before the first run begins, so that it is not charged for the seconds that takes."""
+"""Imported before the first run, so that their import does not count as its time."""
 
 
 @dataclass(eq=False)
@@ -45,7 +45,7 @@ class Work:
     method: Method
     seed: int
     identity: Mapping[str, Any]
-    """What the run's identifier is the hash of."""
+    """Hashed to the run's identifier."""
     folder: Path
     command: list[str]
     """The arguments of ``moalign`` that make this run."""
@@ -55,21 +55,21 @@ class Work:
     bounds: tuple[tuple[float, ...], tuple[float, ...]] | None = None
     """lo and hi of the normaliser that its scores were made with."""
     table: str | None = None
-    """The table of its answers, once it was evaluated."""
+    """Name of the table of its answers, once it is evaluated."""
     reported: Sequence[Mapping[str, Any]] = ()
-    """Numbers of papers that its recipe carries."""
+    """Numbers from papers that its recipe quotes."""
     error: str | None = None
     trace: str | None = None
     """The traceback of ``error``, for ``--debug``."""
 
     @property
     def name(self) -> str:
-        """What progress calls it."""
+        """The run's name in progress messages."""
         return f"{self.method.name} seed {self.seed}"
 
     @property
-    def told(self) -> dict[str, Any]:
-        """The run as a comparison's row lists it."""
+    def summary(self) -> dict[str, Any]:
+        """The run as listed in a row of the comparison."""
         return {
             "run": str(self.folder),
             "run_id": self.folder.name,
@@ -77,21 +77,21 @@ class Work:
             "status": "done" if self.evaluation is not None else "failed",
             "command": shlex.join(["moalign", *self.command]),
             "error": self.error,
-            "made": None if self.run is None else _made(self.run.record.environment),
+            "made": None if self.run is None else _origin(self.run.record.environment),
         }
 
 
-def _made(environment: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what matters of the environment that a run was trained in."""
+def _origin(environment: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the part of a run's environment that its results may depend on."""
     packages = environment.get("packages") or {}
-    told = {key: environment.get(key) for key in ("commit", "dirty", "python", "cpu", "gpus")}
-    return {**told, "moalign": packages.get("moalign"), "torch": packages.get("torch")}
+    origin = {key: environment.get(key) for key in ("commit", "dirty", "python", "cpu", "gpus")}
+    return {**origin, "moalign": packages.get("moalign"), "torch": packages.get("torch")}
 
 
 def planned(plan: Plan) -> Work:
     """Return the work of a checked request."""
     command = arguments(plan.resolved.as_given, plan.seed, plan.given, plan.request.results)
-    reported = [one.model_dump() for one in plan.resolved.recipe.reported]
+    reported = [number.model_dump() for number in plan.resolved.recipe.reported]
     return Work(plan.method, plan.seed, plan.identity, plan.folder, command, plan=plan, reported=reported)
 
 
@@ -111,10 +111,10 @@ def arguments(as_given: Mapping[str, Any], seed: int, prefs: Sequence[Preference
 
 def _default_recipe(task: str, method: str) -> str | None:
     try:
-        found = find.find_recipe_file(task, method)
-    except RequestError:  # the task was moved since: then the recipe has to be named
+        path = find.find_recipe_file(task, method)
+    except RequestError:  # the task was moved since, so the recipe has to be named
         return None
-    return None if found is None else yaml_lines.shown(found)
+    return None if path is None else yaml_lines.shown(path)
 
 
 # --- training ---------------------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ def train_missing(works: Sequence[Work], executor: str, jobs: int | None, say: S
         return
     task = _prepare(missing[0], say)
     if executor == "local" and jobs is None:
-        jobs = slots.asked() or slots.slots(task)
+        jobs = slots.requested() or slots.slots(task)
     if executor == "local" and (jobs == 1 or len(missing) == 1):
         train_here(missing, say)
     else:
@@ -143,7 +143,7 @@ def train_missing(works: Sequence[Work], executor: str, jobs: int | None, say: S
 def train_here(works: Sequence[Work], say: Say) -> None:
     """Train one run after another in this process (they share its imports)."""
     for number, work in enumerate(works, start=1):
-        with _kept(work):
+        with _failure_kept(work):
             assert work.plan is not None
             fresh_peak()
             work.run, _ = train.train(work.plan, prefixed(say, f"{work.name} ({number}/{len(works)})"))
@@ -162,7 +162,7 @@ def train_apart(works: Sequence[Work], executor: str, jobs: int | None, say: Say
             say("training", 0, len(works))
             for number, future in enumerate(as_completed(waiting), start=1):
                 work = waiting[future]
-                with _kept(work):
+                with _failure_kept(work):
                     _collect(work, *future.result())
                 say(f"training: {work.name} {'failed' if work.error else 'done'}", number, len(works))
         except BaseException:
@@ -172,7 +172,7 @@ def train_apart(works: Sequence[Work], executor: str, jobs: int | None, say: Say
 
 
 def _collect(work: Work, code: int, messages: str) -> None:
-    """Take over the run that a process made, or raise WorkError with what it said."""
+    """Take over the run that a process made, or raise WorkError with the process's messages."""
     assert work.plan is not None
     run = work.plan.found
     work.plan = None
@@ -182,24 +182,24 @@ def _collect(work: Work, code: int, messages: str) -> None:
     if code == 0:
         raise WorkError(f"its process ended well, but left no finished run in {work.folder}; did a file of its change?")
     lines = [line.strip() for line in messages.splitlines() if line.strip()]
-    said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")] or lines[-1:]
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")] or lines[-1:]
     if run is not None and run.record.error:
-        said = [run.record.error]
+        errors = [run.record.error]
     how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-    raise WorkError("; ".join(said) if said else f"its process ended without a word ({how})")
+    raise WorkError("; ".join(errors) if errors else f"its process ended without a word ({how})")
 
 
 def _finished(work: Work) -> bool:
     """Whether the run is there already; it is then taken over."""
     if work.run is None and work.plan is not None:
-        found = work.plan.found
-        if found is not None and found.record.status == "done":
-            work.run, work.plan = found, None
+        run = work.plan.found
+        if run is not None and run.record.status == "done":
+            work.run, work.plan = run, None
     return work.run is not None
 
 
 def _prepare(work: Work, say: Say) -> Task:
-    """Make what all methods share, so that none of them is charged for it: imports, base, normaliser."""
+    """Make what all methods share, so that it counts as the cost of none: imports, base, normaliser."""
     assert work.plan is not None
     task = work.plan.task
     task.say = prefixed(say, "preparing")
@@ -212,7 +212,7 @@ def _prepare(work: Work, say: Say) -> Task:
 
 
 def fresh_peak() -> None:
-    """Begin a new peak of memory, so that a run is not charged for what ran before it in this process.
+    """Reset the peak of memory, so that a run's peak does not include the runs before it in this process.
 
     Works on Linux and for CUDA; elsewhere a run's peak includes that of the runs before it.
     """
@@ -229,7 +229,7 @@ def fresh_peak() -> None:
 
 def evaluate_all(
     works: Sequence[Work],
-    wanted: Sequence[Preference] | None,
+    requested: Sequence[Preference] | None,
     say: Say,
     keep: bool = True,
     samples: int | None = None,
@@ -238,27 +238,27 @@ def evaluate_all(
 
     ``samples``: answers to each prompt; None: the task card's.
 
-    With ``keep`` a failure is that run's own and the others go on; without, a wrong request (a run that was named and
+    With ``keep`` a failure is recorded for its run and the others go on; without, a RequestError (a named run that
     cannot be evaluated) is raised.
     """
     trained = [work for work in works if work.run is not None]
     for number, work in enumerate(trained, start=1):
-        with _kept(work, RequestError if not keep else ()):
+        with _failure_kept(work, RequestError if not keep else ()):
             assert work.run is not None
-            told = prefixed(say, f"{work.name} ({number}/{len(trained)})")
-            method, context = train.context_of(work.run, results_of(work.run), told)
-            asked = evaluate.preferences_for(method, context, _served(method, context, wanted))
-            work.evaluation = evaluate.evaluate(method, context, asked, told, samples)
-            work.table = evaluate.names(context.task, asked, work.evaluation.told["samples"])[1]
+            progress = prefixed(say, f"{work.name} ({number}/{len(trained)})")
+            method, context = train.context_of(work.run, results_of(work.run), progress)
+            vectors = evaluate.preferences_for(method, context, _served(method, context, requested))
+            work.evaluation = evaluate.evaluate(method, context, vectors, progress, samples)
+            work.table = evaluate.names(context.task, vectors, work.evaluation.told["samples"])[1]
             normaliser = context.task.judge_normaliser
             work.bounds = tuple(normaliser.lo), tuple(normaliser.hi)
         gc.collect()
 
 
 def not_evaluated(works: Sequence[Work], card: TaskCard) -> str | None:
-    """Return what is wrong when finished runs were not evaluated on the task's grid (or their own vectors), else None.
+    """Return an error message when runs lack an evaluation on the task's grid (or their own vectors), else None.
 
-    All of them are named at once, with the command that evaluates them.
+    It names all of them, with the command that evaluates them.
     """
     lacking = []
     for work in works:
@@ -274,13 +274,13 @@ def not_evaluated(works: Sequence[Work], card: TaskCard) -> str | None:
 
 
 def lost_answers(
-    work: Work, card: TaskCard, wanted: Sequence[Preference] | None, samples: int | None = None
+    work: Work, card: TaskCard, requested: Sequence[Preference] | None, samples: int | None = None
 ) -> str | None:
-    """Return what is wrong when a finished run has its evaluation but not the answers it was made from, else None."""
+    """Return an error message when a finished run has an evaluation without its table of answers, else None."""
     run = work.run if work.run is not None else work.plan.found if work.plan is not None else None
     if run is None:
         return None
-    file, table = _evaluation_of(work, run, card, wanted, samples)
+    file, table = _evaluation_of(work, run, card, requested, samples)
     if not (run.path / f"{file}.json").is_file() or (run.path / f"{table}.parquet").is_file():
         return None
     return (
@@ -290,19 +290,19 @@ def lost_answers(
 
 
 def _evaluation_of(
-    work: Work, run: Run, card: TaskCard, wanted: Sequence[Preference] | None, samples: int | None = None
+    work: Work, run: Run, card: TaskCard, requested: Sequence[Preference] | None, samples: int | None = None
 ) -> tuple[str, str]:
-    """Return the names (without suffix) of a run's evaluation and of its answers; no model is loaded to know them."""
+    """Return the names (without suffix) of a run's evaluation and of its answers, without loading a model."""
     grid = preferences.grid_of(len(card.objectives), card.grid)
     trained = [tuple(row) for row in run.record.preferences or grid]
-    able = work.method.capabilities.steerable or (wanted is not None and set(wanted) <= set(trained))
-    return evaluate.names_on(grid, (wanted or grid) if able else trained, samples)
+    able = work.method.capabilities.steerable or (requested is not None and set(requested) <= set(trained))
+    return evaluate.names_on(grid, (requested or grid) if able else trained, samples)
 
 
-def _served(method: Method, context: RunContext, wanted: Sequence[Preference] | None) -> Sequence[Preference] | None:
-    """Return the preferences to ask for: the method's own (None) when it cannot serve all of those wanted."""
-    if wanted is None or method.capabilities.steerable or set(wanted) <= set(context.preferences):
-        return wanted
+def _served(method: Method, context: RunContext, requested: Sequence[Preference] | None) -> Sequence[Preference] | None:
+    """Return the preferences to evaluate: None (the method's own) when it cannot serve all that are requested."""
+    if requested is None or method.capabilities.steerable or set(requested) <= set(context.preferences):
+        return requested
     return None
 
 
@@ -312,8 +312,8 @@ def results_of(run: Run) -> Path:
 
 
 @contextlib.contextmanager
-def _kept(work: Work, passing: type[Exception] | tuple[()] = ()) -> Iterator[None]:
-    """Keep a failure as the work's own, so that the others go on; an interruption passes, and so does ``passing``."""
+def _failure_kept(work: Work, passing: type[Exception] | tuple[()] = ()) -> Iterator[None]:
+    """Record an exception as the work's failure, so that the others go on; interruptions and ``passing`` are raised."""
     try:
         yield
     except passing:
@@ -324,9 +324,9 @@ def _kept(work: Work, passing: type[Exception] | tuple[()] = ()) -> Iterator[Non
 
 
 def prefixed(say: Say, prefix: str) -> Say:
-    """Return a ``say`` that names whose progress it is."""
+    """Return a ``say`` that puts ``prefix: `` before every message."""
 
-    def told(what: str, done: int, total: int) -> None:
+    def report(what: str, done: int, total: int) -> None:
         say(f"{prefix}: {what}", done, total)
 
-    return told
+    return report

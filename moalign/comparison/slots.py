@@ -1,4 +1,4 @@
-"""How many runs this machine trains at a time where nobody says it."""
+"""How many runs this machine trains at a time by default."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from moalign.runs import environment
 from moalign.tasks.task import Task
 
 VARIABLE = "MOALIGN_JOBS"
-"""Says it for every comparison that has no ``--jobs``."""
+"""Environment variable with the number of runs, for comparisons without ``--jobs``."""
 
 
-def asked() -> int | None:
-    """Return what the environment asks for, None when it asks for nothing; RequestError when that is no number."""
-    told = os.environ.get(VARIABLE, "")
-    if not told:
+def requested() -> int | None:
+    """Return the value of :data:`VARIABLE`, None where it is not set; RequestError when it is not a positive number."""
+    value = os.environ.get(VARIABLE, "")
+    if not value:
         return None
-    if not told.isdecimal() or int(told) < 1:
-        raise RequestError(f"{VARIABLE}={told}: allowed: 1 or more")
-    return int(told)
+    if not value.isdecimal() or int(value) < 1:
+        raise RequestError(f"{VARIABLE}={value}: allowed: 1 or more")
+    return int(value)
 
 
 def slots(task: Task) -> int:
     """Return how many runs of a task are trained at a time: one for each CPU where models are tiny, else one.
 
-    A tiny model is no faster with two threads than with one, so that the other CPUs would wait. A GPU is left to one
-    run, whatever its size.
+    A tiny model is no faster with two threads than with one, so the other CPUs would be idle. A GPU trains one run at a
+    time, whatever its size.
     """
     import torch
 

@@ -1,7 +1,7 @@
-"""One method measured in a process of its own; ``moalign bench`` starts it as ``python -m moalign.comparison.timed``.
+"""Time one method in a process of its own; ``moalign bench`` starts it as ``python -m moalign.comparison.timed``.
 
-Its one argument is a request as JSON (:class:`Ask`). What it prints on stdout is read by the parent: one JSON object a
-line, ``{"say": [what, done, total]}`` while it works and at the end ``{"told": {...}}`` or ``{"error": ..., "trace":
+Its only argument is a :class:`TimingRequest` as JSON. The parent reads its stdout: one JSON object per line,
+``{"say": [what, done, total]}`` while it works and at the end ``{"told": {...}}`` or ``{"error": ..., "trace":
 ...}``. Whatever a library prints goes to stderr.
 """
 
@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from moalign.comparison.jobs import HEAVY
 from moalign.core.errors import MoalignError
@@ -28,7 +28,7 @@ Write = Callable[[Mapping[str, Any]], None]
 
 
 @dataclass(frozen=True)
-class Ask:
+class TimingRequest:
     """What to measure."""
 
     method: str
@@ -36,70 +36,96 @@ class Ask:
     prefs: Sequence[str]
     overrides: Sequence[str]
     results: str
-    """A folder that is thrown away."""
+    """Results folder, deleted afterwards."""
     started: float
     """When the parent started this process, in seconds of ``time.time``."""
     prepare: bool = False
-    """Only make what all methods find ready: the base and the normaliser."""
+    """Only make what all methods share: the base and the normaliser."""
 
     def text(self) -> str:
         """Return the request as the argument of the process."""
         return json.dumps(asdict(self))
 
 
-class Watch(trackers.Mirrors):
-    """Takes the place of a run's trackers and keeps when each line of ``metrics.jsonl`` was written."""
+class Stamp(TypedDict):
+    """When one line of ``metrics.jsonl`` was written, and the cost until then; None where the line has none."""
 
-    def __init__(self, run: Run, stamps: list[dict[str, Any]]) -> None:
-        """Append to ``stamps`` what :func:`moalign.comparison.bench.measured` reads."""
+    run: str
+    phase: str
+    step: int
+    at: float
+    """Seconds of ``time.perf_counter``."""
+    tokens_generated: int | None
+    tokens_trained: int | None
+    reward_calls: int | None
+
+
+class LineTimer(trackers.Mirrors):
+    """Replaces a run's trackers and records when each line of ``metrics.jsonl`` was written."""
+
+    def __init__(self, run: Run, stamps: list[Stamp]) -> None:
+        """Append to ``stamps``, the input of :func:`moalign.comparison.bench.measured`."""
         super().__init__((), run.path, {})
         self._run, self._stamps = run.path.name, stamps
 
     def log(self, step: int, phase: str, metrics: Mapping[str, Any]) -> None:
-        """Keep one line's time and its cost so far."""
-        counted = {key: metrics.get(key) for key in ("tokens_generated", "tokens_trained", "reward_calls")}
-        self._stamps.append({"run": self._run, "phase": phase, "step": step, "at": time.perf_counter(), **counted})
+        """Record the time of one line, and the cost so far."""
+        self._stamps.append(
+            {
+                "run": self._run,
+                "phase": phase,
+                "step": step,
+                "at": time.perf_counter(),
+                "tokens_generated": metrics.get("tokens_generated"),
+                "tokens_trained": metrics.get("tokens_trained"),
+                "reward_calls": metrics.get("reward_calls"),
+            }
+        )
 
 
 @dataclass
 class TimedPlan(Plan):
-    """A plan whose run is watched, and so are the runs of the experts that it asks for."""
+    """A plan whose run is timed, as are the runs of the experts that it needs."""
 
-    stamps: list[dict[str, Any]] = field(default_factory=list)
+    stamps: list[Stamp] = field(default_factory=list)
 
     def mirrors(self, run: Run) -> trackers.Mirrors:
-        """Return the watch; the recipe's own trackers stay off."""
-        return Watch(run, self.stamps)
+        """Return the timing tracker instead of the recipe's own trackers."""
+        return LineTimer(run, self.stamps)
 
 
-def measure(ask: Ask, write: Write) -> dict[str, Any]:
-    """Train what is asked for and return its times (seconds), stamps, peaks (bytes) and the machine."""
+def measure(request: TimingRequest, write: Write) -> dict[str, Any]:
+    """Train as requested; return times (seconds), time stamps, peaks (bytes) and the environment."""
 
     def say(what: str, done: int, total: int) -> None:
         write({"say": [what, done, total]})
 
     say("starting", 0, 1)
-    request = TrainRequest(
-        ask.method, task=ask.task, prefs=ask.prefs, overrides=ask.overrides, results=Path(ask.results)
+    train_request = TrainRequest(
+        request.method,
+        task=request.task,
+        prefs=request.prefs,
+        overrides=request.overrides,
+        results=Path(request.results),
     )
-    made = plan(request, say)
+    planned = plan(train_request, say)
     for name in HEAVY:
         importlib.import_module(name)
     imported = time.time()
-    made.task.say = say
-    _ = made.task.normaliser
-    if ask.prepare:
+    planned.task.say = say
+    _ = planned.task.normaliser
+    if request.prepare:
         say("starting", 1, 1)
         return {}
-    _ = made.task.language_model
+    _ = planned.task.language_model
     ready = time.time()
     say("starting", 1, 1)
-    timed = TimedPlan(**{one.name: getattr(made, one.name) for one in fields(made)})
+    timed = TimedPlan(**{item.name: getattr(planned, item.name) for item in fields(planned)})
     train(timed, say)
     return {
-        "import_seconds": imported - ask.started,
-        "start_seconds": ready - ask.started,
-        "seconds": time.time() - ask.started,
+        "import_seconds": imported - request.started,
+        "start_seconds": ready - request.started,
+        "seconds": time.time() - request.started,
         "stamps": timed.stamps,
         "peak_host_bytes": meter.process_peak_bytes(),
         "peak_gpu_bytes": meter.device_peak_bytes() or None,
@@ -118,10 +144,10 @@ def main(argument: str) -> int:
         answers.flush()
 
     try:
-        write({"told": measure(Ask(**json.loads(argument)), write)})
+        write({"told": measure(TimingRequest(**json.loads(argument)), write)})
     except Exception as error:
-        said = str(error) if isinstance(error, MoalignError) else f"{type(error).__name__}: {error}"
-        write({"error": said, "trace": traceback.format_exc()})
+        message = str(error) if isinstance(error, MoalignError) else f"{type(error).__name__}: {error}"
+        write({"error": message, "trace": traceback.format_exc()})
         return 1
     return 0
 

@@ -18,7 +18,7 @@ from moalign.config.strict import Strict
 from moalign.core.errors import did_you_mean
 
 _NOT_HASHED = {"description", "suite", "recipes_from", "published"}
-"""What changes no score."""
+"""Keys that change no score."""
 
 
 class SourceSpec(Strict):
@@ -91,7 +91,7 @@ class PublishedSpec(Strict):
 
 
 class WordsSpec(Strict):
-    """What one range of an objective's weight is called, for a model that does as it is told."""
+    """The phrase for one range of an objective's weight, for a model that follows instructions."""
 
     up_to: float = Field(gt=0, le=1)
     """The phrase is for weights up to this one and above the phrase before; the last of an objective has 1."""
@@ -243,8 +243,8 @@ class TaskCard(Strict):
                 )
             limits = [phrase.up_to for phrase in phrases]
             if not limits or limits != sorted(set(limits)) or limits[-1] != 1:
-                found = ", ".join(map(str, limits)) or "none"
-                raise ValueError(f"template.words.{name}: up_to must rise and end with 1; found {found}")
+                listed = ", ".join(map(str, limits)) or "none"
+                raise ValueError(f"template.words.{name}: up_to must rise and end with 1; found {listed}")
         return self
 
     @model_validator(mode="after")
@@ -299,21 +299,21 @@ class TaskCard(Strict):
         """Return 16 hex digits over everything that changes a score.
 
         ``identity`` adds what the card only points to (fingerprints of the model folder and of data
-        files), so that moving a folder keeps the hash and changing a weight changes it. What is not given (null) does
-        not count, so that a key which moalign learns later leaves the hash of cards without it as it is.
+        files), so that moving a folder keeps the hash and changing a weight changes it. Null values are left out, so
+        that a key added in a later version does not change the hash of cards without it.
         """
-        told = self.model_dump(mode="json", exclude=_NOT_HASHED | ({"model"} if identity else set()), exclude_none=True)
-        text = json.dumps([_without_folders(told), identity], sort_keys=True, ensure_ascii=False)
+        card = self.model_dump(mode="json", exclude=_NOT_HASHED | ({"model"} if identity else set()), exclude_none=True)
+        text = json.dumps([_without_folders(card), identity], sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _without_folders(told: Any) -> Any:
+def _without_folders(node: Any) -> Any:
     """Return the card with every absolute path cut to its last part: a moved file is the same file."""
-    if isinstance(told, dict):
+    if isinstance(node, dict):
         return {
             key: PurePath(value).name
             if key in {"path", "model", "function"} and isinstance(value, str) and PurePath(value).is_absolute()
             else _without_folders(value)
-            for key, value in told.items()
+            for key, value in node.items()
         }
-    return [_without_folders(item) for item in told] if isinstance(told, list) else told
+    return [_without_folders(item) for item in node] if isinstance(node, list) else node

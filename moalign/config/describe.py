@@ -60,26 +60,26 @@ class Slot(NamedTuple):
                 infos = [item for item in args[1:] if isinstance(item, FieldInfo)]
                 inner = [part for info in infos for part in info.metadata]
                 plain = [item for item in args[1:] if not isinstance(item, FieldInfo)]
-                named = next((name for name in map(_discriminator, infos) if name), slot.discriminator)
-                slot = Slot(args[0], (*slot.metadata, *plain, *inner), named)
+                discriminator = next((name for name in map(_discriminator, infos) if name), slot.discriminator)
+                slot = Slot(args[0], (*slot.metadata, *plain, *inner), discriminator)
             elif is_union(slot.annotation) and type(None) in args and len(args) == 2:
                 slot = slot._replace(annotation=next(arg for arg in args if arg is not type(None)))
             else:
                 return slot
 
     def branches(self) -> tuple[Any, ...]:
-        """Return the types of a union except None; for any other slot nothing."""
+        """Return the types of a union except None; empty for any other slot."""
         slot = self.bare()
         return tuple(a for a in get_args(slot.annotation) if a is not type(None)) if is_union(slot.annotation) else ()
 
     def tags(self) -> dict[str, type[BaseModel]]:
-        """Return tag -> model for a union told apart by a key (``discriminator``)."""
+        """Return tag -> model for a union whose branches a key (``discriminator``) distinguishes."""
         name = self.bare().discriminator
-        found = {}
+        models = {}
         for branch in self.branches() if name else ():
             for tag in get_args(branch.model_fields[name].annotation):
-                found[str(tag)] = branch
-        return found
+                models[str(tag)] = branch
+        return models
 
     def literals(self) -> list[str]:
         """Return the texts that a slot of fixed choices allows."""
@@ -102,7 +102,7 @@ def is_model(annotation: Any) -> bool:
 
 
 def words(slot: Slot) -> str:
-    """Say in words what a slot allows, bounds included.
+    """Return in words what a slot allows, bounds included.
 
     >>> words(Slot(int | None))
     'a whole number or null'
@@ -139,7 +139,7 @@ def _plain(slot: Slot) -> str:
 
 
 def _bounds(slot: Slot) -> str:
-    told = [
+    bounds = [
         f"{sign} {getattr(item, name)}"
         for name, sign in _BOUNDS
         for item in slot.metadata
@@ -147,7 +147,7 @@ def _bounds(slot: Slot) -> str:
     ]
     steps = [f"a multiple of {item.multiple_of}" for item in slot.metadata if getattr(item, "multiple_of", None)]
     patterns = [f"that matches {item.pattern}" for item in slot.metadata if getattr(item, "pattern", None)]
-    return "".join(f" {part}" for part in (" and ".join(told + steps), *patterns) if part)
+    return "".join(f" {part}" for part in (" and ".join(bounds + steps), *patterns) if part)
 
 
 def _length(slot: Slot) -> str:
@@ -204,14 +204,14 @@ def fields(model: type[BaseModel], prefix: str = "", preset: BaseModel | None = 
 
 def _docs(model: type[BaseModel]) -> dict[str, str]:
     """Return field -> the text that stands under it in the class body, parents included."""
-    found: dict[str, str] = {}
+    docs: dict[str, str] = {}
     for cls in reversed(model.__mro__):
         if not (is_model(cls) and cls is not BaseModel):
             continue
         try:
             body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
         except (OSError, TypeError, SyntaxError):
-            continue  # no source at hand (a zipped install, a class made at run time): fields go without text
+            continue  # no source file (a zipped install, a class made at run time): fields have no text
         statements = body.body if isinstance(body, ast.ClassDef) else []
         for field, text in itertools.pairwise(statements):
             if not (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)):
@@ -221,5 +221,5 @@ def _docs(model: type[BaseModel]) -> dict[str, str]:
                 and isinstance(text.value, ast.Constant)
                 and isinstance(text.value.value, str)
             ):
-                found[field.target.id] = " ".join(text.value.value.split())
-    return found
+                docs[field.target.id] = " ".join(text.value.value.split())
+    return docs

@@ -43,8 +43,8 @@ def find_task_file(name_or_path: str | Path, where: str = "--task") -> Path:
     """Return the card's file for a task name, a card file or a folder that holds ``task.yaml``.
 
     A task's name goes before a folder of that name here; ``./name`` is the folder in any case. Raises RequestError for
-    an unknown name (with the nearest) or a path that does not exist; ``where`` names the option or the file and line
-    that asked.
+    an unknown name (with the nearest) or a path that does not exist; ``where`` is the option, or the file and line,
+    that messages name.
     """
     name = str(name_or_path)
     if isinstance(name_or_path, str) and not is_path(name):
@@ -74,10 +74,10 @@ def find_card(name: str) -> Path | None:
     if path.name == CARD:
         return path
     try:
-        told = yaml_lines.load(path).data
+        data = yaml_lines.load(path).data
     except RequestError:
-        return None  # whatever it is meant to be, reading it as such tells what is broken
-    return path if "objectives" in told and "method" not in told else None
+        return None  # whoever reads it as a recipe or a card reports what is broken
+    return path if "objectives" in data and "method" not in data else None
 
 
 def find_recipe_file(task: str | Path, method: str) -> Path | None:

@@ -29,7 +29,7 @@ _SCORER_FILE = re.compile(r"^(?P<file>.+\.py):(?P<attribute>[^/]*)$")
 
 @dataclass(frozen=True)
 class ResolvedRequest:
-    """One training request, checked: what is run, and how it was asked for."""
+    """One training request, checked: what is run, and what the user wrote."""
 
     recipe: Recipe
     """``recipe.config`` holds every setting of the method, defaults included."""
@@ -63,8 +63,8 @@ class _Section:
     def origin(self, *prefix: str) -> Origin:
         """Return where the values below ``prefix`` came from."""
         size = len(prefix)
-        given = {item.keys[size:]: item.label for item in self.sets if item.keys[:size] == prefix}
-        return Origin(self.source, self.document, prefix, given)
+        labels = {item.keys[size:]: item.label for item in self.sets if item.keys[:size] == prefix}
+        return Origin(self.source, self.document, prefix, labels)
 
 
 def load_card(name_or_path: str | Path, overrides: Sequence[str] = ()) -> TaskCard:
@@ -81,10 +81,10 @@ def load_card(name_or_path: str | Path, overrides: Sequence[str] = ()) -> TaskCa
     Raises:
         RequestError: every problem of the card and of the options.
     """
-    card_sets, _, found = _sort(overrides, None)
+    card_sets, _, problems = _sort(overrides, None)
     card, _, more = _card(name_or_path, card_sets, "--task")
-    if card is None or found:
-        raise RequestError(*found, *more)
+    if card is None or problems:
+        raise RequestError(*problems, *more)
     return card
 
 
@@ -120,7 +120,7 @@ def load_recipe(
 
     Args:
         path: the recipe file; None for a method's defaults.
-        method: the method asked for; a recipe of another method is refused.
+        method: the requested method; a recipe of another method is refused.
         task: task name or card file; None for the recipe's own. It goes before the recipe's.
         overrides: ``--set`` texts. ``task.X`` goes to the card; ``policy.X``, ``config.X``, ``needs.X``, ``seed``
             and the like go to the recipe; ``X`` alone, a key of ``config_class``, is short for ``config.X``.
@@ -129,21 +129,21 @@ def load_recipe(
     Raises:
         RequestError: every problem of recipe, config, card and options at once.
     """
-    card_sets, recipe_sets, found = _sort(overrides, config_class)
+    card_sets, recipe_sets, problems = _sort(overrides, config_class)
     section, more = _recipe_section(path, method, task, recipe_sets)
-    found += more
-    asked, where = _task_asked(section, path, task)
-    card, card_path, more = _card(asked, card_sets, where) if asked is not None else (None, None, [])
-    found += more
+    problems += more
+    requested, where = _requested_task(section, path, task)
+    card, card_path, more = _card(requested, card_sets, where) if requested is not None else (None, None, [])
+    problems += more
     recipe, config = None, None
     if section is not None:
-        recipe, config, more = _recipe(section, method, config_class, card, asked)
-        found += more
-    if found or recipe is None or config is None or card is None or card_path is None:
-        raise RequestError(*found)
+        recipe, config, more = _recipe(section, method, config_class, card, requested)
+        problems += more
+    if problems or recipe is None or config is None or card is None or card_path is None:
+        raise RequestError(*problems)
     as_given = {
         "method": method,
-        "task": str(asked),
+        "task": str(requested),
         "recipe_file": None if path is None else yaml_lines.shown(path),
         "recipe": section.document.data if section and section.document else None,
         "set": list(overrides),
@@ -161,39 +161,39 @@ def _sort(texts: Sequence[str], config_class: type[Strict] | None) -> tuple[list
     """
     card: list[_Set] = []
     recipe: list[_Set] = []
-    found: list[str] = []
-    own = set(config_class.model_fields) if config_class else set()
+    problems: list[str] = []
+    config_keys = set(config_class.model_fields) if config_class else set()
     for text in texts:
         try:
             keys, value = overrides.parse(text)
         except RequestError as error:
-            found += error.problems
+            problems += error.problems
             continue
         label = f"--set {'.'.join(keys)}"
         if keys[0] == "task" and len(keys) > 1:
             card.append(_Set(keys[1:], value, label))
         elif config_class and keys[0] in _RECIPE_KEYS:
             recipe.append(_Set(keys, value, label))
-        elif keys[0] in own:
+        elif keys[0] in config_keys:
             recipe.append(_Set(("config", *keys), value, label))
         else:
-            found.append(f"{label}: {_not_a_setting(keys, config_class)}")
-    return card, recipe, found
+            problems.append(f"{label}: {_not_a_setting(keys, config_class)}")
+    return card, recipe, problems
 
 
 def _not_a_setting(keys: tuple[str, ...], config_class: type[Strict] | None) -> str:
-    """Say which settings there are; a key of the card or the policy alone is offered with its section."""
+    """Return the allowed settings as text; for a bare key of the card or the policy, suggest it with its section."""
     if keys[0] in {"task", "method"}:
         option = "--task NAME, and its keys with --set task.KEY" if keys[0] == "task" else "the argument METHOD"
         return f"the {keys[0]} itself is not a setting; name it with {option}"
     offered = {name: f"task.{name}" for name in TaskCard.model_fields} | {"task": "task"}
     allowed = ["task.KEY"]
     if config_class is not None:
-        own = list(config_class.model_fields)
+        config_keys = list(config_class.model_fields)
         offered |= {name: f"policy.{name}" for name in PolicySpec.model_fields}
-        offered |= {name: name for name in (*_RECIPE_KEYS, *own)}
+        offered |= {name: name for name in (*_RECIPE_KEYS, *config_keys)}
         sections = [f"{name}.KEY" if _is_section(name) else name for name in _RECIPE_KEYS]
-        allowed = [*own, *sections, *allowed]
+        allowed = [*config_keys, *sections, *allowed]
     near = errors.nearest(keys[0], offered)
     hint = f"; did you mean {'.'.join((offered[near], *keys[1:]))!r}?" if near else ""
     return f"unknown setting; allowed: {', '.join(allowed)}{hint}"
@@ -205,13 +205,13 @@ def _is_section(name: str) -> bool:
 
 
 def _apply(data: Mapping[str, Any], sets: Sequence[_Set]) -> tuple[dict[str, Any], list[str]]:
-    result, found = dict(data), []
+    result, problems = dict(data), []
     for item in sets:
         try:
             result = overrides.apply(result, [(item.keys, item.value)])
         except RequestError as error:
-            found += [f"{item.label}: {text.split(': ', 1)[1]}" for text in error.problems]
-    return result, found
+            problems += [f"{item.label}: {text.split(': ', 1)[1]}" for text in error.problems]
+    return result, problems
 
 
 # --- the card ---------------------------------------------------------------------------------------------------
@@ -223,17 +223,17 @@ def _card(name_or_path: str | Path, sets: Sequence[_Set], where: str) -> tuple[T
         document = yaml_lines.load(file)
     except RequestError as error:
         return None, None, list(error.problems)
-    data, found = _apply(document.data, sets)
+    data, problems = _apply(document.data, sets)
     section = _Section(data, document, sets, document.source)
-    found += _resolve_paths(section, file)
+    problems += _resolve_paths(section, file)
     card, more = check(TaskCard, data, section.origin())
-    found += more
-    return (None if found else card), file, found
+    problems += more
+    return (None if problems else card), file, problems
 
 
 def _resolve_paths(section: _Section, file: Path) -> list[str]:
     """Make the card's existing relative paths absolute, in place; return those that cannot be a hub id."""
-    data, origin, found = section.data, section.origin(), []
+    data, origin, problems = section.data, section.origin(), []
     places: list[tuple[str | int, ...]] = [("model",)]
     if isinstance(data.get("data"), dict):
         places += [("data", name, "path") for name in ("prompts", "responses", "pairs")]
@@ -259,13 +259,13 @@ def _resolve_paths(section: _Section, file: Path) -> list[str]:
         if scorer:
             holder[place[-1]] = f"{path.resolve()}:{scorer['attribute']}"
             if not path.is_file():
-                found.append(origin.sentence(place, f"found {value!r}; there is no such file: {path}"))
+                problems.append(origin.sentence(place, f"found {value!r}; there is no such file: {path}"))
         elif os.path.exists(path):
             holder[place[-1]] = str(path.resolve())
         elif value.startswith(("/", "./", "../", "~")) or (place[-1] == "path" and _DATA_FILE.search(value)):
             kind = "file or folder" if place[-1] == "path" else "model folder"
-            found.append(origin.sentence(place, f"found {value!r}; there is no such {kind}: {path}"))
-    return found
+            problems.append(origin.sentence(place, f"found {value!r}; there is no such {kind}: {path}"))
+    return problems
 
 
 # --- the recipe -------------------------------------------------------------------------------------------------
@@ -285,58 +285,58 @@ def _recipe_section(
         data, source = dict(document.data), document.source
         if task is not None:
             data["task"] = str(task)
-    data, found = _apply(data, sets)
-    return _Section(data, document, sets, source), found
+    data, problems = _apply(data, sets)
+    return _Section(data, document, sets, source), problems
 
 
-def _task_asked(
+def _requested_task(
     section: _Section | None, path: str | Path | None, task: str | Path | None
 ) -> tuple[str | Path | None, str]:
-    """Return the task to load and what to blame when there is none such."""
+    """Return the task to load, and what messages name when it does not exist."""
     if task is not None or section is None:
         return task, "--task"
-    named = section.data.get("task")
-    if not isinstance(named, str):
+    name = section.data.get("task")
+    if not isinstance(name, str):
         return None, ""
-    beside = Path(path).parent / os.path.expanduser(named) if path is not None else named
+    beside = Path(path).parent / os.path.expanduser(name) if path is not None else name
     # A path in a recipe is relative to the recipe.
-    return (beside if find.is_path(named) else named), f"{section.origin().at(('task',))}: task"
+    return (beside if find.is_path(name) else name), f"{section.origin().at(('task',))}: task"
 
 
 def _recipe(
-    section: _Section, method: str, config_class: type[Strict], card: TaskCard | None, asked: str | Path | None
+    section: _Section, method: str, config_class: type[Strict], card: TaskCard | None, requested: str | Path | None
 ) -> tuple[Recipe | None, Strict | None, list[str]]:
-    recipe, found = check(Recipe, section.data, section.origin())
-    named = section.data.get("method")
-    if isinstance(named, str) and named != method:
-        text = f"found {named!r}, but the method asked for is {method!r}; give the recipe of {method}, or train {named}"
-        found.append(section.origin().sentence(("method",), text))
+    recipe, problems = check(Recipe, section.data, section.origin())
+    name = section.data.get("method")
+    if isinstance(name, str) and name != method:
+        text = f"found {name!r}, but the method asked for is {method!r}; give the recipe of {method}, or train {name}"
+        problems.append(section.origin().sentence(("method",), text))
     plain = section.data.get("config", {})
     config: Strict | None = None
     if isinstance(plain, dict):
-        if card is not None and asked is not None:
-            plain = {**plain, **_borrowed(config_class.borrows(plain), plain, asked)}
+        if card is not None and requested is not None:
+            plain = {**plain, **_borrowed(config_class.borrows(plain), plain, requested)}
         config, more = check(config_class, plain, section.origin("config"))
-        found += more
+        problems += more
     if recipe is not None and card is not None:
         for key in ("prefs", "holdout"):
             for index, weights in enumerate(getattr(recipe, key) or ()):
                 try:
                     preferences.check(weights, card.objective_names, section.origin().sentence((key, index), "found"))
                 except RequestError as error:
-                    found += error.problems
-    if found or recipe is None or config is None:
-        return None, None, found
+                    problems += error.problems
+    if problems or recipe is None or config is None:
+        return None, None, problems
     return recipe.model_copy(update={"config": config.model_dump(mode="json")}), config, []
 
 
-def _borrowed(sections: Mapping[str, str], plain: Mapping[str, Any], asked: str | Path) -> dict[str, Any]:
-    """Return the sections that the task's recipes of other methods complete."""
+def _borrowed(sections: Mapping[str, str], plain: Mapping[str, Any], task: str | Path) -> dict[str, Any]:
+    """Return the config sections that the task's recipes of other methods fill in."""
     filled = {}
     for section, method in sections.items():
-        file = find.find_recipe_file(asked, method)
+        file = find.find_recipe_file(task, method)
         config = yaml_lines.load(file).data.get("config") if file is not None else None
-        lent, own = config.get(section) if isinstance(config, dict) else None, plain.get(section, {})
-        if isinstance(lent, dict) and isinstance(own, dict):
-            filled[section] = {**lent, **own}
+        defaults, settings = config.get(section) if isinstance(config, dict) else None, plain.get(section, {})
+        if isinstance(defaults, dict) and isinstance(settings, dict):
+            filled[section] = {**defaults, **settings}
     return filled

@@ -59,7 +59,7 @@ class ClassifierObjective(_Objective):
 
     @property
     def reading(self) -> tuple[object, ...]:
-        """What a text and the model's answer to it depend on: objectives in which it agrees are labels of one model."""
+        """All that determines what the model reads and answers: objectives that agree in it are labels of one model."""
         same = self.model, self.revision, self.dtype
         return *same, self.template, self.pair_template, self.max_length, self.batch_tokens
 
@@ -85,7 +85,7 @@ class LmObjective(_Objective):
 
     @property
     def reading(self) -> tuple[object, ...]:
-        """What one loaded model is of use for: objectives in which it agrees share it."""
+        """What identifies a loaded model: objectives that agree in it share one."""
         return self.model, self.revision, self.dtype
 
 

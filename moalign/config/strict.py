@@ -19,5 +19,5 @@ class Strict(BaseModel):
 
     @classmethod
     def borrows(cls, given: Mapping[str, Any]) -> dict[str, str]:
-        """Return section -> method: what ``given`` leaves open there is taken from the task's recipe of that method."""
+        """Return section -> method: what ``given`` omits there is taken from the task's recipe of that method."""
         return {}

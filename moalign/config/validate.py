@@ -1,8 +1,8 @@
 """One validator for task cards, recipes and methods' configs: every problem at once, in plain words.
 
-pydantic finds what is wrong; this module says it for a person: file and line (or the ``--set`` that did it), key
-path, what was found, what is allowed, the nearest valid name. An unknown key does not hide other problems:
-the data is repaired with the nearest key and validated again.
+pydantic finds the errors; this module turns them into messages: file and line (or the ``--set`` option), key path, what
+was found, what is allowed, the nearest valid name. An unknown key does not hide other problems: the data is repaired
+with the nearest key and validated again.
 """
 
 from __future__ import annotations
@@ -103,9 +103,9 @@ def validate(
     Raises:
         RequestError: every problem, ``FILE:LINE: key.path: found X; allowed: Y; did you mean 'z'?``.
     """
-    value, found = check(model, data, _origin(data, source, lines, prefix, given))
+    value, problems = check(model, data, _origin(data, source, lines, prefix, given))
     if value is None:
-        raise RequestError(*found)
+        raise RequestError(*problems)
     return value
 
 
@@ -141,11 +141,11 @@ def check(model: type[Model], data: Document | Mapping[str, Any], origin: Origin
         first = error
     except RequestError as error:  # raised by a model's own validator
         return None, [origin.sentence((), text) for text in error.problems]
-    found = _merge_unions(_translate(model, plain, first), plain)
+    problems = _merge_unions(_translate(model, plain, first), plain)
     renamed: dict[Path, Path] = {}
-    found += _hidden(model, plain, found, renamed)
+    problems += _hidden(model, plain, problems, renamed)
     texts = []
-    for problem in found:
+    for problem in problems:
         # A required key that is there under a misspelt name is one problem, not two.
         if problem.kind != "missing" or problem.path not in renamed:
             anchor = None if problem.anchor is None else _as_written(problem.anchor, renamed)
@@ -166,15 +166,15 @@ def _in_line_order(texts: list[str]) -> list[str]:
     return sorted(texts, key=line)
 
 
-def _hidden(model: type[Strict], plain: Any, found: Sequence[_Problem], renamed: dict[Path, Path]) -> list[_Problem]:
+def _hidden(model: type[Strict], plain: Any, problems: Sequence[_Problem], renamed: dict[Path, Path]) -> list[_Problem]:
     """Return what misspelt keys hid: problems of the data with the nearest keys and tags put in their place.
 
     ``renamed`` receives valid path -> path as written.
     """
-    new: list[_Problem] = []
-    seen = {(problem.path, problem.kind) for problem in found}
+    uncovered: list[_Problem] = []
+    seen = {(problem.path, problem.kind) for problem in problems}
     repaired = copy.deepcopy(plain)
-    todo = [problem for problem in found if problem.kind in _REPAIRABLE]
+    todo = [problem for problem in problems if problem.kind in _REPAIRABLE]
     while todo:
         for problem in todo:
             _repair(repaired, problem, renamed)
@@ -187,9 +187,9 @@ def _hidden(model: type[Strict], plain: Any, found: Sequence[_Problem], renamed:
             break
         later = [problem for problem in later if (problem.path, problem.kind) not in seen]
         seen |= {(problem.path, problem.kind) for problem in later}
-        new += later
+        uncovered += later
         todo = [problem for problem in later if problem.kind in _REPAIRABLE]
-    return new
+    return uncovered
 
 
 def _repair(data: Any, problem: _Problem, renamed: dict[Path, Path]) -> None:
@@ -222,7 +222,7 @@ def _value(data: Any, path: Path) -> Any:
 
 
 def found_words(value: Any) -> str:
-    """Say in a few words what was found: a short value as written in YAML, a long one by its kind."""
+    """Describe a value briefly: a short one as written in YAML, a long one by its kind."""
     if isinstance(value, dict):
         return f"a section with keys {', '.join(map(str, value))}" if value else "an empty section"
     if isinstance(value, list):
@@ -257,9 +257,9 @@ def _problem(model: type[Strict], data: Any, details: ErrorDetails) -> _Problem:
     if kind in {"value_error", "assertion_error"}:
         text = str(details["ctx"]["error"])
         head = text.split(" ", 1)[0].rstrip(":,")
-        # A check over several fields reports at the section: the line of the field it names says more.
-        named = is_model(slot.bare().annotation) and head in slot.bare().annotation.model_fields
-        return _Problem(path, text, f"{kind} {text}", union, anchor=(*path, head) if named else None)
+        # A check over several fields reports the section; the line of the field that it names is more helpful.
+        names_field = is_model(slot.bare().annotation) and head in slot.bare().annotation.model_fields
+        return _Problem(path, text, f"{kind} {text}", union, anchor=(*path, head) if names_field else None)
     if kind in {"union_tag_invalid", "union_tag_not_found"} and slot.tags():
         tags, name = sorted(slot.tags()), slot.bare().discriminator or ""
         tag = _value(data, (*path, name))
@@ -274,11 +274,11 @@ def _problem(model: type[Strict], data: Any, details: ErrorDetails) -> _Problem:
 
 def _mismatch(slot: Slot, value: Any) -> str:
     hint = did_you_mean(value, slot.literals()) if isinstance(value, str) else ""
-    found = "nothing" if value is _MISSING else found_words(value)
+    shown = "nothing" if value is _MISSING else found_words(value)
     allowed = words(slot)
     if isinstance(value, float) and not math.isfinite(value):
         allowed = allowed.replace("a number", "a finite number", 1)
-    return f"found {found}; allowed: {allowed}{hint}"
+    return f"found {shown}; allowed: {allowed}{hint}"
 
 
 def _follow(
@@ -327,11 +327,11 @@ def _below(bare: Slot, key: Key) -> Slot:
     return Slot(args[0]) if args else Slot(Any)
 
 
-def _merge_unions(found: list[_Problem], data: Any) -> list[_Problem]:
+def _merge_unions(problems: list[_Problem], data: Any) -> list[_Problem]:
     """Of a value that fits no branch of a union, keep only the problems of the branch that was meant."""
     result: list[_Problem] = []
     groups: dict[Path, list[_Problem]] = {}
-    for problem in found:
+    for problem in problems:
         if problem.union is None:
             result.append(problem)
         else:

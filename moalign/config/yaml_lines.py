@@ -106,10 +106,10 @@ class Document:
     def _walk(self, keys: tuple[Key, ...]) -> tuple[int, bool]:
         node, line = self._root, 0 if self._root is None else self._root.start_mark.line
         for key in keys:
-            found = _child(node, key)
-            if found is None:
+            child = _child(node, key)
+            if child is None:
                 return line + 1, False
-            line, node = found
+            line, node = child
         return line + 1, True
 
 

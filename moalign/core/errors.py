@@ -40,8 +40,8 @@ def nearest(name: str, allowed: Iterable[str]) -> str | None:
     """Return the allowed name that looks most like ``name``, or None when none is near."""
     names = sorted(set(allowed))
     folded = {candidate.casefold(): candidate for candidate in names}
-    found = difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=0.55)
-    return folded[found[0]] if found else None
+    matches = difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=0.55)
+    return folded[matches[0]] if matches else None
 
 
 def did_you_mean(name: str, allowed: Sequence[str]) -> str:

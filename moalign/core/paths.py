@@ -1,4 +1,4 @@
-"""Where things are that belong to no run: the checkout, the user's cache."""
+"""Folders that belong to no run: the checkout and the user's cache."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 
 def cache_root() -> Path:
     """Return the folder of cached bases: $MOALIGN_CACHE, else the user's cache folder."""
-    told = os.environ.get("MOALIGN_CACHE")
-    if told:
-        return Path(told)
+    folder = os.environ.get("MOALIGN_CACHE")
+    if folder:
+        return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moalign"

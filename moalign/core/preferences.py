@@ -23,7 +23,7 @@ TOLERANCE = 1e-6
 """How far the sum of a preference may be from 1 (command-line contract)."""
 
 ON_GRID = 1e-12
-"""How near to a fraction a weight is that fraction: far above rounding, and a random draw is never so near."""
+"""A weight this near to a fraction counts as that fraction: far above rounding errors, far below random draws."""
 
 FINEST = 1000
 """Most steps of a grid."""
@@ -37,22 +37,22 @@ def check(weights: Sequence[float], objectives: Sequence[str], where: str = "--p
         objectives: the task's objective names; fixes the expected length.
         where: the option or file position named in the message.
     """
-    found = ",".join(f"{w:g}" for w in weights)
+    shown = ",".join(f"{w:g}" for w in weights)
     if len(weights) != len(objectives):
         raise RequestError(
-            f"{where} {found}: {len(weights)} weight{'s' if len(weights) != 1 else ''}, but the task "
+            f"{where} {shown}: {len(weights)} weight{'s' if len(weights) != 1 else ''}, but the task "
             f"has {len(objectives)} objectives ({', '.join(objectives)}); give one weight each"
         )
     for weight, name in zip(weights, objectives, strict=True):
         if not math.isfinite(weight):
-            raise RequestError(f"{where} {found}: the weight of {name} is {weight}; a finite number is needed")
+            raise RequestError(f"{where} {shown}: the weight of {name} is {weight}; a finite number is needed")
         if weight < 0:
-            raise RequestError(f"{where} {found}: the weight of {name} is negative; allowed: 0 to 1")
+            raise RequestError(f"{where} {shown}: the weight of {name} is negative; allowed: 0 to 1")
     total = sum(weights)  # not fsum, which raises when the sum overflows
     if abs(total - 1.0) > TOLERANCE:
         option = "--prefs " if where == "--prefs" else ""
         hint = _normalised_form(weights, total, option)
-        raise RequestError(f"{where} {found}: the weights sum to {total:.10g}, not 1{hint}")
+        raise RequestError(f"{where} {shown}: the weights sum to {total:.10g}, not 1{hint}")
     return tuple(float(w) for w in weights)
 
 
@@ -163,17 +163,17 @@ def on_grid(weights: np.ndarray, steps: int) -> np.ndarray:
 
     scaled = np.asarray(weights, dtype=np.float64) * steps
     below = np.floor(scaled)
-    left = np.rint(steps - below.sum(axis=1)).astype(np.int64)
+    missing = np.rint(steps - below.sum(axis=1)).astype(np.int64)
     rank = np.argsort(np.argsort(below - scaled, axis=1, kind="stable"), axis=1)
-    return np.asarray((below + (rank < left[:, None])) / steps)
+    return np.asarray((below + (rank < missing[:, None])) / steps)
 
 
 def to_text(weights: Sequence[float], objectives: Sequence[str], style: str = "percent") -> str:
-    """Write a preference the way a policy reads it.
+    """Return a preference as the text that a policy reads.
 
     ``percent``: ``helpfulness 30.0% harmlessness 70.0%`` (MO-ODPO: percentages, one decimal);
-    ``fraction``: ``helpfulness 0.3 harmlessness 0.7`` (MOC: one decimal). Points of grids that this is too coarse for
-    have as many decimals as tell them apart (:func:`decimals`); random draws keep the one.
+    ``fraction``: ``helpfulness 0.3 harmlessness 0.7`` (MOC: one decimal). Where one decimal would merge points of a
+    grid, as many are written as keep them distinct (:func:`decimals`); random draws keep one.
     """
     places = decimals(weights)
     if style == "percent":
@@ -184,11 +184,11 @@ def to_text(weights: Sequence[float], objectives: Sequence[str], style: str = "p
 
 
 def decimals(weights: Sequence[float]) -> int:
-    """Return how many decimals of a weight tell a vector from all others of its grid: 1 to 4, one number for all.
+    """Return how many decimals keep a vector distinct from all others of its grid: 1 to 4, the same for every weight.
 
-    A weight that has up to three decimals is written out. Other fractions k / q get as many that two of them, which are
-    at least ``1 / q^2`` apart, differ, and at least two: 1/3 is not 0.3. A grid of up to 1,000 steps is known by its
-    weights alone, and a random draw is on none.
+    A weight with up to three decimals is written in full. Any other fraction k / q gets at least two decimals (1/3 is
+    not 0.3), and as many as two such fractions, at least ``1 / q^2`` apart, need to differ. Grids of up to 1,000 steps
+    are recognised from the weights alone; a random draw is on none.
     """
     return max((_decimals(weight) for weight in weights), default=1)
 

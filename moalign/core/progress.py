@@ -1,12 +1,12 @@
-"""How long work reports itself."""
+"""Progress reports of long-running work."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 Say = Callable[[str, int, int], None]
-"""``say(what, done, total)``."""
+"""A progress callback: ``say(what, done, total)``."""
 
 
 def silent(what: str, done: int, total: int) -> None:
-    """Report nothing."""
+    """Ignore a progress report."""

@@ -1,4 +1,4 @@
-"""Records that tasks are made of: prompts, responses, scored responses and preference pairs."""
+"""Typed records of a task's data: prompts, responses, scored responses and preference pairs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Labels = Literal["order", "bradley-terry"]
-"""Of pairs that scores order: for certain, or with the probability that Bradley-Terry gives the difference."""
+"""How pairs built from scores are labelled: the higher score always wins, or with its Bradley-Terry probability."""
 
 
 def prompt_id(text: str) -> str:
@@ -32,8 +32,8 @@ class Prompt:
 class ScoredResponse:
     """A response to a prompt, with raw scores ``[objectives]`` as the data gives them.
 
-    ``scores`` is None when the data scores nothing; a single None stands for an objective without a
-    score. The direction (``maximise``) is not applied: that is the reward layer's work.
+    ``scores`` is None when the data holds no scores; a None inside it marks an objective without a score. The direction
+    (``maximise``) is not applied here: the reward layer does that.
     """
 
     prompt: str
@@ -59,14 +59,14 @@ class Response:
     text: str
     """From a file: as it stands there, a space before it included. Sampled: without white space around it."""
     ids: tuple[int, ...] | None = None
-    """Token ids as sampled, what ended the response included; None: the text is still to be tokenised."""
+    """Token ids as sampled, the tokens that ended the response included; None: the text is not tokenised yet."""
     finished: bool = True
-    """Whether it came to its end; False: a limit cut it off, and nothing says where it would have ended."""
+    """False: a limit cut the response off before its end."""
 
     @classmethod
-    def of(cls, told: str | Response) -> Response:
+    def of(cls, response: str | Response) -> Response:
         """Return a finished response for a bare text, a response as it is."""
-        return cls(told) if isinstance(told, str) else told
+        return cls(response) if isinstance(response, str) else response
 
     @property
     def shown(self) -> str:

@@ -13,18 +13,6 @@ HUMAN = "\n\nHuman:"
 ASSISTANT = "\n\nAssistant:"
 
 
-def split_reply(dialogue: str, where: str = "dialogue") -> tuple[str, str]:
-    """Split a dialogue into (all up to and with the last ``Assistant:`` marker, the last reply).
-
-    Raises RequestError, beginning with ``where``, when there is no such marker.
-    """
-    start = dialogue.rfind(ASSISTANT)
-    if start < 0:
-        raise RequestError(f"{where}: a dialogue needs a turn {ASSISTANT!r}; found {shorten(dialogue)}")
-    start += len(ASSISTANT)
-    return dialogue[:start], dialogue[start:]
-
-
 def split_pair(chosen: str, rejected: str, where: str = "pair") -> tuple[str, str, str]:
     """Split two dialogues into (shared prompt, chosen reply, rejected reply).
 
@@ -32,7 +20,7 @@ def split_pair(chosen: str, rejected: str, where: str = "pair") -> tuple[str, st
     further turns when the dialogues part before their last turn (rare in HH-RLHF); they are kept.
     Raises RequestError, beginning with ``where``, when the dialogues share no such marker.
     """
-    parting = (index for index, (one, other) in enumerate(zip(chosen, rejected, strict=False)) if one != other)
+    parting = (index for index, (left, right) in enumerate(zip(chosen, rejected, strict=False)) if left != right)
     shared = chosen[: next(parting, min(len(chosen), len(rejected)))]
     start = shared.rfind(ASSISTANT)
     if start < 0:

@@ -1,7 +1,7 @@
 """From a task's :class:`~moalign.config.card.DataSpec` to typed records.
 
 Prompts come from a list in the card, from a grammar, from a source, or from a grammar and one of the
-others. Responses and pairs are streams: nothing here holds a whole file in memory but the prompts.
+others. Responses and pairs are streamed; only the prompts are held in memory.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import itertools
 import math
 import string
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from moalign.config.card import DataSpec, SourceSpec
@@ -23,34 +22,17 @@ GRAMMAR_LIMIT = 1_000_000
 """Prompts; a larger grammar is refused before it is generated."""
 
 
-@dataclass(frozen=True, slots=True)
-class PromptSet:
-    """Prompts without duplicates, in the order found, and how many duplicates were removed."""
-
-    prompts: list[str]
-    duplicates: int
-
-
 def load_prompts(spec: DataSpec, base_dir: Path | str = ".") -> list[str]:
-    """Return the task's prompts, each once; see :func:`load_prompt_set`."""
-    return load_prompt_set(spec, base_dir).prompts
-
-
-def load_prompt_set(spec: DataSpec, base_dir: Path | str = ".") -> PromptSet:
-    """Return the task's prompts and how many exact duplicates were dropped.
+    """Return the task's prompts in the order in which they first appear, each once.
 
     A source needs a field ``prompt``; a source of preference dialogues (``chosen`` and ``rejected``)
     gives the prompts of its pairs. Raises RequestError for an empty prompt (with its line or
     position), a broken grammar, or when there is no prompt at all.
     """
-    prompts: dict[str, None] = {}
-    count = 0
-    for prompt in itertools.chain(_given(spec, base_dir), _generated(spec.prompt_grammar)):
-        prompts[prompt] = None
-        count += 1
+    prompts = list(dict.fromkeys(itertools.chain(_given(spec, base_dir), _generated(spec.prompt_grammar))))
     if not prompts:
         raise RequestError("data: no prompts; give data.prompts (a list or a source) or data.prompt_grammar")
-    return PromptSet(list(prompts), count - len(prompts))
+    return prompts
 
 
 def load_responses(spec: DataSpec, objectives: Sequence[str], base_dir: Path | str = ".") -> Iterator[ScoredResponse]:
@@ -58,10 +40,10 @@ def load_responses(spec: DataSpec, objectives: Sequence[str], base_dir: Path | s
 
     ``scores`` is ``[objectives]`` in the order of ``objectives``, or None when a record has none of
     them. Raises RequestError when the task has no responses, a score is no finite number, or a column
-    differs from an objective's name only in case or punctuation (its scores would be passed over).
+    differs from an objective's name only in case or punctuation (its scores would be ignored).
 
     A source whose ``columns`` name ``chosen`` is read as preference pairs: both replies of a pair are responses (RiC).
-    A column ``finished`` says which responses came to their end; without one all did.
+    A column ``finished`` marks the responses that a limit cut off as false; without it all are finished.
     """
     if spec.responses is None:
         raise RequestError("data.responses: the task has none; give a source with the columns prompt and response")
@@ -79,7 +61,7 @@ def load_responses(spec: DataSpec, objectives: Sequence[str], base_dir: Path | s
 def load_pairs(spec: DataSpec, base_dir: Path | str = ".", objective: str | None = None) -> Iterator[Pair]:
     """Stream ``data.pairs``: fields prompt, chosen, rejected, or whole dialogues in chosen and rejected.
 
-    ``objective`` names whose pairs, where they are given by objective. Raises RequestError when the task has no (such)
+    ``objective`` selects the pairs where they are given by objective. Raises RequestError when the task has no (such)
     pairs, the dialogues share no prompt, or both replies of a pair are the same text (with file and line).
     """
     if spec.pairs is None:
@@ -116,9 +98,9 @@ def _responses(rows: Iterator[Row], source: SourceSpec, objectives: Sequence[str
         if index == 0:
             _refuse_near_miss(row, source, objectives)
         scores = tuple(row.values[name] for name in objectives)
-        known = any(score is not None for score in scores)
+        scored = any(score is not None for score in scores)
         finished = row.values["finished"] is not False
-        yield ScoredResponse(row.values["prompt"], row.values["response"], scores if known else None, finished)
+        yield ScoredResponse(row.values["prompt"], row.values["response"], scores if scored else None, finished)
 
 
 def _replies(source: SourceSpec, base_dir: Path | str) -> Iterator[ScoredResponse]:

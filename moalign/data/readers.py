@@ -64,7 +64,7 @@ class Field:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One checked record: ``values`` has every field asked for, None where an optional one is absent."""
+    """One checked record: ``values`` has every requested field, None where an optional one is absent."""
 
     where: str
     values: dict[str, Any]
@@ -77,7 +77,7 @@ def read(source: SourceSpec, fields: Sequence[Field], base_dir: Path | str = "."
 
     Args:
         source: where they are; ``source.columns`` renames columns, ``source.limit`` stops early.
-        fields: the fields wanted; a required one must be in every record, an optional one only when
+        fields: the requested fields; a required one must be in every record, an optional one only when
             ``source.columns`` names its column.
         base_dir: the folder that a relative path starts from.
 
@@ -90,10 +90,10 @@ def read(source: SourceSpec, fields: Sequence[Field], base_dir: Path | str = "."
         if name not in names:
             raise unknown("field", name, names, f"{source.path}: columns")
     place = locate(source, base_dir)
-    named = {field.name: source.columns.get(field.name, field.name) for field in fields}
+    column_of = {field.name: source.columns.get(field.name, field.name) for field in fields}
     needed = tuple(field for field in fields if field.required or field.name in source.columns)
     shown = place if isinstance(place, str) else _shown(place)
-    return _rows(_Plan(place, shown, _shown(Path(base_dir) / source.path), source, tuple(fields), named, needed))
+    return _rows(_Plan(place, shown, _shown(Path(base_dir) / source.path), source, tuple(fields), column_of, needed))
 
 
 def locate(source: SourceSpec, base_dir: Path | str = ".") -> Path | str:
@@ -119,8 +119,8 @@ def locate(source: SourceSpec, base_dir: Path | str = ".") -> Path | str:
         raise RequestError(_no_such_file(path, shown))
     if _suffix(path) is None:
         raise RequestError(f"{shown}: unknown kind of data file; allowed: {', '.join(SUFFIXES)}, or a folder")
-    for option, given in (("split", source.split != "train"), ("revision", source.revision is not None)):
-        if given:
+    for option, is_set in (("split", source.split != "train"), ("revision", source.revision is not None)):
+        if is_set:
             raise RequestError(
                 f"{shown}: {option} {getattr(source, option)!r} is for hub data sets and folders, "
                 "but this is one file; leave it out"
@@ -167,11 +167,11 @@ class _Plan:
     place: Path | str
     shown: str
     """The source as messages name it."""
-    looked: str
-    """Where a local file or folder would be; for a hub id that cannot be reached."""
+    local: str
+    """Where a local file or folder would be; named when a hub id cannot be reached."""
     source: SourceSpec
     fields: tuple[Field, ...]
-    named: Mapping[str, str]
+    column_of: Mapping[str, str]
     """Field -> column."""
     needed: tuple[Field, ...]
     """Fields whose column every record must have."""
@@ -179,12 +179,12 @@ class _Plan:
     def require(self, where: str, available: Sequence[str]) -> None:
         """Refuse a record or header without a needed column."""
         for field in self.needed:
-            if self.named[field.name] not in available:
-                raise missing_column(where, field.name, self.named[field.name], available)
+            if self.column_of[field.name] not in available:
+                raise missing_column(where, field.name, self.column_of[field.name], available)
 
     def check_header(self, where: str, header: Sequence[str]) -> None:
         """Refuse a header that lacks a needed column or has one of ours twice."""
-        for column in self.named.values():
+        for column in self.column_of.values():
             if header.count(column) > 1:
                 raise RequestError(
                     f"{where}: column {column!r} is there {header.count(column)} times; every name must be unique"
@@ -193,7 +193,7 @@ class _Plan:
 
     def present(self, available: Sequence[str]) -> list[str]:
         """Return the columns to read: ours that are there."""
-        return [column for column in dict.fromkeys(self.named.values()) if column in available]
+        return [column for column in dict.fromkeys(self.column_of.values()) if column in available]
 
 
 def _rows(plan: _Plan) -> Iterator[Row]:
@@ -203,12 +203,14 @@ def _rows(plan: _Plan) -> Iterator[Row]:
         count += 1
         columns = tuple(record)
         plan.require(where, columns)
-        values = {field.name: _value(where, field, plan.named[field.name], record, from_text) for field in plan.fields}
+        values = {
+            field.name: _value(where, field, plan.column_of[field.name], record, from_text) for field in plan.fields
+        }
         yield Row(where, values, columns)
     if not count:
         empty = isinstance(plan.place, Path) and plan.place.is_file() and plan.place.stat().st_size == 0
-        found = "the file is empty" if empty else "no records in it"
-        raise RequestError(f"{plan.shown}: {found}; at least one record is needed")
+        reason = "the file is empty" if empty else "no records in it"
+        raise RequestError(f"{plan.shown}: {reason}; at least one record is needed")
 
 
 def _open(plan: _Plan) -> tuple[Iterator[Located], bool]:
@@ -265,18 +267,18 @@ def _number(where: str, column: str, value: Any, from_text: bool) -> float | Non
         except (ValueError, OverflowError):
             number = math.nan
     if not math.isfinite(number):
-        found = shorten(value) if from_text or isinstance(value, (int, float)) else _kind(value)
-        raise RequestError(f"{where}: column {column!r} must be a finite number or nothing; found {found}")
+        shown = shorten(value) if from_text or isinstance(value, (int, float)) else _kind(value)
+        raise RequestError(f"{where}: column {column!r} must be a finite number or nothing; found {shown}")
     return number
 
 
 def _truth(where: str, column: str, value: Any, from_text: bool) -> bool | None:
     if value is None or (from_text and not value.strip()):
         return None
-    told = str(value).strip().casefold() if isinstance(value, str | bool | int) else ""
-    if told not in ("true", "false", "1", "0"):
+    word = str(value).strip().casefold() if isinstance(value, str | bool | int) else ""
+    if word not in ("true", "false", "1", "0"):
         raise RequestError(f"{where}: column {column!r} must be true, false or nothing; found {_kind(value)}")
-    return told in ("true", "1")
+    return word in ("true", "1")
 
 
 def _kind(value: object) -> str:
@@ -419,7 +421,7 @@ def _dataset(plan: _Plan) -> Iterator[Located]:
             raise WorkError(f"{plan.shown}: the connection broke after row {row}: {_first_line(error)}") from error
         raise RequestError(
             f"{plan.shown}: this hub data set could not be reached (offline?), is not in the cache, and there is no "
-            f"local file or folder {plan.looked} ({_first_line(error)}); to work offline, point path to a local file "
+            f"local file or folder {plan.local} ({_first_line(error)}); to work offline, point path to a local file "
             f"({', '.join(SUFFIXES)}) or to a data set folder"
         ) from error
     except failures as error:
@@ -437,7 +439,7 @@ def _open_folder(datasets: Any, path: Path) -> Any:
 def _open_hub(datasets: Any, name: str, source: SourceSpec) -> Any:
     builder = datasets.load_dataset_builder(name, revision=source.revision)
     # Whatever goes wrong on the way to the hub, datasets takes the newest cached copy, and with it
-    # another revision than the one asked for.
+    # possibly another revision than requested.
     cached = type(builder).__module__.endswith(".cache.cache")
     if cached and source.revision is not None and not str(builder.hash).startswith(source.revision):
         raise RequestError(
@@ -473,8 +475,8 @@ def _suffix(path: Path) -> str | None:
 
 def _shown(path: Path) -> str:
     """Return a path as messages name it: short where it lies under the current folder."""
-    whole = Path(os.path.abspath(path))
-    return str(whole.relative_to(Path.cwd())) if whole.is_relative_to(Path.cwd()) else str(path)
+    absolute = Path(os.path.abspath(path))
+    return str(absolute.relative_to(Path.cwd())) if absolute.is_relative_to(Path.cwd()) else str(path)
 
 
 def _refuse_shadow(name: str, path: Path) -> None:

@@ -22,7 +22,7 @@ LEAKS_SHOWN = 5
 
 
 def normalised(prompt: str) -> str:
-    """Return what makes a prompt the same prompt: white space collapsed, case folded (Unicode's caseless match)."""
+    """Return the form in which prompts are compared: white space collapsed, case folded (Unicode's caseless match)."""
     folded = unicodedata.normalize("NFD", unicodedata.normalize("NFD", prompt).casefold())
     return " ".join(folded.split())
 

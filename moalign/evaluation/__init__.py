@@ -1,1 +1,1 @@
-"""One judge for all methods: answers, scores, indicators, distance from the base."""
+"""The evaluation that all methods share: answers, scores, indicators, KL to base."""

@@ -1,12 +1,12 @@
-"""KL to base: how far each policy has moved from the base, told from the answers that the judge sees anyway.
+"""KL to base: how far each policy has moved from the base, estimated from the answers of the evaluation.
 
-For a preference w, prompts x and answers ``y ~ pi(. | x asked for w)`` it is the mean over answers of
+For a preference w, prompts x and answers ``y ~ pi(. | x with w)`` it is the mean over answers of
 
-    log pi(y | x as asked) - log pi_base(y | x bare),        in nats per response,
+    log pi(y | x with w) - log pi_base(y | x bare),        in nats per response,
 
 an unbiased estimate of KL(pi || pi_base), averaged over prompts: positive when the policy has moved, 0 for the base
-asked with the bare prompt. The base knows no preference, so a preference that is merely written into its prompt counts
-as a move. The estimate's standard error is that of a mean, the standard deviation of the log ratio over the square root
+with the bare prompt. The base takes no preference, so a preference that is merely written into its prompt counts as a
+move. The estimate's standard error is that of a mean, the standard deviation of the log ratio over the square root
 of the number of answers; a policy that hardly moved can come out slightly below 0, and it is not clipped.
 
 Both are taken at the card's temperature, and an answer ends where its first stop text is complete. With a nucleus
@@ -57,15 +57,15 @@ def from_base(
     sampling: Sampling,
     say: Say = silent,
 ) -> list[KlToBase]:
-    """Return the KL to base of every policy, ``[policies]``; one forward pass of the base over different answers.
+    """Return the KL to base of every policy, ``[policies]``; one forward pass of the base over the distinct answers.
 
     It is None where a policy's tokens are not known or are not the base's, for greedy answers, and where a
     log-probability is not finite.
 
     Args:
-        prompts: bare prompts, those that were answered.
+        prompts: the bare prompts.
         answers: of the policies to the prompts.
-        sampling: how they were drawn.
+        sampling: of the answers.
     """
     usable = [trace if sampling.temperature > 0 and _of_base(task, trace) else None for trace in answers.traces]
     if not any(usable):
@@ -87,7 +87,7 @@ def of_choice(samples: int) -> float:
 
 
 def _of_base(task: Task, trace: Traces | None) -> bool:
-    """Whether the tokens are numbers of the base's vocabulary."""
+    """Whether the token identifiers are those of the base's vocabulary."""
     if trace is None:
         return False
     own = task.language_model.tokenizer
@@ -101,20 +101,20 @@ def _key(head: Sequence[int], ids: Any) -> tuple[tuple[int, ...], bytes]:
 def _base(
     task: Task, heads: Sequence[list[int]], traces: Sequence[Traces], temperature: float, say: Say
 ) -> dict[tuple[tuple[int, ...], bytes], float]:
-    """Return the base's log-probability of every different answer, by prompt and answer."""
+    """Return the base's log-probability of every distinct answer, by prompt and answer."""
     from moalign.training.reference import log_probs
 
     rows: dict[tuple[tuple[int, ...], bytes], Row] = {}
     for trace in traces:
         for head, ids in zip(heads, trace.ids, strict=True):
             rows.setdefault(_key(head, ids), ([*head, *ids.tolist()], len(ids)))
-    found = log_probs(
+    log_probabilities = log_probs(
         task.language_model,
         list(rows.values()),
         temperature=temperature,
         say=lambda done, total: say("KL to base", done, total),
     )
-    return dict(zip(rows, found.tolist(), strict=True))
+    return dict(zip(rows, log_probabilities.tolist(), strict=True))
 
 
 def _of_policy(

@@ -30,7 +30,7 @@ SUFFIX = "_normalised"
 
 @dataclass
 class Scores:
-    """What was scored: a summary, and the rows where they were not written to a file."""
+    """The result: a summary, and the scored rows unless they were written to a file."""
 
     task: str
     objectives: list[str]
@@ -39,18 +39,18 @@ class Scores:
     summary: dict[str, dict[str, float]] = field(default_factory=dict)
     """Objective -> mean, sd, min, max of the raw scores and ``normalised_mean``."""
     scored: list[dict[str, Any]] = field(default_factory=list)
-    """prompt, response, ``raw`` and ``normalised`` per row; empty when a file was written."""
+    """Per row prompt, response, ``raw`` and ``normalised``; empty when a file was written."""
 
     def told(self) -> dict[str, Any]:
         """Return everything for ``--json``."""
-        told: dict[str, Any] = {
+        record: dict[str, Any] = {
             "task": self.task,
             "objectives": self.objectives,
             "rows": self.rows,
             "out": None if self.out is None else str(self.out),
             "summary": self.summary,
         }
-        return told if self.out is not None else {**told, "scores": self.scored}
+        return record if self.out is not None else {**record, "scores": self.scored}
 
 
 def score(
@@ -80,24 +80,24 @@ def score(
         raise RequestError(f"--out {out}: found {out.suffix or 'no suffix'}; allowed: .parquet")
     if out is not None and out.exists() and out.samefile(source):
         raise RequestError(f"--out {out}: it is the file of --in; choose another name")
-    made = make_task(load_card(task, overrides), results, say)
-    names = made.names
+    loaded = make_task(load_card(task, overrides), results, say)
+    names = loaded.names
     rows = readers.read(
         SourceSpec(path=str(source)), [readers.Field("prompt", blank=False), readers.Field("response")], Path.cwd()
     )
-    scores = Scores(made.card.name, list(names), out=out)
-    running = _Running(len(names))
-    panel = made.panel.with_normaliser(made.normaliser)
+    scores = Scores(loaded.card.name, list(names), out=out)
+    statistics = _RunningStatistics(len(names))
+    panel = loaded.panel.with_normaliser(loaded.normaliser)
     with contextlib.ExitStack() as stack:
         keep = _memory(scores) if out is None else stack.enter_context(_parquet(out, names))
         while rows_now := list(islice(rows, CHUNK)):
             prompts = [row.values["prompt"] for row in rows_now]
             responses = [row.values["response"] for row in rows_now]
             raw = panel.score(prompts, responses, partial(say, f"scoring from row {scores.rows + 1}"))
-            running.add(raw, panel.unit(raw))
+            statistics.add(raw, panel.unit(raw))
             keep(prompts, responses, raw, panel.unit(raw))
             scores.rows += len(prompts)
-    scores.summary = running.summary(names)
+    scores.summary = statistics.summary(names)
     return scores
 
 
@@ -142,7 +142,7 @@ def _parquet(path: Path, names: list[str]) -> Iterator[Keep]:
         yield keep
 
 
-class _Running:
+class _RunningStatistics:
     """Mean, deviation and extremes of scores that come in chunks (Chan's update, exact for any number of rows)."""
 
     def __init__(self, objectives: int) -> None:

@@ -26,6 +26,7 @@ class Answer:
 
     prompt: str
     response: str
+    preference: Preference
     raw: dict[str, float]
     """Objective -> raw score, larger is better."""
     normalised: dict[str, float]
@@ -62,11 +63,7 @@ def generate(
     from moalign.policies.policy import respond_all
 
     preferences_for(method, context, wanted)
-    if prompts is None:
-        prompts = context.task.eval_prompts[:SHOWN]
-    empty = next((number for number, prompt in enumerate(prompts, start=1) if not prompt.strip()), None)
-    if empty is not None or not prompts:
-        raise RequestError(f"PROMPT: prompt {empty} is empty; a text is needed" if empty else "PROMPT: no prompt given")
+    prompts = checked(context.task.eval_prompts[:SHOWN] if prompts is None else prompts)
     context.task.say = say
     sampling = context.task.sampling(context.task.card.evaluation.seed if seed is None else seed, temperature)
     say("answering", 0, len(prompts))
@@ -76,7 +73,7 @@ def generate(
     asked, flat = [*prompts] * len(wanted), [text for row in responses for text in row]
     raw = context.panel.score(asked, flat, lambda done, total: say("scoring", done, total))
     unit = context.panel.unit(raw)
-    names = context.task.names
+    names, each = context.task.names, [w for w in wanted for _ in prompts]
     words = [
         _words(context, policy, w, prompt) for policy, w in zip(policies, wanted, strict=True) for prompt in prompts
     ]
@@ -84,13 +81,25 @@ def generate(
         Answer(
             prompt,
             response,
+            preference,
             dict(zip(names, raw_row.tolist(), strict=True)),
             dict(zip(names, unit_row.tolist(), strict=True)),
-            told,
+            text,
         )
-        for prompt, response, raw_row, unit_row, told in zip(asked, flat, raw, unit, words, strict=True)
+        for prompt, response, preference, raw_row, unit_row, text in zip(
+            asked, flat, each, raw, unit, words, strict=True
+        )
     ]
     return [answers[start : start + len(prompts)] for start in range(0, len(answers), len(prompts))]
+
+
+def checked(prompts: str | Sequence[str]) -> list[str]:
+    """Return the prompts (a single text is one); raises RequestError for an empty one, or none at all."""
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    empty = next((number for number, text in enumerate(texts, start=1) if not text.strip()), None)
+    if empty is not None or not texts:
+        raise RequestError(f"PROMPT: prompt {empty} is empty; a text is needed" if empty else "PROMPT: no prompt given")
+    return texts
 
 
 def _words(context: RunContext, policy: Policy, preference: Preference, prompt: str) -> str | None:

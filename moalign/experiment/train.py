@@ -18,6 +18,7 @@ from moalign.core import preferences
 from moalign.core.errors import RequestError
 from moalign.core.preferences import Preference
 from moalign.core.progress import Say, silent
+from moalign.experiment.arguments import refuse_both
 from moalign.methods import registry
 from moalign.methods.base import Method
 from moalign.runs import trackers
@@ -189,8 +190,7 @@ def plan(request: TrainRequest, say: Say = silent) -> Plan:
 def _preferences(request: TrainRequest, resolved: ResolvedRequest) -> list[Preference] | None:
     """Return the vectors asked for: ``--prefs``, ``--grid``, or the recipe's own; None for the task's distribution."""
     names = resolved.card.objective_names
-    if request.prefs and request.grid is not None:
-        raise RequestError("--prefs and --grid exclude each other: name the vectors, or the size of a grid")
+    refuse_both(request.prefs, request.grid)
     if request.prefs:
         found = [preferences.parse(text, names) for text in request.prefs]
     elif request.grid is not None:

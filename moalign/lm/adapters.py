@@ -58,7 +58,7 @@ def drop(lm: LanguageModel, name: str = ADAPTER) -> None:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA adapter apart from any model: how it is attached, and its weights under peft's own names."""
+    """A LoRA adapter detached from any model: its settings, and its weights under peft's own names."""
 
     spec: LoraSpec
     weights: dict[str, Tensor]
@@ -72,21 +72,21 @@ class Adapter:
 def interpolate(experts: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
     """Return the adapter whose change of every layer is ``sum_i w_i s_i B_i A_i``, exactly.
 
-    Ranks are concatenated: A's below each other, the scaled B's beside each other. (Averaging A and B apart is
+    Ranks are concatenated: the A's along rows, the scaled B's along columns. (Averaging A and B separately gives
     another matrix: ``(sum w_i B_i)(sum w_i A_i)`` has cross terms. arXiv 2306.04488 interpolates weights, so changes of
     weights are what has to be summed.) Experts of weight 0 are left out; a one-hot vector gives that expert's own
     tensors.
 
     Raises ValueError for a number of weights that is not that of the experts or for weights that are all zero, and
-    RequestError for experts that change different layers, or more than a product of two matrices.
+    RequestError for experts that change different layers, or by more than a product of two matrices.
     """
-    kept = [(expert, weight) for expert, weight in zip(experts, weights, strict=True) if weight != 0]
-    if not kept:
+    terms = [(expert, weight) for expert, weight in zip(experts, weights, strict=True) if weight != 0]
+    if not terms:
         raise ValueError(f"at least one weight must not be 0; found {list(weights)}")
-    first = kept[0][0]
-    if len(kept) == 1 and kept[0][1] == 1.0:
+    first = terms[0][0]
+    if len(terms) == 1 and terms[0][1] == 1.0:
         return first
-    for expert, _ in kept:
+    for expert, _ in terms:
         wrong = sorted(set(expert.weights) ^ set(first.weights)) or [
             key for key in expert.weights if not _is_down(key) and not _is_up(key)
         ]
@@ -97,10 +97,10 @@ def interpolate(experts: Sequence[Adapter], weights: Sequence[float]) -> Adapter
     joined = {}
     for key in first.weights:
         if _is_down(key):
-            joined[key] = torch.cat([expert.weights[key] for expert, _ in kept], dim=0)
+            joined[key] = torch.cat([expert.weights[key] for expert, _ in terms], dim=0)
         else:
-            joined[key] = torch.cat([weight * expert.scale * expert.weights[key] for expert, weight in kept], dim=1)
-    rank = sum(expert.spec.r for expert, _ in kept)
+            joined[key] = torch.cat([weight * expert.scale * expert.weights[key] for expert, weight in terms], dim=1)
+    rank = sum(expert.spec.r for expert, _ in terms)
     return Adapter(first.spec.model_copy(update={"r": rank, "alpha": float(rank)}), joined)
 
 
@@ -139,7 +139,7 @@ class Turns(Protocol):
 
 
 def turns(lm: LanguageModel, names: Sequence[str]) -> Turns:
-    """Return how the adapters ``names`` take turns: a small model holds a copy of its weights for each."""
+    """Return a context for the adapters ``names`` to take turns; a small model copies its weights for each."""
     return Folded(lm, names) if lm.model.num_parameters() <= MERGE_BELOW else Switched(lm, names)
 
 
@@ -157,7 +157,7 @@ class Switched:
         return self
 
     def __exit__(self, *failure: object) -> None:
-        """Nothing to put back: whoever answers next makes its own adapter active."""
+        """Nothing to restore: every generator activates its own adapter."""
 
     def use(self, index: int) -> None:
         """See :class:`Turns`."""
@@ -205,8 +205,8 @@ class Folded:
 def _lora_layers(lm: LanguageModel) -> list[Any]:
     from peft.tuners.lora import LoraLayer
 
-    found = lm.model.modules() if hasattr(lm.model, "peft_config") else []
-    return [module for module in found if isinstance(module, LoraLayer)]
+    modules = lm.model.modules() if hasattr(lm.model, "peft_config") else []
+    return [module for module in modules if isinstance(module, LoraLayer)]
 
 
 def _with_adapter(layer: Any, name: str) -> Tensor:
@@ -257,7 +257,7 @@ def set_tensors(lm: LanguageModel, weights: dict[str, Tensor], name: str = ADAPT
 
 
 def save(lm: LanguageModel, folder: Path, name: str = ADAPTER) -> None:
-    """Write the adapter as peft reads it (adapter_config.json, adapter_model.safetensors); whole or not at all."""
+    """Write the adapter as peft reads it (adapter_config.json, adapter_model.safetensors), atomically."""
     from safetensors.torch import save_file
 
     from moalign.runs import atomic
@@ -291,11 +291,11 @@ def read(lm: LanguageModel, folder: Path) -> Adapter:
             raise RequestError(f"adapter folder {folder}: {path.name} is missing")
     check_safetensors(weights_path, f"adapter folder {folder}")
     with safe_open(weights_path, framework="pt") as file:
-        told = (file.metadata() or {}).get("base_fingerprint")
+        base = (file.metadata() or {}).get("base_fingerprint")
         weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping: it cannot be iterated)
-    if told is not None and told != lm.fingerprint:
+    if base is not None and base != lm.fingerprint:
         raise RequestError(
-            f"adapter folder {folder}: trained on a base with fingerprint {told}, but {lm.source} has {lm.fingerprint}"
+            f"adapter folder {folder}: trained on a base with fingerprint {base}, but {lm.source} has {lm.fingerprint}"
         )
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))
@@ -303,6 +303,6 @@ def read(lm: LanguageModel, folder: Path) -> Adapter:
             r=config["r"], alpha=config["lora_alpha"], dropout=config["lora_dropout"], targets=config["target_modules"]
         )
     except (ValueError, KeyError, TypeError) as error:
-        told = f"{config_path.name} is damaged ({type(error).__name__})"
-        raise RequestError(f"adapter folder {folder}: {told}") from error
+        problem = f"{config_path.name} is damaged ({type(error).__name__})"
+        raise RequestError(f"adapter folder {folder}: {problem}") from error
     return Adapter(spec, weights)

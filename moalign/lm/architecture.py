@@ -1,5 +1,5 @@
-"""What a model is made of, without loading it: from a folder's config and safetensors headers, or, for the models that
-recipes name, from what is known of them before they are downloaded."""
+"""A model's sizes without loading it: from a folder's config and safetensors headers, or, for the models that recipes
+name, from a table, before they are downloaded."""
 
 from __future__ import annotations
 
@@ -103,20 +103,20 @@ class Architecture:
 
 
 def of_folder(folder: Path) -> Architecture | None:
-    """Read a checked model folder; None when its config says nothing of sizes."""
+    """Read a checked model folder; None when its config gives no sizes."""
     shapes = folder_shapes(folder)
     config = model_folder.read_config(folder, "model")
     return of_config(config, shapes)
 
 
 def known(model: str) -> Architecture | None:
-    """Return what is known of a hub model before it is downloaded."""
+    """Return the sizes of a hub model in :data:`KNOWN`, before it is downloaded; None for another."""
     config = KNOWN.get(model)
     return None if config is None else of_config(config)
 
 
 def of_config(config: dict[str, Any], shapes: Shapes | None = None) -> Architecture | None:
-    """Return the sizes that a config.json tells; weights come from ``shapes`` or are worked out for known kinds.
+    """Return the sizes that a config.json gives; weights come from ``shapes`` or are derived for known kinds.
 
     None when the config does not name width and depth.
     """
@@ -129,10 +129,10 @@ def of_config(config: dict[str, Any], shapes: Shapes | None = None) -> Architect
     groups = config.get("num_key_value_heads") or heads
     head = config.get("head_dim") or hidden // heads
     inner = _first(config, "intermediate_size", "n_inner", "encoder_ffn_dim", "hidden_dim") or 4 * hidden
-    found = shapes if shapes is not None else _shapes(config, hidden, inner, layers, groups * head)
-    counted = sum(prod(shape) for shape in found.values()) or int(config.get("parameters") or 0)
+    weights = shapes if shapes is not None else _shapes(config, hidden, inner, layers, groups * head)
+    counted = sum(prod(shape) for shape in weights.values()) or int(config.get("parameters") or 0)
     vocabulary = int(config.get("vocab_size") or 0)
-    return Architecture(counted, hidden, inner, layers, groups * head, vocabulary, found)
+    return Architecture(counted, hidden, inner, layers, groups * head, vocabulary, weights)
 
 
 def folder_shapes(folder: Path) -> Shapes:
@@ -149,12 +149,12 @@ def _header(file: Path) -> Shapes:
 
 
 def _first(config: dict[str, Any], *names: str) -> int | None:
-    found = next((config[name] for name in names if isinstance(config.get(name), int)), None)
-    return None if found is None else int(found)
+    value = next((config[name] for name in names if isinstance(config.get(name), int)), None)
+    return None if value is None else int(value)
 
 
 def _shapes(config: dict[str, Any], hidden: int, inner: int, layers: int, key_value: int) -> Shapes:
-    """Return the weights of a Llama-like or GPT-2 language model; nothing for other kinds."""
+    """Return the weights of a Llama-like or GPT-2 language model; empty for other kinds."""
     kind = config.get("model_type")
     if kind == "gpt2":
         return _gpt2(config, hidden, inner, layers)

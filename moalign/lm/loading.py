@@ -1,4 +1,4 @@
-"""What every loading of a model needs: one message for whatever goes wrong, and silence otherwise."""
+"""Shared by all code that loads a model: one message for any failure, and no output of the library."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def few(names: Sequence[str] | set[str]) -> str:
 
 @contextmanager
 def explained(where: str, folder: Path) -> Iterator[None]:
-    """Turn whatever loading raises into one message; running out of memory is not the request's fault."""
+    """Turn any exception of loading into one RequestError; running out of memory is a WorkError."""
     import torch
 
     try:

@@ -17,7 +17,7 @@ AT_ONCE = 2**23
 """Logits held at a time (32 MB in single precision); with no more than these in all, the plain formula is used."""
 
 _linear: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-"""Which heads are known to make the model's logits by themselves; see :func:`_is_linear`."""
+"""Whether a head alone makes its model's logits, as far as tested; see :func:`_is_linear`."""
 
 
 def token_log_probs(
@@ -53,14 +53,14 @@ def token_log_probs(
     elif _is_linear(head, tap, output.logits):
         return *_in_chunks(head, tap.states, chosen, temperature), output
     else:
-        return token_log_probs(model, mask, tokens, temperature, **inputs)  # now known to be no linear map
+        return token_log_probs(model, mask, tokens, temperature, **inputs)  # now known not to be linear
     return *_plain(logits, chosen, temperature), output
 
 
 def _head(model: Any) -> Any:
-    """Return the module that makes logits of hidden states; None where the model does not tell."""
-    told = getattr(model, "get_output_embeddings", None)
-    return None if told is None else told()
+    """Return the module that makes logits of hidden states; None where the model does not expose it."""
+    get_head = getattr(model, "get_output_embeddings", None)
+    return None if get_head is None else get_head()
 
 
 def _may_chunk(head: nn.Linear) -> bool:
@@ -80,19 +80,19 @@ class _Tap:
         self.sent: Tensor
         """What the head reads instead, ``[1, places, width]``."""
 
-    def __call__(self, module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         """Replace the head's input; see ``register_forward_pre_hook``."""
-        if not given:
+        if not inputs:
             return None
-        self.states = given[0][:, -(self._mask.shape[1] + 1) : -1][self._mask]
+        self.states = inputs[0][:, -(self._mask.shape[1] + 1) : -1][self._mask]
         # The probe is long: a softcap, nearly linear around 0, shows.
         self.sent = (100.0 * self.states[:1].detach() if self._probe else self.states).unsqueeze(0)
-        return (self.sent, *given[1:])
+        return (self.sent, *inputs[1:])
 
 
 @torch.no_grad()
 def _is_linear(head: nn.Linear, tap: _Tap, logits: Tensor) -> bool:
-    """Whether the model's logits are the head's own: no scale, softcap or the like follows it. Found once a head."""
+    """Whether the model's logits are the head's own: no scale, softcap or the like follows it. Tested once per head."""
     if head not in _linear:
         own = nn.functional.linear(tap.sent, head.weight, head.bias).float()
         _linear[head] = bool((own - logits.float()).abs().max() <= 0.01 * own.abs().max())
@@ -118,7 +118,7 @@ def _in_chunks(head: nn.Linear, states: Tensor, chosen: Tensor, temperature: flo
 
 
 class _ChunkedLogProbs(torch.autograd.Function):
-    """Log-probabilities under a frozen linear head, some places at a time.
+    """Log-probabilities under a frozen linear head, a chunk of positions at a time.
 
     ``log p_y`` of a place depends on its own state alone, with the gradient ``(W_y - sum_v p_v W_v) / temperature``:
     ``[marked, width]`` in all, made while the logits are there, so that nothing is computed twice.
@@ -135,17 +135,17 @@ class _ChunkedLogProbs(torch.autograd.Function):
         logps = torch.empty(len(states), dtype=torch.float32, device=states.device)
         entropy, slopes = torch.empty_like(logps), torch.empty_like(states) if learns else None
         for first in range(0, len(states), size):
-            some = slice(first, first + size)
-            logits = nn.functional.linear(states[some], weight, bias).float().div_(temperature)
+            part = slice(first, first + size)
+            logits = nn.functional.linear(states[part], weight, bias).float().div_(temperature)
             log_total = torch.logsumexp(logits, dim=-1)
-            picked = logits.gather(-1, chosen[some, None]).squeeze(-1)
-            logps[some] = picked - log_total
+            picked = logits.gather(-1, chosen[part, None]).squeeze(-1)
+            logps[part] = picked - log_total
             probs = torch.exp(logits - log_total.unsqueeze(-1))
             # entr() and not a product with the logits: a word ruled out has 0 * -inf.
-            entropy[some] = torch.special.entr(probs).sum(-1)
+            entropy[part] = torch.special.entr(probs).sum(-1)
             if slopes is not None:
                 mean = probs.to(weight.dtype) @ weight
-                slopes[some] = ((weight[chosen[some]] - mean) / temperature).to(slopes.dtype)
+                slopes[part] = ((weight[chosen[part]] - mean) / temperature).to(slopes.dtype)
         ctx.mark_non_differentiable(entropy)
         ctx.save_for_backward(slopes)
         return logps, entropy

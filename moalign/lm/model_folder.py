@@ -17,7 +17,7 @@ from moalign.core.errors import RequestError, did_you_mean
 from moalign.lm import builtin
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "*.vocab", "bpe.codes", "*.bpe")
-"""One of these must be there: without them the library makes up an empty tokenizer and says nothing."""
+"""One of these must be there: without them the library silently makes up an empty tokenizer."""
 _READ = (
     "config.json",
     "tokenizer*",
@@ -39,8 +39,8 @@ def local_folder(model: str, base_dir: Path, where: str) -> Path | None:
     name may be one of :data:`moalign.lm.builtin.MODELS`, whose folder is made at its first use.
     Raises RequestError when it is a path (``./x``, ``/x``, ``a/b/c``) that does not exist, or a file.
     """
-    given = Path(model).expanduser()
-    for candidate in [given] if given.is_absolute() else [base_dir / given, given]:
+    path = Path(model).expanduser()
+    for candidate in [path] if path.is_absolute() else [base_dir / path, path]:
         if candidate.is_dir():
             return candidate.resolve()
         if candidate.exists():
@@ -56,7 +56,7 @@ def local_folder(model: str, base_dir: Path, where: str) -> Path | None:
 
 
 def _near(model: str) -> str:
-    """Return the hint for a built-in model's name mistyped; an owner's model has another's name by right."""
+    """Return a hint when ``model`` looks like a mistyped built-in name; a name with an owner is a hub id."""
     return "" if "/" in model else did_you_mean(model, list(builtin.MODELS))
 
 
@@ -175,9 +175,9 @@ def fetch(model: str, revision: str | None, where: str, config_only: bool = Fals
     """
     from huggingface_hub import constants, errors, snapshot_download
 
-    wanted = ["config.json"] if config_only else _FETCHED
+    patterns = ["config.json"] if config_only else _FETCHED
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*"]))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError) as error:
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "no connection"
         raise RequestError(

@@ -1,7 +1,7 @@
 """Quality guards: a hypervolume that was bought with collapsed text must be visible.
 
-Tokens are the policy's own: words between white space are none in Chinese, and would be other things in every
-language. All methods on a task share its tokenizer, so that the same text counts the same for all of them.
+Tokens are the policy's own: white space separates no words in Chinese, and other units in every language. All methods
+on a task share its tokenizer, so that the same text counts the same for all of them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from moalign.pareto.front import refuse_unless_finite
 
 SHORT_AT_MOST = 5
 """Fewer tokens make no sentence. Nothing longer is ever short: where all of the data is long, a brief answer is still
-no collapse, and brevity may be what is asked for."""
+no collapse, and brevity may be an objective."""
 SHORT_SHARE = 0.01
 """Share of a task's own responses that may be short."""
 MIN_DISTINCT_3 = 0.3
@@ -56,10 +56,10 @@ def short_below(lengths: Sequence[int]) -> int:
     """Return the number of tokens below which a response is short, from the lengths of a task's own responses.
 
     At most :data:`SHORT_SHARE` of them are shorter; never above :data:`SHORT_AT_MOST`, and never below 1: an empty
-    answer is short wherever.
+    answer is always short.
     """
-    found = int(np.quantile(lengths, SHORT_SHARE, method="lower")) if len(lengths) else SHORT_AT_MOST
-    return max(1, min(SHORT_AT_MOST, found))
+    quantile = int(np.quantile(lengths, SHORT_SHARE, method="lower")) if len(lengths) else SHORT_AT_MOST
+    return max(1, min(SHORT_AT_MOST, quantile))
 
 
 def collapse(tokens: Sequence[Hashable], short: int = SHORT_AT_MOST) -> set[str]:
@@ -87,12 +87,12 @@ def collapse_report(responses: Sequence[Sequence[Hashable]], short: int = SHORT_
     """
     if not len(responses) or isinstance(responses, str) or isinstance(responses[0], str):
         raise RequestError("collapse report: found no list of tokenised responses; at least one response is needed")
-    found = [collapse(tokens, short) for tokens in responses]
+    collapsed = [collapse(tokens, short) for tokens in responses]
     ratios = [ratio for ratio in (distinct(tokens, 3) for tokens in responses) if ratio is not None]
     total = len(responses)
     return {
-        "rate": sum(bool(causes) for causes in found) / total,
-        "causes": {cause: sum(cause in causes for causes in found) / total for cause in CAUSES},
+        "rate": sum(bool(causes) for causes in collapsed) / total,
+        "causes": {cause: sum(cause in causes for causes in collapsed) / total for cause in CAUSES},
         "mean_length": sum(len(tokens) for tokens in responses) / total,
         "distinct_3": sum(ratios) / len(ratios) if ratios else 0.0,
     }

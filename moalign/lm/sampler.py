@@ -11,7 +11,6 @@ where the sampler never looks.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -26,7 +25,7 @@ from moalign.lm.language_model import LanguageModel, positions
 from moalign.lm.stopping import length
 
 KEEP_ABOVE = 0.9
-"""Rows that have ended leave the batch when at most this share of it is left: a copy of the cache for each step."""
+"""Ended rows leave the batch once at most this share of its rows is alive; each time, the cache is copied."""
 
 CHUNK = 256
 """Tokens that are summed at once to find where in a large vocabulary a draw falls."""
@@ -62,8 +61,7 @@ class Samples:
     """Bool ``[rows]``: the response ended at an end id, or at a stop text (:func:`.stopping.trim`), not by the limit.
     """
     hidden: Tensor | None = None
-    """Last hidden state before each token, ``[rows, T, width]``, 0 outside the mask; when asked for (what value heads
-    read)."""
+    """Last hidden state before each token, ``[rows, T, width]``, 0 outside the mask; if requested."""
 
     @property
     def tokens(self) -> int:
@@ -73,10 +71,10 @@ class Samples:
 
 @dataclass(eq=False)
 class Traces:
-    """The tokens behind responses, in the responses' order, and what the policy that wrote them thinks of them."""
+    """The tokens of responses, in the responses' order, and their log-probability under the policy."""
 
     vocabulary: Any
-    """The tokenizer that the ids are numbers of."""
+    """The tokenizer that the ids belong to."""
     ids: list[NDArray[np.int64]]
     """Token ids of each response, ``[length]``, the end token included. They end with the token that completes the
     first stop text: what follows it is no part of the response. At least one token each."""
@@ -103,10 +101,10 @@ class Traces:
 
 @dataclass(eq=False)
 class Generated:
-    """What a generator answers."""
+    """What a generator returns."""
 
     responses: list[str]
-    """One for each text asked."""
+    """One for each text."""
     tokens: int
     """Number of tokens sampled, those after a stop text included."""
     traces: Traces | None = None
@@ -131,7 +129,7 @@ def pad_left(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> t
 
 
 class NextToken(Protocol):
-    """Where the next token's distribution comes from: what reads tokens and remembers those it has read.
+    """A source of next-token distributions: it reads tokens and remembers those that it has read.
 
     One object serves one batch. Mixing several models is another source; the sampling loop stays the same.
     """
@@ -151,12 +149,12 @@ class NextToken(Protocol):
         ...
 
     def keep(self, rows: Tensor) -> None:
-        """Forget all rows but those numbered ``rows``, int ``[kept]``, which are read on in this order."""
+        """Forget all rows but those numbered ``rows``, int ``[kept]``, which continue in this order."""
         ...
 
 
 class Direct:
-    """A model as it stands, with a cache of its own. See :class:`NextToken`."""
+    """A model as it is, with a cache of its own. See :class:`NextToken`."""
 
     def __init__(self, model: Any, hidden: bool = False) -> None:
         """Begin a batch; nothing is read yet. ``hidden`` keeps each token's hidden state in ``state``."""
@@ -229,10 +227,10 @@ def sample(
             logits = source.read(*batch.next(step))
         chosen, logp = draw(logits, batch.numbers[:, step], temperature, top_p)
         batch.write(step, chosen, logp, source.state)
-        left = int(batch.alive.sum())
-        if left == 0:
+        live = int(batch.alive.sum())
+        if live == 0:
             break
-        if left <= KEEP_ABOVE * len(batch.rows):
+        if live <= KEEP_ABOVE * len(batch.rows):
             source.keep(batch.leave())
     return batch.samples(ids, mask)
 
@@ -241,10 +239,10 @@ class _Batch:
     """The state of a batch while it is sampled: results of all rows, and which rows are still read."""
 
     def __init__(self, lm: LanguageModel, mask: Tensor, numbers: Tensor) -> None:
-        """Begin behind prompts of attention mask ``[rows, prompt]``; ``numbers`` ``[rows, steps]``."""
+        """Begin after prompts with attention mask ``[rows, prompt]``; ``numbers`` ``[rows, steps]``."""
         count, steps = numbers.shape
         self.rows = torch.arange(count, device=lm.device)
-        """Numbers of the rows that are read, ``[live]``; the next three attributes are of these rows."""
+        """Numbers of the rows that are still read, ``[live]``; the next three attributes are of these rows."""
         self.alive = torch.ones(count, dtype=torch.bool, device=lm.device)
         self.numbers = numbers
         # The whole mask is allocated once; each step sees a growing view of it.
@@ -283,14 +281,14 @@ class _Batch:
         self._last = token.unsqueeze(-1)
 
     def leave(self) -> Tensor:
-        """Drop the rows that have ended; returns the places of the others among those read before, ``[left]``."""
-        kept = self.alive.nonzero().squeeze(-1)
-        self.rows, self.numbers, self.alive = self.rows[kept], self.numbers[kept], self.alive[kept]
-        self._mask, self._place, self._last = self._mask[kept], self._place[kept], self._last[kept]
-        return kept
+        """Drop the rows that have ended; returns the places of the others among those read before, ``[live]``."""
+        live = self.alive.nonzero().squeeze(-1)
+        self.rows, self.numbers, self.alive = self.rows[live], self.numbers[live], self.alive[live]
+        self._mask, self._place, self._last = self._mask[live], self._place[live], self._last[live]
+        return live
 
     def samples(self, ids: Tensor, mask: Tensor) -> Samples:
-        """Return the responses behind the prompts ``ids`` with attention mask ``mask``, ``[rows, prompt]``."""
+        """Return the responses to the prompts ``ids`` with attention mask ``mask``, ``[rows, prompt]``."""
         used = int(self._lengths.max())
         response = torch.arange(used, device=ids.device) < self._lengths.unsqueeze(-1)
         return Samples(
@@ -307,8 +305,8 @@ def draw(logits: Tensor, numbers: Tensor, temperature: float, top_p: float) -> t
     """Draw one token a row by inverse cumulative distribution; returns (token, log-probability), ``[rows]`` each.
 
     The log-probability is that of the policy at ``temperature``, whatever the nucleus: truncated and renormalised it
-    would tell how much was cut off, and two policies that cut differently could not be compared by it. Greedy tokens
-    have that of temperature 1.
+    would depend on how much was cut off, and two policies that cut differently could not be compared by it. Greedy
+    tokens have that of temperature 1.
     """
     logits = logits.float()
     if temperature == 0:
@@ -336,14 +334,14 @@ def _invert(probs: Tensor, numbers: Tensor) -> Tensor:
     if size <= CHUNK:
         cumulative = probs.double().cumsum(-1)
         return (cumulative <= numbers * cumulative[:, -1:]).sum(-1).clamp_max(size - 1)
-    whole = size // CHUNK
-    full = probs[:, : whole * CHUNK].reshape(rows, whole, CHUNK).sum(-1)
-    sums = torch.cat([full, probs[:, whole * CHUNK :].sum(-1, keepdim=True)], dim=-1).double()
+    full_chunks = size // CHUNK
+    full = probs[:, : full_chunks * CHUNK].reshape(rows, full_chunks, CHUNK).sum(-1)
+    sums = torch.cat([full, probs[:, full_chunks * CHUNK :].sum(-1, keepdim=True)], dim=-1).double()
     cumulative = sums.cumsum(-1)
     target = numbers * cumulative[:, -1:]
-    chunk = (cumulative <= target).sum(-1, keepdim=True).clamp_max(whole)
+    chunk = (cumulative <= target).sum(-1, keepdim=True).clamp_max(full_chunks)
     # A chunk's sum and the sum of its cumulative shares differ by rounding: never before the chunk's first token with
-    # mass, nor behind its last.
+    # mass, nor after its last.
     within = (target - (cumulative - sums).gather(-1, chunk)).clamp_min(0)
     places = chunk * CHUNK + torch.arange(CHUNK, device=probs.device)
     masses = probs.gather(-1, places.clamp_max(size - 1)).double().masked_fill(places >= size, 0.0)
@@ -384,7 +382,7 @@ def generate(
     """Sample a response for every rendered prompt in length-sorted batches.
 
     Args:
-        texts: what the policy reads, one per response wanted.
+        texts: what the policy reads, one per requested response.
         rows: the number that fixes each response's randomness (see :func:`uniforms`).
         source: makes the source of next-token distributions of each batch; None: the model as it stands.
 
@@ -394,7 +392,7 @@ def generate(
     lm.model.eval()
     encoded = lm.encode(texts, sampling.max_prompt_tokens)
     order = sorted(range(len(texts)), key=lambda i: len(encoded[i]))
-    made = Generated([""] * len(texts), 0)
+    generated = Generated([""] * len(texts), 0)
     ids, logps = [np.empty(0, dtype=np.int64)] * len(texts), [0.0] * len(texts)
     finished = [False] * len(texts)
     for start in range(0, len(order), sampling.batch_size):
@@ -408,18 +406,13 @@ def generate(
             sampling.top_p,
             source=None if source is None else source(),
         )
-        made.tokens += drawn.tokens
+        generated.tokens += drawn.tokens
         rows_ids, rows_logps, ended = _tokens(drawn), drawn.logps.cpu().double().numpy(), drawn.finished.tolist()
         for i, row, logp, end, text in zip(part, rows_ids, rows_logps, ended, lm.decode(rows_ids), strict=True):
-            made.responses[i] = cut(text, sampling.stop)
+            generated.responses[i] = cut(text, sampling.stop)
             stopped = any(marker in text for marker in sampling.stop)
             count = length(lm, row.tolist(), sampling.stop) if stopped else len(row)
             # A copy: a view of one row would keep the whole batch in memory.
             ids[i], logps[i], finished[i] = row[:count].copy(), float(logp[:count].sum()), end or stopped
-    made.traces = Traces(lm.tokenizer, ids, logps, finished)
-    return made
-
-
-def batches(count: int, size: int) -> int:
-    """Return how many batches :func:`generate` needs, for progress bars."""
-    return math.ceil(count / size)
+    generated.traces = Traces(lm.tokenizer, ids, logps, finished)
+    return generated

@@ -26,8 +26,8 @@ def trim(lm: LanguageModel, samples: Samples, stop: Sequence[str]) -> Samples:
     lengths = samples.response_mask.sum(-1).cpu().tolist()
     rows = [row[:length] for row, length in zip(ids, lengths, strict=True)]
     stopped = _holds(lm, rows, stop)
-    kept = [length(lm, row, stop) if found else len(row) for row, found in zip(rows, stopped, strict=True)]
-    inside = torch.arange(width)[None, :] < torch.tensor(kept)[:, None]
+    trimmed = [length(lm, row, stop) if has_stop else len(row) for row, has_stop in zip(rows, stopped, strict=True)]
+    inside = torch.arange(width)[None, :] < torch.tensor(trimmed)[:, None]
     mask = samples.response_mask & inside.to(samples.response_mask.device)
     attention = samples.attention_mask.clone()
     attention[:, -width:] = mask.to(attention.dtype)
@@ -35,8 +35,8 @@ def trim(lm: LanguageModel, samples: Samples, stop: Sequence[str]) -> Samples:
     ids_out[:, -width:] = torch.where(mask, ids_out[:, -width:], lm.pad)
     logps = torch.where(mask, samples.logps, torch.zeros_like(samples.logps))
     finished = samples.finished | torch.tensor(stopped, device=samples.finished.device)
-    told = {"input_ids": ids_out, "attention_mask": attention, "response_mask": mask, "logps": logps}
-    return replace(samples, finished=finished, **told)
+    tensors = {"input_ids": ids_out, "attention_mask": attention, "response_mask": mask, "logps": logps}
+    return replace(samples, finished=finished, **tensors)
 
 
 def _holds(lm: LanguageModel, rows: Sequence[Sequence[int]], stop: Sequence[str]) -> list[bool]:

@@ -1,4 +1,4 @@
-"""What every trainer of transformers and trl is kept from: its own printing, and names that differ by version."""
+"""Helpers for the trainers of transformers and trl: no printing of their own, and names that differ by version."""
 
 from __future__ import annotations
 

@@ -8,7 +8,6 @@ A point is the mean reward vector of one policy at one preference; larger is bet
 * ``indicators``: Kendall's tau, inner product, expected utility, IGD+, spacing, sparsity, regret.
 * ``statistics``: seeded paired bootstrap over prompts, and over seeds as a second level.
 * ``points``: the calculator over a CSV table (``moalign eval --points``).
-* ``quality``: collapsed text, and how far a policy moved from its base.
 
 Nothing here knows a method's name, and nothing here imports torch, pandas or scipy.
 """

@@ -91,11 +91,11 @@ class Pool:
     rows: Rows
     """Which of the given points are in the pool, ``[pool]``."""
     unit: Array
-    """They in the unit box of all given points, ``[pool, objectives]``."""
+    """The pool's points in the unit box of all given points, ``[pool, objectives]``."""
     groups: NDArray[np.intp]
-    """Number of each one's prompt, ``[pool]``."""
+    """Index of the prompt that each point answers, ``[pool]``."""
     layers: int
-    """How many layers it took."""
+    """How many layers the pool holds."""
 
     @classmethod
     def of(
@@ -165,6 +165,6 @@ def representatives(grid: Sequence[Sequence[float]]) -> list[int]:
     """
     vectors = check_points(grid, what="preferences")
     m = vectors.shape[1]
-    wanted = np.vstack([np.eye(m), np.full((1, m), 1.0 / m)])
-    apart = np.linalg.norm(vectors[None] - wanted[:, None], axis=2).round(12)
+    targets = np.vstack([np.eye(m), np.full((1, m), 1.0 / m)])
+    apart = np.linalg.norm(vectors[None] - targets[:, None], axis=2).round(12)
     return sorted({int(row.argmin()) for row in apart})

@@ -47,8 +47,8 @@ def check_ref(ref: ArrayLike, objectives: int, where: str = "the reference point
     """Return a float64 copy of the reference point ``[objectives]``, or raise RequestError naming ``where``."""
     numbers = _numbers(ref, where)
     if numbers.shape != (objectives,):
-        found = f"{numbers.size} number{'s' if numbers.size != 1 else ''}" if numbers.ndim == 1 else "no plain list"
-        raise RequestError(f"{where}: found {found}; needed: {objectives}, one per objective")
+        shown = f"{numbers.size} number{'s' if numbers.size != 1 else ''}" if numbers.ndim == 1 else "no plain list"
+        raise RequestError(f"{where}: found {shown}; needed: {objectives}, one per objective")
     if not np.isfinite(numbers).all():
         raise RequestError(f"{where}: found {_row_text(numbers)}; only finite numbers are allowed")
     return numbers
@@ -61,8 +61,8 @@ def refuse_unless_finite(table: Array, what: str) -> None:
     bad = np.flatnonzero(~np.isfinite(table.reshape(len(table), -1)).all(axis=1))
     row = int(bad[0])
     more = f" (and {len(bad) - 1} more rows)" if len(bad) > 1 else ""
-    found = f"row {row + 1} of {len(table)} is {_row_text(table[row].ravel())}{more}"
-    raise RequestError(f"{what}: {found}; only finite numbers are allowed")
+    shown = f"row {row + 1} of {len(table)} is {_row_text(table[row].ravel())}{more}"
+    raise RequestError(f"{what}: {shown}; only finite numbers are allowed")
 
 
 def nondominated(points: ArrayLike) -> NDArray[np.bool_]:
@@ -83,12 +83,12 @@ def layers(points: ArrayLike) -> NDArray[np.int64]:
 
 def _numbers(values: ArrayLike, what: str) -> Array:
     try:
-        found = np.asarray(values)
+        array = np.asarray(values)
     except ValueError:
         raise RequestError(f"{what}: rows of different lengths; every row needs one number per objective") from None
-    if found.size and found.dtype.kind not in _NUMERIC_KINDS:
-        raise RequestError(f"{what}: found values of type {found.dtype}; needed: numbers")
-    return np.array(found, dtype=np.float64)
+    if array.size and array.dtype.kind not in _NUMERIC_KINDS:
+        raise RequestError(f"{what}: found values of type {array.dtype}; needed: numbers")
+    return np.array(array, dtype=np.float64)
 
 
 def _row_text(row: Array) -> str:

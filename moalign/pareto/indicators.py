@@ -1,7 +1,7 @@
 """Indicators beside the hypervolume: how well the policies obey, how useful and how even the front is.
 
 Shapes throughout: k preferences, m objectives. Row i of ``means`` is the mean (normalised) reward
-vector of the policy that was asked for row i of ``preferences``. Larger is better.
+vector of the policy conditioned on row i of ``preferences``. Larger is better.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _PAIR_BLOCK = 1024
 
 
 class Controllability(TypedDict):
-    """Kendall's tau-b between asked weight and achieved mean: averaged, and per objective ``[m]``."""
+    """Kendall's tau-b between requested weight and achieved mean: averaged, and per objective ``[m]``."""
 
     tau: float
     per_objective: list[float]
@@ -70,7 +70,7 @@ def controllability(preferences: ArrayLike, means: ArrayLike) -> Controllability
 
 
 def inner_product(preferences: ArrayLike, means: ArrayLike) -> float:
-    """Return MIP: the mean over preferences ``[k, m]`` of w.n of the policy asked for w (``means`` ``[k, m]``)."""
+    """Return MIP: the mean over preferences ``[k, m]`` of w.n of the policy conditioned on w (``means`` ``[k, m]``)."""
     weights, achieved = _paired(preferences, means)
     return float((weights * achieved).sum(axis=1).mean())
 
@@ -96,32 +96,6 @@ def regret(preferences: ArrayLike, means: ArrayLike, optimum_means: ArrayLike) -
     if best.shape != weights.shape:
         raise RequestError(f"optimum_means: found shape {best.shape}; needed: {weights.shape}, that of the preferences")
     return np.asarray((weights * (best - achieved)).sum(axis=1), dtype=np.float64)
-
-
-def regularised_regret(
-    preferences: ArrayLike, means: ArrayLike, kl: ArrayLike, optimum: ArrayLike, beta: float
-) -> Array:
-    """Return, per preference ``[k]``, how far ``w.n - beta KL`` of the policy is from the best there is.
-
-    Args:
-        preferences: ``[k, m]``.
-        means: ``[k, m]``.
-        kl: divergence of each policy from the reference, in nats per response ``[k]``.
-        optimum: ``max_pi w.n - beta KL`` of each preference ``[k]``; for one prompt it is
-            ``beta log sum_y pi_ref(y) exp(w.n(y) / beta)``.
-        beta: strength of the KL term, > 0.
-
-    Raises RequestError for shapes that do not fit, NaN or infinity, or a ``beta`` that is not above 0.
-    """
-    weights, achieved = _paired(preferences, means)
-    if not (math.isfinite(beta) and beta > 0):
-        raise RequestError(f"regularised regret: beta is {beta}; needed: a number above 0")
-    divergence, best = (np.asarray(values, dtype=np.float64) for values in (kl, optimum))
-    for name, values in (("kl", divergence), ("optimum", best)):
-        if values.shape != (len(weights),):
-            raise RequestError(f"{name}: found shape {values.shape}; needed: ({len(weights)},), one per preference")
-        refuse_unless_finite(values, name)
-    return np.asarray(best - ((weights * achieved).sum(axis=1) - beta * divergence), dtype=np.float64)
 
 
 def igd_plus(points: ArrayLike, reference_front: ArrayLike) -> float:
@@ -173,11 +147,11 @@ def _signs(rows: Array, columns: Array, tolerance: float) -> NDArray[np.int8]:
 
 
 def _vector(values: ArrayLike, name: str) -> Array:
-    found = np.asarray(values, dtype=np.float64)
-    if found.ndim != 1 or not found.size:
-        raise RequestError(f"Kendall's tau: {name} has shape {found.shape}; a plain list of numbers is needed")
-    refuse_unless_finite(found, f"Kendall's tau: {name}")
-    return found
+    vector = np.asarray(values, dtype=np.float64)
+    if vector.ndim != 1 or not vector.size:
+        raise RequestError(f"Kendall's tau: {name} has shape {vector.shape}; a plain list of numbers is needed")
+    refuse_unless_finite(vector, f"Kendall's tau: {name}")
+    return vector
 
 
 def _paired(preferences: ArrayLike, means: ArrayLike) -> tuple[Array, Array]:
@@ -192,5 +166,5 @@ def _paired(preferences: ArrayLike, means: ArrayLike) -> tuple[Array, Array]:
 
 def _same_objectives(first: Array, second: Array, first_name: str, second_name: str) -> None:
     if first.shape[1] != second.shape[1]:
-        found = f"{first_name} have {first.shape[1]} objectives and {second_name} {second.shape[1]}"
-        raise RequestError(f"{found}; needed: the same number")
+        counts = f"{first_name} have {first.shape[1]} objectives and {second_name} {second.shape[1]}"
+        raise RequestError(f"{counts}; needed: the same number")

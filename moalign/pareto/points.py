@@ -102,15 +102,15 @@ def calculate(
             "--ref is missing: a hypervolume needs a reference point, "
             f"one number for each of {', '.join(names)}, like --ref {example}"
         )
-    given = [float(number) for number in ref]
-    option = "--ref " + ",".join(f"{number:g}" for number in given)
-    if len(given) != len(names):
+    numbers = [float(number) for number in ref]
+    option = "--ref " + ",".join(f"{number:g}" for number in numbers)
+    if len(numbers) != len(names):
         raise RequestError(
-            f"{option}: found {_count(len(given), 'number')}; {path} has {_count(len(names), 'objective')} "
+            f"{option}: found {_count(len(numbers), 'number')}; {path} has {_count(len(names), 'objective')} "
             f"({', '.join(names)}), so give {len(names)}, like --ref {example}"
         )
     sign = -1.0 if minimise else 1.0
-    points, corner = sign * points, sign * check_ref(given, len(names), option)
+    points, corner = sign * points, sign * check_ref(numbers, len(names), option)
     weights = [prefs.check(list(preference), names) for preference in preferences]
     outside = adds_nothing(points, corner)
     if outside and notify is not None:
@@ -121,7 +121,7 @@ def calculate(
         "points": len(points),
         "front": int(nondominated(points).sum()),
         "objectives": names,
-        "ref": given,
+        "ref": numbers,
     }
     if weights:
         result["expected_utility"] = expected_utility(weights, points)
@@ -172,8 +172,8 @@ def _names(header: Row, source: str) -> list[str]:
 def _fault(cell: str, where: str, name: str) -> str | None:
     number = _number(cell)
     if number is None:
-        found = repr(cell) if cell else "an empty cell"
-        return f"{where}, column {name}: found {found}; needed: a finite number"
+        shown = repr(cell) if cell else "an empty cell"
+        return f"{where}, column {name}: found {shown}; needed: a finite number"
     if not math.isfinite(number):
         return f"{where}, column {name}: found {cell}; NaN and infinity are not allowed"
     return None

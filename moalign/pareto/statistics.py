@@ -101,16 +101,6 @@ def hypervolume_samples(scores: ArrayLike, ref: ArrayLike, draws: int = DRAWS, s
     return each_draw(bootstrap_means(table, draws, seed), lambda means: hypervolume(means, corner))
 
 
-def hypervolume_interval(
-    scores: ArrayLike, ref: ArrayLike, draws: int = DRAWS, seed: int = 0, level: float = 0.95
-) -> tuple[float, float]:
-    """Return the percentile interval ``(lo, hi)`` of the hypervolume of the means of ``scores`` ``[prompts, k, m]``.
-
-    Biased upwards when the preferences hardly differ: see :func:`basic_interval`.
-    """
-    return interval(hypervolume_samples(scores, ref, draws, seed), level)
-
-
 def paired_difference(
     stat_a: ArrayLike, stat_b: ArrayLike, observed: float | None = None, level: float = 0.95
 ) -> PairedDifference:
@@ -266,9 +256,9 @@ def _generator(seed: int, *stream: int) -> np.random.Generator:
 
 def _at_least(number: int, least: int, name: str) -> int:
     try:
-        whole = operator.index(number)
+        value = operator.index(number)
     except TypeError:
         raise RequestError(f"bootstrap: {name} is {number!r}; needed: a whole number") from None
-    if whole < least:
-        raise RequestError(f"bootstrap: {name} is {whole}; allowed: {least} or more")
-    return whole
+    if value < least:
+        raise RequestError(f"bootstrap: {name} is {value}; allowed: {least} or more")
+    return value

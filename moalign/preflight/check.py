@@ -1,10 +1,10 @@
-"""``moalign check``: preflight of a recipe or a task card. Everything that can be known before training is looked at,
-every problem is collected, and nothing is written or loaded into a model."""
+"""``moalign check``: preflight of a recipe or a task card. Everything that can be known before training is checked,
+every problem is collected, and nothing is written and no model loaded."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,14 @@ FAR = 0.5
 
 @dataclass
 class Preflight:
-    """What was looked at and what is wrong."""
+    """What was checked and what is wrong."""
 
     recipe: Path
-    """The file that was asked about: a recipe, or a card."""
+    """The file that is checked: a recipe, or a card."""
     checked: list[tuple[str, str]] = field(default_factory=list)
     """(what, what was found), in order."""
     notes: list[str] = field(default_factory=list)
-    """What is not wrong but worth knowing, and what could not be known."""
+    """What is not wrong but worth knowing, and what could not be checked."""
     problems: list[str] = field(default_factory=list)
     memory: dict[str, Any] = field(default_factory=dict)
     cost: dict[str, Any] = field(default_factory=dict)
@@ -65,7 +65,7 @@ class Preflight:
 
 
 def check(name_or_path: str, overrides: Sequence[str] = (), results: Path = Path("results")) -> Preflight:
-    """Look at a recipe or a card and everything that it points to.
+    """Check a recipe or a card and everything that it points to.
 
     ``task/method`` may also name a recipe that the task borrows (``recipes_from``). Raises RequestError only when there
     is no such recipe or card; every other problem is in ``problems``.
@@ -77,16 +77,16 @@ def check(name_or_path: str, overrides: Sequence[str] = (), results: Path = Path
     path, task = (find.find_recipe(name_or_path), None) if borrowed is None else borrowed
     report = Preflight(path)
     resolved = _resolve(report, path, overrides, task)
-    card, whole = (resolved.card, True) if resolved else _card_alone(path, overrides)
+    card, with_options = (resolved.card, True) if resolved else _card_alone(path, overrides)
     if card is not None:
-        model = _pointed_to(report, card, results, whole)
+        model = _pointed_to(report, card, results, with_options)
         if resolved is not None:
             _sizes(report, resolved, model)
     return report
 
 
 def _check_card(path: Path, overrides: Sequence[str], results: Path) -> Preflight:
-    """Look at a card, what it points to, and the settings of the recipes beside it."""
+    """Check a card, what it points to, and the settings of the recipes beside it."""
     report, cards = Preflight(path, of_card=True), []
 
     def read() -> str:
@@ -94,7 +94,7 @@ def _check_card(path: Path, overrides: Sequence[str], results: Path) -> Prefligh
         return f"{path}: task {cards[0].name}: {', '.join(cards[0].objective_names)}"
 
     if report.look("card", read):
-        _pointed_to(report, cards[0], results, whole=True)
+        _pointed_to(report, cards[0], results, with_options=True)
     for file in sorted(path.parent.glob("*.yaml")):
         if find.find_card(str(file)) is None:
             report.look("recipe", partial(_settings_of, file, path, overrides))
@@ -102,23 +102,24 @@ def _check_card(path: Path, overrides: Sequence[str], results: Path) -> Prefligh
 
 
 def _settings_of(recipe: Path, card: Path, overrides: Sequence[str]) -> str:
-    """Read a recipe for a card; the card's own problems are told once, with the card."""
+    """Read a recipe for a card; the card's own problems are reported once, with the card."""
     method = load.recipe_names(recipe)[0]
     resolved = load.load_recipe(recipe, method, card, overrides, registry.get(method).Config)
     return f"{recipe}: {len(resolved.config.model_dump())} settings of {method}"
 
 
-def _pointed_to(report: Preflight, card: TaskCard, results: Path, whole: bool) -> Path | None:
-    """Look at what a card points to; return the policy's folder when it is there.
+def _pointed_to(report: Preflight, card: TaskCard, results: Path, with_options: bool) -> Path | None:
+    """Check what a card points to; return the policy's folder when it is there.
 
-    ``whole`` is False for a card without its options: what they might have changed is not blamed.
+    ``with_options`` is False for a card read without its ``--set`` options: what they might have changed is not
+    checked.
     """
-    model = _model(report, card) if whole else None
+    model = _model(report, card) if with_options else None
     sound = _data(report, card, results, model)
-    if sound and whole:
+    if sound and with_options:
         _overlong(report, card, results, model)
     _objectives(report, card)
-    if card.published and whole:
+    if card.published and with_options:
         report.look("published", lambda: _published(report, card, results))
     return model
 
@@ -134,7 +135,7 @@ def preview(resolved: ResolvedRequest) -> Preflight:
 
 def must_be_fetched(card: TaskCard) -> bool:
     """Whether the task's base is a hub model that is not on this machine."""
-    if card.model is None or _here(card.model):
+    if card.model is None or _is_local(card.model):
         return False
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
@@ -148,7 +149,7 @@ def must_be_fetched(card: TaskCard) -> bool:
     return False
 
 
-def _here(model: str) -> bool:
+def _is_local(model: str) -> bool:
     """Whether a model needs no hub: a folder, or a built-in name."""
     return model in builtin.MODELS or Path(model).expanduser().is_dir()
 
@@ -156,7 +157,7 @@ def _here(model: str) -> bool:
 def _borrowed(name: str) -> tuple[Path, str] | None:
     """Return (file, task) when ``task/method`` names a recipe of another task that this one borrows."""
     task, _, method = name.partition("/")
-    known = {f"{one}/{other}" for one, other, _ in find.list_recipes()}
+    known = {f"{task_name}/{method_name}" for task_name, method_name, _ in find.list_recipes()}
     if not method or name in known or Path(name).is_file() or task not in find.list_tasks():
         return None
     path = find.find_recipe_file(task, method)
@@ -167,15 +168,15 @@ def _resolve(
     report: Preflight, path: Path, overrides: Sequence[str], task: str | None = None
 ) -> ResolvedRequest | None:
     """Read recipe, method config and card; None when one of them is wrong."""
-    made: list[ResolvedRequest] = []
+    requests: list[ResolvedRequest] = []
     try:
         document = yaml_lines.load(path)
     except RequestError as error:
         report.problems += error.problems
         return None
     try:
-        named = load.recipe_names(path)[0]
-        method = registry.get(named)
+        name = load.recipe_names(path)[0]
+        method = registry.get(name)
     except RequestError as error:  # without a method its settings cannot be checked, but the rest of the recipe can
         own = f"{document.source}:"
         where = f"{own}{document.line('method')}: "
@@ -185,36 +186,36 @@ def _resolve(
         return None
 
     def read() -> str:
-        made.append(load.load_recipe(path, named, task, overrides, method.Config))
-        return f"{path}: {len(made[0].config.model_dump())} settings of {named}"
+        requests.append(load.load_recipe(path, name, task, overrides, method.Config))
+        return f"{path}: {len(requests[0].config.model_dump())} settings of {name}"
 
     if not report.look("recipe", read):
         return None
-    resolved = made[0]
+    resolved = requests[0]
     report.checked.append(("card", f"{resolved.card_path}: {', '.join(resolved.card.objective_names)}"))
     if method.capabilities.objectives == "2" and len(resolved.card.objectives) != 2:
         count = len(resolved.card.objectives)
-        report.problems.append(f"{path}: {named} works with 2 objectives; task {resolved.card.name} has {count}")
+        report.problems.append(f"{path}: {name} works with 2 objectives; task {resolved.card.name} has {count}")
     return resolved
 
 
 def _card_alone(path: Path, overrides: Sequence[str]) -> tuple[TaskCard | None, bool]:
-    """Return the card of a recipe that has problems, so that what it points to is looked at too.
+    """Return the card of a recipe that has problems, so that what it points to is checked too.
 
-    The flag tells whether the options for the card are in it: when one of those is wrong, the card is read without
-    them. None when the card is wrong itself; its problems are among the recipe's, which the caller has already.
+    The flag is True when the card holds the options for it: when one of those is wrong, the card is read without them.
+    None when the card is wrong itself; its problems are among the recipe's, which the caller has already.
     """
     try:
-        named = yaml_lines.load(path).data.get("task")
+        name = yaml_lines.load(path).data.get("task")
     except RequestError:
         return None, False
-    if not isinstance(named, str):
+    if not isinstance(name, str):
         return None, False
-    beside = path.parent / named if find.is_path(named) else named
-    given = [text for text in overrides if text.startswith("task.")]
-    for texts, whole in ((given, True), ([], not given)):
+    beside = path.parent / name if find.is_path(name) else name
+    card_options = [text for text in overrides if text.startswith("task.")]
+    for texts, with_options in ((card_options, True), ([], not card_options)):
         try:
-            return load.load_card(beside, texts), whole
+            return load.load_card(beside, texts), with_options
         except RequestError:
             continue
     return None, False
@@ -230,22 +231,22 @@ def _model(report: Preflight, card: TaskCard) -> Path | None:
                 f"task {card.name}: it needs a model; give a folder or a hub id: --set task.model=PATH/TO/FOLDER"
             )
         return None
-    found: list[Path] = []
+    folders: list[Path] = []
 
     def look() -> str:
         from moalign.lm import model_folder
 
         source = str(card.model)
-        if _here(source):
-            found.append(model_folder.resolve(source, card.model_revision, "task.model"))
-            return f"{source}: whole safetensors weights, content {model_folder.fingerprint(found[0], 'task.model')}"
-        return _hub(report, source, card.model_revision, "model", found)
+        if _is_local(source):
+            folders.append(model_folder.resolve(source, card.model_revision, "task.model"))
+            return f"{source}: whole safetensors weights, content {model_folder.fingerprint(folders[0], 'task.model')}"
+        return _hub(report, source, card.model_revision, "model", folders)
 
     report.look("model", look)
-    return found[0] if found else None
+    return folders[0] if folders else None
 
 
-def _hub(report: Preflight, source: str, revision: str | None, what: str, found: list[Path] | None = None) -> str:
+def _hub(report: Preflight, source: str, revision: str | None, what: str, folders: list[Path] | None = None) -> str:
     """Look for a hub id in the local cache; nothing is downloaded."""
     import os
 
@@ -268,8 +269,8 @@ def _hub(report: Preflight, source: str, revision: str | None, what: str, found:
             ) from None
         report.notes.append(f"{what} {source}: not in the local hub cache; it will be downloaded")
         return f"{source}: hub id, revision {revision or 'not pinned'}, not downloaded yet"
-    if found is not None:
-        found.append(folder)
+    if folders is not None:
+        folders.append(folder)
     return f"{source}: hub id, revision {revision or 'not pinned'}, in the local cache"
 
 
@@ -290,35 +291,35 @@ def _data(report: Preflight, card: TaskCard, results: Path, model: Path | None) 
         _pairs(report, spec)
         if isinstance(spec.prompts, SourceSpec):
             sound = _local(report, "prompts", spec.prompts)
-    return sound and report.look("splits", lambda: _splits(_on(card, model), results))
+    return sound and report.look("splits", lambda: _splits(_with_folder(card, model), results))
 
 
-def _on(card: TaskCard, model: Path | None) -> TaskCard:
-    """Return the card with its model's folder; without one all prompts stay, since none can be measured."""
+def _with_folder(card: TaskCard, model: Path | None) -> TaskCard:
+    """Return the card with its model's folder; without one no prompt is dropped, since none can be measured."""
     if model is not None:
         return card.model_copy(update={"model": str(model)})
     return card.model_copy(update={"overlong": None})
 
 
 def _overlong(report: Preflight, card: TaskCard, results: Path, model: Path | None) -> None:
-    """Tell how many prompts are cut or dropped, where the tokenizer is here to count their tokens."""
+    """Report how many prompts are cut or dropped, where the tokenizer is here to count their tokens."""
     if model is None:
         if card.overlong == "drop":
             report.notes.append("overlong: drop: how many prompts are left out is not known: the model is not here yet")
         return
-    report.look("overlong", lambda: _overlong_told(report, _on(card, model), results))
+    report.look("overlong", lambda: _overlong_summary(report, _with_folder(card, model), results))
 
 
-def _overlong_told(report: Preflight, card: TaskCard, results: Path) -> str:
+def _overlong_summary(report: Preflight, card: TaskCard, results: Path) -> str:
     from moalign.tasks.load import make_task
 
-    told = make_task(card, results).overlong_report()
-    count, limit = told.get("dropped", told.get("cut", 0)), card.generation.max_prompt_tokens
-    what = "dropped" if "dropped" in told else "cut"
+    counts = make_task(card, results).overlong_report()
+    count, limit = counts.get("dropped", counts.get("cut", 0)), card.generation.max_prompt_tokens
+    what = "dropped" if "dropped" in counts else "cut"
     if not count:
-        return f"none of {told['prompts']} prompts is {what}: all fit {limit} tokens"
-    lost = f", {told['cut_tokens']} tokens in all" if "cut_tokens" in told else ""
-    text = f"{count} of {told['prompts']} prompts are {what}{lost}: longer than {limit} tokens"
+        return f"none of {counts['prompts']} prompts is {what}: all fit {limit} tokens"
+    lost = f", {counts['cut_tokens']} tokens in all" if "cut_tokens" in counts else ""
+    text = f"{count} of {counts['prompts']} prompts are {what}{lost}: longer than {limit} tokens"
     report.notes.append(f"overlong: {text} (generation.max_prompt_tokens)")
     return text
 
@@ -371,7 +372,7 @@ def _splits(card: TaskCard, results: Path) -> str:
 
 def _objectives(report: Preflight, card: TaskCard) -> None:
     for spec in card.objectives:
-        if isinstance(spec, ModelObjective) and not _here(spec.model):
+        if isinstance(spec, ModelObjective) and not _is_local(spec.model):
             what = f"objective {spec.name}: model"
             report.look(f"objective {spec.name}", partial(_hub, report, spec.model, spec.revision, what))
         else:
@@ -379,7 +380,7 @@ def _objectives(report: Preflight, card: TaskCard) -> None:
 
 
 def _built(spec: ObjectiveSpec) -> str:
-    import moalign.tasks  # noqa: F401 - makes the objectives known that only a task of ours can score
+    import moalign.tasks  # noqa: F401 - registers the scorers of the sandbox's objectives
     from moalign.rewards.scorer import build_scorer
 
     scorer = build_scorer(spec, Path.cwd())
@@ -391,7 +392,7 @@ def _published(report: Preflight, card: TaskCard, results: Path) -> str:
     from moalign.rewards.normaliser import Normaliser
     from moalign.tasks.load import make_task
 
-    listed = ", ".join(f"{name} {one.mean:g} (sd {one.sd:g})" for name, one in card.published.items())
+    listed = ", ".join(f"{name} {published.mean:g} (sd {published.sd:g})" for name, published in card.published.items())
     if must_be_fetched(card):
         return f"{listed}; not compared: the base is not here yet"
     path = make_task(card, results).folder / "normaliser.json"
@@ -400,16 +401,16 @@ def _published(report: Preflight, card: TaskCard, results: Path) -> str:
     spec = card.normaliser
     names = card.objective_names
     fitted = Normaliser.from_json(path) if spec is None else Normaliser.from_spec(spec, names)
-    told = []
-    for name, one in card.published.items():
+    lines = []
+    for name, published in card.published.items():
         mean, sd = (values[fitted.names.index(name)] for values in (fitted.mean, fitted.sd))
-        told.append(f"{name} {mean:.3f} (sd {sd:.3f}), published {one.mean:g} (sd {one.sd:g})")
-        if abs(mean - one.mean) > FAR * one.sd or not 1 / (1 + FAR) <= sd / one.sd <= 1 + FAR:
+        lines.append(f"{name} {mean:.3f} (sd {sd:.3f}), published {published.mean:g} (sd {published.sd:g})")
+        if abs(mean - published.mean) > FAR * published.sd or not 1 / (1 + FAR) <= sd / published.sd <= 1 + FAR:
             report.notes.append(
-                f"published: {told[-1]}: far apart; the responses may be of another kind, or template, label or "
+                f"published: {lines[-1]}: far apart; the responses may be of another kind, or template, label or "
                 f"revision of the objective not the paper's"
             )
-    return "; ".join(told)
+    return "; ".join(lines)
 
 
 # -- memory and cost -----------------------------------------------------------------------------------------------
@@ -429,7 +430,7 @@ def _sizes(report: Preflight, resolved: ResolvedRequest, model: Path | None) -> 
         report.notes.append("memory: not known, because the model's sizes are not (no folder, and no model known here)")
         return
     estimate = memory.estimate(resolved, sizes, method.capabilities.trains)
-    report.memory |= estimate.told()
+    report.memory |= estimate.as_dict()
     report.checked.append(("memory", estimate.sentence()))
     for phase in estimate.phases:
         report.checked.append(("", f"{phase.total / memory.GIB:6.1f} GiB  {phase.name}: {_parts(phase)}"))
@@ -439,8 +440,8 @@ def _sizes(report: Preflight, resolved: ResolvedRequest, model: Path | None) -> 
 
 
 def _parts(phase: memory.Phase) -> str:
-    told = [f"{name} {size / memory.GIB:.1f}" for name, size in phase.parts.items() if size >= 0.05 * memory.GIB]
-    return ", ".join(told) or "little"
+    sizes = [f"{name} {size / memory.GIB:.1f}" for name, size in phase.parts.items() if size >= 0.05 * memory.GIB]
+    return ", ".join(sizes) or "little"
 
 
 def _fits(report: Preflight, resolved: ResolvedRequest, estimate: memory.Estimate) -> None:
@@ -477,15 +478,15 @@ def _remedy(part: str) -> str:
 
 def _cost(report: Preflight, resolved: ResolvedRequest, sizes: Architecture | None) -> None:
     method = registry.get(resolved.recipe.method)
-    found = cost.estimate(resolved, method.capabilities, sizes)
-    report.cost = found.told()
-    if not found.policies:
+    estimate = cost.estimate(resolved, method.capabilities, sizes)
+    report.cost = asdict(estimate)
+    if not estimate.policies:
         report.checked.append(("cost", "nothing is trained; answering samples and scores"))
         return
-    told = [f"{found.policies} polic{'y' if found.policies == 1 else 'ies'}"]
-    counts = {"generated": found.tokens_generated, "trained on": found.tokens_trained}
-    told += [f"{number / 1e6:.1f} M tokens {what}" for what, number in counts.items() if number]
-    told += [f"{found.reward_calls:,} scores"] if found.reward_calls else []
-    if found.hours is not None:
-        told.append(f"about {found.hours:.1f} h on {found.gpu} by its data sheet")
-    report.checked.append(("cost", "at most " + ", ".join(told)))
+    parts = [f"{estimate.policies} polic{'y' if estimate.policies == 1 else 'ies'}"]
+    counts = {"generated": estimate.tokens_generated, "trained on": estimate.tokens_trained}
+    parts += [f"{number / 1e6:.1f} M tokens {what}" for what, number in counts.items() if number]
+    parts += [f"{estimate.reward_calls:,} scores"] if estimate.reward_calls else []
+    if estimate.hours is not None:
+        parts.append(f"about {estimate.hours:.1f} h on {estimate.gpu} by its data sheet")
+    report.checked.append(("cost", "at most " + ", ".join(parts)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from moalign.config.load import ResolvedRequest
 from moalign.config.strict import Strict
@@ -39,17 +38,6 @@ class Cost:
     gpu: str | None
     hours: float | None
     """None when the GPU is not one of :data:`GPUS` or the base's size is not known."""
-
-    def told(self) -> dict[str, Any]:
-        """Return the cost for ``--json``."""
-        return {
-            "policies": self.policies,
-            "tokens_generated": self.tokens_generated,
-            "tokens_trained": self.tokens_trained,
-            "reward_calls": self.reward_calls,
-            "gpu": self.gpu,
-            "hours": self.hours,
-        }
 
 
 def estimate(resolved: ResolvedRequest, capabilities: Capabilities, policy: Architecture | None) -> Cost:
@@ -95,7 +83,7 @@ def _policies(resolved: ResolvedRequest, capabilities: Capabilities) -> int:
 
 
 def _sampled(config: Strict) -> int:
-    """Return how many responses a method samples between its stages, as far as its settings tell."""
+    """Return how many responses a method samples between its stages, as far as its settings show."""
     rounds = getattr(config, "online_rounds", 0) * getattr(config, "online_prompts", 0)
     return int(rounds + 3 * getattr(config, "augment_prompts", 0))
 

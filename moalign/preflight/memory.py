@@ -56,7 +56,7 @@ class Phase:
         """Return all parts together."""
         return sum(self.parts.values())
 
-    def told(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         """Return the phase in GiB, for ``--json``."""
         parts = {name: size / GIB for name, size in self.parts.items()}
         return {"phase": self.name, "total_gib": self.total / GIB, "parts_gib": parts}
@@ -88,7 +88,7 @@ class Estimate:
         """The phase that takes most."""
         return max(self.phases, key=lambda phase: phase.total)
 
-    def told(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         """Return the estimate for ``--json``."""
         return {
             "parameters": self.policy.parameters,
@@ -97,7 +97,7 @@ class Estimate:
             "adapters_gib": self.adapters / GIB,
             "total_gib": self.peak.total / GIB,
             "peak_phase": self.peak.name,
-            "phases": [phase.told() for phase in self.phases],
+            "phases": [phase.as_dict() for phase in self.phases],
             "unknown": self.unknown,
         }
 
@@ -120,11 +120,11 @@ def estimate(resolved: ResolvedRequest, policy: Architecture, trains: bool = Tru
     card, lora = resolved.card, resolved.recipe.policy.lora
     count = architecture.adapted(policy.shapes, lora.r, lora.targets) if trains else 0
     models, unknown = reward_models(card)
-    made = _Sizes(card, policy, lora, count, models)
-    phases = [made.sampling("sampling the base", 0)]
+    sizes = _Sizes(card, policy, lora, count, models)
+    phases = [sizes.sampling("sampling the base", 0)]
     for name, config in stages(resolved.config) if trains else ():
-        phases += made.stage(name, config)
-    phases.append(made.sampling("answering", count))
+        phases += sizes.stage(name, config)
+    phases.append(sizes.sampling("answering", count))
     return Estimate(policy, count, card.dtype, phases, unknown)
 
 
@@ -138,11 +138,11 @@ def reward_models(card: TaskCard) -> tuple[list[tuple[ModelObjective, Architectu
         if not isinstance(spec, ModelObjective) or spec.reading in seen:
             continue
         seen.add(spec.reading)
-        found = sizes_of(spec.model)
-        if found is None:
+        sizes = sizes_of(spec.model)
+        if sizes is None:
             unknown.append(spec.model)
         else:
-            models.append((spec, found))
+            models.append((spec, sizes))
     return models, unknown
 
 
@@ -234,14 +234,14 @@ class _Sizes:
         limits = self.card.generation
         tokens = rows * (limits.max_prompt_tokens + limits.max_new_tokens)
         # The engine keeps every layer's activations: it works in micro-batches instead of checkpointing.
-        kept = self._activations(tokens, checkpointing=False, autocast=False)
+        activations = self._activations(tokens, checkpointing=False, autocast=False)
         if heads:
-            kept += tokens * (self.policy.layers + 1) * self.policy.hidden * self.width
+            activations += tokens * (self.policy.layers + 1) * self.policy.hidden * self.width
         parts = {
             **self.resident,
             "adapters": self.adapters * TRAINED + reference,
             "value heads": heads,
-            "activations": kept,
+            "activations": activations,
             "logits": rows * (limits.max_new_tokens + 1) * self.policy.vocabulary * (self.width + 12),
             "rest": REST,
         }

@@ -1,4 +1,4 @@
-"""Cost against hypervolume: what each method's front took to make, in the units that all methods share."""
+"""Hypervolume against the cost of training, in the units that all methods share."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ UNITS = {
 }
 
 
-def draw(told: Mapping[str, Any], suffix: str = ".png", theme: ThemeName = "light") -> bytes:
-    """Return the figure as a file's content: one panel per unit of cost, nothing at all at the left edge.
+def draw(record: Mapping[str, Any], suffix: str = ".png", theme: ThemeName = "light") -> bytes:
+    """Return the figure as a file's content: one panel per unit of cost, with zero at the left edge.
 
     Args:
-        told: what ``compare`` told; at least one row with points.
+        record: of a comparison (``compare.json``), with at least one row that has points.
         suffix: one of :data:`moalign.report.style.FORMATS`.
         theme: ``light`` or ``dark``.
     """
-    rows = [row for row in told["rows"] if row["points"]]
+    rows = [row for row in record["rows"] if row["points"]]
     with style.canvas(7.6, 6.0, theme) as (figure, colours):
         panels = figure.subplots(2, 2, sharey=True).ravel().tolist()
         for panel, (unit, name) in zip(panels, UNITS.items(), strict=True):
@@ -35,20 +35,20 @@ def draw(told: Mapping[str, Any], suffix: str = ".png", theme: ThemeName = "ligh
             panel.set_title(name, loc="left")
         for panel in panels[::2]:
             panel.set_ylabel("hypervolume")
-        if told["optimum"]:
+        if record["optimum"]:
             for panel in panels:
                 panel.axhline(
-                    told["optimum"]["hypervolume"], color=colours.optimum, linewidth=1.6, zorder=1, label="optimum"
+                    record["optimum"]["hypervolume"], color=colours.optimum, linewidth=1.6, zorder=1, label="optimum"
                 )
         handles, labels = panels[0].get_legend_handles_labels()
         style.legend(figure, handles, labels, "", beside=False)
-        style.headline(figure, f"{told['task']}: hypervolume (95 % interval) against cost, mean per seed")
+        style.headline(figure, f"{record['task']}: hypervolume (95 % interval) against cost, mean per seed")
         return style.content(figure, suffix)
 
 
 def _panel(panel: Axes, rows: Sequence[Mapping[str, Any]], unit: str, colours: Theme) -> None:
     spent = [float(row["cost"][unit]) for row in rows]
-    # Logarithmic, with a place for 0; below a tenth of a second is nothing.
+    # Logarithmic, with room for 0; less than a tenth of a second counts as 0.
     least = min((value for value in spent if value > 0.1), default=1.0)
     panel.set_xscale("symlog", linthresh=least / 2, linscale=0.3)
     for index, (row, value) in enumerate(zip(rows, spent, strict=True)):

@@ -1,7 +1,7 @@
-"""Learning curves: what each method logged while it learnt, over the tokens it had processed by then.
+"""Learning curves: what each method logged during training, against the tokens processed so far.
 
-Tokens generated and trained on are what all methods have in common, so their sum is the axis; phases and stages of a
-run follow each other on it. Methods log different things: there is a panel for each quantity that at least one has.
+The axis is the sum of tokens generated and tokens trained on, which all methods have in common; the phases of a run
+follow each other on it. Methods log different quantities: each quantity that at least one method logs has a panel.
 """
 
 from __future__ import annotations
@@ -20,39 +20,39 @@ QUANTITIES = {
     "kl": "KL to the reference, nats per response",
     "loss": "loss (comparable within a method only)",
 }
-"""What is drawn, by the name it has in ``metrics.jsonl``."""
-_KEPT = 40
-"""Points kept of a curve: a record stays small, and a line that wide shows no more."""
+"""Quantities drawn: name in ``metrics.jsonl`` -> title of the panel."""
+_POINTS = 40
+"""Points of a curve: more would make records larger and not be seen."""
 
 
 def condense(metrics: Sequence[Mapping[str, Any]]) -> dict[str, list[list[float]]]:
-    """Return, for each quantity that was logged, at most 40 pairs (tokens, value) of a run's ``metrics.jsonl``.
+    """Return at most 40 pairs (tokens, value) for each quantity in a run's ``metrics.jsonl``.
 
-    Neighbouring lines are averaged; values that were not finite are left out. The values are rounded to five
-    significant digits: they are for the eye.
+    Neighbouring lines are averaged, values that are not finite left out, and the means rounded to five significant
+    digits.
     """
     curves: dict[str, list[list[float]]] = {}
     for name in QUANTITIES:
-        found = [
+        pairs = [
             (float(line.get("tokens_generated", 0) + line.get("tokens_trained", 0)), float(line[name]))
             for line in metrics
             if isinstance(line.get(name), int | float)
         ]
-        if len(found) > 1:
-            parts = np.array_split(np.array(found), min(_KEPT, len(found)))
+        if len(pairs) > 1:
+            parts = np.array_split(np.array(pairs), min(_POINTS, len(pairs)))
             curves[name] = [[float(f"{value:.5g}") for value in part.mean(axis=0)] for part in parts]
     return curves
 
 
-def draw(told: Mapping[str, Any], suffix: str = ".png", theme: ThemeName = "light") -> bytes | None:
-    """Return the figure as a file's content; None when no run logged anything that is drawn.
+def draw(record: Mapping[str, Any], suffix: str = ".png", theme: ThemeName = "light") -> bytes | None:
+    """Return the figure as a file's content; None when no run logged any of :data:`QUANTITIES`.
 
     Args:
-        told: what ``compare`` told; ``curves`` of a row holds one :func:`condense` per seed.
+        record: of a comparison (``compare.json``); ``curves`` of a row holds one :func:`condense` per seed.
         suffix: one of :data:`moalign.report.style.FORMATS`.
         theme: ``light`` or ``dark``.
     """
-    rows = [row for row in told["rows"] if row["points"]]
+    rows = [row for row in record["rows"] if row["points"]]
     logged = [name for name in QUANTITIES if any(name in seed for row in rows for seed in row.get("curves") or [])]
     if not logged:
         return None
@@ -74,7 +74,7 @@ def draw(told: Mapping[str, Any], suffix: str = ".png", theme: ThemeName = "ligh
             panel.xaxis.set_major_formatter(lambda value, _: count(value))
             panel.xaxis.set_major_locator(_locator())
         style.legend(figure, list(handles.values()), [style.wrapped(name) for name in handles], "", beside=False)
-        style.headline(figure, f"{told['task']}: learning curves, one line per seed")
+        style.headline(figure, f"{record['task']}: learning curves, one line per seed")
         return style.content(figure, suffix)
 
 

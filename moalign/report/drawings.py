@@ -12,4 +12,4 @@ ALL: dict[str, Callable[..., bytes | None]] = {
     "cost": cost.draw,
     "curves": curves.draw,
 }
-"""``draw(told, suffix, theme)``; one that has nothing to show gives None."""
+"""File name -> ``draw(record, suffix, theme)``, which returns None where there is nothing to show."""

@@ -23,62 +23,62 @@ __all__ = ["FORMATS", "draw"]
 _LABEL = 8
 """Size of the preferences' labels, in points."""
 _ANGLES = [math.radians(degrees) for degrees in (45, 90, 0, 135, -45, 180, -90, -135)]
-"""Where a label may stand, seen from its point; outside the front first."""
+"""Directions from a point to its label, tried in this order: away from the front first."""
 
 
-def draw(told: Mapping[str, Any], suffix: str = ".png", theme: ThemeName = "light") -> bytes:
+def draw(record: Mapping[str, Any], suffix: str = ".png", theme: ThemeName = "light") -> bytes:
     """Return the figure of a comparison as a file's content; the same input gives the same bytes.
 
     Two objectives: one panel. More: one panel per pair of objectives, without connecting lines (a simplex of
     preferences has no single order).
 
     Args:
-        told: what ``compare`` told; at least one row with points.
+        record: of a comparison (``compare.json``), with at least one row that has points.
         suffix: one of :data:`FORMATS`.
         theme: ``light`` or ``dark``.
     """
-    pairs = list(itertools.combinations(range(len(told["objectives"])), 2))
+    pairs = list(itertools.combinations(range(len(record["objectives"])), 2))
     columns = min(3, len(pairs))
     lines = math.ceil(len(pairs) / columns)
-    tall = max(4.8, style.LEGEND_ENTRY * len(told["rows"]) + 0.9)  # the legend stands beside a single panel
+    tall = max(4.8, style.legend_height([row["label"] for row in record["rows"]]))  # it stands beside a single panel
     size = (7.6 + 0.6 * (tall - 4.8), tall) if len(pairs) == 1 else (3.5 * columns, 3.3 * lines + 0.9)
     with style.canvas(*size, theme) as (figure, colours):
         panels = list(np.atleast_1d(figure.subplots(lines, columns)).flat)
         for panel, pair in zip(panels, pairs, strict=False):
-            _panel(panel, told, pair, colours)
+            _panel(panel, record, pair, colours)
         for unused in panels[len(pairs) :]:
             unused.set_visible(False)
         _legend(figure, panels[0], beside=len(pairs) == 1)
-        style.headline(figure, _title(told))
+        style.headline(figure, _title(record))
         if len(pairs) == 1:
             figure.draw_without_rendering()  # settles the layout: only then is it known where there is room
-            _name_preferences(panels[0], told, colours)
+            _name_preferences(panels[0], record, colours)
         return style.content(figure, suffix)
 
 
-def _title(told: Mapping[str, Any]) -> str:
-    seeds = {len(row["seeds"]) for row in told["rows"]}
+def _title(record: Mapping[str, Any]) -> str:
+    seeds = {len(row["seeds"]) for row in record["rows"]}
     upto = "" if len(seeds) == 1 else "up to "
     over = f" and {upto}{max(seeds)} seeds" if max(seeds) > 1 else ""
-    return f"{told['task']}: mean rewards by preference, 95 % intervals over {told['prompts']} prompts{over}"
+    return f"{record['task']}: mean rewards by preference, 95 % intervals over {record['prompts']} prompts{over}"
 
 
-def _panel(panel: Axes, told: Mapping[str, Any], pair: tuple[int, int], colours: Theme) -> None:
-    rows = [row for row in told["rows"] if row["points"]]
-    joined = len(told["objectives"]) == 2
-    if told["optimum"]:
-        _optimum(panel, told, pair, joined, colours.optimum)
+def _panel(panel: Axes, record: Mapping[str, Any], pair: tuple[int, int], colours: Theme) -> None:
+    rows = [row for row in record["rows"] if row["points"]]
+    joined = len(record["objectives"]) == 2
+    if record["optimum"]:
+        _optimum(panel, record, pair, joined, colours.optimum)
     for index, row in enumerate(rows):
         _front(panel, row, pair, joined, style.look(index, colours))
     panel.margins(0.08)
-    panel.set_xlabel(f"{told['objectives'][pair[0]]} (normalised)")
-    panel.set_ylabel(f"{told['objectives'][pair[1]]} (normalised)")
-    _reference(panel, told, pair, colours)
+    panel.set_xlabel(f"{record['objectives'][pair[0]]} (normalised)")
+    panel.set_ylabel(f"{record['objectives'][pair[1]]} (normalised)")
+    _reference(panel, record, pair, colours)
 
 
-def _optimum(panel: Axes, told: Mapping[str, Any], pair: tuple[int, int], joined: bool, colour: str) -> None:
-    best = np.array(told["optimum"]["points"])[:, pair]
-    name = f"optimum\n{number(told['optimum']['hypervolume'])}"
+def _optimum(panel: Axes, record: Mapping[str, Any], pair: tuple[int, int], joined: bool, colour: str) -> None:
+    best = np.array(record["optimum"]["points"])[:, pair]
+    name = f"optimum\n{number(record['optimum']['hypervolume'])}"
     if joined:
         best = best[np.argsort(best[:, 0], kind="stable")]
         panel.plot(best[:, 0], best[:, 1], color=colour, linewidth=2.2, alpha=0.75, zorder=1, label=name)
@@ -126,10 +126,10 @@ def _arrays(row: Mapping[str, Any]) -> tuple[NDArray[np.float64], NDArray[np.flo
     return np.array([p["mean"] for p in points]), np.array([p["ci"] for p in points])
 
 
-def _reference(panel: Axes, told: Mapping[str, Any], pair: tuple[int, int], colours: Theme) -> None:
+def _reference(panel: Axes, record: Mapping[str, Any], pair: tuple[int, int], colours: Theme) -> None:
     """Mark the reference point's axes where they run through the panel."""
     (left, right), (bottom, top) = panel.get_xlim(), panel.get_ylim()
-    x, y = (told["ref"][axis] for axis in pair)
+    x, y = (record["ref"][axis] for axis in pair)
     if left < x < right:
         panel.axvline(x, color=colours.muted, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0.5)
     if bottom < y < top:
@@ -138,22 +138,22 @@ def _reference(panel: Axes, told: Mapping[str, Any], pair: tuple[int, int], colo
     panel.set_ylim(bottom, top)
 
 
-def _name_preferences(panel: Axes, told: Mapping[str, Any], colours: Theme) -> None:
+def _name_preferences(panel: Axes, record: Mapping[str, Any], colours: Theme) -> None:
     """Write the preference at the first, middle and last point of the best method, where there is most room."""
-    rows = [_arrays(row)[0] for row in told["rows"] if row["points"]]
-    lines = [*rows, np.array(told["optimum"]["points"])] if told["optimum"] else rows
+    rows = [_arrays(row)[0] for row in record["rows"] if row["points"]]
+    lines = [*rows, np.array(record["optimum"]["points"])] if record["optimum"] else rows
     taken = np.concatenate([_along(panel.transData.transform(line)) for line in lines])
-    prefs = sorted(next(row for row in told["rows"] if row["points"])["points"], key=lambda point: point["prefs"])
+    prefs = sorted(next(row for row in record["rows"] if row["points"])["points"], key=lambda point: point["prefs"])
     room = panel.get_window_extent().get_points()
-    for place in sorted({0, len(prefs) // 2, len(prefs) - 1}):
-        text = f"w = {', '.join(f'{weight:.2g}' for weight in prefs[place]['prefs'])}"
-        at = panel.transData.transform(rows[0][place])
+    for index in sorted({0, len(prefs) // 2, len(prefs) - 1}):
+        text = f"w = {', '.join(f'{weight:.2g}' for weight in prefs[index]['prefs'])}"
+        at = panel.transData.transform(rows[0][index])
         boxes = [_box(at, text, angle) for angle in _ANGLES]
-        offset, box = min(boxes, key=lambda found: (_leaves(found[1], room), _inside(taken, found[1])))
+        offset, box = min(boxes, key=lambda option: (_leaves(option[1], room), _inside(taken, option[1])))
         taken = np.concatenate([taken, _along(np.array([box[0], box[1]]))])
         panel.annotate(
             text,
-            rows[0][place],
+            rows[0][index],
             xytext=(offset[0], offset[1]),
             textcoords="offset points",
             ha="center",
@@ -165,7 +165,7 @@ def _name_preferences(panel: Axes, told: Mapping[str, Any], colours: Theme) -> N
 
 
 def _along(line: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return points all along a line ``[k, 2]``, so that what crosses a box is seen in it."""
+    """Return points along the whole line ``[k, 2]``, so that a box that it crosses holds some of them."""
     steps = np.linspace(0, 1, 60)[:, None, None]
     return np.concatenate([line, (line[:-1] * (1 - steps) + line[1:] * steps).reshape(-1, 2)])
 

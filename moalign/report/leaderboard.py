@@ -2,7 +2,7 @@
 
 A record is the ``compare.json`` of one comparison, kept as ``results/published/<name>/compare.json``. From each, the
 figures beside it (light and dark) and its ``compare.md`` are made again, and from all of them one ``LEADERBOARD.md``.
-The same records give the same bytes: nothing is trained, nothing is measured, and no date is written.
+The same records give the same bytes: nothing is trained or measured, and no date is written.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 from moalign.core.errors import MoalignError, RequestError
 from moalign.report import drawings, markdown
-from moalign.report.markdown import escaped, table
+from moalign.report.markdown import escaped, software, table
 from moalign.report.units import NONE, any_nats, count, duration, interval, memory, nats, number, percent
 from moalign.runs import atomic
 
@@ -34,106 +34,106 @@ def make(records: Path, page: Path) -> list[Path]:
 
     Returns the files written. Raises RequestError when there is no record, or naming one that is damaged.
     """
-    found = {path: _read(path) for path in sorted(records.glob("*/compare.json"))}
-    if not found:
+    records_by_path = {path: _read(path) for path in sorted(records.glob("*/compare.json"))}
+    if not records_by_path:
         raise RequestError(f"{records}: no record; each is a file NAME/compare.json, as moalign compare writes it")
     written: list[Path] = []
-    for path, told in found.items():
-        made = _draw(told, path.parent)
-        places = {name: str(files[0]) for name, files in made.items()}
-        text = markdown.page({**told, "figure": places.get("fronts"), "figures": places, "html": None}, path.parent)
+    for path, record in records_by_path.items():
+        figures = _draw(record, path.parent)
+        paths = {name: str(files[0]) for name, files in figures.items()}
+        text = markdown.page({**record, "figure": paths.get("fronts"), "figures": paths, "html": None}, path.parent)
         atomic.write_text(path.with_suffix(".md"), text)
-        written += [*(file for files in made.values() for file in files), path.with_suffix(".md")]
-    atomic.write_text(page, leaderboard(found, page.parent))
+        written += [*(file for files in figures.values() for file in files), path.with_suffix(".md")]
+    atomic.write_text(page, leaderboard(records_by_path, page.parent))
     return [*written, page]
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise RequestError(f"{path}: not a record ({error}); write it again with moalign compare") from None
-    lacking = [key for key in ("task", "objectives", "grid", "rows", "pairs", "command") if key not in told]
+    lacking = [key for key in ("task", "objectives", "grid", "rows", "pairs", "command") if key not in record]
     if lacking:
         raise RequestError(f"{path}: not a record of a comparison: it lacks {', '.join(lacking)}")
-    return dict(told)
+    return dict(record)
 
 
-def _draw(told: Mapping[str, Any], folder: Path) -> dict[str, list[Path]]:
-    """Draw every figure that has something to show, light and dark, beside the record."""
-    made: dict[str, list[Path]] = {}
-    if not any(row["points"] for row in told["rows"]):
-        return made
+def _draw(record: Mapping[str, Any], folder: Path) -> dict[str, list[Path]]:
+    """Draw every figure that applies, light and dark, beside the record; return its files by name."""
+    figures: dict[str, list[Path]] = {}
+    if not any(row["points"] for row in record["rows"]):
+        return figures
     for name, draw in drawings.ALL.items():
         for suffix, theme in (("", "light"), ("-dark", "dark")):
-            content = draw(told, ".png", theme)
+            content = draw(record, ".png", theme)
             if content is not None:
-                place = folder / f"{name}{suffix}.png"
-                atomic.write_bytes(place, content)
-                made.setdefault(name, []).append(place)
-    return made
+                path = folder / f"{name}{suffix}.png"
+                atomic.write_bytes(path, content)
+                figures.setdefault(name, []).append(path)
+    return figures
 
 
 def leaderboard(records: Mapping[Path, Mapping[str, Any]], folder: Path) -> str:
-    """Return the leaderboard; links are relative to ``folder``, where it will lie."""
+    """Return the leaderboard; its links are relative to ``folder``, where it will be written."""
     published = quote(Path(os.path.relpath(next(iter(records)).parent.parent, folder)).as_posix())
     parts = ["# Leaderboard", _INTRO.format(published=published), _contents(records)]
-    for path, told in records.items():
-        parts += _section(path, told, folder)
+    for path, record in records.items():
+        parts += _section(path, record, folder)
     return "\n\n".join(parts) + "\n"
 
 
 def _contents(records: Mapping[Path, Mapping[str, Any]]) -> str:
     lines = []
-    for path, told in records.items():
-        first = told["rows"][0]
-        leads = f"{escaped(told['winner'])} wins" if told["winner"] else "no winner with certainty"
+    for path, record in records.items():
+        first = record["rows"][0]
+        leads = f"{escaped(record['winner'])} wins" if record["winner"] else "no winner with certainty"
         share = "" if first.get("optimal_share") is None else f", {percent(first['optimal_share'])} of the optimum"
         lines.append(
-            f"- [{escaped(path.parent.name)}](#{path.parent.name}): {len(told['rows'])} methods, "
-            f"{len(told['objectives'])} objectives, {_seeds(told)}; {leads} "
+            f"- [{escaped(path.parent.name)}](#{path.parent.name}): {len(record['rows'])} methods, "
+            f"{len(record['objectives'])} objectives, {_seeds(record)}; {leads} "
             f"(first: {escaped(first['label'])}, hypervolume {number(first['hypervolume'])}{share})"
         )
     return "\n".join(lines)
 
 
-def _seeds(told: Mapping[str, Any]) -> str:
-    counts = {len(row["seeds"]) for row in told["rows"]}
+def _seeds(record: Mapping[str, Any]) -> str:
+    counts = {len(row["seeds"]) for row in record["rows"]}
     most = max(counts)
     return f"{'' if len(counts) == 1 else 'up to '}{most} seed{'' if most == 1 else 's'}"
 
 
-def _section(path: Path, told: Mapping[str, Any], folder: Path) -> list[str]:
-    place = Path(os.path.relpath(path.parent, folder)).as_posix()
-    parts = [f"## {escaped(path.parent.name)}", escaped(told["description"]), *map(escaped, told["verdict"])]
-    samples = told.get("samples") or 1  # records of before did not say
+def _section(path: Path, record: Mapping[str, Any], folder: Path) -> list[str]:
+    relative = Path(os.path.relpath(path.parent, folder)).as_posix()
+    parts = [f"## {escaped(path.parent.name)}", escaped(record["description"]), *map(escaped, record["verdict"])]
+    samples = record.get("samples") or 1  # older records lack it
     if samples > 1:
         parts.append(
-            f"{told['prompts']} evaluation prompts, each answered {samples} times at every preference: "
+            f"{record['prompts']} evaluation prompts, each answered {samples} times at every preference: "
             f"`moalign eval RUN --samples {samples}`."
         )
-    if any(row["points"] for row in told["rows"]):
-        parts.append(_picture(place, "fronts", "Mean rewards of every method by preference"))
-    parts += [_ranking(told), _cost(told), _whole(told, place)]
+    if any(row["points"] for row in record["rows"]):
+        parts.append(_picture(relative, "fronts", "Mean rewards of every method by preference"))
+    parts += [_ranking(record), _cost(record), _origin(record, relative)]
     return parts
 
 
-def _picture(place: str, name: str, text: str) -> str:
+def _picture(folder: str, name: str, text: str) -> str:
     """Return a figure that follows the reader's colour scheme."""
-    light, dark = quote(f"{place}/{name}.png"), quote(f"{place}/{name}-dark.png")
+    light, dark = quote(f"{folder}/{name}.png"), quote(f"{folder}/{name}-dark.png")
     return (
         f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
         f'<img src="{light}" alt="{text}"></picture>'
     )
 
 
-def _ranking(told: Mapping[str, Any]) -> str:
-    known = told.get("optimum") is not None
+def _ranking(record: Mapping[str, Any]) -> str:
+    known = record.get("optimum") is not None
     heads = ["#", "method", "hypervolume", "95 % interval", *(["% of optimum"] if known else []), "each seed"]
-    moved = any_nats(told["rows"])
+    moved = any_nats(record["rows"])
     heads += ["tau", "inner product", "collapsed", *(["KL to base"] if moved else []), "command"]
     lines = []
-    for row in told["rows"]:
+    for row in record["rows"]:
         if row["status"] == "failed":
             lines.append([NONE, f"{escaped(row['label'])} (failed)", *[NONE] * (len(heads) - 3), _command(row)])
             continue
@@ -153,7 +153,7 @@ def _command(row: Mapping[str, Any]) -> str:
     return f"`{first['command'].replace('|', chr(92) + '|')}`{more}"
 
 
-def _cost(told: Mapping[str, Any]) -> str:
+def _cost(record: Mapping[str, Any]) -> str:
     heads = ["method", "time", "tokens generated", "tokens trained on", "reward calls", "peak memory"]
     heads += ["answering: tokens", "answering: reward calls"]
     lines = [
@@ -165,23 +165,17 @@ def _cost(told: Mapping[str, Any]) -> str:
             count(row["cost"]["answering"]["tokens_generated"]),
             count(row["cost"]["answering"]["reward_calls"]),
         ]
-        for row in told["rows"]
+        for row in record["rows"]
         if row["status"] != "failed"
     ]
     return "Cost of training, mean per seed (memory: the largest):\n\n" + table(heads, lines, left=1)
 
 
-def _whole(told: Mapping[str, Any], place: str) -> str:
-    used = told.get("environment") or {}
-    packages = used.get("packages") or {}
-    named = ", ".join(f"{name} {packages[name]}" for name in ("moalign", "torch", "transformers") if packages.get(name))
-    where = ", ".join(filter(None, (used.get("cpu"), *(used.get("gpus") or []))))
-    commit = (
-        f", commit `{used['commit'][:12]}`{' with changes' if used.get('dirty') else ''}" if used.get("commit") else ""
-    )
-    more = f"Paired differences, diagnostics and figures: [compare.md]({quote(place)}/compare.md)."
-    made = f"All of it: `{told['command']}`, with Python {used.get('python')}, {named or 'moalign'}{commit}"
-    return f"{made}{', on ' + where if where else ''}. {more}"
+def _origin(record: Mapping[str, Any], relative: str) -> str:
+    environment = record.get("environment") or {}
+    where = ", ".join(filter(None, (environment.get("cpu"), *(environment.get("gpus") or []))))
+    more = f"Paired differences, diagnostics and figures: [compare.md]({quote(relative)}/compare.md)."
+    return f"All of it: `{record['command']}`, with {software(environment)}{', on ' + where if where else ''}. {more}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""The comparison as a Markdown page: verdict, tables, figure, and the command that makes each row again."""
+"""The comparison as a Markdown page: verdict, tables, figures, and the commands that reproduce it."""
 
 from __future__ import annotations
 
@@ -11,27 +11,31 @@ from urllib.parse import quote
 from moalign.report.units import NONE, any_nats, count, duration, interval, memory, nats, number, percent, signed
 
 
-def page(told: Mapping[str, Any], folder: Path) -> str:
-    """Return the page; links are relative to ``folder``, where it will lie."""
-    judged = [row for row in told["rows"] if row["status"] != "failed"]
-    parts = [f"# Comparison on `{told['task']}`", escaped(told["description"]), *[escaped(s) for s in told["verdict"]]]
-    if told["figure"]:
-        parts.append(_image("Mean rewards of every method by preference", told["figure"], folder))
-    if told.get("html"):
-        parts.append(f"[The same as a page, with what each method answers]({_link(told['html'], folder)})")
-    parts += ["## Ranking", _protocol(told), _ranking(told)]
-    if told["pairs"]:
-        parts += ["## Paired differences in hypervolume", _PAIRS, _pairs(told["pairs"])]
+def page(record: Mapping[str, Any], folder: Path) -> str:
+    """Return the page; its links are relative to ``folder``, where it will be written."""
+    judged = [row for row in record["rows"] if row["status"] != "failed"]
+    parts = [
+        f"# Comparison on `{record['task']}`",
+        escaped(record["description"]),
+        *[escaped(s) for s in record["verdict"]],
+    ]
+    if record["figure"]:
+        parts.append(_image("Mean rewards of every method by preference", record["figure"], folder))
+    if record.get("html"):
+        parts.append(f"[The same as a page, with what each method answers]({_link(record['html'], folder)})")
+    parts += ["## Ranking", _protocol(record), _ranking(record)]
+    if record["pairs"]:
+        parts += ["## Paired differences in hypervolume", _PAIRS, _pairs(record["pairs"])]
     if judged:
         parts += ["## Quality and cost", f"{_COST} {_KL}" if any_nats(judged) else _COST, _cost(judged)]
-    parts += _blocks(told, judged)
-    more = {name: place for name, place in (told.get("figures") or {}).items() if name != "fronts"}
+    parts += _blocks(record, judged)
+    more = {name: path for name, path in (record.get("figures") or {}).items() if name != "fronts"}
     if more:
-        parts += ["## Figures", *(_image(_FIGURES[name], place, folder) for name, place in more.items())]
-    failures = _failures(told["rows"])
+        parts += ["## Figures", *(_image(_FIGURES[name], path, folder) for name, path in more.items())]
+    failures = _failures(record["rows"])
     if failures:
         parts += ["## Failures", failures]
-    parts += ["## Reproduce", _reproduce(told)]
+    parts += ["## Reproduce", _reproduce(record)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -55,39 +59,39 @@ _KL = (
 )
 
 
-def _protocol(told: Mapping[str, Any]) -> str:
-    ref = ", ".join(f"{value:g}" for value in told["ref"])
-    samples = told.get("samples") or 1  # comparisons of before did not say
-    said = [
-        f"Objectives: {', '.join(f'`{name}`' for name in told['objectives'])}, normalised by the task card "
-        f"(`{told['card_hash']}`).",
-        f"Reference point ({ref}); {len(told['grid'])} preferences; {told['prompts'] or 0} evaluation prompts"
+def _protocol(record: Mapping[str, Any]) -> str:
+    ref = ", ".join(f"{value:g}" for value in record["ref"])
+    samples = record.get("samples") or 1  # older records lack it
+    sentences = [
+        f"Objectives: {', '.join(f'`{name}`' for name in record['objectives'])}, normalised by the task card "
+        f"(`{record['card_hash']}`).",
+        f"Reference point ({ref}); {len(record['grid'])} preferences; {record['prompts'] or 0} evaluation prompts"
         f"{f', {samples} answers to each' if samples > 1 else ''}; "
-        f"{percent(told['level'])} intervals from {told['draws']} paired resamples.",
+        f"{percent(record['level'])} intervals from {record['draws']} paired resamples.",
     ]
-    if told["optimum"]:
-        said.append(f"Hypervolume of the exact optimum: {number(told['optimum']['hypervolume'], 4)}.")
-    if told["sensitivity"]:
-        second = ", ".join(f"{value:g}" for value in told["sensitivity"]["ref"])
-        order = ", ".join(escaped(label) for label in told["sensitivity"]["ranking"])
-        turned = "the ranking changes" if told["sensitivity"]["flips"] else "the ranking stays"
-        said.append(f"At the reference point ({second}) {turned}: {order}.")
-    return " ".join(said)
+    if record["optimum"]:
+        sentences.append(f"Hypervolume of the exact optimum: {number(record['optimum']['hypervolume'], 4)}.")
+    if record["sensitivity"]:
+        second = ", ".join(f"{value:g}" for value in record["sensitivity"]["ref"])
+        order = ", ".join(escaped(label) for label in record["sensitivity"]["ranking"])
+        turned = "the ranking changes" if record["sensitivity"]["flips"] else "the ranking stays"
+        sentences.append(f"At the reference point ({second}) {turned}: {order}.")
+    return " ".join(sentences)
 
 
-def _ranking(told: Mapping[str, Any]) -> str:
-    known = told["optimum"] is not None
-    many = any(len(row["seeds"]) > 1 for row in told["rows"])
+def _ranking(record: Mapping[str, Any]) -> str:
+    known = record["optimum"] is not None
+    many = any(len(row["seeds"]) > 1 for row in record["rows"])
     heads = ["#", "method", "hypervolume", "95 % interval"]
     heads += ["% of optimum"] if known else []
     heads += ["each seed", "interquartile mean"] if many else []
     heads += ["tau", "inner product", "expected utility", *(["regret"] if known else []), "IGD+", "spacing"]
     lines = []
-    for row in told["rows"]:
+    for row in record["rows"]:
         if row["status"] == "failed":
             lines.append([NONE, f"{escaped(row['label'])} (failed)", *[NONE] * (len(heads) - 2)])
             continue
-        found = row["indicators"]
+        indicators = row["indicators"]
         partial = " (partial)" if row["status"] == "partial" else ""
         cells = [
             str(row["rank"]),
@@ -98,10 +102,11 @@ def _ranking(told: Mapping[str, Any]) -> str:
         cells += [percent(row["optimal_share"], 1)] if known else []
         by_seed = [", ".join(number(v) for v in row["hypervolume_by_seed"]), number(row["hypervolume_iqm"], 4)]
         cells += by_seed if many else []
-        cells += [number(found[name]) for name in ("tau", "inner_product", "expected_utility")]
-        cells += [number(found.get("regret"))] if known else []
-        # Fewer than two points have no spacing to speak of; it is 0 then.
-        lines.append([*cells, number(found["igd_plus"]), number(found.get("spacing") if row["front"] >= 2 else None)])
+        cells += [number(indicators[name]) for name in ("tau", "inner_product", "expected_utility")]
+        cells += [number(indicators.get("regret"))] if known else []
+        # Fewer than two points have no spacing (the record holds 0).
+        spacing = indicators.get("spacing") if row["front"] >= 2 else None
+        lines.append([*cells, number(indicators["igd_plus"]), number(spacing)])
     return table(heads, lines)
 
 
@@ -148,8 +153,8 @@ def _cost(rows: Sequence[Mapping[str, Any]]) -> str:
     return table(heads, lines)
 
 
-def _blocks(told: Mapping[str, Any], judged: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return what only some comparisons have: held-out preferences, diagnostics, numbers of papers."""
+def _blocks(record: Mapping[str, Any], judged: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the sections that only some comparisons have: held-out preferences, diagnostics, papers' numbers."""
     parts = []
     held = [row for row in judged if row.get("generalisation")]
     if held:
@@ -162,8 +167,8 @@ def _blocks(told: Mapping[str, Any], judged: Sequence[Mapping[str, Any]]) -> lis
             [escaped(row["label"]), escaped(k), f"{v:.4g}"] for row in measured for k, v in row["diagnostics"].items()
         ]
         parts += ["## Training diagnostics", _DIAGNOSTICS, table(["method", "quantity", "value"], lines)]
-    if told.get("reported"):
-        parts += ["## Reported by papers, not measured here", _REPORTED, _reported(told["reported"])]
+    if record.get("reported"):
+        parts += ["## Reported by papers, not measured here", _REPORTED, _reported(record["reported"])]
     return parts
 
 
@@ -188,15 +193,15 @@ def _generalisation(rows: Sequence[Mapping[str, Any]]) -> str:
         [
             escaped(row["label"]),
             side.replace("_", " "),
-            str(told["preferences"]),
-            number(told["hypervolume"], 4),
-            percent(told["optimal_share"], 1),
-            percent(told.get("utility_share"), 1),
-            number(told["tau"]),
-            number(told["inner_product"]),
+            str(numbers["preferences"]),
+            number(numbers["hypervolume"], 4),
+            percent(numbers["optimal_share"], 1),
+            percent(numbers.get("utility_share"), 1),
+            number(numbers["tau"]),
+            number(numbers["inner_product"]),
         ]
         for row in rows
-        for side, told in row["generalisation"].items()
+        for side, numbers in row["generalisation"].items()
     ]
     return table(heads, lines)
 
@@ -206,20 +211,20 @@ def _gaps(rows: Sequence[Mapping[str, Any]]) -> str:
     return table(["method", "hypervolume", "gap"], lines, left=1)
 
 
-def _reported(numbers: Sequence[Mapping[str, Any]]) -> str:
+def _reported(reported: Sequence[Mapping[str, Any]]) -> str:
     lines = [
-        [*(escaped(one[key]) for key in ("method", "metric", "setting", "source")), f"{one['value']:g}"]
-        for one in numbers
+        [*(escaped(number[key]) for key in ("method", "metric", "setting", "source")), f"{number['value']:g}"]
+        for number in reported
     ]
     return table(["method", "metric", "setting", "source", "value"], lines, left=4)
 
 
-def _image(text: str, place: str, folder: Path) -> str:
-    return f"![{text}]({_link(place, folder)})"
+def _image(text: str, path: str, folder: Path) -> str:
+    return f"![{text}]({_link(path, folder)})"
 
 
-def _link(place: str, folder: Path) -> str:
-    return quote(Path(os.path.relpath(place, folder)).as_posix())
+def _link(path: str, folder: Path) -> str:
+    return quote(Path(os.path.relpath(path, folder)).as_posix())
 
 
 def _failures(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -231,17 +236,21 @@ def _failures(rows: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _reproduce(told: Mapping[str, Any]) -> str:
-    lines = [_code([told["command"]]), "Each row by itself:"]
-    for row in told["rows"]:
+def _reproduce(record: Mapping[str, Any]) -> str:
+    lines = [_code([record["command"]]), "Each row by itself:"]
+    for row in record["rows"]:
         lines.append(f"{escaped(row['label'])}:\n\n{_code([run['command'] for run in row['runs']])}")
-    used = told["environment"]
-    packages = used.get("packages") or {}
-    named = ", ".join(f"{name} {packages[name]}" for name in ("moalign", "torch", "transformers") if packages.get(name))
-    changed = " with changes" if used.get("dirty") else ""
-    commit = f", commit `{used['commit'][:12]}`{changed}" if used.get("commit") else ""
-    lines.append(f"Evaluated with Python {used.get('python')}, {named or 'moalign'}{commit}.")
+    lines.append(f"Evaluated with {software(record['environment'])}.")
     return "\n\n".join(lines)
+
+
+def software(environment: Mapping[str, Any]) -> str:
+    """Return the versions of Python and packages in a captured environment, and the commit."""
+    packages = environment.get("packages") or {}
+    named = ", ".join(f"{name} {packages[name]}" for name in ("moalign", "torch", "transformers") if packages.get(name))
+    changed = " with changes" if environment.get("dirty") else ""
+    commit = f", commit `{environment['commit'][:12]}`{changed}" if environment.get("commit") else ""
+    return f"Python {environment.get('python')}, {named or 'moalign'}{commit}"
 
 
 def _code(lines: Sequence[str]) -> str:
@@ -249,13 +258,13 @@ def _code(lines: Sequence[str]) -> str:
 
 
 def table(heads: Sequence[str], lines: Sequence[Sequence[str]], left: int = 2, last_left: bool = False) -> str:
-    """Return a Markdown table; from the third column on (``left`` = 2) numbers, right-aligned (or the last is text)."""
+    """Return a Markdown table: ``left`` columns of text, then right-aligned numbers; the last may be text again."""
     ends = {len(heads) - 1} if last_left else set()
     rule = ["---" if index < left or index in ends else "---:" for index in range(len(heads))]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, rule, *lines))
 
 
 def escaped(text: str) -> str:
-    """Return text that means nothing to Markdown and stays on one line."""
+    """Return text on one line with Markdown's special characters escaped."""
     flat = " ".join(text.split())
     return "".join(f"\\{char}" if char in "\\`*_|<>" else char for char in flat).replace("](", "]\\(")

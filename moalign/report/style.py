@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -36,7 +36,7 @@ class Theme:
 
 
 # Okabe and Ito's palette (2008), which colour-blind readers can tell apart; yellow is too pale for thin lines on white.
-# On dark paper the same hues, lightened until each stands out, and white in the place of black.
+# On dark paper the same hues, lightened until each stands out, and white instead of black.
 THEMES: dict[str, Theme] = {
     "light": Theme(
         paper="#FFFFFF",
@@ -64,18 +64,18 @@ _METADATA: dict[str, dict[str, Any]] = {
 }
 """Fixed, so that the same comparison gives the same bytes."""
 
-LEGEND_ENTRY = 0.42
-"""Inches that a method takes in the legend."""
+_ENTRY, _LINE, _GAP = 0.42, 0.142, 0.095
+"""Inches: the least height of a legend entry, the height of a line of its text, the gap between two entries."""
 
 
 def look(index: int, theme: Theme) -> tuple[str, str]:
-    """Return (colour, marker) of the method at ``index``: 63 looks before one comes back."""
+    """Return (colour, marker) of the method at ``index``; they repeat after 63."""
     return theme.colours[index % len(theme.colours)], MARKERS[index % len(MARKERS)]
 
 
 @contextlib.contextmanager
 def canvas(width: float, height: float, theme: ThemeName) -> Iterator[tuple[Figure, Theme]]:
-    """Yield an empty figure of ``width`` x ``height`` inches and its theme; draw, and take its content, inside."""
+    """Yield an empty figure of ``width`` x ``height`` inches and its theme; draw and save it inside the block."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -89,18 +89,24 @@ def canvas(width: float, height: float, theme: ThemeName) -> Iterator[tuple[Figu
 
 def content(figure: Figure, suffix: str) -> bytes:
     """Return the figure as a file's content; ``suffix`` is one of :data:`FORMATS`."""
-    made = io.BytesIO()
-    figure.savefig(made, format=suffix.removeprefix("."), dpi=DPI, metadata=_METADATA[suffix])
-    return made.getvalue()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=suffix.removeprefix("."), dpi=DPI, metadata=_METADATA[suffix])
+    return buffer.getvalue()
 
 
 def wrapped(label: str, width: int = 24) -> str:
-    """Return a label on as many lines as it takes."""
+    """Return a label broken into lines of at most ``width`` characters."""
     return "\n".join(textwrap.wrap(label, width))
 
 
+def legend_height(labels: Sequence[str]) -> float:
+    """Return the height in inches of a figure whose legend, beside its panel, holds these labels and the optimum."""
+    lines = sum(2 + wrapped(label).count("\n") for label in [*labels, "optimum", "title"])
+    return max(_ENTRY * len(labels) + 0.9, _LINE * lines + _GAP * len(labels) + 0.31)
+
+
 def headline(figure: Figure, text: str) -> None:
-    """Write what the figure shows at its top left."""
+    """Write the figure's title at its top left."""
     figure.suptitle(text, x=0.01, ha="left", fontsize=10)
 
 
@@ -110,7 +116,10 @@ def legend(figure: Figure, handles: Any, labels: Any, title: str, beside: bool) 
     if beside:
         figure.legend(handles, labels, loc="outside right center", title=title, **common)
     else:
-        figure.legend(handles, labels, loc="outside lower center", title=title, ncols=min(4, len(labels)), **common)
+        # Labels of three and more lines are as wide as labels can be: three fit beside each other.
+        columns = 4 if max(label.count("\n") for label in labels) < 2 else 3
+        common["ncols"] = min(columns, len(labels))
+        figure.legend(handles, labels, loc="outside lower center", title=title, **common)
 
 
 def _settings(theme: Theme) -> Any:

@@ -13,59 +13,61 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 WIDTH = 100
-"""Tables and sentences are not spread wider than this; wide lines are hard to read."""
+"""Columns of the terminal used at most: longer lines are hard to read."""
+_LABEL = 9
+"""Characters that a row's label has at the least, however narrow the terminal is."""
 
 
-def print_comparison(console: Console, told: Mapping[str, Any]) -> None:
-    """Print what ``compare`` told: tables, verdict, failures, files. Numbers are right-aligned, text is literal."""
+def print_comparison(console: Console, record: Mapping[str, Any]) -> None:
+    """Print the record of a comparison: tables, failures, verdict, files. Labels and texts are printed literally."""
     from rich.text import Text
 
     width = min(console.width, WIDTH)
-    judged = [row for row in told["rows"] if row["status"] != "failed"]
-    console.print(Text(_heading(told)), width=width)
+    judged = [row for row in record["rows"] if row["status"] != "failed"]
+    console.print(Text(_heading(record)), width=width)
     if judged:
-        console.print(ranking(told["rows"]), width=width)
-        leads = verdict.lead_over_each(told)
+        console.print(_fitted(ranking(record["rows"]), console, width), width=width)
+        leads = verdict.lead_over_each(record)
         if leads:
-            console.print(lead(judged[0]["label"], leads), width=width)
-        console.print(cost(judged), width=width)
+            console.print(_fitted(lead(judged[0]["label"], leads), console, width), width=width)
+        console.print(_fitted(cost(judged), console, width), width=width)
         if any(row.get("diagnostics") for row in judged):
             console.print(diagnostics(judged), width=width)
         console.print()
-    failures = [(row["label"], run) for row in told["rows"] for run in row["runs"] if run["error"]]
+    failures = [(row["label"], run) for row in record["rows"] for run in row["runs"] if run["error"]]
     for label, run in failures:
         console.print(Text(f"{label} seed {run['seed']} failed: {run['error']}", style="red"), width=width)
     if failures:
         console.print()
-    for index, sentence in enumerate(told["verdict"]):
+    for index, sentence in enumerate(record["verdict"]):
         console.print(Text(sentence, style="bold" if index == 0 else ""), width=width)
-    if told.get("reported"):
+    if record.get("reported"):
         console.print(Text("\nreported by papers, not measured here and not comparable with the above:"), width=width)
-        for one in told["reported"]:
-            text = f"  {one['method']}: {one['metric']} {one['value']:g} ({one['source']})"
+        for reported in record["reported"]:
+            text = f"  {reported['method']}: {reported['metric']} {reported['value']:g} ({reported['source']})"
             console.print(Text(text), width=width)
     console.print()
     for name in ("figure", "markdown", "html", "json"):
-        if told.get(name):
-            console.print(Text(f"{name:<9}{told[name]}"), soft_wrap=True)
+        if record.get(name):
+            console.print(Text(f"{name:<9}{record[name]}"), soft_wrap=True)
 
 
-def _heading(told: Mapping[str, Any]) -> str:
-    ref = ", ".join(f"{value:g}" for value in told["ref"])
+def _heading(record: Mapping[str, Any]) -> str:
+    ref = ", ".join(f"{value:g}" for value in record["ref"])
     known = ""
-    if told["optimum"]:
-        known = f"; optimum {number(told['optimum']['hypervolume'])}"
-    samples = told.get("samples") or 1
+    if record["optimum"]:
+        known = f"; optimum {number(record['optimum']['hypervolume'])}"
+    samples = record.get("samples") or 1
     answers = f" x {samples} answers" if samples > 1 else ""
-    prompts = f", {told['prompts']} prompts{answers}" if told["prompts"] else ""
+    prompts = f", {record['prompts']} prompts{answers}" if record["prompts"] else ""
     return (
-        f"{told['task']} ({', '.join(told['objectives'])}): hypervolume over {len(told['grid'])} preferences{prompts}, "
-        f"reference point ({ref}){known}"
+        f"{record['task']} ({', '.join(record['objectives'])}): "
+        f"hypervolume over {len(record['grid'])} preferences{prompts}, reference point ({ref}){known}"
     )
 
 
 def ranking(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Return the main table: hypervolume with interval, percent of the optimum when known, control, quality."""
+    """Return the main table: hypervolume with its interval, share of the optimum when known, tau, quality."""
     from rich.text import Text
 
     known = any(row["optimal_share"] is not None for row in rows)
@@ -96,7 +98,7 @@ def ranking(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def lead(label: str, pairs: Sequence[Mapping[str, Any]]) -> Table:
-    """Return what the first-ranked method is ahead of each other one, paired over prompts (and seeds)."""
+    """Return the first-ranked row's lead over each other row, paired over prompts (and seeds)."""
     from rich.text import Text
 
     table = _table([f"{label} is ahead of", "by", "95 % interval", ""], name=0)
@@ -107,7 +109,7 @@ def lead(label: str, pairs: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def cost(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Return what training took (per seed): tokens generated and trained on, rewards; and the tokens of answering."""
+    """Return the cost of training per seed, and the tokens generated by the evaluation."""
     from rich.text import Text
 
     table = _table(["training took", "time", "generated", "trained", "rewards", "memory", "answering"], name=0)
@@ -128,7 +130,7 @@ def cost(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def diagnostics(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Return what each method measured of itself at the end of training; names are the method's own."""
+    """Return the diagnostics at the end of training, under each method's own names."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -138,8 +140,8 @@ def diagnostics(rows: Sequence[Mapping[str, Any]]) -> Table:
     table.add_column("at the end of training, mean over seeds", overflow="fold")
     for row in rows:
         if row.get("diagnostics"):
-            told = ", ".join(f"{name} {value:.3g}" for name, value in row["diagnostics"].items())
-            table.add_row(Text(row["label"]), Text(told))
+            values = ", ".join(f"{name} {value:.3g}" for name, value in row["diagnostics"].items())
+            table.add_row(Text(row["label"]), Text(values))
     return table
 
 
@@ -159,4 +161,17 @@ def _table(heads: Sequence[str], name: int = 1) -> Table:
             table.add_column(Text(head), justify="left", overflow="fold", min_width=8)
         else:
             table.add_column(head, justify="right", no_wrap=True, min_width=1)
+    return table
+
+
+def _fitted(table: Table, console: Console, width: int) -> Table:
+    """Return the table without its last columns where these would leave the labels no room in ``width`` characters."""
+    from rich.measure import Measurement
+
+    labels = next(column for column in table.columns if column.overflow == "fold")
+    labels.width = _LABEL
+    wide = console.options.update(max_width=10 * WIDTH)
+    while len(table.columns) > 2 and Measurement.get(console, wide, table).maximum > width:
+        table.columns.pop()
+    labels.width = None
     return table

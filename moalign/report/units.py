@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Numbers, shares, sizes and times as text."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def nats(quality: Mapping[str, Any], digits: int = 2) -> str:
 
 
 def any_nats(rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Return whether a row of a comparison knows its KL to base; records of older versions do not."""
+    """Return whether any row of a comparison has a KL to base; older records do not."""
     return any((row["quality"] or {}).get("kl") is not None for row in rows)
 
 
@@ -94,11 +94,11 @@ def duration(seconds: float | None) -> str:
         return NONE
     if seconds < 9.95:
         return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
+    rounded = round(seconds)
+    if rounded < 60:
+        return f"{rounded} s"
+    if rounded < 3600:
+        return f"{rounded // 60} min {rounded % 60:02d} s"
     minutes = round(seconds / 60)
     return f"{minutes // 60} h {minutes % 60:02d} min"
 

@@ -1,7 +1,7 @@
-"""What a preference gets for its asking: the utility w.n of the policy asked for w, over all preferences w.
+"""Utility by preference: w.n of the answers that the policy gives for preference w, over all preferences w.
 
-Two objectives: one line per method over the first weight. Three: a ternary map per method, all on one scale. The
-fronts tell what can be had; these tell whether a method gives it to the one who asks.
+Two objectives: one line per method over the first weight. Three: a ternary map per method, all on one scale. A front
+shows which trade-offs a method reaches; utility shows whether it reaches the one that was requested.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ if TYPE_CHECKING:
 Array = NDArray[np.float64]
 
 _CORNERS = np.array([[0.0, 0.0], [1.0, 0.0], [0.5, math.sqrt(3) / 2]])
-"""Where the pure preferences of three objectives stand."""
+"""Corners of the ternary map: the preferences for one objective only."""
 _MAP = "cividis"
 """Nuñez et al. 2018: read alike with and without colour-blindness, and monotone in lightness."""
 
 
-def draw(told: Mapping[str, Any], suffix: str = ".png", theme: ThemeName = "light") -> bytes | None:
-    """Return the figure as a file's content; None for more than three objectives, which no plane shows.
+def draw(record: Mapping[str, Any], suffix: str = ".png", theme: ThemeName = "light") -> bytes | None:
+    """Return the figure as a file's content; None for more than three objectives, which do not fit in a plane.
 
     Args:
-        told: what ``compare`` told; at least one row with points.
+        record: of a comparison (``compare.json``), with at least one row that has points.
         suffix: one of :data:`moalign.report.style.FORMATS`.
         theme: ``light`` or ``dark``.
     """
-    rows = [row for row in told["rows"] if row["points"]]
-    if len(told["objectives"]) == 2:
-        return _lines(told, rows, suffix, theme)
-    return _ternary(told, rows, suffix, theme) if len(told["objectives"]) == 3 else None
+    rows = [row for row in record["rows"] if row["points"]]
+    if len(record["objectives"]) == 2:
+        return _lines(record, rows, suffix, theme)
+    return _ternary(record, rows, suffix, theme) if len(record["objectives"]) == 3 else None
 
 
 def utilities(points: Sequence[Mapping[str, Any]]) -> tuple[Array, Array]:
@@ -49,22 +49,22 @@ def utilities(points: Sequence[Mapping[str, Any]]) -> tuple[Array, Array]:
     return weights, (weights * np.array([point["mean"] for point in ordered])).sum(axis=1)
 
 
-def _best(told: Mapping[str, Any]) -> tuple[Array, Array] | None:
+def _best(record: Mapping[str, Any]) -> tuple[Array, Array] | None:
     """Return the optimum's utilities when it is known on the comparison's grid."""
-    if not told["optimum"] or len(told["optimum"]["points"]) != len(told["grid"]):
+    if not record["optimum"] or len(record["optimum"]["points"]) != len(record["grid"]):
         return None
-    pairs = zip(told["grid"], told["optimum"]["points"], strict=True)
+    pairs = zip(record["grid"], record["optimum"]["points"], strict=True)
     return utilities([{"prefs": prefs, "mean": mean} for prefs, mean in pairs])
 
 
 # --- two objectives ---------------------------------------------------------------------------------------------
 
 
-def _lines(told: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], suffix: str, theme: ThemeName) -> bytes:
-    tall = max(4.2, style.LEGEND_ENTRY * (len(rows) + 1) + 0.9)
+def _lines(record: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], suffix: str, theme: ThemeName) -> bytes:
+    tall = max(4.2, style.legend_height([row["label"] for row in rows]) + 0.42)
     with style.canvas(7.6, tall, theme) as (figure, colours):
         panel = figure.subplots()
-        best = _best(told)
+        best = _best(record)
         if best is not None:
             panel.plot(best[0][:, 0], best[1], color=colours.optimum, linewidth=2.2, alpha=0.75, label="optimum")
         for index, row in enumerate(rows):
@@ -81,19 +81,19 @@ def _lines(told: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], suffix: s
                 linewidth=1.3,
                 label=f"{style.wrapped(row['label'])}\n{number(gained.mean())}",
             )
-        first, second = told["objectives"]
+        first, second = record["objectives"]
         panel.set(xlabel=f"weight of {first} (the rest: {second})", ylabel="utility w·n of the policy asked for w")
         handles, labels = panel.get_legend_handles_labels()
         style.legend(figure, handles, labels, "method, inner product", beside=True)
-        style.headline(figure, f"{told['task']}: what each preference gets")
+        style.headline(figure, f"{record['task']}: what each preference gets")
         return style.content(figure, suffix)
 
 
 # --- three objectives -------------------------------------------------------------------------------------------
 
 
-def _ternary(told: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], suffix: str, theme: ThemeName) -> bytes:
-    best = _best(told)
+def _ternary(record: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], suffix: str, theme: ThemeName) -> bytes:
+    best = _best(record)
     maps = [("optimum", *best)] if best is not None else []
     maps += [(row["label"], *utilities(row["points"])) for row in rows]
     low, high = min(float(g.min()) for *_, g in maps), max(float(g.max()) for *_, g in maps)
@@ -104,14 +104,14 @@ def _ternary(told: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], suffix:
         drawn: Any = None
         for panel, (name, weights, gained) in zip(panels, maps, strict=False):
             drawn = _map(panel, weights, gained, (low, high), colours)
-            _name_corners(panel, told["objectives"])
+            _name_corners(panel, record["objectives"])
             panel.set_title(f"{style.wrapped(name)}\n{number(gained.mean())}", fontsize=8.5)
         for unused in panels[len(maps) :]:
             unused.set_axis_off()
         bar = figure.colorbar(drawn, ax=panels, shrink=0.7, aspect=30)
         bar.outline.set_visible(False)
         bar.set_label("utility w·n")
-        style.headline(figure, f"{told['task']}: what each preference gets; below the name its mean (inner product)")
+        style.headline(figure, f"{record['task']}: what each preference gets; below the name its mean (inner product)")
         return style.content(figure, suffix)
 
 

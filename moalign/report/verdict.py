@@ -1,4 +1,4 @@
-"""What a comparison says in words: who wins, how sure that is, and what to keep in mind."""
+"""The verdict of a comparison in sentences: the winner, how certain that is, and caveats."""
 
 from __future__ import annotations
 
@@ -8,45 +8,47 @@ from typing import Any
 from moalign.report.units import interval, number, percent, signed
 
 COLLAPSED = 0.05
-"""Share of collapsed responses from which on a method's texts are worth a warning."""
+"""Share of collapsed responses at which a row gets a warning."""
 
 
-def sentences(told: Mapping[str, Any]) -> list[str]:
+def sentences(record: Mapping[str, Any]) -> list[str]:
     """Return the verdict, one sentence or two per item: first the winner (or that there is none), then caveats."""
-    judged = [row for row in told["rows"] if row["status"] != "failed"]
-    said = [_outcome(told, judged)]
-    said += _asked_for(told, judged)
-    said += _failures(told["rows"])
-    flips = (told["sensitivity"] or {}).get("flipped", [])
+    judged = [row for row in record["rows"] if row["status"] != "failed"]
+    lines = [_outcome(record, judged)]
+    lines += _asked_for(record, judged)
+    lines += _failures(record["rows"])
+    flips = (record["sensitivity"] or {}).get("flipped", [])
     if flips:
-        ref = ", ".join(f"{value:g}" for value in told["sensitivity"]["ref"])
-        places = "; ".join(f"{b} before {a}" for a, b in flips)
-        said.append(f"The ranking depends on the reference point: at ({ref}) it is {places}.")
+        ref = ", ".join(f"{value:g}" for value in record["sensitivity"]["ref"])
+        orders = "; ".join(f"{b} before {a}" for a, b in flips)
+        lines.append(f"The ranking depends on the reference point: at ({ref}) it is {orders}.")
     for row in judged:
         if row["quality"]["rate"] >= COLLAPSED:
-            said.append(
+            lines.append(
                 f"{row['label']}: {percent(row['quality']['rate'])} of its responses are collapsed "
                 "(short, repetitive or looping); read some before trusting its hypervolume."
             )
     own = [row["label"] for row in judged if row["own_preferences"]]
     if own:
         others = "answered for other preferences than the comparison's grid, which can cost hypervolume."
-        said.append(f"{_listed(own)} {others}")
+        lines.append(f"{_listed(own)} {others}")
     if len(judged) > 1:
-        said.append(_seeds(judged))
-    return said
+        lines.append(_seeds(judged))
+    return lines
 
 
-def _outcome(told: Mapping[str, Any], judged: Sequence[Mapping[str, Any]]) -> str:
+def _outcome(record: Mapping[str, Any], judged: Sequence[Mapping[str, Any]]) -> str:
     if not judged:
         return "No method finished, so there is nothing to compare."
     if len(judged) == 1:
         return f"Only {judged[0]['label']} can be judged, so there is nothing to compare it with."
-    if told["winner"] is None:
-        return _no_winner(told, judged)
-    label = told["winner"]
-    pair = min((_seen_from(label, pair) for pair in _pairs_of(label, told["pairs"])), key=lambda p: p["difference"])
-    wins = f"{label} wins: its hypervolume is above that of {_everyone(len(judged) - 1)} with {_level(told)} certainty"
+    if record["winner"] is None:
+        return _no_winner(record, judged)
+    label = record["winner"]
+    pair = min((_seen_from(label, pair) for pair in _pairs_of(label, record["pairs"])), key=lambda p: p["difference"])
+    wins = (
+        f"{label} wins: its hypervolume is above that of {_everyone(len(judged) - 1)} with {_level(record)} certainty"
+    )
     adjusted = ", each pair by itself" if len(judged) > 2 else ""
     return (
         f"{wins}{adjusted}. Its lead over {pair['other']}{', the next' if len(judged) > 2 else ''}: "
@@ -54,9 +56,9 @@ def _outcome(told: Mapping[str, Any], judged: Sequence[Mapping[str, Any]]) -> st
     )
 
 
-def _asked_for(told: Mapping[str, Any], judged: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Say who gives preferences what they ask for: a front may be good and each of its points asked for by another."""
-    pairs = [pair["inner_product"] for pair in told["pairs"] if pair.get("inner_product")]
+def _asked_for(record: Mapping[str, Any], judged: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return who leads by inner product: a front can be good although its points answer other preferences."""
+    pairs = [pair["inner_product"] for pair in record["pairs"] if pair.get("inner_product")]
     if not pairs:  # records of older versions do not hold it
         return []
     compared = {pair[side] for pair in pairs for side in "ab"}
@@ -76,15 +78,15 @@ def _everyone(others: int) -> str:
     return "the other method" if others == 1 else f"each of the {others} others"
 
 
-def _no_winner(told: Mapping[str, Any], judged: Sequence[Mapping[str, Any]]) -> str:
+def _no_winner(record: Mapping[str, Any], judged: Sequence[Mapping[str, Any]]) -> str:
     leader = judged[0]
-    seen = [_seen_from(leader["label"], pair) for pair in _pairs_of(leader["label"], told["pairs"])]
+    seen = [_seen_from(leader["label"], pair) for pair in _pairs_of(leader["label"], record["pairs"])]
     open_ = [pair for pair in seen if not pair["certain"]]
     if not open_:
         return f"No method wins: {leader['label']} leads, but not all of its seeds finished."
     near = min(open_, key=lambda pair: pair["difference"])
     beaten = [pair["other"] for pair in seen if pair["certain"]]
-    more = f" It is above {_listed(beaten)} with {_level(told)} certainty." if beaten else ""
+    more = f" It is above {_listed(beaten)} with {_level(record)} certainty." if beaten else ""
     if near["difference"] == 0:
         return f"No method wins: {leader['label']} and {near['other']} have the same hypervolume.{more}"
     return (
@@ -96,15 +98,15 @@ def _no_winner(told: Mapping[str, Any], judged: Sequence[Mapping[str, Any]]) -> 
 
 def _failures(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     failed = [row["label"] for row in rows if row["status"] == "failed"]
-    said = [f"{_listed(failed)} failed and {'is' if len(failed) == 1 else 'are'} not ranked."] if failed else []
+    lines = [f"{_listed(failed)} failed and {'is' if len(failed) == 1 else 'are'} not ranked."] if failed else []
     for row in rows:
         if row["status"] == "partial":
             lost = sum(run["status"] != "done" for run in row["runs"])
-            said.append(
+            lines.append(
                 f"{row['label']}: {lost} of {len(row['runs'])} seeds failed; its numbers are those of the others, "
                 "and it cannot be named the winner."
             )
-    return said
+    return lines
 
 
 def _seeds(judged: Sequence[Mapping[str, Any]]) -> str:
@@ -128,7 +130,7 @@ def _pairs_of(label: str, pairs: Sequence[Mapping[str, Any]]) -> list[Mapping[st
 
 
 def _seen_from(label: str, pair: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the pair as ``label`` minus ``other``."""
+    """Return the pair with its difference as ``label`` minus ``other``."""
     if pair["a"] == label:
         return {**pair, "other": pair["b"]}
     lo, hi = pair["ci"]
@@ -136,22 +138,22 @@ def _seen_from(label: str, pair: Mapping[str, Any]) -> dict[str, Any]:
     return {**pair, **turned, "other": pair["a"]}
 
 
-def lead_over_each(told: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the pairs of the first-ranked row, seen from it: what each other method is behind."""
-    judged = [row for row in told["rows"] if row["status"] != "failed"]
+def lead_over_each(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the pairs of the first-ranked row as its lead over each other row."""
+    judged = [row for row in record["rows"] if row["status"] != "failed"]
     if len(judged) < 2:
         return []
     label = judged[0]["label"]
-    return [_seen_from(label, pair) for pair in _pairs_of(label, told["pairs"])]
+    return [_seen_from(label, pair) for pair in _pairs_of(label, record["pairs"])]
 
 
 def sure(pair: Mapping[str, Any]) -> str:
-    """Return in a word whether a difference is certain."""
+    """Return whether a difference is certain, in words."""
     return "certain" if pair["certain"] else f"open (above 0 in {number(100 * pair['p_improve'], 0)} %)"
 
 
-def _level(told: Mapping[str, Any]) -> str:
-    return percent(told["level"])
+def _level(record: Mapping[str, Any]) -> str:
+    return percent(record["level"])
 
 
 def _listed(names: Sequence[str], most: int = 5) -> str:

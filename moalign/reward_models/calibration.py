@@ -1,10 +1,10 @@
-"""How far a reward model's stated certainty can be trusted: accuracy, Expected Calibration Error, reliability bins.
+"""Accuracy and calibration of a reward model: accuracy, Expected Calibration Error, reliability bins.
 
 A Bradley-Terry reward model says with what probability the first of two responses is preferred:
 ``sigma(delta)``, ``delta = r(first) - r(second)``. Every pair enters in BOTH orders, ``(sigma(delta), q)`` and
 ``(sigma(-delta), 1 - q)``, where q is 1 when the first was preferred; the bins are M equal parts of [0, 1];
 ``ECE = sum_bins |B| / N * |mean label - mean confidence|`` (arXiv 2312.07401). Entering only the order with the winner
-first, label 1, is a trap: it returns mean(1 - sigma(delta)), whatever the calibration.
+first, label 1, would be wrong: it gives mean(1 - sigma(delta)), whatever the calibration.
 
 Where the annotators' true probability q of preferring the first is known (the sandbox), it may stand in for the label:
 the result is then the true calibration error, without the labels' noise.
@@ -13,7 +13,7 @@ the result is then the true calibration error, without the labels' noise.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -43,6 +43,22 @@ class Bin:
     """Mean label: how often the first of the two was preferred."""
 
 
+class CalibrationReport(TypedDict):
+    """What :func:`report` returns; intervals are (low, high), dicts go from number of bins to value."""
+
+    pairs: int
+    accuracy: float
+    accuracy_ci: list[float]
+    log_loss: float
+    """Nats per pair."""
+    ece: dict[str, float]
+    ece_ci: dict[str, list[float]]
+    ece_by_chance: dict[str, float]
+    """Mean ECE of a perfectly calibrated model on as many pairs."""
+    reliability: list[dict[str, Any]]
+    """A :class:`Bin` each."""
+
+
 def sigmoid(x: ArrayLike) -> Vector:
     """Return 1 / (1 + exp(-x)), shape as given, without overflow."""
     values = np.asarray(x, dtype=np.float64)
@@ -69,13 +85,13 @@ def reliability(delta: ArrayLike, first: ArrayLike | float = 1.0, bins: int = HE
     """Return the bars of the reliability diagram, from low to high confidence; arguments as :func:`accuracy`."""
     confidence, label = _both_orders(*_checked(delta, first))
     place = _places(confidence, bins)
-    told = []
+    bars = []
     for number in range(bins):
         inside = place == number
         count = int(inside.sum())
         means = (float(confidence[inside].mean()), float(label[inside].mean())) if count else (None, None)
-        told.append(Bin(number / bins, (number + 1) / bins, count, *means))
-    return told
+        bars.append(Bin(number / bins, (number + 1) / bins, count, *means))
+    return bars
 
 
 def log_loss(delta: ArrayLike, first: ArrayLike | float = 1.0) -> float:
@@ -114,7 +130,7 @@ def temperature(delta: ArrayLike, first: ArrayLike | float = 1.0) -> float:
     return float(np.exp(-(low + high) / 2))
 
 
-def report(delta: ArrayLike, first: ArrayLike | float = 1.0, draws: int = 1000, seed: int = 0) -> dict[str, Any]:
+def report(delta: ArrayLike, first: ArrayLike | float = 1.0, draws: int = 1000, seed: int = 0) -> CalibrationReport:
     """Return accuracy, ECE for every number of :data:`BINS`, log loss and reliability bins, with 95 % intervals.
 
     An ECE is biased upwards by noise, a resample has that noise twice, and plain percentiles would lie above the
@@ -130,7 +146,7 @@ def report(delta: ArrayLike, first: ArrayLike | float = 1.0, draws: int = 1000, 
     columns = [_agreement(values, labels)[:, None], *(_gaps(values, labels, bins) for bins in BINS)]
     ends = np.cumsum([column.shape[1] for column in columns])
     drawn = statistics.bootstrap_means(np.concatenate(columns, axis=1)[:, None, :], draws, seed)[:, 0]
-    told: dict[str, Any] = {
+    result: CalibrationReport = {
         "pairs": len(values),
         "accuracy": float(columns[0].mean()),
         "accuracy_ci": list(statistics.interval(drawn[:, 0])),
@@ -138,17 +154,17 @@ def report(delta: ArrayLike, first: ArrayLike | float = 1.0, draws: int = 1000, 
         "ece": {},
         "ece_ci": {},
         "ece_by_chance": {},
-        "reliability": [asdict(one) for one in reliability(values, labels)],
+        "reliability": [asdict(bar) for bar in reliability(values, labels)],
     }
     for bins, start, end in zip(BINS, ends[:-1], ends[1:], strict=True):
         point = ece(values, labels, bins)
         low, high = statistics.interval(0.5 * np.abs(drawn[:, start:end]).sum(axis=1))
         chance = by_chance(values, bins, seed=seed)
         within = point <= np.quantile(chance, 0.95)
-        told["ece"][str(bins)] = point
-        told["ece_ci"][str(bins)] = [0.0 if within else max(0.0, 2 * point - high), max(0.0, 2 * point - low)]
-        told["ece_by_chance"][str(bins)] = float(chance.mean())
-    return told
+        result["ece"][str(bins)] = point
+        result["ece_ci"][str(bins)] = [0.0 if within else max(0.0, 2 * point - high), max(0.0, 2 * point - low)]
+        result["ece_by_chance"][str(bins)] = float(chance.mean())
+    return result
 
 
 def _checked(delta: ArrayLike, first: ArrayLike | float) -> tuple[Vector, Vector]:

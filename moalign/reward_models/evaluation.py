@@ -17,22 +17,22 @@ from moalign.rewards.hf_classifier import ClassifierScorer
 Vector = NDArray[np.float64]
 
 
-def head_of(scorer_labels: Sequence[str], wanted: str | int | None, data_set: str) -> str | int | None:
-    """Return the output that judges a data set: the one asked for, else a head of the data set's own name."""
-    if wanted is not None or len(scorer_labels) == 1:
-        return wanted
+def head_of(scorer_labels: Sequence[str], label: str | int | None, data_set: str) -> str | int | None:
+    """Return the output that judges a data set: the requested one, else the head of the data set's own name."""
+    if label is not None or len(scorer_labels) == 1:
+        return label
     return data_set if data_set in scorer_labels else None
 
 
-def deltas(spec: ClassifierObjective, one: PairSet, base_dir: Path) -> tuple[Vector, ClassifierScorer]:
-    """Return ``r(chosen) - r(rejected)`` of every pair, ``[pairs]``, and the scorer that said so.
+def deltas(spec: ClassifierObjective, pairs: PairSet, base_dir: Path) -> tuple[Vector, ClassifierScorer]:
+    """Return ``r(chosen) - r(rejected)`` of every pair, ``[pairs]``, and the scorer that gave them.
 
     The sign is turned where smaller scores are better.
     """
     scorer = ClassifierScorer(spec, base_dir)
-    scores = np.asarray(scorer.score(one.prompts * 2, one.chosen + one.rejected))
-    found: Vector = scores[: len(one)] - scores[len(one) :]
-    return (found if spec.maximise else 0.0 - found), scorer
+    scores = np.asarray(scorer.score(pairs.prompts * 2, pairs.chosen + pairs.rejected))
+    delta: Vector = scores[: len(pairs)] - scores[len(pairs) :]
+    return (delta if spec.maximise else 0.0 - delta), scorer
 
 
 def evaluate(
@@ -49,7 +49,8 @@ def evaluate(
     Args:
         spec: the model; its ``label`` may be None for a model with a head per data set.
         sets: the pairs to judge on, by data set.
-        fitting: pairs on which a temperature is fitted (the calibration split), in the same order; may be empty.
+        fitting: pairs on which temperatures are fitted (the calibration split), in the same order of data sets; may be
+            empty.
         draws, seed: of the bootstrap.
 
     Returns:
@@ -57,28 +58,28 @@ def evaluate(
         and the ECE after it (None without ``fitting``), and, where the true probabilities are known, ``truth``:
         accuracy and ECE against them. ``mean``: accuracy and ECE averaged over data sets, as the paper reports them.
     """
-    told = []
+    rows = []
     labels = list(ClassifierScorer(spec.model_copy(update={"label": 0}), base_dir).labels.values())
-    for number, one in enumerate(sets):
-        own = spec.model_copy(update={"label": head_of(labels, spec.label, one.name)})
-        delta, scorer = deltas(own, one, base_dir)
-        row: dict[str, Any] = {"name": one.name, **calibration.report(delta, 1.0, draws, seed)}
+    for number, pairs in enumerate(sets):
+        head = spec.model_copy(update={"label": head_of(labels, spec.label, pairs.name)})
+        delta, scorer = deltas(head, pairs, base_dir)
+        row: dict[str, Any] = {"name": pairs.name, **calibration.report(delta, 1.0, draws, seed)}
         row["rows_shortened"] = scorer.rows_shortened
-        row |= _scaled(own, delta, fitting[number] if fitting else None, base_dir)
+        row |= _scaled(head, delta, fitting[number] if fitting else None, base_dir)
         row["truth"] = None
-        if one.chance:
-            chance = np.asarray(one.chance)
+        if pairs.chance:
+            chance = np.asarray(pairs.chance)
             row["truth"] = {"accuracy": calibration.accuracy(delta, chance), "ece": _every_ece(delta, chance)}
-        told.append(row)
-    return {"datasets": told, "mean": _means(told)}
+        rows.append(row)
+    return {"datasets": rows, "mean": _means(rows)}
 
 
 def _scaled(spec: ClassifierObjective, delta: Vector, fitting: PairSet | None, base_dir: Path) -> dict[str, Any]:
     """Return the temperature fitted on other pairs, and the ECE after dividing by it."""
     if fitting is None or not len(fitting):
         return {"temperature": None, "ece_scaled": None}
-    found = calibration.temperature(deltas(spec, fitting, base_dir)[0])
-    return {"temperature": found, "ece_scaled": _every_ece(delta / found)}
+    temperature = calibration.temperature(deltas(spec, fitting, base_dir)[0])
+    return {"temperature": temperature, "ece_scaled": _every_ece(delta / temperature)}
 
 
 def _every_ece(delta: Vector, first: Vector | float = 1.0) -> dict[str, float]:
@@ -91,7 +92,9 @@ def _means(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     known = [row["truth"] for row in rows if row["truth"] is not None]
     if len(known) == len(rows):
         mean["truth"] = {
-            "accuracy": float(np.mean([one["accuracy"] for one in known])),
-            "ece": {str(bins): float(np.mean([one["ece"][str(bins)] for one in known])) for bins in calibration.BINS},
+            "accuracy": float(np.mean([truth["accuracy"] for truth in known])),
+            "ece": {
+                str(bins): float(np.mean([truth["ece"][str(bins)] for truth in known])) for bins in calibration.BINS
+            },
         }
     return mean

@@ -40,7 +40,7 @@ def head_gradients(winner: Tensor, loser: Tensor, delta: Tensor, group: Tensor, 
 
 
 class Balancer:
-    """The weights of the groups, with the memory of their gradients."""
+    """The weights of the groups, with their smoothed gradients."""
 
     def __init__(self, groups: int, normalise: bool, momentum: float) -> None:
         """Weigh ``groups`` groups; ``momentum`` is the new gradient's share."""
@@ -53,17 +53,17 @@ class Balancer:
     @torch.no_grad()
     def weights(self, winner: Tensor, loser: Tensor, delta: Tensor, group: Tensor) -> Tensor:
         """Return lambda ``[groups]``, on the simplex; arguments as :func:`head_gradients`."""
-        new = head_gradients(winner, loser, delta, group, self.groups)
+        smoothed = head_gradients(winner, loser, delta, group, self.groups)
         if self.memory is not None:
-            new = (1 - self.momentum) * self.memory.to(new.device) + self.momentum * new
-        self.memory = new
-        gradients = F.normalize(new, dim=1) if self.normalise else new
+            smoothed = (1 - self.momentum) * self.memory.to(smoothed.device) + self.momentum * smoothed
+        self.memory = smoothed
+        gradients = F.normalize(smoothed, dim=1) if self.normalise else smoothed
         gram = (gradients @ gradients.T).double().cpu().numpy()
         return torch.as_tensor(min_norm(gram), dtype=torch.float32, device=delta.device)
 
 
 class HeadWatch:
-    """Sees what goes into a classifier's last linear layer."""
+    """Records the input of a classifier's last linear layer."""
 
     def __init__(self, model: Any) -> None:
         """Find the head: the last linear layer with one output per label.
@@ -83,10 +83,10 @@ class HeadWatch:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Within the block the head's input is kept."""
+        """Within the block the head's input is recorded."""
 
-        def keep(layer: Any, given: tuple[Tensor, ...]) -> None:
-            self.seen = given[0]
+        def keep(layer: Any, inputs: tuple[Tensor, ...]) -> None:
+            self.seen = inputs[0]
 
         hook = self.layer.register_forward_pre_hook(keep)
         try:
@@ -97,7 +97,7 @@ class HeadWatch:
     def states(self, input_ids: Tensor, pad: int) -> Tensor:
         """Return the head's input per row, ``[rows, width]``; no gradient.
 
-        A decoder's head reads every token and the last that is no padding counts.
+        A decoder's head reads every token; the last one that is not padding counts.
         """
         assert self.seen is not None  # set by the forward pass
         seen = self.seen.detach()

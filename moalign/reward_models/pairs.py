@@ -42,13 +42,13 @@ class PairSet:
             self.chance.append(chance)
 
     def pick(self, rows: Iterable[int]) -> PairSet:
-        """Return some pairs, in the order given."""
-        kept = list(rows)
+        """Return the pairs at ``rows``, in that order."""
+        indices = list(rows)
 
         def of(values: list[str]) -> list[str]:
-            return [values[row] for row in kept]
+            return [values[row] for row in indices]
 
-        chance = [self.chance[row] for row in kept] if self.chance else []
+        chance = [self.chance[row] for row in indices] if self.chance else []
         return PairSet(self.name, of(self.prompts), of(self.chosen), of(self.rejected), chance)
 
     def split(self, spec: SplitSpec) -> dict[str, PairSet]:
@@ -56,7 +56,7 @@ class PairSet:
         rows: dict[str, list[int]] = {name: [] for name in splits.SPLITS}
         for row, prompt in enumerate(self.prompts):
             rows[splits.split_of(prompt, spec)].append(row)
-        return {name: self.pick(some) for name, some in rows.items()}
+        return {name: self.pick(indices) for name, indices in rows.items()}
 
 
 def read(sources: Sequence[tuple[str | None, SourceSpec]], base_dir: Path | str = ".") -> list[PairSet]:
@@ -86,38 +86,38 @@ def split_all(sets: Sequence[PairSet], spec: SplitSpec) -> dict[str, list[PairSe
 
     Raises RequestError when a data set has none in ``train`` or ``eval``.
     """
-    parts = [one.split(spec) for one in sets]
-    found: dict[str, list[PairSet]] = {name: [part[name] for part in parts] for name in splits.SPLITS}
+    parts = [pair_set.split(spec) for pair_set in sets]
+    by_split: dict[str, list[PairSet]] = {name: [part[name] for part in parts] for name in splits.SPLITS}
     for needed in ("train", "eval"):
-        empty = [one.name for one in found[needed] if not len(one)]
+        empty = [pair_set.name for pair_set in by_split[needed] if not len(pair_set)]
         if empty:
             counts = "; ".join(
-                f"{one.name}: " + ", ".join(f"{name} {len(part[name])}" for name in splits.SPLITS)
-                for one, part in list(zip(sets, parts, strict=True))[:SHOWN]
+                f"{pair_set.name}: " + ", ".join(f"{name} {len(part[name])}" for name in splits.SPLITS)
+                for pair_set, part in list(zip(sets, parts, strict=True))[:SHOWN]
             )
             raise RequestError(
                 f"pairs: the split {needed} of {', '.join(empty[:SHOWN])} is empty ({counts}); give more pairs, "
                 "larger shares (--set splits={train: .., calibration: .., eval: ..}) or another splits.salt"
             )
-    return found
+    return by_split
 
 
 def content_hash(sets: Sequence[PairSet]) -> str:
     """Return 16 hex digits over every pair in order."""
     digest = hashlib.sha256()
-    for one in sets:
-        for row in range(len(one)):
-            for text in (one.name, one.prompts[row], one.chosen[row], one.rejected[row]):
+    for pair_set in sets:
+        for row in range(len(pair_set)):
+            for text in (pair_set.name, pair_set.prompts[row], pair_set.chosen[row], pair_set.rejected[row]):
                 data = text.encode("utf-8", "surrogatepass")
                 digest.update(len(data).to_bytes(8, "big") + data)
     return digest.hexdigest()[:16]
 
 
 def row_order(sizes: Sequence[int], steps: int, batch: int, parts: int, seed: int) -> NDArray[np.intp]:
-    """Return which row each place of each step takes, ``[steps * batch]``.
+    """Return the row at each position of each step, ``[steps * batch]``.
 
-    Rows of all data sets are numbered one after the other. Each data set is walked in reshuffled passes; each of
-    the ``parts`` of a step holds the same number of pairs of every data set.
+    Rows of all data sets are numbered consecutively. Each data set is read in reshuffled passes; each of the ``parts``
+    of a step holds the same number of pairs of every data set.
 
     Args:
         sizes: pairs of each data set, ``[sets]``.

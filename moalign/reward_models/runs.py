@@ -1,4 +1,4 @@
-"""Reward models as runs: ``<results>/reward-models/<pairs>/<loss>/<run-id>/``, found again by what was asked for."""
+"""Reward models as runs: ``<results>/reward-models/<pairs>/<loss>/<run-id>/``, found by the hash of the request."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moalign.config.objectives import ClassifierObjective
-from moalign.core.progress import Say
+from moalign.core.progress import Say, silent
 from moalign.lm import model_folder
 from moalign.reward_models import pairs, training
 from moalign.reward_models.pairs import PairSet
@@ -29,10 +29,10 @@ class RewardStore(RunStore):
 
 @dataclass(frozen=True)
 class RewardRequest:
-    """A reward model asked for, checked: see :func:`make`."""
+    """A checked request for a reward model; see :func:`make`."""
 
     name: str
-    """What the pairs are called: a task, or the data sets."""
+    """Name of the pairs: a task's, or that of the data sets."""
     settings: RewardSettings
     backbone: str
     revision: str | None
@@ -41,7 +41,7 @@ class RewardRequest:
     seed: int
     results: Path
     said: str | None = None
-    """What has to be told about the settings."""
+    """A notice for the user about the settings, if any."""
     as_given: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -62,7 +62,7 @@ class RewardRequest:
 
 def content(parts: dict[str, list[PairSet]]) -> str:
     """Return 16 hex digits over the pairs of every split."""
-    return pairs.content_hash([one for name in sorted(parts) for one in parts[name]])
+    return pairs.content_hash([pair_set for name in sorted(parts) for pair_set in parts[name]])
 
 
 def make(
@@ -77,26 +77,22 @@ def make(
     as_given: dict[str, Any] | None = None,
 ) -> RewardRequest:
     """Check a request and split its pairs; raises RequestError for what cannot be trained."""
-    fitting, said = training.check_loss(settings, [one.name for one in sets])
+    fitting, notice = training.check_loss(settings, [pair_set.name for pair_set in sets])
     parts = pairs.split_all(sets, fitting.splits)
-    return RewardRequest(name, fitting, backbone, revision, parts, seed, results, said, as_given or {})
-
-
-def silent(what: str, done: int, total: int) -> None:
-    """Report nothing."""
+    return RewardRequest(name, fitting, backbone, revision, parts, seed, results, notice, as_given or {})
 
 
 def obtain(request: RewardRequest, say: Say = silent, wait: bool = False) -> tuple[Run, bool]:
-    """Train the reward model, or find it trained; returns (run, whether it was found).
+    """Train the reward model unless it is trained already; returns (run, whether it was).
 
     The model's folder is ``<run>/model``. ``wait``: wait for another process that trains it instead of refusing.
     Raises what :func:`moalign.reward_models.training.train` raises.
     """
     identity = request.identity()
     method, store = request.settings.loss, RewardStore(request.results)
-    found = store.lookup(method, request.name, identity)
-    if found is not None and found.record.status == "done":
-        return found, True
+    existing = store.lookup(method, request.name, identity)
+    if existing is not None and existing.record.status == "done":
+        return existing, True
     run = store.open(
         method,
         request.name,
@@ -122,7 +118,7 @@ def obtain(request: RewardRequest, say: Say = silent, wait: bool = False) -> tup
         except Exception as error:
             run.mark("failed", error=f"{type(error).__name__}: {error}")
             raise
-        sizes = {split: {one.name: len(one) for one in sets} for split, sets in request.parts.items()}
+        sizes = {split: {pair_set.name: len(pair_set) for pair_set in sets} for split, sets in request.parts.items()}
         run.record.notes = {**job.notes, "pairs": sizes, "heads": job.heads, "said": request.said}
         run.mark("done", meter=job.meter)
         run.drop_checkpoints()

@@ -1,9 +1,9 @@
 """Reward models trained on preference pairs by trl's RewardTrainer, saved as plain sequence classifiers.
 
-Of the trainer only ``compute_loss`` is overridden: the model it calls is wrapped, so that a pair is read off its own
-head, and with ``more`` the groups' losses are weighted (:mod:`moalign.reward_models.more`). Rows are tokenised by the
-very code that scores (:mod:`moalign.rewards.rows`). A resumed run is a trainer over the remaining rows with weights
-and optimizer as they were: the result equals the uninterrupted run's bit for bit.
+Of the trainer only ``compute_loss`` is overridden: the model it calls is wrapped, so that each pair is scored by its
+own head, and with ``more`` the groups' losses are weighted (:mod:`moalign.reward_models.more`). Rows are tokenised by
+the same code as for scoring (:mod:`moalign.rewards.rows`). A resumed run is a trainer over the remaining rows with
+weights and optimizer as they were: the result equals the uninterrupted run's bit for bit.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from moalign.core.errors import RequestError, WorkError
 from moalign.core.progress import Say
@@ -33,6 +33,17 @@ if TYPE_CHECKING:
 PHASE = "train"
 MODEL = "model"
 """The model's folder inside its run."""
+
+
+class PairRow(TypedDict):
+    """A tokenised pair."""
+
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+    group: int
+    """Number of its data set."""
+    tokens: int
+    """Tokens of both."""
 
 
 @dataclass
@@ -54,7 +65,7 @@ class RewardJob:
     @property
     def heads(self) -> list[str]:
         """The names of the model's outputs."""
-        return [one.name for one in self.sets] if self.settings.heads == "each" else ["reward"]
+        return [pair_set.name for pair_set in self.sets] if self.settings.heads == "each" else ["reward"]
 
     @property
     def steps(self) -> int:
@@ -64,13 +75,13 @@ class RewardJob:
 
 
 def check_loss(settings: RewardSettings, names: Sequence[str]) -> tuple[RewardSettings, str | None]:
-    """Return the settings that fit these data sets, and what has to be said about them.
+    """Return the settings that fit these data sets, and a notice for the user, if any.
 
     Raises RequestError for several data sets with ``bt`` and for a batch that cannot hold all groups alike.
     """
-    said = None
+    notice = None
     if len(names) == 1 and settings.loss != "bt" and settings.heads == "shared":
-        said = f"loss {settings.loss}: there is one data set only ({names[0]}), so this is plain Bradley-Terry (bt)"
+        notice = f"loss {settings.loss}: there is one data set only ({names[0]}), so this is plain Bradley-Terry (bt)"
         settings = settings.model_copy(update={"loss": "bt"})
     if len(names) > 1 and settings.loss == "bt":
         raise RequestError(
@@ -84,11 +95,11 @@ def check_loss(settings: RewardSettings, names: Sequence[str]) -> tuple[RewardSe
             f"batch {settings.batch}: every batch holds as many pairs of each of the {len(names)} data sets, so it "
             f"must be a multiple of data sets x accumulate = {parts}; nearest: --set batch={near}"
         )
-    return settings, said
+    return settings, notice
 
 
 def train(job: RewardJob) -> Path:
-    """Train the model and return its folder; resumes from the run's checkpoint, or finds it trained.
+    """Train the model and return its folder; resumes from the run's checkpoint and skips a phase that is done.
 
     Raises:
         RequestError: a backbone or tokenizer that cannot be used.
@@ -96,9 +107,9 @@ def train(job: RewardJob) -> Path:
     """
     folder = job.run.path / MODEL
     if job.run.phase_done(PHASE):
-        told = job.run.phase_info(PHASE)
-        job.meter.load(told["meter"])
-        job.notes.update(told["notes"])
+        finished = job.run.phase_info(PHASE)
+        job.meter.load(finished["meter"])
+        job.notes.update(finished["notes"])
         return folder
     from moalign.lm.trainers import quiet_libraries
     from moalign.runs import atomic
@@ -149,13 +160,13 @@ def _settle_padding(tokenizer: Any, folder: Path) -> None:
     """Give the tokenizer a padding token: the head reads the last token that is not it."""
     if tokenizer.pad_token_id is not None:
         return
-    lent = tokenizer.eos_token or tokenizer.unk_token
-    if lent is None:
+    token = tokenizer.eos_token or tokenizer.unk_token
+    if token is None:
         raise RequestError(
             f"--model {folder}: its tokenizer has no pad, end or unknown token, so that rows cannot be padded; "
             'add one: tokenizer.add_special_tokens({"pad_token": "<pad>"}), resize the embeddings, save both'
         )
-    tokenizer.pad_token = lent
+    tokenizer.pad_token = token
 
 
 def make_encoder(settings: RewardSettings, model: Any, tokenizer: Any) -> RowEncoder:
@@ -179,7 +190,7 @@ def _fit(job: RewardJob, model: Any, tokenizer: Any, encoder: RowEncoder) -> Any
         model = _with_adapters(model, settings)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     rows = _rows(job, encoder)
-    sizes = [len(one) for one in job.sets]
+    sizes = [len(pair_set) for pair_set in job.sets]
     order = row_order(sizes, job.steps, settings.batch, settings.accumulate, job.seed)
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=settings.lr, weight_decay=settings.weight_decay)
@@ -191,8 +202,8 @@ def _fit(job: RewardJob, model: Any, tokenizer: Any, encoder: RowEncoder) -> Any
     start = _resume(job, trained, optimizer, balancer)
     if start < job.steps:
         here = [rows[at] for at in order[start * settings.batch :].tolist()]
-        books = _keeper(job, trained, optimizer, balancer, start, [row["tokens"] for row in here])
-        run_trainer(make_trainer(job, model, tokenizer, here, (optimizer, start), books, balancer))
+        callback = _make_callback(job, trained, optimizer, balancer, start, [row["tokens"] for row in here])
+        run_trainer(make_trainer(job, model, tokenizer, here, (optimizer, start), callback, balancer))
     return model.merge_and_unload() if settings.lora is not None else model
 
 
@@ -211,15 +222,16 @@ def _with_adapters(model: Any, settings: RewardSettings) -> Any:
         raise RequestError(f"lora.targets {spec.targets!r}: {str(error).splitlines()[0]}") from None
 
 
-def _rows(job: RewardJob, encoder: RowEncoder) -> list[dict[str, Any]]:
+def _rows(job: RewardJob, encoder: RowEncoder) -> list[PairRow]:
     """Return one row per pair, data set after data set."""
     rows = []
-    for number, one in enumerate(job.sets):
-        chosen = encoder.rows(list(zip(one.prompts, one.chosen, strict=True)))
-        rejected = encoder.rows(list(zip(one.prompts, one.rejected, strict=True)))
+    for number, pair_set in enumerate(job.sets):
+        chosen = encoder.rows(list(zip(pair_set.prompts, pair_set.chosen, strict=True)))
+        rejected = encoder.rows(list(zip(pair_set.prompts, pair_set.rejected, strict=True)))
         for better, worse in zip(chosen, rejected, strict=True):
-            pair = {"chosen_ids": better["input_ids"], "rejected_ids": worse["input_ids"], "group": number}
-            rows.append({**pair, "tokens": len(better["input_ids"]) + len(worse["input_ids"])})
+            winner, loser = better["input_ids"], worse["input_ids"]
+            tokens = len(winner) + len(loser)
+            rows.append(PairRow(chosen_ids=winner, rejected_ids=loser, group=number, tokens=tokens))
     return rows
 
 
@@ -227,9 +239,9 @@ def make_trainer(
     job: RewardJob,
     model: Any,
     tokenizer: Any,
-    rows: Sequence[dict[str, Any]],
+    rows: Sequence[PairRow],
     optimizer: tuple[Any, int],
-    books: Any,
+    callback: Any,
     balancer: Balancer | None,
 ) -> Any:
     """Return trl's trainer over ``rows`` in the order given; ``optimizer`` comes with the steps already done."""
@@ -264,7 +276,11 @@ def make_trainer(
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         inner, lambda step: factor(settings.schedule, start + step, job.steps, settings.warmup)
     )
-    columns = {key: [row[key] for row in rows] for key in ("chosen_ids", "rejected_ids", "group")}
+    columns = {
+        "chosen_ids": [row["chosen_ids"] for row in rows],
+        "rejected_ids": [row["rejected_ids"] for row in rows],
+        "group": [row["group"] for row in rows],
+    }
     with one_label(model.config):
         trainer = _trainer_class()(
             model=model,
@@ -273,7 +289,7 @@ def make_trainer(
             train_dataset=Dataset.from_dict(columns),
             processing_class=tokenizer,
             optimizers=(inner, scheduler),
-            callbacks=[books],
+            callbacks=[callback],
         )
     trainer.prepare(job.settings, balancer)
     return trainer
@@ -281,17 +297,17 @@ def make_trainer(
 
 @contextmanager
 def one_label(config: Any) -> Iterator[None]:
-    """Within the block the config tells one label: trl takes no other when a trainer is made; its loss is ours."""
-    told = config.id2label, config.label2id
+    """Within the block the config names one label, as trl requires when a trainer is made; the loss is our own."""
+    labels = config.id2label, config.label2id
     config.id2label, config.label2id = {0: "reward"}, {"reward": 0}
     try:
         yield
     finally:
-        config.id2label, config.label2id = told
+        config.id2label, config.label2id = labels
 
 
 def _collator(pad: int) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-    """Return trl's collator, which also hands over every pair's group."""
+    """Return trl's collator, which also passes on every pair's group."""
     import torch
     from trl.trainer.reward_trainer import DataCollatorForPreference
 
@@ -310,7 +326,7 @@ def _trainer_class() -> Any:
         """trl's trainer with a head per pair and, for ``more``, weighted groups."""
 
         def prepare(self, settings: RewardSettings, balancer: Balancer | None) -> None:
-            """Tell the trainer how to read the heads; ``balancer`` weighs the groups."""
+            """Set how the heads are read; ``balancer`` weighs the groups."""
             from moalign.reward_models.more import HeadWatch
 
             self.each = settings.heads == "each"
@@ -323,11 +339,11 @@ def _trainer_class() -> Any:
         ) -> Any:
             group = inputs.pop("group")
 
-            def read(**given: Any) -> Any:
+            def read(**arguments: Any) -> Any:
                 """Call the model; each row's logit is that of its pair's head."""
                 if not self.accepts_cache:
-                    given.pop("use_cache", None)
-                outputs = model(**given)
+                    arguments.pop("use_cache", None)
+                outputs = model(**arguments)
                 if self.each:
                     outputs.logits = outputs.logits.gather(1, group.repeat(2).unsqueeze(1))
                 return outputs
@@ -364,24 +380,24 @@ def _resume(job: RewardJob, trained: dict[str, Any], optimizer: Any, balancer: B
 
     from moalign.lm.optimizer_state import unpack_optimizer
 
-    found = job.run.load_checkpoint(PHASE)
-    job.run.truncate_metrics(PHASE, 0 if found is None else found.step)
-    if found is None:
+    checkpoint = job.run.load_checkpoint(PHASE)
+    job.run.truncate_metrics(PHASE, 0 if checkpoint is None else checkpoint.step)
+    if checkpoint is None:
         return 0
     with torch.no_grad():
         for name, value in trained.items():
-            value.copy_(found.tensors[f"model.{name}"])
+            value.copy_(checkpoint.tensors[f"model.{name}"])
     if balancer is not None:
-        balancer.memory = found.tensors.get("more.memory")
-    unpack_optimizer(optimizer, found.tensors, found.state["optimizer"])
-    job.meter.load(found.state["meter"])
-    return found.step
+        balancer.memory = checkpoint.tensors.get("more.memory")
+    unpack_optimizer(optimizer, checkpoint.tensors, checkpoint.state["optimizer"])
+    job.meter.load(checkpoint.state["meter"])
+    return checkpoint.step
 
 
 _LOGGED = ("loss", "grad_norm", "learning_rate", "accuracy", "margin", "mean_reward")
 
 
-def _keeper(
+def _make_callback(
     job: RewardJob,
     trained: dict[str, Any],
     optimizer: Any,
@@ -397,8 +413,8 @@ def _keeper(
 
     settings = job.settings
 
-    class Keeper(TrainerCallback):  # type: ignore[misc]
-        """Keeps the run's books at every step."""
+    class RunCallback(TrainerCallback):  # type: ignore[misc]
+        """What happens around every optimiser step; see :func:`_make_callback`."""
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
             torch.manual_seed(derive(job.seed, PHASE, start + state.global_step))
@@ -408,26 +424,26 @@ def _keeper(
             job.meter.add_tokens_trained(
                 sum(lengths[(state.global_step - 1) * settings.batch : state.global_step * settings.batch])
             )
-            # At checkpoints, too: a line is a mean since the last one, and what a resume cannot know must not be in it.
+            # At checkpoints, too: a line holds means since the last one, and a resumed run starts at its checkpoint.
             control.should_log = done == job.steps or 0 in (done % settings.log_every, done % settings.checkpoint_every)
             job.say(f"training on {sum(map(len, job.sets))} pairs", done, job.steps)
             if not control.should_log:
-                self.keep(done)
+                self.save(done)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
             if not logs or "loss" not in logs:
                 return
             step = start + state.global_step
-            told = {name: float(logs[name]) for name in _LOGGED if name in logs}
-            told |= {name: float(value) for name, value in logs.items() if name.startswith("weight_")}
-            if not math.isfinite(told["loss"]):
+            metrics = {name: float(logs[name]) for name in _LOGGED if name in logs}
+            metrics |= {name: float(value) for name, value in logs.items() if name.startswith("weight_")}
+            if not math.isfinite(metrics["loss"]):
                 raise WorkError(
-                    f"step {step}: the loss is {told['loss']}; training diverged: lower lr ({settings.lr:g})"
+                    f"step {step}: the loss is {metrics['loss']}; training diverged: lower lr ({settings.lr:g})"
                 )
-            job.run.log(step, PHASE, **told, **job.meter.cost())
-            self.keep(step)  # after its line: a kill between the two must not lose the line
+            job.run.log(step, PHASE, **metrics, **job.meter.cost())
+            self.save(step)  # after its line: a kill between the two must not lose the line
 
-        def keep(self, step: int) -> None:
+        def save(self, step: int) -> None:
             if step % settings.checkpoint_every or step >= job.steps:
                 return
             tensors, plain = pack_optimizer(optimizer)
@@ -436,4 +452,4 @@ def _keeper(
                 tensors["more.memory"] = balancer.memory
             job.run.save_checkpoint(PHASE, step, tensors, {"optimizer": plain, "meter": job.meter.state()})
 
-    return Keeper()
+    return RunCallback()

@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 _TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 """How far a padded row may be from the same row alone before another way of padding is tried."""
 
-_MOST_KEPT = 100_000
+_CACHE_LIMIT = 100_000
 """Texts whose logits are kept for the other labels of a model."""
 
 
 class ClassifierScorer:
-    """A classifier objective. The model is loaded at the first score and kept; see the module's text."""
+    """A classifier objective. The model is loaded at the first score and kept; see the module docstring."""
 
     def __init__(self, spec: ClassifierObjective, base_dir: Path) -> None:
         """Check all that can be checked without torch: folder, weights, tokenizer, label, templates.
@@ -51,12 +51,12 @@ class ClassifierScorer:
         self.cheap = spec.store is False
         self.where = f"objective {spec.name!r}"
         self.rows_scored = 0
-        """Rows given to the model so far: fewer than asked for where texts repeat."""
+        """Rows given to the model so far: fewer than requested where texts repeat."""
         self._padding: str | None = None
         self._reader = self
-        """Whose model reads the texts: another objective's, where both are labels of one model (:func:`share`)."""
-        self._kept: dict[tuple[str, str], torch.Tensor] | None = None
-        """What the model gave, where others will ask for another label of it."""
+        """The scorer whose model reads the texts: another one where both are labels of one model (:func:`share`)."""
+        self._cached: dict[tuple[str, str], torch.Tensor] | None = None
+        """Logits ``[labels]`` of texts read so far, kept where other objectives use another label of the model."""
         check_templates(spec.template, spec.pair_template, self.where)
         self._folder = model_folder.local_folder(spec.model, base_dir, self.where)
         if self._folder is not None:
@@ -79,8 +79,8 @@ class ClassifierScorer:
         """Hash of the model's files (a hub model: its commit) and of every setting that changes a score."""
         # The hub's cache names a snapshot's folder by its commit, which spares reading gigabytes.
         content = model_folder.fingerprint(self.folder, self.where) if self._folder else self.folder.name
-        told = self.spec.model_dump(include={"output", "template", "pair_template", "max_length", "dtype"})
-        text = json.dumps([content, self.index, told], sort_keys=True)
+        settings = self.spec.model_dump(include={"output", "template", "pair_template", "max_length", "dtype"})
+        text = json.dumps([content, self.index, settings], sort_keys=True)
         return f"hf-classifier:{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
@@ -94,15 +94,15 @@ class ClassifierScorer:
         """Return the logits of all labels, float32 ``[texts, labels]``."""
         import torch
 
-        if self._kept is None:
+        if self._cached is None:
             return self._read(pairs)
-        new = [pair for pair in pairs if pair not in self._kept]
+        new = [pair for pair in pairs if pair not in self._cached]
         if new:
-            if len(self._kept) + len(new) > _MOST_KEPT:  # those of this call stay: they are read again below
-                wanted = set(pairs)
-                self._kept = {pair: row for pair, row in self._kept.items() if pair in wanted}
-            self._kept.update(zip(new, self._read(new), strict=True))
-        return torch.stack([self._kept[pair] for pair in pairs])
+            if len(self._cached) + len(new) > _CACHE_LIMIT:  # rows of this call stay: they are read again below
+                requested = set(pairs)
+                self._cached = {pair: row for pair, row in self._cached.items() if pair in requested}
+            self._cached.update(zip(new, self._read(new), strict=True))
+        return torch.stack([self._cached[pair] for pair in pairs])
 
     def _read(self, pairs: Sequence[tuple[str, str]]) -> torch.Tensor:
         import torch
@@ -153,10 +153,10 @@ class ClassifierScorer:
             yield batch
 
     def _padding_of(self, rows: Sequence[Row], batch: Sequence[int]) -> str:
-        """Return how this model may be padded, found out once: a padded row must score as it does alone.
+        """Return how this model may be padded, determined once: a padded row must score as it does alone.
 
-        Nearly every model reads right-padded rows; some (XLNet) need the left. A model that neither suits is
-        given rows of equal length only.
+        Nearly every model reads right-padded rows; a few (XLNet) need left padding. A model that takes neither is given
+        rows of equal length only.
         """
         if self._padding is None:
             short, longest = rows[batch[-1]], rows[batch[0]]
@@ -204,15 +204,15 @@ class ClassifierScorer:
     def _pad_token(self, rows: Sequence[Row]) -> int | None:
         """Return the token to pad with; None: only single rows are safe.
 
-        A decoder's head reads the last token that is not ``config.pad_token_id``. Where the model names no
-        pad token we lend it one (the tokenizer's, else end-of-text), but never one that ends a row of the
-        batch: that row would be read one token too early.
+        A decoder's head reads the last token that is not ``config.pad_token_id``. Where the model names no pad token it
+        gets one (the tokenizer's, else end-of-text), but never one that ends a row of the batch: that row would be read
+        one token too early.
         """
         if self._own_pad is not None:
             return self._own_pad
         ends = {row["input_ids"][-1] for row in rows}
-        wanted = [self._tokenizer.pad_token_id, self._tokenizer.eos_token_id, *range(self._vocabulary)]
-        pad = next((token for token in wanted if token is not None and token not in ends), None)
+        candidates = [self._tokenizer.pad_token_id, self._tokenizer.eos_token_id, *range(self._vocabulary)]
+        pad = next((token for token in candidates if token is not None and token not in ends), None)
         if pad is None and len(rows) == 1:
             pad = self._vocabulary  # one row is never padded: any number that is no token will do
         if pad is not None:
@@ -227,7 +227,7 @@ class ClassifierScorer:
         import torch
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        told: dict[str, Any]
+        info: dict[str, Any]
         config = model_folder.read_config(self.folder, self.where)
         score_model = is_score_model(config)
         # Where the config names no labels, kinds of models differ in how many they assume (BART: 3, others: 2).
@@ -236,7 +236,7 @@ class ClassifierScorer:
         # The generators are put back: when a model is loaded must not change what is sampled afterwards.
         with explained(self.where, self.folder), quiet(), torch.random.fork_rng(devices=[]):
             tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
-            model, told = AutoModelForSequenceClassification.from_pretrained(
+            model, info = AutoModelForSequenceClassification.from_pretrained(
                 self.folder,
                 local_files_only=True,
                 trust_remote_code=False,
@@ -247,11 +247,11 @@ class ClassifierScorer:
             )
             if score_model:
                 _add_bias(model, self.folder, self.where)
-            if told["missing_keys"]:
+            if info["missing_keys"]:
                 # The library would fill them with random numbers and only warn.
                 raise RequestError(
                     f"{self.where}: model folder {self.folder} is not a whole classifier: its weights lack "
-                    f"{few(told['missing_keys'])}; a folder saved from AutoModelForSequenceClassification is needed"
+                    f"{few(info['missing_keys'])}; a folder saved from AutoModelForSequenceClassification is needed"
                 )
             model.eval().requires_grad_(False)
             model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -288,22 +288,22 @@ class ClassifierScorer:
             if label in self.labels:
                 return label
             raise RequestError(f"{self.where}: the model has no label {label}; its labels: {listed}")
-        found = [index for index, name in self.labels.items() if name == label]
-        if len(found) == 1:
-            return found[0]
-        why = "several labels" if found else "no label"
-        near = "" if found else did_you_mean(label, list(self.labels.values()))
+        matches = [index for index, name in self.labels.items() if name == label]
+        if len(matches) == 1:
+            return matches[0]
+        why = "several labels" if matches else "no label"
+        near = "" if matches else did_you_mean(label, list(self.labels.values()))
         raise RequestError(f"{self.where}: the model has {why} {label!r}; its labels: {listed}{near}")
 
 
 def share(scorers: Sequence[ClassifierScorer]) -> None:
-    """Have objectives that are labels of one model, read in one way, use one copy of it."""
+    """Make objectives that are labels of one model, read in the same way, use one copy of it."""
     first: dict[tuple[object, ...], ClassifierScorer] = {}
     for scorer in scorers:
         leader = first.setdefault(scorer.spec.reading, scorer)
         if leader is not scorer:
             scorer._reader = leader
-            leader._kept = {}
+            leader._cached = {}
 
 
 def is_score_model(config: dict[str, Any]) -> bool:
@@ -336,8 +336,8 @@ def _labels(config: dict[str, Any], where: str) -> dict[int, str]:
                 "set it to false in a copy of the folder"
             )
         return {index: f"SCORE_{index}" for index in range(int(config.get("score_dim") or 1))}
-    named = config.get("id2label")
-    if isinstance(named, dict) and named and all(str(key).isdigit() for key in named):
-        return {int(key): str(name) for key, name in named.items()}
+    labels = config.get("id2label")
+    if isinstance(labels, dict) and labels and all(str(key).isdigit() for key in labels):
+        return {int(key): str(name) for key, name in labels.items()}
     count = config.get("num_labels")
     return {index: f"LABEL_{index}" for index in range(count if isinstance(count, int) and count > 0 else 2)}

@@ -45,7 +45,7 @@ _VERSION = 1
 """Raise it when a score's meaning changes: it is part of the revision."""
 _MOST_LOGITS = 2**26
 """Numbers; a batch's logits are at most this many (256 MiB in float32), one row's at least."""
-_MOST_KEPT = 100_000
+_CACHE_LIMIT = 100_000
 """Prompts whose likelihood without a response is kept."""
 
 
@@ -57,7 +57,7 @@ class Line(NamedTuple):
 
 
 class LmScorer:
-    """An ``lm`` objective. The model is loaded at the first score and kept; see the module's text."""
+    """An ``lm`` objective. The model is loaded at the first score and kept; see the module docstring."""
 
     def __init__(self, spec: LmObjective, base_dir: Path) -> None:
         """Check what can be checked without torch.
@@ -77,8 +77,8 @@ class LmScorer:
         self.rows_shortened = 0
         """Texts so far that were longer than ``max_length``."""
         self._lender = self
-        """Whose model is used: another objective's, where both name the same (:func:`share`)."""
-        self._alone: dict[Line, float] = {}
+        """The scorer whose model is used: another one where both name the same model (:func:`share`)."""
+        self._bare_means: dict[Line, float] = {}
         self._folder = model_folder.local_folder(spec.model, base_dir, self.where)
         if self._folder is not None:
             model_folder.check(self._folder, self.where)
@@ -98,8 +98,8 @@ class LmScorer:
     def revision(self) -> str:
         """Hash of the model's files (a hub model: its commit) and of every setting that changes a score."""
         content = model_folder.fingerprint(self.folder, self.where) if self._folder else self.folder.name
-        told = self.spec.model_dump(include={"score", "template", "max_length", "dtype"})
-        text = json.dumps([_VERSION, content, told, ASK, JOIN], sort_keys=True)
+        settings = self.spec.model_dump(include={"score", "template", "max_length", "dtype"})
+        text = json.dumps([_VERSION, content, settings, ASK, JOIN], sort_keys=True)
         return f"lm:{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
     def prepare(self) -> None:
@@ -111,18 +111,18 @@ class LmScorer:
         pairs = list(zip(prompts, responses, strict=True))
         if self.spec.score == "fluency":
             lines = [self._line(response, prompt, "", "start") for prompt, response in pairs]
-            told = self._means(lines)
-            return [told[line] if len(line.ids) > line.start else -math.log(self._vocabulary) for line in lines]
-        given = [self._line(prompt, response, ASK, "end") for prompt, response in pairs]
-        bare = [self._bare(line) for line in given]
-        if len(self._alone) > _MOST_KEPT:
-            self._alone.clear()
-        unknown = [line for line in bare if line not in self._alone]
-        told = self._means([*given, *unknown])
-        self._alone.update({line: told[line] for line in unknown})
+            means = self._means(lines)
+            return [means[line] if len(line.ids) > line.start else -math.log(self._vocabulary) for line in lines]
+        conditioned = [self._line(prompt, response, ASK, "end") for prompt, response in pairs]
+        bare_lines = [self._bare(line) for line in conditioned]
+        if len(self._bare_means) > _CACHE_LIMIT:
+            self._bare_means.clear()
+        unknown = [line for line in bare_lines if line not in self._bare_means]
+        means = self._means([*conditioned, *unknown])
+        self._bare_means.update({line: means[line] for line in unknown})
         return [
-            told[line] - self._alone[alone] if response and len(line.ids) > line.start else 0.0
-            for line, alone, (_, response) in zip(given, bare, pairs, strict=True)
+            means[line] - self._bare_means[bare_line] if response and len(line.ids) > line.start else 0.0
+            for line, bare_line, (_, response) in zip(conditioned, bare_lines, pairs, strict=True)
         ]
 
     # --- from texts to tokens
@@ -149,7 +149,7 @@ class LmScorer:
         return Line((*prefix, *ids), len(prefix))
 
     def _bare(self, line: Line) -> Line:
-        """Return the same scored tokens after what stands there without a response."""
+        """Return the same scored tokens after an empty response."""
         prefix = self._tokens(self._prefix("", ASK))
         return Line((*prefix, *line.ids[line.start :]), len(prefix))
 
@@ -192,8 +192,8 @@ class LmScorer:
     def _cut(self, text: str, tokens: int, side: str) -> str:
         """Return a text without its first (or last) tokens, shorter by a character at least."""
         if not self._tokenizer.is_fast:
-            kept = max(0, len(text) - 2 * tokens)
-            return text[len(text) - kept :] if side == "start" else text[:kept]
+            length = max(0, len(text) - 2 * tokens)
+            return text[len(text) - length :] if side == "start" else text[:length]
         coded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         spans = [span for span in coded["offset_mapping"] if span[1] > span[0]]
         if tokens >= len(spans):
@@ -206,14 +206,14 @@ class LmScorer:
 
     def _means(self, lines: Sequence[Line]) -> dict[Line, float]:
         """Return the mean log-probability of each line's scored tokens; 0 for a line without any."""
-        found = {line: 0.0 for line in lines}
-        work = [line for line in found if len(line.ids) > line.start]
+        means = {line: 0.0 for line in lines}
+        work = [line for line in means if len(line.ids) > line.start]
         for batch in self._batches(work):
-            found.update(zip(batch, self._batch_means(batch), strict=True))
-        return found
+            means.update(zip(batch, self._batch_means(batch), strict=True))
+        return means
 
     def _batches(self, lines: Sequence[Line]) -> Iterator[list[Line]]:
-        """Give lines of like length together, so that a batch is within ``batch_tokens`` and ``_MOST_LOGITS``."""
+        """Yield batches of lines of similar length, each within ``batch_tokens`` and ``_MOST_LOGITS``."""
         batch: list[Line] = []
         for line in sorted(lines, key=lambda line: (-len(line.ids), -line.start)):
             wide = len(batch[0].ids) if batch else len(line.ids)
@@ -243,11 +243,11 @@ class LmScorer:
 
         inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
         if "logits_to_keep" in inspect.signature(self._model.forward).parameters:
-            wanted = torch.arange(first, ids.shape[1], device=ids.device)
-            kept: torch.Tensor = self._model(**inputs, logits_to_keep=wanted).logits
-            return kept
-        whole: torch.Tensor = self._model(**inputs).logits
-        return whole[:, first:]
+            positions = torch.arange(first, ids.shape[1], device=ids.device)
+            scored: torch.Tensor = self._model(**inputs, logits_to_keep=positions).logits
+            return scored
+        logits: torch.Tensor = self._model(**inputs).logits
+        return logits[:, first:]
 
     # --- the model
 
@@ -259,7 +259,7 @@ class LmScorer:
         # The generators are put back: when a model is loaded must not change what is sampled afterwards.
         with explained(self.where, self.folder), quiet(), torch.random.fork_rng(devices=[]):
             tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
-            model, told = AutoModelForCausalLM.from_pretrained(
+            model, info = AutoModelForCausalLM.from_pretrained(
                 self.folder,
                 local_files_only=True,
                 trust_remote_code=False,
@@ -267,10 +267,10 @@ class LmScorer:
                 dtype=getattr(torch, self.spec.dtype),
                 output_loading_info=True,
             )
-            if told["missing_keys"]:
+            if info["missing_keys"]:
                 raise RequestError(
                     f"{self.where}: model folder {self.folder} is not a whole causal language model: its weights lack "
-                    f"{few(told['missing_keys'])}"
+                    f"{few(info['missing_keys'])}"
                 )
             model.eval().requires_grad_(False)
             model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -307,7 +307,7 @@ class LmScorer:
 
 
 def share(scorers: Sequence[LmScorer]) -> None:
-    """Have objectives of one model use one copy of it."""
+    """Make objectives of one model use one copy of it."""
     first: dict[tuple[object, ...], LmScorer] = {}
     for scorer in scorers:
         scorer._lender = first.setdefault(scorer.spec.reading, scorer)
@@ -317,14 +317,14 @@ def _mean(logits: torch.Tensor, line: Line, first: int) -> float:
     """Return the mean log-probability of a line's scored tokens from its row's logits ``[positions, vocabulary]``."""
     import torch
 
-    own = logits[line.start - 1 - first : len(line.ids) - 1 - first].float()
-    goal = torch.tensor(line.ids[line.start :], device=own.device)
-    picked = own.gather(1, goal[:, None])[:, 0] - own.logsumexp(dim=-1)
+    scored = logits[line.start - 1 - first : len(line.ids) - 1 - first].float()
+    goal = torch.tensor(line.ids[line.start :], device=scored.device)
+    picked = scored.gather(1, goal[:, None])[:, 0] - scored.logsumexp(dim=-1)
     return float(picked.double().mean())
 
 
 def _check_causal(model: Any, where: str) -> None:
-    """Raise RequestError for a model that looks ahead, such as a BERT, which would see what it is asked to guess."""
+    """Raise RequestError for a model that looks ahead, such as BERT: it would see the tokens that it is to predict."""
     import torch
 
     rows = torch.tensor([[0, 1, 2], [0, 1, 3]], device=model.device) % int(model.get_input_embeddings().weight.shape[0])

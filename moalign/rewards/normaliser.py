@@ -1,4 +1,4 @@
-"""The frozen normaliser: what a raw score means on this task.
+"""The frozen normaliser: the scale of raw scores on a task.
 
 Fitted once on base-policy and data responses of the calibration split and saved with the task, so that every
 method and every later run is judged on one scale. All numbers are of scores whose direction has been
@@ -113,11 +113,11 @@ class Normaliser:
         ordered = [spec[name] for name in names]
         return cls(
             names=tuple(names),
-            mean=tuple(one.mean for one in ordered),
-            sd=tuple(one.sd for one in ordered),
-            lo=tuple(one.lo for one in ordered),
-            hi=tuple(one.hi for one in ordered),
-            bounds=tuple((one.lo, one.hi) for one in ordered),
+            mean=tuple(numbers.mean for numbers in ordered),
+            sd=tuple(numbers.sd for numbers in ordered),
+            lo=tuple(numbers.lo for numbers in ordered),
+            hi=tuple(numbers.hi for numbers in ordered),
+            bounds=tuple((numbers.lo, numbers.hi) for numbers in ordered),
         )
 
     def z(self, raw: ArrayLike) -> Matrix:
@@ -145,30 +145,30 @@ class Normaliser:
     def from_json(cls, path: Path) -> Normaliser:
         """Read a file of :meth:`to_json`; raises RequestError naming the file and what is wrong with it."""
         try:
-            told = json.loads(Path(path).read_text(encoding="utf-8"))
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise RequestError(f"{path}: the normaliser cannot be read: {error}; delete it to fit it again") from error
         try:
-            return cls._from_dict(told)
+            return cls._from_dict(data)
         except RequestError as error:
             raise RequestError(f"{path}: {error}; delete it to fit it again") from error
 
     @classmethod
-    def _from_dict(cls, told: Any) -> Normaliser:
-        wanted = [field.name for field in fields(cls)]
-        if not isinstance(told, dict) or sorted(told) != sorted(wanted):
-            raise RequestError(f"the normaliser must have exactly the keys {', '.join(wanted)}")
+    def _from_dict(cls, data: Any) -> Normaliser:
+        keys = [field.name for field in fields(cls)]
+        if not isinstance(data, dict) or sorted(data) != sorted(keys):
+            raise RequestError(f"the normaliser must have exactly the keys {', '.join(keys)}")
         try:
             return cls(
-                names=tuple(str(name) for name in told["names"]),
-                mean=_floats(told["mean"]),
-                sd=_floats(told["sd"]),
-                lo=_floats(told["lo"]),
-                hi=_floats(told["hi"]),
-                bounds=tuple((float(low), float(high)) for low, high in told["bounds"]),
-                count=int(told["count"]),
-                data_hash=str(told["data_hash"]),
-                scorer_hash=str(told["scorer_hash"]),
+                names=tuple(str(name) for name in data["names"]),
+                mean=_floats(data["mean"]),
+                sd=_floats(data["sd"]),
+                lo=_floats(data["lo"]),
+                hi=_floats(data["hi"]),
+                bounds=tuple((float(low), float(high)) for low, high in data["bounds"]),
+                count=int(data["count"]),
+                data_hash=str(data["data_hash"]),
+                scorer_hash=str(data["scorer_hash"]),
             )
         except (TypeError, ValueError) as error:
             raise RequestError(f"the normaliser holds a value of the wrong type: {error}") from error
@@ -176,7 +176,7 @@ class Normaliser:
     def _array(self, raw: ArrayLike) -> Matrix:
         values = np.asarray(raw, dtype=np.float64)
         if values.ndim == 0 or values.shape[-1] != len(self.names):
-            # Numpy would spread one column over all objectives without a word.
+            # numpy would silently broadcast one column over all objectives.
             raise ValueError(f"scores of shape {list(values.shape)} for {len(self.names)} objectives")
         return values
 

@@ -1,7 +1,7 @@
 """The reward panel: named objectives in a fixed order; texts in, a matrix ``[samples, objectives]`` out.
 
 The panel turns the sign where smaller is better, so that larger is better in every column. It never sums
-objectives. Whatever was scored before a failure is kept in the store.
+objectives. Scores made before a failure stay in the store.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class RewardCounter(Protocol):
     """What the panel needs of a run's meter."""
 
     def add_reward_calls(self, count: int) -> None:
-        """Count ``count`` scores that were asked for."""
+        """Count ``count`` requested scores."""
         ...
 
 
@@ -59,7 +59,7 @@ class RewardPanel:
             objectives: one scorer per objective, in the task's order.
             names: the objectives' names; None takes the scorers' own.
             store: where scores of scorers that are not cheap are kept; None keeps nothing.
-            meter: counts the scores asked for.
+            meter: counts the requested scores.
             normaliser: for :meth:`z` and :meth:`unit`; may be given later with :meth:`with_normaliser`.
             chunk: texts per call of a scorer; a finished chunk is stored at once.
 
@@ -107,8 +107,8 @@ class RewardPanel:
     @property
     def scorer_hash(self) -> str:
         """16 hex digits over the objectives' order, names, directions and revisions."""
-        told = [[name, s.maximise, s.revision] for name, s in zip(self.names, self.objectives, strict=True)]
-        return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+        identity = [[name, s.maximise, s.revision] for name, s in zip(self.names, self.objectives, strict=True)]
+        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
 
     def score(
         self,
@@ -201,59 +201,59 @@ class _Column:
             known = self.store.get_many(self.scorer.revision, self.pairs)
             self.values[:] = [math.nan if value is None else value for value in known]
         missing = np.flatnonzero(np.isnan(self.values)).tolist()
-        self._tell()
+        self._report_progress()
         for start in range(0, len(missing), self.chunk):
             rows = missing[start : start + self.chunk]
             try:
-                given = self._call(rows)
+                scores = self._call(rows)
             except _Fault as fault:
                 self._locate(rows, fault)
-            self._keep(rows, given)
-            self._tell()
+            self._keep(rows, scores)
+            self._report_progress()
         return self.values
 
-    def _tell(self) -> None:
+    def _report_progress(self) -> None:
         if self.progress is not None:
             self.progress(self.before + int(np.count_nonzero(~np.isnan(self.values))), self.total)
 
     def _call(self, rows: Sequence[int]) -> Matrix:
-        """Return the scorer's numbers for some texts; _Fault when the call as a whole is of no use."""
+        """Return the scorer's numbers for the texts of ``rows``; raises _Fault when the whole call failed."""
         prompts, responses = [self.pairs[row][0] for row in rows], [self.pairs[row][1] for row in rows]
         try:
-            given = np.asarray(self.scorer.score(prompts, responses))
+            scores = np.asarray(self.scorer.score(prompts, responses))
         except RequestError:
             raise
         except Exception as error:
             raise _Fault(f"raised {type(error).__name__}: {error}") from error
-        if given.shape != (len(rows),):
-            raise _Fault(f"gave scores of shape {list(given.shape)} for {len(rows)} texts; [{len(rows)}] is needed")
-        if given.dtype == object and all(value is None or isinstance(value, (int, float)) for value in given):
-            given = given.astype(np.float64)
-        if given.dtype.kind not in "fiub":
-            raise _Fault(f"gave {type(given[0]).__name__} instead of numbers")
-        return given.astype(np.float64)
+        if scores.shape != (len(rows),):
+            raise _Fault(f"gave scores of shape {list(scores.shape)} for {len(rows)} texts; [{len(rows)}] is needed")
+        if scores.dtype == object and all(value is None or isinstance(value, (int, float)) for value in scores):
+            scores = scores.astype(np.float64)
+        if scores.dtype.kind not in "fiub":
+            raise _Fault(f"gave {type(scores[0]).__name__} instead of numbers")
+        return scores.astype(np.float64)
 
-    def _keep(self, rows: Sequence[int], given: Matrix) -> None:
+    def _keep(self, rows: Sequence[int], scores: Matrix) -> None:
         """Keep the finite scores, here and in the store; then raise WorkError when there are others."""
-        good = np.isfinite(given)
-        kept = [row for row, finite in zip(rows, good, strict=True) if finite]
-        self.values[kept] = given[good]
+        good = np.isfinite(scores)
+        finite_rows = [row for row, finite in zip(rows, good, strict=True) if finite]
+        self.values[finite_rows] = scores[good]
         if self.store is not None:
-            self.store.put_many(self.scorer.revision, [self.pairs[row] for row in kept], given[good].tolist())
-        for row, value in zip(rows, given, strict=True):
+            self.store.put_many(self.scorer.revision, [self.pairs[row] for row in finite_rows], scores[good].tolist())
+        for row, value in zip(rows, scores, strict=True):
             if not math.isfinite(value):
                 raise self._error(f"gave {value}, which is not a finite number, for {self._shown(row)}")
 
     def _locate(self, rows: Sequence[int], fault: _Fault) -> NoReturn:
-        """Find the text on which the scorer fails by halving, keeping every score made on the way."""
+        """Find the text on which the scorer fails by bisection, keeping every score made on the way."""
         if len(rows) == 1:
             raise self._error(f"{fault} for {self._shown(rows[0])}") from fault
         for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
             try:
-                given = self._call(half)
+                scores = self._call(half)
             except _Fault as inner:
                 self._locate(half, inner)
-            self._keep(half, given)
+            self._keep(half, scores)
         raise self._error(
             f"{fault} for {len(rows)} texts together (samples {self.first[rows[0]]} to {self.first[rows[-1]]}), but "
             "not for each half of them"
@@ -266,10 +266,10 @@ class _Column:
     def _error(self, what: str) -> WorkError:
         done = int(np.count_nonzero(~np.isnan(self.values)))
         if self.store is None:
-            kept = f"{done} of {len(self.pairs)} texts had a score"
+            saved = f"{done} of {len(self.pairs)} texts had a score"
         else:
-            kept = f"the {done} of {len(self.pairs)} scores made so far are kept in {self.store.path}"
-        return WorkError(f"objective {self.name!r}: the scorer {what}; {kept}")
+            saved = f"the {done} of {len(self.pairs)} scores made so far are kept in {self.store.path}"
+        return WorkError(f"objective {self.name!r}: the scorer {what}; {saved}")
 
 
 def _short(text: str, most: int = 60) -> str:

@@ -38,14 +38,14 @@ class PythonScorer:
         _check_options(self.function, spec.function, self.options, where)
         file = file_of(spec.function, base_dir)
         source = _source(self.function) if file is None else fingerprint(file)
-        told = json.dumps([self.options, spec.revision, source], sort_keys=True, default=repr)
+        settings = json.dumps([self.options, spec.revision, source], sort_keys=True, default=repr)
         name = spec.function if file is None else Path(spec.function).name  # a moved file is the same file
-        self.revision = f"python:{name}:{hashlib.sha256(told.encode()).hexdigest()[:16]}"
+        self.revision = f"python:{name}:{hashlib.sha256(settings.encode()).hexdigest()[:16]}"
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Sequence[float]:
         """Return what the callable gives, ``[samples]``; the panel checks length and values."""
-        given: Sequence[float] = self.function(list(prompts), list(responses), **self.options)
-        return given
+        scores: Sequence[float] = self.function(list(prompts), list(responses), **self.options)
+        return scores
 
 
 def load_function(name: str, base_dir: Path, where: str) -> Callable[..., Any]:
@@ -55,12 +55,12 @@ def load_function(name: str, base_dir: Path, where: str) -> Callable[..., Any]:
     Raises RequestError when it cannot be imported, does not exist or cannot be called.
     """
     if ":" in name:
-        found = _from_path(name, base_dir, where)
+        function = _from_path(name, base_dir, where)
     else:
-        found = _from_entry_point(name, where)
-    if not callable(found):
-        raise RequestError(f"{where}: function {name!r} is a {type(found).__name__}, which cannot be called")
-    return found  # type: ignore[no-any-return]
+        function = _from_entry_point(name, where)
+    if not callable(function):
+        raise RequestError(f"{where}: function {name!r} is a {type(function).__name__}, which cannot be called")
+    return function  # type: ignore[no-any-return]
 
 
 def file_of(name: str, base_dir: Path) -> Path | None:
@@ -90,7 +90,7 @@ def _from_entry_point(name: str, where: str) -> Any:
         return offered[name].load()
     except Exception as error:
         raise RequestError(
-            f"{where}: entry point {name!r} ({offered[name].value}) cannot be loaded: {_told(error)}"
+            f"{where}: entry point {name!r} ({offered[name].value}) cannot be loaded: {_described(error)}"
         ) from error
 
 
@@ -99,13 +99,13 @@ def _from_path(name: str, base_dir: Path, where: str) -> Any:
     module_name, _, attribute = name.rpartition(":")
     if not all(part.isidentifier() for part in [*([] if file else module_name.split(".")), *attribute.split(".")]):
         raise RequestError(f"{where}: function {name!r} is not of the form file.py:callable or package.module:callable")
-    found: Any = _import(module_name, base_dir, where) if file is None else _import_file(file, where)
+    target: Any = _import(module_name, base_dir, where) if file is None else _import_file(file, where)
     for part in attribute.split("."):
-        if not hasattr(found, part):
-            near = did_you_mean(part, [key for key in dir(found) if not key.startswith("_")])
+        if not hasattr(target, part):
+            near = did_you_mean(part, [key for key in dir(target) if not key.startswith("_")])
             raise RequestError(f"{where}: {module_name} has no {part!r} (function {name!r}){near}")
-        found = getattr(found, part)
-    return found
+        target = getattr(target, part)
+    return target
 
 
 def _import_file(file: Path, where: str) -> Any:
@@ -120,23 +120,23 @@ def _import_file(file: Path, where: str) -> Any:
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None  # a path that ends with .py has a loader
     module = importlib.util.module_from_spec(spec)
-    _look_in(path.parent)
+    _add_to_path(path.parent)
     sys.modules[name] = module  # before it runs: dataclasses look their module up
     try:
         spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
-        raise RequestError(f"{where}: running {file} failed: {_told(error)}{_line_in(error, path)}") from error
+        raise RequestError(f"{where}: running {file} failed: {_described(error)}{_line_in(error, path)}") from error
     return module
 
 
 def _line_in(error: Exception, path: Path) -> str:
-    """Return `` (line N)`` of the file that an error came from; empty when it is told already or not known."""
+    """Return `` (line N)`` of the file that an error came from; empty where the traceback holds no line of it."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     return f" (line {lines[-1]})" if lines else ""
 
 
-def _look_in(folder: Path) -> None:
+def _add_to_path(folder: Path) -> None:
     """Let modules in ``folder`` be imported.
 
     Last on the path, so that a file beside the card never hides an installed package; it stays there because a module
@@ -154,17 +154,17 @@ def _import(module_name: str, base_dir: Path, where: str) -> Any:
         except ModuleNotFoundError as error:
             if error.name != module_name.partition(".")[0]:
                 raise
-        _look_in(base_dir.resolve())
+        _add_to_path(base_dir.resolve())
         return importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise RequestError(
             f"{where}: module {module_name!r} cannot be imported: {error}; looked on the Python path and in {base_dir}"
         ) from error
     except Exception as error:
-        raise RequestError(f"{where}: importing {module_name!r} failed: {_told(error)}") from error
+        raise RequestError(f"{where}: importing {module_name!r} failed: {_described(error)}") from error
 
 
-def _told(error: Exception) -> str:
+def _described(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
@@ -172,7 +172,7 @@ def _check_options(function: Callable[..., Any], name: str, options: dict[str, A
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
-        return  # compiled callables tell no signature: the first call will
+        return  # compiled callables have no signature: the first call will show
     try:
         signature.bind([], [], **options)
     except TypeError as error:
@@ -186,7 +186,7 @@ def _check_options(function: Callable[..., Any], name: str, options: dict[str, A
 
 
 def _source(function: Callable[..., Any]) -> str:
-    """Return the callable's own source text: an edited function must not answer from old scores."""
+    """Return the callable's own source text: scores of an edited function must not come from the store."""
     try:
         return inspect.getsource(function if inspect.isroutine(function) else type(function))
     except (OSError, TypeError):

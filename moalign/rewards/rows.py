@@ -38,10 +38,10 @@ def render(template: str, prompt: str, response: str) -> str:
     return _FIELD.sub(lambda match: values[match.group(1)], template)
 
 
-def longest(model: Any, tokenizer: Any, asked: int) -> int:
-    """Return how many tokens a model can read, special tokens included: the least of what was asked for, the
-    tokenizer's limit and the model's positions."""
-    limits = [asked, int(tokenizer.model_max_length)]
+def longest(model: Any, tokenizer: Any, max_length: int) -> int:
+    """Return how many tokens a model can read, special tokens included: the least of ``max_length``, the tokenizer's
+    limit and the model's positions."""
+    limits = [max_length, int(tokenizer.model_max_length)]
     limits.append(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0)
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and hasattr(module, "num_embeddings"):
@@ -102,9 +102,14 @@ class RowEncoder:
 
     def _encode(self, texts: Sequence[tuple[str, str | None]]) -> list[Row]:
         firsts, seconds = [first for first, _ in texts], [second for _, second in texts]
-        given = [firsts] if self.pair_template is None else [firsts, seconds]
+        columns = [firsts] if self.pair_template is None else [firsts, seconds]
         coded = self.tokenizer(
-            *given, add_special_tokens=True, truncation=False, padding=False, return_attention_mask=False, verbose=False
+            *columns,
+            add_special_tokens=True,
+            truncation=False,
+            padding=False,
+            return_attention_mask=False,
+            verbose=False,
         )
         keys = [key for key in ("input_ids", "token_type_ids") if key in coded]
         rows = [{key: list(coded[key][at]) for key in keys} for at in range(len(texts))]
@@ -117,22 +122,22 @@ class RowEncoder:
         return rows
 
     def _shortened(self, prompt: str, response: str, excess: int) -> Row:
-        """Return the row with as much of the prompt's end as fits; then as much of the response's start."""
+        """Return the row with as much of the prompt's end as fits, else of the response's start, without a prompt."""
 
-        def from_end(kept: int) -> Row:
-            return self._encode([self._render(prompt[len(prompt) - kept :], response)])[0]
+        def from_end(count: int) -> Row:
+            return self._encode([self._render(prompt[len(prompt) - count :], response)])[0]
 
-        def from_start(kept: int) -> Row:
-            return self._encode([self._render("", response[:kept])])[0]
+        def from_start(count: int) -> Row:
+            return self._encode([self._render("", response[:count])])[0]
 
         guess = len(prompt) - self._start_of_token(prompt, excess)
-        found = self._longest(from_end, len(prompt), guess) or self._longest(from_start, len(response), len(response))
-        if found is None:
+        row = self._longest(from_end, len(prompt), guess) or self._longest(from_start, len(response), len(response))
+        if row is None:
             raise RequestError(
                 f"{self.where}: the template alone is longer than {self.max_length} tokens; raise max_length or "
                 "shorten the template"
             )
-        return found
+        return row
 
     def _start_of_token(self, prompt: str, number: int) -> int:
         """Return the character at which the prompt's token ``number`` begins, its length when it has fewer."""
@@ -143,15 +148,15 @@ class RowEncoder:
         return int(offsets[number][0]) if number < len(offsets) else len(prompt)
 
     def _longest(self, encode: Callable[[int], Row], most: int, guess: int) -> Row | None:
-        """Return ``encode(kept)`` for the largest ``kept`` that fits, None when even 0 does not.
+        """Return ``encode(count)`` for the largest ``count`` that fits, None when even 0 does not.
 
         The search widens from the guess, which is nearly always right, and then halves.
         """
-        found: dict[int, Row] = {}
+        rows: dict[int, Row] = {}
 
-        def fits(kept: int) -> bool:
-            found[kept] = encode(kept)
-            return len(found[kept]["input_ids"]) <= self.max_length
+        def fits(count: int) -> bool:
+            rows[count] = encode(count)
+            return len(rows[count]["input_ids"]) <= self.max_length
 
         low, high, step = -1, most + 1, 1  # low fits, high does not
         at = min(max(guess, 0), most)
@@ -169,7 +174,7 @@ class RowEncoder:
                 low = middle
             else:
                 high = middle
-        return found[low] if low >= 0 else None
+        return rows[low] if low >= 0 else None
 
     def _any_token(self) -> int:
         """Return a token that stands for an empty text, which no model can read."""

@@ -1,4 +1,4 @@
-"""Rules: objectives that a few lines of code can read off the response text.
+"""Rules: objectives that a few lines of code compute from the response text.
 
 Each rule is one function ``(response, options) -> float`` with its options typed beside it; the prompt is
 not looked at. ``RULES`` holds them by name. A *word* is a run of letters or digits with inner apostrophes
@@ -113,7 +113,7 @@ we'll we're we've well were weren't what what's whatever when where whether whic
 why will with within without won't would wouldn't yet you you'd you'll you're you've your yours yourself
 """
 _STOP_WORDS = frozenset(_STOP_TEXT.split())
-"""English words that hold a sentence together and say little themselves."""
+"""English function words, which carry little content."""
 
 
 class DetailOptions(Strict):
@@ -124,17 +124,17 @@ class DetailOptions(Strict):
 
 
 def content_words(text: str) -> set[str]:
-    """Return the different words of an English text that say something, case-folded.
+    """Return the different content words of an English text, case-folded.
 
-    That is words of at least three letters that are no stop words; a possessive ``'s`` is dropped. Two forms of a word
-    are two words, so that no dictionary is needed.
+    These are words of at least three letters that are no stop words, without a possessive ``'s``. Two forms of a word
+    count as two, so that no dictionary is needed.
 
     >>> sorted(content_words("You should see the cat's 2 cats, and the CAT."))
     ['cat', 'cats', 'see']
     """
     folded = (word.casefold().replace("’", "'") for word in words(text))
-    kept = (word.removesuffix("'s") for word in folded if word not in _STOP_WORDS)
-    return {word for word in kept if sum(map(str.isalpha, word)) >= 3 and word not in _STOP_WORDS}
+    stems = (word.removesuffix("'s") for word in folded if word not in _STOP_WORDS)
+    return {word for word in stems if sum(map(str.isalpha, word)) >= 3 and word not in _STOP_WORDS}
 
 
 @_rule("detail", DetailOptions)
@@ -200,9 +200,9 @@ def keyword_density(response: str, options: KeywordOptions) -> float:
     # Longest first, so that "ice cream" wins over "ice" where both would match.
     ordered = sorted(set(options.keywords), key=len, reverse=True)
     pattern = r"(?<!\w)(?:" + "|".join(re.escape(keyword.strip()) for keyword in ordered) + r")(?!\w)"
-    found = len(re.findall(pattern, response, re.IGNORECASE if options.ignore_case else 0))
+    occurrences = len(re.findall(pattern, response, re.IGNORECASE if options.ignore_case else 0))
     total = len(words(response))
-    return found / total if total else 0.0
+    return occurrences / total if total else 0.0
 
 
 class DialogueOptions(Strict):
@@ -227,24 +227,24 @@ def dialogue_share(response: str, options: DialogueOptions) -> float:
         text = " ".join(parts)
         return len(words(text)) if options.unit == "words" else sum(map(len, text.split()))
 
-    said, rest = size(inside), size(outside)
-    return said / (said + rest) if said + rest else 0.0
+    quoted_size, plain_size = size(inside), size(outside)
+    return quoted_size / (quoted_size + plain_size) if quoted_size + plain_size else 0.0
 
 
 def _split_quotes(line: str, count_unclosed: bool) -> tuple[str, str]:
     """Return the text inside and outside of double quotes; quote marks belong to neither."""
-    said: list[str] = []
+    quoted: list[str] = []
     plain: list[str] = []
     current: list[str] = []
     opened = False
     for character in line:
         if character == '"' or character == ("”" if opened else "“"):
-            (said if opened else plain).append("".join(current))
+            (quoted if opened else plain).append("".join(current))
             current, opened = [], not opened
         elif character not in "“”":
             current.append(character)
-    (said if opened and count_unclosed else plain).append("".join(current))
-    return " ".join(said), " ".join(plain)
+    (quoted if opened and count_unclosed else plain).append("".join(current))
+    return " ".join(quoted), " ".join(plain)
 
 
 class EndingOptions(Strict):
@@ -294,11 +294,11 @@ class RegexOptions(Strict):
 def regex_count(response: str, options: RegexOptions) -> float:
     """Number of non-overlapping matches of a pattern (Python syntax), or matches per word."""
     flags = re.IGNORECASE if options.ignore_case else 0
-    found = sum(1 for _ in re.finditer(options.pattern, response, flags))
+    matches = sum(1 for _ in re.finditer(options.pattern, response, flags))
     if not options.per_word:
-        return float(found)
+        return float(matches)
     total = len(words(response))
-    return found / total if total else 0.0
+    return matches / total if total else 0.0
 
 
 class VaderOptions(Strict):
@@ -377,9 +377,9 @@ class RuleScorer:
         self.options = read_options(spec.rule, spec.options, f"objective {spec.name!r}")
         self.rule = RULES[spec.rule]
         if spec.rule == "vader":
-            _vader_analyser()  # a missing library is told now, not after the base has been sampled
-        told = json.dumps([_VERSION, self.options.model_dump(mode="json")], sort_keys=True)
-        self.revision = f"rule:{spec.rule}:{hashlib.sha256(told.encode()).hexdigest()[:16]}"
+            _vader_analyser()  # report a missing library now, not after the base has been sampled
+        settings = json.dumps([_VERSION, self.options.model_dump(mode="json")], sort_keys=True)
+        self.revision = f"rule:{spec.rule}:{hashlib.sha256(settings.encode()).hexdigest()[:16]}"
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         """Return the rule's value of each response, ``[samples]``; prompts are not looked at."""

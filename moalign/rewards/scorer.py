@@ -41,7 +41,7 @@ class Scorer(Protocol):
 
     @property
     def cheap(self) -> bool:
-        """True: scoring is faster than a look-up, so that the store is not asked."""
+        """True: scoring is faster than a look-up, so the store is not used."""
         ...
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Sequence[float]:
@@ -65,7 +65,7 @@ class FunctionScorer:
 
 
 BUILDERS: dict[str, Callable[[Any, Path], Scorer]] = {}
-"""Scorers of kinds of objective that belong to a task of ours; :mod:`moalign.tasks`, once imported, puts them in."""
+"""Builders for kinds of objective that belong to one task; :mod:`moalign.tasks` registers them when it is imported."""
 
 
 def build_scorer(spec: ObjectiveSpec, base_dir: Path) -> Scorer:
@@ -73,7 +73,7 @@ def build_scorer(spec: ObjectiveSpec, base_dir: Path) -> Scorer:
 
     Args:
         spec: one objective of a task card.
-        base_dir: the card's folder; relative model folders and modules beside the card are found there.
+        base_dir: the card's folder; relative model folders and modules are looked up there.
 
     Raises:
         RequestError: unknown rule, function, option, label or model; a model folder that cannot be used.

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from typing import Self
 
 APPLICATION_ID = 0x6D6F616C
-"""Marks the sqlite file as ours (``moal``), so that another program's database is never written to."""
+"""Marks the sqlite file as a score store (``moal``), so that another program's database is never written to."""
 
 _CHUNK = 500
 _Result = TypeVar("_Result")
@@ -68,13 +68,13 @@ class Store:
     def get_many(self, revision: str, pairs: Sequence[tuple[str, str]]) -> list[float | None]:
         """Return the stored score of each (prompt, response), None where there is none; ``[pairs]``."""
         keys = [key_of(revision, prompt, response) for prompt, response in pairs]
-        found: dict[bytes, float] = {}
+        scores: dict[bytes, float] = {}
         with self._using() as connection:
             for start in range(0, len(keys), _CHUNK):
                 part = keys[start : start + _CHUNK]
                 marks = ",".join("?" * len(part))
-                found.update(connection.execute(f"SELECT key, value FROM scores WHERE key IN ({marks})", part))
-        return [found.get(key) for key in keys]
+                scores.update(connection.execute(f"SELECT key, value FROM scores WHERE key IN ({marks})", part))
+        return [scores.get(key) for key in keys]
 
     def put_many(self, revision: str, pairs: Sequence[tuple[str, str]], values: Sequence[float]) -> None:
         """Store scores in one transaction each 500; a score that is there already is left as it is.

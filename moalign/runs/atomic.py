@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all.
+"""Atomic writes: files and folders appear complete or not at all.
 
 Everything is written under a hidden name beside its target, flushed to the disk and renamed into
 place: a reader, and a process that continues after ``kill -9``, sees the old content or the new one.
@@ -66,8 +66,8 @@ def _refusal(error: Exception) -> int | None:
         code = error.errno
     elif type(error).__module__.split(".")[0] == "safetensors":
         # safetensors reports a full disk as its own error, with the number only in the text.
-        found = re.search(r"\(os error (\d+)\)", str(error))
-        code = int(found.group(1)) if found else None
+        match = re.search(r"\(os error (\d+)\)", str(error))
+        code = int(match.group(1)) if match else None
     return code if code in _REFUSALS else None
 
 
@@ -75,8 +75,8 @@ def _concerns(error: Exception, folder: Path) -> bool:
     name = getattr(error, "filename", None)
     if not isinstance(name, str | os.PathLike):
         return True
-    found, ours = Path(os.path.realpath(name)), Path(os.path.realpath(folder))
-    return found.is_relative_to(ours) or ours.is_relative_to(found)
+    path, ours = Path(os.path.realpath(name)), Path(os.path.realpath(folder))
+    return path.is_relative_to(ours) or ours.is_relative_to(path)
 
 
 @contextlib.contextmanager
@@ -134,18 +134,18 @@ def directory(path: Path | str, *, replace: bool = True, remedy: str = REMEDY) -
 
 
 def write_bytes(path: Path | str, data: bytes, remedy: str = REMEDY) -> None:
-    """Write ``data`` to ``path``: whole, or not at all."""
+    """Write ``data`` to ``path`` atomically."""
     with file(path, remedy) as temporary, open(temporary, "xb") as stream:
         stream.write(data)
 
 
 def write_text(path: Path | str, text: str, remedy: str = REMEDY) -> None:
-    """Write ``text`` as UTF-8 to ``path``: whole, or not at all."""
+    """Write ``text`` as UTF-8 to ``path`` atomically."""
     write_bytes(path, text.encode("utf-8"), remedy)
 
 
 def write_json(path: Path | str, value: Any, remedy: str = REMEDY) -> None:
-    """Write ``value`` as indented JSON (see :func:`plain`) to ``path``: whole, or not at all."""
+    """Write ``value`` as indented JSON (see :func:`plain`) to ``path`` atomically."""
     write_bytes(path, json_bytes(value, indent=2), remedy)
 
 
@@ -202,12 +202,12 @@ def sweep(folder: Path) -> None:
                     shutil.rmtree(old)
                 else:
                     os.rename(old, target)
-        for left in sorted(folder.rglob(".tmp-*")):
-            if left.exists() and _abandoned(left):
-                if left.is_dir():
-                    shutil.rmtree(left)
+        for leftover in sorted(folder.rglob(".tmp-*")):
+            if leftover.exists() and _abandoned(leftover):
+                if leftover.is_dir():
+                    shutil.rmtree(leftover)
                 else:
-                    left.unlink()
+                    leftover.unlink()
 
 
 def _host() -> str:

@@ -53,14 +53,14 @@ def save(folder: Path, step: int, tensors: Mapping[str, torch.Tensor], state: Ma
         sums = {"content": hashlib.sha256(content.encode()).hexdigest(), "tensors": _file_sum(temporary / TENSORS)}
         text = f'{{"format": 1, "sha256": {json.dumps(sums)}, "content": {json.dumps(content)}}}\n'
         (temporary / STATE).write_text(text, encoding="utf-8")
-    older = [kept for kept in _steps(folder) if kept < step]
-    for stale in [kept for kept in _steps(folder) if kept > step] + older[KEPT - 1 :]:
+    older = [saved for saved in _steps(folder) if saved < step]
+    for stale in [saved for saved in _steps(folder) if saved > step] + older[KEPT - 1 :]:
         atomic.remove_directory(folder / f"step-{stale:08d}")
     return target
 
 
 def load(folder: Path) -> Checkpoint | None:
-    """Return the newest whole checkpoint below ``folder``, or None; a damaged one is named on stderr."""
+    """Return the newest undamaged checkpoint below ``folder``, or None; a damaged one is named on stderr."""
     for step in _steps(folder):
         path = folder / f"step-{step:08d}"
         try:
@@ -71,7 +71,7 @@ def load(folder: Path) -> Checkpoint | None:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write tensors to a safetensors file, whole or not at all."""
+    """Write tensors to a safetensors file atomically."""
     with atomic.file(path) as temporary:
         _write_tensors(tensors, temporary)
 
@@ -96,11 +96,11 @@ def _read(path: Path) -> Checkpoint:
     """Read one checkpoint; raises ValueError (or OSError, KeyError, TypeError) when it is damaged."""
     from safetensors.torch import load_file
 
-    told = json.loads((path / STATE).read_text(encoding="utf-8"))
-    content = told["content"]
-    if hashlib.sha256(content.encode()).hexdigest() != told["sha256"]["content"]:
+    stored = json.loads((path / STATE).read_text(encoding="utf-8"))
+    content = stored["content"]
+    if hashlib.sha256(content.encode()).hexdigest() != stored["sha256"]["content"]:
         raise ValueError(f"{STATE} does not match its checksum")
-    if _file_sum(path / TENSORS) != told["sha256"]["tensors"]:
+    if _file_sum(path / TENSORS) != stored["sha256"]["tensors"]:
         raise ValueError(f"{TENSORS} does not match its checksum")
     parsed = json.loads(content)
     return Checkpoint(int(parsed["step"]), dict(load_file(path / TENSORS)), dict(parsed["state"]))

@@ -66,7 +66,7 @@ def _git(checkout: Path, *arguments: str) -> str | None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
     environment["GIT_OPTIONAL_LOCKS"] = "0"  # looking must not write to the checkout
     try:
-        done = subprocess.run(
+        result = subprocess.run(
             ["git", "-C", str(checkout), *arguments],
             capture_output=True,
             text=True,
@@ -76,11 +76,11 @@ def _git(checkout: Path, *arguments: str) -> str | None:
         )
     except (OSError, subprocess.SubprocessError):
         return None  # no git, not a repository, or not ours to read: the commit is unknown
-    return done.stdout.strip()
+    return result.stdout.strip()
 
 
 def usable_cpus() -> int:
-    """Return how many CPUs this process may keep busy: those it is bound to, or fewer where a container is held."""
+    """Return how many CPUs this process may keep busy: those it is bound to, or fewer where a container is limited."""
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, _, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").partition(" ")
@@ -102,8 +102,8 @@ def _threads() -> int | None:
     torch = sys.modules.get("torch")
     if torch is not None:
         return int(torch.get_num_threads())
-    told = os.environ.get("OMP_NUM_THREADS", "")
-    return int(told) if told.isdigit() else None
+    setting = os.environ.get("OMP_NUM_THREADS", "")
+    return int(setting) if setting.isdigit() else None
 
 
 def _gpus() -> list[str]:

@@ -33,7 +33,7 @@ class Meter:
         self.tokens_trained += _checked(count)
 
     def add_reward_calls(self, count: int) -> None:
-        """Count scores asked for: responses x objectives."""
+        """Count requested scores: responses x objectives."""
         self.reward_calls += _checked(count)
 
     def add_run(self, cost: Mapping[str, float], seconds: float, passed: float = 0.0) -> None:
@@ -41,9 +41,9 @@ class Meter:
 
         Args:
             cost: what its :meth:`cost` was; peak memory becomes the larger of the two.
-            seconds: what it took.
-            passed: seconds that went by on this meter's clock while it was found, trained or waited for; its own
-                ``seconds`` take their place.
+            seconds: how long it took.
+            passed: seconds that passed on this meter's clock while that run was looked up, trained or waited for;
+                ``seconds`` replaces them.
         """
         self.add_tokens_generated(int(cost["tokens_generated"]))
         self.add_tokens_trained(int(cost["tokens_trained"]))

@@ -1,4 +1,4 @@
-"""The run record: ``run.json``, everything needed to know what a run was and to do it again."""
+"""The run record ``run.json``: what a run was, in enough detail to repeat it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Cost(BaseModel):
     tokens_generated: int = Field(default=0, ge=0)
     tokens_trained: int = Field(default=0, ge=0)
     reward_calls: int = Field(default=0, ge=0)
-    """Scores asked for (responses x objectives), whether computed or found in the store."""
+    """Requested scores (responses x objectives), computed or read from the store."""
     peak_memory_bytes: int = Field(default=0, ge=0)
 
 
@@ -57,7 +57,7 @@ class RunRecord(BaseModel):
     """Wall-clock time of the work that is in the result, over all resumes."""
     cost: Cost = Field(default_factory=Cost)
     phases: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """Finished phases of training, with what each wants to remember."""
+    """Finished phases of training, with the small results of each."""
     notes: dict[str, Any] = Field(default_factory=dict)
     error: str | None = None
     environment: dict[str, Any] = Field(default_factory=dict)
@@ -85,10 +85,10 @@ def read(folder: Path) -> RunRecord:
     except json.JSONDecodeError as error:
         raise RequestError(f"{path}:{error.lineno}: not JSON ({error.msg}); {_REMEDY}") from error
     except ValidationError as error:
-        found = "; ".join(
+        details = "; ".join(
             f"{'.'.join(map(str, problem['loc'])) or 'the whole file'}: {problem['msg']}" for problem in error.errors()
         )
-        raise RequestError(f"{path}: not a run record of this moalign: {found}; {_REMEDY}") from error
+        raise RequestError(f"{path}: not a run record of this moalign: {details}; {_REMEDY}") from error
 
 
 _REMEDY = "move the run's folder away to train it again"

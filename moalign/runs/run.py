@@ -43,7 +43,7 @@ class Run:
         self.path = path
         self.record = record
         self.mirrors: Mirrors | None = None
-        """Trackers that are told every line of metrics, while the run trains."""
+        """Trackers that receive every line of metrics while the run trains."""
         self._mended = False
 
     @classmethod
@@ -58,7 +58,7 @@ class Run:
 
     @property
     def run_id(self) -> str:
-        """The run's identifier: 12 hex digits of what was asked for."""
+        """The run's identifier: the hash of its request, 12 hex digits."""
         return self.record.run_id
 
     @property
@@ -75,7 +75,8 @@ class Run:
     def mark(self, status: Status, error: str | None = None, meter: Meter | None = None) -> None:
         """Set the status and save the record; with a meter also the cost so far, and the environment as it is now.
 
-        Only now, because torch is loaded after the record is first written: before that nobody knows of a GPU.
+        The environment is captured again because torch, which knows the GPUs, is loaded after the record is first
+        written.
         """
         self.record.status = status
         self.record.error = error
@@ -95,7 +96,7 @@ class Run:
         The record is read again once the lock is held, since another process may have finished the run meanwhile;
         leftovers of killed writers are removed. The lock is the system's: it dies with its process.
 
-        Raises RequestError naming the other process when it is held (unless told to wait).
+        Raises RequestError naming the other process when it is held (unless ``wait``).
         """
         from filelock import FileLock, Timeout
 
@@ -117,7 +118,7 @@ class Run:
             lock.release()
 
     def is_locked(self) -> bool:
-        """Whether some process is writing this run now. Needs no right to write."""
+        """Whether any process is writing this run now. Works without write permission."""
         import fcntl
 
         try:
@@ -175,9 +176,9 @@ class Run:
     def truncate_metrics(self, phase: str, step: int) -> None:
         """Drop the lines of ``phase`` after ``step``: a resume from the checkpoint of ``step`` writes them again."""
         lines = self._metric_lines()
-        kept = [raw for raw, entry in lines if entry.get("phase") != phase or entry["step"] <= step]
+        remaining = [raw for raw, entry in lines if entry.get("phase") != phase or entry["step"] <= step]
         path = self.path / METRICS
-        content = b"".join(raw + b"\n" for raw in kept)
+        content = b"".join(raw + b"\n" for raw in remaining)
         if path.exists() and path.read_bytes() != content:
             atomic.write_bytes(path, content)
         self._mended = True
@@ -187,14 +188,14 @@ class Run:
         if not path.exists():
             return []
         *lines, last = path.read_bytes().split(b"\n")
-        found = []
+        entries = []
         for number, raw in enumerate(lines, start=1):
             entry = _metric(raw)
             if entry is None:
                 raise RequestError(f"{path}:{number}: damaged line {raw[:60]!r}; delete it")
-            found.append((raw, entry))
+            entries.append((raw, entry))
         entry = _metric(last)  # empty, unless a kill cut the last line (or only its newline)
-        return [*found, (last, entry)] if entry is not None else found
+        return [*entries, (last, entry)] if entry is not None else entries
 
     def _mend_metrics(self) -> None:
         """Make the file end with a newline, so that a new line is not glued to a half one."""
@@ -224,8 +225,8 @@ class Run:
 
     def finish_phase(self, name: str, **info: Any) -> None:
         """Record that a phase is done, with small results. Call it after the phase's files are written."""
-        done = {"finished": records.now(), **info}
-        self.record.phases = {**self.record.phases, name: atomic.plain(done)}
+        entry = {"finished": records.now(), **info}
+        self.record.phases = {**self.record.phases, name: atomic.plain(entry)}
         self.save_record()
 
     def checkpoint_dir(self, phase: str) -> Path:
@@ -241,7 +242,7 @@ class Run:
         checkpoint.save(self.checkpoint_dir(phase), step, tensors, state)
 
     def load_checkpoint(self, phase: str) -> Checkpoint | None:
-        """Return the newest whole checkpoint (step, tensors, state) of ``phase``, or None."""
+        """Return the newest undamaged checkpoint (step, tensors, state) of ``phase``, or None."""
         return checkpoint.load(self.checkpoint_dir(phase))
 
     def drop_checkpoints(self, phase: str | None = None) -> None:
@@ -292,7 +293,7 @@ class Run:
 
 
 def _metric(raw: bytes) -> dict[str, Any] | None:
-    """Return the line's content, or None when it is not a whole line."""
+    """Return the line's content, or None when the line is incomplete."""
     try:
         entry = json.loads(raw)
     except ValueError:

@@ -1,7 +1,7 @@
 """The store of runs: ``<results>/runs/<task>/<method>/<run-id>/``.
 
-A run's identifier is the hash of what was asked for, so the same request finds its run again: finished, to be
-resumed, or being trained by another process.
+A run's identifier is the hash of its request, so the same request finds its run again: finished, to be resumed, or
+being trained by another process.
 """
 
 from __future__ import annotations
@@ -71,13 +71,13 @@ class RunStore:
         recipe: Mapping[str, Any] | None = None,
         as_given: Mapping[str, Any] | None = None,
     ) -> Run:
-        """Return the run that ``request`` asks for, made now (status ``running``) or found as it was left.
+        """Return the run that ``request`` asks for, created now (status ``running``) or loaded as it was left.
 
-        The folder appears together with its record; of two processes that make it at once, one does and the other
-        finds it. Take :meth:`Run.lock` before writing.
+        The folder appears together with its record; of two processes that create it at once, one succeeds and the other
+        loads it. Take :meth:`Run.lock` before writing.
 
         Raises:
-            RequestError: the results folder is read-only, full or not a folder; or the record found is damaged.
+            RequestError: the results folder is read-only, full or not a folder; or the existing record is damaged.
         """
         folder = self.folder(method, task, request)
         if not folder.exists():
@@ -108,7 +108,7 @@ class RunStore:
 
         A run whose record is damaged is named once on stderr and left out.
         """
-        found = []
+        matching = []
         for folder in self._folders():
             if task not in (None, folder.parts[-3]) or method not in (None, folder.parts[-2]):
                 continue
@@ -118,19 +118,19 @@ class RunStore:
                 self._warn(folder, str(error))
                 continue
             if status in (None, run.status):
-                found.append(run)
-        return sorted(found, key=lambda run: (run.record.created, run.run_id), reverse=True)
+                matching.append(run)
+        return sorted(matching, key=lambda run: (run.record.created, run.run_id), reverse=True)
 
     def newest_finished(self, task: str | None = None, method: str | None = None) -> Run:
         """Return the run that finished last; RequestError when none is finished."""
-        done = self.runs(task, method, status="done")
-        if not done:
+        finished = self.runs(task, method, status="done")
+        if not finished:
             which = "".join(f" {kind} {name}" for kind, name in (("task", task), ("method", method)) if name)
             raise RequestError(
                 f"{self.root}: no finished run{' of' + which if which else ''}; "
                 f"train one: moalign train {method or 'METHOD'}, or name another folder with --results DIR"
             )
-        return max(done, key=lambda run: (run.record.finished or run.record.created, run.run_id))
+        return max(finished, key=lambda run: (run.record.finished or run.record.created, run.run_id))
 
     def find(self, name: str) -> Run:
         """Return the run named by its folder, its identifier, or the beginning of it.
@@ -176,9 +176,9 @@ class RunStore:
         return bool(last) and folder.name.startswith(last) and list(parts[:-1][len(parts) - 1 - len(above) :]) == above
 
     def _list(self, folders: Sequence[Path]) -> str:
-        named = ", ".join(self._label(folder) for folder in folders[:_LISTED])
+        listed = ", ".join(self._label(folder) for folder in folders[:_LISTED])
         more = len(folders) - _LISTED
-        return f"{named} and {more} more (moalign ls runs)" if more > 0 else named
+        return f"{listed} and {more} more (moalign ls runs)" if more > 0 else listed
 
     def _label(self, folder: Path) -> str:
         return folder.relative_to(self.root).as_posix()

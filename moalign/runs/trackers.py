@@ -1,7 +1,7 @@
 """Mirrors of a run's metrics in TensorBoard, W&B, trackio or MLflow, through accelerate's own trackers.
 
-``metrics.jsonl`` is the truth: what a mirror is told is exactly what stands there, and no number is computed from a
-mirror. So a mirror that fails (no network, a full disk) is closed and named once, and training goes on.
+``metrics.jsonl`` is the record: a mirror receives exactly its lines, and no number is computed from a mirror. So a
+mirror that fails (no network, a full disk) is closed and named once, and training goes on.
 
 Mirrors that keep files keep them in ``<results>/trackers/<tracker>/``, unless the library's own settings (its
 environment variables) say otherwise.
@@ -22,11 +22,11 @@ PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"
 """Tracker -> the package that it needs, by the name it is imported and installed with."""
 
 _STORES = {"trackio": "TRACKIO_DIR", "wandb": "WANDB_DIR", "mlflow": "MLFLOW_TRACKING_URI"}
-"""Tracker -> the variable that tells its library where to keep files."""
+"""Tracker -> the environment variable for the place where its library keeps files."""
 
 _STEPS_GROW = {"wandb"}
-"""Trackers that drop a step below the last one. Every phase of a run begins again at step 1, so they count by
-themselves and are told the phase's step as a number beside the others."""
+"""Trackers that drop a step below the last one. Every phase of a run begins again at step 1, so they count steps
+themselves and receive the phase's step as one more number."""
 
 Warn = Callable[[str], None]
 
@@ -44,7 +44,7 @@ def check(names: Sequence[str], where: str = "trackers") -> None:
 
 
 class Mirrors:
-    """The trackers of one run; started with the first line of metrics, so a run that is found done starts none."""
+    """The trackers of one run; started with the first line of metrics, so a finished run starts none."""
 
     def __init__(
         self, names: Sequence[str], folder: Path, settings: Mapping[str, Any], warn: Warn | None = None
@@ -54,8 +54,8 @@ class Mirrors:
         Args:
             names: of trackers, from :data:`PACKAGES`.
             folder: the run's.
-            settings: of the run; told to trackers that show them.
-            warn: told once about each tracker that fails; standard: a line on stderr.
+            settings: of the run; passed to trackers that show them.
+            warn: called once for each tracker that fails; default: a line on stderr.
         """
         self._waiting = list(dict.fromkeys(names))
         self._open: dict[str, Any] = {}
@@ -70,17 +70,17 @@ class Mirrors:
         self.finish()
 
     def log(self, step: int, phase: str, metrics: Mapping[str, Any]) -> None:
-        """Tell every tracker one line of ``metrics.jsonl``: numbers only, each as ``phase/name``."""
+        """Send every tracker one line of ``metrics.jsonl``: numbers only, each as ``phase/name``."""
         numbers = {f"{phase}/{key}": value for key, value in metrics.items() if _is_number(value)}
         while self._waiting:
             name = self._waiting.pop(0)
             self._try(name, self._start, name)
         for name, tracker in list(self._open.items()):
             if name in _STEPS_GROW:
-                told, at = {**numbers, f"{phase}/step": step}, None
+                values, at = {**numbers, f"{phase}/step": step}, None
             else:
-                told, at = numbers, step
-            self._try(name, tracker.log, told, at)
+                values, at = numbers, step
+            self._try(name, tracker.log, values, at)
 
     def finish(self) -> None:
         """Close every tracker."""
@@ -91,7 +91,7 @@ class Mirrors:
     def _start(self, name: str) -> None:
         from accelerate import PartialState, tracking
 
-        PartialState()  # accelerate's trackers write to its log, which asks for it; no harm where there is one
+        PartialState()  # accelerate's trackers log, and its logger needs this state; harmless where it exists
         *_, task, method, run_id = self._folder.parts
         place = (self._folder.parents[3] / "trackers" / name).resolve()
         place.mkdir(parents=True, exist_ok=True)
@@ -112,10 +112,10 @@ class Mirrors:
     def _try(self, name: str, work: Callable[..., Any], *arguments: Any) -> None:
         try:
             work(*arguments)
-        except Exception as error:  # whatever a library of others raises: a mirror must not end a run
+        except Exception as error:  # any error of a third-party library: a mirror must not end a run
             self._open.pop(name, None)
-            said = " ".join(str(error).split())
-            self._warn(f"{name}: {type(error).__name__}: {said}; it is told no more, metrics.jsonl goes on")
+            message = " ".join(str(error).split())
+            self._warn(f"{name}: {type(error).__name__}: {message}; it is told no more, metrics.jsonl goes on")
 
 
 def _tags(settings: Mapping[str, Any]) -> dict[str, str]:

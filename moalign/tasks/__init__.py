@@ -1,7 +1,7 @@
 """Tasks: prompts, scored responses, objectives, normaliser and base model behind one task card.
 
-The objectives that only a task of ours can score are made known to the scoring layer here, so that it need not know
-the task.
+Objectives that only the sandbox can score are registered with the scoring layer here, so that it need not import the
+task.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From a card to a task."""
+"""The task of a card."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from moalign.tasks.task import Task
 
 
 def make_task(card: TaskCard, results: Path, say: Say = silent) -> Task:
-    """Return the task of a card; nothing is loaded or computed until it is asked for."""
+    """Return the task of a card; everything is loaded and computed at first use."""
     if card.kind == "sandbox":
         from moalign.tasks.sandbox.task import SandboxTask
 

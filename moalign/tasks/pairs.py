@@ -32,7 +32,7 @@ class Pairs:
     raw: tuple[Matrix, Matrix] | None = None
     """Raw scores of the chosen and of the rejected responses, ``[pairs, objectives]`` each, where they are known."""
     dropped: dict[str, int] = field(default_factory=dict)
-    """What was left out, counted: ``ties``, ``identical`` texts."""
+    """How many pairs were left out: ``ties``, ``identical`` texts."""
 
     def __len__(self) -> int:
         """Return the number of pairs."""
@@ -45,14 +45,14 @@ def matches(group: Sequence[int], most: int, rng: np.random.Generator) -> list[t
     Each round pairs every member with at most one other at random, so that all members are used about equally; no
     pair comes twice.
     """
-    found: dict[tuple[int, int], None] = {}
+    matched: dict[tuple[int, int], None] = {}
     possible = len(group) * (len(group) - 1) // 2
-    while len(found) < min(most, possible):
+    while len(matched) < min(most, possible):
         shuffled = rng.permutation(np.asarray(group))
         for a, b in zip(shuffled[0::2].tolist(), shuffled[1::2].tolist(), strict=False):
-            if len(found) < most:
-                found[min(a, b), max(a, b)] = None
-    return list(found)
+            if len(matched) < most:
+                matched[min(a, b), max(a, b)] = None
+    return list(matched)
 
 
 def from_scores(

@@ -1,7 +1,7 @@
-"""A task: a card brought to life. Everything that methods and the judge share lives here.
+"""A task: everything that methods and the judge share, loaded or computed from a task card.
 
-What has to be computed once (the normaliser, the pool of the base's own scored responses) is kept in
-``<results>/tasks/<name>-<hash>/`` and found again by the card's hash.
+What is computed once (the normaliser, the pool of the base's own scored responses) is stored in
+``<results>/tasks/<name>-<hash>/``, under the hash of the card.
 """
 
 from __future__ import annotations
@@ -50,29 +50,29 @@ class Scored:
 
     prompts: list[str]
     responses: list[Response]
-    """Bare texts that are given become finished responses."""
+    """Plain strings are converted to finished responses."""
     raw: Matrix
     """Raw scores, larger is better, ``[samples, objectives]``."""
     sampled: int = 0
     """Tokens that the base sampled for them; 0 when they are the data's own."""
 
     def __post_init__(self) -> None:
-        """Take bare texts, too."""
+        """Convert plain strings to responses."""
         object.__setattr__(self, "responses", [Response.of(response) for response in self.responses])
 
     def first(self, per_prompt: int) -> Scored:
         """Return the first ``per_prompt`` responses of every prompt, in their order."""
         seen: Counter[str] = Counter()
-        kept = []
+        rows = []
         for row, prompt in enumerate(self.prompts):
             seen[prompt] += 1
             if seen[prompt] <= per_prompt:
-                kept.append(row)
+                rows.append(row)
         return Scored(
-            [self.prompts[row] for row in kept],
-            [self.responses[row] for row in kept],
-            self.raw[kept],
-            round(self.sampled * len(kept) / max(1, len(self.prompts))),
+            [self.prompts[row] for row in rows],
+            [self.responses[row] for row in rows],
+            self.raw[rows],
+            round(self.sampled * len(rows) / max(1, len(self.prompts))),
         )
 
 
@@ -82,7 +82,7 @@ class Sampled(NamedTuple):
     prompts: list[str]
     responses: list[Response]
     sampled: int
-    """Tokens it took."""
+    """Tokens that were sampled."""
 
 
 def shown(responses: Sequence[Response]) -> list[str]:
@@ -116,7 +116,7 @@ def fingerprint(model: str, revision: str | None) -> str:
 
 
 class Task:
-    """What every kind of task shares; kinds fill in where prompts, responses and the base come from."""
+    """What every kind of task shares; subclasses define where prompts, responses and the base come from."""
 
     def __init__(self, card: TaskCard, results: Path, say: Say = silent) -> None:
         self.card = card
@@ -151,10 +151,10 @@ class Task:
 
     @property
     def identity(self) -> dict[str, str]:
-        """What the card points to, by content: part of the hash."""
+        """Content fingerprints of what the card points to: part of the hash."""
         raise NotImplementedError
 
-    def optimum(self, wanted: Sequence[Preference], prompts: Sequence[str], beta: float = 0.0) -> Matrix | None:
+    def optimum(self, prefs: Sequence[Preference], prompts: Sequence[str], beta: float = 0.0) -> Matrix | None:
         """Return the optimal mean raw rewards ``[preferences, objectives]``, or None when they are not known."""
         return None
 
@@ -173,13 +173,13 @@ class Task:
     @functools.cached_property
     def prompts(self) -> dict[str, list[str]]:
         """Bare prompts of the splits ``train``, ``calibration``, ``eval``."""
-        kept = [prompt for prompt in self._all_prompts() if not self.left_out(prompt)]
-        if not kept:
+        fitting = [prompt for prompt in self._all_prompts() if not self.left_out(prompt)]
+        if not fitting:
             raise RequestError(
                 f"task {self.card.name}: overlong: drop leaves no prompt; all are longer than "
                 f"generation.max_prompt_tokens = {self.card.generation.max_prompt_tokens}"
             )
-        parts = splits.split(kept, self.card.splits)
+        parts = splits.split(fitting, self.card.splits)
         splits.check_leaks(parts)
         return parts
 
@@ -200,13 +200,13 @@ class Task:
 
     @functools.cached_property
     def _around(self) -> int:
-        """Most tokens of what stands around a prompt: its bytes, and the few that a tokenizer adds."""
+        """Upper bound of the tokens around a prompt: the bytes of the text there, and the few that a tokenizer adds."""
         return len(self.renderer.preference("", self._even).encode()) + 8
 
     def overlong(self) -> dict[str, int]:
-        """Return :meth:`overlong_report` where there is something to tell, else nothing."""
-        told = self.overlong_report()
-        return told if told.get("cut") or told.get("dropped") else {}
+        """Return :meth:`overlong_report` if any prompt is cut or dropped, else an empty dict."""
+        report = self.overlong_report()
+        return report if report.get("cut") or report.get("dropped") else {}
 
     def overlong_report(self) -> dict[str, int]:
         """Return how many prompts of all splits the limit cuts (and of how many tokens in all) or drops."""
@@ -403,7 +403,7 @@ class Task:
             scored: the responses to build from; None: :meth:`scored`.
 
         Raises:
-            RequestError: no labels where they were asked for, or nothing to build pairs from.
+            RequestError: ``source`` is data and there are no labels, or there is nothing to build pairs from.
         """
         name = self.names[objective]
         if source == "data" and not self.has_pairs(objective):
@@ -412,18 +412,18 @@ class Task:
                 "pairs: scored builds them from scored responses"
             )
         if source == "scored" or not self.has_pairs(objective):
-            found = self.scored() if scored is None else scored
-            values = self.panel.with_normaliser(self.normaliser).z(found.raw)
-            return from_scores(found, values, objective, self.names, per_prompt, labels, self.card.pool.seed)
-        told = self._data_pairs(objective)
-        if not told:
+            responses = self.scored() if scored is None else scored
+            values = self.panel.with_normaliser(self.normaliser).z(responses.raw)
+            return from_scores(responses, values, objective, self.names, per_prompt, labels, self.card.pool.seed)
+        labelled = self._data_pairs(objective)
+        if not labelled:
             raise RequestError(f"data.pairs.{name}: none of its prompts falls into the training split (splits)")
         return Pairs(
             objective=objective,
-            prompts=[pair.prompt for pair in told],
-            chosen=[Response(pair.chosen) for pair in told],
-            rejected=[Response(pair.rejected) for pair in told],
-            chance=np.ones(len(told)),
+            prompts=[pair.prompt for pair in labelled],
+            chosen=[Response(pair.chosen) for pair in labelled],
+            rejected=[Response(pair.rejected) for pair in labelled],
+            chance=np.ones(len(labelled)),
         )
 
     def _sample_base(self, split: str, per_prompt: int, what: str) -> Sampled:
@@ -442,12 +442,12 @@ class Task:
         temperature = self.card.pool.temperature or self.card.generation.temperature or 1.0
         sampling = self.sampling(self.card.pool.seed, temperature)
         requests = [(self.renderer.plain(prompt), row) for row, prompt in enumerate(prompts)]
-        made = in_chunks(ModelGenerator(self.language_model), requests, sampling, moved)
-        return Sampled(prompts, records(made.responses, made.traces), made.tokens)
+        generated = in_chunks(ModelGenerator(self.language_model), requests, sampling, moved)
+        return Sampled(prompts, records(generated.responses, generated.traces), generated.tokens)
 
     @contextmanager
     def _once(self, path: Path) -> Iterator[bool]:
-        """Hold the file's lock and tell whether it is still missing: of several processes one makes it."""
+        """Hold the file's lock and yield whether the file is still missing: of several processes one makes it."""
         from filelock import FileLock
 
         from moalign.runs import atomic

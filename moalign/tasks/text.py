@@ -24,19 +24,19 @@ class TextTask(Task):
 
     @functools.cached_property
     def identity(self) -> dict[str, str]:
-        """Fingerprints of the model, every data file and every scorer file: whatever changes there is another task."""
-        told = {"model": fingerprint(self._model(), self.card.model_revision)}
+        """Fingerprints of the model, every data file and every scorer file: any change there makes another task."""
+        content = {"model": fingerprint(self._model(), self.card.model_revision)}
         for name in ("prompts", "responses", "pairs"):
             source = getattr(self._data, name)
             if isinstance(source, dict):
-                told |= {f"{name}.{key}": readers.fingerprint(one) for key, one in sorted(source.items())}
+                content |= {f"{name}.{key}": readers.fingerprint(part) for key, part in sorted(source.items())}
             elif source is not None and not isinstance(source, list):
-                told[name] = readers.fingerprint(source)
+                content[name] = readers.fingerprint(source)
         for spec in self.card.objectives:
             file = python_scorer.file_of(spec.function, Path.cwd()) if isinstance(spec, PythonObjective) else None
             if file is not None and file.is_file():
-                told[f"scorer.{spec.name}"] = python_scorer.fingerprint(file)
-        return told
+                content[f"scorer.{spec.name}"] = python_scorer.fingerprint(file)
+        return content
 
     def _model(self) -> str:
         if self.card.model is None:

@@ -1,4 +1,4 @@
-"""Runs a list of settings of one method over several training seeds, and writes what each of them does and costs.
+"""Runs a list of settings of one method over several training seeds and writes their results and costs.
 
 A list is a YAML file beside this one: the task, the method, the seeds and groups of rows; a row is a label and the
 ``--set`` settings that make it (or another method), and may have fewer seeds of its own; ``set`` beside the groups
@@ -39,7 +39,7 @@ def arguments(spec: Mapping[str, Any], row: Mapping[str, Any], seed: int, result
 
 
 def train(command: Sequence[str]) -> dict[str, Any]:
-    """Run ``moalign`` to its end; returns what it told. Raises SystemExit with its messages when it fails."""
+    """Run ``moalign`` to its end; returns its JSON output. Raises SystemExit with its messages when it fails."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "moalign", *command, "--json"], capture_output=True, text=True, env=environment
@@ -50,30 +50,30 @@ def train(command: Sequence[str]) -> dict[str, Any]:
     return dict(json.loads(done.stdout))
 
 
-def judged(told: Mapping[str, Any], results: Path, samples: int | None) -> tuple[dict[str, Any], np.ndarray]:
+def judged(trained: Mapping[str, Any], results: Path, samples: int | None) -> tuple[dict[str, Any], np.ndarray]:
     """Return a finished run's numbers, and its normalised scores ``[prompts, preferences, objectives]``."""
     from moalign.evaluation.evaluate import evaluate
     from moalign.experiment.train import context_of
     from moalign.runs.run import Run
 
-    method, context = context_of(Run.load(Path(told["run"])), results)
+    method, context = context_of(Run.load(Path(trained["run"])), results)
     evaluation = evaluate(method, context, samples=samples)
-    found = evaluation.told
+    record = evaluation.told
     return {
-        "run": Path(told["run"]).name,
-        "seed": told["seed"],
-        "optimal_share": found["optimal_share"],
-        "optimum": (found.get("optimum") or {}).get("hypervolume"),
-        "hypervolume": found["hypervolume"],
-        "ref": found["ref"],
-        "tau": found["indicators"]["tau"],
-        "inner_product": found["indicators"]["inner_product"],
-        "collapsed": found["quality"]["rate"],
-        "regret": found["indicators"].get("regret"),
-        "points": [point["mean"] for point in found["points"]],
-        "generalisation": found.get("generalisation"),
-        **{name: told["cost"][name] for name in COSTS},
-        "seconds": round(told["seconds"], 1),
+        "run": Path(trained["run"]).name,
+        "seed": trained["seed"],
+        "optimal_share": record["optimal_share"],
+        "optimum": (record.get("optimum") or {}).get("hypervolume"),
+        "hypervolume": record["hypervolume"],
+        "ref": record["ref"],
+        "tau": record["indicators"]["tau"],
+        "inner_product": record["indicators"]["inner_product"],
+        "collapsed": record["quality"]["rate"],
+        "regret": record["indicators"].get("regret"),
+        "points": [point["mean"] for point in record["points"]],
+        "generalisation": record.get("generalisation"),
+        **{name: trained["cost"][name] for name in COSTS},
+        "seconds": round(trained["seconds"], 1),
     }, evaluation.scores
 
 
@@ -103,14 +103,14 @@ def generalisation(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     both = [run["generalisation"] for run in runs if run["generalisation"]]
     if not both:
         return {}
-    return {side: statistics.median(one[side]["utility_share"] for one in both) for side in ("trained", "held_out")}
+    return {side: statistics.median(sides[side]["utility_share"] for sides in both) for side in ("trained", "held_out")}
 
 
-def markdown(told: Mapping[str, Any]) -> str:
+def markdown(record: Mapping[str, Any]) -> str:
     """Return the page."""
-    every = [row for group in told["groups"] for row in group["rows"]]
+    every = [row for group in record["groups"] for row in group["rows"]]
     many, uneven = any("held_out" in row["summary"] for row in every), len({len(row["runs"]) for row in every}) > 1
-    known = _known(told)
+    known = _known(record)
     meaning = (
         "Share: hypervolume over that of the exact optimum; the interval (95 %) is that of the mean, over seeds and "
         "prompts. Regret: what answers miss of a preference's best w.n, mean over preferences, median of seeds."
@@ -120,17 +120,17 @@ def markdown(told: Mapping[str, Any]) -> str:
         "nothing."
     )
     lines = [
-        f"# {told['title']}",
+        f"# {record['title']}",
         "",
-        f"{told['text'].strip()}",
+        f"{record['text'].strip()}",
         "",
-        f"Made by `{told['command']}`: task {told['task']}, {'up to ' if uneven else ''}{_seeds(told['seeds'])}, "
+        f"Made by `{record['command']}`: task {record['task']}, {'up to ' if uneven else ''}{_seeds(record['seeds'])}, "
         f"each with the recipe's settings but for those named. {meaning} Costs are means per seed; time was measured "
         "beside another job and is rough."
-        + (f" Each prompt was answered {told['samples']} times at each preference." if told.get("samples") else "")
+        + (f" Each prompt was answered {record['samples']} times at each preference." if record.get("samples") else "")
         + (" Utility: mean of w.n, as a share of the optimum's on the same preferences." if many else ""),
     ]
-    for group in told["groups"]:
+    for group in record["groups"]:
         head = [
             "settings",
             *(["seeds"] if uneven else []),
@@ -153,10 +153,10 @@ def markdown(told: Mapping[str, Any]) -> str:
             lines += ["", group["text"].strip()]
     lines += [
         "",
-        f"![{'share of the optimum' if known else 'hypervolume'}, and tokens, by row]({told['name']}.png)",
+        f"![{'share of the optimum' if known else 'hypervolume'}, and tokens, by row]({record['name']}.png)",
         "",
     ]
-    lines += [f"Commands and every run's numbers: [{told['name']}.json]({told['name']}.json). {_where(told)}", ""]
+    lines += [f"Commands and every run's numbers: [{record['name']}.json]({record['name']}.json). {_where(record)}", ""]
     return "\n".join(lines)
 
 
@@ -164,50 +164,50 @@ def _seeds(count: int) -> str:
     return "one training seed (0)" if count == 1 else f"{count} training seeds (0 to {count - 1})"
 
 
-def _known(told: Mapping[str, Any]) -> bool:
-    """Whether the task's optimum is known, so that hypervolumes are told as shares of it."""
-    return all(run["optimum"] is not None for group in told["groups"] for row in group["rows"] for run in row["runs"])
+def _known(record: Mapping[str, Any]) -> bool:
+    """Whether the task's optimum is known, so that hypervolumes are given as shares of it."""
+    return all(run["optimum"] is not None for group in record["groups"] for row in group["rows"] for run in row["runs"])
 
 
 def _cells(row: Mapping[str, Any], many: bool, known: bool) -> list[str]:
-    one = row["summary"]
+    numbers = row["summary"]
 
     def median(name: str) -> float:
         return statistics.median(run[name] for run in row["runs"])
 
     if known:
-        cells = [f"{100 * one[name]:.1f} %" for name in ("median", "worst", "best")]
-        cells += [f"{100 * one['ci'][0]:.1f} to {100 * one['ci'][1]:.1f} %"]
+        cells = [f"{100 * numbers[name]:.1f} %" for name in ("median", "worst", "best")]
+        cells += [f"{100 * numbers['ci'][0]:.1f} to {100 * numbers['ci'][1]:.1f} %"]
     else:
-        cells = [f"{one[name]:.3f}" for name in ("median", "worst", "best")]
-        cells += [f"{one['ci'][0]:.3f} to {one['ci'][1]:.3f}"]
-    cells += [f"{one['tau']:.2f}", f"{one['tau_worst']:.2f}"]
+        cells = [f"{numbers[name]:.3f}" for name in ("median", "worst", "best")]
+        cells += [f"{numbers['ci'][0]:.3f} to {numbers['ci'][1]:.3f}"]
+    cells += [f"{numbers['tau']:.2f}", f"{numbers['tau_worst']:.2f}"]
     cells += [f"{median('regret'):.4f}"] if known else [f"{median('inner_product'):.3f}", f"{median('collapsed'):.1%}"]
     if many:
-        cells += [f"{100 * one[side]:.1f} %" if side in one else "" for side in ("trained", "held_out")]
-    return [*cells, *(f"{one[name] / 1e6:.2f} M" for name in COSTS), f"{one['seconds']:.0f} s"]
+        cells += [f"{100 * numbers[side]:.1f} %" if side in numbers else "" for side in ("trained", "held_out")]
+    return [*cells, *(f"{numbers[name] / 1e6:.2f} M" for name in COSTS), f"{numbers['seconds']:.0f} s"]
 
 
-def _where(told: Mapping[str, Any]) -> str:
-    made = told["environment"]
-    return f"Python {made['python']}, torch {made['packages'].get('torch')}, on {made['cpu']}."
+def _where(record: Mapping[str, Any]) -> str:
+    environment = record["environment"]
+    return f"Python {environment['python']}, torch {environment['packages'].get('torch')}, on {environment['cpu']}."
 
 
-def draw(told: Mapping[str, Any]) -> bytes:
+def draw(record: Mapping[str, Any]) -> bytes:
     """Return the figure: a line for each row, its share of the optimum on the left and its tokens on the right."""
     from moalign.report import style
 
-    rows = [(index, row) for index, group in enumerate(told["groups"]) for row in group["rows"]]
-    known = _known(told)
+    rows = [(index, row) for index, group in enumerate(record["groups"]) for row in group["rows"]]
+    known = _known(record)
     unit = 100 if known else 1
     with style.canvas(7.6, 0.27 * len(rows) + 1.3, "light") as (figure, colours):
         share, spent = figure.subplots(1, 2, sharey=True, width_ratios=[2, 1])
         for y, (index, row) in enumerate(rows):
-            one, (colour, marker) = row["summary"], style.look(index, colours)
-            title = told["groups"][index]["title"] if row is told["groups"][index]["rows"][0] else None
-            ends = [[unit * abs(one["median"] - one[end])] for end in ("worst", "best")]
+            numbers, (colour, marker) = row["summary"], style.look(index, colours)
+            title = record["groups"][index]["title"] if row is record["groups"][index]["rows"][0] else None
+            ends = [[unit * abs(numbers["median"] - numbers[end])] for end in ("worst", "best")]
             share.errorbar(
-                unit * one["median"],
+                unit * numbers["median"],
                 y,
                 xerr=ends,
                 color=colour,
@@ -215,7 +215,7 @@ def draw(told: Mapping[str, Any]) -> bytes:
                 linestyle="none",
                 label=title and style.wrapped(title, 20),
             )
-            spent.barh(y, (one["tokens_generated"] + one["tokens_trained"]) / 1e6, color=colour, height=0.6)
+            spent.barh(y, (numbers["tokens_generated"] + numbers["tokens_trained"]) / 1e6, color=colour, height=0.6)
         share.set_yticks(range(len(rows)), [row["label"] for _, row in rows])
         share.invert_yaxis()
         share.set_xlabel("share of the optimal hypervolume, %" if known else "hypervolume")
@@ -224,55 +224,54 @@ def draw(told: Mapping[str, Any]) -> bytes:
         style.legend(figure, handles, labels, "", beside=False)
         counts = sorted({len(row["runs"]) for _, row in rows})
         spread = " to ".join(map(str, sorted({counts[0], counts[-1]})))
-        seeds = f"median, worst and best of {spread} seeds" if told["seeds"] > 1 else "one seed"
-        style.headline(figure, f"{told['method']} on {told['task']}: {seeds}")
+        seeds = f"median, worst and best of {spread} seeds" if record["seeds"] > 1 else "one seed"
+        style.headline(figure, f"{record['method']} on {record['task']}: {seeds}")
         return style.content(figure, ".png")
 
 
 def main() -> None:
-    """Train what is missing, judge, write."""
+    """Train what is missing, evaluate, and write the three files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="a list beside this file, without .yaml")
     parser.add_argument("--results", type=Path, default=Path("results"))
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
     parser.add_argument("--seeds", type=int, help="fewer or more seeds than the list says")
-    asked = parser.parse_args()
-    spec = yaml.safe_load((HERE / f"{asked.name}.yaml").read_text(encoding="utf-8"))
+    options = parser.parse_args()
+    spec = yaml.safe_load((HERE / f"{options.name}.yaml").read_text(encoding="utf-8"))
     rows = [row for group in spec["groups"] for row in group["rows"]]
     for row in rows:
-        row["seeds"] = min(asked.seeds or spec["seeds"], row.get("seeds", spec["seeds"]))
+        row["seeds"] = min(options.seeds or spec["seeds"], row.get("seeds", spec["seeds"]))
     seeds = max(row["seeds"] for row in rows)
-    # All rows at seed 0 first: an interrupted list has something to say of each of them. A row that two groups share
-    # is one run.
+    # All rows at seed 0 first, so that an interrupted list has numbers for each. A row in two groups is one run.
     commands = {
-        tuple(arguments(spec, row, seed, asked.results)): None
+        tuple(arguments(spec, row, seed, options.results)): None
         for seed in range(seeds)
         for row in rows
         if seed < row["seeds"]
     }
-    with ThreadPoolExecutor(asked.jobs) as pool:
-        done = dict(zip(commands, pool.map(train, commands), strict=True))
+    with ThreadPoolExecutor(options.jobs) as pool:
+        trained = dict(zip(commands, pool.map(train, commands), strict=True))
     for row in rows:
-        mine = [done[tuple(arguments(spec, row, seed, asked.results))] for seed in range(row["seeds"])]
-        pairs = [judged(told, asked.results, spec.get("samples")) for told in mine]
+        mine = [trained[tuple(arguments(spec, row, seed, options.results))] for seed in range(row["seeds"])]
+        pairs = [judged(run, options.results, spec.get("samples")) for run in mine]
         row["runs"] = [run for run, _ in pairs]
         row["summary"] = summary(row["runs"], [scores for _, scores in pairs])
         row["command"] = shlex.join(["moalign", *arguments(spec, row, 0, Path("results"))])
     from moalign.runs import environment
 
-    given = f" --seeds {asked.seeds}" if asked.seeds else ""
-    told = {
-        "name": asked.name,
-        "command": f"python results/ablations/ablate.py {asked.name}{given}",
+    given = f" --seeds {options.seeds}" if options.seeds else ""
+    record = {
+        "name": options.name,
+        "command": f"python results/ablations/ablate.py {options.name}{given}",
         **{key: spec[key] for key in ("title", "text", "task", "method")},
         "seeds": seeds,
         "samples": spec.get("samples"),
         "groups": spec["groups"],
         "environment": environment.capture(),
     }
-    (HERE / f"{asked.name}.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-    (HERE / f"{asked.name}.md").write_text(markdown(told), encoding="utf-8")
-    (HERE / f"{asked.name}.png").write_bytes(draw(told))
+    (HERE / f"{options.name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (HERE / f"{options.name}.md").write_text(markdown(record), encoding="utf-8")
+    (HERE / f"{options.name}.png").write_bytes(draw(record))
 
 
 if __name__ == "__main__":

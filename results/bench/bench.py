@@ -74,14 +74,14 @@ def run(arguments: Sequence[str], cache: Path | None = None) -> Measured:
             environment,
             file_actions=[(os.POSIX_SPAWN_DUP2, out.fileno(), 1), (os.POSIX_SPAWN_DUP2, err.fileno(), 2)],
         )
-        # wait4 tells the usage of this child and of the children that it waited for, and of no earlier one.
+        # wait4 gives the usage of this child and of the children that it waited for, not of earlier ones.
         _, status, usage = os.wait4(pid, 0)
         seconds = time.perf_counter() - started
         out.seek(0)
         err.seek(0)
         if os.waitstatus_to_exitcode(status) != 0:
-            told = err.read().decode(errors="replace")[-2000:]
-            raise SystemExit(f"{shlex.join(['moalign', *arguments])} failed:\n{told}")
+            messages = err.read().decode(errors="replace")[-2000:]
+            raise SystemExit(f"{shlex.join(['moalign', *arguments])} failed:\n{messages}")
         scale = 1 if sys.platform == "darwin" else 1024
         return Measured(seconds, usage.ru_maxrss * scale, out.read().decode())
 
@@ -103,7 +103,7 @@ Commands = Callable[[Path], list[list[str]]]
 
 
 def _evaluate(method: str, prompts: int, samples: int, *more: str) -> tuple[Commands, Callable[[Path], list[str]]]:
-    """Return (prepare, command) that evaluate a briefly trained run: how long it was trained does not matter."""
+    """Return (prepare, command) that evaluate a run trained for two steps: the time does not depend on its training."""
     task = ["--set", f"task.evaluation.prompts={prompts}", "--set", f"task.evaluation.samples={samples}"]
     brief = ["--set", "steps=2"]
 
@@ -165,23 +165,23 @@ def benches() -> list[Bench]:
 
 def measure(bench: Bench, repeats: int | None) -> dict[str, Any]:
     """Run one bench; returns its row."""
-    found = []
+    runs = []
     for _ in range(repeats or bench.repeats):
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             cache = folder / "cache" if bench.cold_cache else None
             for arguments in bench.prepare(folder) if bench.prepare else []:
                 run(arguments, cache)
-            asked = bench.command(folder)
-            found.append(run(asked, cache))
-            command = shlex.join(["moalign", *asked]).replace(str(folder), "DIR")
+            arguments_timed = bench.command(folder)
+            runs.append(run(arguments_timed, cache))
+            command = shlex.join(["moalign", *arguments_timed]).replace(str(folder), "DIR")
     return {
         "name": bench.name,
         "what": bench.what,
         "command": command,
-        "seconds": round(statistics.median(one.seconds for one in found), 3),
-        "all_seconds": [round(one.seconds, 3) for one in found],
-        "peak_bytes": int(statistics.median(one.peak_bytes for one in found)),
+        "seconds": round(statistics.median(timed.seconds for timed in runs), 3),
+        "all_seconds": [round(timed.seconds, 3) for timed in runs],
+        "peak_bytes": int(statistics.median(timed.peak_bytes for timed in runs)),
         "limit_seconds": bench.limit_seconds,
     }
 
@@ -211,7 +211,7 @@ def machine() -> dict[str, Any]:
 def grid_ratio(repeats: int) -> dict[str, Any]:
     """Return the evaluator's time for an 11-point grid over that for one preference with as many responses.
 
-    Measured in one process after a warm-up, so that neither imports nor loading the model water it down.
+    Measured in one process after a warm-up, so that it includes neither imports nor loading the model.
     """
     with tempfile.TemporaryDirectory() as temporary:
         folders = [Path(temporary) / "grid", Path(temporary) / "one"]
@@ -225,30 +225,30 @@ def grid_ratio(repeats: int) -> dict[str, Any]:
             text=True,
             check=True,
         )
-    told: dict[str, Any] = json.loads(done.stdout)
-    return told
+    record: dict[str, Any] = json.loads(done.stdout)
+    return record
 
 
-def inside(grid: Path, one: Path, repeats: int) -> dict[str, Any]:
+def inside(grid: Path, single: Path, repeats: int) -> dict[str, Any]:
     """Time answering and scoring for the runs in two results folders, in this process."""
     from moalign.evaluation import evaluate
     from moalign.experiment import finished
 
     opened = {}
-    for name, folder in (("grid", grid), ("one", one)):
+    for name, folder in (("grid", grid), ("one", single)):
         method, context = finished.opened(finished.find([], folder)[0], folder)
         opened[name] = method, context, (context.task.grid if name == "grid" else [(0.5, 0.5)])
     times: dict[str, list[float]] = {"grid": [], "one": []}
     for _ in range(repeats + 1):  # the first loads the model and warms the allocator
-        for name, asked in opened.items():  # in turn, so that both meet the same load of the machine
+        for name, arguments in opened.items():  # in turn, so that both meet the same load of the machine
             started = time.perf_counter()
-            table, *_ = evaluate.respond(*asked)
+            table, *_ = evaluate.respond(*arguments)
             times[name].append(time.perf_counter() - started)
             assert len(table) == 11 * 128
-    middle = {name: round(statistics.median(found[1:]), 3) for name, found in times.items()}
-    told: dict[str, Any] = {name: {"responses": 11 * 128, "seconds": seconds} for name, seconds in middle.items()}
-    told["ratio"] = round(told["grid"]["seconds"] / told["one"]["seconds"], 3)
-    return told
+    middle = {name: round(statistics.median(seconds_of[1:]), 3) for name, seconds_of in times.items()}
+    record: dict[str, Any] = {name: {"responses": 11 * 128, "seconds": seconds} for name, seconds in middle.items()}
+    record["ratio"] = round(record["grid"]["seconds"] / record["one"]["seconds"], 3)
+    return record
 
 
 def in_one_process(option: str, repeats: int) -> dict[str, Any]:
@@ -256,8 +256,8 @@ def in_one_process(option: str, repeats: int) -> dict[str, Any]:
     command = [sys.executable, str(Path(__file__).resolve()), option, "--repeats", str(repeats)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    told: dict[str, Any] = json.loads(done.stdout)
-    return told
+    record: dict[str, Any] = json.loads(done.stdout)
+    return record
 
 
 def update_ratio(repeats: int) -> dict[str, Any]:
@@ -268,9 +268,9 @@ def update_ratio(repeats: int) -> dict[str, Any]:
     return in_one_process("--inside-updates", repeats)
 
 
-def table(told: dict[str, Any]) -> str:
+def table(record: dict[str, Any]) -> str:
     """Return the numbers as Markdown."""
-    here = told["machine"]
+    here = record["machine"]
     lines = [
         "# Time and memory on CPU",
         "",
@@ -281,59 +281,59 @@ def table(told: dict[str, Any]) -> str:
         "| what | command | seconds | promised | peak MiB |",
         "|---|---|---:|---:|---:|",
     ]
-    for row in told["rows"]:
+    for row in record["rows"]:
         limit = "" if row["limit_seconds"] is None else f"<= {row['limit_seconds']:g}"
         size = row["peak_bytes"] / 2**20
         lines.append(f"| {row['what']} | `{row['command']}` | {row['seconds']:.2f} | {limit} | {size:.0f} |")
     for name, sentence in SENTENCES.items():
-        if told.get(name) is not None:
-            lines += ["", sentence(told[name])]
+        if record.get(name) is not None:
+            lines += ["", sentence(record[name])]
     return "\n".join(lines) + "\n"
 
 
-def _grid(found: dict[str, Any]) -> str:
+def _grid(numbers: dict[str, Any]) -> str:
     return (
-        f"Answering and scoring {found['grid']['responses']} responses in one warm process: 11 preferences "
-        f"take {found['grid']['seconds']:.2f} s, one preference {found['one']['seconds']:.2f} s; "
-        f"ratio {found['ratio']:.2f} (promised <= 1.5)."
+        f"Answering and scoring {numbers['grid']['responses']} responses in one warm process: 11 preferences "
+        f"take {numbers['grid']['seconds']:.2f} s, one preference {numbers['one']['seconds']:.2f} s; "
+        f"ratio {numbers['ratio']:.2f} (promised <= 1.5)."
     )
 
 
-def _updates(found: dict[str, Any]) -> str:
+def _updates(numbers: dict[str, Any]) -> str:
     ratios = ", ".join(
-        f"{found[f'moc-{size}']['ratio']:.2f} with {size} objectives (whole step, sampling included: "
-        f"{found[f'moc-{size}']['ratio_of_steps']:.2f})"
+        f"{numbers[f'moc-{size}']['ratio']:.2f} with {size} objectives (whole step, sampling included: "
+        f"{numbers[f'moc-{size}']['ratio_of_steps']:.2f})"
         for size in steps.OBJECTIVES
     )
     return (
-        f"MOC's update over that of PPO with one reward (MORLHF), {found['batch']} responses, medians of "
-        f"{found['repeats']} in one warm process: {ratios}; promised <= 1.1."
+        f"MOC's update over that of PPO with one reward (MORLHF), {numbers['batch']} responses, medians of "
+        f"{numbers['repeats']} in one warm process: {ratios}; promised <= 1.1."
     )
 
 
-def _dpo(found: dict[str, Any]) -> str:
+def _dpo(numbers: dict[str, Any]) -> str:
     return (
-        f"A step of MODPO over one of plain DPO, {found['batch']} pairs, medians of {found['steps']} steps in one "
-        f"warm process: {found['ratio']:.2f} (promised <= 1.05); over trl's own loss: {found['ratio_to_trl']:.2f}."
+        f"A step of MODPO over one of plain DPO, {numbers['batch']} pairs, medians of {numbers['steps']} steps in one "
+        f"warm process: {numbers['ratio']:.2f} (promised <= 1.05); over trl's own loss: {numbers['ratio_to_trl']:.2f}."
     )
 
 
-def _rewards(found: dict[str, Any]) -> str:
+def _rewards(numbers: dict[str, Any]) -> str:
     return (
-        f"Reward models, medians of ratios in one process: scoring reaches {found['scoring']:.2f} of the throughput "
+        f"Reward models, medians of ratios in one process: scoring reaches {numbers['scoring']:.2f} of the throughput "
         "of a plain batched forward pass on length-sorted batches (promised >= 0.95); a step with MORE takes "
-        f"{found['more_step']:.2f} of one with multitask (promised <= 1.1)."
+        f"{numbers['more_step']:.2f} of one with multitask (promised <= 1.1)."
     )
 
 
-def _judge(found: dict[str, Any]) -> str:
-    ratios = ", ".join(f"{m} objectives {ratio:.2f}" for m, ratio in found["hypervolume"].items())
+def _judge(numbers: dict[str, Any]) -> str:
+    ratios = ", ".join(f"{m} objectives {ratio:.2f}" for m, ratio in numbers["hypervolume"].items())
     sizes = ", ".join(
-        f"{words} words {made['bytes'] / 1e6:.1f} MB in {made['seconds']:.1f} s"
-        for words, made in found["page"].items()
+        f"{words} words {measured['bytes'] / 1e6:.1f} MB in {measured['seconds']:.1f} s"
+        for words, measured in numbers["page"].items()
     )
     return (
-        f"Hypervolume of {found['points']} points over moocore's own call on the same array, medians: {ratios} "
+        f"Hypervolume of {numbers['points']} points over moocore's own call on the same array, medians: {ratios} "
         f"(promised <= 1.1). Page of 10 methods, 11 preferences and 256 prompts, by the length of an answer: "
         f"{sizes} (promised <= 10 MB)."
     )
@@ -346,11 +346,11 @@ SENTENCES: dict[str, Callable[[dict[str, Any]], str]] = {
     "reward_ratios": _rewards,
     "judge": _judge,
 }
-"""What a part of the record says below the table."""
+"""Key of the record -> its sentence below the table."""
 
 
 def main() -> None:
-    """Measure everything asked for and write both files."""
+    """Measure what is requested and write both files."""
     every = benches()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, help="runs of each command; else its own number")
@@ -363,43 +363,43 @@ def main() -> None:
     parser.add_argument("--judge", action="store_true", help="only the judge's speed and the page's size, as JSON")
     parser.add_argument("--inside-updates", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--inside-dpo", action="store_true", help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.inside_dpo:
-        print(json.dumps(steps.inside_dpo(asked.repeats)))
+    options = parser.parse_args()
+    if options.inside_dpo:
+        print(json.dumps(steps.inside_dpo(options.repeats)))
         return
-    if asked.inside_updates:
-        print(json.dumps(steps.inside_updates(asked.repeats)))
+    if options.inside_updates:
+        print(json.dumps(steps.inside_updates(options.repeats)))
         return
-    if asked.inside:
-        print(json.dumps(inside(Path(asked.inside[0]), Path(asked.inside[1]), asked.repeats)))
+    if options.inside:
+        print(json.dumps(inside(Path(options.inside[0]), Path(options.inside[1]), options.repeats)))
         return
-    if asked.rewards:
-        print(json.dumps(rewards.reward_ratios(asked.repeats or 15)))
+    if options.rewards:
+        print(json.dumps(rewards.reward_ratios(options.repeats or 15)))
         return
-    if asked.judge:
-        print(json.dumps(judge.judged(asked.repeats or 25)))
+    if options.judge:
+        print(json.dumps(judge.judged(options.repeats or 25)))
         return
-    told: dict[str, Any] = {"machine": machine(), "rows": []}
+    record: dict[str, Any] = {"machine": machine(), "rows": []}
     with tempfile.TemporaryDirectory() as folder:  # the base is in the cache from here on
         run(["train", "prompting", "--no-eval", "--results", folder])
     for bench in every:
-        if asked.only and bench.name not in asked.only:
+        if options.only and bench.name not in options.only:
             continue
-        row = measure(bench, asked.repeats)
-        told["rows"].append(row)
+        row = measure(bench, options.repeats)
+        record["rows"].append(row)
         print(f"{row['name']:14} {row['seconds']:8.2f} s  {row['peak_bytes'] / 2**20:7.0f} MiB", flush=True)
-    whole = not asked.only or {"eval-grid", "eval-one"} <= set(asked.only)
-    told["grid_ratio"] = grid_ratio(max(asked.repeats or 0, 5)) if whole else None
-    updates = not asked.only or "updates" in asked.only
-    told["update_ratio"] = update_ratio(max(asked.repeats or 0, 30)) if updates else None
-    stepped = not asked.only or "dpo" in asked.only
-    told["dpo_ratio"] = in_one_process("--inside-dpo", max(asked.repeats or 0, 6)) if stepped else None
-    told["reward_ratios"] = rewards.reward_ratios(max(asked.repeats or 0, 15)) if whole else None
-    told["judge"] = judge.judged(max(asked.repeats or 0, 25)) if whole else None
-    asked.out.mkdir(parents=True, exist_ok=True)
-    (asked.out / "cpu.json").write_text(json.dumps(told, indent=2) + "\n")
-    (asked.out / "cpu.md").write_text(table(told))
-    print(table(told))
+    everything = not options.only or {"eval-grid", "eval-one"} <= set(options.only)
+    record["grid_ratio"] = grid_ratio(max(options.repeats or 0, 5)) if everything else None
+    updates = not options.only or "updates" in options.only
+    record["update_ratio"] = update_ratio(max(options.repeats or 0, 30)) if updates else None
+    stepped = not options.only or "dpo" in options.only
+    record["dpo_ratio"] = in_one_process("--inside-dpo", max(options.repeats or 0, 6)) if stepped else None
+    record["reward_ratios"] = rewards.reward_ratios(max(options.repeats or 0, 15)) if everything else None
+    record["judge"] = judge.judged(max(options.repeats or 0, 25)) if everything else None
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "cpu.json").write_text(json.dumps(record, indent=2) + "\n")
+    (options.out / "cpu.md").write_text(table(record))
+    print(table(record))
 
 
 if __name__ == "__main__":

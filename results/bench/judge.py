@@ -58,15 +58,15 @@ def _page(words: int) -> dict[str, float]:
         texts = [[" ".join(rng.choice(vocabulary, words)) for _ in range(256)] for _ in grid]
         scores = rng.normal(size=(len(grid), 256, 2)).tolist()
         answers.append(page.Answers(label, grid, [f"prompt {i}" for i in range(256)], texts, scores))
-    told = {"task": "bench", "rows": rows, "grid": grid}
-    made = b""
+    record = {"task": "bench", "rows": rows, "grid": grid}
+    content = b""
 
     def make() -> None:
-        nonlocal made
-        made = page.page(told, answers)
+        nonlocal content
+        content = page.page(record, answers)
 
     seconds = _seconds(make)
-    return {"bytes": len(made), "seconds": round(seconds, 2)}
+    return {"bytes": len(content), "seconds": round(seconds, 2)}
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -27,10 +27,10 @@ def reward_ratios(repeats: int) -> dict[str, Any]:
     def ratio(above: str, below: str) -> float:
         """Return the median of the ratios within a round, which the machine's load touches alike."""
         pairs = zip(times[above][1:], times[below][1:], strict=True)
-        return round(statistics.median(one / other for one, other in pairs), 3)
+        return round(statistics.median(numerator / denominator for numerator, denominator in pairs), 3)
 
     return {
-        "seconds": {name: round(statistics.median(found[1:]), 4) for name, found in times.items()},
+        "seconds": {name: round(statistics.median(seconds[1:]), 4) for name, seconds in times.items()},
         "scoring": ratio("plain", "scorer"),
         "more_step": ratio("more", "multitask"),
     }
@@ -59,12 +59,12 @@ def _works() -> dict[str, Work]:
 
     words = make_tokenizer()
     sizes = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 3, "num_attention_heads": 4}
-    told = LlamaConfig(vocab_size=len(words), num_labels=1, pad_token_id=words.pad_token_id, **sizes)
+    config = LlamaConfig(vocab_size=len(words), num_labels=1, pad_token_id=words.pad_token_id, **sizes)
     rng = np.random.default_rng(0)
     prompts = [" ".join(rng.choice(world.prompts(), size=rng.integers(1, 12))) for _ in range(128)]
     answers = world.draw_responses([world.prompts()[0]] * len(prompts), rng)
     with tempfile.TemporaryDirectory() as temporary:
-        AutoModelForSequenceClassification.from_config(told).save_pretrained(temporary)
+        AutoModelForSequenceClassification.from_config(config).save_pretrained(temporary)
         words.save_pretrained(temporary)
         spec = ClassifierObjective(
             name="x", kind="hf-classifier", model=temporary, template="{prompt} {response}", batch_tokens=4096
@@ -90,9 +90,9 @@ def _by_hand(model: Any, tokenizer: Any, texts: list[str], batch_tokens: int) ->
     start = 0
     with torch.inference_mode():
         while start < len(rows):
-            some = rows[start : start + max(1, batch_tokens // len(rows[start]))]
-            model(**tokenizer.pad({"input_ids": some}, return_tensors="pt"))
-            start += len(some)
+            batch = rows[start : start + max(1, batch_tokens // len(rows[start]))]
+            model(**tokenizer.pad({"input_ids": batch}, return_tensors="pt"))
+            start += len(batch)
 
 
 def _steps(model: Any, rows: Any, pad: int) -> dict[str, Work]:

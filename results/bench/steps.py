@@ -1,4 +1,4 @@
-"""What an update costs: MOC's over PPO's, MODPO's over DPO's; called by ``bench.py`` (hidden options alone)."""
+"""The cost of an update: MOC's over PPO's, MODPO's over DPO's; called by ``bench.py`` (hidden options alone)."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ OBJECTIVES = (2, 5)
 def inside_updates(repeats: int) -> dict[str, Any]:
     """Time rollouts and updates of MORLHF (one head) and of MOC, on one model in this process.
 
-    MOC's rewards are drawn at random, as many per response as there are objectives: what an update costs does not
-    depend on what they say.
+    MOC's rewards are drawn at random, as many per response as there are objectives: the cost of an update does
+    not depend on their values.
     """
     import numpy as np
 
@@ -29,8 +29,8 @@ def inside_updates(repeats: int) -> dict[str, Any]:
     from moalign.training.preference_draws import grouped
 
     with tempfile.TemporaryDirectory() as folder:
-        made = plan(TrainRequest("moc", results=Path(folder)))
-        job = made.job(made.open(), Meter())
+        planned = plan(TrainRequest("moc", results=Path(folder)))
+        job = planned.job(planned.open(), Meter())
         lm = job.task.language_model
         rounds = repeats + 1  # the first warms the allocator
         never = {"steps": rounds + 1, "log_every": rounds + 1, "checkpoint_every": rounds + 1}
@@ -67,20 +67,20 @@ def inside_updates(repeats: int) -> dict[str, Any]:
                 update(trainer, rollout)
                 times[name]["update"].append(time.perf_counter() - sampled)
                 times[name]["step"].append(time.perf_counter() - started)
-        told: dict[str, Any] = {"batch": config.batch, "repeats": repeats}
-        for name, found in times.items():
-            told[name] = {kind: round(statistics.median(each[1:]), 4) for kind, each in found.items()}
+        record: dict[str, Any] = {"batch": config.batch, "repeats": repeats}
+        for name, durations in times.items():
+            record[name] = {kind: round(statistics.median(each[1:]), 4) for kind, each in durations.items()}
         for size in OBJECTIVES:
-            own = told[f"moc-{size}"]
-            own["ratio"] = round(own["update"] / told["morlhf"]["update"], 3)
-            own["ratio_of_steps"] = round(own["step"] / told["morlhf"]["step"], 3)
-        return told
+            own = record[f"moc-{size}"]
+            own["ratio"] = round(own["update"] / record["morlhf"]["update"], 3)
+            own["ratio_of_steps"] = round(own["step"] / record["morlhf"]["step"], 3)
+        return record
 
 
 def inside_dpo(repeats: int) -> dict[str, Any]:
     """Time steps of trl's unchanged DPO loss, of plain DPO here and of MODPO, in turn on the same batches.
 
-    The batch is that of MODPO's sandbox recipe; a step is what lies between two calls of the progress callback.
+    The batch is that of MODPO's sandbox recipe; a step is timed between two calls of the progress callback.
     """
     from moalign.experiment.train import TrainRequest, plan
     from moalign.lm import adapters
@@ -98,8 +98,8 @@ def inside_dpo(repeats: int) -> dict[str, Any]:
             return offline_dpo.DPOTrainer.compute_loss(self, model, batch)
 
     with tempfile.TemporaryDirectory() as folder:
-        made = plan(TrainRequest("modpo", results=Path(folder)))
-        job = made.job(made.open(), Meter())
+        planned = plan(TrainRequest("modpo", results=Path(folder)))
+        job = planned.job(planned.open(), Meter())
         lm, steps = job.task.language_model, 12
         config = job.config.model_copy(update={"steps": steps, "log_every": steps + 1})
         pairs = offline_dpo.objective_pairs(job, lm, config, [0], scores=True)[0]
@@ -107,7 +107,7 @@ def inside_dpo(repeats: int) -> dict[str, Any]:
         margins = {"trl": None, "dpo": None, "modpo": margin_of((0.6, 0.4), 0, pairs.gaps)}
         times: dict[str, list[float]] = {name: [] for name in margins}
         stamps: list[float] = []
-        job.say = lambda *told: stamps.append(time.perf_counter())
+        job.say = lambda *progress: stamps.append(time.perf_counter())
         for repeat in range(repeats + 1):  # the first warms the allocator
             for name, margin in margins.items():
                 adapters.attach(lm, job.policy_spec.lora, job.seed)
@@ -116,11 +116,11 @@ def inside_dpo(repeats: int) -> dict[str, Any]:
                 offline_dpo.train_dpo(job, lm, pairs.rows, config, f"bench-{name}-{repeat}", margin)
                 if repeat:
                     times[name] += [after - before for before, after in itertools.pairwise(stamps)]
-        told = {name: round(statistics.median(found), 5) for name, found in times.items()}
+        seconds = {name: round(statistics.median(durations), 5) for name, durations in times.items()}
         return {
             "batch": config.batch,
             "steps": len(times["modpo"]),
-            "seconds": told,
-            "ratio": round(told["modpo"] / told["dpo"], 3),
-            "ratio_to_trl": round(told["modpo"] / told["trl"], 3),
+            "seconds": seconds,
+            "ratio": round(seconds["modpo"] / seconds["dpo"], 3),
+            "ratio_to_trl": round(seconds["modpo"] / seconds["trl"], 3),
         }

@@ -32,20 +32,20 @@ CLAIM = (
 )
 
 
-def judged(kind: str, loss: str, seed: int, asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def judged(kind: str, loss: str, seed: int, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Train one reward model and return its means over the groups."""
     from moalign.config.card import SplitSpec
     from moalign.reward_models import evaluation, runs
     from moalign.reward_models.settings import RewardSettings
     from moalign.tasks.sandbox import annotators, base, world
 
-    groups = annotators.groups_of(kind, world.OBJECTIVES, asked.sharpness)
-    sets = annotators.label(groups, world.prompts(), asked.pairs, seed)
+    groups = annotators.groups_of(kind, world.OBJECTIVES, options.sharpness)
+    sets = annotators.label(groups, world.prompts(), options.pairs, seed)
     settings = RewardSettings(
         loss=loss,
-        steps=asked.steps,
+        steps=options.steps,
         batch=80,
-        lr=asked.lr,
+        lr=options.lr,
         warmup=10,
         weight_decay=0.01,
         max_tokens=128,
@@ -56,8 +56,8 @@ def judged(kind: str, loss: str, seed: int, asked: argparse.Namespace, folder: P
     request = runs.make(f"{kind}-{seed}", settings, str(backbone), sets, seed=seed, results=folder)
     started = time.monotonic()
     run, _ = runs.obtain(request)
-    told = evaluation.evaluate(runs.objective(run), request.parts["eval"], draws=200)
-    mean = told["mean"]
+    result = evaluation.evaluate(runs.objective(run), request.parts["eval"], draws=200)
+    mean = result["mean"]
     lines = [line for line in run.metrics() if "weight_0" in line]
     weights = [float(np.mean([line[f"weight_{i}"] for line in lines])) for i in range(len(sets))] if lines else None
     return {
@@ -68,8 +68,8 @@ def judged(kind: str, loss: str, seed: int, asked: argparse.Namespace, folder: P
         "true_accuracy": mean["truth"]["accuracy"],
         "ece": mean["ece"],
         "true_ece": mean["truth"]["ece"],
-        "by_chance": float(np.mean([row["ece_by_chance"]["10"] for row in told["datasets"]])),
-        "by_group": {row["name"]: {"accuracy": row["accuracy"], "ece": row["ece"]["10"]} for row in told["datasets"]},
+        "by_chance": float(np.mean([row["ece_by_chance"]["10"] for row in result["datasets"]])),
+        "by_group": {row["name"]: {"accuracy": row["accuracy"], "ece": row["ece"]["10"]} for row in result["datasets"]},
         "weights": weights,
         "training_seconds": round(run.record.seconds, 1),
         "seconds": round(time.monotonic() - started, 1),
@@ -96,80 +96,81 @@ def summary(rows: list[dict[str, Any]], kind: str) -> dict[str, Any]:
         return float(row[name]["10"] if isinstance(row[name], dict) else row[name])
 
     names = ("accuracy", "ece", "true_accuracy", "true_ece")
-    told: dict[str, Any] = {
+    result: dict[str, Any] = {
         loss: {name: spread([of(r, name) for r in mine[loss]]) for name in names} for loss in LOSSES
     }
-    told["difference"] = {
+    result["difference"] = {
         name: spread([of(b, name) - of(a, name) for a, b in zip(mine["multitask"], mine["more"], strict=True)])
         for name in names
     }
-    return told
+    return result
 
 
-def markdown(told: dict[str, Any]) -> str:
+def markdown(record: dict[str, Any]) -> str:
     """Return the numbers as a page."""
 
-    def cell(one: dict[str, float], sign: str = "") -> str:
-        return f"{one['mean']:{sign}.4f} [{one['lo']:{sign}.4f}, {one['hi']:{sign}.4f}]"
+    def cell(interval: dict[str, float], sign: str = "") -> str:
+        return f"{interval['mean']:{sign}.4f} [{interval['lo']:{sign}.4f}, {interval['hi']:{sign}.4f}]"
 
-    asked = told["asked"]
+    options = record["asked"]
     lines = [
         "# MORE and multitask reward models on the sandbox's annotators",
         "",
-        f"Made by `{told['command']}`: {asked['seeds']} seeds, {asked['pairs']} labelled pairs per group (70 % trained "
-        f"on, 20 % judged on), five groups, {asked['steps']} steps of 80 pairs, learning rate {asked['lr']:g}, "
-        f"sharpness {asked['sharpness']:g} (1: what is one unit of taste better wins in 73 %), the "
+        f"Made by `{record['command']}`: {options['seeds']} seeds, {options['pairs']} labelled pairs per group "
+        f"(70 % trained on, 20 % judged on), five groups, {options['steps']} steps of 80 pairs, "
+        f"learning rate {options['lr']:g}, "
+        f"sharpness {options['sharpness']:g} (1: what is one unit of taste better wins in 73 %), the "
         "sandbox's base (107,000 parameters) as backbone. Means over groups; 95 % intervals over seeds (Student's t). "
         "ECE: 10 bins, both orders; true: against the annotators' known probabilities instead of their labels.",
         "",
         "| annotators | loss | accuracy | ECE | true accuracy | true ECE |",
         "| --- | --- | ---: | ---: | ---: | ---: |",
     ]
-    for kind, one in told["summary"].items():
+    for kind, numbers in record["summary"].items():
         for loss in LOSSES:
-            cells = [cell(one[loss][name]) for name in ("accuracy", "ece", "true_accuracy", "true_ece")]
+            cells = [cell(numbers[loss][name]) for name in ("accuracy", "ece", "true_accuracy", "true_ece")]
             lines.append(f"| {kind} | {loss} | {' | '.join(cells)} |")
-        cells = [cell(one["difference"][name], "+") for name in ("accuracy", "ece", "true_accuracy", "true_ece")]
+        cells = [cell(numbers["difference"][name], "+") for name in ("accuracy", "ece", "true_accuracy", "true_ece")]
         lines.append(f"| {kind} | MORE - multitask | {' | '.join(cells)} |")
-    chance = np.mean([row["by_chance"] for row in told["rows"]])
+    chance = np.mean([row["by_chance"] for row in record["rows"]])
     lines += [
         "",
         f"A calibrated model would get an ECE of about {chance:.4f} on so few pairs by chance.",
         "",
         f"The paper's claim. {CLAIM}",
         "",
-        told["verdict"],
+        record["verdict"],
         "",
         "![ECE by loss and seed](more.png)",
     ]
     return "\n".join(lines) + "\n"
 
 
-def verdict(found: dict[str, Any]) -> str:
-    """Say what was found for the diverse groups, as it is."""
-    one = found["diverse"]["difference"]
+def verdict(summaries: dict[str, Any]) -> str:
+    """Return the result for the diverse groups in a sentence."""
+    differences = summaries["diverse"]["difference"]
 
-    def said(name: str, words: str) -> str:
-        low, high = one[name]["lo"], one[name]["hi"]
+    def compared(name: str, words: str) -> str:
+        low, high = differences[name]["lo"], differences[name]["hi"]
         how = "lower with MORE" if high < 0 else "higher with MORE" if low > 0 else "not told apart"
-        return f"{words} {how} ({one[name]['mean']:+.4f} [{low:+.4f}, {high:+.4f}])"
+        return f"{words} {how} ({differences[name]['mean']:+.4f} [{low:+.4f}, {high:+.4f}])"
 
-    told = ("true_ece", "true ECE"), ("accuracy", "accuracy"), ("true_accuracy", "true accuracy")
-    return f"Found here with diverse annotators: {', '.join(said(*one) for one in told)}."
+    named = ("true_ece", "true ECE"), ("accuracy", "accuracy"), ("true_accuracy", "true accuracy")
+    return f"Found here with diverse annotators: {', '.join(compared(*pair) for pair in named)}."
 
 
-def draw(told: dict[str, Any], path: Path) -> None:
+def draw(record: dict[str, Any], path: Path) -> None:
     """Write the figure: true and labelled ECE of every seed, one line per seed from multitask to MORE."""
     from moalign.report import style
 
-    kinds = list(told["summary"])
+    kinds = list(record["summary"])
     with style.canvas(7.2, 3.6, "light") as (figure, colours):
         panels = figure.subplots(1, 2, sharey=True)
         for panel, name, title in zip(
             panels, ("ece", "true_ece"), ("against labels", "against the truth"), strict=True
         ):
             for number, kind in enumerate(kinds):
-                rows = [r for r in told["rows"] if r["kind"] == kind]
+                rows = [r for r in record["rows"] if r["kind"] == kind]
                 for seed in sorted({r["seed"] for r in rows}):
                     pair = [next(r for r in rows if r["seed"] == seed and r["loss"] == loss) for loss in LOSSES]
                     panel.plot(
@@ -190,7 +191,7 @@ def draw(told: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    """Run everything and write the three files."""
+    """Train and judge all reward models and write the three files."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--pairs", type=int, default=3000, help="labelled pairs per group")
@@ -199,37 +200,37 @@ def main() -> None:
     parser.add_argument("--sharpness", type=float, default=3.0, help="how sure annotators are of what they like")
     parser.add_argument("--results", type=Path, help="where the reward models are kept; else a temporary folder")
     parser.add_argument("--out", type=Path, default=HERE)
-    asked = parser.parse_args()
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        folder = asked.results or Path(temporary)
+        folder = options.results or Path(temporary)
         rows = []
         for kind in ("diverse", "alike"):
-            for seed in range(asked.seeds):
+            for seed in range(options.seeds):
                 for loss in LOSSES:
-                    rows.append(judged(kind, loss, seed, asked, folder))
-                    one = rows[-1]
+                    rows.append(judged(kind, loss, seed, options, folder))
+                    result = rows[-1]
                     print(
-                        f"{kind} {loss} seed {seed}: accuracy {one['accuracy']:.4f}, ECE {one['ece']['10']:.4f}, "
-                        f"true ECE {one['true_ece']['10']:.4f}, {one['seconds']:.0f} s",
+                        f"{kind} {loss} seed {seed}: accuracy {result['accuracy']:.4f}, ECE {result['ece']['10']:.4f}, "
+                        f"true ECE {result['true_ece']['10']:.4f}, {result['seconds']:.0f} s",
                         flush=True,
                     )
-    found = {kind: summary(rows, kind) for kind in ("diverse", "alike")}
-    told = {
+    summaries = {kind: summary(rows, kind) for kind in ("diverse", "alike")}
+    record = {
         "command": "python results/calibration/calibration.py"
-        + "".join(f" --{name} {getattr(asked, name)}" for name in ("seeds", "pairs", "steps", "lr", "sharpness")),
-        "asked": {name: getattr(asked, name) for name in ("seeds", "pairs", "steps", "lr", "sharpness")},
+        + "".join(f" --{name} {getattr(options, name)}" for name in ("seeds", "pairs", "steps", "lr", "sharpness")),
+        "asked": {name: getattr(options, name) for name in ("seeds", "pairs", "steps", "lr", "sharpness")},
         "packages": {name: metadata.version(name) for name in ("moalign", "torch", "transformers", "trl", "numpy")},
         "python": platform.python_version(),
         "rows": rows,
-        "summary": found,
+        "summary": summaries,
         "paper": CLAIM,
-        "verdict": verdict(found),
+        "verdict": verdict(summaries),
     }
-    asked.out.mkdir(parents=True, exist_ok=True)
-    (asked.out / "more.json").write_text(json.dumps(told, indent=2) + "\n")
-    (asked.out / "more.md").write_text(markdown(told))
-    draw(told, asked.out / "more.png")
-    print(told["verdict"])
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "more.json").write_text(json.dumps(record, indent=2) + "\n")
+    (options.out / "more.md").write_text(markdown(record))
+    draw(record, options.out / "more.png")
+    print(record["verdict"])
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def test_a_long_grid_does_not_fill_the_terminal() -> None:
     bars = _Bars(Terminal())
     for number in range(66):
         for done in range(3):
-            bars.told(f"preference {number}", done, 2)
+            bars.update(f"preference {number}", done, 2)
     kept = list(bars.tasks)
     bars.close()
     assert kept == [f"preference {number}" for number in range(66 - SHOWN, 66)]
@@ -143,9 +143,9 @@ def test_unfinished_stages_are_never_taken_away() -> None:
     from moalign.cli.progress import _Bars
 
     bars = _Bars(Terminal())
-    bars.told("the whole", 1, 100)
+    bars.update("the whole", 1, 100)
     for number in range(40):
-        bars.told(f"part {number}", 2, 2)
+        bars.update(f"part {number}", 2, 2)
     kept = list(bars.tasks)
     bars.close()
     assert kept[0] == "the whole"

@@ -86,11 +86,11 @@ def test_only_what_says_how_long_is_cut() -> None:
     assert dict(shortened(Config(first=SftConfig(steps=3, log_every=1), online_prompts=4), {"steps": 8})) == {}
 
 
-def asked(*methods: str, **more: Any) -> list[timed.Ask]:
+def asked(*methods: str, **more: Any) -> list[timed.TimingRequest]:
     """What the processes of a bench are asked, the first one (which prepares) included."""
-    seen: list[timed.Ask] = []
+    seen: list[timed.TimingRequest] = []
 
-    def answer(ask: timed.Ask, prepare: bool, title: str, say: Any) -> dict[str, Any]:
+    def answer(ask: timed.TimingRequest, prepare: bool, title: str, say: Any) -> dict[str, Any]:
         seen.append(ask)
         return {}
 
@@ -144,7 +144,7 @@ def test_wrong_requests_start_nothing(
 
 # --- processes ------------------------------------------------------------------------------------------------------
 
-ASK = timed.Ask("ric", None, [], [], "nowhere", 0.0)
+ASK = timed.TimingRequest("ric", None, [], [], "nowhere", 0.0)
 
 
 def speaking(monkeypatch: pytest.MonkeyPatch, code: str) -> list[subprocess.Popen[str]]:
@@ -152,7 +152,7 @@ def speaking(monkeypatch: pytest.MonkeyPatch, code: str) -> list[subprocess.Pope
     real, started = subprocess.Popen, []
 
     def popen(command: list[str], **more: Any) -> Any:
-        assert timed.Ask(**json.loads(command[-1])).method == "ric"
+        assert timed.TimingRequest(**json.loads(command[-1])).method == "ric"
         started.append(real([sys.executable, "-c", code], **more))
         return started[-1]
 
@@ -203,13 +203,13 @@ def test_one_that_fails_leaves_the_others_and_nothing_on_disk(monkeypatch: pytes
     monkeypatch.setattr(workflow.tempfile, "tempdir", str(tmp_path))
     found: list[bool] = []
 
-    def answer(ask: timed.Ask, prepare: bool, title: str, say: Any) -> dict[str, Any]:
+    def answer(ask: timed.TimingRequest, prepare: bool, title: str, say: Any) -> dict[str, Any]:
         runs = Path(ask.results) / "runs"
         found.append(runs.exists())
         runs.mkdir(parents=True)
         return {"error": "it broke", "trace": "where"} if ask.method == "ric" and not prepare else {"seconds": 1.0}
 
-    def prepared(ask: timed.Ask, prepare: bool, title: str, say: Any) -> dict[str, Any]:
+    def prepared(ask: timed.TimingRequest, prepare: bool, title: str, say: Any) -> dict[str, Any]:
         return {} if prepare else answer(ask, prepare, title, say)
 
     monkeypatch.setattr(workflow, "_answer", prepared)

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 
 from moalign.comparison import compare as workflow
-from moalign.comparison import executors, jobs
+from moalign.comparison import entries, executors, jobs
 from moalign.comparison.compare import CompareRequest, Comparison, compare
 from moalign.config.strict import Strict
 from moalign.core.errors import RequestError, WorkError
@@ -46,8 +46,14 @@ suite: [good, bad]
 """
 
 
+class Tuning(Strict):
+    rounds: int = 4
+
+
 class Config(Strict):
     gain: float = 0.0
+    base: str = "/models/one-and-the-same-folder/small"
+    tuning: Tuning = Tuning()
     fail: bool = False
     fail_seed: int | None = None
 
@@ -91,7 +97,7 @@ def _toys(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(registry, "get", toys.__getitem__)
     monkeypatch.setattr(jobs, "HEAVY", ())
     monkeypatch.setattr(evaluate, "respond", respond)
-    monkeypatch.setattr(drawings, "ALL", {"fronts": lambda told, suffix: FIGURES[suffix]})
+    monkeypatch.setattr(drawings, "ALL", {"fronts": lambda record, suffix: FIGURES[suffix]})
     yield
 
 
@@ -149,40 +155,40 @@ def by_label(compared: Comparison) -> dict[str, dict[str, Any]]:
 
 def test_the_suite_is_trained_and_compared(card: str, results: Path) -> None:
     compared = ask(card, results)
-    told = compared.told
-    assert [row["method"] for row in told["rows"]] == ["good", "bad"]
-    assert told["winner"] == "good" and compared.exit_code == 0 and told["failed"] == []
-    assert (told["task"], told["objectives"], told["ref"]) == ("toy", ["helpfulness", "harmlessness"], [0.0, 0.0])
-    assert told["verdict"][0].startswith("good wins")
+    record = compared.told
+    assert [row["method"] for row in record["rows"]] == ["good", "bad"]
+    assert record["winner"] == "good" and compared.exit_code == 0 and record["failed"] == []
+    assert (record["task"], record["objectives"], record["ref"]) == ("toy", ["helpfulness", "harmlessness"], [0.0, 0.0])
+    assert record["verdict"][0].startswith("good wins")
 
 
 def test_keys_of_the_contract(card: str, results: Path) -> None:
-    told = ask(card, results).told
+    record = ask(card, results).told
     wanted = "task card_hash objectives ref rows pairs winner optimum figure markdown sensitivity"
-    assert set(wanted.split()) <= set(told)
+    assert set(wanted.split()) <= set(record)
     of_row = "method hypervolume ci rank indicators cost quality optimal_share seeds runs status"
-    assert set(of_row.split()) <= set(told["rows"][0])
-    assert {"tau", "inner_product", "expected_utility", "regret", "igd_plus"} <= set(told["rows"][0]["indicators"])
+    assert set(of_row.split()) <= set(record["rows"][0])
+    assert {"tau", "inner_product", "expected_utility", "regret", "igd_plus"} <= set(record["rows"][0]["indicators"])
     cost = "tokens_generated tokens_trained reward_calls seconds peak_memory_bytes answering"
-    assert set(cost.split()) <= set(told["rows"][0]["cost"])
-    assert {"a", "b", "difference", "ci", "p_improve"} <= set(told["pairs"][0])
-    assert told["optimum"]["hypervolume"] > 0
+    assert set(cost.split()) <= set(record["rows"][0]["cost"])
+    assert {"a", "b", "difference", "ci", "p_improve"} <= set(record["pairs"][0])
+    assert record["optimum"]["hypervolume"] > 0
 
 
 def test_files_are_written_and_named(card: str, results: Path) -> None:
-    told = ask(card, results).told
-    folder = Path(told["json"]).parent
+    record = ask(card, results).told
+    folder = Path(record["json"]).parent
     assert folder.parent == results / "compare" and folder.name.startswith("toy-")
     assert sorted(path.name for path in folder.iterdir()) == ["compare.json", "compare.md", "fronts.png"]
-    assert json.loads(Path(told["json"]).read_text()) == told
-    assert Path(told["figure"]).read_bytes().startswith(b"\x89PNG")
-    assert "](fronts.png)" in Path(told["markdown"]).read_text()
+    assert json.loads(Path(record["json"]).read_text()) == record
+    assert Path(record["figure"]).read_bytes().startswith(b"\x89PNG")
+    assert "](fronts.png)" in Path(record["markdown"]).read_text()
 
 
 def test_places_of_the_users_choice(card: str, results: Path, tmp_path: Path) -> None:
     figure, page = tmp_path / "out" / "f.svg", tmp_path / "page.md"
-    told = ask(card, results, figure=figure, markdown=page).told
-    assert figure.read_bytes().startswith(b"<?xml") and told["figure"] == str(figure)
+    record = ask(card, results, figure=figure, markdown=page).told
+    assert figure.read_bytes().startswith(b"<?xml") and record["figure"] == str(figure)
     assert "](out/f.svg)" in page.read_text()
 
 
@@ -244,8 +250,8 @@ def test_the_commands_ask_for_the_same_runs(card: str, results: Path) -> None:
 
     from moalign.experiment.train import TrainRequest, plan
 
-    told = ask(card, results, methods=["own-only"], grid=4, overrides=["gain=0.25"]).told
-    run = told["rows"][0]["runs"][0]
+    record = ask(card, results, methods=["own-only"], grid=4, overrides=["gain=0.25"]).told
+    run = record["rows"][0]["runs"][0]
     words = shlex.split(run["command"])
     assert words[:3] == ["moalign", "train", "own-only"]
     options: dict[str, list[str]] = {}
@@ -392,6 +398,64 @@ def test_settings_tell_runs_of_one_method_apart(card: str, results: Path) -> Non
     assert [row["label"] for row in compared.told["rows"]] == ["good (gain=0.2)", "good (gain=0.1)"]
     assert [row["seeds"] for row in compared.told["rows"]] == [[0, 1], [0, 1]]
     assert compared.told["winner"] == "good (gain=0.2)"
+
+
+def test_runs_of_one_method_that_differ_in_three_settings_have_labels_of_their_own(card: str, results: Path) -> None:
+    """Every setting in which they differ is in the label: no two of six runs look alike."""
+    settings = [
+        f"gain={gain} tuning.rounds={rounds} fail_seed={seed}"
+        for gain, rounds, seed in [(0.3, 4, 7), (0.3, 4, 8), (0.3, 2, 7), (0.2, 2, 7), (0.2, 2, 8), (0.2, 4, 8)]
+    ]
+    found = [
+        run for texts in settings for run in runs_of(ask(card, results, methods=["good"], overrides=texts.split()))
+    ]
+    compared = compare(CompareRequest(runs=found, results=results))
+    wanted = {text.replace(" ", ", ") for text in settings}
+    assert {row["label"].removeprefix("good (").removesuffix(")") for row in compared.told["rows"]} == wanted
+
+
+def test_long_values_are_abbreviated_where_labels_stay_apart(card: str, results: Path) -> None:
+    """A value is cut only where what is left tells it apart; numbers get the digits that they need."""
+
+    def labels(*overrides: str) -> set[str]:
+        found = [run for text in overrides for run in runs_of(ask(card, results, methods=["good"], overrides=[text]))]
+        return {row["label"] for row in compare(CompareRequest(runs=found, results=results)).told["rows"]}
+
+    assert labels("base=/elsewhere/in-a-long-folder", "base=/models/one") == {
+        "good (base=/elsewhere/in-a…)",
+        "good (base=/models/one)",
+    }
+    assert labels("base=/models/in-one-folder/small", "base=/models/in-one-folder/large") == {
+        "good (base=/models/in-one-folder/small)",
+        "good (base=/models/in-one-folder/large)",
+    }
+    assert labels("gain=0.1", "gain=0.10000001") == {"good (gain=0.1)", "good (gain=0.10000001)"}
+
+
+def test_runs_that_only_their_vectors_tell_apart_have_labels_of_their_own(card: str, results: Path) -> None:
+    vectors = [[[0.125, 0.875], [0.5, 0.5], [0.75, 0.25], [1.0, k / 10]] for k in range(2)]
+    works = [
+        jobs.Work(registry.get("own-only"), 0, {"config": {}, "prefs": prefs, "seed": 0}, Path(f"{k}23456789"), [])
+        for k, prefs in enumerate(vectors)
+    ]
+    assert list(entries.grouped(works)) == [
+        "own-only (prefs=[[0.125, 0.875]…) [023456]",
+        "own-only (prefs=[[0.125, 0.875]…) [123456]",
+    ]
+
+
+def test_a_setting_at_its_default_is_named_with_its_value() -> None:
+    """Also where a run's identity leaves it out, and where it lies deeper."""
+    configs: list[dict[str, Any]] = [{}, {"gain": 0.5}, {"tuning": {"rounds": 9}}]
+    works = [
+        jobs.Work(registry.get("good"), 0, {"config": config, "seed": 0}, Path(str(k)), [])
+        for k, config in enumerate(configs)
+    ]
+    assert list(entries.grouped(works)) == [
+        "good (gain=0, tuning.rounds=4)",
+        "good (gain=0.5, tuning.rounds=4)",
+        "good (gain=0, tuning.rounds=9)",
+    ]
 
 
 def test_task_cards_are_not_mixed(card: str, results: Path, tmp_path: Path) -> None:

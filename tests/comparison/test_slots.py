@@ -51,7 +51,7 @@ def test_the_environment_says_it_for_every_comparison(
     told: str, wanted: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(slots.VARIABLE, told)
-    assert slots.asked() == wanted
+    assert slots.requested() == wanted
 
 
 @pytest.mark.parametrize("told", ["0", "-1", "two", "1.5", "²"])

@@ -18,7 +18,7 @@ from moalign.config.card import DataSpec, SourceSpec, SplitSpec
 from moalign.core.errors import RequestError
 from moalign.core.records import Pair, ScoredResponse
 from moalign.data.dialogue import ASSISTANT, HUMAN
-from moalign.data.load import load_pairs, load_prompt_set, load_prompts, load_responses
+from moalign.data.load import load_pairs, load_prompts, load_responses
 from moalign.data.splits import check_leaks, normalised, split
 
 WriteJsonl = Callable[..., Path]
@@ -39,17 +39,13 @@ def refusal(call: Callable[[], object], folder: Path | None = None) -> str:
 # Prompts
 
 
-def test_listed_prompts_keep_their_order_and_duplicates_are_counted() -> None:
-    found = load_prompt_set(DataSpec(prompts=["b", "a 😀", "b", "B", "b"]))
-    assert found.prompts == ["b", "a 😀", "B"]
-    assert found.duplicates == 2
+def test_listed_prompts_keep_their_order_and_come_once() -> None:
+    assert load_prompts(DataSpec(prompts=["b", "a 😀", "b", "B", "b"])) == ["b", "a 😀", "B"]
 
 
 def test_prompts_of_a_source(write_jsonl: WriteJsonl) -> None:
     path = write_jsonl([{"question": "q1"}, {"question": "q2"}, {"question": "q1"}])
     spec = DataSpec(prompts=SourceSpec(path="data.jsonl", columns={"prompt": "question"}))
-    found = load_prompt_set(spec, path.parent)
-    assert (found.prompts, found.duplicates) == (["q1", "q2"], 1)
     assert load_prompts(spec, path.parent) == ["q1", "q2"]
 
 
@@ -100,9 +96,7 @@ def test_a_grammar_gives_every_combination() -> None:
         "mood": ["sad", "glad"],
         "who": ["a cat", "ein Bär", "{mood}"],
     }
-    found = load_prompt_set(DataSpec(prompt_grammar=grammar))
-    assert found.duplicates == 0
-    assert found.prompts == [
+    assert load_prompts(DataSpec(prompt_grammar=grammar)) == [
         "Tell a sad tale of a cat.",
         "Tell a sad tale of ein Bär.",
         "Tell a sad tale of {mood}.",
@@ -117,8 +111,8 @@ def test_a_grammar_gives_every_combination() -> None:
 
 
 def test_listed_and_generated_prompts_are_one_set() -> None:
-    found = load_prompt_set(DataSpec(prompts=["a x", "b"], prompt_grammar={"template": ["a {p}"], "p": ["x", "y"]}))
-    assert (found.prompts, found.duplicates) == (["a x", "b", "a y"], 1)
+    spec = DataSpec(prompts=["a x", "b"], prompt_grammar={"template": ["a {p}"], "p": ["x", "y"]})
+    assert load_prompts(spec) == ["a x", "b", "a y"]
 
 
 NO_PART = ".template: text 1: unknown part "
@@ -345,14 +339,13 @@ def test_the_real_preference_data(hh_file: Path) -> None:
 
 
 def test_the_real_prompts_split_without_leaks(hh_file: Path) -> None:
-    found = load_prompt_set(DataSpec(prompts=source(hh_file)))
-    assert len(found.prompts) + found.duplicates == 2312
-    assert found.duplicates == 2
-    parts = split(found.prompts, SplitSpec())
+    prompts = load_prompts(DataSpec(prompts=source(hh_file)))
+    assert len(prompts) == len(set(prompts)) == 2310  # 2,312 pairs, of which two share their prompt with another
+    parts = split(prompts, SplitSpec())
     check_leaks(parts)
-    assert sum(map(len, parts.values())) == len(found.prompts)
-    assert abs(len(parts["train"]) / len(found.prompts) - 0.8) < 0.04
-    again = split(reversed(found.prompts), SplitSpec())
+    assert sum(map(len, parts.values())) == len(prompts)
+    assert abs(len(parts["train"]) / len(prompts) - 0.8) < 0.04
+    again = split(reversed(prompts), SplitSpec())
     assert {name: sorted(part) for name, part in parts.items()} == {name: sorted(part) for name, part in again.items()}
     leaked = {**parts, "eval": [*parts["eval"], parts["train"][0].upper().replace(" ", "  ")]}
     assert normalised(leaked["eval"][-1]) == normalised(parts["train"][0])

@@ -7,19 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moalign.core.errors import RequestError
-from moalign.data.dialogue import ASSISTANT, HUMAN, shorten, split_pair, split_reply
+from moalign.data.dialogue import ASSISTANT, HUMAN, shorten, split_pair
 
 TALK = f"{HUMAN} Hi{ASSISTANT} Hello.{HUMAN} A joke?{ASSISTANT}"
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 
 
-def test_the_last_reply_keeps_its_space() -> None:
-    assert split_reply(TALK + " Knock knock.") == (TALK, " Knock knock.")
-
-
 def test_a_reply_is_not_stripped_of_letters_of_the_marker() -> None:
     # str.strip(ASSISTANT) would eat every leading and trailing A, s, i, t, a, n, ':' and line end.
-    assert split_reply(f"{ASSISTANT}Assistants sit\n\n") == (ASSISTANT, "Assistants sit\n\n")
     assert split_pair(f"{ASSISTANT}stain", f"{ASSISTANT}tints\n") == (ASSISTANT, "stain", "tints\n")
 
 
@@ -42,11 +37,6 @@ def test_dialogues_that_part_early_keep_their_later_turns() -> None:
 def test_half_a_marker_is_not_shared() -> None:
     with pytest.raises(RequestError, match=r"^f\.jsonl:3: chosen and rejected share no turn"):
         split_pair("\n\nHuman: a\n\nAssistant: b", "\n\nHuman: a\n\nAssistance", "f.jsonl:3")
-
-
-def test_no_marker_is_named_with_its_place() -> None:
-    with pytest.raises(RequestError, match=r"^f\.jsonl:3: a dialogue needs a turn '\\n\\nAssistant:'; found 'hello'$"):
-        split_reply("hello", "f.jsonl:3")
 
 
 @settings(deadline=None)

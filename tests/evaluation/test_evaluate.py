@@ -13,7 +13,7 @@ import pytest
 
 from moalign.core.errors import RequestError
 from moalign.core.preferences import Preference
-from moalign.evaluation.evaluate import Evaluation, evaluate, held_out, preferences_for, result_of
+from moalign.evaluation.evaluate import Evaluation, evaluate, held_out, preferences_for
 from moalign.experiment.train import TrainRequest, context_of, plan, train
 from moalign.lm import sampler
 from moalign.methods.base import Capabilities, Method
@@ -137,7 +137,6 @@ def test_what_eval_json_holds(steered: Opened) -> None:
     assert told["quality"]["kl"] is None and told["quality"]["kl_bound"] is False
     assert told["cost"]["tokens_generated"] == PROMPTS * 3 * 10
     assert told["cost"]["reward_calls"] == 0  # what the judge scores is not the policy's cost
-    assert result_of(context.run) == told
 
 
 def test_collapse_is_judged_by_the_policys_tokens_and_what_short_means_on_the_task(

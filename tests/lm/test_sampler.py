@@ -20,7 +20,6 @@ from moalign.lm.sampler import (
     Samples,
     Sampling,
     Traces,
-    batches,
     cut,
     draw,
     generate,
@@ -464,7 +463,3 @@ def test_traces_are_picked_and_joined() -> None:
     assert both.at([2, 0, 2]).logps == [-3.0, -1.0, -3.0]
     assert both.finished == [False, True, False] and both.at([1, 0]).finished == [True, False]
     assert Traces.joined([made(1), None]) is None and Traces.joined([]) is None
-
-
-def test_number_of_batches() -> None:
-    assert [batches(count, 4) for count in (1, 4, 5, 8)] == [1, 1, 2, 2]

@@ -24,7 +24,6 @@ from moalign.pareto.indicators import (
     inner_product,
     kendall_tau,
     regret,
-    regularised_regret,
     spacing,
     sparsity,
 )
@@ -204,25 +203,6 @@ def test_regret_by_hand() -> None:
     assert found.tolist() == [2.0, 1.0]
 
 
-def test_regularised_regret_by_hand() -> None:
-    found = regularised_regret([[1, 0], [0.5, 0.5]], [[1, 9], [2, 2]], kl=[0.5, 0], optimum=[3, 2.5], beta=2.0)
-    assert found.tolist() == [3.0, 0.5]  # 3 - (1 - 2 * .5); 2.5 - 2
-
-
-@settings(deadline=None)
-@given(st.integers(0, 2**32 - 1), st.floats(0.05, 5))
-def test_the_tilted_reference_has_no_regularised_regret_and_any_other_policy_has(seed: int, beta: float) -> None:
-    """One prompt, five responses: the optimum is known in closed form."""
-    rng = np.random.default_rng(seed)
-    base, rewards, w = rng.dirichlet(np.ones(5)), rng.normal(size=(5, 2)), rng.dirichlet(np.ones(2))
-    partition = float((base * np.exp(rewards @ w / beta)).sum())
-    best = beta * math.log(partition)
-    for policy, least in ((base * np.exp(rewards @ w / beta) / partition, None), (rng.dirichlet(np.ones(5)), 0.0)):
-        kl = float((policy * np.log(policy / base)).sum())
-        (lost,) = regularised_regret([w], [policy @ rewards], [kl], [best], beta)
-        assert lost == pytest.approx(0, abs=1e-9) if least is None else lost >= -1e-9
-
-
 @settings(deadline=None)
 @given(st.integers(0, 2**32 - 1))
 def test_no_indicator_mutates_its_inputs(seed: int) -> None:
@@ -234,7 +214,6 @@ def test_no_indicator_mutates_its_inputs(seed: int) -> None:
     inner_product(preferences, means)
     expected_utility(preferences, means)
     regret(preferences, means, other)
-    regularised_regret(preferences, means, means[:, 0], other[:, 0], 0.1)
     igd_plus(means, other)
     spacing(means)
     sparsity(means)
@@ -254,9 +233,6 @@ def test_no_indicator_mutates_its_inputs(seed: int) -> None:
         (lambda: igd_plus([[1, 0]], [[1, 2, 3]]), "the same number"),
         (lambda: igd_plus([[1, 0]], [[1, math.inf]]), "reference front: row 1"),
         (lambda: regret([[1, 0]], [[1, 2]], [[1, 2], [3, 4]]), "optimum_means"),
-        (lambda: regularised_regret([[1, 0]], [[1, 2]], [1, 2], [1], 0.1), "kl: found shape (2,)"),
-        (lambda: regularised_regret([[1, 0]], [[1, 2]], [1], [math.inf], 0.1), "optimum: row 1"),
-        (lambda: regularised_regret([[1, 0]], [[1, 2]], [1], [1], 0), "beta is 0"),
         (lambda: spacing([[math.nan, 0]]), "row 1"),
         (lambda: sparsity([]), "dimensions"),
     ],

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moalign.comparison.standings import Contender, standings
+from moalign.comparison.ranking import Entry, ranking
 from moalign.config.card import EvaluationSpec
 from moalign.core import preferences
 from moalign.evaluation.evaluate import Evaluation, judge
@@ -28,17 +28,17 @@ from moalign.report import verdict
 NAMES = ["helpfulness", "harmlessness", "humor", "brevity"]
 
 
-def _contender(label: str, gain: float, grid: Any, on: Any, seeds: int, rate: float) -> Contender:
+def _entry(label: str, gain: float, grid: Any, on: Any, seeds: int, rate: float) -> Entry:
     m = len(on.names)
     runs, evaluations, costs = [], [], []
     for seed in range(seeds):
         noise = np.random.default_rng([seed, m]).normal(0, 0.2, (50, len(grid), m))
         noise -= noise.mean(axis=0)
         table = np.sqrt(np.array(grid)) * (0.6 + gain) + 0.1 + 0.01 * seed + noise
-        told = judge(on, grid, table)
-        told["quality"] = {"rate": rate, "causes": {"short": rate}, "mean_length": 21.0, "distinct_3": 0.99}
-        told["cost"] = {"tokens_generated": 32071, "reward_calls": 2816, "seconds": 1.3}
-        evaluations.append(Evaluation(told, table))
+        record = judge(on, grid, table)
+        record["quality"] = {"rate": rate, "causes": {"short": rate}, "mean_length": 21.0, "distinct_3": 0.99}
+        record["cost"] = {"tokens_generated": 32071, "reward_calls": 2816, "seconds": 1.3}
+        evaluations.append(Evaluation(record, table))
         costs.append(
             {
                 "tokens_generated": 45283,
@@ -50,13 +50,13 @@ def _contender(label: str, gain: float, grid: Any, on: Any, seeds: int, rate: fl
         )
         command = f"moalign train {label} --task toy --seed {seed}"
         runs.append({"run": f"results/{label}", "seed": seed, "status": "done", "error": None, "command": command})
-    return Contender(label, label, True, list(range(seeds)), evaluations, costs, runs)
+    return Entry(label, label, True, list(range(seeds)), evaluations, costs, runs)
 
 
 @pytest.fixture(scope="session")
 def compared() -> Callable[..., dict[str, Any]]:
     """``compared({"a": 0.1, "b": 0.0}, objectives=2, seeds=1, optimum=True, dead=["c"], rates={"a": 0.1})``."""
-    kept: dict[str, dict[str, Any]] = {}
+    built: dict[str, dict[str, Any]] = {}
 
     def build(
         gains: dict[str, float],
@@ -67,14 +67,14 @@ def compared() -> Callable[..., dict[str, Any]]:
         rates: dict[str, float] | None = None,
     ) -> dict[str, Any]:
         key = repr((gains, objectives, seeds, optimum, dead, rates))
-        if key not in kept:
-            kept[key] = _told(gains, objectives, seeds, optimum, dead, rates or {})
-        return copy.deepcopy(kept[key])
+        if key not in built:
+            built[key] = _record(gains, objectives, seeds, optimum, dead, rates or {})
+        return copy.deepcopy(built[key])
 
     return build
 
 
-def _told(
+def _record(
     gains: dict[str, float], objectives: int, seeds: int, optimum: bool, dead: tuple[str, ...], rates: dict[str, float]
 ) -> dict[str, Any]:
     grid = preferences.grid(objectives, 10 if objectives == 2 else 4)
@@ -91,12 +91,12 @@ def _told(
         eval_prompts=[],
         optimum=lambda asked, prompts: best,
     )
-    rows = [_contender(label, gain, grid, on, seeds, rates.get(label, 0.0)) for label, gain in gains.items()]
+    rows = [_entry(label, gain, grid, on, seeds, rates.get(label, 0.0)) for label, gain in gains.items()]
     for label in dead:
         command = f"moalign train {label} --task toy --seed 0"
         run = {"run": label, "seed": 0, "status": "failed", "error": "WorkError: out of | memory", "command": command}
-        rows.append(Contender(label, label, runs=[run]))
-    told: dict[str, Any] = {
+        rows.append(Entry(label, label, runs=[run]))
+    record: dict[str, Any] = {
         "task": "toy",
         "description": "made up",
         "card_hash": "0123456789abcdef",
@@ -107,7 +107,7 @@ def _told(
         "draws": 100,
         "level": 0.95,
         "bounds": {"lo": [-5.0] * objectives, "hi": [5.0] * objectives},
-        **standings(rows, grid, 100, 3),
+        **ranking(rows, grid, 100, 3),
         "failed": list(dead),
         "command": "moalign compare --task toy",
         "environment": {"python": "3.11.7", "packages": {"torch": "2.13"}, "commit": "abcdef0123456789", "dirty": True},
@@ -118,8 +118,8 @@ def _told(
         "markdown": "results/compare/toy-1/compare.md",
         "json": "results/compare/toy-1/compare.json",
     }
-    told["verdict"] = verdict.sentences(told)
-    return told
+    record["verdict"] = verdict.sentences(record)
+    return record
 
 
 class Browser:

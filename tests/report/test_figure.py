@@ -22,12 +22,27 @@ def size(content: bytes) -> tuple[int, int]:
 
 @pytest.mark.parametrize("suffix", figure.FORMATS)
 def test_the_same_bytes_twice(compared: Build, suffix: str) -> None:
-    told = compared(FIVE)
-    assert figure.draw(told, suffix) == figure.draw(told, suffix)
+    record = compared(FIVE)
+    assert figure.draw(record, suffix) == figure.draw(record, suffix)
 
 
 def test_size_of_one_panel(compared: Build) -> None:
     assert size(figure.draw(compared(FIVE))) == (round(7.6 * style.DPI), round(4.8 * style.DPI))
+
+
+@pytest.mark.parametrize("place", ["beside", "below"])
+def test_the_legend_of_long_labels_lies_within_the_figure(place: str) -> None:
+    """However many settings tell the rows apart, no label is cut at the figure's edge."""
+    labels = [f"hindsight (steps={i}, temperature=1.25, sft_coef=0.5, batch=128, stage.lr=0.00012)" for i in range(12)]
+    beside = place == "beside"
+    entries = [style.wrapped(label) + ("\n0.477 (77 %)" if beside else "") for label in labels]
+    with style.canvas(7.6, max(4.8, style.legend_height(labels)) if beside else 6.0, "light") as (made, _):
+        panel = made.subplots()
+        handles = [panel.plot([0], [0], marker="o", label=entry)[0] for entry in ["optimum\n0.619", *entries]]
+        style.legend(made, handles, ["optimum\n0.619", *entries], "method\n(share)" if beside else "", beside)
+        made.draw_without_rendering()
+        box, page = made.legends[0].get_window_extent().padded(-4), made.bbox  # without its empty frame, in pixels
+        assert page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1
 
 
 @pytest.mark.parametrize(("objectives", "expected"), [(3, (10.5, 4.2)), (4, (10.5, 7.5))])
@@ -74,6 +89,6 @@ def test_drawing_leaves_the_users_matplotlib_alone(compared: Build) -> None:
 
 
 def test_more_methods_than_colours(compared: Build) -> None:
-    told = compared({f"m{i}": 0.02 * i for i in range(12)})
+    record = compared({f"m{i}": 0.02 * i for i in range(12)})
     looks = {style.look(i, style.THEMES["light"]) for i in range(63)}
-    assert len(looks) == 63 and figure.draw(told)
+    assert len(looks) == 63 and figure.draw(record)

@@ -21,16 +21,16 @@ def records(compared: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(
         drawings,
         "ALL",
-        {name: lambda told, suffix, theme, name=name: f"{name} {theme}".encode() for name in ("fronts", "cost")}
-        | {"curves": lambda told, suffix, theme: None},
+        {name: lambda record, suffix, theme, name=name: f"{name} {theme}".encode() for name in ("fronts", "cost")}
+        | {"curves": lambda record, suffix, theme: None},
     )
     folder = tmp_path / "published"
-    for name, told in (
+    for name, record in (
         ("two", compared({"a": 0.2, "b|c": 0.0}, seeds=3, dead=("x",))),
         ("three", compared({"a": 0.1, "b": 0.0}, objectives=3, optimum=False)),
     ):
         (folder / name).mkdir(parents=True)
-        (folder / name / "compare.json").write_text(json.dumps(told), encoding="utf-8")
+        (folder / name / "compare.json").write_text(json.dumps(record), encoding="utf-8")
     return folder
 
 
@@ -73,9 +73,9 @@ def test_tables_are_whole_and_links_lead_somewhere(records: Path) -> None:
 
 def test_kl_to_base_has_a_column_where_a_record_has_it(records: Path) -> None:
     path = records / "two" / "compare.json"
-    told = json.loads(path.read_text())
-    told["rows"][0]["quality"].update(kl=3.207, kl_bound=True)
-    path.write_text(json.dumps(told))
+    record = json.loads(path.read_text())
+    record["rows"][0]["quality"].update(kl=3.207, kl_bound=True)
+    path.write_text(json.dumps(record))
     leaderboard.make(records, records.parent / "LEADERBOARD.md")
     text = (records.parent / "LEADERBOARD.md").read_text()
     assert text.count("| collapsed | KL to base | command |") == 1  # the other record is from before

@@ -28,11 +28,11 @@ def test_tables_are_whole(compared: Build) -> None:
 
 
 def test_what_it_says(compared: Build) -> None:
-    told = compared({"a": 0.2, "b": 0.0}, seeds=2)
-    page = markdown.page(told, FOLDER)
+    record = compared({"a": 0.2, "b": 0.0}, seeds=2)
+    page = markdown.page(record, FOLDER)
     assert page.startswith("# Comparison on `toy`\n")
-    assert told["verdict"][0] in page and "0123456789abcdef" in page
-    row = told["rows"][0]
+    assert record["verdict"][0] in page and "0123456789abcdef" in page
+    row = record["rows"][0]
     ranking = tables(page)[0]
     assert "each seed" in ranking[0] and "% of optimum" in ranking[0] and "regret" in ranking[0]
     assert f"{row['hypervolume']:.4f}" in ranking[2]
@@ -41,12 +41,12 @@ def test_what_it_says(compared: Build) -> None:
 
 
 def test_every_rows_command_is_there(compared: Build) -> None:
-    told = compared({"a": 0.2, "b": 0.0}, seeds=2, dead=("x",))
-    page = markdown.page(told, FOLDER)
-    for row in told["rows"]:
+    record = compared({"a": 0.2, "b": 0.0}, seeds=2, dead=("x",))
+    page = markdown.page(record, FOLDER)
+    for row in record["rows"]:
         for run in row["runs"]:
             assert f"\n{run['command']}\n" in page
-    assert f"\n{told['command']}\n" in page
+    assert f"\n{record['command']}\n" in page
 
 
 def test_failures_are_a_section(compared: Build) -> None:
@@ -56,13 +56,13 @@ def test_failures_are_a_section(compared: Build) -> None:
 
 
 def test_the_figure_is_linked_from_where_the_page_lies(compared: Build) -> None:
-    told = compared({"a": 0.2, "b": 0.0})
-    assert "](fronts.png)" in markdown.page(told, FOLDER)
-    assert "](results/compare/toy-1/fronts.png)" in markdown.page(told, Path())
-    told["figure"] = "results/compare/toy-1/a (1).png"
-    assert "](a%20%281%29.png)" in markdown.page(told, FOLDER)
-    told["figure"] = None
-    assert "![" not in markdown.page(told, FOLDER)
+    record = compared({"a": 0.2, "b": 0.0})
+    assert "](fronts.png)" in markdown.page(record, FOLDER)
+    assert "](results/compare/toy-1/fronts.png)" in markdown.page(record, Path())
+    record["figure"] = "results/compare/toy-1/a (1).png"
+    assert "](a%20%281%29.png)" in markdown.page(record, FOLDER)
+    record["figure"] = None
+    assert "![" not in markdown.page(record, FOLDER)
 
 
 def test_nothing_but_failures(compared: Build) -> None:
@@ -76,19 +76,19 @@ def test_without_an_optimum(compared: Build) -> None:
 
 
 def test_blocks_stand_only_where_there_is_something_to_show(compared: Build) -> None:
-    told = compared({"a": 0.2, "b": 0.0})
+    record = compared({"a": 0.2, "b": 0.0})
     heads = ("## Generalisation", "## Trained on, and true", "## Training diagnostics", "## Reported by papers")
-    assert not any(head in markdown.page(told, FOLDER) for head in heads)
+    assert not any(head in markdown.page(record, FOLDER) for head in heads)
     side = {"preferences": 2, "hypervolume": 0.5, "optimal_share": None, "tau": 0.25, "inner_product": 0.75}
-    told["rows"][0].update(
+    record["rows"][0].update(
         generalisation={"trained": {**side, "preferences": 9, "utility_share": 0.875}, "held_out": side},
         gap=0.125,
         diagnostics={"k|l": 0.12345},
     )
-    told["reported"] = [
+    record["reported"] = [
         {"method": "R|C", "metric": "HV", "value": 0.8, "source": "arXiv 2402.10207, table 2", "setting": "7B"}
     ]
-    page = markdown.page(told, FOLDER)
+    page = markdown.page(record, FOLDER)
     assert all(page.count(head) == 1 for head in heads)
     assert "| a | held out | 2 | 0.5000 | – | – | 0.250 | 0.750 |" in page
     assert "| a | trained | 9 | 0.5000 | – | 87.5 % | 0.250 | 0.750 |" in page
@@ -98,11 +98,11 @@ def test_blocks_stand_only_where_there_is_something_to_show(compared: Build) -> 
 
 
 def test_kl_to_base_stands_where_a_row_has_it(compared: Build) -> None:
-    told = compared({"a": 0.2, "b": 0.1, "c": 0.0}, dead=("x",))
-    assert "KL to base" not in markdown.page(told, FOLDER)
-    told["rows"][0]["quality"].update(kl=3.207, kl_bound=False)
-    told["rows"][1]["quality"].update(kl=0.6363, kl_bound=True)
-    page = markdown.page(told, FOLDER)
+    record = compared({"a": 0.2, "b": 0.1, "c": 0.0}, dead=("x",))
+    assert "KL to base" not in markdown.page(record, FOLDER)
+    record["rows"][0]["quality"].update(kl=3.207, kl_bound=False)
+    record["rows"][1]["quality"].update(kl=0.6363, kl_bound=True)
+    page = markdown.page(record, FOLDER)
     heads, _, *rows = next(lines for lines in tables(page) if "distinct-3" in lines[0])
     assert heads.endswith("| KL to base |")
     assert [row.rsplit("|", 2)[1].strip() for row in rows] == ["3.21", "≤ 0.64", "–"]
@@ -110,23 +110,23 @@ def test_kl_to_base_stands_where_a_row_has_it(compared: Build) -> None:
 
 
 def test_spacing_stands_beside_the_hypervolume_of_a_front(compared: Build) -> None:
-    told = compared({"a": 0.2, "b": 0.0})
-    told["rows"][1]["front"] = 1.0
-    heads, _, *rows = tables(markdown.page(told, FOLDER))[0]
+    record = compared({"a": 0.2, "b": 0.0})
+    record["rows"][1]["front"] = 1.0
+    heads, _, *rows = tables(markdown.page(record, FOLDER))[0]
     assert "hypervolume" in heads and heads.endswith("| spacing |")
-    spread = f"{told['rows'][0]['indicators']['spacing']:.3f}"
+    spread = f"{record['rows'][0]['indicators']['spacing']:.3f}"
     assert [row.rsplit("|", 2)[1].strip() for row in rows] == [spread, "–"]
 
 
 def test_figures_and_the_page_are_linked(compared: Build) -> None:
-    told = compared({"a": 0.2, "b": 0.0})
-    told["figures"] = {"fronts": told["figure"], "cost": "results/compare/toy-1/cost.png"}
-    told["html"] = "results/a page.html"
-    page = markdown.page(told, FOLDER)
+    record = compared({"a": 0.2, "b": 0.0})
+    record["figures"] = {"fronts": record["figure"], "cost": "results/compare/toy-1/cost.png"}
+    record["html"] = "results/a page.html"
+    page = markdown.page(record, FOLDER)
     assert page.count("](fronts.png)") == 1 and "](cost.png)" in page and "](../../a%20page.html)" in page
 
 
 def test_several_seeds_have_their_interquartile_mean(compared: Build) -> None:
-    told = compared({"a": 0.2, "b": 0.0}, seeds=3)
-    assert f"| {told['rows'][0]['hypervolume_iqm']:.4f} |" in markdown.page(told, FOLDER)
+    record = compared({"a": 0.2, "b": 0.0}, seeds=3)
+    assert f"| {record['rows'][0]['hypervolume_iqm']:.4f} |" in markdown.page(record, FOLDER)
     assert "interquartile" not in markdown.page(compared({"a": 0.2, "b": 0.0}), FOLDER)

@@ -23,30 +23,30 @@ BINS = [
 
 
 @pytest.fixture
-def told(compared: Build) -> dict[str, Any]:
+def record(compared: Build) -> dict[str, Any]:
     found = compared({"alpha": 0.2, "beta": 0.0}, seeds=2)
     found["rows"][0]["curves"] = [{"loss": [[0, 3], [10, 2]], "utility": [[0, 0], [10, 1]]}, {"loss": [[0, 4], [9, 1]]}]
     found["rows"][1]["curves"] = [{}, {}]
     return found
 
 
-def texts(draw: Callable[..., bytes | None], told: dict[str, Any]) -> str:
+def texts(draw: Callable[..., bytes | None], record: dict[str, Any]) -> str:
     """An SVG keeps its texts, so they can be read back."""
     import matplotlib
 
     with matplotlib.rc_context({"svg.fonttype": "none"}):
-        content = draw(told, ".svg")
+        content = draw(record, ".svg")
     assert content is not None
     return content.decode()
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("name", list(drawings.ALL))
-def test_the_same_bytes_twice_on_the_papers_colour(told: dict[str, Any], name: str, theme: str) -> None:
+def test_the_same_bytes_twice_on_the_papers_colour(record: dict[str, Any], name: str, theme: str) -> None:
     from matplotlib import colors, image
 
-    content = drawings.ALL[name](told, ".png", theme)
-    assert content is not None and content == drawings.ALL[name](told, ".png", theme)
+    content = drawings.ALL[name](record, ".png", theme)
+    assert content is not None and content == drawings.ALL[name](record, ".png", theme)
     pixels = image.imread(io.BytesIO(content))[..., :3]
     paper = np.array(colors.to_rgb(style.THEMES[theme].paper))
     assert np.abs(pixels[0, 0] - paper).max() < 0.01
@@ -80,11 +80,11 @@ def test_utilities_are_w_times_the_mean_of_the_policy_asked_for_w() -> None:
     assert weights.tolist() == [[0.5, 0.5], [1, 0]] and gained.tolist() == [1.5, 3]
 
 
-def test_two_objectives_are_lines_by_weight(told: dict[str, Any]) -> None:
-    text = texts(utility.draw, told)
+def test_two_objectives_are_lines_by_weight(record: dict[str, Any]) -> None:
+    text = texts(utility.draw, record)
     for wanted in ("alpha", "beta", "optimum", "weight of helpfulness"):
         assert wanted in text
-    assert f"{utility.utilities(told['rows'][0]['points'])[1].mean():.3f}" in text
+    assert f"{utility.utilities(record['rows'][0]['points'])[1].mean():.3f}" in text
 
 
 def test_three_objectives_are_ternary_maps(compared: Build) -> None:
@@ -95,14 +95,14 @@ def test_three_objectives_are_ternary_maps(compared: Build) -> None:
 
 
 def test_a_single_preference_is_drawn_without_a_field(compared: Build) -> None:
-    told = compared({"alpha": 0.2, "beta": 0.0}, objectives=3)
-    told["rows"][1]["points"] = told["rows"][1]["points"][:1]
-    assert utility.draw(told) is not None
+    record = compared({"alpha": 0.2, "beta": 0.0}, objectives=3)
+    record["rows"][1]["points"] = record["rows"][1]["points"][:1]
+    assert utility.draw(record) is not None
 
 
-def test_cost_has_a_panel_for_each_unit_and_a_place_for_nothing(told: dict[str, Any]) -> None:
-    told["rows"][1]["cost"] = {**told["rows"][1]["cost"], "tokens_generated": 0, "seconds": 0.01}
-    text = texts(cost.draw, told)
+def test_cost_has_a_panel_for_each_unit_and_a_place_for_nothing(record: dict[str, Any]) -> None:
+    record["rows"][1]["cost"] = {**record["rows"][1]["cost"], "tokens_generated": 0, "seconds": 0.01}
+    text = texts(cost.draw, record)
     for wanted in (*cost.UNITS.values(), "alpha", "beta", "optimum", ">0<"):
         assert wanted in text
 
@@ -118,13 +118,13 @@ def test_there_are_always_two_ticks_of_cost_and_never_a_crowd() -> None:
         assert ticks[0] == 0 and 2 <= len(ticks) <= 6 and ticks == sorted(set(ticks))
 
 
-def test_learning_curves_show_what_was_logged(told: dict[str, Any]) -> None:
-    text = texts(curves.draw, told)
+def test_learning_curves_show_what_was_logged(record: dict[str, Any]) -> None:
+    text = texts(curves.draw, record)
     assert "alpha" in text and "beta" not in text, "beta logged nothing"
     assert curves.QUANTITIES["utility"] in text and curves.QUANTITIES["kl"] not in text
-    for row in told["rows"]:
+    for row in record["rows"]:
         row["curves"] = []
-    assert curves.draw(told) is None
+    assert curves.draw(record) is None
 
 
 def test_curves_are_condensed_by_means_over_tokens() -> None:

@@ -60,12 +60,12 @@ class Reader(HTMLParser):
 
 
 def answered(
-    told: dict[str, Any], texts: Callable[[str, int, int], str] | None = None, prompts: int = 4
+    record: dict[str, Any], texts: Callable[[str, int, int], str] | None = None, prompts: int = 4
 ) -> list[Answers]:
     """Answers of every judged row: ``texts(label, preference, prompt)``."""
     write = texts or (lambda label, k, p: f"{label} answers prompt {p} at preference {k}")
     found = []
-    for row in told["rows"]:
+    for row in record["rows"]:
         if not row["points"]:
             continue
         wanted = [point["prefs"] for point in row["points"]]
@@ -75,7 +75,7 @@ def answered(
                 wanted,
                 [f"prompt {p}" for p in range(prompts)],
                 [[write(row["label"], k, p) for p in range(prompts)] for k in range(len(wanted))],
-                [[[k + p / 10 for _ in told["objectives"]] for p in range(prompts)] for k in range(len(wanted))],
+                [[[k + p / 10 for _ in record["objectives"]] for p in range(prompts)] for k in range(len(wanted))],
             )
         )
     return found
@@ -92,53 +92,53 @@ def blocks(content: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def test_the_page_holds_the_comparison_and_the_answers(compared: Build) -> None:
-    told = compared({"a": 0.2, "b": 0.0}, dead=("x",))
-    held, answers = blocks(page.page(told, answered(told)))
+    record = compared({"a": 0.2, "b": 0.0}, dead=("x",))
+    held, answers = blocks(page.page(record, answered(record)))
     assert held["task"] == "toy" and [row["label"] for row in held["rows"]] == ["a", "b", "x"]
-    assert held["rows"][0]["hypervolume"] == told["rows"][0]["hypervolume"] and held["command"] == told["command"]
+    assert held["rows"][0]["hypervolume"] == record["rows"][0]["hypervolume"] and held["command"] == record["command"]
     text = answers["texts"][answers["rows"]["b"]["texts"][7][2]]
     assert text == "b answers prompt 2 at preference 7" and answers["note"] == ""
     assert answers["rows"]["b"]["scores"][7][2] == [7.2, 7.2]
 
 
 def test_the_same_bytes_twice(compared: Build) -> None:
-    told = compared({"a": 0.2, "b": 0.0})
-    assert page.page(told, answered(told)) == page.page(told, answered(told))
+    record = compared({"a": 0.2, "b": 0.0})
+    assert page.page(record, answered(record)) == page.page(record, answered(record))
 
 
 def test_it_opens_offline(compared: Build) -> None:
-    told = compared({"a": 0.2, "b": 0.0})
-    found = Reader(page.page(told, answered(told)).decode())
+    record = compared({"a": 0.2, "b": 0.0})
+    found = Reader(page.page(record, answered(record)).decode())
     for tag, attributes in found.tags:
         assert not {"src", "href", "srcset", "action", "style"} & set(attributes), (tag, attributes)
     assert {tag for tag, _ in found.tags}.isdisjoint({"link", "iframe", "img", "object", "embed", "base", "form"})
 
 
 def test_repeated_texts_are_kept_once(compared: Build) -> None:
-    told = compared({"a": 0.2, "b": 0.0})
-    _, answers = blocks(page.page(told, answered(told, lambda label, k, p: f"{label} {p}")))
+    record = compared({"a": 0.2, "b": 0.0})
+    _, answers = blocks(page.page(record, answered(record, lambda label, k, p: f"{label} {p}")))
     assert answers["texts"] == [f"{label} {p}" for label in "ab" for p in range(4)]
 
 
 # --- nothing in it can act ------------------------------------------------------------------------------------------
 
 
-def hostile(told: dict[str, Any]) -> list[Answers]:
+def hostile(record: dict[str, Any]) -> list[Answers]:
     """The comparison with hostile texts everywhere that a text of others can reach; and hostile answers."""
     bad = HOSTILE[2]
-    told["description"], told["command"], told["verdict"] = bad, bad, HOSTILE[:3]
-    told["rows"][0]["diagnostics"] = {bad: 1.0}
-    told["rows"][0]["runs"][0]["error"] = bad
-    told["reported"] = [{"method": bad, "metric": bad, "value": 1.0, "source": bad, "setting": bad}]
-    told["environment"]["platform"] = bad
-    answers = answered(told, lambda label, k, p: HOSTILE[p], prompts=len(HOSTILE))
+    record["description"], record["command"], record["verdict"] = bad, bad, HOSTILE[:3]
+    record["rows"][0]["diagnostics"] = {bad: 1.0}
+    record["rows"][0]["runs"][0]["error"] = bad
+    record["reported"] = [{"method": bad, "metric": bad, "value": 1.0, "source": bad, "setting": bad}]
+    record["environment"]["platform"] = bad
+    answers = answered(record, lambda label, k, p: HOSTILE[p], prompts=len(HOSTILE))
     return [Answers(a.label, a.preferences, HOSTILE, a.responses, a.scores) for a in answers]
 
 
 def test_no_text_can_end_its_block_or_begin_a_tag(compared: Build) -> None:
-    told = compared({"a": 0.2, "</script><b>": 0.0})
-    answers = hostile(told)
-    content = page.page({**told, "task": HOSTILE[2]}, answers).decode()
+    record = compared({"a": 0.2, "</script><b>": 0.0})
+    answers = hostile(record)
+    content = page.page({**record, "task": HOSTILE[2]}, answers).decode()
     found = Reader(content)
     assert [tag for tag, _ in found.tags].count("script") == 3
     assert not {"img", "b"} & {tag for tag, _ in found.tags}
@@ -181,19 +181,19 @@ def test_the_policy_allows_this_script_and_this_style_only(compared: Build) -> N
 WORDS = ["".join(part) for part in np.random.default_rng(0).choice(list("abcdefghijklmnop"), (4000, 5))]
 
 
-def many(told: dict[str, Any], words: int, prompts: int = 256) -> list[Answers]:
+def many(record: dict[str, Any], words: int, prompts: int = 256) -> list[Answers]:
     rng = np.random.default_rng(1)
 
     def text(label: str, k: int, p: int) -> str:
         return " ".join(WORDS[i] for i in rng.integers(len(WORDS), size=words))
 
-    return answered(told, text, prompts)
+    return answered(record, text, prompts)
 
 
 @pytest.mark.parametrize(("words", "packed"), [(22, ""), (90, "gzip")])
 def test_ten_methods_by_eleven_preferences_by_256_prompts_fit(compared: Build, words: int, packed: str) -> None:
-    told = compared({f"method-{i}": 0.02 * i for i in range(10)})
-    content = page.page(told, many(told, words))
+    record = compared({f"method-{i}": 0.02 * i for i in range(10)})
+    content = page.page(record, many(record, words))
     assert len(content) <= page.LIMIT
     tags = Reader(content.decode())
     assert next(a for tag, a in tags.tags if a.get("id") == "answers")["data-packed"] == packed
@@ -203,8 +203,8 @@ def test_ten_methods_by_eleven_preferences_by_256_prompts_fit(compared: Build, w
 
 
 def test_what_would_not_fit_is_left_out_and_said(compared: Build) -> None:
-    told = compared({"a": 0.2, "b": 0.0})
-    content = page.page(told, many(told, 40, prompts=200), limit=300_000)
+    record = compared({"a": 0.2, "b": 0.0})
+    content = page.page(record, many(record, 40, prompts=200), limit=300_000)
     assert len(content) <= 300_000
     _, kept = blocks(content)
     count = len(kept["prompts"])
@@ -217,9 +217,9 @@ def test_what_would_not_fit_is_left_out_and_said(compared: Build) -> None:
 
 @pytest.fixture
 def shown(browser: Any, tmp_path: Path) -> Callable[..., Any]:
-    def show(told: dict[str, Any], answers: list[Answers], fragment: str = "") -> Any:
+    def show(record: dict[str, Any], answers: list[Answers], fragment: str = "") -> Any:
         path = tmp_path / "page.html"
-        path.write_bytes(page.page(told, answers))
+        path.write_bytes(page.page(record, answers))
         browser.open(path, fragment)
         return browser
 
@@ -232,8 +232,8 @@ def cards(browser: Any) -> list[str]:
 
 
 def test_hostile_text_stays_text(compared: Build, shown: Callable[..., Any]) -> None:
-    told = compared({"a": 0.2, "</script><b>": 0.0})
-    browser = shown(told, hostile(told))
+    record = compared({"a": 0.2, "</script><b>": 0.0})
+    browser = shown(record, hostile(record))
     for number, text in enumerate(HOSTILE):
         browser.run(f"document.getElementById('which').value = {number}")
         browser.run("document.getElementById('which').dispatchEvent(new Event('change'))")
@@ -244,8 +244,8 @@ def test_hostile_text_stays_text(compared: Build, shown: Callable[..., Any]) -> 
 
 
 def test_nothing_is_asked_of_the_network_and_nothing_fails(compared: Build, shown: Callable[..., Any]) -> None:
-    told = compared({"a": 0.2, "b": 0.0})
-    browser = shown(told, answered(told))
+    record = compared({"a": 0.2, "b": 0.0})
+    browser = shown(record, answered(record))
     browser.screenshot()
     asked = [e["params"]["request"]["url"] for e in browser.events if e.get("method") == "Network.requestWillBeSent"]
     assert [url for url in asked if not url.startswith(("file:", "about:"))] == []
@@ -254,8 +254,8 @@ def test_nothing_is_asked_of_the_network_and_nothing_fails(compared: Build, show
 
 
 def test_the_slider_at_work(compared: Build, shown: Callable[..., Any], tmp_path: Path) -> None:
-    told = compared({"a": 0.2, "b": 0.0})
-    browser = shown(told, answered(told), "#preference=6&prompt=1")
+    record = compared({"a": 0.2, "b": 0.0})
+    browser = shown(record, answered(record), "#preference=6&prompt=1")
     assert cards(browser) == [f"{label} answers prompt 1 at preference 6" for label in "ab"]
     before = browser.screenshot("#s-answers")
     browser.run("document.getElementById('slider').focus()")
@@ -284,9 +284,9 @@ def changed(one: bytes, other: bytes) -> float:
 
 
 def test_pointing_at_a_mark_tells_preference_mean_and_interval(compared: Build, shown: Callable[..., Any]) -> None:
-    told = compared({"a": 0.2, "b": 0.0})
-    browser = shown(told, answered(told))
-    point = next(point for point in told["rows"][0]["points"] if point["prefs"] == list(told["grid"][0]))
+    record = compared({"a": 0.2, "b": 0.0})
+    browser = shown(record, answered(record))
+    point = next(point for point in record["rows"][0]["points"] if point["prefs"] == list(record["grid"][0]))
     browser.pointer("#front g .mark")
     text = browser.run("document.getElementById('tip').hidden ? null : document.getElementById('tip').textContent")
     assert text.startswith("a at 0, 1\n") and f"helpfulness {point['mean'][0]:.3f}" in text.replace("-0.000", "0.000")
@@ -296,8 +296,8 @@ def test_pointing_at_a_mark_tells_preference_mean_and_interval(compared: Build, 
 
 
 def test_the_leaderboard_sorts(compared: Build, shown: Callable[..., Any]) -> None:
-    told = compared({"a": 0.2, "b": 0.0, "c": 0.1}, dead=("x",))
-    browser = shown(told, answered(told))
+    record = compared({"a": 0.2, "b": 0.0, "c": 0.1}, dead=("x",))
+    browser = shown(record, answered(record))
     column = "[...document.querySelectorAll('#board tbody tr')].map((row) => row.cells[1].textContent)"
     assert browser.run(column) == ["a", "c", "b", "x (failed)"]
     browser.pointer("#board th:nth-child(2) button", click=True)
@@ -309,29 +309,29 @@ def test_the_leaderboard_sorts(compared: Build, shown: Callable[..., Any]) -> No
 
 
 def test_kl_to_base_has_a_column_where_a_row_has_it(compared: Build, shown: Callable[..., Any]) -> None:
-    told = compared({"a": 0.2, "b": 0.1, "c": 0.0}, dead=("x",))
-    told["rows"][1]["front"] = 1.0
+    record = compared({"a": 0.2, "b": 0.1, "c": 0.0}, dead=("x",))
+    record["rows"][1]["front"] = 1.0
     row = "(n) => [...document.querySelectorAll(`#board tbody tr:nth-child(${n}) td`)].map((one) => one.textContent)"
     heads = "[...document.querySelectorAll('#board th, #cost th')].map((one) => one.textContent)"
-    browser = shown(told, answered(told))
+    browser = shown(record, answered(record))
     assert "KL to base" not in browser.run(heads)
     spread = browser.run(heads).index("spacing")
-    assert browser.run(f"({row})(1)")[spread] == f"{told['rows'][0]['indicators']['spacing']:.3f}"
+    assert browser.run(f"({row})(1)")[spread] == f"{record['rows'][0]['indicators']['spacing']:.3f}"
     assert browser.run(f"({row})(2)")[spread] == "–"  # a single point is not spread at all
-    told["rows"][0]["quality"].update(kl=3.207, kl_bound=False)
-    told["rows"][1]["quality"].update(kl=0.6363, kl_bound=True)
-    browser = shown(told, answered(told))
+    record["rows"][0]["quality"].update(kl=3.207, kl_bound=False)
+    record["rows"][1]["quality"].update(kl=0.6363, kl_bound=True)
+    browser = shown(record, answered(record))
     assert browser.run(heads).count("KL to base") == 2
     at = browser.run(heads).index("KL to base")
     assert [browser.run(f"({row})({n})")[at] for n in (1, 2, 3, 4)] == ["3.21", "≤ 0.64", "–", "–"]
 
 
 def test_three_objectives_choose_on_the_grid(compared: Build, shown: Callable[..., Any]) -> None:
-    told = compared({"a": 0.2, "b": 0.0}, objectives=3)
-    browser = shown(told, answered(told))
+    record = compared({"a": 0.2, "b": 0.0}, objectives=3)
+    browser = shown(record, answered(record))
     assert browser.run("document.getElementById('slider').tagName") == "SELECT"
     spots = browser.run("document.querySelectorAll('#picker circle').length")
-    assert spots == len(told["grid"]) == len(preferences.grid(3, 4))
+    assert spots == len(record["grid"]) == len(preferences.grid(3, 4))
     browser.pointer("#picker circle:nth-of-type(3)", click=True)
     assert cards(browser)[0].endswith("at preference 2")
     assert browser.run("document.getElementById('slider').value") == "2"
@@ -341,13 +341,13 @@ def test_three_objectives_choose_on_the_grid(compared: Build, shown: Callable[..
 
 
 def test_a_method_of_other_preferences_says_so(compared: Build, shown: Callable[..., Any]) -> None:
-    told = compared({"a": 0.2, "b": 0.0})
-    answers = answered(told)
+    record = compared({"a": 0.2, "b": 0.0})
+    answers = answered(record)
     few = answers[1]
     answers[1] = Answers(
         few.label, [few.preferences[0], few.preferences[10]], few.prompts, few.responses[:2], few.scores[:2]
     )
-    browser = shown(told, answers, "#preference=8")
+    browser = shown(record, answers, "#preference=8")
     notes = browser.run("[...document.querySelectorAll('.card .note')].map((one) => one.textContent)")
     assert notes == ["it answers for its nearest preference, 1, 0"]
 
@@ -357,10 +357,10 @@ def test_a_packed_page_opens_and_dark_is_dark(compared: Build, shown: Callable[.
 
     from matplotlib import image
 
-    told = compared({f"method-{i}": 0.02 * i for i in range(10)})
-    answers = many(told, 40)
-    browser = shown(told, answers)
-    first = answered(told, lambda label, k, p: answers[0].responses[k][p], prompts=1)[0].responses[5][0]
+    record = compared({f"method-{i}": 0.02 * i for i in range(10)})
+    answers = many(record, 40)
+    browser = shown(record, answers)
+    first = answered(record, lambda label, k, p: answers[0].responses[k][p], prompts=1)[0].responses[5][0]
     assert cards(browser)[0] == first or first in cards(browser)
     light, dark = (image.imread(io.BytesIO(browser.screenshot("#s-front", dark=dark))) for dark in (False, True))
     assert light[..., :3].mean() > 0.9 and dark[..., :3].mean() < 0.3

@@ -14,9 +14,9 @@ from moalign.report.table import print_comparison
 Build = Callable[..., dict[str, Any]]
 
 
-def printed(told: dict[str, Any], width: int = 80) -> list[str]:
+def printed(record: dict[str, Any], width: int = 80) -> list[str]:
     text = io.StringIO()
-    print_comparison(Console(file=text, width=width, markup=False, highlight=False, emoji=False), told)
+    print_comparison(Console(file=text, width=width, markup=False, highlight=False, emoji=False), record)
     return text.getvalue().splitlines()
 
 
@@ -33,10 +33,10 @@ def test_it_fits_the_terminal(compared: Build, width: int) -> None:
 
 
 def test_numbers_are_whole_at_80_columns(compared: Build) -> None:
-    told = compared({"best-of-n": 0.1, "mo-odpo": 0.3, "prompting": 0.0, "ric": 0.15, "sft": -0.1})
-    lines = printed(told)
+    record = compared({"best-of-n": 0.1, "mo-odpo": 0.3, "prompting": 0.0, "ric": 0.15, "sft": -0.1})
+    lines = printed(record)
     assert not any("…" in line for line in lines)
-    for row in told["rows"]:
+    for row in record["rows"]:
         line = line_of(lines, row["label"], f"{row['hypervolume']:.3f}")
         assert f"[{row['ci'][0]:.3f}, {row['ci'][1]:.3f}]" in line
         assert f"{100 * row['optimal_share']:.0f} %" in line
@@ -45,10 +45,21 @@ def test_numbers_are_whole_at_80_columns(compared: Build) -> None:
 
 
 def test_names_are_on_one_line_and_numbers_end_in_one_column(compared: Build) -> None:
-    told = compared({"best-of-n": 0.1, "mo-odpo": 0.3, "prompting": 0.0})
-    lines = printed(told)
-    ends = {line_of(lines, row["label"], f"{row['hypervolume']:.3f}").index("]") for row in told["rows"]}
+    record = compared({"best-of-n": 0.1, "mo-odpo": 0.3, "prompting": 0.0})
+    lines = printed(record)
+    ends = {line_of(lines, row["label"], f"{row['hypervolume']:.3f}").index("]") for row in record["rows"]}
     assert len(ends) == 1
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_long_labels_are_folded_and_never_cut(compared: Build, width: int) -> None:
+    """Two rows that differ in the last of many settings must not look alike."""
+    labels = [f"hindsight (steps=320, batch=128, temperature=1.25, sft_coef={value})" for value in (0.125, 0.126)]
+    lines = printed(compared({labels[0]: 0.3, labels[1]: 0.1}), width)
+    top = next(number for number, line in enumerate(lines) if "method" in line)
+    cells = "".join(line[4 : lines[top].index("hyperv.")] for line in lines[top + 1 :]).replace(" ", "")
+    assert all(label.replace(" ", "") in cells for label in labels)
+    assert line_of(lines, "hindsight", "1 min 01 s", "45.3 k", "1.36 M", "4.00 k")
 
 
 def test_the_optimum_is_shown_only_when_known(compared: Build) -> None:
@@ -57,13 +68,13 @@ def test_the_optimum_is_shown_only_when_known(compared: Build) -> None:
 
 
 def test_kl_to_base_is_shown_only_when_known(compared: Build) -> None:
-    told = compared({"rewarded-soups": 0.1, "best-of-n": 0.05, "c": 0.0}, dead=("broken",))
-    assert "KL" not in " ".join(printed(told))
-    told["rows"][0]["quality"].update(kl=13.2, kl_bound=False)
-    told["rows"][1]["quality"].update(kl=0.6363, kl_bound=True)
-    lines = printed(told)
-    assert line_of(lines, "rewarded-soups", f"{told['rows'][0]['hypervolume']:.3f}").rstrip().endswith("13.20")
-    assert line_of(lines, "best-of-n", f"{told['rows'][1]['hypervolume']:.3f}").rstrip().endswith("≤ 0.64")
+    record = compared({"rewarded-soups": 0.1, "best-of-n": 0.05, "c": 0.0}, dead=("broken",))
+    assert "KL" not in " ".join(printed(record))
+    record["rows"][0]["quality"].update(kl=13.2, kl_bound=False)
+    record["rows"][1]["quality"].update(kl=0.6363, kl_bound=True)
+    lines = printed(record)
+    assert line_of(lines, "rewarded-soups", f"{record['rows'][0]['hypervolume']:.3f}").rstrip().endswith("13.20")
+    assert line_of(lines, "best-of-n", f"{record['rows'][1]['hypervolume']:.3f}").rstrip().endswith("≤ 0.64")
     assert line_of(lines, "KL to base: nats per response") and line_of(lines, "broken (failed)")
     assert all(len(line) <= 80 for line in lines if not line.startswith(("figure", "markdown", "json")))
 
@@ -75,9 +86,9 @@ def test_a_failed_method_is_shown(compared: Build) -> None:
 
 
 def test_nothing_but_failures(compared: Build) -> None:
-    told = compared({}, dead=("broken",))
-    told["figure"] = None
-    lines = printed(told)
+    record = compared({}, dead=("broken",))
+    record["figure"] = None
+    lines = printed(record)
     assert line_of(lines, "broken seed 0 failed") and line_of(lines, "No method finished")
     assert not any(line.startswith("figure") for line in lines)
 
@@ -89,27 +100,27 @@ def test_leads_say_how_sure_they_are(compared: Build) -> None:
 
 
 def test_text_is_printed_as_it_is(compared: Build) -> None:
-    told = compared({"a": 0.1, "b": 0.0})
-    told["rows"][0]["label"] = "a [bold]x[/bold] :smile:"
+    record = compared({"a": 0.1, "b": 0.0})
+    record["rows"][0]["label"] = "a [bold]x[/bold] :smile:"
     text = io.StringIO()
     # Even on a console that would read markup.
-    print_comparison(Console(file=text, width=120), told)
+    print_comparison(Console(file=text, width=120), record)
     assert "[bold]x[/bold]" in text.getvalue()
 
 
 def test_verdict_and_files_come_last(compared: Build) -> None:
-    told = compared({"a": 0.3, "b": 0.0})
-    lines = [line for line in printed(told) if line]
-    assert lines[-1].endswith(told["json"]) and lines[-3].endswith(told["figure"])
-    assert told["verdict"][0].split(".")[0][:60] in " ".join(lines)
+    record = compared({"a": 0.3, "b": 0.0})
+    lines = [line for line in printed(record) if line]
+    assert lines[-1].endswith(record["json"]) and lines[-3].endswith(record["figure"])
+    assert record["verdict"][0].split(".")[0][:60] in " ".join(lines)
 
 
 def test_diagnostics_and_numbers_of_papers_are_blocks_of_their_own(compared: Build) -> None:
-    told = compared({"a": 0.1, "b": 0.0})
-    assert "diagnostics" not in "\n".join(printed(told)) and "papers" not in "\n".join(printed(told))
-    told["rows"][0]["diagnostics"] = {"kl": 6.54321, "pairs dropped": 0.012}
-    told["reported"] = [{"method": "RiC", "metric": "hypervolume", "value": 0.8, "source": "arXiv 2402.10207"}]
-    lines = printed(told)
+    record = compared({"a": 0.1, "b": 0.0})
+    assert "diagnostics" not in "\n".join(printed(record)) and "papers" not in "\n".join(printed(record))
+    record["rows"][0]["diagnostics"] = {"kl": 6.54321, "pairs dropped": 0.012}
+    record["reported"] = [{"method": "RiC", "metric": "hypervolume", "value": 0.8, "source": "arXiv 2402.10207"}]
+    lines = printed(record)
     assert line_of(lines, "a", "kl 6.54, pairs dropped 0.012")
     assert lines.index("reported by papers, not measured here and not comparable with the above:") + 1 == lines.index(
         "  RiC: hypervolume 0.8 (arXiv 2402.10207)"

@@ -24,40 +24,40 @@ def test_two_methods(compared: Build) -> None:
 def test_no_winner_says_what_is_open_and_what_is_not(compared: Build) -> None:
     said = compared({"a": 0.0, "b": 0.0, "c": -0.2})["verdict"]
     assert said[0] == "No method wins: a and b have the same hypervolume. It is above c with 95 % certainty."
-    told = compared({"a": 0.3, "b": 0.1})
-    told["winner"] = None
-    told["pairs"][0].update(certain=False, difference=0.01, ci=[-0.02, 0.04], p_improve=0.81)
-    assert verdict.sentences(told)[0] == (
+    record = compared({"a": 0.3, "b": 0.1})
+    record["winner"] = None
+    record["pairs"][0].update(certain=False, difference=0.01, ci=[-0.02, 0.04], p_improve=0.81)
+    assert verdict.sentences(record)[0] == (
         "No method wins with certainty: a leads, but its lead over b may be chance: +0.010 [-0.020, 0.040], "
         "above 0 in 81 % of the resamples."
     )
 
 
 def test_a_leader_that_lost_a_seed(compared: Build) -> None:
-    told = compared({"a": 0.3, "b": 0.1})
-    told["winner"] = None
-    told["rows"][0]["status"] = "partial"
-    told["rows"][0]["runs"].append({"seed": 1, "status": "failed", "error": "burst", "command": ""})
-    said = verdict.sentences(told)
+    record = compared({"a": 0.3, "b": 0.1})
+    record["winner"] = None
+    record["rows"][0]["status"] = "partial"
+    record["rows"][0]["runs"].append({"seed": 1, "status": "failed", "error": "burst", "command": ""})
+    said = verdict.sentences(record)
     assert said[0] == "No method wins: a leads, but not all of its seeds finished."
     assert any(one.startswith("a: 1 of 2 seeds failed") for one in said)
 
 
 def test_who_gives_preferences_what_they_ask_for(compared: Build) -> None:
     """The front's winner need not be the one: the sentence names its own leader, and how sure that is."""
-    told = compared({"a": 0.3, "b": 0.1, "c": 0.0})
-    assert told["verdict"][1].startswith("By what each preference asked for (inner product) a leads b by +0.1")
-    assert told["verdict"][1].endswith("with certainty.")
-    told["rows"][1]["indicators"]["inner_product"] = 2.0
-    seen = next(pair["inner_product"] for pair in told["pairs"] if {pair["a"], pair["b"]} == {"a", "b"})
+    record = compared({"a": 0.3, "b": 0.1, "c": 0.0})
+    assert record["verdict"][1].startswith("By what each preference asked for (inner product) a leads b by +0.1")
+    assert record["verdict"][1].endswith("with certainty.")
+    record["rows"][1]["indicators"]["inner_product"] = 2.0
+    seen = next(pair["inner_product"] for pair in record["pairs"] if {pair["a"], pair["b"]} == {"a", "b"})
     seen.update(difference=-0.01, ci=[-0.03, 0.01], p_improve=0.2, certain=False)
-    assert verdict.sentences(told)[1] == (
+    assert verdict.sentences(record)[1] == (
         "By what each preference asked for (inner product) b leads a by +0.010 [-0.010, 0.030], "
         "which may be chance (above 0 in 80 %)."
     )
-    for pair in told["pairs"]:
+    for pair in record["pairs"]:
         del pair["inner_product"]  # a record of an older version
-    assert "inner product" not in " ".join(verdict.sentences(told))
+    assert "inner product" not in " ".join(verdict.sentences(record))
 
 
 def test_failures_are_told(compared: Build) -> None:
@@ -73,39 +73,39 @@ def test_collapsed_text_is_told(compared: Build) -> None:
 
 
 def test_a_ranking_that_depends_on_the_reference_point(compared: Build) -> None:
-    told = compared({"a": 0.3, "b": 0.1})
-    assert "reference point" not in " ".join(told["verdict"])
-    told["sensitivity"]["flipped"] = [["a", "b"]]
-    assert "The ranking depends on the reference point: at (-0.1, -0.1) it is b before a." in verdict.sentences(told)
+    record = compared({"a": 0.3, "b": 0.1})
+    assert "reference point" not in " ".join(record["verdict"])
+    record["sensitivity"]["flipped"] = [["a", "b"]]
+    assert "The ranking depends on the reference point: at (-0.1, -0.1) it is b before a." in verdict.sentences(record)
 
 
 def test_seeds_are_told(compared: Build) -> None:
     assert compared({"a": 0.3, "b": 0.1})["verdict"][-1].startswith("One training seed")
-    told = compared({"a": 0.3, "b": 0.1}, seeds=3)
-    assert "3 training seeds" in told["verdict"][-1]
-    row = next(row for row in told["rows"] if row["label"] == "a")
+    record = compared({"a": 0.3, "b": 0.1}, seeds=3)
+    assert "3 training seeds" in record["verdict"][-1]
+    row = next(row for row in record["rows"] if row["label"] == "a")
     row["seeds"] = row["seeds"][:1]  # a record of runs that were named one by one
-    assert verdict.sentences(told)[-1].startswith("One training seed for a: ")
+    assert verdict.sentences(record)[-1].startswith("One training seed for a: ")
 
 
 def test_the_lead_is_seen_from_the_first(compared: Build) -> None:
-    told = compared({"a": 0.0, "b": 0.2, "c": 0.1})
-    leads = verdict.lead_over_each(told)
+    record = compared({"a": 0.0, "b": 0.2, "c": 0.1})
+    leads = verdict.lead_over_each(record)
     assert [lead["other"] for lead in leads] == ["c", "a"]
     assert all(lead["difference"] > 0 for lead in leads)
     # The same however a pair is written down.
-    for pair in told["pairs"]:
+    for pair in record["pairs"]:
         lo, hi = pair["ci"]
         turned = {"difference": -pair["difference"], "ci": [-hi, -lo], "p_improve": 1 - pair["p_improve"]}
         pair.update(a=pair["b"], b=pair["a"], **turned)
-    assert [(lead["other"], lead["difference"], lead["ci"]) for lead in verdict.lead_over_each(told)] == [
+    assert [(lead["other"], lead["difference"], lead["ci"]) for lead in verdict.lead_over_each(record)] == [
         (lead["other"], lead["difference"], lead["ci"]) for lead in leads
     ]
 
 
 def test_long_lists_are_cut(compared: Build) -> None:
     gains = {f"m{i}": -0.05 * i for i in range(9)}
-    told = compared(gains)
-    told["winner"] = None
-    told["pairs"][0]["certain"] = False
-    assert "m2, m3, m4, m5 and 3 others" in verdict.sentences(told)[0]
+    record = compared(gains)
+    record["winner"] = None
+    record["pairs"][0]["certain"] = False
+    assert "m2, m3, m4, m5 and 3 others" in verdict.sentences(record)[0]

@@ -78,8 +78,8 @@ def trainer_of(request: RewardRequest, rows: int = 6) -> tuple[Any, Any, list[di
         from moalign.reward_models.more import Balancer
 
         balancer = Balancer(len(job.sets), True, 0.99)
-    books = training._keeper(job, {}, optimizer, balancer, 0, [0] * rows)
-    return training.make_trainer(job, model, tokenizer, chosen, (optimizer, 0), books, balancer), model, chosen
+    callback = training._make_callback(job, {}, optimizer, balancer, 0, [0] * rows)
+    return training.make_trainer(job, model, tokenizer, chosen, (optimizer, 0), callback, balancer), model, chosen
 
 
 def logits(model: Any, row: list[int]) -> torch.Tensor:

@@ -18,7 +18,7 @@ import torch
 from moalign.config.load import load_card
 from moalign.config.objectives import ClassifierObjective
 from moalign.core.errors import RequestError
-from moalign.data.dialogue import ASSISTANT, HUMAN, split_pair, split_reply
+from moalign.data.dialogue import ASSISTANT, HUMAN, split_pair
 from moalign.rewards.hf_classifier import ClassifierScorer
 from moalign.rewards.panel import RewardPanel
 
@@ -39,7 +39,8 @@ def dialogues(shared: Path) -> list[dict[str, str]]:
 @pytest.fixture(scope="module")
 def pairs(dialogues: list[dict[str, str]]) -> list[Pair]:
     """(prompt, reply) of 12 dialogues, some long."""
-    return [split_reply(one["chosen"]) for one in dialogues[:12]]
+    turns = [one["chosen"].rpartition(ASSISTANT) for one in dialogues[:12]]
+    return [(before + marker, reply) for before, marker, reply in turns]
 
 
 def tokenizer(texts: list[str], family: str) -> Any:
@@ -269,7 +270,7 @@ def test_real_dialogues_come_apart_and_go_together_again(dialogues: list[dict[st
         prompt, chosen, rejected = split_pair(one["chosen"], one["rejected"])
         assert prompt + chosen == one["chosen"] and prompt + rejected == one["rejected"]
         assert prompt.startswith(HUMAN) and prompt.endswith(ASSISTANT)
-        assert split_reply(one["chosen"])[1] in chosen
+        assert one["chosen"].rpartition(ASSISTANT)[2] in chosen
 
 
 def test_real_pairs_serve_as_responses(shared: Path, dialogues: list[dict[str, str]]) -> None:

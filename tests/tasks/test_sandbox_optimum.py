@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from moalign.core import preferences
 from moalign.pareto.front import nondominated
 from moalign.tasks.sandbox import base, world
-from moalign.tasks.sandbox.optimum import all_rewards, all_texts, corpus_log_probs, optimum
+from moalign.tasks.sandbox.optimum import all_rewards, corpus_log_probs, optimum
 from moalign.tasks.sandbox.scorer import rewards
 
 GRID = preferences.grid(2, 10)
@@ -119,10 +119,11 @@ def test_reference_that_rules_responses_out() -> None:
 @pytest.mark.parametrize("context", [CONTEXTS[0], CONTEXTS[7], CONTEXTS[-1]])
 def test_corpus_log_probs_and_rewards_are_those_of_the_texts(context: world.Context) -> None:
     assert np.exp(corpus_log_probs(context)).sum() == pytest.approx(1.0)
-    prompt, texts = prompt_of(context.domain, context.risk), all_texts()
+    prompt = prompt_of(context.domain, context.risk)
     for row in np.random.default_rng(0).integers(15625, size=40).tolist():
-        assert all_rewards(context)[row] == pytest.approx(rewards(prompt, texts[row]))
         choice = world.all_choices()[row]
+        text = world.response_text(tuple(choice))
+        assert all_rewards(context)[row] == pytest.approx(rewards(prompt, text))
         assert corpus_log_probs(context)[row] == pytest.approx(np.log(world.prior(context)[np.arange(6), choice]).sum())
 
 

@@ -2,10 +2,10 @@
 // The comparison page. Everything shown comes from two JSON blocks and is written as text (textContent): a response may
 // hold anything, and nothing of it is ever read as HTML.
 
-const told = JSON.parse(document.getElementById("data").textContent);
-const two = told.objectives.length === 2;
-const judged = told.rows.filter((row) => row.points.length);
-const state = { preference: Math.floor(told.grid.length / 2), prompt: 0, x: 0, y: 1, hidden: new Set() };
+const record = JSON.parse(document.getElementById("data").textContent);
+const two = record.objectives.length === 2;
+const judged = record.rows.filter((row) => row.points.length);
+const state = { preference: Math.floor(record.grid.length / 2), prompt: 0, x: 0, y: 1, hidden: new Set() };
 let answers = null;
 
 
@@ -50,10 +50,10 @@ function duration(seconds) {
 
 const memory = (bytes) => (missing(bytes) ? NONE : `${Math.round(bytes / 2 ** 20)} MiB`);
 const weights = (preference) => preference.map((w) => Number(w.toFixed(3))).join(", ");
-const named = (preference) => preference.map((w, i) => `${told.objectives[i]} ${Number(w.toFixed(3))}`).join(", ");
+const named = (preference) => preference.map((w, i) => `${record.objectives[i]} ${Number(w.toFixed(3))}`).join(", ");
 const dot = (a, b) => a.reduce((sum, value, i) => sum + value * b[i], 0);
 
-// Nine marks and seven colours: 63 looks before one comes back.
+// Nine marks and seven colours: they repeat after 63.
 const MARKS = [
   "M-5,0a5,5 0 1,0 10,0a5,5 0 1,0 -10,0", "M-4.5,-4.5h9v9h-9z", "M0,-5.5L5.2,4.2H-5.2z", "M0,-6L5,0L0,6L-5,0z",
   "M0,5.5L5.2,-4.2H-5.2z", "M-1.7,-5.5h3.4v3.8h3.8v3.4h-3.8v3.8h-3.4v-3.8h-3.8v-3.4h3.8z",

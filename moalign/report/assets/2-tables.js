@@ -56,11 +56,11 @@ const KL = {
   text: (r) => (r.quality?.kl_bound && !missing(r.quality.kl) ? "≤ " : "") + number(r.quality?.kl, 2),
   up: true,
 };
-const moved = () => told.rows.some((row) => !missing(row.quality?.kl));
+const moved = () => record.rows.some((row) => !missing(row.quality?.kl));
 
 function board() {
-  const known = told.rows.some((row) => !missing(row.optimal_share));
-  const many = told.rows.some((row) => row.seeds.length > 1);
+  const known = record.rows.some((row) => !missing(row.optimal_share));
+  const many = record.rows.some((row) => row.seeds.length > 1);
   const of = (name) => (row) => row.indicators?.[name];
   const spacing = (row) => (row.front >= 2 ? row.indicators?.spacing : null); // of one point it says nothing
   const tokens = (row) => (row.cost ? row.cost.tokens_generated + row.cost.tokens_trained : null);
@@ -83,8 +83,8 @@ function board() {
     column("time", (r) => r.cost?.seconds, duration, true),
     column("tokens", tokens, count, true),
   ];
-  const look = (row) => (row.status === "failed" ? "failed" : row.label === told.winner ? "winner" : "");
-  fill($("board"), columns.filter(Boolean), told.rows, true, look);
+  const look = (row) => (row.status === "failed" ? "failed" : row.label === record.winner ? "winner" : "");
+  fill($("board"), columns.filter(Boolean), record.rows, true, look);
 }
 
 function pairs() {
@@ -96,7 +96,7 @@ function pairs() {
     { name: "reflected", value: (p) => p.ci_reflected[0], text: (p) => interval(p.ci_reflected, 4) },
     { name: "better in", value: (p) => p.p_improve, text: (p) => percent(p.p_improve) },
     { name: "certain", value: (p) => (p.certain ? "yes" : "no") },
-  ], told.pairs);
+  ], record.pairs);
 }
 
 function cost() {
@@ -119,18 +119,18 @@ function cost() {
 }
 
 function generalisation() {
-  const sides = (row) => Object.entries(row.generalisation || {}).map(([side, found]) => ({ row, side, found }));
+  const sides = (row) => Object.entries(row.generalisation || {}).map(([side, numbers]) => ({ row, side, numbers }));
   const lines = judged.flatMap(sides);
   $("s-held").hidden = !lines.length;
   fill($("held"), [
     { name: "method", value: (l) => l.row.label, left: true },
     { name: "preferences", value: (l) => l.side.replace("_", " "), left: true },
-    column("how many", (l) => l.found.preferences, String),
-    column("hypervolume", (l) => l.found.hypervolume, (v) => number(v, 4)),
-    column("% of optimum", (l) => l.found.optimal_share, percent),
-    column("utility, % of optimum", (l) => l.found.utility_share, percent),
-    column("tau", (l) => l.found.tau, (v) => number(v, 2)),
-    column("inner product", (l) => l.found.inner_product, number),
+    column("how many", (l) => l.numbers.preferences, String),
+    column("hypervolume", (l) => l.numbers.hypervolume, (v) => number(v, 4)),
+    column("% of optimum", (l) => l.numbers.optimal_share, percent),
+    column("utility, % of optimum", (l) => l.numbers.utility_share, percent),
+    column("tau", (l) => l.numbers.tau, (v) => number(v, 2)),
+    column("inner product", (l) => l.numbers.inner_product, number),
   ], lines);
   const gaps = judged.filter((row) => !missing(row.gap));
   $("s-gap").hidden = !gaps.length;
@@ -149,28 +149,28 @@ function diagnostics() {
 }
 
 function reported() {
-  $("s-reported").hidden = !(told.reported || []).length;
+  $("s-reported").hidden = !(record.reported || []).length;
   fill($("reported"), [
     { name: "method", value: (r) => r.method, left: true },
     { name: "metric", value: (r) => r.metric, left: true, wide: true },
     { name: "value", value: (r) => r.value },
     { name: "setting", value: (r) => r.setting, left: true, wide: true },
     { name: "source", value: (r) => r.source, left: true, wide: true },
-  ], told.reported || []);
+  ], record.reported || []);
 }
 
 
 function words() {
-  $("description").textContent = told.description;
-  for (const sentence of told.verdict) $("verdict").append(element("p", sentence));
+  $("description").textContent = record.description;
+  for (const sentence of record.verdict) $("verdict").append(element("p", sentence));
   const parts = [
-    `Objectives: ${told.objectives.join(", ")}, normalised by the task card (${told.card_hash}).`,
-    `Reference point (${told.ref.join(", ")}); ${told.grid.length} preferences; ${told.prompts} prompts; ` +
-      `${told.draws} paired resamples.`,
+    `Objectives: ${record.objectives.join(", ")}, normalised by the task card (${record.card_hash}).`,
+    `Reference point (${record.ref.join(", ")}); ${record.grid.length} preferences; ${record.prompts} prompts; ` +
+      `${record.draws} paired resamples.`,
   ];
-  if (told.optimum) parts.push(`Hypervolume of the exact optimum: ${number(told.optimum.hypervolume, 4)}.`);
-  if (told.sensitivity) {
-    const { ref, flips, ranking } = told.sensitivity;
+  if (record.optimum) parts.push(`Hypervolume of the exact optimum: ${number(record.optimum.hypervolume, 4)}.`);
+  if (record.sensitivity) {
+    const { ref, flips, ranking } = record.sensitivity;
     const turned = flips ? "the ranking changes" : "the ranking stays";
     parts.push(`At the reference point (${ref.join(", ")}) ${turned}: ${ranking.join(", ")}.`);
   }
@@ -178,8 +178,8 @@ function words() {
 }
 
 function again() {
-  $("again").append(element("p", "The whole comparison:"), element("pre", told.command));
-  for (const row of told.rows) {
+  $("again").append(element("p", "The whole comparison:"), element("pre", record.command));
+  for (const row of record.rows) {
     const more = element("details");
     more.append(element("summary", row.label));
     for (const run of row.runs) {
@@ -199,7 +199,7 @@ function made(by) {
 }
 
 function environment() {
-  const used = told.environment;
+  const used = record.environment;
   const packages = Object.entries(used.packages || {}).filter(([, version]) => version);
   const lines = [
     ["commit", used.commit ? used.commit + (used.dirty ? " with changes" : "") : null],

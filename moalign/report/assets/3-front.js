@@ -4,18 +4,18 @@ const SIZE = { width: 860, height: 520, left: 60, right: 16, top: 14, bottom: 48
 
 const visible = () => judged.filter((row) => !state.hidden.has(row.label));
 
-function ticks(low, high, wanted) {
-  const rough = (high - low) / wanted;
+function ticks(low, high, count) {
+  const rough = (high - low) / count;
   const power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 5, 10].map((factor) => factor * power).find((size) => size >= rough);
-  const found = [];
-  for (let tick = Math.ceil(low / step) * step; tick <= high + 1e-9; tick += step) found.push(Number(tick.toFixed(10)));
-  return found;
+  const values = [];
+  for (let tick = Math.ceil(low / step) * step; tick <= high + 1e-9; tick += step) values.push(Number(tick.toFixed(10)));
+  return values;
 }
 
 function scale(axis, from, to) {
   const values = visible().flatMap((row) => row.points.flatMap((point) => point.ci[axis]));
-  if (told.optimum) values.push(...told.optimum.points.map((point) => point[axis]));
+  if (record.optimum) values.push(...record.optimum.points.map((point) => point[axis]));
   let [low, high] = [Math.min(...values), Math.max(...values)];
   if (!values.length) [low, high] = [0, 1];
   const room = 0.05 * (high - low || 1);
@@ -30,7 +30,7 @@ function front() {
   const x = scale(state.x, SIZE.left, SIZE.width - SIZE.right);
   const y = scale(state.y, SIZE.height - SIZE.bottom, SIZE.top);
   svg.replaceChildren(...frame(x, y));
-  if (told.optimum) svg.append(...optimum(x, y));
+  if (record.optimum) svg.append(...optimum(x, y));
   for (const row of visible()) svg.append(method(row, x, y));
 }
 
@@ -49,10 +49,10 @@ function frame(x, y) {
     parts.push(level(y.at(tick), "grid"));
     parts.push(write(String(tick), { x: left - 6, y: y.at(tick) + 4, "text-anchor": "end", class: "tick" }));
   }
-  const [rx, ry] = [told.ref[state.x], told.ref[state.y]];
+  const [rx, ry] = [record.ref[state.x], record.ref[state.y]];
   if (rx > x.low && rx < x.high) parts.push(upright(x.at(rx), "ref"));
   if (ry > y.low && ry < y.high) parts.push(level(y.at(ry), "ref"));
-  const [across, up] = [state.x, state.y].map((axis) => `${told.objectives[axis]} (normalised)`);
+  const [across, up] = [state.x, state.y].map((axis) => `${record.objectives[axis]} (normalised)`);
   const turned = { x: 16, y: middle, "text-anchor": "middle", transform: `rotate(-90 16 ${middle})` };
   parts.push(level(bottom, "axis"), upright(left, "axis"), write(up, turned));
   parts.push(write(across, { x: (left + right) / 2, y: bottom + 38, "text-anchor": "middle" }));
@@ -60,7 +60,7 @@ function frame(x, y) {
 }
 
 function optimum(x, y) {
-  const points = told.optimum.points.map((point) => [x.at(point[state.x]), y.at(point[state.y])]);
+  const points = record.optimum.points.map((point) => [x.at(point[state.x]), y.at(point[state.y])]);
   if (!two) return points.map(([cx, cy]) => shape("circle", { cx, cy, r: 3.5, class: "optimum" }));
   points.sort((a, b) => a[0] - b[0]);
   return [shape("path", { d: "M" + points.map((p) => p.join(",")).join("L"), class: "optimum" })];
@@ -79,7 +79,7 @@ function method(row, x, y) {
     group.append(shape("line", { x1: across[0], x2: across[1], y1: cy, y2: cy, class: `bar s${hue}` }));
     group.append(shape("line", { x1: cx, x2: cx, y1: up[0], y2: up[1], class: `bar s${hue}` }));
   }
-  const chosen = nearest(row.points.map((p) => p.prefs), told.grid[state.preference]).index;
+  const chosen = nearest(row.points.map((p) => p.prefs), record.grid[state.preference]).index;
   row.points.forEach((point, index) => {
     const [cx, cy] = at(point);
     const place = `translate(${cx} ${cy})`;
@@ -88,7 +88,7 @@ function method(row, x, y) {
       d: MARKS[lookOf(row) % 9], transform: place, class: `mark f${hue}`, tabindex: "0", role: "button",
       "aria-label": describe(row, point),
     });
-    listen(mark, describe(row, point), () => prefer(nearest(told.grid, point.prefs).index));
+    listen(mark, describe(row, point), () => prefer(nearest(record.grid, point.prefs).index));
     group.append(mark);
   });
   return group;
@@ -113,7 +113,7 @@ function listen(mark, text, choose) {
 
 function describe(row, point) {
   const line = (name, i) => `${name} ${number(point.mean[i])} ${interval(point.ci[i])}, raw ${number(point.raw[i])}`;
-  const lines = told.objectives.map(line);
+  const lines = record.objectives.map(line);
   const gained = `utility ${number(dot(point.prefs, point.mean))}`;
   return [`${row.label} at ${weights(point.prefs)}`, ...lines, gained].join("\n");
 }
@@ -140,15 +140,15 @@ function legend() {
     label.append(box, swatch(row), element("span", `${row.label} ${number(row.hypervolume)}`));
     $("legend").append(label);
   }
-  if (!told.optimum) return;
-  $("legend").append(element("span", `grey: exact optimum ${number(told.optimum.hypervolume)}`, { class: "note" }));
+  if (!record.optimum) return;
+  $("legend").append(element("span", `grey: exact optimum ${number(record.optimum.hypervolume)}`, { class: "note" }));
 }
 
 function axes() {
   if (two) return;
   for (const axis of ["x", "y"]) {
     const choice = element("select", null, { "aria-label": `objective on the ${axis} axis` });
-    told.objectives.forEach((name, i) => choice.append(element("option", name, { value: i })));
+    record.objectives.forEach((name, i) => choice.append(element("option", name, { value: i })));
     choice.value = state[axis];
     choice.addEventListener("change", () => {
       state[axis] = Number(choice.value);

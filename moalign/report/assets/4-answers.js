@@ -1,9 +1,9 @@
 // What each method answers at the chosen preference and prompt, side by side.
 
-function nearest(preferences, wanted) {
+function nearest(preferences, preference) {
   let [index, least] = [0, Infinity];
-  preferences.forEach((one, i) => {
-    const far = one.reduce((sum, w, j) => sum + Math.abs(w - wanted[j]), 0);
+  preferences.forEach((candidate, i) => {
+    const far = candidate.reduce((sum, w, j) => sum + Math.abs(w - preference[j]), 0);
     if (far < least - 1e-12) [index, least] = [i, far];
   });
   return { index, exact: least < 1e-6 };
@@ -13,15 +13,15 @@ function chooser() {
   const place = $("chooser");
   const label = element("label", "preference ");
   if (two) {
-    const slider = element("input", null, { type: "range", id: "slider", min: 0, max: told.grid.length - 1, step: 1 });
+    const slider = element("input", null, { type: "range", id: "slider", min: 0, max: record.grid.length - 1, step: 1 });
     slider.addEventListener("input", () => prefer(Number(slider.value)));
     label.append(slider, element("output", null, { id: "asked", for: "slider" }));
   } else {
     const choice = element("select", null, { id: "slider" });
-    told.grid.forEach((preference, i) => choice.append(element("option", named(preference), { value: i })));
+    record.grid.forEach((preference, i) => choice.append(element("option", named(preference), { value: i })));
     choice.addEventListener("change", () => prefer(Number(choice.value)));
     label.append(choice);
-    if (told.objectives.length === 3) place.append(picker());
+    if (record.objectives.length === 3) place.append(picker());
   }
   place.append(label);
 }
@@ -31,11 +31,11 @@ function picker() {
   const corners = [[8, 104], [112, 104], [60, 14]];
   const svg = shape("svg", { id: "picker", viewBox: "-40 -4 200 132", role: "radiogroup", "aria-label": "preference" });
   svg.append(shape("path", { d: "M8,104L112,104L60,14z" }));
-  told.objectives.forEach((name, i) => {
+  record.objectives.forEach((name, i) => {
     const [x, y] = corners[i];
     svg.append(shape("text", { x, y: i === 2 ? y - 6 : y + 16, "text-anchor": "middle" }, name));
   });
-  told.grid.forEach((preference, i) => {
+  record.grid.forEach((preference, i) => {
     const [cx, cy] = [0, 1].map((axis) => dot(preference, corners.map((corner) => corner[axis])));
     const spot = shape("circle", { cx, cy, r: 4.5, role: "radio", "aria-label": named(preference) });
     spot.addEventListener("click", () => prefer(i));
@@ -70,11 +70,11 @@ function prefer(index) {
 }
 
 function show() {
-  const wanted = told.grid[state.preference];
+  const preference = record.grid[state.preference];
   const slider = $("slider");
   slider.value = state.preference;
-  slider.setAttribute("aria-valuetext", named(wanted));
-  if ($("asked")) $("asked").textContent = named(wanted);
+  slider.setAttribute("aria-valuetext", named(preference));
+  if ($("asked")) $("asked").textContent = named(preference);
   const spots = document.querySelectorAll("#picker circle");
   spots.forEach((spot, i) => spot.setAttribute("aria-checked", i === state.preference));
   cards();
@@ -89,25 +89,25 @@ function cards() {
 }
 
 function card(row) {
-  const kept = answers.rows[row.label];
-  const wanted = told.grid[state.preference];
-  const { index, exact } = nearest(kept.preferences, wanted);
-  const raw = kept.scores[index][state.prompt];
-  const made = element("article", null, { class: "card", "aria-label": row.label });
+  const answered = answers.rows[row.label];
+  const preference = record.grid[state.preference];
+  const { index, exact } = nearest(answered.preferences, preference);
+  const raw = answered.scores[index][state.prompt];
+  const article = element("article", null, { class: "card", "aria-label": row.label });
   const head = element("h3");
   head.append(swatch(row), element("span", row.label));
-  made.append(head);
-  const instead = `it answers for its nearest preference, ${weights(kept.preferences[index])}`;
-  if (!exact) made.append(element("p", instead, { class: "note" }));
-  made.append(element("div", answers.texts[kept.texts[index][state.prompt]], { class: "answer" }));
+  article.append(head);
+  const instead = `it answers for its nearest preference, ${weights(answered.preferences[index])}`;
+  if (!exact) article.append(element("p", instead, { class: "note" }));
+  article.append(element("div", answers.texts[answered.texts[index][state.prompt]], { class: "answer" }));
   const scores = element("div", null, { class: "scores" });
-  const { lo, hi } = told.bounds;
+  const { lo, hi } = record.bounds;
   const unit = raw.map((value, i) => (value - lo[i]) / (hi[i] - lo[i]));
   const text = (i) => `${number(unit[i])} (raw ${number(raw[i], 2)})`;
-  scores.append(...told.objectives.map((name, i) => score(name, unit[i], text(i))));
-  scores.append(score("w·n", dot(wanted, unit), number(dot(wanted, unit))));
-  made.append(scores);
-  return made;
+  scores.append(...record.objectives.map((name, i) => score(name, unit[i], text(i))));
+  scores.append(score("w·n", dot(preference, unit), number(dot(preference, unit))));
+  article.append(scores);
+  return article;
 }
 
 function score(name, value, text) {

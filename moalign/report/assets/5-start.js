@@ -1,9 +1,9 @@
 // Numbers first, then the answers, which may have to be unpacked.
 
 function fromAddress(count) {
-  for (const [name, most] of [["preference", told.grid.length], ["prompt", count]]) {
-    const found = Number(new URLSearchParams(location.hash.slice(1)).get(name) ?? NaN);
-    if (Number.isInteger(found) && found >= 0 && found < most) state[name] = found;
+  for (const [name, most] of [["preference", record.grid.length], ["prompt", count]]) {
+    const given = Number(new URLSearchParams(location.hash.slice(1)).get(name) ?? NaN);
+    if (Number.isInteger(given) && given >= 0 && given < most) state[name] = given;
   }
 }
 

@@ -40,7 +40,7 @@ DIVERSE = (
 """Five groups that disagree, as the five data sets of arXiv 2312.07401 do: some like what others mind."""
 
 ALIKE = tuple(Group(group.name, (0.6, 0.5, 0.2)) for group in DIVERSE)
-"""As many groups with one taste: what diversity does shows against these."""
+"""As many groups with one taste: the control that shows what diversity does."""
 
 
 def specialists(objectives: Sequence[str], sharpness: float = 1.0) -> list[Group]:
@@ -63,16 +63,16 @@ def label(groups: Sequence[Group], prompts: Sequence[str], count: int, seed: int
     drawn again.
     """
     rng = np.random.default_rng([seed, 11])
-    made = []
+    pair_sets = []
     for group in groups:
         chosen_prompts, first, second = _draw(rng, prompts, count)
         chance = sigmoid(group.sharpness * _utilities(group, chosen_prompts, first, second))
         wins = rng.random(count) < chance
-        one = PairSet(group.name)
+        pair_set = PairSet(group.name)
         for prompt, a, b, p, won in zip(chosen_prompts, first, second, chance.tolist(), wins.tolist(), strict=True):
-            one.add(prompt, *((a, b) if won else (b, a)), chance=p if won else 1 - p)
-        made.append(one)
-    return made
+            pair_set.add(prompt, *((a, b) if won else (b, a)), chance=p if won else 1 - p)
+        pair_sets.append(pair_set)
+    return pair_sets
 
 
 def _draw(rng: np.random.Generator, prompts: Sequence[str], count: int) -> tuple[list[str], list[str], list[str]]:

@@ -3,7 +3,7 @@
 Its corpus is the world's: prompts, three quarters of them with a stated preference, and responses drawn slot by
 slot from :func:`world.prior`, which reads the question. For the *warm* base the responses to a stated preference are
 tilted by ``exp(TILT * w . z)``, so that the base weakly understands what a preference means, as a pretrained language
-model does; for the *cold* base the stated preference says nothing about the response.
+model would; for the *cold* base the stated preference says nothing about the response.
 
 The corpus is a known distribution, so training minimises the expected loss over all responses that could follow
 (the exact next-token distribution as target) instead of the loss of one drawn response: same optimum, far less noise.
@@ -70,12 +70,12 @@ _WORLD = (
     "MISSING",
     "STRAY",
 )
-"""What of the world a base and its stop depend on."""
+"""The tables of the world that a base depends on."""
 
 
 def identity(objectives: Sequence[str], kind: str, seed: int) -> str:
     """Return the content address of a base: 12 hex digits over all that determines it."""
-    told = {
+    content = {
         "objectives": list(objectives),
         "kind": kind,
         "seed": seed,
@@ -102,15 +102,15 @@ def identity(objectives: Sequence[str], kind: str, seed: int) -> str:
         ],
     }
     if len(objectives) > 2:
-        told["more"] = MORE_STEPS * (len(objectives) - 2)
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
+        content["more"] = MORE_STEPS * (len(objectives) - 2)
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def ensure(objectives: Sequence[str], kind: str, seed: int, progress: Callable[[int, int], None] | None = None) -> Path:
     """Return the folder of the trained base, training it when it is not cached yet.
 
-    Two processes that ask at once train it once: the second waits for the first.
-    ``progress(step, steps)`` is called as training advances.
+    Of two processes that call this at once, one trains it and the other waits. ``progress(step, steps)`` is called as
+    training advances.
     """
     from filelock import FileLock
 
@@ -122,11 +122,11 @@ def ensure(objectives: Sequence[str], kind: str, seed: int, progress: Callable[[
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(str(folder) + ".lock"):
         if not (folder / "model.safetensors").is_file():
-            model, tokenizer, told = train(objectives, kind, seed, progress)
+            model, tokenizer, facts = train(objectives, kind, seed, progress)
             with atomic.directory(folder) as place:
                 model.save_pretrained(place, safe_serialization=True)
                 tokenizer.save_pretrained(place)
-                (place / "base.json").write_text(json.dumps(told, indent=2) + "\n")
+                (place / "base.json").write_text(json.dumps(facts, indent=2) + "\n")
     return folder
 
 
@@ -281,11 +281,11 @@ class Corpus:
         which = self.rng.integers(len(self.prompts), size=count)
         weights = self.rng.dirichlet([1.0] * len(self.objectives), size=count)
         # Corners and round numbers are what people ask for, and Dirichlet draws never hit them.
-        round_ones = np.round(weights, 1)
+        rounded = np.round(weights, 1)
         corners = np.eye(len(self.objectives))[self.rng.integers(len(self.objectives), size=count)]
         pick = self.rng.random(count)
-        exact = np.isclose(round_ones.sum(axis=1), 1.0) & (pick < 0.3)
-        weights = np.where(exact[:, None], round_ones, weights)
+        exact = np.isclose(rounded.sum(axis=1), 1.0) & (pick < 0.3)
+        weights = np.where(exact[:, None], rounded, weights)
         weights = np.where((pick > 0.85)[:, None], corners, weights)
         stated = self.rng.random(count) < PREFERENCE_SHARE
         logits = (
@@ -322,8 +322,8 @@ class Corpus:
         log_probs = torch.log_softmax(model(input_ids=ids, attention_mask=(ids != pad).long()).logits, dim=-1)
         places = goal.sum(-1) > 0
         entropy = -(goal * goal.clamp_min(1e-12).log()).sum()
-        # The mass on words that cannot follow is weighted up: an answer off the grammar never finds back to it, and
-        # the minimum is where it was.
+        # The mass on words that cannot follow is weighted up: a response that leaves the grammar never returns to
+        # it, and the minimum stays where it was.
         possible = torch.where(goal > 0, log_probs, -torch.inf).logsumexp(-1)
         stray = -possible[places].sum()
         return (-(goal * log_probs).sum() - entropy + GRAMMAR * stray) / places.sum()

@@ -1,8 +1,8 @@
-"""Reward models that stand for the exact scorers: one trunk, one head per objective, trained on annotators' pairs.
+"""Reward models in place of the exact scorers: one trunk, one head per objective, trained on annotators' pairs.
 
-They are ordinary reward-model runs (``moalign reward train --task sandbox``) in the results folder, trained when first
-asked for. They are good and not perfect, as reward models are: what a method gains on them and not on the truth is
-reward hacking.
+They are ordinary reward-model runs (``moalign reward train --task sandbox``) in the results folder, trained at first
+use. They are good and not perfect, as reward models are: what a method gains on them and not on the truth is reward
+hacking.
 """
 
 from __future__ import annotations

@@ -36,12 +36,6 @@ def corpus_log_probs(context: world.Context) -> np.ndarray:
     return np.asarray(sum(log_prior[slot, choices[:, slot]] for slot in range(len(world.SLOTS))))
 
 
-@functools.lru_cache(maxsize=1)
-def all_texts() -> list[str]:
-    """Return every well-formed response as text, in the order of :func:`world.all_choices`."""
-    return [world.response_text(tuple(choice)) for choice in world.all_choices()]
-
-
 def optimum(
     prompts: Sequence[str],
     preferences: Sequence[Sequence[float]],

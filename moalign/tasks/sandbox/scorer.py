@@ -31,10 +31,10 @@ def parse(response: str) -> tuple[tuple[int, ...], int]:
     last, strays, at = -1, 0, 0
     while at < len(words):
         for length in _LENGTHS:
-            found = _PHRASES.get(tuple(words[at : at + length]))
-            if found is not None and found[0] > last:
-                last = found[0]
-                filled[last] = found[1]
+            phrase = _PHRASES.get(tuple(words[at : at + length]))
+            if phrase is not None and phrase[0] > last:
+                last = phrase[0]
+                filled[last] = phrase[1]
                 at += length
                 break
         else:

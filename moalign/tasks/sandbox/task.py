@@ -34,14 +34,14 @@ class SandboxTask(Task):
     def identity(self) -> dict[str, str]:
         """The base's content address; a user's own base counts by its path."""
         if self.card.model is not None:
-            told = {"model": fingerprint(self.card.model, self.card.model_revision)}
+            content = {"model": fingerprint(self.card.model, self.card.model_revision)}
         else:
-            told = {"model": base.identity(self.names, self._spec.base, self._spec.seed)}
+            content = {"model": base.identity(self.names, self._spec.base, self._spec.seed)}
         if self.card.rewards == "learned":
             from moalign.tasks.sandbox import learned
 
-            told["rewards"] = learned.VERSION
-        return told
+            content["rewards"] = learned.VERSION
+        return content
 
     def _all_prompts(self) -> list[str]:
         return world.prompts()
@@ -68,7 +68,7 @@ class SandboxTask(Task):
 
     @functools.cached_property
     def judge_panel(self) -> RewardPanel:
-        """The exact scorers, whatever methods are given."""
+        """The exact scorers, whichever scorers methods see."""
         if self.card.rewards is None:
             return self.panel
         return RewardPanel.from_specs(self.card.objectives, Path.cwd(), self._store)
@@ -105,11 +105,11 @@ class SandboxTask(Task):
         )
         return str(folder), None
 
-    def optimum(self, wanted: Sequence[Preference], prompts: Sequence[str], beta: float = 0.0) -> Matrix:
+    def optimum(self, prefs: Sequence[Preference], prompts: Sequence[str], beta: float = 0.0) -> Matrix:
         """Return the exact optimum's mean raw rewards ``[preferences, objectives]``; see :mod:`.optimum`."""
         from moalign.tasks.sandbox.optimum import optimum
 
         columns = [world.OBJECTIVES.index(name) for name in self.names]
         truth = self.judge_normaliser
         mean, sd = np.array(truth.mean), np.array(truth.sd)
-        return optimum(prompts, wanted, columns, mean, sd, beta)
+        return optimum(prompts, prefs, columns, mean, sd, beta)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moalign.comparison.standings import Contender, average, standings
+from moalign.comparison.ranking import Entry, average, ranking
 from moalign.config.card import EvaluationSpec
 from moalign.core.errors import WorkError
 from moalign.evaluation.evaluate import Evaluation, judge
@@ -42,57 +42,57 @@ def scores(means: np.ndarray, seed: int = 0, noise: float = 0.2, prompts: int = 
 
 
 def evaluated(table: np.ndarray, on: Any = None, grid: list[tuple[float, ...]] | None = None) -> Evaluation:
-    told = judge(on or task(), grid or GRID, table)
-    told["quality"] = {"rate": 0.0, "causes": {"short": 0.0}, "mean_length": 20.0, "distinct_3": 1.0}
-    told["cost"] = {"tokens_generated": 500, "reward_calls": 40, "seconds": 1.0}
-    return Evaluation(told, table)
+    record = judge(on or task(), grid or GRID, table)
+    record["quality"] = {"rate": 0.0, "causes": {"short": 0.0}, "mean_length": 20.0, "distinct_3": 1.0}
+    record["cost"] = {"tokens_generated": 500, "reward_calls": 40, "seconds": 1.0}
+    return Evaluation(record, table)
 
 
-def contender(label: str, *tables: np.ndarray, on: Any = None, seeded: bool = True, failed: int = 0) -> Contender:
+def entry(label: str, *tables: np.ndarray, on: Any = None, seeded: bool = True, failed: int = 0) -> Entry:
     runs = [{"seed": s, "status": "done", "error": None} for s in range(len(tables))]
     runs += [{"seed": len(tables) + s, "status": "failed", "error": "ValueError: burst"} for s in range(failed)]
     evaluations = [evaluated(table, on) for table in tables]
-    return Contender(label, label, seeded, list(range(len(tables))), evaluations, [dict(COST) for _ in tables], runs)
+    return Entry(label, label, seeded, list(range(len(tables))), evaluations, [dict(COST) for _ in tables], runs)
 
 
-def stand(*contenders: Contender) -> dict[str, Any]:
-    return standings(contenders, GRID, DRAWS, SEED)
+def ranked(*entries: Entry) -> dict[str, Any]:
+    return ranking(entries, GRID, DRAWS, SEED)
 
 
 def test_rows_are_ranked_by_hypervolume() -> None:
-    told = stand(contender("low", scores(FRONT - 0.2)), contender("high", scores(FRONT, 1)))
-    assert [(row["label"], row["rank"]) for row in told["rows"]] == [("high", 1), ("low", 2)]
-    assert told["rows"][0]["hypervolume"] == pytest.approx(hypervolume(FRONT, [0, 0]))
+    record = ranked(entry("low", scores(FRONT - 0.2)), entry("high", scores(FRONT, 1)))
+    assert [(row["label"], row["rank"]) for row in record["rows"]] == [("high", 1), ("low", 2)]
+    assert record["rows"][0]["hypervolume"] == pytest.approx(hypervolume(FRONT, [0, 0]))
 
 
 def test_the_interval_of_one_seed_is_the_evaluations_own() -> None:
-    one = contender("a", scores(FRONT))
-    assert stand(one)["rows"][0]["ci"] == one.evaluations[0].told["hypervolume_ci"]
+    one = entry("a", scores(FRONT))
+    assert ranked(one)["rows"][0]["ci"] == one.evaluations[0].told["hypervolume_ci"]
 
 
 def test_identical_runs_differ_by_exactly_nothing() -> None:
-    told = stand(contender("a", scores(FRONT)), contender("b", scores(FRONT)))
-    (pair,) = told["pairs"]
+    record = ranked(entry("a", scores(FRONT)), entry("b", scores(FRONT)))
+    (pair,) = record["pairs"]
     assert pair["difference"] == 0 and pair["ci"] == [0, 0] and pair["ci_reflected"] == [0, 0]
     assert pair["p_improve"] == 0.5 and not pair["certain"]
-    assert told["winner"] is None
-    assert [row["rank"] for row in told["rows"]] == [1, 1]
+    assert record["winner"] is None
+    assert [row["rank"] for row in record["rows"]] == [1, 1]
 
 
 def test_a_difference_between_methods_is_paired_over_prompts() -> None:
     """What prompts share cancels: a small constant gain is certain though both intervals overlap widely."""
-    told = stand(contender("a", scores(FRONT, noise=0.5)), contender("b", scores(FRONT + 0.02, noise=0.5)))
-    first, second = told["rows"]
+    record = ranked(entry("a", scores(FRONT, noise=0.5)), entry("b", scores(FRONT + 0.02, noise=0.5)))
+    first, second = record["rows"]
     assert first["ci"][0] < second["hypervolume"] < first["ci"][1]
-    (pair,) = told["pairs"]
+    (pair,) = record["pairs"]
     assert (pair["a"], pair["b"]) == ("b", "a")
-    assert pair["certain"] and pair["ci"][0] > 0 and told["winner"] == "b"
+    assert pair["certain"] and pair["ci"][0] > 0 and record["winner"] == "b"
 
 
 def test_a_pair_matches_an_independent_bootstrap() -> None:
     """A plain loop over resampled prompts agrees with the vectorised one within its noise."""
     a, b = scores(FRONT + 0.03, 1), scores(FRONT, 2)
-    (pair,) = stand(contender("a", a), contender("b", b))["pairs"]
+    (pair,) = ranked(entry("a", a), entry("b", b))["pairs"]
     rng = np.random.default_rng(123)
     drawn = []
     for _ in range(2000):
@@ -105,18 +105,18 @@ def test_a_pair_matches_an_independent_bootstrap() -> None:
 
 def test_no_winner_when_the_lead_may_be_chance() -> None:
     a, b, low = scores(FRONT + 0.005, 1, 0.5), scores(FRONT, 2, 0.5), scores(FRONT - 0.4, 3, 0.1)
-    told = stand(contender("a", a), contender("b", b), contender("low", low))
-    assert told["winner"] is None
-    certain = {(pair["a"], pair["b"]): pair["certain"] for pair in told["pairs"]}
+    record = ranked(entry("a", a), entry("b", b), entry("low", low))
+    assert record["winner"] is None
+    certain = {(pair["a"], pair["b"]): pair["certain"] for pair in record["pairs"]}
     assert certain == {("a", "b"): False, ("a", "low"): True, ("b", "low"): True}
 
 
 def test_a_winner_beats_every_other_one() -> None:
     low, mid, top = (
-        contender(name, scores(FRONT + up, i, 0.1))
+        entry(name, scores(FRONT + up, i, 0.1))
         for i, (name, up) in enumerate([("low", -0.2), ("mid", 0.0), ("top", 0.2)])
     )
-    assert stand(low, mid, top)["winner"] == "top"
+    assert ranked(low, mid, top)["winner"] == "top"
 
 
 def test_a_spread_that_is_only_noise_is_not_a_lead() -> None:
@@ -131,67 +131,67 @@ def test_a_spread_that_is_only_noise_is_not_a_lead() -> None:
         spread = rng.normal(0.5, 0.5, (60, 11, 2))
         shared = np.repeat(rng.normal(0.5, 0.5, (60, 1, 2)), 11, axis=1)
         rows = [
-            Contender(name, name, True, [0], [evaluated(table, grid=grid)], [dict(COST)], [{"status": "done"}])
+            Entry(name, name, True, [0], [evaluated(table, grid=grid)], [dict(COST)], [{"status": "done"}])
             for name, table in (("spread", spread), ("shared", shared))
         ]
-        told = standings(rows, grid, DRAWS, SEED)
-        (pair,) = told["pairs"]
+        record = ranking(rows, grid, DRAWS, SEED)
+        (pair,) = record["pairs"]
         seen = 1 if pair["a"] == "spread" else -1
         percentile += bool(min(seen * bound for bound in pair["ci"]) > 0)
-        named += told["winner"] == "spread"
+        named += record["winner"] == "spread"
     assert named < percentile
 
 
 def test_alone_there_is_no_winner() -> None:
-    told = stand(contender("a", scores(FRONT)))
-    assert told["winner"] is None and told["pairs"] == []
+    record = ranked(entry("a", scores(FRONT)))
+    assert record["winner"] is None and record["pairs"] == []
 
 
 def test_kl_to_base_is_averaged_over_seeds_and_stays_a_bound() -> None:
-    def quality(one: Contender, *told: dict[str, Any]) -> dict[str, Any]:
-        for evaluation, more in zip(one.evaluations, told, strict=True):
+    def quality(one: Entry, *record: dict[str, Any]) -> dict[str, Any]:
+        for evaluation, more in zip(one.evaluations, record, strict=True):
             evaluation.told["quality"].update(more)
-        found: dict[str, Any] = stand(one)["rows"][0]["quality"]
+        found: dict[str, Any] = ranked(one)["rows"][0]["quality"]
         return found
 
-    def two() -> Contender:
-        return contender("a", scores(FRONT), scores(FRONT, 1))
+    def two() -> Entry:
+        return entry("a", scores(FRONT), scores(FRONT, 1))
 
     known = quality(two(), {"kl": 1.0, "kl_bound": False}, {"kl": 2.0, "kl_bound": False})
     assert known["kl"] == 1.5 and known["kl_bound"] is False and known["mean_length"] == 20.0
     assert quality(two(), {"kl": 1.0, "kl_bound": True}, {"kl": 2.0, "kl_bound": True})["kl_bound"] is True
     for old in (0, 1):  # one of the evaluations is from before it was measured
-        told: list[dict[str, Any]] = [{"kl": 1.0, "kl_bound": False}] * 2
-        told[old] = {}
-        assert quality(two(), *told)["kl"] is None
+        record: list[dict[str, Any]] = [{"kl": 1.0, "kl_bound": False}] * 2
+        record[old] = {}
+        assert quality(two(), *record)["kl"] is None
 
 
 def test_evaluations_from_before_spacing_was_kept_are_read() -> None:
-    one = contender("a", scores(FRONT), scores(FRONT - 0.1, 1))
+    one = entry("a", scores(FRONT), scores(FRONT - 0.1, 1))
     del one.evaluations[1].told["indicators"]["spacing"]
     wanted = np.mean([indicators.spacing(FRONT), indicators.spacing(FRONT - 0.1)])
-    assert stand(one)["rows"][0]["indicators"]["spacing"] == pytest.approx(wanted)
+    assert ranked(one)["rows"][0]["indicators"]["spacing"] == pytest.approx(wanted)
 
 
 def test_a_failed_method_keeps_its_row() -> None:
-    told = stand(contender("dead", failed=1), contender("a", scores(FRONT)))
-    assert [row["label"] for row in told["rows"]] == ["a", "dead"]
-    dead = told["rows"][1]
+    record = ranked(entry("dead", failed=1), entry("a", scores(FRONT)))
+    assert [row["label"] for row in record["rows"]] == ["a", "dead"]
+    dead = record["rows"][1]
     assert dead["status"] == "failed" and dead["error"] == "ValueError: burst" and dead["rank"] is None
-    assert set(dead) == set(told["rows"][0])
+    assert set(dead) == set(record["rows"][0])
 
 
 def test_all_failed() -> None:
-    told = stand(contender("dead", failed=2))
-    assert told["rows"][0]["status"] == "failed"
-    assert told["winner"] is None and told["optimum"] is None and told["sensitivity"] is None
+    record = ranked(entry("dead", failed=2))
+    assert record["rows"][0]["status"] == "failed"
+    assert record["winner"] is None and record["optimum"] is None and record["sensitivity"] is None
 
 
 def test_a_method_that_lost_a_seed_does_not_win() -> None:
-    top = contender("top", scores(FRONT + 0.2, 1, 0.1), failed=1)
-    told = stand(top, contender("low", scores(FRONT, 2, 0.1)))
-    assert told["rows"][0]["status"] == "partial" and told["rows"][0]["error"] == "ValueError: burst"
-    assert told["pairs"][0]["certain"] and told["winner"] is None
+    top = entry("top", scores(FRONT + 0.2, 1, 0.1), failed=1)
+    record = ranked(top, entry("low", scores(FRONT, 2, 0.1)))
+    assert record["rows"][0]["status"] == "partial" and record["rows"][0]["error"] == "ValueError: burst"
+    assert record["pairs"][0]["certain"] and record["winner"] is None
 
 
 # --- seeds ------------------------------------------------------------------------------------------------------
@@ -199,9 +199,9 @@ def test_a_method_that_lost_a_seed_does_not_win() -> None:
 
 def test_seeds_are_averaged_and_widen_the_interval() -> None:
     shifts = (-0.1, 0.0, 0.15)
-    three = contender("a", *(scores(FRONT + shift, noise=0.05) for shift in shifts))
-    one = contender("b", scores(FRONT, noise=0.05))
-    rows = {row["label"]: row for row in stand(three, one)["rows"]}
+    three = entry("a", *(scores(FRONT + shift, noise=0.05) for shift in shifts))
+    one = entry("b", scores(FRONT, noise=0.05))
+    rows = {row["label"]: row for row in ranked(three, one)["rows"]}
     volumes = [hypervolume(FRONT + shift, [0, 0]) for shift in shifts]
     assert rows["a"]["hypervolume_by_seed"] == pytest.approx(volumes)
     assert rows["a"]["hypervolume"] == pytest.approx(np.mean(volumes))
@@ -211,8 +211,8 @@ def test_seeds_are_averaged_and_widen_the_interval() -> None:
 
 
 def test_points_over_seeds() -> None:
-    three = contender("a", *(scores(FRONT + shift, noise=0.05) for shift in (-0.1, 0.0, 0.1)))
-    points = stand(three)["rows"][0]["points"]
+    three = entry("a", *(scores(FRONT + shift, noise=0.05) for shift in (-0.1, 0.0, 0.1)))
+    points = ranked(three)["rows"][0]["points"]
     assert [tuple(point["prefs"]) for point in points] == GRID
     assert np.array([point["mean"] for point in points]) == pytest.approx(FRONT)
     for point, mean in zip(points, FRONT, strict=True):
@@ -221,22 +221,22 @@ def test_points_over_seeds() -> None:
 
 
 def test_different_seeds_are_compared_on_those_both_have() -> None:
-    a = contender("a", scores(FRONT, 1), scores(FRONT + 0.3, 2))
-    b = contender("b", scores(FRONT, 1))
-    told = stand(a, b)
-    (pair,) = told["pairs"]
+    a = entry("a", scores(FRONT, 1), scores(FRONT + 0.3, 2))
+    b = entry("b", scores(FRONT, 1))
+    record = ranked(a, b)
+    (pair,) = record["pairs"]
     assert pair["seeds"] == [0]
     assert pair["difference"] == 0 and pair["ci"] == [0, 0]
 
 
 def test_a_method_without_training_stands_for_every_seed() -> None:
-    three = contender("a", *(scores(FRONT + 0.2, seed, 0.05) for seed in range(3)))
-    base = contender("base", scores(FRONT, 9, 0.05), seeded=False)
-    told = stand(three, base)
-    (pair,) = told["pairs"]
+    three = entry("a", *(scores(FRONT + 0.2, seed, 0.05) for seed in range(3)))
+    base = entry("base", scores(FRONT, 9, 0.05), seeded=False)
+    record = ranked(three, base)
+    (pair,) = record["pairs"]
     assert pair["seeds"] == [0, 1, 2]
-    assert pair["difference"] == pytest.approx(told["rows"][0]["hypervolume"] - told["rows"][1]["hypervolume"])
-    assert told["winner"] == "a"
+    assert pair["difference"] == pytest.approx(record["rows"][0]["hypervolume"] - record["rows"][1]["hypervolume"])
+    assert record["winner"] == "a"
 
 
 # --- the rest of a row ------------------------------------------------------------------------------------------
@@ -245,13 +245,13 @@ def test_a_method_without_training_stands_for_every_seed() -> None:
 def test_the_reference_point_can_turn_the_ranking_round() -> None:
     """METRICS: {(.9,.2),(.2,.9)} against {(.6,.6)} gives .32 / .36 at 0 and 1.47 / 1.21 at -.5."""
     on = task(second=-0.5)
-    wide = contender("wide", scores(np.array([[0.2, 0.9], [0.55, 0.0], [0.9, 0.2]])), on=on)
-    middle = contender("middle", scores(np.array([[0.6, 0.6]] * 3)), on=on)
-    told = stand(wide, middle)
-    assert [row["label"] for row in told["rows"]] == ["middle", "wide"]
-    assert [row["hypervolume"] for row in told["rows"]] == pytest.approx([0.36, 0.32])
-    assert [row["sensitivity_hypervolume"] for row in told["rows"]] == pytest.approx([1.21, 1.47])
-    assert told["sensitivity"] == {
+    wide = entry("wide", scores(np.array([[0.2, 0.9], [0.55, 0.0], [0.9, 0.2]])), on=on)
+    middle = entry("middle", scores(np.array([[0.6, 0.6]] * 3)), on=on)
+    record = ranked(wide, middle)
+    assert [row["label"] for row in record["rows"]] == ["middle", "wide"]
+    assert [row["hypervolume"] for row in record["rows"]] == pytest.approx([0.36, 0.32])
+    assert [row["sensitivity_hypervolume"] for row in record["rows"]] == pytest.approx([1.21, 1.47])
+    assert record["sensitivity"] == {
         "ref": [-0.5, -0.5],
         "ranking": ["wide", "middle"],
         "flips": True,
@@ -261,25 +261,25 @@ def test_the_reference_point_can_turn_the_ranking_round() -> None:
 
 def test_shares_of_a_known_optimum() -> None:
     best = FRONT + 0.2
-    told = stand(contender("a", scores(FRONT), on=task(best)))
-    row, most = told["rows"][0], hypervolume(best, [0, 0])
-    assert told["optimum"]["hypervolume"] == pytest.approx(most)
+    record = ranked(entry("a", scores(FRONT), on=task(best)))
+    row, most = record["rows"][0], hypervolume(best, [0, 0])
+    assert record["optimum"]["hypervolume"] == pytest.approx(most)
     assert row["optimal_share"] == pytest.approx(row["hypervolume"] / most)
     assert row["optimal_share_ci"] == pytest.approx([bound / most for bound in row["ci"]])
-    assert told["igd_plus_to"] == "optimum"
+    assert record["igd_plus_to"] == "optimum"
 
 
 def test_without_an_optimum_the_distance_is_to_the_best_of_all() -> None:
     high, low = FRONT + 0.1, FRONT - 0.1
-    told = stand(contender("high", scores(high)), contender("low", scores(low)))
-    assert told["igd_plus_to"] == "union front" and told["optimum"] is None
-    distances = [row["indicators"]["igd_plus"] for row in told["rows"]]
+    record = ranked(entry("high", scores(high)), entry("low", scores(low)))
+    assert record["igd_plus_to"] == "union front" and record["optimum"] is None
+    distances = [row["indicators"]["igd_plus"] for row in record["rows"]]
     assert distances == pytest.approx([0.0, indicators.igd_plus(low, high)])
-    assert told["rows"][0]["optimal_share"] is None
+    assert record["rows"][0]["optimal_share"] is None
 
 
 def test_cost_is_told_in_common_units() -> None:
-    row = stand(contender("a", scores(FRONT), scores(FRONT, 1)))["rows"][0]
+    row = ranked(entry("a", scores(FRONT), scores(FRONT, 1)))["rows"][0]
     assert {key: row["cost"][key] for key in COST} == COST
     assert row["cost"]["answering"] == {"tokens_generated": 500, "reward_calls": 40, "seconds": 1.0}
     per = row["hypervolume_per_cost"]
@@ -289,14 +289,14 @@ def test_cost_is_told_in_common_units() -> None:
 def test_other_preferences_are_marked() -> None:
     two = [GRID[0], GRID[2]]
     table = scores(FRONT[[0, 2]])
-    own = Contender("own", "own", True, [0], [evaluated(table, grid=two)], [dict(COST)], [{"status": "done"}])
-    told = stand(own, contender("a", scores(FRONT)))
-    assert {row["label"]: row["own_preferences"] for row in told["rows"]} == {"a": False, "own": True}
+    own = Entry("own", "own", True, [0], [evaluated(table, grid=two)], [dict(COST)], [{"status": "done"}])
+    record = ranked(own, entry("a", scores(FRONT)))
+    assert {row["label"]: row["own_preferences"] for row in record["rows"]} == {"a": False, "own": True}
 
 
 def test_evaluations_that_cannot_be_paired_are_refused() -> None:
     with pytest.raises(WorkError, match="b answered 40, a answered 60"):
-        stand(contender("a", scores(FRONT)), contender("b", scores(FRONT, prompts=40)))
+        ranked(entry("a", scores(FRONT)), entry("b", scores(FRONT, prompts=40)))
 
 
 def test_average() -> None:
@@ -305,15 +305,15 @@ def test_average() -> None:
 
 
 def test_diagnostics_are_averaged_over_the_seeds_that_have_them() -> None:
-    one = contender("a", scores(FRONT), scores(FRONT, 1))
+    one = entry("a", scores(FRONT), scores(FRONT, 1))
     one.diagnostics = [{"kl": 1.0, "gate": 4}, {"kl": 3.0, "broken": float("nan"), "words": "x"}]
-    row = stand(one)["rows"][0]
+    row = ranked(one)["rows"][0]
     assert row["diagnostics"] == {"kl": 2.0, "gate": 4.0}
 
 
 def test_held_out_preferences_and_the_gap_are_averaged_over_seeds() -> None:
-    one = contender("a", scores(FRONT), scores(FRONT, 1))
-    assert stand(one)["rows"][0]["generalisation"] is None and stand(one)["rows"][0]["gap"] is None
+    one = entry("a", scores(FRONT), scores(FRONT, 1))
+    assert ranked(one)["rows"][0]["generalisation"] is None and ranked(one)["rows"][0]["gap"] is None
     for number, evaluation in enumerate(one.evaluations):
         side = {"prefs": [[1, 0]], "hypervolume": number, "indicators": {"tau": 0.5, "inner_product": number}}
         evaluation.told["generalisation"] = {
@@ -321,7 +321,7 @@ def test_held_out_preferences_and_the_gap_are_averaged_over_seeds() -> None:
             "held_out": {**side, "optimal_share": None},
         }
         evaluation.told["gap"] = 0.1 * number
-    row = stand(one)["rows"][0]
+    row = ranked(one)["rows"][0]
     assert row["gap"] == pytest.approx(0.05)
     assert row["generalisation"]["trained"] == {
         "preferences": 1,
@@ -339,7 +339,7 @@ def test_three_seeds_are_widened_by_students_t() -> None:
     """Seeds that differ by constants, prompts that do not matter: the interval is that of three numbers."""
     shifts = np.array([-0.05, 0.0, 0.05])
     flat = [np.repeat((FRONT + shift)[None], 60, axis=0) for shift in shifts]
-    row = stand(contender("a", *flat))["rows"][0]
+    row = ranked(entry("a", *flat))["rows"][0]
     for (lo, hi), mean in zip(row["points"][1]["ci"], FRONT[1], strict=True):
         # At least 2.5 % of resamples take the lowest seed three times (1 in 27): its distance, widened.
         assert [lo, hi] == pytest.approx([mean - 0.05 * statistics.widening(3), mean + 0.05 * statistics.widening(3)])
@@ -350,7 +350,7 @@ def test_three_seeds_are_widened_by_students_t() -> None:
 
 def test_equal_fronts_asked_for_the_wrong_way_round() -> None:
     """Worked by hand: w.n is .8, .6, .8 for the one and .1, .6, .1 for the other; their hypervolumes are equal."""
-    (pair,) = stand(contender("right", scores(FRONT)), contender("wrong", scores(FRONT[::-1].copy())))["pairs"]
+    (pair,) = ranked(entry("right", scores(FRONT)), entry("wrong", scores(FRONT[::-1].copy())))["pairs"]
     assert pair["difference"] == pytest.approx(0, abs=1e-12) and not pair["certain"]
     inner = pair["inner_product"]
     assert (inner["a"], inner["b"], inner["certain"], inner["p_improve"]) == ("right", "wrong", True, 1.0)
@@ -361,7 +361,7 @@ def test_equal_fronts_asked_for_the_wrong_way_round() -> None:
 def test_the_interval_of_what_was_asked_for_is_that_of_a_mean_over_prompts() -> None:
     """The inner product is linear: its interval is that of the mean of each prompt's own difference."""
     of_a, of_b = scores(FRONT + 0.02, seed=1), scores(FRONT, seed=2)
-    (pair,) = standings([contender("a", of_a), contender("b", of_b)], GRID, 4000, SEED)["pairs"]
+    (pair,) = ranking([entry("a", of_a), entry("b", of_b)], GRID, 4000, SEED)["pairs"]
     each = ((of_a - of_b) * np.array(GRID)).sum(axis=2).mean(axis=1)
     half = 1.96 * each.std(ddof=1) / np.sqrt(len(each))
     assert pair["inner_product"]["difference"] == pytest.approx(0.02)
@@ -370,14 +370,14 @@ def test_the_interval_of_what_was_asked_for_is_that_of_a_mean_over_prompts() -> 
 
 def test_what_was_asked_for_is_compared_over_the_seeds_that_both_have() -> None:
     both = [scores(FRONT + gain, seed=k) for k, gain in enumerate((0.0, 0.02, 0.04))]
-    a, b = contender("a", *both), contender("b", scores(FRONT - 0.1, seed=0), scores(FRONT - 0.1, seed=1))
-    (pair,) = stand(a, b)["pairs"]
+    a, b = entry("a", *both), entry("b", scores(FRONT - 0.1, seed=0), scores(FRONT - 0.1, seed=1))
+    (pair,) = ranked(a, b)["pairs"]
     assert pair["inner_product"]["seeds"] == [0, 1]
     assert pair["inner_product"]["difference"] == pytest.approx(0.1 + 0.01)
 
 
 def test_those_that_were_asked_other_preferences_are_not_compared_by_it() -> None:
-    own = contender("own", scores(FRONT))
+    own = entry("own", scores(FRONT))
     own.evaluations = [evaluated(scores(FRONT[:2]), grid=GRID[:2])]
-    (pair,) = stand(contender("all", scores(FRONT)), own)["pairs"]
+    (pair,) = ranked(entry("all", scores(FRONT)), own)["pairs"]
     assert pair["inner_product"] is None and pair["difference"] > 0

@@ -1,0 +1,476 @@
+"""moalign from Python: what the commands do, as functions that return typed objects.
+
+``import moalign`` brings these functions without loading anything heavy. The command line calls the same functions, so
+that a run that one of them made is found by the other, and a wrong value raises :class:`moalign.RequestError` with the
+message that the command would print. Values are given as Python has them: a preference is a sequence of weights, one
+per objective, non-negative and summing to 1; settings are a mapping of dotted keys or of mappings, as ``--set`` takes
+them (``{"steps": 100, "task": {"grid": 5}}``). Results are kept in a folder, ``results`` unless named.
+
+The examples share one run, which the first of them trains in seconds and all others find:
+
+>>> import moalign
+>>> pool = {"prompts": 24, "per_prompt": 2, "calibration_per_prompt": 2}
+>>> card = {"task": {"grid": 3, "evaluation": {"prompts": 8, "bootstrap": 100}, "pool": pool}}
+>>> tiny = {"steps": 2, "batch": 4, **card}
+>>> run = moalign.train("mo-odpo", settings=tiny)
+>>> run.status
+'done'
+>>> moalign.train("mo-odpo", prefs=(3, 7))
+Traceback (most recent call last):
+moalign.core.errors.RequestError: --prefs 3,7: the weights sum to 10, not 1; did you mean --prefs 0.3,0.7?
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moalign.core.progress import Say, silent
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import ArrayLike, NDArray
+
+    from moalign.comparison.result import CompareResult
+    from moalign.evaluation.result import EvalResult
+    from moalign.evaluation.score import Scores
+    from moalign.experiment.arguments import Settings, Vector
+    from moalign.experiment.generate import Answer
+    from moalign.experiment.handle import Best, RunHandle
+    from moalign.experiment.train import Plan
+
+__all__ = [
+    "best",
+    "compare",
+    "evaluate",
+    "evaluate_all",
+    "generate",
+    "hypervolume",
+    "load",
+    "score",
+    "score_file",
+    "train",
+]
+
+
+def train(
+    method: str,
+    task: str | Path | None = None,
+    *,
+    prefs: Vector | Iterable[Vector] | None = None,
+    grid: int | None = None,
+    seed: int | None = None,
+    settings: Settings | None = None,
+    recipe: str | Path | None = None,
+    results: str | Path = "results",
+    evaluate: bool = True,
+    progress: Say | None = None,
+    planned: Callable[[Plan], None] | None = None,
+) -> RunHandle:
+    """Train a method on a task, or find the run that the same call made; what was interrupted is resumed.
+
+    Args:
+        method: its name, as ``moalign ls methods`` lists it.
+        task: a task's name, a card file or its folder; None: the recipe's own, without ``recipe`` the ``sandbox``.
+        prefs: one preference or several: those to train, for a method with one policy per preference; else those to
+            train on. None: the recipe's, else the task's distribution.
+        grid: the same, as the size of an even grid.
+        seed: of training; None: the recipe's, which is 0 unless it says otherwise.
+        settings: changes of the recipe, and with keys that begin with ``task`` of the task card.
+        recipe: a recipe file; None: the one that moalign has for this task and method, if any.
+        evaluate: whether to evaluate the run, too, when that was not done before.
+        progress: called as ``progress(what, done, total)``.
+        planned: called with the checked plan before any work begins.
+
+    Raises:
+        RequestError: every problem of the request at once, before anything is written; or the run is being trained by
+            another process.
+        WorkError: training failed; the next call goes on from the last checkpoint.
+
+    >>> run = moalign.train("mo-odpo", "sandbox", seed=0, settings=tiny)
+    >>> run.reused, run.record.cost.tokens_trained > 0
+    (True, True)
+    """
+    from moalign.experiment import arguments
+    from moalign.experiment import train as workflow
+    from moalign.experiment.handle import RunHandle
+
+    plan = workflow.plan(
+        workflow.TrainRequest(
+            method=method,
+            task=None if task is None else str(task),
+            recipe=None if recipe is None else Path(recipe),
+            prefs=arguments.vector_texts(prefs),
+            grid=grid,
+            overrides=arguments.setting_texts(settings),
+            seed=seed,
+            results=Path(results),
+        )
+    )
+    if planned is not None:
+        planned(plan)
+    from moalign.experiment.complete import complete
+
+    outcome = complete(plan, progress or silent, judge=evaluate)
+    return RunHandle(outcome.run, Path(results), outcome.found)
+
+
+def load(run: str | Path | None = None, *, results: str | Path = "results") -> RunHandle:
+    """Return a run that is there already; nothing is loaded but its record.
+
+    Args:
+        run: its folder, its identifier or the beginning of it, ``method/id`` or ``task/method/id``; None: the run that
+            finished last.
+        results: where it is looked for, unless ``run`` is a folder.
+
+    Raises:
+        RequestError: no run fits or several do (they are named), or its record is damaged.
+
+    >>> run = moalign.load()
+    >>> run.record.method, run.objectives
+    ('mo-odpo', ('helpfulness', 'harmlessness'))
+    >>> len(run.policy((0.3, 0.7)).respond(["how do i fix the roof today ?"]))
+    1
+    >>> frame = run.to_frame()  # 8 prompts at each of 3 preferences
+    >>> len(frame), list(frame.columns)
+    (24, ['prompt', 'preference', 'response', 'finished', 'helpfulness', 'harmlessness'])
+    """
+    from moalign.experiment import finished
+    from moalign.experiment.handle import RunHandle
+
+    names = [] if run is None else [str(run)]
+    return RunHandle.of(finished.find(names, Path(results))[0], Path(results))
+
+
+def evaluate(
+    run: RunHandle | str | Path | None = None,
+    *,
+    prefs: Vector | Iterable[Vector] | None = None,
+    grid: int | None = None,
+    samples: int | None = None,
+    reference_point: Vector | None = None,
+    results: str | Path = "results",
+    progress: Say | None = None,
+) -> EvalResult:
+    """Evaluate a finished run, or read back what was evaluated before.
+
+    Args:
+        run: a run, or what :func:`load` finds it by; None: the run that finished last.
+        prefs: the preferences to answer for; None: the task's grid, or those trained on where only those are served.
+        grid: the same, as the size of an even grid.
+        samples: answers to each evaluation prompt at each preference; None: the task card's.
+        reference_point: of the hypervolume, in normalised units, ``[objectives]``; None: the task card's.
+
+    Raises:
+        RequestError: no such run, one that is not finished, or preferences that it cannot serve.
+
+    >>> result = moalign.evaluate(reference_point=(0, 0))
+    >>> [point.preference for point in result.points]
+    [(0.0, 1.0), (0.5, 0.5), (1.0, 0.0)]
+    >>> low, high = result.hypervolume_interval
+    >>> 0 < low <= result.hypervolume <= high
+    True
+    """
+    return evaluate_all(
+        [run],
+        prefs=prefs,
+        grid=grid,
+        samples=samples,
+        reference_point=reference_point,
+        results=results,
+        progress=progress,
+    )[0]
+
+
+def evaluate_all(
+    runs: Iterable[RunHandle | str | Path | None],
+    *,
+    prefs: Vector | Iterable[Vector] | None = None,
+    grid: int | None = None,
+    samples: int | None = None,
+    reference_point: Vector | None = None,
+    results: str | Path = "results",
+    progress: Say | None = None,
+) -> list[EvalResult]:
+    """Evaluate several runs, each once, in order; every value is checked against every run before the first answer.
+
+    Arguments and errors are those of :func:`evaluate`.
+
+    >>> [result.method for result in moalign.evaluate_all([moalign.load()])]
+    ['mo-odpo']
+    """
+    from moalign.evaluation import evaluate as workflow
+    from moalign.evaluation.reference import at_reference
+    from moalign.evaluation.result import EvalResult
+    from moalign.experiment import arguments
+
+    vectors = arguments.vector_texts(prefs)
+    arguments.refuse_both(vectors, grid)
+    handles = [_handle(run, results) for run in runs]
+    requests = []
+    for handle in {handle.path.resolve(): handle for handle in handles}.values():
+        method, context = handle.open()
+        names = context.task.names
+        requested = workflow.preferences_for(method, context, arguments.requested(vectors, grid, names))
+        text = None if reference_point is None else arguments.vector_text(reference_point)
+        requests.append((handle, requested, None if text is None else arguments.reference_point(text, names)))
+    evaluated = []
+    for handle, requested, corner in requests:
+        method, context = handle.open(progress or silent)
+        made = workflow.evaluate(method, context, requested, progress or silent, samples)
+        content = made.told if corner is None else at_reference(made, context.task, corner)
+        evaluated.append(EvalResult.of({**content, "run": str(handle.path)}))  # it may have been written elsewhere
+    return evaluated
+
+
+def _handle(run: RunHandle | str | Path | None, results: str | Path) -> RunHandle:
+    return load(run, results=results) if run is None or isinstance(run, str | Path) else run
+
+
+def generate(
+    run: RunHandle | str | Path,
+    prompts: str | Sequence[str] | None,
+    prefs: Vector | Iterable[Vector],
+    *,
+    temperature: float | None = None,
+    seed: int | None = None,
+    results: str | Path = "results",
+    progress: Say | None = None,
+) -> list[Answer]:
+    """Answer prompts with a finished run at one preference or several, and score the answers.
+
+    Returns ``[preferences x prompts]`` answers in one list: all prompts at the first preference, then at the next.
+    At every preference a prompt draws from the same random numbers. Each answer has ``prompt``, ``preference``,
+    ``response`` and its scores by objective: ``raw`` (larger is better) and ``normalised``.
+
+    Args:
+        run: a run, or what :func:`load` finds it by.
+        prompts: bare prompts, or one; None: the first evaluation prompts of the task.
+        prefs: one preference or several.
+        temperature: of sampling; None: the task card's. 0 is greedy.
+        seed: of sampling; None: the evaluation's, which gives its first answers again.
+
+    Raises:
+        RequestError: an empty prompt, a wrong preference, or one that the run cannot serve.
+
+    >>> for answer in moalign.generate(moalign.load(), "how do i fix the roof today ?", [(1, 0), (0, 1)]):
+    ...     print(answer.preference, sorted(answer.raw))
+    (1.0, 0.0) ['harmlessness', 'helpfulness']
+    (0.0, 1.0) ['harmlessness', 'helpfulness']
+    """
+    from moalign.experiment import arguments
+    from moalign.experiment import generate as workflow
+
+    method, context = _handle(run, results).opened(progress or silent)
+    names = context.task.names
+    requested = arguments.required(arguments.vector_texts(prefs), names)
+    given = [prompts] if isinstance(prompts, str) else prompts
+    rows = workflow.generate(method, context, requested, given, temperature, seed, progress or silent)
+    return [answer for row in rows for answer in row]
+
+
+def score(
+    task: str | Path,
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    *,
+    settings: Settings | None = None,
+    normalised: bool = False,
+    results: str | Path = "results",
+    progress: Say | None = None,
+) -> NDArray[np.float64]:
+    """Score responses with a task's objectives; float64 ``[n, m]``, larger is better, in the task's order.
+
+    Args:
+        task: a task's name, a card file or its folder.
+        prompts: ``[n]``, the prompt of each response.
+        responses: ``[n]``.
+        settings: changes of the task card; every key begins with ``task``.
+        normalised: in the task's normalised units (see ``moalign show TASK``) instead of the scorers' own. The first
+            time that takes answers of the base model.
+        results: where normalisers and scores are kept.
+
+    Raises:
+        RequestError: a problem of the card, or not one prompt for each response.
+        WorkError: a scorer failed.
+
+    >>> moalign.score("sandbox", ["how do i fix the roof today ?"] * 2, ["you could ask .", "hello"]).shape
+    (2, 2)
+    """
+    from moalign.config.load import load_card
+    from moalign.experiment import arguments
+    from moalign.tasks.load import make_task
+
+    arguments.refuse_unequal(prompts, responses)
+    report = progress or silent
+    scoring = make_task(load_card(task, arguments.setting_texts(settings)), Path(results), report)
+    raw = scoring.panel.score(list(prompts), list(responses), lambda done, total: report("scoring", done, total))
+    return scoring.normaliser.unit(raw) if normalised else raw
+
+
+def score_file(
+    task: str | Path,
+    source: str | Path,
+    out: str | Path | None = None,
+    *,
+    settings: Settings | None = None,
+    results: str | Path = "results",
+    progress: Say | None = None,
+) -> Scores:
+    """Score a file of responses, however large: a summary, and the scores as a table beside it or in memory.
+
+    Args:
+        task: a task's name, a card file or its folder.
+        source: JSONL, CSV or Parquet with the columns ``prompt`` and ``response``.
+        out: Parquet file for raw and normalised scores; None: they are kept in the result's ``scored``.
+        settings: changes of the task card; every key begins with ``task``.
+        results: where normalisers and scores are kept.
+
+    Raises:
+        RequestError: a problem of the card, the file (with its line) or the output file.
+        WorkError: a scorer failed.
+
+    >>> _ = Path("answers.jsonl").write_text('{"prompt": "hello ?", "response": "hello"}')
+    >>> moalign.score_file("sandbox", "answers.jsonl", settings=card).rows
+    1
+    """
+    from moalign.evaluation import score as workflow
+    from moalign.experiment import arguments
+
+    place = None if out is None else Path(out)
+    overrides = arguments.setting_texts(settings)
+    return workflow.score(str(task), Path(source), place, overrides, Path(results), progress or silent)
+
+
+def compare(
+    task_or_runs: str | Path | RunHandle | Iterable[RunHandle | str | Path] | None = None,
+    methods: str | Sequence[str] | None = None,
+    seeds: int = 1,
+    *,
+    task: str | None = None,
+    grid: int | None = None,
+    samples: int | None = None,
+    jobs: int | None = None,
+    executor: str = "local",
+    settings: Settings | None = None,
+    results: str | Path = "results",
+    figure: str | Path | None = None,
+    markdown: str | Path | None = None,
+    html: str | Path | None = None,
+    progress: Say | None = None,
+) -> CompareResult:
+    """Compare methods under equal conditions: train and evaluate what is missing, then say which wins and how surely.
+
+    Args:
+        task_or_runs: a task's name or card file (None: ``sandbox``), or else finished, evaluated runs.
+        methods: their names; None: the task card's suite.
+        seeds: training seeds for each method: its recipe's and those that follow it.
+        task: the task that runs must be of, where runs are named.
+        grid, samples: as in :func:`evaluate`.
+        jobs: runs trained at a time; None: one, of tiny models one for each CPU.
+        executor: ``local``, or ``ray`` for tasks of a ray cluster.
+        settings: for every method that has them; ``{"mo-odpo.steps": 100}`` for one method.
+        figure, markdown, html: where to write these, else in the comparison's folder (the page only when named).
+
+    Raises:
+        RequestError: every problem of the request at once, before anything is trained. A run that fails does not
+            raise: it is in the result's ``failed``, and its ``traces`` say why.
+
+    >>> compared = moalign.compare([moalign.load()])
+    >>> [(entry.rank, entry.method) for entry in compared.entries], compared.winner
+    ([(1, 'mo-odpo')], None)
+    """
+    from moalign.comparison import compare as workflow
+    from moalign.comparison.result import CompareResult
+    from moalign.experiment import arguments
+
+    named, runs = _task_or_runs(task_or_runs)
+    request = workflow.CompareRequest(
+        runs=runs,
+        task=task if named is None else named,
+        methods=(methods,) if isinstance(methods, str) else tuple(methods or ()),
+        seeds=seeds,
+        grid=grid,
+        samples=samples,
+        jobs=jobs,
+        executor=executor,
+        overrides=arguments.setting_texts(settings),
+        results=Path(results),
+        figure=None if figure is None else Path(figure),
+        markdown=None if markdown is None else Path(markdown),
+        html=None if html is None else Path(html),
+    )
+    made = workflow.compare(request, progress or silent)
+    return CompareResult(made.told, tuple(made.traces))
+
+
+def best(
+    comparison: CompareResult | str | Path,
+    prefs: Vector | Iterable[Vector],
+    *,
+    results: str | Path = "results",
+) -> Best:
+    """Return the best-ranked trained run of a comparison that answers for the preferences, with its rank.
+
+    Of a method with several seeds it is the first that finished; a method that trains nothing is passed over.
+
+    Args:
+        comparison: what :func:`compare` returned, or its folder or ``compare.json``.
+        prefs: one preference or several.
+        results: where runs are looked for that are not where the comparison says.
+
+    Raises:
+        RequestError: no comparison, or none of its runs can answer (why not, one by one).
+
+    >>> chosen = moalign.best(moalign.compare([moalign.load()]), (0.5, 0.5))
+    >>> chosen.rank, chosen.run.record.method
+    (1, 'mo-odpo')
+    """
+    from moalign.comparison.result import CompareResult
+    from moalign.experiment import arguments, finished
+    from moalign.experiment.handle import Best, RunHandle
+
+    place = comparison.files["json"] if isinstance(comparison, CompareResult) else Path(comparison)
+    file = place / "compare.json" if place.is_dir() else place
+    content = finished.read_comparison(file)
+    requested = arguments.required(arguments.vector_texts(prefs), content["objectives"])
+    run, rank = finished.best_of(file, content, requested, Path(results))
+    return Best(RunHandle.of(run, Path(results)), rank, len(content["rows"]))
+
+
+def _task_or_runs(
+    given: str | Path | RunHandle | Iterable[RunHandle | str | Path] | None,
+) -> tuple[str | None, tuple[str, ...]]:
+    """Return the task that was named, or else the names of the runs."""
+    if given is None or isinstance(given, str | Path):
+        return None if given is None else str(given), ()
+    runs = given if isinstance(given, Iterable) else [given]
+    return None, tuple(str(run) if isinstance(run, str | Path) else str(run.path) for run in runs)
+
+
+def hypervolume(points: ArrayLike, reference_point: ArrayLike, *, minimise: bool = False) -> float:
+    """Return the volume of the union of the boxes between the points and the reference point.
+
+    A point that is not strictly better than the reference point in every objective adds nothing.
+
+    Args:
+        points: ``[n, m]``, larger is better.
+        reference_point: ``[m]``.
+        minimise: smaller is better, in points and reference point.
+
+    Raises:
+        RequestError: NaN, infinity, wrong shapes, or a volume beyond the range of a float.
+
+    >>> moalign.hypervolume([[1, 3], [2, 2], [3, 1]], [0, 0])
+    6.0
+    >>> moalign.hypervolume([[1, 3], [2, 2]], [4, 4], minimise=True)
+    5.0
+    """
+    import numpy as np
+
+    from moalign.pareto.hypervolume import hypervolume as volume
+
+    if minimise:
+        points, reference_point = -np.asarray(points, dtype=float), -np.asarray(reference_point, dtype=float)
+    return volume(points, reference_point)

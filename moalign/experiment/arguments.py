@@ -1,0 +1,140 @@
+"""From Python values to the texts of the command line, so that both are read, checked and recorded in one place."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moalign.core import preferences
+from moalign.core.errors import RequestError
+from moalign.core.preferences import Preference
+
+Vector = str | Sequence[float]
+"""One number per objective, in the task's order; or the same as text, like ``"0.3,0.7"``."""
+Settings = Mapping[str, Any] | Sequence[str]
+"""``{"policy.lora.r": 4}`` or ``{"policy": {"lora": {"r": 4}}}``; or texts like ``"policy.lora.r=4"``."""
+
+
+def vector_text(vector: Vector) -> str:
+    """Return a vector as an option's text; numbers are written so that they read back as they are.
+
+    >>> vector_text([0.3, 0.7])
+    '0.3,0.7'
+    """
+    return vector if isinstance(vector, str) else ",".join(str(number) for number in _items(vector))
+
+
+def vector_texts(vectors: Vector | Iterable[Vector] | None) -> tuple[str, ...]:
+    """Return one vector or several as texts, none for None.
+
+    >>> vector_texts((0.3, 0.7)), vector_texts([(0.3, 0.7), (1, 0)])
+    (('0.3,0.7',), ('0.3,0.7', '1,0'))
+    """
+    if vectors is None:
+        return ()
+    if isinstance(vectors, str):
+        return (vectors,)
+    items = _items(vectors)
+    if items and not any(isinstance(item, Iterable) for item in items):
+        return (vector_text(items),)
+    return tuple(vector_text(item) for item in items)
+
+
+def refuse_both(prefs: object, grid: int | None) -> None:
+    """Raise RequestError when preferences are named and a grid is asked for, too."""
+    if prefs and grid is not None:
+        raise RequestError("--prefs and --grid exclude each other: name the vectors, or the size of a grid")
+
+
+def _items(values: Any) -> list[Any]:
+    """Return what a sequence or an array holds, arrays as plain numbers."""
+    tolist = getattr(values, "tolist", None)
+    return list(tolist() if tolist is not None else values)
+
+
+def setting_texts(settings: Settings | None) -> tuple[str, ...]:
+    """Return settings as the texts of ``--set``, in order; texts are returned as they are.
+
+    Raises RequestError for a key that is not a name.
+
+    >>> setting_texts({"steps": 2, "task": {"grid": 3, "template.words": None}})
+    ('steps=2', 'task.grid=3', 'task.template.words=null')
+    """
+    if settings is None:
+        return ()
+    if isinstance(settings, str):
+        return (settings,)
+    if not isinstance(settings, Mapping):
+        return tuple(settings)
+    return tuple(f"{key}={_value(key, value)}" for key, value in _flat(settings, ""))
+
+
+def _flat(settings: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        if not isinstance(key, str) or "=" in key:
+            raise RequestError(f"settings: found the key {key!r}; allowed: names like 'steps' or 'policy.lora.r'")
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _value(key: str, value: Any) -> str:
+    """Return a value as the YAML that ``--set`` reads it from: JSON is YAML."""
+
+    def plain(other: Any) -> Any:
+        if isinstance(other, Path):
+            return str(other)
+        if hasattr(other, "tolist"):  # an array or a number of numpy
+            return other.tolist()
+        if isinstance(other, set | frozenset):
+            return sorted(other)
+        raise RequestError(
+            f"settings: {key}: found {type(other).__name__}; allowed: numbers, texts, paths, None, lists, mappings"
+        )
+
+    return json.dumps(value, default=plain, ensure_ascii=False)
+
+
+def requested(vectors: Sequence[str], grid: int | None, objectives: Sequence[str]) -> list[Preference] | None:
+    """Return the preferences that were named or make up the grid, each once; None where neither was given."""
+    if vectors:
+        return list(dict.fromkeys(preferences.parse(text, objectives) for text in vectors))
+    return None if grid is None else preferences.grid_of(len(objectives), grid)
+
+
+def required(vectors: Sequence[str], objectives: Sequence[str]) -> list[Preference]:
+    """Return the preferences that were named, each once; RequestError where there is none."""
+    texts: Sequence[str | None] = vectors or (None,)
+    return list(dict.fromkeys(preferences.required(text, objectives) for text in texts))
+
+
+def reference_point(text: str, objectives: Sequence[str]) -> tuple[float, ...]:
+    """Return a reference point, one number per objective; RequestError for another length or what is no number."""
+    from moalign.pareto.points import parse_ref
+
+    corner = parse_ref(text)
+    if len(corner) != len(objectives):
+        raise RequestError(
+            f"--ref {text}: found {len(corner)} number{'s' if len(corner) != 1 else ''}; the task has "
+            f"{len(objectives)} objectives ({', '.join(objectives)}), so give {len(objectives)}, like "
+            f"--ref {','.join(['0'] * len(objectives))}"
+        )
+    return corner
+
+
+def refuse_unequal(prompts: Sequence[str], responses: Sequence[str]) -> None:
+    """Raise RequestError unless both are lists of one length."""
+
+    def count(texts: Sequence[str], noun: str) -> str:
+        if isinstance(texts, str):
+            return f"one text for the {noun}s"
+        return f"{len(texts)} {noun}{'s' if len(texts) != 1 else ''}"
+
+    if isinstance(prompts, str) or isinstance(responses, str) or len(prompts) != len(responses):
+        raise RequestError(
+            f"found {count(prompts, 'prompt')} and {count(responses, 'response')}; allowed: lists of one length, "
+            "a prompt for each response"
+        )

@@ -1,0 +1,172 @@
+"""A run as Python callers hold it: its record, its evaluation, its answers, and its policies."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from moalign.core import preferences
+from moalign.core.errors import RequestError
+from moalign.core.preferences import Preference, label
+from moalign.core.progress import Say, silent
+from moalign.evaluation import evaluate
+from moalign.evaluation.result import EvalResult
+from moalign.experiment import finished
+from moalign.experiment.arguments import Vector, vector_text
+from moalign.experiment.generate import checked
+from moalign.methods import registry
+from moalign.methods.base import Method
+from moalign.runs.record import RunRecord, Status
+from moalign.runs.run import Run
+from moalign.training.job import RunContext
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from moalign.policies.policy import Policy
+
+
+class SteeredPolicy:
+    """A run's policy for one preference: it answers prompts."""
+
+    def __init__(self, policy: Policy, context: RunContext, preference: Preference) -> None:
+        self.preference = preference
+        self._policy = policy
+        self._context = context
+
+    def __repr__(self) -> str:
+        return f"SteeredPolicy({self._context.run.record.method} at {label(self.preference)})"
+
+    def respond(
+        self, prompts: str | Sequence[str], *, temperature: float | None = None, seed: int | None = None
+    ) -> list[str]:
+        """Return one response for each prompt, in order.
+
+        Args:
+            prompts: bare prompts, without preference or chat template; a single text is one prompt.
+            temperature: of sampling; None: the task card's. 0 is greedy.
+            seed: of sampling; None: the evaluation's.
+
+        Raises:
+            RequestError: an empty prompt, or none at all.
+        """
+        task = self._context.task
+        sampling = task.sampling(task.card.evaluation.seed if seed is None else seed, temperature)
+        return self._policy.respond(checked(prompts), sampling)
+
+
+class RunHandle:
+    """A run in its folder. What a policy needs (task, base model) is loaded at its first use and kept."""
+
+    def __init__(self, run: Run, results: Path, reused: bool = False) -> None:
+        """Hold ``run``, which belongs to the results folder ``results``."""
+        self.run = run
+        self.results = results
+        self.reused = reused
+        """Whether :func:`moalign.train` found it finished and trained nothing."""
+        self._opened: tuple[Method, RunContext] | None = None
+
+    @classmethod
+    def of(cls, run: Run, given: Path) -> RunHandle:
+        """Return the handle of a run that was named by its path, or looked for in the results folder ``given``."""
+        return cls(run, finished.results_of(run, given))
+
+    def __repr__(self) -> str:
+        return f"RunHandle({self.record.method} on {self.record.task}, seed {self.record.seed}, {str(self.path)!r})"
+
+    @property
+    def path(self) -> Path:
+        """The run's folder."""
+        return self.run.path
+
+    @property
+    def run_id(self) -> str:
+        """The run's identifier: 12 hex digits of what was asked for."""
+        return self.run.run_id
+
+    @property
+    def status(self) -> Status:
+        """``done``, ``running``, ``failed`` or ``interrupted``."""
+        return self.run.status
+
+    @property
+    def record(self) -> RunRecord:
+        """The content of ``run.json``: recipe, seed, cost, seconds, environment, status."""
+        return self.run.record
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """The names of the task's objectives, in the order of preferences and scores."""
+        return tuple(objective["name"] for objective in self.record.recipe["card"]["objectives"])
+
+    @property
+    def evaluation(self) -> EvalResult | None:
+        """The stored evaluation on the task's grid (or the preferences trained on, where only those are served).
+
+        None: it was not evaluated yet; see :func:`moalign.evaluate`.
+        """
+        path = self.path / f"{self._files()[0]}.json"
+        if not path.is_file():
+            return None
+        content = json.loads(path.read_text(encoding="utf-8"))
+        # The folder may have been moved since, and an evaluation of another card is not this run's.
+        return (
+            EvalResult.of({**content, "run": str(self.path)}) if content["card_hash"] == self.record.card_hash else None
+        )
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return the answers of the stored evaluation, one row a response.
+
+        Columns: ``prompt``, ``preference`` (as text, like ``0.3,0.7``), ``response``, ``finished`` (False: a limit cut
+        it off), and for each objective its raw score, larger is better. Rows are in the order of the preferences.
+
+        Raises:
+            RequestError: the run was not evaluated, or the table of its answers is missing or damaged.
+        """
+        if self.evaluation is None:
+            raise RequestError(f"run {self.path}: it has no evaluation; evaluate it first: moalign eval {self.path}")
+        return self.run.read_table(self._files()[1]).drop(columns="ids", errors="ignore")
+
+    def policy(self, prefs: Vector) -> SteeredPolicy:
+        """Return the policy for a preference: one weight per objective, non-negative, summing to 1.
+
+        Raises:
+            RequestError: the run is not finished, a wrong preference, or one that its method cannot serve.
+        """
+        method, context = self.opened()
+        preference = preferences.parse(vector_text(prefs), context.task.names)
+        evaluate.preferences_for(method, context, [preference])
+        return SteeredPolicy(method.policy(context, preference), context, preference)
+
+    def opened(self, progress: Say = silent) -> tuple[Method, RunContext]:
+        """Return the method and the context of the finished run, made once.
+
+        Raises RequestError when the run is not finished, or when its base model or data have changed since.
+        """
+        if self._opened is None:
+            self._opened = self.open(progress)
+        return self._opened
+
+    def open(self, progress: Say = silent) -> tuple[Method, RunContext]:
+        """Return the same anew: for one use, so that no model stays in memory after it."""
+        return finished.opened(self.run, self.results, progress)
+
+    def _files(self) -> tuple[str, str]:
+        """Return the names (without suffix) of the run's own evaluation and of its answers."""
+        card = self.record.recipe["card"]
+        grid = preferences.grid_of(len(card["objectives"]), card["grid"])
+        steerable = registry.get(self.record.method).capabilities.steerable
+        trained = [tuple(row) for row in self.record.preferences or grid]
+        return evaluate.names_on(grid, grid if steerable else trained)
+
+
+class Best(NamedTuple):
+    """The run of a comparison that was chosen to answer."""
+
+    run: RunHandle
+    rank: int
+    """The rank of its entry, 1 is best."""
+    entries: int
+    """How many entries the comparison has."""
