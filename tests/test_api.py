@@ -330,6 +330,30 @@ def test_a_run_that_is_not_evaluated_says_so(trained: Any) -> None:
         Path("eval.json").rename(trained.path / "eval.json")
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [('{"hyper', "eval.json:1: not JSON"), ("[]", "not an evaluation"), ('{"points": []}', "not an evaluation")],
+)
+def test_a_damaged_evaluation_is_one_message_everywhere(trained: Any, capsys: Any, text: str, message: str) -> None:
+    path = trained.path / "eval.json"
+    whole = path.read_bytes()
+    path.write_text(text)
+    try:
+        for read in (lambda: trained.evaluation, trained.to_frame, lambda: moalign.evaluate(trained)):
+            with pytest.raises(
+                moalign.RequestError, match=rf"{message}.*evaluate again: moalign eval .*{trained.run_id}"
+            ):
+                read()
+        for verb in ("show", "eval"):
+            code, _ = command(capsys, verb, trained.run_id)
+            assert code == 2
+            assert message in STDERR[0] and "Traceback" not in STDERR[0]
+        code, _ = command(capsys, "ls", "runs")
+        assert code == 0 and message in STDERR[0]
+    finally:
+        path.write_bytes(whole)
+
+
 def test_compare_takes_a_task_or_runs(trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from moalign.comparison import compare as workflow
 

@@ -158,16 +158,15 @@ def _runs(results: Path) -> list[dict[str, Any]]:
 
 def _evaluation(path: Path) -> dict[str, Any]:
     """Return the run's evaluation on the task's grid; empty when there is none."""
-    import json
+    from moalign.runs.record import read_evaluation
 
     if not path.is_file():
         return {}
     try:
-        evaluation: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        output.warn(f"{path}: not JSON ({error})")
+        return read_evaluation(path)
+    except RequestError as error:
+        output.warn(str(error))
         return {}
-    return evaluation
 
 
 def _show_runs(rows: list[dict[str, Any]], results: Path) -> None:

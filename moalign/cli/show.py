@@ -238,16 +238,15 @@ def comment_of(line: str) -> str:
 
 
 def _run(run: Run, as_json: bool) -> None:
-    import json
-
     from moalign.cli.eval import show_points, show_summary
     from moalign.cli.train import cost_of, flat
     from moalign.config.describe import yaml_form
     from moalign.core.preferences import label
+    from moalign.runs.record import read_evaluation
 
     record = run.record
     path = run.path / "eval.json"
-    evaluation = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    evaluation = read_evaluation(path) if path.is_file() else None
     if as_json:
         content = record.model_dump(mode="json")
         output.as_json({**content, "status": run.status, "run": str(run.path), "evaluation": evaluation})

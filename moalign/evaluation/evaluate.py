@@ -12,7 +12,6 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +25,7 @@ from moalign.evaluation.divergence import KlToBase
 from moalign.lm import quality
 from moalign.methods.base import Method
 from moalign.pareto import front, hypervolume, indicators, statistics
+from moalign.runs.record import read_evaluation
 from moalign.tasks.task import Task, columns
 from moalign.training.job import RunContext
 
@@ -104,7 +104,7 @@ def evaluate(
     file, table_name = names(context.task, preferences, samples)
     path = context.run.path / f"{file}.json"
     if path.is_file():
-        record = _read(path)
+        record = read_evaluation(path)
         if record["card_hash"] == context.task.hash:
             stored = _scores(context, context.run.read_table(table_name), preferences, samples)
             return Evaluation({"samples": samples, **record}, stored)  # older records lack it
@@ -137,7 +137,7 @@ def evaluate(
     from moalign.runs import atomic
 
     atomic.write_json(path, record)
-    return Evaluation(_read(path), scores)
+    return Evaluation(read_evaluation(path), scores)
 
 
 def held_out(context: RunContext) -> list[Preference]:
@@ -336,8 +336,3 @@ def _indicators(grid: Matrix, means: Matrix) -> dict[str, Any]:
         "expected_utility": indicators.expected_utility(grid, means),
         "spacing": indicators.spacing(means),
     }
-
-
-def _read(path: Path) -> dict[str, Any]:
-    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return record

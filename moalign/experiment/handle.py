@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -18,7 +17,7 @@ from moalign.experiment.arguments import Vector, vector_text
 from moalign.experiment.generate import checked
 from moalign.methods import registry
 from moalign.methods.base import Method
-from moalign.runs.record import RunRecord, Status
+from moalign.runs.record import RunRecord, Status, read_evaluation
 from moalign.runs.run import Run
 from moalign.training.job import RunContext
 
@@ -105,12 +104,12 @@ class RunHandle:
     def evaluation(self) -> EvalResult | None:
         """The stored evaluation on the task's grid (or the preferences trained on, where only those are served).
 
-        None: it was not evaluated yet; see :func:`moalign.evaluate`.
+        None: it was not evaluated yet; see :func:`moalign.evaluate`. Raises RequestError when the file is damaged.
         """
         path = self.path / f"{self._files()[0]}.json"
         if not path.is_file():
             return None
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_evaluation(path)
         # The folder may have been moved since, and an evaluation of another card is not this run's.
         return (
             EvalResult.of({**content, "run": str(self.path)}) if content["card_hash"] == self.record.card_hash else None

@@ -91,6 +91,20 @@ def read(folder: Path) -> RunRecord:
         raise RequestError(f"{path}: not a run record of this moalign: {details}; {_REMEDY}") from error
 
 
+def read_evaluation(path: Path) -> dict[str, Any]:
+    """Return the content of a run's ``eval*.json``; RequestError when it is damaged, with what to do about it."""
+    remedy = f"remove it and evaluate again: moalign eval {path.parent}"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"{path}: cannot be read: {error}") from error
+    except json.JSONDecodeError as error:
+        raise RequestError(f"{path}:{error.lineno}: not JSON ({error.msg}); {remedy}") from error
+    if not isinstance(content, dict) or not {"card_hash", "points", "hypervolume"} <= set(content):
+        raise RequestError(f"{path}: not an evaluation that moalign wrote; {remedy}")
+    return content
+
+
 _REMEDY = "move the run's folder away to train it again"
 
 
