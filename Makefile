@@ -40,7 +40,7 @@ demo: $(STAMP)  ## train five methods on the sandbox and compare them: table, fi
 
 # Five answers to one question, from the shortest asked for to the richest; what the comparison's best method says.
 QUESTION := What should I know before I try to learn the guitar?
-# Half an hour on two cores instead of an hour: one answer to each of 24 questions, less training for the two trained.
+# Shorter than the recipes: one answer to each of 24 questions, and less training for the two methods that train.
 LLM_DEMO_SETTINGS := --set task.evaluation.samples=1 --set task.evaluation.prompts=24 --set ric.offline.steps=16 \
 	--set ric.online.steps=4 --set ric.online_prompts=64 --set ric.offline_part=32 --set mo-odpo.steps=16
 
