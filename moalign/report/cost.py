@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from moalign.report import style
 from moalign.report.style import Theme, ThemeName
+from moalign.report.units import machines
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,7 +33,8 @@ def draw(record: Mapping[str, Any], suffix: str = ".png", theme: ThemeName = "li
         panels = figure.subplots(2, 2, sharey=True).ravel().tolist()
         for panel, (unit, name) in zip(panels, UNITS.items(), strict=True):
             _panel(panel, rows, unit, colours)
-            panel.set_title(name, loc="left")
+            mixed = unit == "seconds" and len(machines(record)) > 1
+            panel.set_title(f"{name} (different machines: not comparable)" if mixed else name, loc="left")
         for panel in panels[::2]:
             panel.set_ylabel("hypervolume")
         if record["optimum"]:

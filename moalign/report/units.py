@@ -18,6 +18,17 @@ def number(value: float | None, digits: int = 3) -> str:
     return NONE if value is None else f"{value:.{digits}f}".replace(f"-{0:.{digits}f}", f"{0:.{digits}f}")
 
 
+def machines(record: Mapping[str, Any]) -> list[str]:
+    """Return the machines that a comparison's runs were trained on, by GPUs or else CPU; what is not known is left out.
+
+    >>> machines({"rows": [{"runs": [{"made": {"cpu": "C", "gpus": ["G"]}}, {"made": {"cpu": "C"}}, {"made": None}]}]})
+    ['G', 'C']
+    """
+    origins = [run.get("made") or {} for row in record["rows"] for run in row["runs"]]
+    names = [", ".join(origin.get("gpus") or []) or origin.get("cpu") for origin in origins]
+    return list(dict.fromkeys(filter(None, names)))
+
+
 def signed(value: float | None, digits: int = 3) -> str:
     """Return a number with its sign; what rounds to zero has none.
 

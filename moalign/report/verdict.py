@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moalign.report.units import interval, number, percent, signed
+from moalign.report.units import interval, machines, number, percent, signed
 
 COLLAPSED = 0.05
 """Share of collapsed responses at which a row gets a warning."""
@@ -34,6 +34,9 @@ def sentences(record: Mapping[str, Any]) -> list[str]:
         lines.append(f"{_listed(own)} {others}")
     if len(judged) > 1:
         lines.append(_seeds(judged))
+    different = machines(record)
+    if len(different) > 1:
+        lines.append(f"Trained on different machines ({'; '.join(different)}): times of training cannot be compared.")
     return lines
 
 

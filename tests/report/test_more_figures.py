@@ -22,6 +22,13 @@ BINS = [
 ]
 
 
+def test_times_of_different_machines_are_marked(record: dict[str, Any]) -> None:
+    assert "not comparable" not in texts(cost.draw, record)
+    record["rows"][0]["runs"][0]["made"] = {"cpu": "C", "gpus": ["G"]}
+    record["rows"][1]["runs"][0]["made"] = {"cpu": "C", "gpus": []}
+    assert "different machines: not comparable" in texts(cost.draw, record)
+
+
 @pytest.fixture
 def record(compared: Build) -> dict[str, Any]:
     found = compared({"alpha": 0.2, "beta": 0.0}, seeds=2)

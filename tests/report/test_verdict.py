@@ -88,6 +88,16 @@ def test_seeds_are_told(compared: Build) -> None:
     assert verdict.sentences(record)[-1].startswith("One training seed for a: ")
 
 
+def test_runs_of_different_machines_are_told(compared: Build) -> None:
+    told = compared({"a": 0.3, "b": 0.1})
+    made = [run for row in told["rows"] for run in row["runs"]]
+    for run in made:
+        run["made"] = {"cpu": "C", "gpus": []}
+    assert "machines" not in " ".join(verdict.sentences(told))
+    made[0]["made"] = {"cpu": "C", "gpus": ["G"]}
+    assert "(G; C): times of training cannot be compared." in verdict.sentences(told)[-1]
+
+
 def test_the_lead_is_seen_from_the_first(compared: Build) -> None:
     record = compared({"a": 0.0, "b": 0.2, "c": 0.1})
     leads = verdict.lead_over_each(record)
