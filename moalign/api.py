@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moalign.core.progress import Say, silent
+from moalign.core.progress import Progress, silent
 
 if TYPE_CHECKING:
     import numpy as np
@@ -65,7 +65,7 @@ def train(
     recipe: str | Path | None = None,
     results: str | Path = "results",
     evaluate: bool = True,
-    progress: Say | None = None,
+    progress: Progress | None = None,
     planned: Callable[[Plan], None] | None = None,
 ) -> RunHandle:
     """Train a method on a task, or find the run that the same call made; what was interrupted is resumed.
@@ -151,7 +151,7 @@ def evaluate(
     samples: int | None = None,
     reference_point: Vector | None = None,
     results: str | Path = "results",
-    progress: Say | None = None,
+    progress: Progress | None = None,
 ) -> EvalResult:
     """Evaluate a finished run, or read back what was evaluated before.
 
@@ -191,7 +191,7 @@ def evaluate_all(
     samples: int | None = None,
     reference_point: Vector | None = None,
     results: str | Path = "results",
-    progress: Say | None = None,
+    progress: Progress | None = None,
 ) -> list[EvalResult]:
     """Evaluate several runs, each once, in order; every value is checked against every run before the first answer.
 
@@ -236,7 +236,7 @@ def generate(
     temperature: float | None = None,
     seed: int | None = None,
     results: str | Path = "results",
-    progress: Say | None = None,
+    progress: Progress | None = None,
 ) -> list[Answer]:
     """Answer prompts with a finished run at one preference or several, and score the answers.
 
@@ -278,7 +278,7 @@ def score(
     settings: Settings | None = None,
     normalised: bool = False,
     results: str | Path = "results",
-    progress: Say | None = None,
+    progress: Progress | None = None,
 ) -> NDArray[np.float64]:
     """Score responses with a task's objectives; float64 ``[n, m]``, larger is better, in the task's order.
 
@@ -316,7 +316,7 @@ def score_file(
     *,
     settings: Settings | None = None,
     results: str | Path = "results",
-    progress: Say | None = None,
+    progress: Progress | None = None,
 ) -> Scores:
     """Score a file of responses, however large: a summary, and the scores as a table beside it or in memory.
 
@@ -358,7 +358,7 @@ def compare(
     figure: str | Path | None = None,
     markdown: str | Path | None = None,
     html: str | Path | None = None,
-    progress: Say | None = None,
+    progress: Progress | None = None,
 ) -> CompareResult:
     """Compare methods under equal conditions: train and evaluate what is missing, then say which wins and how surely.
 

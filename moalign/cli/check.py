@@ -35,7 +35,7 @@ def check(
     with output.working():
         report = workflow.check(recipe, tuple(set_ or ()), results)
     if as_json:
-        output.as_json(report.told())
+        output.as_json(report.as_dict())
     else:
         output.pairs(report.checked)
         for text in report.notes:

@@ -53,7 +53,7 @@ def generate(
     requested = [block[0].preference for block in blocks]
     single = len(blocks) == 1
     if as_json:
-        rows = [[answer.told() for answer in block] for block in blocks]
+        rows = [[answer.as_dict() for answer in block] for block in blocks]
         output.as_json(
             {
                 "run": str(handle.path),

@@ -75,9 +75,9 @@ def working() -> Iterator[Callable[[str, int, int], None]]:
 
     Yields a ``progress(what, done, total)`` as methods and evaluation expect it.
     """
-    from moalign.cli.progress import Progress
+    from moalign.cli.progress import ProgressDisplay
 
-    with contextlib.redirect_stdout(sys.stderr), Progress(sys.stderr) as progress:
+    with contextlib.redirect_stdout(sys.stderr), ProgressDisplay(sys.stderr) as progress:
         yield progress if listener is None else listener
 
 

@@ -46,7 +46,7 @@ def preview(
     with output.working():
         seen = workflow.preview(task, prompt, prefs, response, tuple(set_ or ()))
     if as_json:
-        output.as_json(seen.preview.told())
+        output.as_json(seen.preview.as_dict())
     else:
         _show(seen)
 

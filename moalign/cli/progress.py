@@ -20,7 +20,7 @@ SHOWN = 12
 """Bars on a terminal; finished ones make room for new ones."""
 
 
-class Progress:
+class ProgressDisplay:
     """Called as ``progress(what, done, total)``; use it as a context manager, so that bars are put away."""
 
     def __init__(

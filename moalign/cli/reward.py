@@ -63,8 +63,8 @@ def train(
     request = workflow.Asked(tuple(pairs or ()), task, model, revision, loss, tuple(set_ or ()), seed, results)
     with output.working() as progress:
         plan = workflow.plan(request, progress)
-    if plan.said is not None:
-        output.note(f"note: {plan.said}")
+    if plan.notice is not None:
+        output.note(f"note: {plan.notice}")
     if dry_run:
         _show_plan(plan, as_json)
         return
@@ -115,7 +115,7 @@ def _plan_json(request: RewardRequest) -> dict[str, Any]:
         "seed": request.seed,
         "pairs": sizes,
         "settings": request.settings.model_dump(mode="json"),
-        "said": request.said,
+        "said": request.notice,
     }
 
 

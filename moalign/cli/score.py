@@ -38,7 +38,7 @@ def score(
     with output.working() as progress:
         scores = api.score_file(task, source, out, settings=set_, results=results, progress=progress)
     if as_json:
-        output.as_json(scores.told())
+        output.as_json(scores.as_dict())
         return
     if out is None:
         _show_rows(scores)

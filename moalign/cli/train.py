@@ -74,7 +74,7 @@ def train(
 
 
 def _announce(plan: Plan) -> None:
-    status = plan.found.status if plan.found else None
+    status = plan.existing_run.status if plan.existing_run else None
     if status not in ("done", "running"):
         verb = "training" if status is None else f"resuming the {status} run of"
         output.note(f"{verb} {plan.method.name} on {plan.task.card.name}, seed {plan.seed}: {plan.folder}")
@@ -126,7 +126,7 @@ def _show_before_download(resolved: ResolvedRequest, report: Preflight, as_json:
 
 
 def _plan_json(plan: Plan, preview: Preflight) -> dict[str, Any]:
-    run, recipe = plan.found, plan.resolved.recipe
+    run, recipe = plan.existing_run, plan.resolved.recipe
     return {
         "dry_run": True,
         "run": str(plan.folder),

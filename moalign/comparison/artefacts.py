@@ -33,7 +33,7 @@ class OutputPaths:
         """The comparison's own folder: what was given no other path goes there."""
         return self.json.parent
 
-    def check(self) -> None:
+    def require_writable(self) -> None:
         """Raise RequestError for a wrong suffix or a path that cannot be written."""
         if self.figure.suffix not in style.FORMATS:
             raise RequestError(f"--figure {self.figure}: allowed: a name ending in {', '.join(style.FORMATS)}")

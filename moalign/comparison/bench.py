@@ -27,7 +27,7 @@ from moalign.comparison.timed import Stamp, TimingRequest
 from moalign.config.card import TaskCard
 from moalign.config.strict import Strict
 from moalign.core.errors import RequestError
-from moalign.core.progress import Say, silent
+from moalign.core.progress import Progress, silent
 from moalign.runs import environment
 
 STEPS = 8
@@ -66,7 +66,7 @@ class Bench:
         return 1 if self.told["failed"] else 0
 
 
-def bench(request: BenchRequest, say: Say = silent) -> Bench:
+def bench(request: BenchRequest, progress: Progress = silent) -> Bench:
     """Measure the methods one after the other; one that fails is a row of status ``failed``, and the others go on.
 
     Raises:
@@ -82,7 +82,7 @@ def bench(request: BenchRequest, say: Say = silent) -> Bench:
         if not request.methods:
             works = [work for work in works if work.method.capabilities.trains]
         result = Bench({})
-        rows = list(_rows(works, card, request, Path(results), say, result.traces))
+        rows = list(_rows(works, card, request, Path(results), progress, result.traces))
     machines = [row.pop("machine") for row in rows]
     result.told = {
         "task": card.name,
@@ -95,14 +95,14 @@ def bench(request: BenchRequest, say: Say = silent) -> Bench:
 
 
 def _rows(
-    works: Sequence[Work], card: TaskCard, request: BenchRequest, results: Path, say: Say, traces: list[str]
+    works: Sequence[Work], card: TaskCard, request: BenchRequest, results: Path, progress: Progress, traces: list[str]
 ) -> Iterator[dict[str, Any]]:
     """Yield a row per method; the very first process makes the base and the normaliser and is not measured."""
     for number, work in enumerate(works):
         timing = _timing_request(work, card, request.steps, results)
         for prepare in [True, False] if number == 0 else [False]:
             title = "preparing" if prepare else f"{work.method.name} ({number + 1}/{len(works)})"
-            answer = _answer(timing, prepare, title, say)
+            answer = _answer(timing, prepare, title, progress)
             if "error" in answer:
                 break
         shutil.rmtree(results / "runs", ignore_errors=True)  # or the next method would reuse its experts
@@ -144,7 +144,7 @@ def shortened(config: Strict, limits: Mapping[str, int], above: str = "") -> Ite
             yield f"{above}{key}", 1
 
 
-def _answer(request: TimingRequest, prepare: bool, title: str, say: Say) -> dict[str, Any]:
+def _answer(request: TimingRequest, prepare: bool, title: str, progress: Progress) -> dict[str, Any]:
     """Measure in a process; returns its measurements, or ``{"error": ...}`` when it failed or died."""
     started = TimingRequest(**{**vars(request), "started": time.time(), "prepare": prepare})
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as messages:
@@ -156,7 +156,7 @@ def _answer(request: TimingRequest, prepare: bool, title: str, say: Say) -> dict
             text=True,
         )
         try:
-            answer = _read(child, title, say)
+            answer = _read(child, title, progress)
             code = child.wait()
         finally:
             _end(child)
@@ -165,7 +165,7 @@ def _answer(request: TimingRequest, prepare: bool, title: str, say: Say) -> dict
         return {"error": _failure(messages, code)}
 
 
-def _read(child: subprocess.Popen[str], title: str, say: Say) -> dict[str, Any] | None:
+def _read(child: subprocess.Popen[str], title: str, progress: Progress) -> dict[str, Any] | None:
     """Pass a process's progress on; returns its final message, or None when it died without one."""
     assert child.stdout is not None
     for line in child.stdout:
@@ -173,11 +173,11 @@ def _read(child: subprocess.Popen[str], title: str, say: Say) -> dict[str, Any] 
             message = json.loads(line)
         except ValueError:
             continue  # cut off when the process was killed
-        if "say" in message:
-            what, done, total = message["say"]
-            say(f"{title}: {what}", done, total)
+        if "progress" in message:
+            what, done, total = message["progress"]
+            progress(f"{title}: {what}", done, total)
         else:
-            return message.get("told", message)
+            return message.get("result", message)
     return None
 
 

@@ -25,7 +25,7 @@ from moalign.config.recipe import Recipe, ReportedSpec
 from moalign.core import preferences
 from moalign.core.errors import RequestError, unknown
 from moalign.core.preferences import Preference
-from moalign.core.progress import Say, silent
+from moalign.core.progress import Progress, silent
 from moalign.experiment.train import DEFAULT_TASK, TrainRequest, context_of, plan
 from moalign.methods import registry
 from moalign.methods.base import Method
@@ -79,7 +79,7 @@ class Comparison:
         return 1 if self.told["failed"] else 0
 
 
-def compare(request: CompareRequest, say: Say = silent) -> Comparison:
+def compare(request: CompareRequest, progress: Progress = silent) -> Comparison:
     """Compare methods or runs; writes JSON, figure and Markdown.
 
     Runs that fail stay visible as rows of status ``failed`` (or ``partial``); the others go on.
@@ -93,8 +93,8 @@ def compare(request: CompareRequest, say: Say = silent) -> Comparison:
     samples = _samples(request, card)
     _refuse_lost_answers(works, card, requested, samples)
     paths = _output_paths(request, works, card, card_hash)
-    jobs.train_missing(works, request.executor, request.jobs, say)
-    jobs.evaluate_all(works, requested, say, keep=not request.runs, samples=samples)
+    jobs.train_missing(works, request.executor, request.jobs, progress)
+    jobs.evaluate_all(works, requested, progress, keep=not request.runs, samples=samples)
     _refuse_not_finite(works, card)
     _same_bounds(works)
     grid = requested or preferences.grid_of(len(card.objectives), card.grid)
@@ -135,7 +135,7 @@ def plan_all(request: CompareRequest) -> tuple[list[Work], TaskCard, str]:
             problems += error.problems
     if problems:
         raise RequestError(*dict.fromkeys(problems))
-    busy = [work.plan.found for work in works if work.plan is not None and work.plan.found is not None]
+    busy = [work.plan.existing_run for work in works if work.plan is not None and work.plan.existing_run is not None]
     problems += [run.busy() for run in busy if run.status == "running"]
     if problems:
         raise RequestError(*problems)
@@ -393,5 +393,5 @@ def _output_paths(request: CompareRequest, works: Sequence[Work], card: TaskCard
         request.markdown or folder / "compare.md",
         request.html,
     )
-    paths.check()
+    paths.require_writable()
     return paths

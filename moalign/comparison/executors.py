@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from moalign.core.errors import WorkError, unknown
-from moalign.core.progress import Say, silent
+from moalign.core.progress import Progress, silent
 
 NAMES = ("local", "ray")
 
@@ -38,10 +38,10 @@ that was already running does not have them."""
 class Executor(Protocol):
     """Runs jobs, several at a time from as many threads."""
 
-    def run(self, command: Sequence[str], say: Say = silent) -> tuple[int, str]:
+    def run(self, command: Sequence[str], progress: Progress = silent) -> tuple[int, str]:
         """Run ``moalign`` with these arguments to its end; return (exit code, stderr).
 
-        ``say`` receives its progress where that is known, from any thread.
+        ``progress`` receives its progress where that is known, from any thread.
 
         Raises WorkError when it could not be run at all, or was lost.
         """
@@ -111,7 +111,7 @@ class Child:
             env={**os.environ, **settings},
         )
         self._answers: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._say: Say = silent
+        self._say: Progress = silent
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
@@ -124,9 +124,9 @@ class Child:
                 self._answers.put(line)
         self._answers.put("")
 
-    def run(self, command: Sequence[str], say: Say) -> tuple[int, str]:
+    def run(self, command: Sequence[str], progress: Progress) -> tuple[int, str]:
         """Run ``moalign`` with these arguments; return (exit code, stderr)."""
-        self._say = say
+        self._say = progress
         begin = self._messages.seek(0, os.SEEK_END)
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it has ended: its exit code says how
@@ -166,12 +166,12 @@ class Processes:
         self._idle: list[Child] = []
         self._stopping = False
 
-    def run(self, command: Sequence[str], say: Say = silent) -> tuple[int, str]:
+    def run(self, command: Sequence[str], progress: Progress = silent) -> tuple[int, str]:
         """Run ``moalign`` with these arguments; return (exit code, stderr)."""
 
         def one_at_a_time(what: str, done: int, total: int) -> None:
             with self._reporting:
-                say(what, done, total)
+                progress(what, done, total)
 
         with self._lock:
             if self._stopping:
@@ -230,7 +230,7 @@ class RayTasks:
         self._alive: set[Any] = set()
         self._stopping = False
 
-    def run(self, command: Sequence[str], say: Say = silent) -> tuple[int, str]:
+    def run(self, command: Sequence[str], progress: Progress = silent) -> tuple[int, str]:
         """Run ``moalign`` with these arguments as a task; return (exit code, stderr); its progress is not known."""
         with self._lock:
             if self._stopping:

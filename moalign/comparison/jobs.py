@@ -24,7 +24,7 @@ from moalign.config.card import TaskCard
 from moalign.core import preferences
 from moalign.core.errors import MoalignError, RequestError, WorkError
 from moalign.core.preferences import Preference
-from moalign.core.progress import Say
+from moalign.core.progress import Progress
 from moalign.evaluation import evaluate
 from moalign.evaluation.evaluate import Evaluation
 from moalign.experiment import train
@@ -120,7 +120,7 @@ def _default_recipe(task: str, method: str) -> str | None:
 # --- training ---------------------------------------------------------------------------------------------------
 
 
-def train_missing(works: Sequence[Work], executor: str, jobs: int | None, say: Say) -> None:
+def train_missing(works: Sequence[Work], executor: str, jobs: int | None, progress: Progress) -> None:
     """Train what is not trained yet, ``jobs`` at a time.
 
     Args:
@@ -131,40 +131,40 @@ def train_missing(works: Sequence[Work], executor: str, jobs: int | None, say: S
     missing = [work for work in works if not _finished(work)]
     if not missing:
         return
-    task = _prepare(missing[0], say)
+    task = _prepare(missing[0], progress)
     if executor == "local" and jobs is None:
         jobs = slots.requested() or slots.slots(task)
     if executor == "local" and (jobs == 1 or len(missing) == 1):
-        train_here(missing, say)
+        train_here(missing, progress)
     else:
-        train_apart(missing, executor, jobs, say)
+        train_apart(missing, executor, jobs, progress)
 
 
-def train_here(works: Sequence[Work], say: Say) -> None:
+def train_here(works: Sequence[Work], progress: Progress) -> None:
     """Train one run after another in this process (they share its imports)."""
     for number, work in enumerate(works, start=1):
         with _failure_kept(work):
             assert work.plan is not None
             fresh_peak()
-            work.run, _ = train.train(work.plan, prefixed(say, f"{work.name} ({number}/{len(works)})"))
+            work.run, _ = train.train(work.plan, prefixed(progress, f"{work.name} ({number}/{len(works)})"))
         work.plan = None  # frees its task and model before the next one loads its own
         gc.collect()
 
 
-def train_apart(works: Sequence[Work], executor: str, jobs: int | None, say: Say) -> None:
+def train_apart(works: Sequence[Work], executor: str, jobs: int | None, progress: Progress) -> None:
     """Train runs in other processes, ``jobs`` at a time (None: all that find room).
 
     A process that crashes or is killed fails its own run only. An interruption is passed on to all of them.
     """
     with executors.opened(executor) as pool, ThreadPoolExecutor(max_workers=jobs or len(works)) as threads:
-        waiting = {threads.submit(pool.run, work.command, prefixed(say, work.name)): work for work in works}
+        waiting = {threads.submit(pool.run, work.command, prefixed(progress, work.name)): work for work in works}
         try:
-            say("training", 0, len(works))
+            progress("training", 0, len(works))
             for number, future in enumerate(as_completed(waiting), start=1):
                 work = waiting[future]
                 with _failure_kept(work):
                     _collect(work, *future.result())
-                say(f"training: {work.name} {'failed' if work.error else 'done'}", number, len(works))
+                progress(f"training: {work.name} {'failed' if work.error else 'done'}", number, len(works))
         except BaseException:
             pool.stop()
             threads.shutdown(cancel_futures=True)
@@ -174,7 +174,7 @@ def train_apart(works: Sequence[Work], executor: str, jobs: int | None, say: Say
 def _collect(work: Work, code: int, messages: str) -> None:
     """Take over the run that a process made, or raise WorkError with the process's messages."""
     assert work.plan is not None
-    run = work.plan.found
+    run = work.plan.existing_run
     work.plan = None
     if code == 0 and run is not None and run.record.status == "done":
         work.run = run
@@ -192,17 +192,17 @@ def _collect(work: Work, code: int, messages: str) -> None:
 def _finished(work: Work) -> bool:
     """Whether the run is there already; it is then taken over."""
     if work.run is None and work.plan is not None:
-        run = work.plan.found
+        run = work.plan.existing_run
         if run is not None and run.record.status == "done":
             work.run, work.plan = run, None
     return work.run is not None
 
 
-def _prepare(work: Work, say: Say) -> Task:
+def _prepare(work: Work, progress: Progress) -> Task:
     """Make what all methods share, so that it counts as the cost of none: imports, base, normaliser."""
     assert work.plan is not None
     task = work.plan.task
-    task.say = prefixed(say, "preparing")
+    task.progress = prefixed(progress, "preparing")
     for name in HEAVY:
         importlib.import_module(name)
     _ = task.normaliser
@@ -230,7 +230,7 @@ def fresh_peak() -> None:
 def evaluate_all(
     works: Sequence[Work],
     requested: Sequence[Preference] | None,
-    say: Say,
+    progress: Progress,
     keep: bool = True,
     samples: int | None = None,
 ) -> None:
@@ -245,7 +245,7 @@ def evaluate_all(
     for number, work in enumerate(trained, start=1):
         with _failure_kept(work, RequestError if not keep else ()):
             assert work.run is not None
-            progress = prefixed(say, f"{work.name} ({number}/{len(trained)})")
+            progress = prefixed(progress, f"{work.name} ({number}/{len(trained)})")
             method, context = train.context_of(work.run, results_of(work.run), progress)
             vectors = evaluate.preferences_for(method, context, _served(method, context, requested))
             work.evaluation = evaluate.evaluate(method, context, vectors, progress, samples)
@@ -277,7 +277,7 @@ def lost_answers(
     work: Work, card: TaskCard, requested: Sequence[Preference] | None, samples: int | None = None
 ) -> str | None:
     """Return an error message when a finished run has an evaluation without its table of answers, else None."""
-    run = work.run if work.run is not None else work.plan.found if work.plan is not None else None
+    run = work.run if work.run is not None else work.plan.existing_run if work.plan is not None else None
     if run is None:
         return None
     file, table = _evaluation_of(work, run, card, requested, samples)
@@ -323,10 +323,10 @@ def _failure_kept(work: Work, passing: type[Exception] | tuple[()] = ()) -> Iter
         work.trace = traceback.format_exc()
 
 
-def prefixed(say: Say, prefix: str) -> Say:
-    """Return a ``say`` that puts ``prefix: `` before every message."""
+def prefixed(progress: Progress, prefix: str) -> Progress:
+    """Return a ``progress`` that puts ``prefix: `` before every message."""
 
     def report(what: str, done: int, total: int) -> None:
-        say(f"{prefix}: {what}", done, total)
+        progress(f"{prefix}: {what}", done, total)
 
     return report

@@ -1,7 +1,7 @@
 """Time one method in a process of its own; ``moalign bench`` starts it as ``python -m moalign.comparison.timed``.
 
 Its only argument is a :class:`TimingRequest` as JSON. The parent reads its stdout: one JSON object per line,
-``{"say": [what, done, total]}`` while it works and at the end ``{"told": {...}}`` or ``{"error": ..., "trace":
+``{"progress": [what, done, total]}`` while it works and at the end ``{"result": {...}}`` or ``{"error": ..., "trace":
 ...}``. Whatever a library prints goes to stderr.
 """
 
@@ -97,10 +97,10 @@ class TimedPlan(Plan):
 def measure(request: TimingRequest, write: Write) -> dict[str, Any]:
     """Train as requested; return times (seconds), time stamps, peaks (bytes) and the environment."""
 
-    def say(what: str, done: int, total: int) -> None:
-        write({"say": [what, done, total]})
+    def progress(what: str, done: int, total: int) -> None:
+        write({"progress": [what, done, total]})
 
-    say("starting", 0, 1)
+    progress("starting", 0, 1)
     train_request = TrainRequest(
         request.method,
         task=request.task,
@@ -108,20 +108,20 @@ def measure(request: TimingRequest, write: Write) -> dict[str, Any]:
         overrides=request.overrides,
         results=Path(request.results),
     )
-    planned = plan(train_request, say)
+    planned = plan(train_request, progress)
     for name in HEAVY:
         importlib.import_module(name)
     imported = time.time()
-    planned.task.say = say
+    planned.task.progress = progress
     _ = planned.task.normaliser
     if request.prepare:
-        say("starting", 1, 1)
+        progress("starting", 1, 1)
         return {}
     _ = planned.task.language_model
     ready = time.time()
-    say("starting", 1, 1)
+    progress("starting", 1, 1)
     timed = TimedPlan(**{item.name: getattr(planned, item.name) for item in fields(planned)})
-    train(timed, say)
+    train(timed, progress)
     return {
         "import_seconds": imported - request.started,
         "start_seconds": ready - request.started,
@@ -144,7 +144,7 @@ def main(argument: str) -> int:
         answers.flush()
 
     try:
-        write({"told": measure(TimingRequest(**json.loads(argument)), write)})
+        write({"result": measure(TimingRequest(**json.loads(argument)), write)})
     except Exception as error:
         message = str(error) if isinstance(error, MoalignError) else f"{type(error).__name__}: {error}"
         write({"error": message, "trace": traceback.format_exc()})

@@ -322,7 +322,9 @@ def _recipe(
         for key in ("prefs", "holdout"):
             for index, weights in enumerate(getattr(recipe, key) or ()):
                 try:
-                    preferences.check(weights, card.objective_names, section.origin().sentence((key, index), "found"))
+                    preferences.validate(
+                        weights, card.objective_names, section.origin().sentence((key, index), "found")
+                    )
                 except RequestError as error:
                     problems += error.problems
     if problems or recipe is None or config is None:

@@ -29,7 +29,7 @@ FINEST = 1000
 """Most steps of a grid."""
 
 
-def check(weights: Sequence[float], objectives: Sequence[str], where: str = "--prefs") -> Preference:
+def validate(weights: Sequence[float], objectives: Sequence[str], where: str = "--prefs") -> Preference:
     """Return ``weights`` as a preference, or raise RequestError saying what is wrong.
 
     Args:
@@ -83,7 +83,7 @@ def parse(text: str, objectives: Sequence[str], where: str = "--prefs") -> Prefe
                 f"{where} {text}: {part.strip()!r} is not a number; give {len(objectives)} "
                 f"weights that sum to 1, like {example(len(objectives))}"
             ) from None
-    return check(weights, objectives, where)
+    return validate(weights, objectives, where)
 
 
 def required(text: str | None, objectives: Sequence[str]) -> Preference:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-Say = Callable[[str, int, int], None]
-"""A progress callback: ``say(what, done, total)``."""
+Progress = Callable[[str, int, int], None]
+"""A progress callback: ``progress(what, done, total)``."""
 
 
 def silent(what: str, done: int, total: int) -> None:

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moalign.core.progress import Say, silent
+from moalign.core.progress import Progress, silent
 from moalign.lm.quality import kl_to_base
 from moalign.tasks.task import Task
 
@@ -55,7 +55,7 @@ def from_base(
     prompts: Sequence[str],
     answers: Answers,
     sampling: Sampling,
-    say: Say = silent,
+    progress: Progress = silent,
 ) -> list[KlToBase]:
     """Return the KL to base of every policy, ``[policies]``; one forward pass of the base over the distinct answers.
 
@@ -71,7 +71,7 @@ def from_base(
     if not any(usable):
         return [KlToBase(None) for _ in policies]
     heads = task.language_model.encode([task.renderer.plain(prompt) for prompt in prompts], sampling.max_prompt_tokens)
-    logps = _base(task, heads, [trace for trace in usable if trace is not None], sampling.temperature, say)
+    logps = _base(task, heads, [trace for trace in usable if trace is not None], sampling.temperature, progress)
     return [
         KlToBase(None) if trace is None else _of_policy(policy, heads, trace, logps)
         for policy, trace in zip(policies, usable, strict=True)
@@ -99,7 +99,7 @@ def _key(head: Sequence[int], ids: Any) -> tuple[tuple[int, ...], bytes]:
 
 
 def _base(
-    task: Task, heads: Sequence[list[int]], traces: Sequence[Traces], temperature: float, say: Say
+    task: Task, heads: Sequence[list[int]], traces: Sequence[Traces], temperature: float, progress: Progress
 ) -> dict[tuple[tuple[int, ...], bytes], float]:
     """Return the base's log-probability of every distinct answer, by prompt and answer."""
     from moalign.training.reference import log_probs
@@ -112,7 +112,7 @@ def _base(
         task.language_model,
         list(rows.values()),
         temperature=temperature,
-        say=lambda done, total: say("KL to base", done, total),
+        progress=lambda done, total: progress("KL to base", done, total),
     )
     return dict(zip(rows, log_probabilities.tolist(), strict=True))
 

@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from moalign.core.arrays import Matrix
 from moalign.core.errors import RequestError
 from moalign.core.preferences import Preference, label, same
-from moalign.core.progress import Say, silent
+from moalign.core.progress import Progress, silent
 from moalign.evaluation import divergence
 from moalign.evaluation.divergence import KlToBase
 from moalign.lm import quality
@@ -31,8 +31,6 @@ from moalign.training.job import RunContext
 
 if TYPE_CHECKING:
     import pandas as pd
-
-Matrix = NDArray[np.float64]
 
 
 @dataclass
@@ -86,7 +84,7 @@ def evaluate(
     method: Method,
     context: RunContext,
     requested: Sequence[Preference] | None = None,
-    say: Say = silent,
+    progress: Progress = silent,
     samples: int | None = None,
 ) -> Evaluation:
     """Evaluate a finished run, or read its stored evaluation.
@@ -109,7 +107,7 @@ def evaluate(
             stored = _scores(context, context.run.read_table(table_name), preferences, samples)
             return Evaluation({"samples": samples, **record}, stored)  # older records lack it
     started = time.monotonic()
-    table, cost, divergences = respond(method, context, preferences, say, samples)
+    table, cost, divergences = respond(method, context, preferences, progress, samples)
     context.run.write_table(table_name, table)
     scores = _scores(context, table, preferences, samples)
     record = {
@@ -133,7 +131,7 @@ def evaluate(
         point.update(kl=kl.nats, kl_bound=kl.bound)
     held = held_out(context)
     if held and not all(_has(held, w) for w in preferences):
-        record["generalisation"] = _generalisation(method, context, preferences, scores, held, say, samples)
+        record["generalisation"] = _generalisation(method, context, preferences, scores, held, progress, samples)
     from moalign.runs import atomic
 
     atomic.write_json(path, record)
@@ -155,7 +153,7 @@ def _generalisation(
     preferences: Sequence[Preference],
     scores: Matrix,
     held: Sequence[Preference],
-    say: Say,
+    progress: Progress,
     samples: int,
 ) -> dict[str, Any]:
     """Return the numbers of the evaluation separately for trained and for held-out preferences.
@@ -168,7 +166,7 @@ def _generalisation(
         unseen = [k for k, w in enumerate(preferences) if _has(held, w)]
         others, their_scores = [preferences[k] for k in unseen], scores[:, unseen]
     else:
-        others, their_scores = list(held), evaluate(method, context, held, say, samples).scores
+        others, their_scores = list(held), evaluate(method, context, held, progress, samples).scores
     seen = [k for k, w in enumerate(preferences) if not _has(held, w)]
     sides = {}
     for name, vectors, part in (
@@ -188,7 +186,7 @@ def respond(
     method: Method,
     context: RunContext,
     preferences: Sequence[Preference],
-    say: Say = silent,
+    progress: Progress = silent,
     samples: int | None = None,
 ) -> tuple[pd.DataFrame, dict[str, int], list[KlToBase]]:
     """Answer every evaluation prompt at every preference ``samples`` times (None: the card's), and score the answers.
@@ -211,15 +209,15 @@ def respond(
     def answered(count: int) -> None:
         nonlocal done
         done += count
-        say("answering", min(done, total), total)
+        progress("answering", min(done, total), total)
 
     with _generators_restored():
         policies = [method.policy(metered, preference) for preference in preferences]
         sampling = context.task.sampling(spec.seed)
         answers = respond_all(policies, prompts, sampling, answered)
-        divergences = divergence.from_base(context.task, policies, prompts, answers, sampling, say)
+        divergences = divergence.from_base(context.task, policies, prompts, answers, sampling, progress)
         flat = [text for row in answers.responses for text in row]
-        raw = context.task.judge_panel.score(prompts * len(preferences), flat, lambda d, n: say("scoring", d, n))
+        raw = context.task.judge_panel.score(prompts * len(preferences), flat, lambda d, n: progress("scoring", d, n))
     records = [response for k in range(len(preferences)) for response in answers.records(k)]
     table = pd.DataFrame(
         {
@@ -308,7 +306,7 @@ def judge(task: Task, preferences: Sequence[Preference], scores: Matrix) -> dict
 def proxy_reward(context: RunContext, table: pd.DataFrame, preferences: Sequence[Preference]) -> dict[str, Any]:
     """Return the evaluation by the rewards that the method was trained on, where these are not the judge's.
 
-    ``believed``: points and hypervolume by the training rewards, in their own normalised units; ``gap``: that
+    ``proxy_reward``: points and hypervolume by the training rewards, in their own normalised units; ``gap``: that
     hypervolume minus the judge's. A gap that grows during training is reward hacking.
     """
     task = context.task
@@ -322,7 +320,7 @@ def proxy_reward(context: RunContext, table: pd.DataFrame, preferences: Sequence
     volume = hypervolume.hypervolume(means, ref)
     points = [{"prefs": list(w), "mean": row.tolist()} for w, row in zip(preferences, means, strict=True)]
     return {
-        "believed": {"points": points, "hypervolume": volume},
+        "proxy_reward": {"points": points, "hypervolume": volume},
         "gap": volume - hypervolume.hypervolume(judged, ref),
     }
 

@@ -11,16 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from moalign.config.card import SourceSpec
 from moalign.config.load import load_card
+from moalign.core.arrays import Matrix
 from moalign.core.errors import RequestError
-from moalign.core.progress import Say, silent
+from moalign.core.progress import Progress, silent
 from moalign.data import readers
 from moalign.tasks.load import make_task
-
-Matrix = NDArray[np.float64]
 
 CHUNK = 2048
 """Rows scored and written at a time."""
@@ -41,7 +39,7 @@ class Scores:
     scored: list[dict[str, Any]] = field(default_factory=list)
     """Per row prompt, response, ``raw`` and ``normalised``; empty when a file was written."""
 
-    def told(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         """Return everything for ``--json``."""
         record: dict[str, Any] = {
             "task": self.task,
@@ -59,7 +57,7 @@ def score(
     out: Path | None = None,
     overrides: tuple[str, ...] = (),
     results: Path = Path("results"),
-    say: Say = silent,
+    progress: Progress = silent,
 ) -> Scores:
     """Score every (prompt, response) of a file, a chunk at a time.
 
@@ -80,7 +78,7 @@ def score(
         raise RequestError(f"--out {out}: found {out.suffix or 'no suffix'}; allowed: .parquet")
     if out is not None and out.exists() and out.samefile(source):
         raise RequestError(f"--out {out}: it is the file of --in; choose another name")
-    loaded = make_task(load_card(task, overrides), results, say)
+    loaded = make_task(load_card(task, overrides), results, progress)
     names = loaded.names
     rows = readers.read(
         SourceSpec(path=str(source)), [readers.Field("prompt", blank=False), readers.Field("response")], Path.cwd()
@@ -93,7 +91,7 @@ def score(
         while rows_now := list(islice(rows, CHUNK)):
             prompts = [row.values["prompt"] for row in rows_now]
             responses = [row.values["response"] for row in rows_now]
-            raw = panel.score(prompts, responses, partial(say, f"scoring from row {scores.rows + 1}"))
+            raw = panel.score(prompts, responses, partial(progress, f"scoring from row {scores.rows + 1}"))
             statistics.add(raw, panel.unit(raw))
             keep(prompts, responses, raw, panel.unit(raw))
             scores.rows += len(prompts)

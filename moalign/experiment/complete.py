@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moalign.core.preferences import Preference
-from moalign.core.progress import Say, silent
+from moalign.core.progress import Progress, silent
 from moalign.evaluation import evaluate
 from moalign.experiment.train import Plan, train
 from moalign.runs.run import Run
@@ -24,17 +24,17 @@ class Outcome:
     """The content of ``eval.json``; None when no evaluation was asked for and none is there."""
 
 
-def complete(made: Plan, say: Say = silent, judge: bool = True) -> Outcome:
+def complete(made: Plan, progress: Progress = silent, judge: bool = True) -> Outcome:
     """Train what a plan asks for and evaluate it on the task's grid (or the vectors that its method can serve).
 
     A run and an evaluation that are there already are read back: no model is loaded. The base is loaded once for
     both halves. Raises what :func:`~moalign.experiment.train.train` raises.
     """
-    run, found = train(made, say)
+    run, found = train(made, progress)
     told = stored(made, run)
     if told is None and judge:
-        made.task.say = say
-        told = evaluate.evaluate(made.method, made.context(run), None, say).told
+        made.task.progress = progress
+        told = evaluate.evaluate(made.method, made.context(run), None, progress).told
     return Outcome(run, found, told)
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from moalign.core.errors import RequestError
 from moalign.core.preferences import Preference, label
-from moalign.core.progress import Say, silent
+from moalign.core.progress import Progress, silent
 from moalign.evaluation.evaluate import preferences_for
 from moalign.lm import builtin
 from moalign.methods.base import Method
@@ -68,7 +68,12 @@ class Exported:
 
 
 def export(
-    method: Method, context: RunContext, preference: Preference, out: Path, merged: bool = False, say: Say = silent
+    method: Method,
+    context: RunContext,
+    preference: Preference,
+    out: Path,
+    merged: bool = False,
+    progress: Progress = silent,
 ) -> Exported:
     """Write the policy that answers for ``preference`` into the new folder ``out``, whole or not at all.
 
@@ -84,7 +89,7 @@ def export(
 
     check_free(out)
     preferences_for(method, context, [preference])
-    context.task.say = say
+    context.task.progress = progress
     policy = method.policy(context, preference)
     model = _model_of(policy, method, preference)
     exported = _describe(method, context, policy, preference, merged)

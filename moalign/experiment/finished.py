@@ -9,7 +9,7 @@ from typing import Any
 
 from moalign.core.errors import RequestError
 from moalign.core.preferences import Preference
-from moalign.core.progress import Say, silent
+from moalign.core.progress import Progress, silent
 from moalign.evaluation.evaluate import preferences_for
 from moalign.experiment.train import context_of
 from moalign.methods import registry
@@ -86,6 +86,6 @@ def results_of(run: Run, given: Path) -> Path:
     return layout[3] if len(layout) > 3 and layout[2].name == "runs" else given
 
 
-def opened(run: Run, given: Path, say: Say = silent) -> tuple[Method, RunContext]:
+def opened(run: Run, given: Path, progress: Progress = silent) -> tuple[Method, RunContext]:
     """Return the method and context of a finished run; see :func:`moalign.experiment.train.context_of`."""
-    return context_of(run, results_of(run, given), say)
+    return context_of(run, results_of(run, given), progress)

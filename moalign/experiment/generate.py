@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from moalign.core.errors import RequestError
 from moalign.core.preferences import Preference
-from moalign.core.progress import Say, silent
+from moalign.core.progress import Progress, silent
 from moalign.evaluation.evaluate import preferences_for
 from moalign.methods.base import Method
 from moalign.training.job import RunContext
@@ -34,7 +34,7 @@ class Answer:
     words: str | None = None
     """The card's words for the preference, where the policy read them."""
 
-    def told(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         """Return the answer for ``--json``."""
         return {"prompt": self.prompt, "response": self.response, "raw": self.raw, "normalised": self.normalised}
 
@@ -46,7 +46,7 @@ def generate(
     prompts: Sequence[str] | None = None,
     temperature: float | None = None,
     seed: int | None = None,
-    say: Say = silent,
+    progress: Progress = silent,
 ) -> list[list[Answer]]:
     """Answer prompts at every preference wanted, in batched passes, and score the answers ``[preferences][prompts]``.
 
@@ -64,14 +64,14 @@ def generate(
 
     preferences_for(method, context, wanted)
     prompts = checked(context.task.eval_prompts[:SHOWN] if prompts is None else prompts)
-    context.task.say = say
+    context.task.progress = progress
     sampling = context.task.sampling(context.task.card.evaluation.seed if seed is None else seed, temperature)
-    say("answering", 0, len(prompts))
+    progress("answering", 0, len(prompts))
     policies = [method.policy(context, w) for w in wanted]
     responses = respond_all(policies, prompts, sampling).responses
-    say("answering", len(prompts), len(prompts))
+    progress("answering", len(prompts), len(prompts))
     asked, flat = [*prompts] * len(wanted), [text for row in responses for text in row]
-    raw = context.panel.score(asked, flat, lambda done, total: say("scoring", done, total))
+    raw = context.panel.score(asked, flat, lambda done, total: progress("scoring", done, total))
     unit = context.panel.unit(raw)
     names, each = context.task.names, [w for w in wanted for _ in prompts]
     words = [

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from moalign.core import preferences
 from moalign.core.errors import RequestError
 from moalign.core.preferences import Preference, label
-from moalign.core.progress import Say, silent
+from moalign.core.progress import Progress, silent
 from moalign.evaluation import evaluate
 from moalign.evaluation.result import EvalResult
 from moalign.experiment import finished
@@ -139,7 +139,7 @@ class RunHandle:
         evaluate.preferences_for(method, context, [preference])
         return SteeredPolicy(method.policy(context, preference), context, preference)
 
-    def opened(self, progress: Say = silent) -> tuple[Method, RunContext]:
+    def opened(self, progress: Progress = silent) -> tuple[Method, RunContext]:
         """Return the method and the context of the finished run, made once.
 
         Raises RequestError when the run is not finished, or when its base model or data have changed since.
@@ -148,7 +148,7 @@ class RunHandle:
             self._opened = self.open(progress)
         return self._opened
 
-    def open(self, progress: Say = silent) -> tuple[Method, RunContext]:
+    def open(self, progress: Progress = silent) -> tuple[Method, RunContext]:
         """Return the same anew: for one use, so that no model stays in memory after it."""
         return finished.opened(self.run, self.results, progress)
 

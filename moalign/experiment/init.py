@@ -227,7 +227,7 @@ def _model(model: str) -> tuple[str, Path | None]:
         return model, builtin.converted(model)  # converting it takes half a minute: the first use does it
     local = model_folder.local_folder(model, Path.cwd(), where)
     if local is not None:
-        model_folder.check(local, where)
+        model_folder.require_complete(local, where)
         return model, local
     return model, _tokenizer_of_hub(model, where)
 

@@ -58,7 +58,7 @@ class Preview:
     loss: list[int]
     """1 where the loss counts the token, else 0; as long as ``row_ids``."""
 
-    def told(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         """Return everything for ``--json``."""
         return {
             "task": self.task,

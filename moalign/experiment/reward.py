@@ -14,7 +14,7 @@ from moalign.config.card import SourceSpec, TaskCard
 from moalign.config.objectives import ClassifierObjective
 from moalign.core import errors
 from moalign.core.errors import RequestError
-from moalign.core.progress import Say, silent
+from moalign.core.progress import Progress, silent
 from moalign.reward_models import evaluation, pairs, runs
 from moalign.reward_models.pairs import PairSet
 from moalign.reward_models.runs import RewardRequest, RewardStore
@@ -46,16 +46,16 @@ class Asked:
 # -- training ------------------------------------------------------------------------------------------------------
 
 
-def plan(asked: Asked, say: Say = silent) -> RewardRequest:
+def plan(asked: Asked, progress: Progress = silent) -> RewardRequest:
     """Check a request to train and read its pairs; raises RequestError with every problem."""
     card, more = _card(asked)
     settings = _settings(asked, more, card)
-    sets = _sets(asked, card, say)
+    sets = _sets(asked, card, progress)
     name = card.name if card is not None else "+".join(one.name for one in sets)
     return runs.make(
         _slug(name),
         settings,
-        _backbone(asked, card, say),
+        _backbone(asked, card, progress),
         sets,
         revision=asked.revision if asked.model or card is None else card.model_revision,
         seed=asked.seed,
@@ -69,21 +69,23 @@ def plan(asked: Asked, say: Say = silent) -> RewardRequest:
     )
 
 
-def train(request: RewardRequest, say: Say = silent, judge: bool = True) -> tuple[Run, bool, dict[str, Any] | None]:
+def train(
+    request: RewardRequest, progress: Progress = silent, judge: bool = True
+) -> tuple[Run, bool, dict[str, Any] | None]:
     """Train a reward model, or find it trained, and judge it on its held-out pairs.
 
     Returns the run, whether it was found, and the content of its ``eval.json`` (None without ``judge``).
     """
-    run, found = runs.obtain(request, say)
+    run, found = runs.obtain(request, progress)
     path = run.path / f"{EVALUATION}.json"
     if path.is_file():
         told: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return run, found, told
     if not judge:
         return run, found, None
-    say("judging", 0, 1)
+    progress("judging", 0, 1)
     judged = evaluation.evaluate(runs.objective(run), request.parts["eval"], request.parts["calibration"])
-    return run, found, _finish({**_about(run), "split": "eval", **judged}, run.path, say)
+    return run, found, _finish({**_about(run), "split": "eval", **judged}, run.path, progress)
 
 
 def _card(asked: Asked) -> tuple[TaskCard | None, list[str]]:
@@ -131,10 +133,10 @@ def _settings(asked: Asked, texts: Sequence[str], card: TaskCard | None) -> Rewa
     return found
 
 
-def _sets(asked: Asked, card: TaskCard | None, say: Say) -> list[PairSet]:
+def _sets(asked: Asked, card: TaskCard | None, progress: Progress) -> list[PairSet]:
     if card is None:
         return pairs.read([_source(text) for text in asked.pairs], Path.cwd())
-    task = make_task(card, asked.results, say)
+    task = make_task(card, asked.results, progress)
     if isinstance(task, SandboxTask):
         return task.labelled_pairs()
     assert card.data is not None  # the card's own check
@@ -163,11 +165,11 @@ def _absolute(text: str) -> str:
     return where if name is None else f"{name}={where}"
 
 
-def _backbone(asked: Asked, card: TaskCard | None, say: Say) -> str:
+def _backbone(asked: Asked, card: TaskCard | None, progress: Progress) -> str:
     if asked.model is not None:
         return asked.model
     if card is not None:
-        task = make_task(card, asked.results, say)
+        task = make_task(card, asked.results, progress)
         if isinstance(task, SandboxTask):
             return task.base_folder
         if card.model is not None:
@@ -198,7 +200,7 @@ class Judged:
     """Folder for the numbers and figures; None: the run's own, or nowhere."""
 
 
-def judge(model: str, asked: Asked, how: Judged, say: Say = silent) -> dict[str, Any]:
+def judge(model: str, asked: Asked, how: Judged, progress: Progress = silent) -> dict[str, Any]:
     """Judge a reward model: a run of ``moalign reward train``, or any classifier's folder or hub id.
 
     Without pairs a run is judged on its own held-out ones. Raises RequestError for a model or pairs that cannot be
@@ -220,13 +222,13 @@ def judge(model: str, asked: Asked, how: Judged, say: Say = silent) -> dict[str,
     changed |= {"max_length": how.max_length} if how.max_length is not None else {}
     spec = spec.model_copy(update=changed)
     own = run is not None and not asked.pairs and asked.task is None
-    parts = _parts(run if own else None, asked, how, say)
-    say("judging", 0, 1)
+    parts = _parts(run if own else None, asked, how, progress)
+    progress("judging", 0, 1)
     judged = evaluation.evaluate(spec, parts[0], parts[1])
     told = {**(_about(run) if run is not None else {"model": model}), "split": how.split, **judged}
     plain = own and how == Judged(out=how.out)
     folder = how.out or (run.path if run is not None and plain else None)
-    return _finish(told, folder, say)
+    return _finish(told, folder, progress)
 
 
 def _run(model: str, results: Path) -> Run | None:
@@ -241,7 +243,7 @@ def _run(model: str, results: Path) -> Run | None:
     return RewardStore(results).find(model)
 
 
-def _parts(run: Run | None, asked: Asked, how: Judged, say: Say) -> tuple[list[PairSet], list[PairSet]]:
+def _parts(run: Run | None, asked: Asked, how: Judged, progress: Progress) -> tuple[list[PairSet], list[PairSet]]:
     """Return the pairs to judge on and those to fit a temperature on."""
     if run is not None:
         given = run.record.as_given
@@ -249,7 +251,7 @@ def _parts(run: Run | None, asked: Asked, how: Judged, say: Say) -> tuple[list[P
         if asked.task is None and not asked.pairs:
             raise RequestError(f"run {run.path}: it does not say where its pairs are; name them with --pairs or --task")
     card, texts = _card(asked)
-    sets = _sets(asked, card, say)
+    sets = _sets(asked, card, progress)
     if how.split == "all":
         return sets, []
     if run is not None:
@@ -275,7 +277,7 @@ def _about(run: Run) -> dict[str, Any]:
     }
 
 
-def _finish(told: dict[str, Any], folder: Path | None, say: Say) -> dict[str, Any]:
+def _finish(told: dict[str, Any], folder: Path | None, progress: Progress) -> dict[str, Any]:
     """Draw one reliability diagram per data set and write the numbers, when there is a folder for them."""
     told["figures"] = []
     if folder is not None:
@@ -288,5 +290,5 @@ def _finish(told: dict[str, Any], folder: Path | None, say: Say) -> dict[str, An
             reliability_figure(row["reliability"], title, path)
             told["figures"].append(str(path))
         atomic.write_json(folder / f"{EVALUATION}.json", told)
-    say("judging", 1, 1)
+    progress("judging", 1, 1)
     return told

@@ -17,7 +17,7 @@ from moalign.config.recipe import PolicySpec, Recipe
 from moalign.core import preferences
 from moalign.core.errors import RequestError
 from moalign.core.preferences import Preference
-from moalign.core.progress import Say, silent
+from moalign.core.progress import Progress, silent
 from moalign.experiment.arguments import refuse_both
 from moalign.methods import registry
 from moalign.methods.base import Method
@@ -72,7 +72,7 @@ class Plan:
         return self.store.folder(self.method.name, self.task.card.name, self.identity)
 
     @property
-    def found(self) -> Run | None:
+    def existing_run(self) -> Run | None:
         """The run, when this request was made before."""
         return self.store.lookup(self.method.name, self.task.card.name, self.identity)
 
@@ -107,18 +107,18 @@ class Plan:
         """Return what a policy of the finished run needs."""
         return RunContext.of(self.task, run, **self._parts())
 
-    def job(self, run: Run, meter: Meter, say: Say = silent) -> Job:
+    def job(self, run: Run, meter: Meter, progress: Progress = silent) -> Job:
         """Return the run as a job to train; what it costs is counted by ``meter``."""
-        self.task.say = say
+        self.task.progress = progress
 
         def experts(method: str, settings: dict[str, Any], wanted: Sequence[Preference]) -> Run:
             before = meter.seconds
 
             def told(what: str, done: int, total: int) -> None:
-                say(f"experts by {method}: {what}", done, total)
+                progress(f"experts by {method}: {what}", done, total)
 
             found, _ = train(expert_plan(self, method, settings, wanted), told, wait=True)
-            self.task.say = say
+            self.task.progress = progress
             meter.add_run(found.record.cost.model_dump(), found.record.seconds, meter.seconds - before)
             return found
 
@@ -129,7 +129,7 @@ class Plan:
             meter=meter,
             seed=self.seed,
             given_preferences=self.given,
-            say=say,
+            progress=progress,
             experts=experts,
         )
 
@@ -162,12 +162,12 @@ def resolve(request: TrainRequest) -> ResolvedRequest:
     return load.load_recipe(recipe, request.method, task_name, request.overrides, method.Config)
 
 
-def plan(request: TrainRequest, say: Say = silent) -> Plan:
+def plan(request: TrainRequest, progress: Progress = silent) -> Plan:
     """Check a request and everything that it points to; raises RequestError with every problem."""
     method, resolved = registry.get(request.method), resolve(request)
-    trackers.check(resolved.recipe.trackers)
+    trackers.require_installed(resolved.recipe.trackers)
     given = _preferences(request, resolved)
-    task = make_task(resolved.card, request.results, say)
+    task = make_task(resolved.card, request.results, progress)
     if method.capabilities.objectives == "2" and len(task.names) != 2:
         raise RequestError(f"method {method.name} works with 2 objectives; task {task.card.name} has {len(task.names)}")
     seed = resolved.recipe.seed if request.seed is None else request.seed
@@ -196,7 +196,7 @@ def _preferences(request: TrainRequest, resolved: ResolvedRequest) -> list[Prefe
     elif request.grid is not None:
         found = preferences.grid_of(len(names), request.grid)
     elif resolved.recipe.prefs is not None:
-        found = [preferences.check(row, names, "recipe: prefs") for row in resolved.recipe.prefs]
+        found = [preferences.validate(row, names, "recipe: prefs") for row in resolved.recipe.prefs]
     else:
         return None
     return list(dict.fromkeys(found))
@@ -205,7 +205,7 @@ def _preferences(request: TrainRequest, resolved: ResolvedRequest) -> list[Prefe
 def _holdout(method: Method, resolved: ResolvedRequest) -> list[Preference]:
     """Return the recipe's held-out vectors; raises RequestError when the method could not answer for them."""
     names = resolved.card.objective_names
-    found = [preferences.check(row, names, "recipe: holdout") for row in resolved.recipe.holdout or ()]
+    found = [preferences.validate(row, names, "recipe: holdout") for row in resolved.recipe.holdout or ()]
     if found and not (method.capabilities.steerable and method.capabilities.one_policy):
         raise RequestError(
             f"holdout: {method.name} answers only for preferences that it was trained on, so there is nothing to hold "
@@ -222,25 +222,25 @@ def _without(vectors: Sequence[Preference], holdout: Sequence[Preference]) -> li
     return left
 
 
-def train(made: Plan, say: Say = silent, wait: bool = False) -> tuple[Run, bool]:
+def train(made: Plan, progress: Progress = silent, wait: bool = False) -> tuple[Run, bool]:
     """Train the planned run, or find it finished; returns (run, whether it was found finished).
 
     Raises RequestError when another process is training it (``wait``: waits for that process instead); what was done
     before a failure or an interruption is kept, and the same request goes on from there.
     """
-    found = made.found
+    found = made.existing_run
     if found is not None and found.record.status == "done":
         return found, True
     run = made.open()
     if wait and run.is_locked():
-        say(f"waiting for {run.path.name}, which another process trains", 0, 1)
+        progress(f"waiting for {run.path.name}, which another process trains", 0, 1)
     with run.lock(wait):
         if run.record.status == "done":
             return run, True
         run.mark("running")
         meter = Meter()
         try:
-            job = made.job(run, meter, say)
+            job = made.job(run, meter, progress)
             with made.mirrors(run) as run.mirrors:
                 made.method.train(job)
         except KeyboardInterrupt:
@@ -285,7 +285,7 @@ def expert_plan(made: Plan, name: str, settings: Mapping[str, Any], wanted: Sequ
     return replace(made, method=method, resolved=resolved, preferences=vectors, given=vectors).identified()
 
 
-def context_of(run: Run, results: Path, say: Say = silent) -> tuple[Method, RunContext]:
+def context_of(run: Run, results: Path, progress: Progress = silent) -> tuple[Method, RunContext]:
     """Return the method and context of a finished run, from its record alone.
 
     Raises RequestError when the run is not finished, or when what its card points to (base, data) is gone or
@@ -297,7 +297,7 @@ def context_of(run: Run, results: Path, say: Say = silent) -> tuple[Method, RunC
     method = registry.get(record.method)
     recipe = dict(record.recipe)
     card = TaskCard.model_validate(recipe.pop("card"))
-    task = make_task(card, results, say)
+    task = make_task(card, results, progress)
     if task.hash != record.card_hash:
         raise RequestError(
             f"run {run.path}: its task card has changed since (hash {record.card_hash} then, {task.hash} now): "

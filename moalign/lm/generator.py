@@ -11,7 +11,7 @@ from moalign.lm.adapters import drop, merged
 from moalign.lm.language_model import LanguageModel, reference_mode
 from moalign.lm.sampler import Generated, Sampling, Traces, generate
 
-Progress = Callable[[int], None]
+Advance = Callable[[int], None]
 
 
 class Generator(Protocol):
@@ -87,7 +87,7 @@ class LazyGenerator:
 
 
 def in_chunks(
-    generator: Generator, requests: Sequence[tuple[str, int]], sampling: Sampling, progress: Progress | None
+    generator: Generator, requests: Sequence[tuple[str, int]], sampling: Sampling, progress: Advance | None
 ) -> Generated:
     """Generate in chunks of several batches, so that a progress bar moves and length sorting still pays."""
     chunk = sampling.batch_size * 4

@@ -67,7 +67,7 @@ def resolve(model: str, revision: str | None, where: str) -> Path:
     :func:`fetch` and :func:`check` do.
     """
     folder = local_folder(model, Path.cwd(), where) or fetch(model, revision, where)
-    check(folder, where)
+    require_complete(folder, where)
     return folder
 
 
@@ -85,7 +85,7 @@ def read_config(folder: Path, where: str) -> dict[str, Any]:
     return config
 
 
-def check(folder: Path, where: str) -> None:
+def require_complete(folder: Path, where: str) -> None:
     """Raise RequestError unless the folder has a config, whole safetensors weights and a tokenizer."""
     read_config(folder, where)
     for path in weight_files(folder, where):

@@ -143,7 +143,7 @@ class ParetoHqd:
         def advance(count: int) -> None:
             nonlocal done
             done += count
-            job.say("augment: stage-1 models answer", done, len(chosen) * len(prompts))
+            job.progress("augment: stage-1 models answer", done, len(chosen) * len(prompts))
 
         for index in chosen:
             _put_first(job, lm, index)

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from moalign.config.strict import Strict
+from moalign.core.arrays import Matrix
 from moalign.core.errors import RequestError
 from moalign.core.preferences import Preference
 from moalign.methods.base import Capabilities
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from moalign.core.records import Response
     from moalign.policies.policy import Policy
 
-Matrix = NDArray[np.float64]
 MapName = Literal["l2", "linf", "linear"]
 
 
@@ -174,7 +174,7 @@ class Ric:
         def advance(count: int) -> None:
             nonlocal done
             done += count
-            job.say(stage, done, len(texts))
+            job.progress(stage, done, len(texts))
 
         # The texts are rendered already: each has its own target.
         answers = respond_all([Policy(ModelGenerator(lm, "policy"), lambda text: text)], texts, limits, advance)

@@ -111,7 +111,7 @@ def calculate(
         )
     sign = -1.0 if minimise else 1.0
     points, corner = sign * points, sign * check_ref(numbers, len(names), option)
-    weights = [prefs.check(list(preference), names) for preference in preferences]
+    weights = [prefs.validate(list(preference), names) for preference in preferences]
     outside = adds_nothing(points, corner)
     if outside and notify is not None:
         better = "below" if minimise else "above"

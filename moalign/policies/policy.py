@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from moalign.core.records import Response
-from moalign.lm.generator import Generator, Progress, in_chunks, records
+from moalign.lm.generator import Advance, Generator, in_chunks, records
 from moalign.lm.sampler import Sampling, Traces
 
 Chooser = Callable[[Sequence[str], Sequence[Sequence[str]]], Sequence[int]]
@@ -53,7 +53,7 @@ class Answers:
 
 
 def respond_all(
-    policies: Sequence[Policy], prompts: Sequence[str], sampling: Sampling, progress: Progress | None = None
+    policies: Sequence[Policy], prompts: Sequence[str], sampling: Sampling, progress: Advance | None = None
 ) -> Answers:
     """Answer every prompt with every policy in batched passes, one per distinct generator.
 

@@ -41,7 +41,7 @@ class Preflight:
     of_card: bool = False
     """The file is a card."""
 
-    def told(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         """Return everything for ``--json``."""
         return {
             "recipe": None if self.of_card else str(self.recipe),

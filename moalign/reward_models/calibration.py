@@ -18,11 +18,11 @@ from typing import Any, TypedDict
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from moalign.core.arrays import Matrix
 from moalign.core.errors import RequestError
 from moalign.pareto import statistics
 
 Vector = NDArray[np.float64]
-Matrix = NDArray[np.float64]
 
 BINS = (5, 10, 20)
 """The numbers of bins that are reported; 10 is the headline's."""

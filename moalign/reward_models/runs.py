@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moalign.config.objectives import ClassifierObjective
-from moalign.core.progress import Say, silent
+from moalign.core.progress import Progress, silent
 from moalign.lm import model_folder
 from moalign.reward_models import pairs, training
 from moalign.reward_models.pairs import PairSet
@@ -40,7 +40,7 @@ class RewardRequest:
     """The data sets by split."""
     seed: int
     results: Path
-    said: str | None = None
+    notice: str | None = None
     """A notice for the user about the settings, if any."""
     as_given: dict[str, Any] = field(default_factory=dict)
 
@@ -82,7 +82,7 @@ def make(
     return RewardRequest(name, fitting, backbone, revision, parts, seed, results, notice, as_given or {})
 
 
-def obtain(request: RewardRequest, say: Say = silent, wait: bool = False) -> tuple[Run, bool]:
+def obtain(request: RewardRequest, progress: Progress = silent, wait: bool = False) -> tuple[Run, bool]:
     """Train the reward model unless it is trained already; returns (run, whether it was).
 
     The model's folder is ``<run>/model``. ``wait``: wait for another process that trains it instead of refusing.
@@ -108,7 +108,7 @@ def obtain(request: RewardRequest, say: Say = silent, wait: bool = False) -> tup
         run.mark("running")
         settings = request.settings
         job = RewardJob(
-            run, settings, request.backbone, request.revision, request.train_sets, request.seed, Meter(), say
+            run, settings, request.backbone, request.revision, request.train_sets, request.seed, Meter(), progress
         )
         try:
             training.train(job)
@@ -119,7 +119,7 @@ def obtain(request: RewardRequest, say: Say = silent, wait: bool = False) -> tup
             run.mark("failed", error=f"{type(error).__name__}: {error}")
             raise
         sizes = {split: {pair_set.name: len(pair_set) for pair_set in sets} for split, sets in request.parts.items()}
-        run.record.notes = {**job.notes, "pairs": sizes, "heads": job.heads, "said": request.said}
+        run.record.notes = {**job.notes, "pairs": sizes, "heads": job.heads, "said": request.notice}
         run.mark("done", meter=job.meter)
         run.drop_checkpoints()
     return run, False

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from moalign.core.errors import RequestError, WorkError
-from moalign.core.progress import Say
+from moalign.core.progress import Progress
 from moalign.core.schedule import factor
 from moalign.core.seeds import derive
 from moalign.lm import model_folder
@@ -59,7 +59,7 @@ class RewardJob:
     """The training pairs of every data set."""
     seed: int
     meter: Meter
-    say: Say
+    progress: Progress
     notes: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -426,7 +426,7 @@ def _make_callback(
             )
             # At checkpoints, too: a line holds means since the last one, and a resumed run starts at its checkpoint.
             control.should_log = done == job.steps or 0 in (done % settings.log_every, done % settings.checkpoint_every)
-            job.say(f"training on {sum(map(len, job.sets))} pairs", done, job.steps)
+            job.progress(f"training on {sum(map(len, job.sets))} pairs", done, job.steps)
             if not control.should_log:
                 self.save(done)
 

@@ -60,7 +60,7 @@ class ClassifierScorer:
         check_templates(spec.template, spec.pair_template, self.where)
         self._folder = model_folder.local_folder(spec.model, base_dir, self.where)
         if self._folder is not None:
-            model_folder.check(self._folder, self.where)
+            model_folder.require_complete(self._folder, self.where)
         config_folder = self._folder or model_folder.fetch(spec.model, spec.revision, self.where, config_only=True)
         self.labels = _labels(model_folder.read_config(config_folder, self.where), self.where)
         self.index = self._label_index()
@@ -71,7 +71,7 @@ class ClassifierScorer:
         if self._folder is not None:
             return self._folder
         folder = model_folder.fetch(self.spec.model, self.spec.revision, self.where)
-        model_folder.check(folder, self.where)
+        model_folder.require_complete(folder, self.where)
         return folder
 
     @cached_property

@@ -81,7 +81,7 @@ class LmScorer:
         self._bare_means: dict[Line, float] = {}
         self._folder = model_folder.local_folder(spec.model, base_dir, self.where)
         if self._folder is not None:
-            model_folder.check(self._folder, self.where)
+            model_folder.require_complete(self._folder, self.where)
         else:
             model_folder.fetch(spec.model, spec.revision, self.where, config_only=True)
 
@@ -91,7 +91,7 @@ class LmScorer:
         if self._folder is not None:
             return self._folder
         folder = model_folder.fetch(self.spec.model, self.spec.revision, self.where)
-        model_folder.check(folder, self.where)
+        model_folder.require_complete(folder, self.where)
         return folder
 
     @cached_property

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from moalign.core.arrays import Matrix
 from moalign.core.errors import RequestError
 
 if TYPE_CHECKING:
     from moalign.config.card import NormaliserSpec
 
-Matrix = NDArray[np.float64]
 
 UNIT_QUANTILES = (0.01, 0.99)
 """Scores that become 0 and 1 in normalised units."""

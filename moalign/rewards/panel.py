@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
+from moalign.core.arrays import Matrix
 from moalign.core.errors import RequestError, WorkError
 from moalign.rewards.scorer import Scorer, build_scorers
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from moalign.rewards.store import Store
 
 Pair = tuple[str, str]
-Matrix = NDArray[np.float64]
 
 
 class RewardCounter(Protocol):

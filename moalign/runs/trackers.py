@@ -31,7 +31,7 @@ themselves and receive the phase's step as one more number."""
 Warn = Callable[[str], None]
 
 
-def check(names: Sequence[str], where: str = "trackers") -> None:
+def require_installed(names: Sequence[str], where: str = "trackers") -> None:
     """Raise RequestError naming every tracker whose library is not installed."""
     problems = [
         f"{where}: {name}: the package {PACKAGES[name]} is not installed; pip install {PACKAGES[name]}, or leave "

@@ -7,15 +7,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
+from moalign.core.arrays import Matrix
 from moalign.core.errors import RequestError
 from moalign.core.records import Labels, Response
 
 if TYPE_CHECKING:
     from moalign.tasks.task import Scored
-
-Matrix = NDArray[np.float64]
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from moalign.config.card import TaskCard
 from moalign.core import preferences
+from moalign.core.arrays import Matrix
 from moalign.core.errors import RequestError
 from moalign.core.preferences import Preference
-from moalign.core.progress import Say, silent
+from moalign.core.progress import Progress, silent
 from moalign.core.records import Labels, Pair, Response
 from moalign.data import splits
 from moalign.rewards.normaliser import Normaliser
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from moalign.lm.sampler import Sampling
     from moalign.rewards.store import Store
 
-Matrix = NDArray[np.float64]
 
 SHORT = "short.json"
 """File of the number of tokens below which a response is short."""
@@ -118,10 +117,10 @@ def fingerprint(model: str, revision: str | None) -> str:
 class Task:
     """What every kind of task shares; subclasses define where prompts, responses and the base come from."""
 
-    def __init__(self, card: TaskCard, results: Path, say: Say = silent) -> None:
+    def __init__(self, card: TaskCard, results: Path, progress: Progress = silent) -> None:
         self.card = card
         self.results = results
-        self.say = say
+        self.progress = progress
         self.names = card.objective_names
 
     # -- what a kind of task fills in ------------------------------------------------------------------
@@ -437,7 +436,7 @@ class Task:
         def moved(count: int) -> None:
             nonlocal done
             done += count
-            self.say(what, done, len(prompts))
+            self.progress(what, done, len(prompts))
 
         temperature = self.card.pool.temperature or self.card.generation.temperature or 1.0
         sampling = self.sampling(self.card.pool.seed, temperature)

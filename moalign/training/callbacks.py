@@ -122,7 +122,7 @@ class RunCallback(TrainerCallback):
         self.job.meter.add_tokens_trained(sum(self.tokens[rows]))
         # At checkpoints, too: a line is a mean since the last one, and a resume must not need what came before it.
         control.should_log = step == config.steps or 0 in (step % config.log_every, step % config.checkpoint_every)
-        self.job.say(self.phase, step, config.steps)
+        self.job.progress(self.phase, step, config.steps)
         if not control.should_log:
             self._save_checkpoint(step)
 

@@ -94,14 +94,14 @@ def _average(job: Job) -> None:
 @contextmanager
 def _naming(job: Job, stage: str, title: str) -> Iterator[None]:
     """Within the block progress names the vector instead of the stage; parts of the stage are named behind it."""
-    plain = job.say
+    plain = job.progress
 
-    def say(phase: str, done: int, total: int) -> None:
+    def progress(phase: str, done: int, total: int) -> None:
         part = phase.removeprefix(stage).lstrip("-")
         plain(f"{title} {part}".rstrip(), done, total)
 
-    job.say = say
+    job.progress = progress
     try:
         yield
     finally:
-        job.say = plain
+        job.progress = plain

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from moalign.core.errors import WorkError
 from moalign.core.preferences import Preference
-from moalign.core.progress import Say, silent
+from moalign.core.progress import Progress, silent
 
 if TYPE_CHECKING:
     from moalign.config.recipe import PolicySpec
@@ -61,8 +61,8 @@ class Job(RunContext):
     meter: Meter
     given_preferences: Sequence[Preference] | None = None
     """``--prefs``: for conditioned methods the vectors to train on instead of the task's distribution."""
-    say: Say = silent
-    """Progress: ``say(phase, done, total)``."""
+    progress: Progress = silent
+    """Progress: ``progress(phase, done, total)``."""
     notes: dict[str, Any] = field(default_factory=dict)
     """Small results of training (counts of dropped ties, filter shares); saved in the record."""
     finished_here: set[str] = field(default_factory=set)

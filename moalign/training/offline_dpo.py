@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from trl import DPOConfig, DPOTrainer
 
+from moalign.core.arrays import Matrix
 from moalign.core.errors import RequestError
 from moalign.core.records import Response
 from moalign.core.seeds import derive
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
     from moalign.tasks.pairs import Pairs
     from moalign.training.job import Job
 
-Matrix = NDArray[np.float64]
 
 METRICS = ("loss", "accuracy", "preference", "margin", "margin_ratio", "chosen_log_ratio")
 """Metrics of which a run's diagnostics hold the mean over its last tenth."""
@@ -64,7 +64,7 @@ class Margin:
     share: float
     """w_k."""
 
-    def check(self, pairs: int) -> None:
+    def require_rows(self, pairs: int) -> None:
         """Raise RequestError when the margins do not fit the pairs or the weights, or are not finite."""
         shape = (pairs, len(self.weights))
         if self.values.shape != shape:
@@ -253,7 +253,7 @@ def train_dpo(
     """
     if margin is None:
         margin = Margin(np.zeros((len(pairs), 0)), [], 1.0)
-    margin.check(len(pairs))
+    margin.require_rows(len(pairs))
     if config.steps == 0:
         return {}
     if places is None:

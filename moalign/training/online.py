@@ -137,7 +137,7 @@ class OnlineTrainer:
                     run.log(
                         done, self.phase, **self._metrics, **rollout_metrics(rollout, names), **self.job.meter.cost()
                     )
-                self.job.say(self.phase, done, config.steps)
+                self.job.progress(self.phase, done, config.steps)
                 if done % config.checkpoint_every == 0 and done < config.steps:
                     save_checkpoint(self, done)
         finally:

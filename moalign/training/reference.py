@@ -69,7 +69,7 @@ def _content(lm: LanguageModel, rows: Sequence[Row], own: bool) -> str:
 
 def _compute(job: Job, lm: LanguageModel, rows: Sequence[Row], own: bool) -> torch.Tensor:
     half = lm.device.type != "cpu"  # as in training
-    return log_probs(lm, rows, own, half=half, say=lambda done, total: job.say("reference", done, total))
+    return log_probs(lm, rows, own, half=half, progress=lambda done, total: job.progress("reference", done, total))
 
 
 def log_probs(
@@ -78,7 +78,7 @@ def log_probs(
     own: bool = False,
     temperature: float = 1.0,
     half: bool = False,
-    say: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> torch.Tensor:
     """Return ``log pi`` of each row's response in nats, ``[rows]`` on the CPU; batches of about equal length.
 
@@ -87,7 +87,7 @@ def log_probs(
         own: by the active adapter of ``lm`` as it is now; else by the base.
         temperature: above 0; the distribution that a sampler would draw from at it.
         half: compute in bfloat16 where the model's operations allow it.
-        say: ``say(done, total)``, called after every batch.
+        progress: ``progress(done, total)``, called after every batch.
     """
     import torch
 
@@ -104,8 +104,8 @@ def log_probs(
             batch = longest_first[done : done + count]
             logps[batch] = _score(lm, [rows[row] for row in batch], temperature)
             done += len(batch)
-            if say is not None:
-                say(done, len(rows))
+            if progress is not None:
+                progress(done, len(rows))
     return logps
 
 

@@ -107,7 +107,7 @@ def inside_dpo(repeats: int) -> dict[str, Any]:
         margins = {"trl": None, "dpo": None, "modpo": margin_of((0.6, 0.4), 0, pairs.gaps)}
         times: dict[str, list[float]] = {name: [] for name in margins}
         stamps: list[float] = []
-        job.say = lambda *progress: stamps.append(time.perf_counter())
+        job.progress = lambda *progress: stamps.append(time.perf_counter())
         for repeat in range(repeats + 1):  # the first warms the allocator
             for name, margin in margins.items():
                 adapters.attach(lm, job.policy_spec.lora, job.seed)

@@ -52,7 +52,7 @@ class Toy:
     def train(self, job: Job) -> None:
         """Count to ``steps``."""
         for step in range(job.config.steps):
-            job.say("training", step + 1, job.config.steps)
+            job.progress("training", step + 1, job.config.steps)
         print("a library that prints")
         if job.config.fail == "interrupt":
             raise KeyboardInterrupt

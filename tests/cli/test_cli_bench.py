@@ -65,7 +65,7 @@ def test_a_text_task_is_measured(moalign: Any, random_base: Path, nothing_left: 
     assert sorted(Path().iterdir()) == before and list(nothing_left.iterdir()) == []
 
 
-def answer(ask: Any, prepare: bool, title: str, say: Any) -> dict[str, Any]:
+def answer(ask: Any, prepare: bool, title: str, progress: Any) -> dict[str, Any]:
     """Stands in for a process: RiC has two stages, MOC failed, and prompting trains nothing."""
     if ask.method == "moc":
         return {"error": "no room", "trace": "Traceback: no room"}

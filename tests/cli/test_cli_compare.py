@@ -19,7 +19,7 @@ class Asked:
         self.failed = failed
         self.request: Any = None
 
-    def __call__(self, request: workflow.CompareRequest, say: Any) -> workflow.Comparison:
+    def __call__(self, request: workflow.CompareRequest, progress: Any) -> workflow.Comparison:
         self.request = request
         print("chatter")
         return workflow.Comparison({"task": "sandbox", "failed": ["x"] if self.failed else []}, ["a trace"])

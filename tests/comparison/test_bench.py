@@ -90,7 +90,7 @@ def asked(*methods: str, **more: Any) -> list[timed.TimingRequest]:
     """What the processes of a bench are asked, the first one (which prepares) included."""
     seen: list[timed.TimingRequest] = []
 
-    def answer(ask: timed.TimingRequest, prepare: bool, title: str, say: Any) -> dict[str, Any]:
+    def answer(ask: timed.TimingRequest, prepare: bool, title: str, progress: Any) -> dict[str, Any]:
         seen.append(ask)
         return {}
 
@@ -167,7 +167,8 @@ def answered(said: list[str] | None = None) -> dict[str, Any]:
 
 def test_a_process_tells_its_progress_and_then_its_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     speaking(
-        monkeypatch, """print('{"say": ["online", 1, 4]}'); print('half a li'); print('{"told": {"seconds": 2}}')"""
+        monkeypatch,
+        """print('{"progress": ["online", 1, 4]}'); print('half a li'); print('{"result": {"seconds": 2}}')""",
     )
     said: list[str] = []
     assert answered(said) == {"seconds": 2} and said == ["ric: online 1/4"]
@@ -187,7 +188,7 @@ def test_a_process_that_fails_says_why(monkeypatch: pytest.MonkeyPatch, code: st
 
 
 def test_an_interruption_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    code = """import time; print('{"say": ["up", 0, 1]}', flush=True); time.sleep(60)"""
+    code = """import time; print('{"progress": ["up", 0, 1]}', flush=True); time.sleep(60)"""
     (started,) = [speaking(monkeypatch, code)]
 
     def interrupted(*_: Any) -> None:
@@ -203,14 +204,14 @@ def test_one_that_fails_leaves_the_others_and_nothing_on_disk(monkeypatch: pytes
     monkeypatch.setattr(workflow.tempfile, "tempdir", str(tmp_path))
     found: list[bool] = []
 
-    def answer(ask: timed.TimingRequest, prepare: bool, title: str, say: Any) -> dict[str, Any]:
+    def answer(ask: timed.TimingRequest, prepare: bool, title: str, progress: Any) -> dict[str, Any]:
         runs = Path(ask.results) / "runs"
         found.append(runs.exists())
         runs.mkdir(parents=True)
         return {"error": "it broke", "trace": "where"} if ask.method == "ric" and not prepare else {"seconds": 1.0}
 
-    def prepared(ask: timed.TimingRequest, prepare: bool, title: str, say: Any) -> dict[str, Any]:
-        return {} if prepare else answer(ask, prepare, title, say)
+    def prepared(ask: timed.TimingRequest, prepare: bool, title: str, progress: Any) -> dict[str, Any]:
+        return {} if prepare else answer(ask, prepare, title, progress)
 
     monkeypatch.setattr(workflow, "_answer", prepared)
     made = bench(BenchRequest(["ric", "sft", "moc"]))

@@ -106,7 +106,7 @@ FIGURES = {".png": b"\x89PNG a figure", ".svg": b"<?xml a figure"}
 
 
 def respond(
-    method: Any, context: RunContext, asked: Any, say: Any, samples: int
+    method: Any, context: RunContext, asked: Any, progress: Any, samples: int
 ) -> tuple[pd.DataFrame, dict[str, int], list[KlToBase]]:
     prompts = context.task.eval_prompts
     noise = np.random.default_rng(3).normal(0, 0.3, (len(prompts), 2)) + 0.01 * context.run.record.seed
@@ -267,7 +267,7 @@ def test_the_commands_ask_for_the_same_runs(card: str, results: Path) -> None:
             results=Path(options["--results"][0]),
         )
     )
-    assert made.folder == Path(run["run"]) and made.found is not None
+    assert made.folder == Path(run["run"]) and made.existing_run is not None
 
 
 def test_progress_names_whose_it_is(card: str, results: Path) -> None:
@@ -516,7 +516,7 @@ def test_jobs_are_trained_in_processes(card: str, results: Path, monkeypatch: py
     seen: list[list[str]] = []
     here = {work.folder: work for work in planned(card, results)}
 
-    def run(self: Any, command: list[str], say: Any) -> tuple[int, str]:
+    def run(self: Any, command: list[str], progress: Any) -> tuple[int, str]:
         seen.append(command)
         work = next(work for work in here.values() if work.command == command)
         assert work.plan is not None
@@ -540,7 +540,7 @@ def test_jobs_are_trained_in_processes(card: str, results: Path, monkeypatch: py
 def test_a_process_that_fails_fails_its_run(
     card: str, results: Path, monkeypatch: pytest.MonkeyPatch, code: int, messages: str, error: str
 ) -> None:
-    monkeypatch.setattr(executors.Processes, "run", lambda self, command, say: (code, messages))
+    monkeypatch.setattr(executors.Processes, "run", lambda self, command, progress: (code, messages))
     compared = ask(card, results, jobs=2)
     assert [row["error"] for row in compared.told["rows"]] == [error, error]
 
@@ -550,8 +550,8 @@ def test_where_runs_are_trained_is_asked_of_the_executor(
 ) -> None:
     """Here for one at a time, else by the executor; what stands against it is told with the other problems."""
     asked: list[tuple[str, int | None]] = []
-    monkeypatch.setattr(jobs, "train_here", lambda works, say: asked.append(("here", 1)))
-    monkeypatch.setattr(jobs, "train_apart", lambda works, executor, count, say: asked.append((executor, count)))
+    monkeypatch.setattr(jobs, "train_here", lambda works, progress: asked.append(("here", 1)))
+    monkeypatch.setattr(jobs, "train_apart", lambda works, executor, count, progress: asked.append((executor, count)))
     for more in ({}, {"jobs": 1}, {"jobs": 3}, {"executor": "ray"}, {"executor": "ray", "jobs": 1}):
         monkeypatch.setattr(executors, "problems", lambda name: [])
         ask(card, results, **more)
@@ -563,7 +563,7 @@ def test_where_runs_are_trained_is_asked_of_the_executor(
 
 
 def test_a_process_that_leaves_no_run(card: str, results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(executors.Processes, "run", lambda self, command, say: (0, "all fine"))
+    monkeypatch.setattr(executors.Processes, "run", lambda self, command, progress: (0, "all fine"))
     rows = ask(card, results, jobs=2).told["rows"]
     assert all("left no finished run" in row["error"] for row in rows)
 

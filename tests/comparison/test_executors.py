@@ -305,7 +305,7 @@ def work(name: str, folder: Path) -> Any:
 def runs(tmp_path: Path, ray: FakeRay, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     """Three planned runs; the ray tasks make them, but for ``bad``, which fails, and ``lost``, whose worker dies."""
     works = [work(name, tmp_path) for name in ("good", "bad", "lost")]
-    monkeypatch.setattr(jobs, "_prepare", lambda work, say: None)
+    monkeypatch.setattr(jobs, "_prepare", lambda work, progress: None)
 
     def task(command: list[str], *_: Any) -> Any:
         made = next(one for one in works if one.command == command)
@@ -313,7 +313,7 @@ def runs(tmp_path: Path, ray: FakeRay, monkeypatch: pytest.MonkeyPatch) -> Itera
             raise Lost("gone")
         if made.method.name == "bad":
             return 2, "error: the disk is full\n"
-        made.plan.found = SimpleNamespace(record=SimpleNamespace(status="done", error=None))
+        made.plan.existing_run = SimpleNamespace(record=SimpleNamespace(status="done", error=None))
         return 0, ""
 
     ray.task = task

@@ -63,7 +63,7 @@ def test_refused(text: str, expected: str) -> None:
 
 def test_another_place_is_named_without_the_option() -> None:
     with pytest.raises(RequestError) as caught:
-        preferences.check([3, 7], TWO, "r.yaml:3: prefs.0:")
+        preferences.validate([3, 7], TWO, "r.yaml:3: prefs.0:")
     assert str(caught.value) == "r.yaml:3: prefs.0: 3,7: the weights sum to 10, not 1; did you mean 0.3,0.7?"
 
 

@@ -171,12 +171,12 @@ def test_experts_that_another_process_trains_are_waited_for(ask: Any) -> None:
     assert held.wait(10)
     said: list[str] = []
 
-    def say(what: str, done: int, total: int) -> None:
+    def progress(what: str, done: int, total: int) -> None:
         said.append(what)
         if "waiting" in what:
             release.set()
 
-    run, _ = train(ask("picky-soup"), say)
+    run, _ = train(ask("picky-soup"), progress)
     other.join()
     assert run.record.status == "done"
     assert any(what.startswith("experts by picky: waiting for") for what in said)

@@ -30,7 +30,7 @@ def results(tmp_path: Path) -> Path:
 
 def test_a_plan_writes_nothing(small_task: tuple[str, ...], results: Path) -> None:
     made = plan(TrainRequest("sft", overrides=(*small_task, *SMALL), results=results))
-    assert made.found is None
+    assert made.existing_run is None
     assert made.folder.parent == results / "runs" / "sandbox" / "sft"
     assert not results.exists()
 
@@ -165,7 +165,7 @@ def test_a_finished_run_is_found_and_not_trained_again(
     written = {path: path.stat().st_mtime_ns for path in run.path.rglob("*") if path.is_file()}
 
     made = plan(request)
-    assert made.found is not None
+    assert made.existing_run is not None
     monkeypatch.setattr(type(made.method), "train", lambda *given: pytest.fail("it trained again"))
     again, found = train(made)
     assert found
@@ -197,7 +197,7 @@ def test_a_failure_is_recorded_and_the_same_request_goes_on(
         )
         with pytest.raises(errors.WorkError):
             train(made)
-    left = plan(request).found
+    left = plan(request).existing_run
     assert left is not None
     assert left.record.status == "failed"
     assert left.record.error == "WorkError: the disk sang"

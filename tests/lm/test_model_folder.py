@@ -29,13 +29,13 @@ def folder(tmp_path: Path) -> Path:
 
 def check(folder: Path, *parts: str) -> None:
     with pytest.raises(RequestError) as caught:
-        model_folder.check(folder, "objective 'x'")
+        model_folder.require_complete(folder, "objective 'x'")
     for part in ("objective 'x'", str(folder), *parts):
         assert part in str(caught.value)
 
 
 def test_whole_folder_passes(folder: Path) -> None:
-    model_folder.check(folder, "x")
+    model_folder.require_complete(folder, "x")
 
 
 @pytest.mark.parametrize("kept", [0, 5, 20, 60, -1])
@@ -77,7 +77,7 @@ def test_shards_must_all_be_there(folder: Path) -> None:
     index.write_text(json.dumps({"weight_map": {"a": names[0], "b": names[1]}}))
     check(folder, names[1])
     write_safetensors(folder / names[1], 9)
-    model_folder.check(folder, "x")
+    model_folder.require_complete(folder, "x")
     index.write_text("{}")
     check(folder, "index.json")
 

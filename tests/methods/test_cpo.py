@@ -142,8 +142,10 @@ def test_ties_and_identical_texts_are_skipped_and_counted() -> None:
     assert dropped == {"ties": 1, "identical": 1}
 
 
-def trained(task: tuple[str, ...], results: Path, say: Callable[[str, int, int], None] = silent, *more: str) -> Run:
-    return train(plan(TrainRequest("cpo", overrides=(*task, *QUICK, *more), results=results)), say)[0]
+def trained(
+    task: tuple[str, ...], results: Path, progress: Callable[[str, int, int], None] = silent, *more: str
+) -> Run:
+    return train(plan(TrainRequest("cpo", overrides=(*task, *QUICK, *more), results=results)), progress)[0]
 
 
 def test_both_stages_resume_and_the_policy_asks_for_levels(
@@ -151,15 +153,15 @@ def test_both_stages_resume_and_the_policy_asks_for_levels(
 ) -> None:
     whole = trained(small_task, tmp_path / "whole")
 
-    def say(what: str, done: int, total: int) -> None:
+    def progress(what: str, done: int, total: int) -> None:
         if (what, done) == ("cdpo", 3) and not stopped:
             stopped.append(done)
             raise KeyboardInterrupt
 
     stopped: list[int] = []
     with pytest.raises(KeyboardInterrupt):
-        trained(small_task, tmp_path / "b", say)
-    run = trained(small_task, tmp_path / "b", say)
+        trained(small_task, tmp_path / "b", progress)
+    run = trained(small_task, tmp_path / "b", progress)
     name = "adapter/adapter_model.safetensors"
     assert (run.path / name).read_bytes() == (whole.path / name).read_bytes()
     assert run.record.notes == whole.record.notes

@@ -30,11 +30,11 @@ def trained(
     results: Path,
     *more: str,
     prefs: tuple[str, ...] = (),
-    say: Callable[[str, int, int], None] = silent,
+    progress: Callable[[str, int, int], None] = silent,
     task: str = "sandbox",
 ) -> Run:
     request = TrainRequest("modpo", task, prefs=prefs, overrides=(*small_task, LORA, *QUICK, *more), results=results)
-    return train(plan(request), say)[0]
+    return train(plan(request), progress)[0]
 
 
 # -- roles -----------------------------------------------------------------------------------------------------------
@@ -137,15 +137,15 @@ def test_an_interrupted_grid_goes_on_at_its_vector_bit_for_bit(small_task: tuple
     assert stages == ["adapter-pref-0", "adapter-pref-1", "adapter-pref-2"]
     seen: list[tuple[str, int]] = []
 
-    def say(what: str, done: int, total: int) -> None:
+    def progress(what: str, done: int, total: int) -> None:
         seen.append((what, done))
         if "(2/3)" in what and done == 3 and seen.count((what, done)) == 1:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        trained(small_task, tmp_path / "b", say=say)
+        trained(small_task, tmp_path / "b", progress=progress)
     before = len(seen)
-    run = trained(small_task, tmp_path / "b", say=say)
+    run = trained(small_task, tmp_path / "b", progress=progress)
     again = [(what, done) for what, done in seen[before:] if what.startswith("preference")]
     assert "(2/3)" in again[0][0]
     assert again[0][1] == 3  # from the checkpoint of step 2

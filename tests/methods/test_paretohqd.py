@@ -39,16 +39,18 @@ class Interrupted(Exception):
 
 
 def stop_at(phase: str, step: int) -> Callable[[str, int, int], None]:
-    def say(what: str, done: int, total: int) -> None:
+    def progress(what: str, done: int, total: int) -> None:
         if what == phase and done >= step:
             raise Interrupted(f"{what} {done}")
 
-    return say
+    return progress
 
 
-def trained(small: tuple[str, ...], results: Path, *more: str, say: Any = silent, **options: Any) -> Run:
+def trained(small: tuple[str, ...], results: Path, *more: str, progress: Any = silent, **options: Any) -> Run:
     """Train with a new plan: a model, a meter and a job of its own, as a new process would have."""
-    return train(plan(TrainRequest("paretohqd", overrides=(*small, *QUICK, *more), results=results, **options)), say)[0]
+    return train(
+        plan(TrainRequest("paretohqd", overrides=(*small, *QUICK, *more), results=results, **options)), progress
+    )[0]
 
 
 @dataclass
@@ -270,9 +272,9 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     whole: Run, small_task: tuple[str, ...], tmp_path: Path, phase: str, step: int
 ) -> None:
     with pytest.raises(Interrupted):
-        trained(small_task, tmp_path, say=stop_at(phase, step))
+        trained(small_task, tmp_path, progress=stop_at(phase, step))
     told: list[str] = []
-    run = trained(small_task, tmp_path, say=lambda what, done, total: told.append(what))
+    run = trained(small_task, tmp_path, progress=lambda what, done, total: told.append(what))
     assert_same_run(run, whole)
     order = [
         *(FIRST.format(w, n + 1) for n, w in enumerate(("0,1", "0.5,0.5", "1,0"))),
@@ -295,7 +297,7 @@ def test_it_may_be_interrupted_again_and_again(whole: Run, small_task: tuple[str
         (SECOND.format("0,1", 1), 3),
     ):
         with pytest.raises(Interrupted):
-            trained(small_task, tmp_path, say=stop_at(phase, step))
+            trained(small_task, tmp_path, progress=stop_at(phase, step))
     assert_same_run(trained(small_task, tmp_path), whole)
 
 

@@ -37,11 +37,11 @@ class Stop(Exception):
 
 
 def stop_at(step: int) -> Callable[[str, int, int], None]:
-    def say(what: str, done: int, total: int) -> None:
+    def progress(what: str, done: int, total: int) -> None:
         if done == step:
             raise Stop
 
-    return say
+    return progress
 
 
 # -- the trainer ---------------------------------------------------------------------------------------------------
@@ -256,7 +256,7 @@ def test_the_rows_that_train_are_the_rows_that_score(ask: Ask, labelled: Callabl
 def test_one_data_set_makes_more_plain_bradley_terry_and_says_so(ask: Ask) -> None:
     request = ask(1, loss="more")
     assert request.settings.loss == "bt"
-    assert request.said == ("loss more: there is one data set only (eager), so this is plain Bradley-Terry (bt)")
+    assert request.notice == ("loss more: there is one data set only (eager), so this is plain Bradley-Terry (bt)")
     plain = ask(1)
     assert request.identity() == plain.identity()
 

@@ -98,13 +98,13 @@ def test_a_run_on_learned_rewards_is_judged_on_the_truth_and_tells_the_gap(
     table = run.read_table("responses")
     texts = table["prompt"].tolist(), table["response"].tolist()
     np.testing.assert_allclose(table[["helpfulness", "harmlessness"]], context.task.judge_panel.score(*texts))
-    believed = told["believed"]
-    assert len(believed["points"]) == len(told["points"])
+    proxy = told["proxy_reward"]
+    assert len(proxy["points"]) == len(told["points"])
     own = (
         context.task.normaliser.unit(context.task.panel.score(*texts)).reshape(len(told["points"]), -1, 2).mean(axis=1)
     )
-    np.testing.assert_allclose([point["mean"] for point in believed["points"]], own)
-    assert told["gap"] == pytest.approx(believed["hypervolume"] - told["hypervolume"])
+    np.testing.assert_allclose([point["mean"] for point in proxy["points"]], own)
+    assert told["gap"] == pytest.approx(proxy["hypervolume"] - told["hypervolume"])
     assert told["optimal_share"] is not None
     assert json.loads((run.path / "eval.json").read_text())["gap"] == told["gap"]
 
@@ -125,7 +125,7 @@ def test_best_of_n_chooses_by_what_it_sees(quick: None, small_task: tuple[str, .
     base = train.plan(TrainRequest("prompting", overrides=overrides[:-1], results=tmp_path))
     start, _ = train.train(base)
     before = evaluate.evaluate(base.method, base.context(start)).told
-    assert told["believed"]["hypervolume"] > before["believed"]["hypervolume"]
+    assert told["proxy_reward"]["hypervolume"] > before["proxy_reward"]["hypervolume"]
 
 
 @pytest.mark.parametrize(

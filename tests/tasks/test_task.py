@@ -186,7 +186,7 @@ def test_sampling_takes_the_cards_limits(task: SandboxTask) -> None:
 def test_work_is_reported(tmp_path: Path) -> None:
     told: list[tuple[str, int, int]] = []
     task = stand_in(tmp_path)
-    task.say = lambda *what: told.append(what)
+    task.progress = lambda *what: told.append(what)
     _ = task.normaliser
     assert told and told[-1] == ("calibrating", 24, 24)
     assert [done for _, done, _ in told] == sorted(done for _, done, _ in told)

@@ -40,7 +40,7 @@ class Stop:
 
 @pytest.fixture
 def stop() -> type[Stop]:
-    """``stop(phase, step)`` is a ``say`` that interrupts there, once."""
+    """``stop(phase, step)`` is a ``progress`` that interrupts there, once."""
     return Stop
 
 

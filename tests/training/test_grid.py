@@ -79,36 +79,36 @@ def test_a_vector_does_not_depend_on_those_before_it(make_job: MakeJob, assert_s
 
 def test_progress_names_the_vector_and_its_place(make_job: MakeJob, stop: Any) -> None:
     said = stop("none", 0)
-    job = make_job("sft", preferences=GRID, say=said)
+    job = make_job("sft", preferences=GRID, progress=said)
     train(job)
     assert {phase for phase, _ in said.seen if "preference" in phase} == {
         "preference 0,1 (1/3)",
         "preference 0.5,0.5 (2/3)",
         "preference 1,0 (3/3)",
     }
-    assert job.say is said
+    assert job.progress is said
 
 
 def test_a_part_of_a_stage_is_named_behind_the_vector(make_job: MakeJob, stop: Any) -> None:
     said = stop("none", 0)
-    job = make_job("sft", preferences=GRID[:1], say=said)
+    job = make_job("sft", preferences=GRID[:1], progress=said)
     for _, _, stage in each_preference(job):
-        job.say(f"{stage}-second", 1, 2)
+        job.progress(f"{stage}-second", 1, 2)
     assert ("preference 0,1 (1/1) second", 1) in said.seen
 
 
 def test_progress_is_the_job_s_own_again_when_a_vector_fails(make_job: MakeJob, stop: Any) -> None:
     reports = stop("none", 0)
-    job = make_job("sft", preferences=GRID, say=reports)
+    job = make_job("sft", preferences=GRID, progress=reports)
 
     def fail() -> None:
         for _ in each_preference(job):
-            assert job.say is not reports
+            assert job.progress is not reports
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         fail()
-    assert job.say is reports
+    assert job.progress is reports
 
 
 def test_a_crash_in_the_second_vector_loses_only_what_it_did_since_its_checkpoint(
@@ -117,7 +117,7 @@ def test_a_crash_in_the_second_vector_loses_only_what_it_did_since_its_checkpoin
     whole = make_job("sft", preferences=GRID)
     train(whole)
 
-    job = make_job("sft", preferences=GRID, where="b", say=stop("preference 0.5,0.5 (2/3)", 3))
+    job = make_job("sft", preferences=GRID, where="b", progress=stop("preference 0.5,0.5 (2/3)", 3))
     begun: list[Preference] = []
     with pytest.raises(interrupted):
         train(job, begun)
@@ -126,7 +126,7 @@ def test_a_crash_in_the_second_vector_loses_only_what_it_did_since_its_checkpoin
     assert not (job.run.path / "adapter-pref-1").exists()
 
     again, after = make_job("sft", preferences=GRID, where="b"), stop("none", 0)
-    again.say = after
+    again.progress = after
     resumed: list[Preference] = []
     train(again, resumed)
     assert resumed == GRID[1:]

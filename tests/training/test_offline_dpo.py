@@ -363,13 +363,13 @@ def test_an_interrupted_stage_ends_bit_for_bit_as_a_whole_one(
     lora = "policy.lora={r: 4, alpha: 8, dropout: 0.1}"
     whole = make_job("sft", where="whole", lora=lora)
     train_dpo(whole, whole.task.language_model, encoded(whole), config, "here", margin)
-    say = stop("here", 5)
-    job = make_job("sft", lora=lora, say=say)
+    progress = stop("here", 5)
+    job = make_job("sft", lora=lora, progress=progress)
     with pytest.raises(interrupted):
         train_dpo(job, job.task.language_model, encoded(job), config, "here", margin)
-    again = make_job("sft", lora=lora, say=say)
+    again = make_job("sft", lora=lora, progress=progress)
     told = train_dpo(again, again.task.language_model, encoded(again), config, "here", margin)
-    assert say.seen[-2:] == [("here", 5), ("here", 6)]
+    assert progress.seen[-2:] == [("here", 5), ("here", 6)]
     assert_same(weights(again), weights(whole))
     clocks = {"seconds", "peak_memory_bytes"}
     lines = [

@@ -165,7 +165,7 @@ def test_a_batch_of_ties_is_counted_and_skipped_and_training_goes_on(
 
     monkeypatch.setattr(job.panel, "score", constant_at_first)
     moments = []
-    job.say = lambda *what: moments.append(weights(job))
+    job.progress = lambda *what: moments.append(weights(job))
     start = weights(job)
     train(job)
     assert farthest(moments[1], start) == 0.0
@@ -277,7 +277,7 @@ def test_the_reference_may_be_the_policy_at_the_start(make_job: MakeJob, assert_
     job = make_job("mo-odpo", *FEW, "reference=start")
     warm_up(job)
     start, kept = weights(job), []
-    job.say = lambda *what: kept.append(weights(job, REFERENCE))
+    job.progress = lambda *what: kept.append(weights(job, REFERENCE))
     train(job)
     lines = job.run.metrics()
     assert lines[0]["kl"] == pytest.approx(0.0, abs=1e-3)
@@ -313,7 +313,7 @@ def test_the_reference_goes_however_the_loop_ends(make_job: MakeJob, assert_same
 def test_the_reference_follows_the_policy_every_so_many_steps(make_job: MakeJob) -> None:
     job = make_job("mo-odpo", "batch=4", "steps=4", "lr=0.01", "log_every=1", "ref_sync_steps=2")
     gaps = []
-    job.say = lambda *what: gaps.append(farthest(weights(job, REFERENCE), weights(job)))
+    job.progress = lambda *what: gaps.append(farthest(weights(job, REFERENCE), weights(job)))
     train(job)
     assert [gap == 0.0 for gap in gaps] == [False, True, False, True]
 
@@ -371,12 +371,12 @@ def test_value_heads_are_kept_in_checkpoints_and_restored(
 ) -> None:
     whole = make_job("mo-odpo", *CRITIC, where="whole")
     wanted = with_critics(whole)
-    say = stop("critic", 5)
+    progress = stop("critic", 5)
     with pytest.raises(interrupted):
-        with_critics(make_job("mo-odpo", *CRITIC, say=say))
-    job = make_job("mo-odpo", *CRITIC, say=say)
+        with_critics(make_job("mo-odpo", *CRITIC, progress=progress))
+    job = make_job("mo-odpo", *CRITIC, progress=progress)
     found = with_critics(job)
-    assert say.seen[5:] == [("critic", 5), ("critic", 6)]  # it went on from the checkpoint of step 4
+    assert progress.seen[5:] == [("critic", 5), ("critic", 6)]  # it went on from the checkpoint of step 4
     assert_same(found, wanted)
     assert_same(weights(job), weights(whole))
 
@@ -402,10 +402,10 @@ def test_a_resume_goes_on_bit_for_bit(
     settings = ("batch=4", "steps=6", "lr=0.01", "log_every=1", "checkpoint_every=3", *changes)
     whole = make_job("mo-odpo", *settings, where="whole")
     train(whole)
-    say = stop("online", 5)
+    progress = stop("online", 5)
     with pytest.raises(interrupted):
-        train(make_job("mo-odpo", *settings, say=say))
-    job = make_job("mo-odpo", *settings, say=say)
+        train(make_job("mo-odpo", *settings, progress=progress))
+    job = make_job("mo-odpo", *settings, progress=progress)
     train(job)
     assert_same(weights(job), weights(whole))
     assert job.notes == whole.notes

@@ -234,12 +234,12 @@ def test_a_resume_goes_on_bit_for_bit(
 ) -> None:
     whole = make_job("moc", *FEW, *changes, where="whole")
     wanted = run(whole)
-    say = stop("online", 3)
+    progress = stop("online", 3)
     with pytest.raises(interrupted):
-        run(make_job("moc", *FEW, *changes, say=say))
-    job = make_job("moc", *FEW, *changes, say=say)
+        run(make_job("moc", *FEW, *changes, progress=progress))
+    job = make_job("moc", *FEW, *changes, progress=progress)
     assert_same(run(job), wanted)
-    assert [done for _, done in say.seen] == [1, 2, 3, 3, 4]
+    assert [done for _, done in progress.seen] == [1, 2, 3, 3, 4]
     assert job.notes == whole.notes
     keys = ("kl", "kl_coef", "policy_loss", "value_loss/utility", "clip_fraction", "entropy")
     for found, line in zip(job.run.metrics(), whole.run.metrics(), strict=True):

@@ -32,9 +32,11 @@ SECOND = "preference 0.5,0.5 (2/3)"
 CLOCKS = {"seconds", "peak_memory_bytes"}
 
 
-def trained(method: str, task: tuple[str, ...], results: Path, say: Callable[[str, int, int], None] = silent) -> Run:
+def trained(
+    method: str, task: tuple[str, ...], results: Path, progress: Callable[[str, int, int], None] = silent
+) -> Run:
     """Train with a new plan: a model, a meter and a job of its own, as a new process would have."""
-    return train(plan(TrainRequest(method, overrides=(*task, LORA, *SETTINGS[method]), results=results)), say)[0]
+    return train(plan(TrainRequest(method, overrides=(*task, LORA, *SETTINGS[method]), results=results)), progress)[0]
 
 
 def lines(run: Run) -> list[dict[str, Any]]:
@@ -101,16 +103,16 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     phase: str,
     step: int,
 ) -> None:
-    say = stop(phase, step)
+    progress = stop(phase, step)
     with pytest.raises(interrupted):
-        trained(method, small_task, tmp_path, say)
+        trained(method, small_task, tmp_path, progress)
     (left,) = (tmp_path / "runs").glob("*/*/*")
     assert Run.load(left).record.status == "failed"
-    before = len(say.seen)
-    run = trained(method, small_task, tmp_path, say)
+    before = len(progress.seen)
+    run = trained(method, small_task, tmp_path, progress)
     assert run.path == left
     assert_same_run(run, whole(method))
-    again = say.seen[before:]
+    again = progress.seen[before:]
     resumed = next((done for what, done in again if what == phase), None)
     assert resumed == (step if phase.startswith("sampling") else (step - 1) // 2 * 2 + 1)  # from the last checkpoint
     done_before = {
@@ -138,12 +140,12 @@ def test_it_may_be_interrupted_again_and_again(
 def test_ctrl_c_leaves_an_interrupted_run_that_goes_on(
     whole: Callable[[str], Run], small_task: tuple[str, ...], tmp_path: Path
 ) -> None:
-    def say(phase: str, done: int, total: int) -> None:
+    def progress(phase: str, done: int, total: int) -> None:
         if (phase, done) == ("online", 3):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        trained("mo-odpo", small_task, tmp_path, say)
+        trained("mo-odpo", small_task, tmp_path, progress)
     (left,) = (tmp_path / "runs").glob("*/*/*")
     assert Run.load(left).record.status == "interrupted"
     assert_same_run(trained("mo-odpo", small_task, tmp_path), whole("mo-odpo"))

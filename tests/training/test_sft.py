@@ -233,7 +233,7 @@ def test_two_parts_of_a_batch_are_the_whole_batch(make_job: MakeJob, assert_same
 
 def test_it_counts_logs_and_reports(make_job: MakeJob) -> None:
     told: list[tuple[str, int, int]] = []
-    job = make_job("sft", say=lambda *what: told.append(what))
+    job = make_job("sft", progress=lambda *what: told.append(what))
     config = settings()
     train_sft(job, job.task.language_model, TEXTS, ANSWERS, config, "here")
     inputs, _ = encode_rows(job.task.language_model, TEXTS, ANSWERS, config.max_tokens)
@@ -252,11 +252,11 @@ def test_the_log_is_the_same_after_a_resume(
     config = settings(steps=8, log_every=2, checkpoint_every=3)
     whole = make_job("sft", where="whole")
     train_sft(whole, whole.task.language_model, TEXTS, ANSWERS, config, "here")
-    say = stop("here", 5)
-    job = make_job("sft", say=say)
+    progress = stop("here", 5)
+    job = make_job("sft", progress=progress)
     with pytest.raises(interrupted):
         train_sft(job, job.task.language_model, TEXTS, ANSWERS, config, "here")
-    job = make_job("sft", say=say)
+    job = make_job("sft", progress=progress)
     train_sft(job, job.task.language_model, TEXTS, ANSWERS, config, "here")
     assert [line["step"] for line in job.run.metrics()] == [2, 3, 4, 6, 8]
     clocks = {"seconds", "peak_memory_bytes"}

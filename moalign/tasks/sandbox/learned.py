@@ -13,7 +13,7 @@ from moalign.config.objectives import ClassifierObjective
 from moalign.reward_models.settings import RewardSettings
 
 if TYPE_CHECKING:
-    from moalign.core.progress import Say
+    from moalign.core.progress import Progress
     from moalign.reward_models.runs import RewardRequest
     from moalign.tasks.sandbox.task import SandboxTask
 
@@ -43,9 +43,11 @@ def request(task: SandboxTask) -> RewardRequest:
     return runs.make(name, settings, task.base_folder, pairs, seed=task.annotators.seed, results=task.results)
 
 
-def objectives(task: SandboxTask, say: Say) -> list[ClassifierObjective]:
+def objectives(task: SandboxTask, progress: Progress) -> list[ClassifierObjective]:
     """Return the task's objectives as heads of the trained reward model; it is trained when it is not there yet."""
     from moalign.reward_models import runs
 
-    run, _ = runs.obtain(request(task), lambda what, done, total: say(f"reward models: {what}", done, total), wait=True)
+    run, _ = runs.obtain(
+        request(task), lambda what, done, total: progress(f"reward models: {what}", done, total), wait=True
+    )
     return [runs.objective(run, name, head=name) for name in task.names]

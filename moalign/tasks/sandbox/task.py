@@ -85,7 +85,7 @@ class SandboxTask(Task):
             return RewardPanel.from_specs(self.card.objectives, Path.cwd(), self._store)
         from moalign.tasks.sandbox import learned
 
-        specs = learned.objectives(self, lambda what, done, total: self.say(what, done, total))
+        specs = learned.objectives(self, lambda what, done, total: self.progress(what, done, total))
         return RewardPanel.from_specs(specs, Path.cwd(), self._store)
 
     # -- the base ------------------------------------------------------------------------------------------
@@ -101,7 +101,7 @@ class SandboxTask(Task):
             return self.card.model, self.card.model_revision
         what = f"training the {self._spec.base} base (first use only)"
         folder = base.ensure(
-            self.names, self._spec.base, self._spec.seed, lambda done, total: self.say(what, done, total)
+            self.names, self._spec.base, self._spec.seed, lambda done, total: self.progress(what, done, total)
         )
         return str(folder), None
 
