@@ -97,7 +97,7 @@ def asked(*methods: str, **more: Any) -> list[timed.TimingRequest]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(workflow, "_answer", answer)
         made = bench(BenchRequest(methods=methods, **more))
-    assert made.told["failed"] == [] and made.exit_code == 0
+    assert made.content["failed"] == [] and made.exit_code == 0
     return seen
 
 
@@ -215,8 +215,8 @@ def test_one_that_fails_leaves_the_others_and_nothing_on_disk(monkeypatch: pytes
 
     monkeypatch.setattr(workflow, "_answer", prepared)
     made = bench(BenchRequest(["ric", "sft", "moc"]))
-    assert [row["status"] for row in made.told["rows"]] == ["failed", "done", "done"]
-    assert made.told["failed"] == ["ric"] and made.exit_code == 1 and made.traces == ["where"]
+    assert [row["status"] for row in made.content["rows"]] == ["failed", "done", "done"]
+    assert made.content["failed"] == ["ric"] and made.exit_code == 1 and made.traces == ["where"]
     assert found == [False] * 3, "no method finds what another has trained"
     assert list(tmp_path.iterdir()) == []
-    assert made.told["machine"]["cpus"] >= 1 and made.told["machine"]["torch"]
+    assert made.content["machine"]["cpus"] >= 1 and made.content["machine"]["torch"]

@@ -147,7 +147,7 @@ def ask(card: str, results: Path, **more: Any) -> Comparison:
 
 
 def by_label(compared: Comparison) -> dict[str, dict[str, Any]]:
-    return {row["label"]: row for row in compared.told["rows"]}
+    return {row["label"]: row for row in compared.content["rows"]}
 
 
 # --- training what is missing ---------------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ def by_label(compared: Comparison) -> dict[str, dict[str, Any]]:
 
 def test_the_suite_is_trained_and_compared(card: str, results: Path) -> None:
     compared = ask(card, results)
-    record = compared.told
+    record = compared.content
     assert [row["method"] for row in record["rows"]] == ["good", "bad"]
     assert record["winner"] == "good" and compared.exit_code == 0 and record["failed"] == []
     assert (record["task"], record["objectives"], record["ref"]) == ("toy", ["helpfulness", "harmlessness"], [0.0, 0.0])
@@ -163,7 +163,7 @@ def test_the_suite_is_trained_and_compared(card: str, results: Path) -> None:
 
 
 def test_keys_of_the_contract(card: str, results: Path) -> None:
-    record = ask(card, results).told
+    record = ask(card, results).content
     wanted = "task card_hash objectives ref rows pairs winner optimum figure markdown sensitivity"
     assert set(wanted.split()) <= set(record)
     of_row = "method hypervolume ci rank indicators cost quality optimal_share seeds runs status"
@@ -176,7 +176,7 @@ def test_keys_of_the_contract(card: str, results: Path) -> None:
 
 
 def test_files_are_written_and_named(card: str, results: Path) -> None:
-    record = ask(card, results).told
+    record = ask(card, results).content
     folder = Path(record["json"]).parent
     assert folder.parent == results / "compare" and folder.name.startswith("toy-")
     assert sorted(path.name for path in folder.iterdir()) == ["compare.json", "compare.md", "fronts.png"]
@@ -187,7 +187,7 @@ def test_files_are_written_and_named(card: str, results: Path) -> None:
 
 def test_places_of_the_users_choice(card: str, results: Path, tmp_path: Path) -> None:
     figure, page = tmp_path / "out" / "f.svg", tmp_path / "page.md"
-    record = ask(card, results, figure=figure, markdown=page).told
+    record = ask(card, results, figure=figure, markdown=page).content
     assert figure.read_bytes().startswith(b"<?xml") and record["figure"] == str(figure)
     assert "](out/f.svg)" in page.read_text()
 
@@ -197,7 +197,7 @@ def test_the_same_comparison_again_trains_nothing(card: str, results: Path) -> N
     before = {path: path.stat().st_mtime_ns for path in results.rglob("run.json")}
     again = ask(card, results)
     assert {path: path.stat().st_mtime_ns for path in results.rglob("run.json")} == before
-    assert again.told == first.told
+    assert again.content == first.content
 
 
 def test_no_torch_is_needed_to_compare_what_is_there(card: str, results: Path) -> None:
@@ -213,27 +213,27 @@ def test_seeds(card: str, results: Path) -> None:
     rows = by_label(compared)
     assert rows["good"]["seeds"] == [0, 1, 2] and len(rows["good"]["hypervolume_by_seed"]) == 3
     assert rows["fixed"]["seeds"] == [0], "nothing is trained, so another seed is the same run"
-    assert compared.told["pairs"][0]["seeds"] == [0, 1, 2]
+    assert compared.content["pairs"][0]["seeds"] == [0, 1, 2]
 
 
 def test_a_grid_of_its_own_size(card: str, results: Path) -> None:
     compared = ask(card, results, methods=["good", "own-only"], grid=5)
-    assert len(compared.told["grid"]) == 5
-    for row in compared.told["rows"]:
+    assert len(compared.content["grid"]) == 5
+    for row in compared.content["rows"]:
         assert len(row["points"]) == 5 and not row["own_preferences"]
 
 
 def test_more_answers_to_each_prompt(card: str, results: Path) -> None:
     """The same runs, other answers, a comparison of its own; the card's number spelt out is the plain one."""
-    plain = ask(card, results, methods=["good", "own-only"]).told
-    asked = ask(card, results, methods=["good", "own-only"], samples=3).told
+    plain = ask(card, results, methods=["good", "own-only"]).content
+    asked = ask(card, results, methods=["good", "own-only"], samples=3).content
     assert (plain["samples"], asked["samples"]) == (1, 3)
     assert asked["json"] != plain["json"] and "--samples 3" in asked["command"]
     assert [row["runs"][0]["run"] for row in asked["rows"]] == [row["runs"][0]["run"] for row in plain["rows"]]
     for one, other in zip(plain["rows"], asked["rows"], strict=True):
         assert other["hypervolume"] == pytest.approx(one["hypervolume"])  # the stand-in says the same each time
         assert other["cost"]["answering"]["tokens_generated"] == 3 * one["cost"]["answering"]["tokens_generated"]
-    assert ask(card, results, methods=["good", "own-only"], samples=1).told["json"] == plain["json"]
+    assert ask(card, results, methods=["good", "own-only"], samples=1).content["json"] == plain["json"]
 
 
 def test_settings_go_to_the_methods_that_have_them(card: str, results: Path) -> None:
@@ -241,7 +241,7 @@ def test_settings_go_to_the_methods_that_have_them(card: str, results: Path) -> 
     commands = {name: row["runs"][0]["command"] for name, row in by_label(compared).items()}
     assert "--set gain=0.05 --set gain=0.9" in commands["bad"]
     assert "--set gain=0.05" in commands["good"] and "--set" not in commands["fixed"]
-    assert compared.told["winner"] == "bad"
+    assert compared.content["winner"] == "bad"
 
 
 def test_the_commands_ask_for_the_same_runs(card: str, results: Path) -> None:
@@ -250,7 +250,7 @@ def test_the_commands_ask_for_the_same_runs(card: str, results: Path) -> None:
 
     from moalign.experiment.train import TrainRequest, plan
 
-    record = ask(card, results, methods=["own-only"], grid=4, overrides=["gain=0.25"]).told
+    record = ask(card, results, methods=["own-only"], grid=4, overrides=["gain=0.25"]).content
     run = record["rows"][0]["runs"][0]
     words = shlex.split(run["command"])
     assert words[:3] == ["moalign", "train", "own-only"]
@@ -284,10 +284,10 @@ def test_a_failed_method_stays_visible(card: str, results: Path) -> None:
     rows = by_label(compared)
     assert rows["bad"]["status"] == "failed" and rows["bad"]["error"] == "the optimiser walked off"
     assert rows["bad"]["runs"][0]["status"] == "failed"
-    assert rows["good"]["rank"] == 1 and compared.told["winner"] == "good"
-    assert compared.exit_code == 1 and compared.told["failed"] == ["bad"]
+    assert rows["good"]["rank"] == 1 and compared.content["winner"] == "good"
+    assert compared.exit_code == 1 and compared.content["failed"] == ["bad"]
     assert "WorkError: the optimiser walked off" in compared.traces[0]
-    page = Path(compared.told["markdown"]).read_text()
+    page = Path(compared.content["markdown"]).read_text()
     assert "bad (failed)" in page and "the optimiser walked off" in page
 
 
@@ -296,15 +296,15 @@ def test_a_failed_seed_stays_visible(card: str, results: Path) -> None:
     good = by_label(compared)["good"]
     assert good["status"] == "partial" and good["seeds"] == [0]
     assert [run["status"] for run in good["runs"]] == ["done", "failed"]
-    assert compared.told["pairs"][0]["certain"] and compared.told["winner"] is None
+    assert compared.content["pairs"][0]["certain"] and compared.content["winner"] is None
     assert compared.exit_code == 1
 
 
 def test_everything_failed(card: str, results: Path) -> None:
     compared = ask(card, results, overrides=["fail=true"])
-    assert compared.exit_code == 1 and compared.told["figure"] is None
-    assert compared.told["verdict"][0] == "No method finished, so there is nothing to compare."
-    assert Path(compared.told["markdown"]).is_file()
+    assert compared.exit_code == 1 and compared.content["figure"] is None
+    assert compared.content["verdict"][0] == "No method finished, so there is nothing to compare."
+    assert Path(compared.content["markdown"]).is_file()
 
 
 def test_a_failed_evaluation_fails_its_row(card: str, results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -372,7 +372,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_training(card: str, re
 
 
 def runs_of(compared: Comparison) -> list[str]:
-    return [run["run"] for row in compared.told["rows"] for run in row["runs"]]
+    return [run["run"] for row in compared.content["rows"] for run in row["runs"]]
 
 
 def test_runs_are_compared_by_folder_or_identifier(card: str, results: Path) -> None:
@@ -380,12 +380,12 @@ def test_runs_are_compared_by_folder_or_identifier(card: str, results: Path) -> 
     found = runs_of(first)
     again = compare(CompareRequest(runs=[found[0], Path(found[1]).name], results=results))
     for key in ("rows", "pairs", "winner", "card_hash"):
-        assert again.told[key] == first.told[key]
+        assert again.content[key] == first.content[key]
 
 
 def test_a_run_named_twice_counts_once(card: str, results: Path) -> None:
     found = runs_of(ask(card, results))
-    assert len(compare(CompareRequest(runs=[*found, found[0]], results=results)).told["rows"]) == 2
+    assert len(compare(CompareRequest(runs=[*found, found[0]], results=results)).result.content["rows"]) == 2
 
 
 def test_settings_tell_runs_of_one_method_apart(card: str, results: Path) -> None:
@@ -395,9 +395,9 @@ def test_settings_tell_runs_of_one_method_apart(card: str, results: Path) -> Non
         for run in runs_of(ask(card, results, methods=["good"], seeds=2, overrides=[f"gain={gain}"]))
     ]
     compared = compare(CompareRequest(runs=found, results=results))
-    assert [row["label"] for row in compared.told["rows"]] == ["good (gain=0.2)", "good (gain=0.1)"]
-    assert [row["seeds"] for row in compared.told["rows"]] == [[0, 1], [0, 1]]
-    assert compared.told["winner"] == "good (gain=0.2)"
+    assert [row["label"] for row in compared.content["rows"]] == ["good (gain=0.2)", "good (gain=0.1)"]
+    assert [row["seeds"] for row in compared.content["rows"]] == [[0, 1], [0, 1]]
+    assert compared.content["winner"] == "good (gain=0.2)"
 
 
 def test_runs_of_one_method_that_differ_in_three_settings_have_labels_of_their_own(card: str, results: Path) -> None:
@@ -411,7 +411,7 @@ def test_runs_of_one_method_that_differ_in_three_settings_have_labels_of_their_o
     ]
     compared = compare(CompareRequest(runs=found, results=results))
     wanted = {text.replace(" ", ", ") for text in settings}
-    assert {row["label"].removeprefix("good (").removesuffix(")") for row in compared.told["rows"]} == wanted
+    assert {row["label"].removeprefix("good (").removesuffix(")") for row in compared.content["rows"]} == wanted
 
 
 def test_long_values_are_abbreviated_where_labels_stay_apart(card: str, results: Path) -> None:
@@ -419,7 +419,7 @@ def test_long_values_are_abbreviated_where_labels_stay_apart(card: str, results:
 
     def labels(*overrides: str) -> set[str]:
         found = [run for text in overrides for run in runs_of(ask(card, results, methods=["good"], overrides=[text]))]
-        return {row["label"] for row in compare(CompareRequest(runs=found, results=results)).told["rows"]}
+        return {row["label"] for row in compare(CompareRequest(runs=found, results=results)).result.content["rows"]}
 
     assert labels("base=/elsewhere/in-a-long-folder", "base=/models/one") == {
         "good (base=/elsewhere/in-a…)",
@@ -526,7 +526,7 @@ def test_jobs_are_trained_in_processes(card: str, results: Path, monkeypatch: py
     monkeypatch.setattr(executors.Processes, "run", run)
     compared = ask(card, results, jobs=2)
     assert sorted(command[1] for command in seen) == ["bad", "good"]
-    assert compared.exit_code == 0 and compared.told["winner"] == "good"
+    assert compared.exit_code == 0 and compared.content["winner"] == "good"
 
 
 @pytest.mark.parametrize(
@@ -542,7 +542,7 @@ def test_a_process_that_fails_fails_its_run(
 ) -> None:
     monkeypatch.setattr(executors.Processes, "run", lambda self, command, progress: (code, messages))
     compared = ask(card, results, jobs=2)
-    assert [row["error"] for row in compared.told["rows"]] == [error, error]
+    assert [row["error"] for row in compared.content["rows"]] == [error, error]
 
 
 def test_where_runs_are_trained_is_asked_of_the_executor(
@@ -564,7 +564,7 @@ def test_where_runs_are_trained_is_asked_of_the_executor(
 
 def test_a_process_that_leaves_no_run(card: str, results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(executors.Processes, "run", lambda self, command, progress: (0, "all fine"))
-    rows = ask(card, results, jobs=2).told["rows"]
+    rows = ask(card, results, jobs=2).content["rows"]
     assert all("left no finished run" in row["error"] for row in rows)
 
 

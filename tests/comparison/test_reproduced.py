@@ -26,7 +26,7 @@ def test_a_rows_command_gives_the_same_record_bit_for_bit(
 ) -> None:
     monkeypatch.setattr(drawings, "ALL", {"fronts": lambda told, suffix: b"a figure"})
     asked = CompareRequest(methods=["sft"], overrides=(*small_task, *SHORT), results=tmp_path / "first")
-    row = compare(asked).told["rows"][0]
+    row = compare(asked).content["rows"][0]
     words = shlex.split(row["runs"][0]["command"])
     place = words.index("--results") + 1
     assert words[0] == "moalign" and words[place] == str(tmp_path / "first")
@@ -70,4 +70,4 @@ def test_evaluation_neither_moves_nor_reads_a_global_generator(small_task: tuple
         found.append(evaluate(method, context))
         assert state() == before
     assert np.array_equal(found[0].scores, found[1].scores)
-    assert found[0].told["hypervolume_ci"] == found[1].told["hypervolume_ci"]
+    assert found[0].result.content["hypervolume_ci"] == found[1].result.content["hypervolume_ci"]
