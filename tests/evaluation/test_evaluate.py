@@ -145,11 +145,11 @@ def test_collapse_is_judged_by_the_policys_tokens_and_what_short_means_on_the_ta
     method, context = opened(small_task, tmp_path / "a", Steered())
     found = evaluate(method, context)
     tokens = context.task.tokens(context.run.read_table("responses")["response"])
-    assert found.result.content["quality"]["causes"]["short"] == 0
-    assert found.result.content["quality"]["mean_length"] == pytest.approx(np.mean([len(ids) for ids in tokens]))
+    assert found.result.quality.causes["short"] == 0
+    assert found.result.quality.mean_length == pytest.approx(np.mean([len(ids) for ids in tokens]))
     longest = max(len(ids) for ids in tokens)
-    asked = opened((*small_task, f"task.quality={{short: {longest + 1}}}"), tmp_path / "b", Steered())
-    assert evaluate(*asked).result.content["quality"]["causes"]["short"] == 1
+    requested = opened((*small_task, f"task.quality={{short: {longest + 1}}}"), tmp_path / "b", Steered())
+    assert evaluate(*requested).result.quality.causes["short"] == 1
 
 
 def test_the_table_holds_every_answer_with_its_raw_scores(steered: Opened) -> None:
@@ -228,7 +228,7 @@ def test_an_evaluation_of_another_card_is_not_read_back(steered: Opened) -> None
     content = json.loads(path.read_text())
     path.write_text(json.dumps({**content, "card_hash": "0" * 16, "hypervolume": 99.0}))
     calls = Speaker.calls
-    assert evaluate(method, context).result.content["hypervolume"] == content["hypervolume"]
+    assert evaluate(method, context).result.hypervolume == content["hypervolume"]
     assert Speaker.calls > calls
 
 
@@ -261,7 +261,7 @@ def test_several_samples_of_a_prompt_are_averaged(small_task: tuple[str, ...], t
     method, context = opened((*small_task, "task.evaluation.samples=2"), tmp_path, Steered())
     result = evaluate(method, context)
     assert result.scores.shape == (PROMPTS, 3, 2)
-    assert result.result.content["prompts"] == PROMPTS
+    assert result.result.prompts == PROMPTS
     for p, prompt in enumerate(context.task.eval_prompts):
         for k, preference in enumerate(context.task.grid):
             both = [said(str(preference[0]), prompt, sample) for sample in (0, 1)]
@@ -274,21 +274,21 @@ def test_more_samples_than_the_card_asks_for(small_task: tuple[str, ...], tmp_pa
     """As a card with as many would have it; the card's own evaluation stays, and the run is the same."""
     method, context = steered
     own = evaluate(method, context)
-    assert own.result.content["samples"] == 1
-    asked = evaluate(method, context, samples=2)
-    assert (asked.result.content["samples"], asked.result.content["prompts"]) == (2, PROMPTS)
+    assert own.result.samples == 1
+    requested = evaluate(method, context, samples=2)
+    assert (requested.result.samples, requested.result.prompts) == (2, PROMPTS)
     other = evaluate(*opened((*small_task, "task.evaluation.samples=2"), tmp_path / "other", Steered()))
-    assert np.array_equal(asked.scores, other.scores)
+    assert np.array_equal(requested.scores, other.scores)
     assert (
-        asked.result.content["points"] == other.result.content["points"]
-        and asked.result.content["hypervolume"] == other.result.content["hypervolume"]
+        requested.result.content["points"] == other.result.content["points"]
+        and requested.result.hypervolume == other.result.hypervolume
     )
-    assert not np.allclose(asked.scores, own.scores)
+    assert not np.allclose(requested.scores, own.scores)
     assert json.loads((context.run.path / "eval.json").read_text()) == own.result.content
-    assert json.loads((context.run.path / "eval-x2.json").read_text()) == asked.result.content
+    assert json.loads((context.run.path / "eval-x2.json").read_text()) == requested.result.content
     assert len(context.run.read_table("responses-x2")) == 2 * len(context.run.read_table("responses"))
     calls = Speaker.calls
-    assert_equal(evaluate(method, context, samples=2), asked)
+    assert_equal(evaluate(method, context, samples=2), requested)
     assert_equal(evaluate(method, context, samples=1), own)  # the card's number spelt out is the card's evaluation
     assert Speaker.calls == calls
 

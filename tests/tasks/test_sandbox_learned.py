@@ -112,7 +112,7 @@ def test_a_run_on_learned_rewards_is_judged_on_the_truth_and_tells_the_gap(
 def test_exact_runs_tell_no_gap(small_task: tuple[str, ...], tmp_path: Path) -> None:
     made = train.plan(TrainRequest("prompting", overrides=small_task, results=tmp_path))
     run, _ = train.train(made)
-    assert "gap" not in evaluate.evaluate(made.method, made.context(run)).result.content
+    assert evaluate.evaluate(made.method, made.context(run)).result.gap is None
 
 
 def test_best_of_n_chooses_by_what_it_sees(quick: None, small_task: tuple[str, ...], tmp_path: Path) -> None:
