@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moalign.core.errors import RequestError
 from moalign.core.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -202,8 +203,6 @@ def evaluate_all(
     ['mo-odpo']
     """
     from moalign.evaluation import evaluate as workflow
-    from moalign.evaluation.reference import at_reference
-    from moalign.evaluation.result import EvalResult
     from moalign.experiment import arguments
 
     vectors = arguments.vector_texts(prefs)
@@ -220,8 +219,7 @@ def evaluate_all(
     for handle, requested, corner in requests:
         method, context = handle.open(progress or silent)
         made = workflow.evaluate(method, context, requested, progress or silent, samples)
-        content = made.told if corner is None else at_reference(made, context.task, corner)
-        evaluated.append(EvalResult.of({**content, "run": str(handle.path)}))  # it may have been written elsewhere
+        evaluated.append(made.result if corner is None else workflow.at_reference(made, context.task, corner))
     return evaluated
 
 
@@ -381,7 +379,6 @@ def compare(
     ([(1, 'mo-odpo')], None)
     """
     from moalign.comparison import compare as workflow
-    from moalign.comparison.result import CompareResult
     from moalign.experiment import arguments
 
     named, runs = _task_or_runs(task_or_runs)
@@ -400,8 +397,7 @@ def compare(
         markdown=None if markdown is None else Path(markdown),
         html=None if html is None else Path(html),
     )
-    made = workflow.compare(request, progress or silent)
-    return CompareResult(made.told, tuple(made.traces))
+    return workflow.compare(request, progress or silent)
 
 
 def best(
@@ -427,13 +423,34 @@ def best(
     (1, 'mo-odpo')
     """
     from moalign.comparison.result import CompareResult
-    from moalign.experiment import arguments, handle
+    from moalign.evaluation.evaluate import preferences_for
+    from moalign.experiment import arguments
+    from moalign.experiment.handle import Best, RunHandle
+    from moalign.methods import registry
 
     place = comparison.files["json"] if isinstance(comparison, CompareResult) else Path(comparison)
     file = place / "compare.json" if place.is_dir() else place
-    content = handle.read_comparison(file)
-    requested = arguments.required(arguments.vector_texts(prefs), content["objectives"])
-    return handle.best_of(file, content, requested, Path(results))
+    result = comparison if isinstance(comparison, CompareResult) else CompareResult.load(file)
+    requested = arguments.required(arguments.vector_texts(prefs), result.objectives)
+    folders = file.resolve().parents  # runs lie where the record says, else in the results folder that it lies in
+    home = folders[2] if folders[1].name == "compare" else Path(results)
+    refused = []
+    for entry in result.entries:
+        finished = next((run for run in entry.runs if run.status == "done"), None)
+        if entry.rank is None or finished is None:
+            continue
+        run = RunHandle.find(finished.run if Path(finished.run).is_dir() else finished.run_id, home)
+        if not registry.get(entry.method).capabilities.trains:
+            refused.append(f"{entry.label} trains nothing")
+            continue
+        method, context = run.open()
+        try:
+            preferences_for(method, context, requested)
+        except RequestError as error:
+            refused.append(str(error))
+        else:
+            return Best(run, entry.rank, len(result.entries))
+    raise RequestError(f"{file}: no run can be asked: {'; '.join(refused) or 'none is finished'}")
 
 
 def _task_or_runs(

@@ -158,12 +158,12 @@ def _runs(results: Path) -> list[dict[str, Any]]:
 
 def _evaluation(path: Path) -> dict[str, Any]:
     """Return the run's evaluation on the task's grid; empty when there is none."""
-    from moalign.runs.record import read_evaluation
+    from moalign.evaluation.result import EvalResult
 
     if not path.is_file():
         return {}
     try:
-        return read_evaluation(path)
+        return EvalResult.load(path).content
     except RequestError as error:
         output.warn(str(error))
         return {}

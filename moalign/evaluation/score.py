@@ -84,18 +84,21 @@ def score(
         SourceSpec(path=str(source)), [readers.Field("prompt", blank=False), readers.Field("response")], Path.cwd()
     )
     scores = Scores(loaded.card.name, list(names), out=out)
-    statistics = _RunningStatistics(len(names))
     panel = loaded.panel.with_normaliser(loaded.normaliser)
+    chunks: list[Matrix] = []
     with contextlib.ExitStack() as stack:
         keep = _memory(scores) if out is None else stack.enter_context(_parquet(out, names))
         while rows_now := list(islice(rows, CHUNK)):
             prompts = [row.values["prompt"] for row in rows_now]
             responses = [row.values["response"] for row in rows_now]
             raw = panel.score(prompts, responses, partial(progress, f"scoring from row {scores.rows + 1}"))
-            statistics.add(raw, panel.unit(raw))
             keep(prompts, responses, raw, panel.unit(raw))
+            chunks.append(raw)
             scores.rows += len(prompts)
-    scores.summary = statistics.summary(names)
+    raw = np.concatenate(chunks)
+    columns = [raw.mean(axis=0), raw.std(axis=0), raw.min(axis=0), raw.max(axis=0), panel.unit(raw).mean(axis=0)]
+    for name, numbers in zip(names, np.transpose(columns).tolist(), strict=True):
+        scores.summary[name] = dict(zip(("mean", "sd", "min", "max", "normalised_mean"), numbers, strict=True))
     return scores
 
 
@@ -138,39 +141,3 @@ def _parquet(path: Path, names: list[str]) -> Iterator[Keep]:
             writer.write_table(pa.table(dict(zip(schema.names, values, strict=True)), schema=schema))
 
         yield keep
-
-
-class _RunningStatistics:
-    """Mean, deviation and extremes of scores that come in chunks (Chan's update, exact for any number of rows)."""
-
-    def __init__(self, objectives: int) -> None:
-        self.count = 0
-        self.mean = np.zeros(objectives)
-        self.squares = np.zeros(objectives)
-        self.low = np.full(objectives, np.inf)
-        self.high = np.full(objectives, -np.inf)
-        self.unit = np.zeros(objectives)
-
-    def add(self, raw: Matrix, unit: Matrix) -> None:
-        count, mean = len(raw), raw.mean(axis=0)
-        total = self.count + count
-        step = mean - self.mean
-        self.squares += ((raw - mean) ** 2).sum(axis=0) + step**2 * self.count * count / total
-        self.mean += step * count / total
-        self.unit += (unit.mean(axis=0) - self.unit) * count / total
-        self.low = np.minimum(self.low, raw.min(axis=0))
-        self.high = np.maximum(self.high, raw.max(axis=0))
-        self.count = total
-
-    def summary(self, names: list[str]) -> dict[str, dict[str, float]]:
-        deviation = np.sqrt(self.squares / self.count)
-        return {
-            name: {
-                "mean": float(self.mean[k]),
-                "sd": float(deviation[k]),
-                "min": float(self.low[k]),
-                "max": float(self.high[k]),
-                "normalised_mean": float(self.unit[k]),
-            }
-            for k, name in enumerate(names)
-        }
