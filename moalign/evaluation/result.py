@@ -35,7 +35,7 @@ KEYS = {
 
 
 class Content(BaseModel):
-    """Part of a stored result. Every key is written; null stands for what is not known."""
+    """Part of a stored result; null stands for what is not known."""
 
     model_config = ConfigDict(alias_generator=lambda name: KEYS.get(name, name), populate_by_name=True)
 
@@ -235,6 +235,15 @@ class EvalResult(Judgement, EvaluatedRun):
     """
 
     KIND: ClassVar[str] = "an evaluation"
+    SPARSE: ClassVar[tuple[str, ...]] = (
+        "optimal_share_ci",
+        "optimum",
+        "proxy_reward",
+        "gap",
+        "overlong",
+        "generalisation",
+    )
+    """Keys that are left out where there is nothing to say."""
     REMEDY: ClassVar[str] = "remove it and evaluate again: moalign eval {folder}"
 
     samples: int
@@ -249,6 +258,11 @@ class EvalResult(Judgement, EvaluatedRun):
     """How many prompts were cut or dropped, where any was."""
     generalisation: Generalisation | None = None
     """Where preferences were held out of training."""
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """See :attr:`Content.content`."""
+        return {key: value for key, value in super().content.items() if value is not None or key not in self.SPARSE}
 
     @classmethod
     def migrated(cls, content: dict[str, Any], folder: Path) -> dict[str, Any]:
