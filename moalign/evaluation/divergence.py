@@ -70,7 +70,7 @@ def from_base(
     heads = task.language_model.encode([task.renderer.plain(prompt) for prompt in prompts], sampling.max_prompt_tokens)
     rows: dict[Hashable, Row] = {}
     for trace in usable:
-        for head, ids in zip(heads, trace.ids if trace else (), strict=trace is not None):
+        for head, ids in zip(heads, trace.ids, strict=True) if trace else ():
             rows.setdefault((*head, ids.tobytes()), ([*head, *ids.tolist()], len(ids)))
     log_probabilities = log_probs(
         task.language_model,

@@ -41,9 +41,10 @@ def test_kl_to_base_and_spacing_are_told_where_they_are_known(
     moalign: Any, run: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     from moalign.cli.eval import show_summary
+    from moalign.evaluation.result import EvalResult
 
     def shown(**changes: Any) -> str:
-        show_summary({**told, **changes})
+        show_summary(EvalResult.model_validate({**told, **changes}))
         return capsys.readouterr().out
 
     told = json.loads(moalign("eval", run["run_id"], "--json").out)
