@@ -37,7 +37,7 @@ KEYS = {
 class Content(BaseModel):
     """Part of a stored result; null stands for what is not known."""
 
-    model_config = ConfigDict(alias_generator=lambda name: KEYS.get(name, name), populate_by_name=True)
+    model_config = ConfigDict(alias_generator=lambda name: KEYS.get(name, name), populate_by_name=True, defer_build=True)
 
     @property
     def content(self) -> dict[str, Any]:
