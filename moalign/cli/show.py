@@ -246,10 +246,11 @@ def _run(run: Run, as_json: bool) -> None:
 
     record = run.record
     path = run.path / "eval.json"
-    evaluation = EvalResult.load(path).content if path.is_file() else None
+    evaluation = EvalResult.load(path) if path.is_file() else None
     if as_json:
         content = record.model_dump(mode="json")
-        output.as_json({**content, "status": run.status, "run": str(run.path), "evaluation": evaluation})
+        stored = None if evaluation is None else evaluation.content
+        output.as_json({**content, "status": run.status, "run": str(run.path), "evaluation": stored})
         return
     environment = record.environment
     commit = f"commit {environment['commit']}" if environment.get("commit") else "no commit known"

@@ -35,11 +35,13 @@ class OutputPaths:
 
     def require_writable(self) -> None:
         """Raise RequestError for a wrong suffix or a path that cannot be written."""
-        if self.figure.suffix not in style.FORMATS:
-            raise RequestError(f"--figure {self.figure}: allowed: a name ending in {', '.join(style.FORMATS)}")
-        if self.html is not None and self.html.suffix not in PAGES:
-            raise RequestError(f"--html {self.html}: allowed: a name ending in {', '.join(PAGES)}")
-        for option, path in (("--figure", self.figure), ("--markdown", self.markdown), ("--html", self.html)):
+        for option, path, suffixes in (
+            ("--figure", self.figure, style.FORMATS),
+            ("--html", self.html, PAGES),
+            ("--markdown", self.markdown, ()),
+        ):
+            if path is not None and suffixes and path.suffix not in suffixes:
+                raise RequestError(f"{option} {path}: allowed: a name ending in {', '.join(suffixes)}")
             if path is not None and path.is_dir():
                 raise RequestError(f"{option} {path}: it is a folder; give the name of a file")
         for path in filter(None, (self.json, self.figure, self.markdown, self.html)):

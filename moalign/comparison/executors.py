@@ -224,10 +224,10 @@ class Processes:
         for process in alive:
             process.send_signal(signal.SIGINT)
         last = time.monotonic() + GRACE
-        while time.monotonic() < last and any(process.poll() is None for process in alive):
-            time.sleep(0.05)
         for process in alive:
-            if process.poll() is None:
+            try:
+                process.wait(max(0.0, last - time.monotonic()))
+            except subprocess.TimeoutExpired:
                 process.terminate()
 
 

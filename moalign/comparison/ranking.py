@@ -13,7 +13,7 @@ import math
 import statistics as plain_statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -102,6 +102,9 @@ Number = Callable[[EntryRuns], Callable[[Matrix], float]]
 """A number of the mean points ``[k, m]`` that an entry has at its preferences."""
 
 
+D = TypeVar("D", bound=Difference)
+
+
 def _hypervolume(group: EntryRuns) -> Callable[[Matrix], float]:
     return functools.partial(hypervolume, ref=group.results[0].reference_point)
 
@@ -138,15 +141,15 @@ def ranking(groups: Sequence[EntryRuns], grid: Sequence[Preference], draws: int,
     products = {group.label: group.resampled(_inner_product, draws, seed) for group in judged}
     pairs = []
     for a, b in itertools.combinations(judged, 2):
-        pair = Pair(**_difference(a, b, _hypervolume, samples, draws, seed))
+        pair = _difference(Pair, a, b, _hypervolume, samples, draws, seed)
         if a.grid == b.grid:
-            pair.inner_product = Difference(**_difference(a, b, _inner_product, products, draws, seed))
+            pair.inner_product = _difference(Difference, a, b, _inner_product, products, draws, seed)
         pairs.append(pair)
     # The optimum for the comparison's own preferences, or else for the first entry's.
     optima = [group.results[0].optimum for group in sorted(judged, key=lambda group: group.grid != list(grid))]
     optimum = optima[0] if optima else None
     return Ranking(
-        entries=entries + [_failed(group) for group in groups if not group.finished],
+        entries=entries + [Entry(**_header(group)) for group in groups if not group.finished],
         pairs=pairs,
         winner=_winner(entries, pairs),
         sensitivity=_sensitivity(entries, judged),
@@ -161,9 +164,7 @@ def _entry(group: EntryRuns, judged: Sequence[EntryRuns], samples: Matrix, draws
     most = results[0].optimum.hypervolume if results[0].optimum else None
     volumes = [result.hypervolume for result in results]
     return Entry(
-        method=group.method,
-        label=group.label,
-        status="done" if all(run.status == "done" for run in group.runs) else "partial",
+        **_header(group),
         hypervolume=volume,
         interval=(low, high),
         hypervolume_by_seed=volumes,
@@ -187,33 +188,27 @@ def _entry(group: EntryRuns, judged: Sequence[EntryRuns], samples: Matrix, draws
         hypervolume_per_cost={unit: volume / spent if (spent := getattr(cost, unit)) else None for unit in COUNTED},
         points=_points(group, draws, seed),
         front=_mean([result.front for result in results]),
-        seeded=group.seeded,
-        seeds=group.seeds,
-        runs=group.runs,
-        error=_error(group),
     )
 
 
-def _failed(group: EntryRuns) -> Entry:
-    """Return an entry without a finished run."""
-    return Entry(
-        method=group.method,
-        label=group.label,
-        status="failed",
-        seeded=group.seeded,
-        runs=group.runs,
-        error=_error(group),
-    )
-
-
-def _error(group: EntryRuns) -> str | None:
-    return next((run.error for run in group.runs if run.error), None)
+def _header(group: EntryRuns) -> dict[str, Any]:
+    """Return the fields of an :class:`Entry` that one without a finished run has, too."""
+    complete = all(run.status == "done" for run in group.runs)
+    return {
+        "method": group.method,
+        "label": group.label,
+        "status": "failed" if not group.finished else "done" if complete else "partial",
+        "seeded": group.seeded,
+        "seeds": group.seeds,
+        "runs": group.runs,
+        "error": next((run.error for run in group.runs if run.error), None),
+    }
 
 
 def _difference(
-    a: EntryRuns, b: EntryRuns, number: Number, samples: Mapping[str, Matrix], draws: int, seed: int
-) -> dict[str, Any]:
-    """Return the fields of the paired :class:`Difference` in a number of the mean points.
+    kind: type[D], a: EntryRuns, b: EntryRuns, number: Number, samples: Mapping[str, Matrix], draws: int, seed: int
+) -> D:
+    """Return the paired difference in a number of the mean points.
 
     ``samples`` holds its resamples by label, over all seeds. Two intervals, because the percentile one mistakes the
     spread that noise alone gives nearly equal points for a front: only where both exclude 0 the pair is ``certain``.
@@ -228,16 +223,16 @@ def _difference(
     observed = a.observed(number, seeds) - b.observed(number, seeds)
     paired = statistics.paired_difference(of_a, of_b, observed)
     reflected = statistics.basic_interval(of_a - of_b, observed)
-    return {
-        "a": a.label,
-        "b": b.label,
-        "difference": paired["difference"],
-        "interval": paired["ci"],
-        "reflected_interval": reflected,
-        "p_improve": paired["p_improve"],
-        "certain": min(paired["ci"][0], reflected[0]) > 0 or max(paired["ci"][1], reflected[1]) < 0,
-        "seeds": seeds if seeds is not None else sorted({*a.seeds, *b.seeds}),
-    }
+    return kind(
+        a=a.label,
+        b=b.label,
+        difference=paired["difference"],
+        interval=paired["ci"],
+        reflected_interval=reflected,
+        p_improve=paired["p_improve"],
+        certain=min(paired["ci"][0], reflected[0]) > 0 or max(paired["ci"][1], reflected[1]) < 0,
+        seeds=seeds if seeds is not None else sorted({*a.seeds, *b.seeds}),
+    )
 
 
 def _winner(judged: Sequence[Entry], pairs: Sequence[Pair]) -> str | None:

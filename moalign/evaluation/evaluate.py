@@ -10,7 +10,6 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -63,18 +62,14 @@ def preferences_for(method: Method, context: RunContext, requested: Sequence[Pre
 
     Raises RequestError when such a method is requested to answer for others.
     """
-    if method.capabilities.steerable:
-        return list(requested) if requested else context.task.grid
-    if requested:
-        unseen = [w for w in requested if w not in context.preferences]
-        if unseen:
-            served = "; ".join(label(w) for w in context.preferences)
+    steerable = method.capabilities.steerable
+    for preference in requested or ():
+        if not steerable and preference not in context.preferences:
             raise RequestError(
-                f"--prefs {label(unseen[0])}: {method.name} answers only for the preferences it was trained on: "
-                f"{served}"
+                f"--prefs {label(preference)}: {method.name} answers only for the preferences it was trained on: "
+                f"{'; '.join(label(w) for w in context.preferences)}"
             )
-        return list(requested)
-    return list(context.preferences)
+    return list(requested or (context.task.grid if steerable else context.preferences))
 
 
 def names(task: Task, preferences: Sequence[Preference], samples: int | None = None) -> tuple[str, str]:
@@ -156,7 +151,7 @@ def evaluate(
 
 
 def held_out(context: RunContext) -> list[Preference]:
-    """Return the preferences that were held out of the run's training (its recipe's ``holdout``)."""
+    """Return the preferences that were held out of the run's training."""
     return [tuple(row) for row in context.run.record.recipe.get("holdout") or ()]
 
 
@@ -211,6 +206,7 @@ def respond(
     each preference has moved from the base.
     """
     import pandas as pd
+    import torch
 
     from moalign.policies.policy import respond_all
     from moalign.runs.meter import Meter
@@ -227,7 +223,8 @@ def respond(
         done += count
         progress("answering", min(done, total), total)
 
-    with _generators_restored():
+    # Loading an adapter draws its initial weights: the states of the global generators are restored afterwards.
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         policies = [method.policy(metered, preference) for preference in preferences]
         sampling = context.task.sampling(spec.seed)
         answers = respond_all(policies, prompts, sampling, answered)
@@ -252,13 +249,6 @@ def _mean_divergence(divergences: Sequence[KlToBase]) -> dict[str, Any]:
     known = [kl.nats for kl in divergences if kl.nats is not None]
     mean = float(np.mean(known)) if len(known) == len(divergences) else None
     return {"kl": mean, "kl_bound": any(kl.bound for kl in divergences)}
-
-
-def _generators_restored() -> AbstractContextManager[None]:
-    """Restore the state of torch's global generators afterwards: loading an adapter draws its initial weights."""
-    import torch
-
-    return torch.random.fork_rng(devices=range(torch.cuda.device_count()))
 
 
 def _scores(context: RunContext, table: pd.DataFrame, preferences: Sequence[Preference], samples: int) -> Matrix:

@@ -39,15 +39,15 @@ class Scores:
     scored: list[dict[str, Any]] = field(default_factory=list)
     """Per row prompt, response, ``raw`` and ``normalised``; empty when a file was written."""
 
+    def keep(self, prompts: list[str], responses: list[str], raw: Matrix, unit: Matrix) -> None:
+        """Add rows to ``scored``; raw and normalised scores are ``[n, objectives]``."""
+        for prompt, response, *scores in zip(prompts, responses, raw.tolist(), unit.tolist(), strict=True):
+            by_name = [dict(zip(self.objectives, row, strict=True)) for row in scores]
+            self.scored.append({"prompt": prompt, "response": response, "raw": by_name[0], "normalised": by_name[1]})
+
     def as_dict(self) -> dict[str, Any]:
         """Return everything for ``--json``."""
-        record: dict[str, Any] = {
-            "task": self.task,
-            "objectives": self.objectives,
-            "rows": self.rows,
-            "out": None if self.out is None else str(self.out),
-            "summary": self.summary,
-        }
+        record = {key: getattr(self, key) for key in ("task", "objectives", "rows", "out", "summary")}
         return record if self.out is not None else {**record, "scores": self.scored}
 
 
@@ -87,7 +87,7 @@ def score(
     panel = loaded.panel.with_normaliser(loaded.normaliser)
     chunks: list[Matrix] = []
     with contextlib.ExitStack() as stack:
-        keep = _memory(scores) if out is None else stack.enter_context(_parquet(out, names))
+        keep = scores.keep if out is None else stack.enter_context(_parquet(out, names))
         while rows_now := list(islice(rows, CHUNK)):
             prompts = [row.values["prompt"] for row in rows_now]
             responses = [row.values["response"] for row in rows_now]
@@ -103,23 +103,6 @@ def score(
 
 
 Keep = Callable[[list[str], list[str], Matrix, Matrix], None]
-
-
-def _memory(scores: Scores) -> Keep:
-    names = scores.objectives
-
-    def keep(prompts: list[str], responses: list[str], raw: Matrix, unit: Matrix) -> None:
-        scores.scored += [
-            {
-                "prompt": prompt,
-                "response": response,
-                "raw": dict(zip(names, raw_row, strict=True)),
-                "normalised": dict(zip(names, unit_row, strict=True)),
-            }
-            for prompt, response, raw_row, unit_row in zip(prompts, responses, raw.tolist(), unit.tolist(), strict=True)
-        ]
-
-    return keep
 
 
 @contextlib.contextmanager
