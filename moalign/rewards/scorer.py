@@ -24,12 +24,10 @@ class Scorer(Protocol):
     @property
     def name(self) -> str:
         """The objective's name in the task card."""
-        ...
 
     @property
     def maximise(self) -> bool:
         """False: smaller raw scores are better."""
-        ...
 
     @property
     def revision(self) -> str:
@@ -37,16 +35,13 @@ class Scorer(Protocol):
 
         It is the store's key together with the texts, so two scorers with equal revisions share their scores.
         """
-        ...
 
     @property
     def cheap(self) -> bool:
         """True: scoring is faster than a look-up, so the store is not used."""
-        ...
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Sequence[float]:
         """Return one raw score per (bare prompt, response), in the order given; ``[samples]``."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -79,21 +74,19 @@ def build_scorer(spec: ObjectiveSpec, base_dir: Path) -> Scorer:
         RequestError: unknown rule, function, option, label or model; a model folder that cannot be used.
         WorkError: a kind that :data:`BUILDERS` does not hold yet.
     """
-    from moalign.config.objectives import ClassifierObjective, LmObjective, PythonObjective, RuleObjective
-
-    if isinstance(spec, RuleObjective):
+    if spec.kind == "rule":
         from moalign.rewards.rules import RuleScorer
 
         return RuleScorer(spec)
-    if isinstance(spec, PythonObjective):
+    if spec.kind == "python":
         from moalign.rewards.python_scorer import PythonScorer
 
         return PythonScorer(spec, base_dir)
-    if isinstance(spec, ClassifierObjective):
+    if spec.kind == "hf-classifier":
         from moalign.rewards.hf_classifier import ClassifierScorer
 
         return ClassifierScorer(spec, base_dir)
-    if isinstance(spec, LmObjective):
+    if spec.kind == "lm":
         from moalign.rewards.lm_scorer import LmScorer
 
         return LmScorer(spec, base_dir)
@@ -116,12 +109,8 @@ def build_scorers(specs: Sequence[ObjectiveSpec], base_dir: Path) -> list[Scorer
             problems.extend(error.problems)
     if problems:
         raise RequestError(*problems)
-    if any(spec.kind == "hf-classifier" for spec in specs):
-        from moalign.rewards.hf_classifier import ClassifierScorer, share
+    if any(spec.kind in ("hf-classifier", "lm") for spec in specs):
+        from moalign.rewards.model_scorer import ModelScorer, share
 
-        share([scorer for scorer in scorers if isinstance(scorer, ClassifierScorer)])
-    if sum(spec.kind == "lm" for spec in specs) > 1:
-        from moalign.rewards import lm_scorer
-
-        lm_scorer.share([scorer for scorer in scorers if isinstance(scorer, lm_scorer.LmScorer)])
+        share([scorer for scorer in scorers if isinstance(scorer, ModelScorer)])
     return scorers

@@ -201,7 +201,7 @@ def test_labels_of_one_model_are_read_once(models: Path) -> None:
 
 def test_another_label_may_be_asked_first_and_of_other_texts(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the store knows differs by objective; what is kept is bounded, and what was dropped is read again."""
-    monkeypatch.setattr("moalign.rewards.hf_classifier._CACHE_LIMIT", 10)
+    monkeypatch.setattr("moalign.rewards.hf_classifier.CACHE_LIMIT", 10)
     _, (first, second) = shared(models, {"label": 1}, {"label": 2})
     prompts, responses = texts(24)
     alone = scorer(models, "named", label=2).score(prompts, responses)

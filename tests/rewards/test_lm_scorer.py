@@ -249,6 +249,7 @@ ANSWERS = [
 ]
 
 
+@pytest.mark.slow
 def test_a_real_model_knows_which_answer_belongs_to_which_question(smollm2: Path) -> None:
     made = scorer(smollm2, "relevance")
     questions, answers = zip(*ANSWERS, strict=True)
