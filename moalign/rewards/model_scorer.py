@@ -5,8 +5,6 @@ Only safetensors weights are loaded, and no code from a model folder is ever run
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +15,7 @@ from moalign.core.errors import RequestError
 from moalign.lm import model_folder
 from moalign.lm.loading import explained, few, quiet
 from moalign.rewards.rows import longest
+from moalign.rewards.scorer import digest
 
 CACHE_LIMIT = 100_000
 """Texts whose results a scorer keeps in memory for its next calls."""
@@ -64,8 +63,7 @@ class ModelScorer(Generic[_Spec]):
         """Hash of the model's files (a hub model: its commit) and of every setting that changes a score."""
         # The hub's cache names a snapshot's folder by its commit, which spares reading gigabytes.
         content = model_folder.fingerprint(self.folder, self.where) if self._folder else self.folder.name
-        text = json.dumps(self._identity(content), sort_keys=True)
-        return f"{self.spec.kind}:{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        return f"{self.spec.kind}:{digest(*self._identity(content))}"
 
     def prepare(self) -> None:
         """Load the model now, so that problems of its files show before other work begins."""

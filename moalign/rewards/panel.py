@@ -7,33 +7,24 @@ objectives. Scores made before a failure stay in the store.
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from moalign.core.arrays import Matrix
 from moalign.core.errors import RequestError, WorkError
-from moalign.rewards.scorer import Scorer, build_scorers
+from moalign.rewards.scorer import Scorer, build_scorers, digest
 
 if TYPE_CHECKING:
     from moalign.config.objectives import ObjectiveSpec
     from moalign.rewards.normaliser import Normaliser
     from moalign.rewards.store import Store
+    from moalign.runs.meter import Meter
 
 Pair = tuple[str, str]
-
-
-class RewardCounter(Protocol):
-    """What the panel needs of a run's meter."""
-
-    def add_reward_calls(self, count: int) -> None:
-        """Count ``count`` requested scores."""
-        ...
 
 
 class _Fault(Exception):
@@ -44,12 +35,7 @@ class RewardPanel:
     """Named, ordered objectives with their store, meter and normaliser."""
 
     def __init__(
-        self,
-        objectives: Sequence[Scorer],
-        store: Store | None = None,
-        meter: RewardCounter | None = None,
-        normaliser: Normaliser | None = None,
-        chunk: int = 512,
+        self, objectives: Sequence[Scorer], store: Store | None = None, meter: Meter | None = None, chunk: int = 512
     ) -> None:
         """Put the panel together.
 
@@ -57,11 +43,10 @@ class RewardPanel:
             objectives: one scorer per objective, in the task's order.
             store: where scores of scorers that are not cheap are kept; None keeps nothing.
             meter: counts the requested scores.
-            normaliser: for :meth:`z` and :meth:`unit`; may be given later with :meth:`with_normaliser`.
             chunk: texts per call of a scorer; a finished chunk is stored at once.
 
         Raises:
-            RequestError: no objective, names that repeat, or a normaliser of other objectives.
+            RequestError: no objective, or names that repeat.
         """
         self.objectives = list(objectives)
         self.names = [scorer.name for scorer in objectives]
@@ -73,27 +58,25 @@ class RewardPanel:
         self.store = store
         self.meter = meter
         self.chunk = chunk
-        self._set_normaliser(normaliser)
+        self.normaliser: Normaliser | None = None
 
     @classmethod
-    def from_specs(
-        cls,
-        specs: Sequence[ObjectiveSpec],
-        base_dir: Path,
-        store: Store | None = None,
-        meter: RewardCounter | None = None,
-        normaliser: Normaliser | None = None,
-    ) -> RewardPanel:
+    def from_specs(cls, specs: Sequence[ObjectiveSpec], base_dir: Path, store: Store | None = None) -> RewardPanel:
         """Build the panel of a task card; the problems of all objectives come in one RequestError."""
-        return cls(build_scorers(specs, base_dir), store, meter, normaliser)
+        return cls(build_scorers(specs, base_dir), store)
 
     def with_normaliser(self, normaliser: Normaliser) -> RewardPanel:
         """Return the same panel (scorers, store and meter shared) with another normaliser."""
+        if list(normaliser.names) != self.names:
+            raise RequestError(
+                f"the normaliser is for {', '.join(normaliser.names)}, but the task's objectives are "
+                f"{', '.join(self.names)}; fit it again for this task"
+            )
         panel = copy.copy(self)
-        panel._set_normaliser(normaliser)
+        panel.normaliser = normaliser
         return panel
 
-    def with_meter(self, meter: RewardCounter) -> RewardPanel:
+    def with_meter(self, meter: Meter) -> RewardPanel:
         """Return the same panel (scorers, store and normaliser shared) that counts on another meter."""
         panel = copy.copy(self)
         panel.meter = meter
@@ -102,8 +85,7 @@ class RewardPanel:
     @property
     def scorer_hash(self) -> str:
         """16 hex digits over the objectives' order, names, directions and revisions."""
-        identity = [[scorer.name, scorer.maximise, scorer.revision] for scorer in self.objectives]
-        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+        return digest(*([scorer.name, scorer.maximise, scorer.revision] for scorer in self.objectives))
 
     def score(
         self,
@@ -111,15 +93,11 @@ class RewardPanel:
         responses: Sequence[str],
         progress: Callable[[int, int], None] | None = None,
     ) -> Matrix:
-        """Score texts on every objective.
+        """Return raw scores ``[samples, objectives]``, turned so that larger is better in every column.
 
         Args:
-            prompts: bare prompts, ``[samples]``.
-            responses: their responses, ``[samples]``.
+            prompts, responses: bare prompts and their responses, ``[samples]``.
             progress: called with (done, total) scores over distinct texts as the work goes on.
-
-        Returns:
-            Raw scores ``[samples, objectives]``, turned so that larger is better in every column.
 
         Raises:
             WorkError: a scorer raised or gave NaN, an infinity or the wrong number of scores; the message
@@ -160,14 +138,6 @@ class RewardPanel:
         if self.normaliser is None:
             raise WorkError("the panel has no normaliser yet: fit one on the calibration split first")
         return self.normaliser
-
-    def _set_normaliser(self, normaliser: Normaliser | None) -> None:
-        if normaliser is not None and list(normaliser.names) != self.names:
-            raise RequestError(
-                f"the normaliser is for {', '.join(normaliser.names)}, but the task's objectives are "
-                f"{', '.join(self.names)}; fit it again for this task"
-            )
-        self.normaliser = normaliser
 
 
 class _Column:

@@ -10,10 +10,8 @@ Change ``_VERSION`` when the meaning of a rule changes: it is part of every rule
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib
 import inspect
-import json
 import math
 import re
 from collections import Counter
@@ -26,6 +24,7 @@ from pydantic import AfterValidator, Field, ValidationError, create_model
 from moalign.config.objectives import RuleObjective
 from moalign.config.strict import Strict
 from moalign.core.errors import RequestError, did_you_mean, unknown
+from moalign.rewards.scorer import digest
 
 _VERSION = "1"
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
@@ -313,8 +312,7 @@ class RuleScorer:
         if spec.rule == "vader":
             _vader_analyser()  # report a missing library now, not after the base has been sampled
         self.options = options.model_dump()
-        settings = json.dumps([_VERSION, options.model_dump(mode="json")], sort_keys=True)
-        self.revision = f"rule:{spec.rule}:{hashlib.sha256(settings.encode()).hexdigest()[:16]}"
+        self.revision = f"rule:{spec.rule}:{digest(_VERSION, options.model_dump(mode='json'))}"
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         """Return the rule's value of each response, ``[samples]``; prompts are not looked at."""

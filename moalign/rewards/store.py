@@ -12,10 +12,9 @@ import math
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from moalign.core.errors import RequestError, WorkError
@@ -23,6 +22,7 @@ from moalign.core.errors import RequestError, WorkError
 APPLICATION_ID = 0x6D6F616C
 """Marks the sqlite file as a score store (``moal``), so that another program's database is never written to."""
 
+_TABLE = "CREATE TABLE IF NOT EXISTS scores (key BLOB PRIMARY KEY, value REAL NOT NULL) WITHOUT ROWID"
 _CHUNK = 500
 
 
@@ -101,9 +101,7 @@ class Store:
         """Return the open store."""
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Close the file."""
         self.close()
 
@@ -117,31 +115,22 @@ class Store:
             )
         # Switching a fresh file to write-ahead logging takes an exclusive lock for which sqlite does not
         # always wait, so that two processes that create the file at once would fail without this.
-        self._patiently(lambda: connection.execute("PRAGMA journal_mode=WAL"))
-        connection.execute("PRAGMA synchronous=NORMAL")
-
-        def create() -> None:
-            with connection:
-                connection.execute("BEGIN IMMEDIATE")
-                connection.execute(
-                    "CREATE TABLE IF NOT EXISTS scores (key BLOB PRIMARY KEY, value REAL NOT NULL) WITHOUT ROWID"
-                )
-                connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
-
-        if marked != APPLICATION_ID:
-            self._patiently(create)
-        connection.execute("SELECT key, value FROM scores LIMIT 1").fetchone()
-
-    def _patiently(self, action: Callable[[], object]) -> None:
         deadline = time.monotonic() + self._timeout
         while True:
             try:
-                action()
-                return
+                connection.execute("PRAGMA journal_mode=WAL")
+                if marked != APPLICATION_ID:
+                    with connection:
+                        connection.execute("BEGIN IMMEDIATE")
+                        connection.execute(_TABLE)
+                        connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
+                break
             except sqlite3.OperationalError as error:
                 if "locked" not in str(error) or time.monotonic() > deadline:
                     raise
                 time.sleep(0.02)
+        connection.execute("PRAGMA synchronous=NORMAL")
+        connection.execute("SELECT key, value FROM scores LIMIT 1").fetchone()
 
     @contextmanager
     def _explained(self) -> Iterator[None]:

@@ -270,7 +270,7 @@ def test_scorer_hash_follows_order_direction_and_revision() -> None:
         RewardPanel([a, b]).scorer_hash,
         RewardPanel([b, a]).scorer_hash,
         RewardPanel([a, constant("b", 1, maximise=False)]).scorer_hash,
-        RewardPanel([a, FunctionScorer("b", b.function, "2")]).scorer_hash,
+        RewardPanel([a, FunctionScorer("b", b.score, "2")]).scorer_hash,
     }
     assert len(hashes) == 4
     assert RewardPanel([a, b]).scorer_hash == RewardPanel([constant("a", 9), b]).scorer_hash
