@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from moalign.config.recipe import LoraSpec
 from moalign.core.errors import RequestError, WorkError
+from moalign.core.progress import silent
 from moalign.reward_models import runs, training
 from moalign.reward_models.pairs import PairSet, row_order
 from moalign.reward_models.runs import RewardRequest
@@ -63,23 +64,17 @@ def test_the_hooks_of_trl_are_as_they_are_used() -> None:
     assert rows["input_ids"].tolist() == [[5, 6], [5, 6], [7, 0], [7, 0]]  # winners first
 
 
-def trainer_of(request: RewardRequest, rows: int = 6) -> tuple[Any, Any, list[dict[str, Any]]]:
+def trainer_of(request: RewardRequest, rows: int = 6) -> tuple[Any, Any, list[training.PairRow]]:
     """Return a trainer (before training), its model and its first rows."""
     store = runs.RewardStore(request.results)
     run = store.open("x", "toy", {"a": 1}, card_hash="x", seed=0)
-    job = RewardJob(run, request.settings, request.backbone, None, request.train_sets, 0, Meter(), lambda *a: None)
-    model, tokenizer = training.load_backbone(job)
-    encoded = training._rows(job, training.make_encoder(request.settings, model, tokenizer))
-    order = row_order([len(one) for one in job.sets], 1, rows, 1, 0)
+    job = RewardJob(run, request, Meter(), silent)
+    model, tokenizer = training.load_backbone(request)
+    encoded = training.encode_pairs(request.train_sets, training.make_encoder(request.settings, model, tokenizer))
+    order = row_order([len(pairs) for pairs in request.train_sets], 1, rows, 1, 0)
     chosen = [encoded[at] for at in order]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    balancer = None
-    if request.settings.loss == "more":
-        from moalign.reward_models.more import Balancer
-
-        balancer = Balancer(len(job.sets), True, 0.99)
-    callback = training._make_callback(job, {}, optimizer, balancer, 0, [0] * rows)
-    return training.make_trainer(job, model, tokenizer, chosen, (optimizer, 0), callback, balancer), model, chosen
+    state = training.TrainState.of(model, request.settings, len(request.train_sets))
+    return training.make_trainer(job, model, tokenizer, chosen, state), model, chosen
 
 
 def logits(model: Any, row: list[int]) -> torch.Tensor:
