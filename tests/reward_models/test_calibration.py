@@ -38,10 +38,10 @@ def test_by_hand() -> None:
     first = [1.0, 1.0, 1.0, 0.0]
     assert calibration.ece(delta, first) == pytest.approx(0.05)
     assert calibration.accuracy(delta, first) == 0.75
-    bars = {round(one.low, 2): one for one in calibration.reliability(delta, first) if one.count}
+    bars = {round(bar["low"], 2): bar for bar in calibration.reliability(delta, first) if bar["count"]}
     assert sorted(bars) in ([0.2, 0.8], [0.1, 0.8])  # 1 - 0.8 may fall just below 0.2
     high = bars[0.8]
-    assert (high.count, high.confidence, high.accuracy) == (4, pytest.approx(0.8), 0.75)
+    assert (high["count"], high["confidence"], high["accuracy"]) == (4, pytest.approx(0.8), 0.75)
 
 
 def test_two_groups_of_bins_by_hand() -> None:
@@ -74,12 +74,12 @@ def test_a_second_implementation_agrees(pairs: list[tuple[int, float]], bins: in
     assert calibration.ece(delta, first, bins) == pytest.approx(slow_ece(delta, first, bins), abs=1e-9)
     bars = calibration.reliability(delta, first, bins)
     from_bars = sum(
-        one.count * abs(one.accuracy - one.confidence)
-        for one in bars
-        if one.accuracy is not None and one.confidence is not None
+        bar["count"] * abs(bar["accuracy"] - bar["confidence"])
+        for bar in bars
+        if bar["accuracy"] is not None and bar["confidence"] is not None
     )
     assert from_bars / (2 * len(delta)) == pytest.approx(calibration.ece(delta, first, bins), abs=1e-9)
-    assert sum(one.count for one in bars) == 2 * len(delta)
+    assert sum(bar["count"] for bar in bars) == 2 * len(delta)
 
 
 def test_the_winner_first_trap() -> None:

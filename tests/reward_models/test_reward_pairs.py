@@ -59,7 +59,7 @@ def test_a_prompt_is_in_one_split_whatever_its_pair() -> None:
     homes = [set(part.prompts) for part in parts.values()]
     assert not homes[0] & homes[1] and not homes[0] & homes[2] and not homes[1] & homes[2]
     assert all(len(part.chance) == len(part) for part in parts.values())
-    again = one.pick(reversed(range(180))).split(SplitSpec(train=0.5, calibration=0.2, eval=0.3))
+    again = one.pick(range(179, -1, -1)).split(SplitSpec(train=0.5, calibration=0.2, eval=0.3))
     assert {name: set(part.prompts) for name, part in again.items()} == {n: set(p.prompts) for n, p in parts.items()}
 
 
