@@ -33,7 +33,7 @@ from moalign.reward_models.more import Balancer, HeadWatch, weighted
 from moalign.reward_models.pairs import PairSet, row_order
 from moalign.reward_models.runs import MODEL, RewardRequest
 from moalign.reward_models.settings import RewardSettings
-from moalign.rewards.rows import RowEncoder, check_templates, longest
+from moalign.rewards.rows import RowEncoder, check_templates
 from moalign.runs import atomic
 from moalign.runs.meter import Meter
 from moalign.runs.run import Run
@@ -165,9 +165,7 @@ def load_backbone(request: RewardRequest) -> tuple[Any, Any]:
 def make_encoder(settings: RewardSettings, model: Any, tokenizer: Any) -> RowEncoder:
     """Return what turns (prompt, response) into rows, as scoring will."""
     check_templates(settings.template, None, "template")
-    vocabulary = int(model.get_input_embeddings().weight.shape[0])
-    most = longest(model, tokenizer, settings.max_tokens)
-    return RowEncoder(tokenizer, settings.template, None, most, vocabulary, "--model")
+    return RowEncoder.of(model, tokenizer, settings.template, None, settings.max_tokens, "--model")
 
 
 def encode_pairs(sets: Sequence[PairSet], encoder: RowEncoder) -> list[PairRow]:

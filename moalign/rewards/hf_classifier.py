@@ -92,9 +92,8 @@ class ClassifierScorer(ModelScorer[ClassifierObjective]):
     @cached_property
     def _encoder(self) -> RowEncoder:
         spec = self.spec
-        return RowEncoder(
-            self._tokenizer, spec.template, spec.pair_template, self._longest, self._vocabulary, self.where
-        )
+        texts = spec.template, spec.pair_template
+        return RowEncoder.of(self._model, self._tokenizer, *texts, spec.max_length, self.where)
 
     # --- batches
 

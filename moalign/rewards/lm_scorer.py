@@ -22,17 +22,14 @@ import math
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from moalign.config.card import TemplateSpec
 from moalign.config.objectives import LmObjective
 from moalign.core.errors import RequestError
 from moalign.lm.chat import Codec
 from moalign.rewards.model_scorer import CACHE_LIMIT, ModelScorer
-from moalign.rewards.rows import require_known
-
-if TYPE_CHECKING:
-    import torch
+from moalign.rewards.rows import longest, require_known, vocabulary_of
 
 ASK = "{response}\n\nWhat question or request is this a reply to?"
 """The user's turn to which the prompt is the assistant's answer, for relevance in a chat template."""
@@ -177,29 +174,27 @@ class LmScorer(ModelScorer[LmObjective]):
         return self._bounded(longest_first, lambda line: len(line.ids), too_many_logits)
 
     def _batch_means(self, batch: Sequence[Line]) -> list[float]:
+        """Return the mean log-probability of each line's scored tokens."""
         import torch
         from torch.nn.utils.rnn import pad_sequence
 
-        device = self._model.device
-        ids = pad_sequence([torch.tensor(line.ids) for line in batch], batch_first=True).to(device)
-        mask = pad_sequence([torch.ones(len(line.ids), dtype=torch.long) for line in batch], batch_first=True).to(
-            device
-        )
-        first = min(line.start for line in batch) - 1  # the logits before a token are those that predict it
-        with torch.inference_mode():
-            logits = self._logits(ids, mask, first)
-            return [_mean(logits[row], line, first) for row, line in enumerate(batch)]
-
-    def _logits(self, ids: torch.Tensor, mask: torch.Tensor, first: int) -> torch.Tensor:
-        """Return the logits from position ``first`` on, ``[rows, positions - first, vocabulary]``."""
-        import torch
-
+        model, first = self._model, min(line.start for line in batch) - 1  # logits are those of the next token
+        ids = pad_sequence([torch.tensor(line.ids) for line in batch], batch_first=True).to(model.device)
+        lengths = torch.tensor([[len(line.ids)] for line in batch], device=model.device)
+        mask = (torch.arange(ids.shape[1], device=model.device) < lengths).long()
         inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-        keeps = "logits_to_keep" in inspect.signature(self._model.forward).parameters
+        keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
         if keeps:
-            inputs["logits_to_keep"] = torch.arange(first, ids.shape[1], device=ids.device)
-        logits: torch.Tensor = self._model(**inputs).logits
-        return logits if keeps else logits[:, first:]
+            inputs["logits_to_keep"] = torch.arange(first, ids.shape[1], device=model.device)
+        means = []
+        with torch.inference_mode():
+            logits = model(**inputs).logits
+            for row, line in zip(logits if keeps else logits[:, first:], batch, strict=True):
+                scored = row[line.start - 1 - first : len(line.ids) - 1 - first].float()
+                goal = torch.tensor(line.ids[line.start :], device=model.device)
+                picked = scored.gather(1, goal[:, None])[:, 0] - scored.logsumexp(dim=-1)
+                means.append(float(picked.double().mean()))
+        return means
 
     # --- the model
 
@@ -207,8 +202,7 @@ class LmScorer(ModelScorer[LmObjective]):
         """Refuse a model that looks ahead, such as BERT: it would see the tokens that it is to predict."""
         import torch
 
-        vocabulary = int(model.get_input_embeddings().weight.shape[0])
-        rows = torch.tensor([[0, 1, 2], [0, 1, 3]], device=model.device) % vocabulary
+        rows = torch.tensor([[0, 1, 2], [0, 1, 3]], device=model.device) % vocabulary_of(model)
         with torch.inference_mode():
             logits = model(input_ids=rows, attention_mask=torch.ones_like(rows)).logits[:, 0].float()
         if not torch.allclose(logits[0], logits[1], rtol=1e-3, atol=1e-3):
@@ -228,12 +222,6 @@ class LmScorer(ModelScorer[LmObjective]):
         """The model's chat turns, to the token as a policy's are."""
         return Codec(self._tokenizer, TemplateSpec(chat=True), source=self.spec.model)
 
-
-def _mean(logits: torch.Tensor, line: Line, first: int) -> float:
-    """Return the mean log-probability of a line's scored tokens from its row's logits ``[positions, vocabulary]``."""
-    import torch
-
-    scored = logits[line.start - 1 - first : len(line.ids) - 1 - first].float()
-    goal = torch.tensor(line.ids[line.start :], device=scored.device)
-    picked = scored.gather(1, goal[:, None])[:, 0] - scored.logsumexp(dim=-1)
-    return float(picked.double().mean())
+    @cached_property
+    def _longest(self) -> int:
+        return longest(self._model, self._tokenizer, self.spec.max_length)

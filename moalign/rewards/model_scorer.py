@@ -14,7 +14,7 @@ from moalign.config.objectives import ModelObjective
 from moalign.core.errors import RequestError
 from moalign.lm import model_folder
 from moalign.lm.loading import explained, few, quiet
-from moalign.rewards.rows import longest
+from moalign.rewards.rows import vocabulary_of
 from moalign.rewards.scorer import digest
 
 CACHE_LIMIT = 100_000
@@ -122,11 +122,7 @@ class ModelScorer(Generic[_Spec]):
 
     @cached_property
     def _vocabulary(self) -> int:
-        return int(self._model.get_input_embeddings().weight.shape[0])
-
-    @cached_property
-    def _longest(self) -> int:
-        return longest(self._model, self._tokenizer, self.spec.max_length)
+        return vocabulary_of(self._model)
 
     def _bounded(
         self, rows: Iterable[_Row], size: Callable[[_Row], int], splits: Callable[[list[_Row], _Row], bool]

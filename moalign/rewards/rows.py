@@ -52,6 +52,11 @@ def longest(model: Any, tokenizer: Any, max_length: int) -> int:
     return min(limit for limit in limits if limit > 0)
 
 
+def vocabulary_of(model: Any) -> int:
+    """Return how many tokens a model knows."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
 def require_known(token: int, vocabulary: int, where: str) -> None:
     """Raise RequestError when the tokenizer gives a token that the model lacks."""
     if token >= vocabulary:
@@ -73,11 +78,18 @@ class RowEncoder:
     max_length: int
     """Most tokens of a row, special tokens included."""
     vocabulary: int
-    """Tokens that the model knows."""
     where: str
     """How messages name the place."""
     shortened: int = 0
     """Rows so far that were longer than the model reads."""
+
+    @classmethod
+    def of(
+        cls, model: Any, tokenizer: Any, template: str, pair_template: str | None, max_length: int, where: str
+    ) -> RowEncoder:
+        """Return the encoder for a model that may read less than ``max_length``."""
+        most = longest(model, tokenizer, max_length)
+        return cls(tokenizer, template, pair_template, most, vocabulary_of(model), where)
 
     def rows(self, pairs: Sequence[tuple[str, str]]) -> list[Row]:
         """Return one row per (prompt, response), none longer than ``max_length`` and none empty.
