@@ -239,11 +239,11 @@ def test_killed_process_keeps_committed_scores(tmp_path: Path) -> None:
 
 
 def test_progress_reaches_the_total(store: Store) -> None:
-    told: list[tuple[int, int]] = []
+    reports: list[tuple[int, int]] = []
     panel = RewardPanel([Recorder(), constant("b", 1)], store=store, chunk=2)
-    panel.score(["p"] * 6, list("aabcde"), progress=lambda done, total: told.append((done, total)))
-    assert told[-1] == (10, 10)
-    assert [done for done, _ in told] == sorted(done for done, _ in told)
+    panel.score(["p"] * 6, list("aabcde"), progress=lambda done, total: reports.append((done, total)))
+    assert reports[-1] == (10, 10)
+    assert [done for done, _ in reports] == sorted(done for done, _ in reports)
 
 
 def test_normaliser_is_used_and_must_fit_the_objectives() -> None:
