@@ -23,8 +23,10 @@ from moalign.reward_models.settings import RewardSettings
 from moalign.reward_models.training import RewardJob
 from moalign.rewards.hf_classifier import ClassifierScorer
 from moalign.runs.meter import Meter
+from moalign.runs.run import Run
 
 Ask = Callable[..., RewardRequest]
+Trained = Callable[..., tuple[RewardRequest, Run]]
 
 
 def weights(run: Any) -> dict[str, torch.Tensor]:
@@ -194,11 +196,12 @@ def test_the_seed_decides_and_nothing_else(ask: Ask) -> None:
 @pytest.mark.parametrize(
     ("groups", "settings"), [(2, {}), (3, {"heads": "each"}), (2, {"lora": LoraSpec(r=2, alpha=4)})]
 )
-def test_the_folder_is_an_objective_without_further_work(ask: Ask, groups: int, settings: dict[str, Any]) -> None:
+def test_the_folder_is_an_objective_without_further_work(
+    trained: Trained, groups: int, settings: dict[str, Any]
+) -> None:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    request = ask(groups, **settings)
-    run, _ = runs.obtain(request)
+    request, run = trained(groups, **settings)
     folder = run.path / "model"
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in folder.iterdir()}
     assert not list(run.path.rglob("*.bin")) + list(run.path.rglob("*.pt"))
@@ -331,14 +334,12 @@ def test_a_template_with_an_unknown_field_is_refused(ask: Ask) -> None:
         runs.obtain(ask(1, template="{prompt} {reply}"))
 
 
-@pytest.mark.parametrize("text", ["", "ja, 好的 🙂 naïve e\u0301", "\n\nHuman: {prompt}"])
-def test_odd_answers_train_and_score(
-    ask: Ask, labelled: Callable[..., list[PairSet]], tmp_path: Path, text: str
-) -> None:
+def test_odd_answers_train_and_score(ask: Ask, labelled: Callable[..., list[PairSet]], tmp_path: Path) -> None:
     """An empty answer, mixed languages and emoji, template fields inside a text."""
+    texts = ["", "ja, 好的 🙂 naïve e\u0301", "\n\nHuman: {prompt}"]
     pair_set = PairSet("odd")
     for row, prompt in enumerate(labelled(1, 40)[0].prompts):
-        pair_set.add(prompt, text, f"use a hot pan {row % 3}")
+        pair_set.add(prompt, texts[row % 3], f"use a hot pan {row % 2}")
     run, _ = runs.obtain(runs.make("odd", ask(1).settings, ask(1).backbone, [pair_set], results=tmp_path))
-    scores = ClassifierScorer(runs.objective(run), Path()).score(["how do i make soup ?"], [text])
-    assert np.isfinite(scores[0])
+    scores = ClassifierScorer(runs.objective(run), Path()).score(["how do i make soup ?"] * 3, texts)
+    assert np.isfinite(scores).all()
