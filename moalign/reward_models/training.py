@@ -286,8 +286,7 @@ class PairTrainer(RewardTrainer):  # type: ignore[misc]
 
         if self.balancer is None or self.watch is None:
             return super().compute_loss(read, inputs, return_outputs, num_items_in_batch)
-        with self.watch.watching():
-            _, outputs = super().compute_loss(read, inputs, True, num_items_in_batch)
+        _, outputs = super().compute_loss(read, inputs, True, num_items_in_batch)
         winner, loser = outputs.logits.squeeze(-1).chunk(2)
         delta = winner - loser
         chosen, rejected = self.watch.states(inputs["input_ids"], self.processing_class.pad_token_id).chunk(2)

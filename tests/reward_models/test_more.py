@@ -76,8 +76,7 @@ def test_closed_form_equals_autograd_on_real_classifiers(family: str) -> None:
         ids[row, length - 1] = 2  # BART reads at its end token
         ids[row, length:], mask[row, length:] = 0, 0
     watch = HeadWatch(model)
-    with watch.watching():
-        rewards = model(input_ids=ids, attention_mask=mask).logits.squeeze(-1)
+    rewards = model(input_ids=ids, attention_mask=mask).logits.squeeze(-1)
     winner, loser = watch.states(ids, pad=0).chunk(2)
     first, second = rewards.chunk(2)
     delta = first - second
