@@ -121,13 +121,10 @@ def temperature(delta: ArrayLike, first: ArrayLike | float = 1.0) -> float:
     """
     values, labels = _checked(delta, first)
     low, high = -np.log(1e3), np.log(1e3)
-
-    def slope(log_scale: float) -> float:
-        return float((values * (sigmoid(values * np.exp(log_scale)) - labels)).mean())
-
     for _ in range(100):
         middle = (low + high) / 2
-        low, high = (low, middle) if slope(middle) > 0 else (middle, high)
+        slope = (values * (sigmoid(values * np.exp(middle)) - labels)).mean()
+        low, high = (low, middle) if slope > 0 else (middle, high)
     return float(np.exp(-(low + high) / 2))
 
 

@@ -68,14 +68,10 @@ def evaluate(
     draws: int = 1000,
     seed: int = 0,
 ) -> Evaluation:
-    """Judge a reward model on pairs.
+    """Judge a reward model on the pairs of every data set.
 
-    Args:
-        spec: the model; its ``label`` may be None for a model with a head per data set.
-        sets: the pairs to judge on, by data set.
-        fitting: pairs on which temperatures are fitted (the calibration split), in the same order of data sets; may be
-            empty.
-        draws, seed: of the bootstrap.
+    The ``label`` of ``spec`` may be None for a model with a head per data set. Temperatures are fitted on the pairs of
+    ``fitting`` (the calibration split), in the same order of data sets. ``draws`` and ``seed`` are the bootstrap's.
     """
     reports: list[DataSetReport] = []
     labels = list(ClassifierScorer(spec.model_copy(update={"label": 0}), base_dir).labels.values())

@@ -28,10 +28,8 @@ from moalign.losses.min_norm import min_norm
 def head_gradients(winner: Tensor, loser: Tensor, delta: Tensor, group: Tensor, groups: int) -> Tensor:
     """Return every group's gradient of its mean loss on the head's weight, ``[groups, width]``, float32.
 
-    Args:
-        winner, loser: the head's inputs, ``[pairs, width]``.
-        delta: reward of the winner minus that of the loser, ``[pairs]``.
-        group: the pair's group, ``[pairs]``; a group without pairs gets zeros.
+    ``winner`` and ``loser`` are the head's inputs ``[pairs, width]``, ``delta`` is the difference of their rewards and
+    ``group`` the pair's group, ``[pairs]``; a group without pairs gets zeros.
     """
     pull = torch.sigmoid(-delta.float()).unsqueeze(1) * (winner.float() - loser.float())
     member = F.one_hot(group, groups).float()

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,16 +38,10 @@ class RewardPanel:
     def __init__(
         self, objectives: Sequence[Scorer], store: Store | None = None, meter: Meter | None = None, chunk: int = 512
     ) -> None:
-        """Put the panel together.
+        """Put scorers together, in the task's order.
 
-        Args:
-            objectives: one scorer per objective, in the task's order.
-            store: where scores of scorers that are not cheap are kept; None keeps nothing.
-            meter: counts the requested scores.
-            chunk: texts per call of a scorer; a finished chunk is stored at once.
-
-        Raises:
-            RequestError: no objective, or names that repeat.
+        Scores of scorers that are not cheap are kept in ``store``. ``meter`` counts requested scores. A scorer gets
+        ``chunk`` texts in a call; a finished chunk is stored at once. Raises RequestError for names that repeat.
         """
         self.objectives = list(objectives)
         self.names = [scorer.name for scorer in objectives]
@@ -95,14 +90,10 @@ class RewardPanel:
     ) -> Matrix:
         """Return raw scores ``[samples, objectives]``, turned so that larger is better in every column.
 
-        Args:
-            prompts, responses: bare prompts and their responses, ``[samples]``.
-            progress: called with (done, total) scores over distinct texts as the work goes on.
+        ``progress`` is called with (done, total) scores over distinct texts as the work goes on.
 
-        Raises:
-            WorkError: a scorer raised or gave NaN, an infinity or the wrong number of scores; the message
-                names objective and sample, and every score made until then is in the store.
-            ValueError: prompts and responses differ in number.
+        Raises WorkError when a scorer raises or gives NaN, an infinity or the wrong number of scores; the message names
+        objective and sample, and every score made until then is in the store.
         """
         if len(prompts) != len(responses):
             raise ValueError(f"{len(prompts)} prompts, but {len(responses)} responses")
@@ -118,7 +109,7 @@ class RewardPanel:
                     progress(before + done, raw.size)
 
             store = None if scorer.cheap else self.store
-            values = _Column(scorer, store, first, report).run(self.chunk)
+            values = _Column(scorer, store, list(first), list(first.values()), report).run(self.chunk)
             # 0 - x instead of -x: a score of 0 stays 0 and is not printed as -0.
             raw[:, column] = values if scorer.maximise else 0.0 - values
         if self.meter is not None:
@@ -140,19 +131,19 @@ class RewardPanel:
         return self.normaliser
 
 
+@dataclass
 class _Column:
     """One objective's scores of distinct texts: from the store, then from the scorer chunk by chunk."""
 
-    def __init__(
-        self, scorer: Scorer, store: Store | None, first: Mapping[Pair, int], report: Callable[[int], None]
-    ) -> None:
-        self.scorer = scorer
-        self.store = store
-        self.pairs = list(first)
-        self.first = list(first.values())
-        """The number, in the caller's lists, of the first sample with each text."""
-        self.report = report
-        self.values: Matrix = np.full(len(first), np.nan)
+    scorer: Scorer
+    store: Store | None
+    pairs: list[Pair]
+    first: list[int]
+    """The number, in the caller's lists, of the first sample with each text."""
+    report: Callable[[int], None]
+
+    def __post_init__(self) -> None:
+        self.values: Matrix = np.full(len(self.pairs), np.nan)
 
     @property
     def done(self) -> int:
