@@ -16,7 +16,6 @@ from typing import Any, TypedDict
 
 import torch
 from datasets import Dataset
-from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 from trl import RewardConfig, RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
@@ -59,51 +58,6 @@ class RewardJob:
     request: RewardRequest
     meter: Meter
     progress: Progress
-
-
-@dataclass
-class TrainState:
-    """What a checkpoint holds beside the meter."""
-
-    trained: dict[str, Tensor]
-    """The parameters that are trained."""
-    optimizer: torch.optim.Optimizer
-    balancer: Balancer | None
-    start: int = 0
-    """Steps done before this process began."""
-
-    @classmethod
-    def of(cls, model: Any, settings: RewardSettings, groups: int) -> TrainState:
-        """Return the state before the first step."""
-        trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
-        optimizer = torch.optim.AdamW(trained.values(), lr=settings.lr, weight_decay=settings.weight_decay)
-        more = settings.loss == "more"
-        return cls(
-            trained, optimizer, Balancer(groups, settings.normalise_gradients, settings.momentum) if more else None
-        )
-
-    def restore(self, job: RewardJob) -> None:
-        """Go on from the run's checkpoint, if there is one."""
-        checkpoint = job.run.load_checkpoint(PHASE)
-        job.run.truncate_metrics(PHASE, 0 if checkpoint is None else checkpoint.step)
-        if checkpoint is None:
-            return
-        with torch.no_grad():
-            for name, value in self.trained.items():
-                value.copy_(checkpoint.tensors[f"model.{name}"])
-        if self.balancer is not None:
-            self.balancer.memory = checkpoint.tensors.get("more.memory")
-        unpack_optimizer(self.optimizer, checkpoint.tensors, checkpoint.state["optimizer"])
-        job.meter.load(checkpoint.state["meter"])
-        self.start = checkpoint.step
-
-    def save(self, job: RewardJob, step: int) -> None:
-        """Write a checkpoint."""
-        tensors, plain = pack_optimizer(self.optimizer)
-        tensors |= {f"model.{name}": value for name, value in self.trained.items()}
-        if self.balancer is not None and self.balancer.memory is not None:
-            tensors["more.memory"] = self.balancer.memory
-        job.run.save_checkpoint(PHASE, step, tensors, {"optimizer": plain, "meter": job.meter.state()})
 
 
 def train(job: RewardJob) -> dict[str, Any]:
@@ -191,11 +145,11 @@ def _fit(job: RewardJob, model: Any, tokenizer: Any, encoder: RowEncoder) -> Any
     rows = encode_pairs(request.train_sets, encoder)
     sizes = [len(pairs) for pairs in request.train_sets]
     order = row_order(sizes, request.steps, settings.batch, settings.accumulate, request.seed)
-    state = TrainState.of(model, settings, len(sizes))
-    state.restore(job)
-    if state.start < request.steps:
-        left = [rows[at] for at in order[state.start * settings.batch :].tolist()]
-        run_trainer(make_trainer(job, model, tokenizer, left, state))
+    loop = TrainingLoop(job, model)
+    loop.restore()
+    loop.rows = [rows[at] for at in order[loop.start * settings.batch :].tolist()]
+    if loop.rows:
+        run_trainer(make_trainer(loop, model, tokenizer))
     return model.merge_and_unload() if settings.lora is not None else model
 
 
@@ -214,14 +168,14 @@ def _with_adapters(model: Any, settings: RewardSettings) -> Any:
         raise RequestError(f"lora.targets {spec.targets!r}: {str(error).splitlines()[0]}") from None
 
 
-def make_trainer(job: RewardJob, model: Any, tokenizer: Any, rows: Sequence[PairRow], state: TrainState) -> PairTrainer:
-    """Return the trainer over ``rows`` in the order given."""
-    request, settings, on_cpu = job.request, job.request.settings, not torch.cuda.is_available()
+def make_trainer(loop: TrainingLoop, model: Any, tokenizer: Any) -> PairTrainer:
+    """Return the trainer over the loop's rows in the order given."""
+    request, settings, on_cpu = loop.job.request, loop.job.request.settings, not torch.cuda.is_available()
     arguments = RewardConfig(
-        output_dir=str(job.run.path / "checkpoints"),
+        output_dir=str(loop.job.run.path / "checkpoints"),
         per_device_train_batch_size=settings.batch // settings.accumulate,
         gradient_accumulation_steps=settings.accumulate,
-        max_steps=len(rows) // settings.batch,
+        max_steps=len(loop.rows) // settings.batch,
         max_grad_norm=settings.clip,
         train_sampling_strategy="sequential",
         max_length=None,
@@ -238,19 +192,19 @@ def make_trainer(job: RewardJob, model: Any, tokenizer: Any, rows: Sequence[Pair
         **{checkpointing_option(): not on_cpu},
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(
-        state.optimizer, lambda step: factor(settings.schedule, state.start + step, request.steps, settings.warmup)
+        loop.optimizer, lambda step: factor(settings.schedule, loop.start + step, request.steps, settings.warmup)
     )
     pad_pairs = DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id)
     return PairTrainer(
         settings.heads == "each",
-        state.balancer,
+        loop.balancer,
         model=model,
         args=arguments,
         data_collator=lambda pairs: {**pad_pairs(pairs), "group": torch.tensor([pair["group"] for pair in pairs])},
-        train_dataset=Dataset.from_list(list(rows)),
+        train_dataset=Dataset.from_list(loop.rows),
         processing_class=tokenizer,
-        optimizers=(state.optimizer, scheduler),
-        callbacks=[RunCallback(job, state, rows)],
+        optimizers=(loop.optimizer, scheduler),
+        callbacks=[loop],
     )
 
 
@@ -297,22 +251,54 @@ class PairTrainer(RewardTrainer):  # type: ignore[misc]
         return (loss, outputs) if return_outputs else loss
 
 
-class RunCallback(TrainerCallback):  # type: ignore[misc]
-    """Seeds every optimiser step, counts tokens, logs, reports and saves checkpoints."""
+class TrainingLoop(TrainerCallback):  # type: ignore[misc]
+    """What is trained, and what happens around every step: seeds, counted tokens, log, progress, checkpoints."""
 
-    def __init__(self, job: RewardJob, state: TrainState, rows: Sequence[PairRow]) -> None:
+    def __init__(self, job: RewardJob, model: Any) -> None:
+        """Begin at the first step; :meth:`restore` goes on from a checkpoint."""
+        settings, groups = job.request.settings, len(job.request.train_sets)
         self.job = job
-        self.state = state
-        self.rows = rows
+        self.rows: list[PairRow] = []
+        """The rows of the steps that are left, in order."""
+        self.start = 0
+        """Steps done before this process began."""
+        self.trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=settings.lr, weight_decay=settings.weight_decay)
+        more = settings.loss == "more"
+        self.balancer = Balancer(groups, settings.normalise_gradients, settings.momentum) if more else None
+
+    def restore(self) -> None:
+        """Go on from the run's checkpoint, if there is one."""
+        run = self.job.run
+        checkpoint = run.load_checkpoint(PHASE)
+        run.truncate_metrics(PHASE, 0 if checkpoint is None else checkpoint.step)
+        if checkpoint is None:
+            return
+        with torch.no_grad():
+            for name, value in self.trained.items():
+                value.copy_(checkpoint.tensors[f"model.{name}"])
+        if self.balancer is not None:
+            self.balancer.memory = checkpoint.tensors.get("more.memory")
+        unpack_optimizer(self.optimizer, checkpoint.tensors, checkpoint.state["optimizer"])
+        self.job.meter.load(checkpoint.state["meter"])
+        self.start = checkpoint.step
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint."""
+        tensors, plain = pack_optimizer(self.optimizer)
+        tensors |= {f"model.{name}": value for name, value in self.trained.items()}
+        if self.balancer is not None and self.balancer.memory is not None:
+            tensors["more.memory"] = self.balancer.memory
+        self.job.run.save_checkpoint(PHASE, step, tensors, {"optimizer": plain, "meter": self.job.meter.state()})
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        torch.manual_seed(derive(self.job.request.seed, PHASE, self.state.start + state.global_step))
+        torch.manual_seed(derive(self.job.request.seed, PHASE, self.start + state.global_step))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         request, settings = self.job.request, self.job.request.settings
         rows = self.rows[(state.global_step - 1) * settings.batch : state.global_step * settings.batch]
         self.job.meter.add_tokens_trained(sum(len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows))
-        done = self.state.start + state.global_step
+        done = self.start + state.global_step
         # At checkpoints, too: a line holds means since the last one, and a resumed run starts at its checkpoint.
         due = 0 in (done % settings.log_every, done % settings.checkpoint_every)
         control.should_log = due or done == request.steps
@@ -321,9 +307,8 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
         if not logs or "loss" not in logs:
             return
-        settings, step = self.job.request.settings, self.state.start + state.global_step
-        logged = {name for name in logs if name in _LOGGED or name.startswith("weight_")}
-        metrics = {name: float(value) for name, value in logs.items() if name in logged}
+        settings, step = self.job.request.settings, self.start + state.global_step
+        metrics = {name: float(x) for name, x in logs.items() if name in _LOGGED or name.startswith("weight_")}
         if not math.isfinite(metrics["loss"]):
             raise WorkError(
                 f"step {step}: the loss is {metrics['loss']}; training diverged: lower lr ({settings.lr:g})"
@@ -331,4 +316,4 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         self.job.run.log(step, PHASE, **metrics, **self.job.meter.cost())
         # After its line: a kill between the two must not lose the line.
         if step % settings.checkpoint_every == 0 and step < self.job.request.steps:
-            self.state.save(self.job, step)
+            self.save(step)

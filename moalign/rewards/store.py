@@ -138,22 +138,21 @@ class Store:
         try:
             yield
         except (sqlite3.DatabaseError, OSError) as error:
-            raise self._problem(error) from error
-
-    def _problem(self, error: Exception) -> RequestError | WorkError:
-        path, text = self.path, str(error)
-        broken = any(words in text for words in ("no such table", "no such column", "malformed"))
-        if broken or not isinstance(error, sqlite3.OperationalError | OSError):
-            return RequestError(
-                f"{path}: the score store is damaged ({text}); delete or move that file (and {path.name}-wal, "
-                f"{path.name}-shm beside it): its scores are then made again"
-            )
-        if "locked" in text:
-            return WorkError(f"{path}: other processes kept the score store locked ({text}); run the command again")
-        return RequestError(
-            f"{path}: the score store cannot be written ({text}); free space or make {path.parent} writable, or choose "
-            "another folder with --results DIR"
-        )
+            path, text = self.path, str(error)
+            broken = any(words in text for words in ("no such table", "no such column", "malformed"))
+            if broken or not isinstance(error, sqlite3.OperationalError | OSError):
+                raise RequestError(
+                    f"{path}: the score store is damaged ({text}); delete or move that file (and {path.name}-wal, "
+                    f"{path.name}-shm beside it): its scores are then made again"
+                ) from error
+            if "locked" in text:
+                raise WorkError(
+                    f"{path}: other processes kept the score store locked ({text}); run the command again"
+                ) from error
+            raise RequestError(
+                f"{path}: the score store cannot be written ({text}); free space or make {path.parent} writable, or "
+                "choose another folder with --results DIR"
+            ) from error
 
     @contextmanager
     def _using(self) -> Iterator[sqlite3.Connection]:

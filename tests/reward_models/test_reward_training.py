@@ -74,9 +74,9 @@ def trainer_of(request: RewardRequest, rows: int = 6) -> tuple[Any, Any, list[tr
     model, tokenizer = training.load_backbone(request)
     encoded = training.encode_pairs(request.train_sets, training.make_encoder(request.settings, model, tokenizer))
     order = row_order([len(pairs) for pairs in request.train_sets], 1, rows, 1, 0)
-    chosen = [encoded[at] for at in order]
-    state = training.TrainState.of(model, request.settings, len(request.train_sets))
-    return training.make_trainer(job, model, tokenizer, chosen, state), model, chosen
+    loop = training.TrainingLoop(job, model)
+    loop.rows = [encoded[at] for at in order]
+    return training.make_trainer(loop, model, tokenizer), model, loop.rows
 
 
 def logits(model: Any, row: list[int]) -> torch.Tensor:
