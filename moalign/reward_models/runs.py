@@ -14,7 +14,6 @@ from moalign.lm import model_folder
 from moalign.reward_models import pairs
 from moalign.reward_models.pairs import PairSet
 from moalign.reward_models.settings import RewardSettings, check_loss
-from moalign.runs.meter import Meter
 from moalign.runs.run import Run
 from moalign.runs.store import RunStore
 
@@ -121,26 +120,15 @@ def obtain(request: RewardRequest, progress: Progress = silent, wait: bool = Fal
     )
     from moalign.lm.trainers import quiet_libraries
 
-    with run.lock(wait):
-        if run.record.status == "done":
+    with run.training(wait) as meter:
+        if meter is None:
             return run, True
-        run.mark("running")
-        meter = Meter()
-        try:
-            with quiet_libraries():
-                from moalign.reward_models.training import RewardJob, train
+        with quiet_libraries():
+            from moalign.reward_models.training import RewardJob, train
 
-                notes = train(RewardJob(run, request, meter, progress))
-        except KeyboardInterrupt:
-            run.mark("interrupted")
-            raise
-        except Exception as error:
-            run.mark("failed", error=f"{type(error).__name__}: {error}")
-            raise
+            notes = train(RewardJob(run, request, meter, progress))
         sizes = {split: {pair_set.name: len(pair_set) for pair_set in sets} for split, sets in request.parts.items()}
         run.record.notes = {**notes, "pairs": sizes, "heads": request.heads, "said": request.notice}
-        run.mark("done", meter=meter)
-        run.drop_checkpoints()
     return run, False
 
 

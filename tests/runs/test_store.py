@@ -115,6 +115,21 @@ def test_lookup_writes_nothing(store: RunStore) -> None:
     assert found.path == run.path
 
 
+def test_a_run_under_other_defaults_is_no_run_of_the_request(store: RunStore) -> None:
+    """The request leaves defaults out; the record tells when one has changed, a new option is no change."""
+    request, recorded = {"settings": {}, "seed": 0}, {"lr": 0.1, "splits": {"train": 0.6, "eval": 0.4}, "gone": 1}
+    made = store.open("bt", "pairs", request, card_hash="c", seed=0, recipe={"settings": recorded, "model": "a"})
+    now: dict[str, Any] = {"lr": 0.1, "splits": {"train": 0.6, "eval": 0.4}, "new": 3}
+    found = store.lookup("bt", "pairs", request, {"settings": now, "model": "b"})
+    assert found is not None and found.path == made.path
+    changed = {"settings": {**now, "lr": 0.2, "splits": {"train": 0.6, "eval": 0.3}}}
+    with pytest.raises(RequestError) as caught:
+        store.lookup("bt", "pairs", request, changed)
+    assert "(settings.lr: 0.1 then, 0.2 now, settings.splits.eval: 0.4 then, 0.3 now)" in str(caught.value)
+    with pytest.raises(RequestError, match=f"{made.path}: .*move its folder away"):
+        store.open("bt", "pairs", request, card_hash="c", seed=0, recipe=changed)
+
+
 @pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden"])
 def test_names_that_are_no_folder_names(store: RunStore, name: str) -> None:
     with pytest.raises(RequestError, match="method"):
