@@ -58,6 +58,8 @@ def test_it_holds_the_package_the_recipes_and_nothing_else(wheel: Path, checkout
     assert "moalign/py.typed" in names
     assets = {path.name for path in (checkout / "moalign" / "report" / "assets").iterdir()}
     assert {"page.html", "page.css"} <= assets <= {Path(name).name for name in names}
+    templates = {path.name for path in (checkout / "moalign" / "experiment" / "templates").glob("*.j*")}
+    assert {"task.yaml.j2", "prompts.jsonl"} <= templates <= {Path(name).name for name in names}
     files = [path for path in (checkout / "recipes").rglob("*") if path.is_file()]
     recipes = {str(path.relative_to(checkout / "recipes")) for path in files}
     assert {path.suffix for path in files} == {".yaml", ".jsonl"}
