@@ -8,6 +8,7 @@ from typing import Any
 
 from moalign.comparison.jobs import ComparedRun
 from moalign.comparison.ranking import EntryRuns, SeedResult
+from moalign.config.recipe import PolicySpec
 from moalign.report import curves
 
 
@@ -57,13 +58,12 @@ def _labels(runs: Sequence[ComparedRun]) -> list[str]:
 
 
 def _settings(run: ComparedRun) -> dict[str, Any]:
-    """Return a run's settings by dotted name, with the method's defaults where its identity leaves them out."""
-    settings = dict(_flat(run.identity))
-    defaults = run.method.Config.model_construct().model_dump(mode="json")
-    for key, value in _flat({"config": defaults}):
-        if not any(key.startswith(f"{name}.") for name in settings):  # a whole part that is switched off
-            settings.setdefault(key, value)
-    return settings
+    """Return a run's settings by dotted name, with the defaults that its identity leaves out."""
+    own = dict(_flat(run.identity))
+    sections = {"config": run.method.Config.model_construct(), "policy": PolicySpec()}
+    defaults = _flat({name: section.model_dump(mode="json") for name, section in sections.items()})
+    # Not those of a whole part that is switched off.
+    return {key: value for key, value in defaults if not any(key.startswith(f"{name}.") for name in own)} | own
 
 
 def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -12,6 +12,7 @@ from moalign.comparison import compare as workflow
 from moalign.comparison import entries, jobs
 from moalign.comparison.compare import CompareRequest, compare
 from moalign.comparison.result import CompareResult
+from moalign.config.recipe import PolicySpec
 from moalign.core.errors import RequestError
 from moalign.methods import registry
 from tests.comparison.conftest import CARD, ask
@@ -63,6 +64,21 @@ def test_runs_of_one_method_that_differ_in_three_settings_have_labels_of_their_o
     compared = compare(CompareRequest(runs=folders, results=results))
     wanted = {text.replace(" ", ", ") for text in settings}
     assert {row["label"].removeprefix("good (").removesuffix(")") for row in compared.content["rows"]} == wanted
+
+
+def test_defaults_that_an_identity_leaves_out_are_named_where_others_differ() -> None:
+    identities: list[dict[str, Any]] = [
+        {"config": {}, "policy": {}},
+        {"config": {"gain": 5.0}, "policy": {}},
+        {"config": {}, "policy": {"lora": {"r": 8}}},
+    ]
+    runs = [jobs.ComparedRun(registry.get("good"), 0, own, Path(f"run-{n}"), []) for n, own in enumerate(identities)]
+    gain, rank = registry.get("good").Config().gain, PolicySpec().lora.r  # type: ignore[attr-defined]
+    assert list(entries.grouped(runs)) == [
+        f"good (gain={gain:g}, policy.lora.r={rank})",
+        f"good (gain=5, policy.lora.r={rank})",
+        f"good (gain={gain:g}, policy.lora.r=8)",
+    ]
 
 
 def test_long_values_are_abbreviated_where_labels_stay_apart(card: str, results: Path) -> None:
