@@ -11,6 +11,7 @@ fingerprint is the same on every machine.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -20,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from moalign.core.errors import RequestError, WorkError
+from moalign.core.paths import cache_root
 from moalign.lm import loading
+from moalign.runs import atomic
 
 VERSION = 1
 """Raise it when a conversion gives other files than before: it is part of the cached folder's name."""
@@ -79,29 +82,18 @@ def installed(name: str) -> Path | None:
         spec = importlib.util.find_spec(MODELS[name].module)
     except (ImportError, ValueError):
         return None
-    for folder in (spec.submodule_search_locations if spec else None) or ():
-        file = Path(folder) / MODELS[name].file
-        if file.is_file():
-            return file
-    return None
+    folders = (spec.submodule_search_locations if spec else None) or ()
+    files = [Path(folder) / MODELS[name].file for folder in folders]
+    return next((file for file in files if file.is_file()), None)
 
 
 def ensure(name: str, where: str) -> Path:
     """Return the model's folder, converting the wheel's file when that was not done before (half a minute).
 
-    Of two processes that call this at once, one converts the file and the other waits.
-
-    Args:
-        name: a name in ``MODELS``.
-        where: how messages name the place.
-
-    Raises:
-        RequestError: the wheel or the library that reads it is not installed, the file is not the one that is known,
-            or the cache cannot be written.
+    Of two processes that call this at once, one converts the file and the other waits. Raises RequestError when the
+    wheel or the library that reads it is not installed, the file is not the known one, or the cache cannot be written.
     """
     from filelock import FileLock
-
-    from moalign.runs import atomic
 
     cached = converted(name)
     if cached is not None:
@@ -136,8 +128,6 @@ def listing() -> list[dict[str, Any]]:
 
 
 def _place(name: str) -> Path:
-    from moalign.core.paths import cache_root
-
     return cache_root() / "models" / f"{name}-{MODELS[name].sha256[:12]}-{VERSION}"
 
 
@@ -151,13 +141,11 @@ def _checked(name: str, where: str) -> Path:
             f"{where}: model {name!r} comes in a package that must be installed first ({' and '.join(missing)} {verb} "
             f"missing); get it with: {model.command}"
         )
-    digest = hashlib.sha256()
     with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    if digest.hexdigest() != model.sha256:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if digest != model.sha256:
         raise RequestError(
-            f"{where}: model {name!r}: {file} is not the file that moalign knows (sha256 {digest.hexdigest()[:12]}..., "
+            f"{where}: model {name!r}: {file} is not the file that moalign knows (sha256 {digest[:12]}..., "
             f"{model.sha256[:12]}... is needed); install the right one: {model.command}"
         )
     return file
@@ -184,7 +172,10 @@ def _convert(name: str, file: Path, place: Path) -> None:
         tokenizer.model_max_length = model.config.max_position_embeddings
         tokenizer.save_pretrained(place)
     for json_file in ("config.json", "generation_config.json", "tokenizer_config.json"):
-        _drop_origin(place / json_file)
+        content = json.loads((place / json_file).read_text(encoding="utf-8"))
+        content = {key: value for key, value in content.items() if key not in _HOW_MADE}
+        text = json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True)
+        (place / json_file).write_text(text + "\n", encoding="utf-8")
     _write_source(name, place)
 
 
@@ -197,14 +188,7 @@ _HOW_MADE = {
     "name_or_path",
     "transformers_version",
 }
-
-
-def _drop_origin(path: Path) -> None:
-    """Remove from a JSON file the keys that describe the machine and the library's version, not the model."""
-    content = {
-        key: value for key, value in json.loads(path.read_text(encoding="utf-8")).items() if key not in _HOW_MADE
-    }
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+"""Keys that describe the machine and the library's version, not the model."""
 
 
 def _write_source(name: str, place: Path) -> None:
@@ -219,10 +203,7 @@ def _write_source(name: str, place: Path) -> None:
         "changes": "weights dequantised to float32 and saved as safetensors",
     }
     (place / "source.json").write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
-    try:
-        files = importlib.metadata.files(model.package) or []
-    except importlib.metadata.PackageNotFoundError:
-        return
-    for file in files:
-        if file.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE")):
-            (place / file.name).write_text(file.read_text(encoding="utf-8"), encoding="utf-8")
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        for file in importlib.metadata.files(model.package) or []:
+            if file.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE")):
+                (place / file.name).write_text(file.read_text(encoding="utf-8"), encoding="utf-8")

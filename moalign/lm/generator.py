@@ -39,7 +39,7 @@ class ModelGenerator:
     adapter: str | None = None
 
     def generate(self, texts: Sequence[str], rows: Sequence[int], sampling: Sampling) -> Generated:
-        """See :class:`Generator`. The adapter is made active first, whatever ran on the model before."""
+        """Answer with the adapter, whatever was active on the model before. See :class:`Generator`."""
         if self.adapter is None:
             with reference_mode(self.lm):
                 return generate(self.lm, texts, rows, sampling)
@@ -48,7 +48,6 @@ class ModelGenerator:
             return generate(self.lm, texts, rows, sampling)
 
     def as_model(self) -> ModelGenerator:
-        """Return the one model that answers: this one."""
         return self
 
 
@@ -71,7 +70,6 @@ class LazyGenerator:
     """Shared by the generators of a run that take turns."""
 
     def generate(self, texts: Sequence[str], rows: Sequence[int], sampling: Sampling) -> Generated:
-        """See :class:`Generator`."""
         return self.as_model().generate(texts, rows, sampling)
 
     def as_model(self) -> ModelGenerator:

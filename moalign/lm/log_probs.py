@@ -36,9 +36,14 @@ def token_log_probs(
         tokens: ``[batch, T]``.
         inputs: what the model is called with.
     """
-    head = _head(model)
     chosen = tokens[mask]
-    chunked = type(head) is nn.Linear and len(chosen) * head.out_features > AT_ONCE and _may_chunk(head)
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    chunked = (
+        type(head) is nn.Linear
+        and len(chosen) * head.out_features > AT_ONCE
+        and not any(parameter.requires_grad for parameter in head.parameters())
+        and _linear.get(head, True)
+    )
     tap = _Tap(mask, probe=chunked)
     handle = None if head is None else head.register_forward_pre_hook(tap)
     try:
@@ -57,31 +62,17 @@ def token_log_probs(
     return *_plain(logits, chosen, temperature), output
 
 
-def _head(model: Any) -> Any:
-    """Return the module that makes logits of hidden states; None where the model does not expose it."""
-    get_head = getattr(model, "get_output_embeddings", None)
-    return None if get_head is None else get_head()
-
-
-def _may_chunk(head: nn.Linear) -> bool:
-    """Whether the head is frozen and not known to be followed by something else."""
-    return not any(parameter.requires_grad for parameter in head.parameters()) and _linear.get(head, True)
-
-
 class _Tap:
     """A hook on the head's input: keeps the states of the marked places, and lets through these or a probe alone."""
 
     def __init__(self, mask: Tensor, probe: bool) -> None:
-        """Begin a forward pass; ``mask`` ``[batch, T]``."""
-        self._mask = mask
-        self._probe = probe
+        self._mask, self._probe = mask, probe
         self.states: Tensor | None = None
         """Hidden states that predict the marked tokens, ``[marked, width]``."""
         self.sent: Tensor
         """What the head reads instead, ``[1, places, width]``."""
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        """Replace the head's input; see ``register_forward_pre_hook``."""
         if not inputs:
             return None
         self.states = inputs[0][:, -(self._mask.shape[1] + 1) : -1][self._mask]
@@ -113,7 +104,8 @@ def _plain(logits: Tensor, chosen: Tensor, temperature: float) -> tuple[Tensor, 
 def _in_chunks(head: nn.Linear, states: Tensor, chosen: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Return what :func:`_plain` does of the head's logits of ``states`` ``[marked, width]``."""
     learns = torch.is_grad_enabled() and states.requires_grad
-    logps, entropy = _ChunkedLogProbs.apply(states, head.weight, head.bias, chosen, temperature, learns)
+    apply: Any = _ChunkedLogProbs.apply
+    logps, entropy = apply(states, head.weight, head.bias, chosen, temperature, learns)
     return logps, entropy
 
 
@@ -128,7 +120,6 @@ class _ChunkedLogProbs(torch.autograd.Function):
     def forward(
         ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, chosen: Tensor, temperature: float, learns: bool
     ) -> tuple[Tensor, Tensor]:
-        """See :func:`_in_chunks`; ``learns`` keeps the gradient."""
         if torch.is_autocast_enabled(states.device.type):  # once, not once a chunk
             weight = weight.to(torch.get_autocast_dtype(states.device.type))
         size = max(1, AT_ONCE // len(weight))
@@ -153,6 +144,5 @@ class _ChunkedLogProbs(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        """Return the gradient of the states."""
         (slopes,) = ctx.saved_tensors
         return grad.unsqueeze(-1).to(slopes.dtype) * slopes, None, None, None, None, None

@@ -15,6 +15,7 @@ from typing import Any
 
 from moalign.core.errors import RequestError, did_you_mean
 from moalign.lm import builtin
+from moalign.lm.loading import first_line
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "*.vocab", "bpe.codes", "*.bpe")
 """One of these must be there: without them the library silently makes up an empty tokenizer."""
@@ -120,24 +121,33 @@ def weight_files(folder: Path, where: str) -> list[Path]:
     raise RequestError(f"{where}: model folder {folder} has no weights: model.safetensors is missing")
 
 
-def check_safetensors(path: Path, where: str) -> None:
-    """Raise RequestError unless the file is as long as its header says (layout: 8 bytes length, JSON, data)."""
+def shapes(folder: Path, where: str) -> dict[str, list[int]]:
+    """Return the shape of every weight of a model folder, from the headers of its files."""
+    headers = [check_safetensors(path, where) for path in weight_files(folder, where)]
+    return {name: entry["shape"] for header in headers for name, entry in header.items()}
+
+
+def check_safetensors(path: Path, where: str) -> dict[str, Any]:
+    """Return a file's header, an entry for each tensor; RequestError unless the file is as long as the header says.
+
+    The layout is 8 bytes for the header's length, the header as JSON, the tensors.
+    """
     size = path.stat().st_size
     try:
         with path.open("rb") as file:
-            header_size = int.from_bytes(file.read(8), "little")
-            if size < 8 or header_size > size - 8:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > size - 8:
                 raise ValueError("it ends inside its header")
-            header = json.loads(file.read(header_size))
-        needed = (
-            8 + header_size + max(entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__")
-        )
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        needed = 8 + length + max(entry["data_offsets"][1] for entry in header.values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RequestError(f"{where}: {path} is not a whole safetensors file ({error}); copy it again") from error
     if size != needed:
         raise RequestError(
             f"{where}: {path} is truncated or damaged: {size} bytes, but its header says {needed}; copy it again"
         )
+    return dict(header)
 
 
 def fingerprint(folder: Path, where: str) -> str:
@@ -154,45 +164,34 @@ def fingerprint(folder: Path, where: str) -> str:
 @functools.lru_cache(maxsize=1024)
 def _file_hash(path: str, size: int, changed: int) -> str:
     """Hash a file; size and time are only there so that a file is read once per process unless it changes."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fetch(model: str, revision: str | None, where: str, config_only: bool = False) -> Path:
     """Return the local folder of a hub model, downloading what is not in the library's cache.
 
-    Args:
-        model: hub id ``owner/name``.
-        revision: branch, tag or commit; None is the default branch.
-        where: how messages name the place.
-        config_only: fetch config.json only (small), enough to check labels before any work begins.
-
-    Raises:
-        RequestError: offline, unknown id or revision, access denied.
+    ``config_only`` fetches config.json alone: enough to check labels before any work begins. Raises RequestError when
+    offline, for an unknown id or revision, or when access is denied.
     """
     from huggingface_hub import constants, errors, snapshot_download
 
+    name, folder_instead = f"{where}: hub model {model!r}", "name a local model folder instead"
     patterns = ["config.json"] if config_only else _FETCHED
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError) as error:
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "no connection"
         raise RequestError(
-            f"{where}: hub model {model!r} is not in the local cache and the hub cannot be reached ({why}), and "
-            f"there is no folder of that name; name a local model folder instead: model: path/to/folder{_near(model)}"
+            f"{name} is not in the local cache and the hub cannot be reached ({why}), and there is no folder of that "
+            f"name; {folder_instead}: model: path/to/folder{_near(model)}"
         ) from error
     except errors.GatedRepoError as error:
-        raise RequestError(
-            f"{where}: hub model {model!r} is gated: accept its terms and log in, or name a folder"
-        ) from error
+        raise RequestError(f"{name} is gated: accept its terms and log in, or name a folder") from error
     except errors.RevisionNotFoundError as error:
-        raise RequestError(f"{where}: hub model {model!r} has no revision {revision!r}") from error
+        raise RequestError(f"{name} has no revision {revision!r}") from error
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
-        first = str(error).strip().partition("\n")[0]
+        why = f"{type(error).__name__}: {first_line(error)}"
         raise RequestError(
-            f"{where}: hub model {model!r} cannot be fetched ({type(error).__name__}: {first}); check the id, or "
-            f"name a local model folder instead{_near(model)}"
+            f"{name} cannot be fetched ({why}); check the id, or {folder_instead}{_near(model)}"
         ) from error

@@ -68,15 +68,13 @@ def collapse(tokens: Sequence[Hashable], short: int = SHORT_AT_MOST) -> set[str]
     ``short``: fewer tokens than ``short``; ``repetitive``: distinct-3 ratio below 0.3; ``loop``: one 10-gram
     at least 3 times, overlaps counted (limits: our choice, ParetoHqD gives none).
     """
-    causes = set()
-    if len(tokens) < short:
-        causes.add("short")
     ratio = distinct(tokens, 3)
-    if ratio is not None and ratio < MIN_DISTINCT_3:
-        causes.add("repetitive")
-    if max(Counter(_grams(tokens, LOOP_LENGTH)).values(), default=0) >= LOOP_TIMES:
-        causes.add("loop")
-    return causes
+    holds = {
+        "short": len(tokens) < short,
+        "repetitive": ratio is not None and ratio < MIN_DISTINCT_3,
+        "loop": max(Counter(_grams(tokens, LOOP_LENGTH)).values(), default=0) >= LOOP_TIMES,
+    }
+    return {cause for cause in CAUSES if holds[cause]}
 
 
 def collapse_report(responses: Sequence[Sequence[Hashable]], short: int = SHORT_AT_MOST) -> CollapseReport:
@@ -88,7 +86,7 @@ def collapse_report(responses: Sequence[Sequence[Hashable]], short: int = SHORT_
     if not len(responses) or isinstance(responses, str) or isinstance(responses[0], str):
         raise RequestError("collapse report: found no list of tokenised responses; at least one response is needed")
     collapsed = [collapse(tokens, short) for tokens in responses]
-    ratios = [ratio for ratio in (distinct(tokens, 3) for tokens in responses) if ratio is not None]
+    ratios = [ratio for ratio in map(distinct, responses) if ratio is not None]
     total = len(responses)
     return {
         "rate": sum(bool(causes) for causes in collapsed) / total,
@@ -101,12 +99,8 @@ def collapse_report(responses: Sequence[Sequence[Hashable]], short: int = SHORT_
 def kl_to_base(policy: ArrayLike, base: ArrayLike, tokens: ArrayLike) -> Divergence:
     """Estimate KL(policy || base) from the policy's own responses: the mean of log policy - log base.
 
-    Unbiased, and so it can come out slightly below 0 for a policy that hardly moved; it is not clipped.
-
-    Args:
-        policy: log-probability of each response under the policy that wrote it ``[n]``.
-        base: of the same responses under the base ``[n]``.
-        tokens: their lengths ``[n]``, each at least 1.
+    ``policy`` and ``base`` are each response's log-probability under the two, ``tokens`` its length, all ``[n]``.
+    Unbiased, and so the estimate can be slightly below 0 for a policy that hardly moved; it is not clipped.
 
     Raises RequestError for shapes that do not fit, NaN, infinity, or a length below 1.
     """

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -95,8 +96,12 @@ class Traces:
         known = [part for part in parts if part is not None]
         if not known or len(known) < len(parts):
             return None
-        ids, logps = [row for part in known for row in part.ids], [value for part in known for value in part.logps]
-        return cls(known[0].vocabulary, ids, logps, [flag for part in known for flag in part.finished])
+        whole = cls(known[0].vocabulary, [], [], [])
+        for part in known:
+            whole.ids += part.ids
+            whole.logps += part.logps
+            whole.finished += part.finished
+        return whole
 
 
 @dataclass(eq=False)
@@ -164,7 +169,6 @@ class Direct:
         self.state: Tensor | None = None
 
     def read(self, ids: Tensor, mask: Tensor, place: Tensor) -> Tensor:
-        """See :class:`NextToken`."""
         output = self.model(
             input_ids=ids,
             attention_mask=mask,
@@ -180,12 +184,10 @@ class Direct:
         return logits
 
     def repeat(self, times: int) -> None:
-        """See :class:`NextToken`."""
         self.cache.batch_repeat_interleave(times)
         self.state = None if self.state is None else self.state.repeat_interleave(times, dim=0)
 
     def keep(self, rows: Tensor) -> None:
-        """See :class:`NextToken`."""
         self.cache.reorder_cache(rows)  # unlike batch_select_indices every kind of layer has it, recurrent ones too
         self.state = None if self.state is None else self.state[rows]
 
@@ -215,90 +217,66 @@ def sample(
         source: where next-token distributions come from, fresh for this batch; None: the model as it stands.
     """
     source = Direct(lm.model, hidden) if source is None else source
-    read, read_mask = pad_left(prompts, lm.pad, lm.device)
-    ids, mask = read.repeat_interleave(repeat, dim=0), read_mask.repeat_interleave(repeat, dim=0)
-    logits = source.read(read, read_mask, positions(read_mask))
+    ids, mask = pad_left(prompts, lm.pad, lm.device)
+    logits = source.read(ids, mask, positions(mask))
     if repeat > 1:
         source.repeat(repeat)
-        logits = logits.repeat_interleave(repeat, dim=0)
-    batch = _Batch(lm, mask, numbers.to(lm.device))
-    for step in range(numbers.shape[1]):
+        ids, mask, logits = (each.repeat_interleave(repeat, dim=0) for each in (ids, mask, logits))
+    ends = torch.tensor(sorted(lm.end_ids), device=lm.device)
+    tokens, logps, response, states = _continue(
+        source, logits, mask, numbers.to(lm.device), ends, partial(draw, temperature=temperature, top_p=top_p)
+    )
+    return Samples(
+        input_ids=torch.cat([ids, tokens.masked_fill(~response, lm.pad)], dim=1),
+        attention_mask=torch.cat([mask, response.to(mask.dtype)], dim=1),
+        response_mask=response,
+        logps=logps.masked_fill(~response, 0.0),
+        finished=(torch.isin(tokens, ends) & response).any(-1),
+        hidden=None if states is None else states.masked_fill(~response.unsqueeze(-1), 0.0),
+    )
+
+
+def _continue(
+    source: NextToken,
+    logits: Tensor,
+    mask: Tensor,
+    numbers: Tensor,
+    ends: Tensor,
+    choose: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Sample until all rows have ended, beginning with the ``logits`` of their first token.
+
+    ``mask`` is the prompts', ``[rows, prompt]``. Returns tokens, log-probabilities, which of them belong to a response,
+    all ``[rows, T]``, and the states they were drawn from; outside a response anything may stand.
+    """
+    (count, steps), prompt = numbers.shape, mask.shape[1]
+    tokens = torch.zeros((count, steps), dtype=torch.long, device=mask.device)
+    logps = torch.zeros((count, steps), dtype=torch.float32, device=mask.device)
+    response = torch.zeros((count, steps), dtype=torch.bool, device=mask.device)
+    states: Tensor | None = None
+    # From here on of the rows that are still read. The whole mask is made once, and each step sees more of it.
+    rows, alive = torch.arange(count, device=mask.device), torch.ones(count, dtype=torch.bool, device=mask.device)
+    seen, place = torch.cat([mask, mask.new_zeros(count, steps)], dim=1), positions(mask)[:, -1:]
+    for step in range(steps):
         if step:
-            logits = source.read(*batch.next(step))
-        chosen, logp = draw(logits, batch.numbers[:, step], temperature, top_p)
-        batch.write(step, chosen, logp, source.state)
-        live = int(batch.alive.sum())
+            place = place + 1
+            logits = source.read(tokens[rows, step - 1 : step], seen[:, : prompt + step], place)
+        chosen, logp = choose(logits, numbers[rows, step])
+        tokens[rows, step], logps[rows, step], response[rows, step] = chosen, logp, alive
+        if source.state is not None:
+            states = source.state.new_zeros(count, steps, source.state.shape[-1]) if states is None else states
+            states[rows, step] = source.state
+        seen[:, prompt + step] = alive.to(seen.dtype)
+        alive = alive & ~torch.isin(chosen, ends)
+        live = int(alive.sum())
         if live == 0:
             break
-        if live <= KEEP_ABOVE * len(batch.rows):
-            source.keep(batch.leave())
-    return batch.samples(ids, mask)
-
-
-class _Batch:
-    """The state of a batch while it is sampled: results of all rows, and which rows are still read."""
-
-    def __init__(self, lm: LanguageModel, mask: Tensor, numbers: Tensor) -> None:
-        """Begin after prompts with attention mask ``[rows, prompt]``; ``numbers`` ``[rows, steps]``."""
-        count, steps = numbers.shape
-        self.rows = torch.arange(count, device=lm.device)
-        """Numbers of the rows that are still read, ``[live]``; the next three attributes are of these rows."""
-        self.alive = torch.ones(count, dtype=torch.bool, device=lm.device)
-        self.numbers = numbers
-        # The whole mask is allocated once; each step sees a growing view of it.
-        self._mask = torch.cat([mask, mask.new_zeros(count, steps)], dim=1)
-        self._place = positions(mask)[:, -1:]
-        self._prompt = mask.shape[1]
-        self._ends = torch.tensor(sorted(lm.end_ids), device=lm.device)
-        self._tokens = torch.full((count, steps), lm.pad, dtype=torch.long, device=lm.device)
-        self._logps = torch.zeros((count, steps), dtype=torch.float32, device=lm.device)
-        self._lengths = torch.zeros(count, dtype=torch.long, device=lm.device)
-        self._finished = torch.zeros(count, dtype=torch.bool, device=lm.device)
-        self._hidden: Tensor | None = None
-        self._pad = lm.pad
-        self._last = self._tokens[:, :1]
-
-    def next(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what is read before token ``step``: ids and positions ``[live, 1]``, and the mask of all so far."""
-        self._place = self._place + 1
-        return self._last, self._mask[:, : self._prompt + step], self._place
-
-    def write(self, step: int, chosen: Tensor, logp: Tensor, state: Tensor | None) -> None:
-        """Take token ``step`` of the live rows, its log-probability and the state it was drawn from."""
-        alive, rows = self.alive, self.rows
-        token = torch.where(alive, chosen, self._pad)
-        self._tokens[rows, step] = token
-        self._logps[rows, step] = torch.where(alive, logp, torch.zeros_like(logp))
-        if state is not None:
-            if self._hidden is None:
-                self._hidden = state.new_zeros(*self._tokens.shape, state.shape[-1])
-            self._hidden[rows, step] = torch.where(alive.unsqueeze(-1), state, torch.zeros_like(state))
-        self._mask[:, self._prompt + step] = alive.long()
-        self._lengths[rows] += alive.long()
-        ended = alive & torch.isin(chosen, self._ends)
-        self._finished[rows] |= ended
-        self.alive = alive & ~ended
-        self._last = token.unsqueeze(-1)
-
-    def leave(self) -> Tensor:
-        """Drop the rows that have ended; returns the places of the others among those read before, ``[live]``."""
-        live = self.alive.nonzero().squeeze(-1)
-        self.rows, self.numbers, self.alive = self.rows[live], self.numbers[live], self.alive[live]
-        self._mask, self._place, self._last = self._mask[live], self._place[live], self._last[live]
-        return live
-
-    def samples(self, ids: Tensor, mask: Tensor) -> Samples:
-        """Return the responses to the prompts ``ids`` with attention mask ``mask``, ``[rows, prompt]``."""
-        used = int(self._lengths.max())
-        response = torch.arange(used, device=ids.device) < self._lengths.unsqueeze(-1)
-        return Samples(
-            input_ids=torch.cat([ids, self._tokens[:, :used]], dim=1),
-            attention_mask=torch.cat([mask, response.to(mask.dtype)], dim=1),
-            response_mask=response,
-            logps=self._logps[:, :used],
-            finished=self._finished,
-            hidden=None if self._hidden is None else self._hidden[:, :used],
-        )
+        if live <= KEEP_ABOVE * len(rows):
+            kept = alive.nonzero().squeeze(-1)
+            source.keep(kept)
+            rows, alive, seen, place = rows[kept], alive[kept], seen[kept], place[kept]
+    used = int(response.sum(-1).max())
+    return tokens[:, :used], logps[:, :used], response[:, :used], None if states is None else states[:, :used]
 
 
 def draw(logits: Tensor, numbers: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
@@ -357,9 +335,8 @@ def responses(lm: LanguageModel, samples: Samples, stop: Sequence[str] = ()) -> 
 
 def _tokens(samples: Samples) -> list[NDArray[np.int64]]:
     """Return the token ids of each response, ``[length]``, the end token included."""
-    width = samples.response_mask.shape[1]
-    ids = samples.input_ids[:, -width:].cpu().numpy()
-    lengths = samples.response_mask.sum(-1).cpu().tolist()
+    ids = samples.input_ids[:, -samples.response_mask.shape[1] :].cpu().numpy()
+    lengths = samples.response_mask.sum(-1).tolist()
     return [row[:count] for row, count in zip(ids, lengths, strict=True)]
 
 
@@ -390,29 +367,27 @@ def generate(
         Responses in the order of ``texts``, the number of tokens sampled, and the responses' tokens.
     """
     lm.model.eval()
-    encoded = lm.encode(texts, sampling.max_prompt_tokens)
-    order = sorted(range(len(texts)), key=lambda i: len(encoded[i]))
-    generated = Generated([""] * len(texts), 0)
-    ids, logps = [np.empty(0, dtype=np.int64)] * len(texts), [0.0] * len(texts)
-    finished = [False] * len(texts)
-    for start in range(0, len(order), sampling.batch_size):
+    encoded, count = lm.encode(texts, sampling.max_prompt_tokens), len(texts)
+    order = sorted(range(count), key=lambda i: len(encoded[i]))
+    traces = Traces(lm.tokenizer, [np.empty(0, dtype=np.int64)] * count, [0.0] * count, [False] * count)
+    generated = Generated([""] * count, 0, traces)
+    for start in range(0, count, sampling.batch_size):
         part = order[start : start + sampling.batch_size]
-        numbers = uniforms(sampling.seed, [rows[i] for i in part], sampling.max_new_tokens)
         drawn = sample(
             lm,
             [encoded[i] for i in part],
-            numbers,
+            uniforms(sampling.seed, [rows[i] for i in part], sampling.max_new_tokens),
             sampling.temperature,
             sampling.top_p,
             source=None if source is None else source(),
         )
         generated.tokens += drawn.tokens
-        rows_ids, rows_logps, ended = _tokens(drawn), drawn.logps.cpu().double().numpy(), drawn.finished.tolist()
-        for i, row, logp, end, text in zip(part, rows_ids, rows_logps, ended, lm.decode(rows_ids), strict=True):
-            generated.responses[i] = cut(text, sampling.stop)
+        ids, logps = _tokens(drawn), drawn.logps.cpu().double().numpy()
+        for i, row, logp, end, text in zip(part, ids, logps, drawn.finished.tolist(), lm.decode(ids), strict=True):
             stopped = any(marker in text for marker in sampling.stop)
-            count = length(lm, row.tolist(), sampling.stop) if stopped else len(row)
+            used = length(lm, row.tolist(), sampling.stop) if stopped else len(row)
+            generated.responses[i] = cut(text, sampling.stop)
             # A copy: a view of one row would keep the whole batch in memory.
-            ids[i], logps[i], finished[i] = row[:count].copy(), float(logp[:count].sum()), end or stopped
-    generated.traces = Traces(lm.tokenizer, ids, logps, finished)
+            traces.ids[i], traces.logps[i] = row[:used].copy(), float(logp[:used].sum())
+            traces.finished[i] = end or stopped
     return generated

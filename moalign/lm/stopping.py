@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -22,21 +23,23 @@ def trim(lm: LanguageModel, samples: Samples, stop: Sequence[str]) -> Samples:
     if not stop:
         return samples
     width = samples.response_mask.shape[1]
-    ids = samples.input_ids[:, -width:].cpu().tolist()
-    lengths = samples.response_mask.sum(-1).cpu().tolist()
-    rows = [row[:length] for row, length in zip(ids, lengths, strict=True)]
+    ids, counts = samples.input_ids[:, -width:].tolist(), samples.response_mask.sum(-1).tolist()
+    rows = [row[:count] for row, count in zip(ids, counts, strict=True)]
     stopped = _holds(lm, rows, stop)
-    trimmed = [length(lm, row, stop) if has_stop else len(row) for row, has_stop in zip(rows, stopped, strict=True)]
-    inside = torch.arange(width)[None, :] < torch.tensor(trimmed)[:, None]
+    kept = [length(lm, row, stop) if has_stop else len(row) for row, has_stop in zip(rows, stopped, strict=True)]
+    inside = torch.arange(width)[None, :] < torch.tensor(kept)[:, None]
     mask = samples.response_mask & inside.to(samples.response_mask.device)
-    attention = samples.attention_mask.clone()
+    attention, input_ids = samples.attention_mask.clone(), samples.input_ids.clone()
     attention[:, -width:] = mask.to(attention.dtype)
-    ids_out = samples.input_ids.clone()
-    ids_out[:, -width:] = torch.where(mask, ids_out[:, -width:], lm.pad)
-    logps = torch.where(mask, samples.logps, torch.zeros_like(samples.logps))
-    finished = samples.finished | torch.tensor(stopped, device=samples.finished.device)
-    tensors = {"input_ids": ids_out, "attention_mask": attention, "response_mask": mask, "logps": logps}
-    return replace(samples, finished=finished, **tensors)
+    input_ids[:, -width:] = torch.where(mask, input_ids[:, -width:], lm.pad)
+    return replace(
+        samples,
+        input_ids=input_ids,
+        attention_mask=attention,
+        response_mask=mask,
+        logps=torch.where(mask, samples.logps, torch.zeros_like(samples.logps)),
+        finished=samples.finished | torch.tensor(stopped, device=samples.finished.device),
+    )
 
 
 def _holds(lm: LanguageModel, rows: Sequence[Sequence[int]], stop: Sequence[str]) -> list[bool]:
@@ -50,11 +53,4 @@ def length(lm: LanguageModel, row: Sequence[int], stop: Sequence[str]) -> int:
 
     By bisection: a stop text stays complete.
     """
-    low, high = 1, len(row)
-    while low < high:
-        middle = (low + high) // 2
-        if _holds(lm, [row[:middle]], stop)[0]:
-            high = middle
-        else:
-            low = middle + 1
-    return low
+    return 1 + bisect.bisect_left(range(1, len(row)), True, key=lambda count: _holds(lm, [row[:count]], stop)[0])
