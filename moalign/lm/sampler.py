@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DynamicCache
 
-from moalign.lm.language_model import LanguageModel, positions
+from moalign.lm.language_model import LanguageModel
+from moalign.lm.log_probs import positions
 from moalign.lm.stopping import length
 
 KEEP_ABOVE = 0.9
@@ -56,11 +57,9 @@ class Samples:
     response_mask: Tensor
     """Bool ``[rows, T]`` over the last T columns; True on response tokens, the end token included."""
     logps: Tensor
-    """log pi of each sampled token at the sampling temperature, ``[rows, T]``; 0 outside the mask. Of the whole
-    distribution: a nucleus chooses where to draw and is no part of the policy (see :func:`draw`)."""
+    """log pi of each sampled token, ``[rows, T]``, 0 outside the mask; see :func:`draw`."""
     finished: Tensor
-    """Bool ``[rows]``: the response ended at an end id, or at a stop text (:func:`.stopping.trim`), not by the limit.
-    """
+    """Bool ``[rows]``: the response ended at an end id or a stop text (:func:`.stopping.trim`), not by the limit."""
     hidden: Tensor | None = None
     """Last hidden state before each token, ``[rows, T, width]``, 0 outside the mask; if requested."""
 
@@ -77,11 +76,10 @@ class Traces:
     vocabulary: Any
     """The tokenizer that the ids belong to."""
     ids: list[NDArray[np.int64]]
-    """Token ids of each response, ``[length]``, the end token included. They end with the token that completes the
-    first stop text: what follows it is no part of the response. At least one token each."""
+    """Token ids of each response, ``[length >= 1]``, up to and with its end token or the token that completes its first
+    stop text."""
     logps: list[float]
-    """log pi of those tokens together, in nats, at the sampling temperature: at temperature 1 that of the policy
-    itself. A nucleus is left out (see :func:`draw`); for greedy answers it is that of temperature 1."""
+    """log pi of those tokens together, in nats; see :func:`draw`."""
     finished: list[bool]
     """Whether each response ended at an end id or a stop text; the limit cut off the others."""
 
@@ -133,42 +131,26 @@ def pad_left(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> t
     return ids.to(device), mask.to(device)
 
 
-class NextToken(Protocol):
-    """A source of next-token distributions: it reads tokens and remembers those that it has read.
+class NextToken:
+    """Next-token distributions of a model as it stands: it reads tokens and remembers those that it has read.
 
-    One object serves one batch. Mixing several models is another source; the sampling loop stays the same.
+    One object serves one batch. A mixture of models is a subclass; the sampling loop stays the same.
     """
 
-    state: Tensor | None
-    """The hidden state of the token read last, ``[rows, width]``, where the source keeps it."""
-
-    def read(self, ids: Tensor, mask: Tensor, place: Tensor) -> Tensor:
-        """Read tokens ``[rows, new]`` at positions ``place``; ``mask`` covers all read so far, ``[rows, total]``.
-
-        Returns logits of the token after the last, ``[rows, vocabulary]``, up to a constant of each row.
-        """
-        ...
-
-    def repeat(self, times: int) -> None:
-        """Make ``times`` consecutive rows of each row read so far."""
-        ...
-
-    def keep(self, rows: Tensor) -> None:
-        """Forget all rows but those numbered ``rows``, int ``[kept]``, which continue in this order."""
-        ...
-
-
-class Direct:
-    """A model as it is, with a cache of its own. See :class:`NextToken`."""
+    state: Tensor | None = None
+    """The hidden state of the token read last, ``[rows, width]``, where it is kept."""
 
     def __init__(self, model: Any, hidden: bool = False) -> None:
         """Begin a batch; nothing is read yet. ``hidden`` keeps each token's hidden state in ``state``."""
         self.model = model
         self.cache = DynamicCache(config=model.config)
         self.hidden = hidden
-        self.state: Tensor | None = None
 
     def read(self, ids: Tensor, mask: Tensor, place: Tensor) -> Tensor:
+        """Read tokens ``[rows, new]`` at positions ``place``; ``mask`` covers all read so far, ``[rows, total]``.
+
+        Returns logits of the token after the last, ``[rows, vocabulary]``, up to a constant of each row.
+        """
         output = self.model(
             input_ids=ids,
             attention_mask=mask,
@@ -184,10 +166,12 @@ class Direct:
         return logits
 
     def repeat(self, times: int) -> None:
+        """Make ``times`` consecutive rows of each row read so far."""
         self.cache.batch_repeat_interleave(times)
         self.state = None if self.state is None else self.state.repeat_interleave(times, dim=0)
 
     def keep(self, rows: Tensor) -> None:
+        """Forget all rows but those numbered ``rows``, int ``[kept]``, which continue in this order."""
         self.cache.reorder_cache(rows)  # unlike batch_select_indices every kind of layer has it, recurrent ones too
         self.state = None if self.state is None else self.state[rows]
 
@@ -216,7 +200,7 @@ def sample(
         hidden: keep the hidden state that each token was drawn from.
         source: where next-token distributions come from, fresh for this batch; None: the model as it stands.
     """
-    source = Direct(lm.model, hidden) if source is None else source
+    source = NextToken(lm.model, hidden) if source is None else source
     ids, mask = pad_left(prompts, lm.pad, lm.device)
     logits = source.read(ids, mask, positions(mask))
     if repeat > 1:
@@ -282,9 +266,8 @@ def _continue(
 def draw(logits: Tensor, numbers: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
     """Draw one token a row by inverse cumulative distribution; returns (token, log-probability), ``[rows]`` each.
 
-    The log-probability is that of the policy at ``temperature``, whatever the nucleus: truncated and renormalised it
-    would depend on how much was cut off, and two policies that cut differently could not be compared by it. Greedy
-    tokens have that of temperature 1.
+    The log-probability is that of the policy at ``temperature`` (greedy: at 1), whatever the nucleus: renormalised, it
+    would depend on how much was cut off, and two policies that cut differently could not be compared by it.
     """
     logits = logits.float()
     if temperature == 0:
@@ -305,8 +288,8 @@ def draw(logits: Tensor, numbers: Tensor, temperature: float, top_p: float) -> t
 def _invert(probs: Tensor, numbers: Tensor) -> Tensor:
     """Return the first token of each row whose cumulative share is above its number ``[rows, 1]``, int ``[rows]``.
 
-    Double precision keeps the last token reachable and the first from being drawn at u = 0 by rounding. Over a whole
-    large vocabulary it would cost more than the softmax; so the chunk is found first, then the token within it.
+    Double precision keeps the last token reachable, and the first from being drawn at u = 0 by rounding. Over a large
+    vocabulary it would cost more than the softmax: the chunk is searched first, then the token within it.
     """
     rows, size = probs.shape
     if size <= CHUNK:
@@ -343,9 +326,7 @@ def _tokens(samples: Samples) -> list[NDArray[np.int64]]:
 def cut(text: str, stop: Sequence[str]) -> str:
     """Return ``text`` up to the first stop text (for example the next turn marker), without trailing space."""
     for marker in stop:
-        at = text.find(marker)
-        if at >= 0:
-            text = text[:at]
+        text = text.partition(marker)[0]
     return text.strip()
 
 
@@ -356,15 +337,10 @@ def generate(
     sampling: Sampling,
     source: Callable[[], NextToken] | None = None,
 ) -> Generated:
-    """Sample a response for every rendered prompt in length-sorted batches.
+    """Sample a response for every rendered prompt in length-sorted batches; returned in the order of ``texts``.
 
-    Args:
-        texts: what the policy reads, one per requested response.
-        rows: the number that fixes each response's randomness (see :func:`uniforms`).
-        source: makes the source of next-token distributions of each batch; None: the model as it stands.
-
-    Returns:
-        Responses in the order of ``texts``, the number of tokens sampled, and the responses' tokens.
+    ``rows`` fix each response's randomness (see :func:`uniforms`); ``source`` makes each batch's next-token
+    distributions, None: those of the model as it stands.
     """
     lm.model.eval()
     encoded, count = lm.encode(texts, sampling.max_prompt_tokens), len(texts)

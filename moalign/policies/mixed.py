@@ -20,7 +20,7 @@ from moalign.lm import adapters
 from moalign.lm.adapters import Adapter
 from moalign.lm.generator import LazyGenerator, ModelGenerator
 from moalign.lm.language_model import LanguageModel
-from moalign.lm.sampler import Direct, Generated, Sampling, generate
+from moalign.lm.sampler import Generated, NextToken, Sampling, generate
 from moalign.policies.policy import Policy, adapter_name
 from moalign.training.experts import expert_folder
 
@@ -98,15 +98,14 @@ class MixedGenerator:
         )
 
 
-class Mixture:
-    """The next token as several adapters of one model see it together. See :class:`~.sampler.NextToken`."""
+class Mixture(NextToken):
+    """The next token as several adapters of one model see it together."""
 
     def __init__(self, lm: LanguageModel, use: Callable[[int], None], weights: Sequence[float]) -> None:
         """Begin a batch; ``use(i)`` lets the adapter of ``weights[i]`` answer (:func:`~moalign.lm.adapters.turns`)."""
         self.use = use
         self.weights = weights
-        self.sources = [Direct(lm.model) for _ in weights]
-        self.state: Tensor | None = None
+        self.sources = [NextToken(lm.model) for _ in weights]
 
     def read(self, ids: Tensor, mask: Tensor, place: Tensor) -> Tensor:
         """Return ``sum_i w_i log pi_i``, ``[rows, vocabulary]``; it is normalised by whoever draws from it."""

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from moalign.core.errors import RequestError
 from moalign.lm import language_model
-from moalign.lm.language_model import LanguageModel, positions, reference_mode, token_outputs
+from moalign.lm.language_model import LanguageModel, reference_mode
+from moalign.lm.log_probs import positions, token_outputs
 
 ROWS = [([1, 20, 30, 40], [50, 60, 2]), ([1, 21], [51, 61, 71, 81, 2]), ([1, 22, 32, 42, 52, 62, 72], [2])]
 

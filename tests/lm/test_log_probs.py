@@ -21,7 +21,8 @@ from transformers import (
 
 from moalign.config.recipe import LoraSpec
 from moalign.lm import adapters, log_probs
-from moalign.lm.language_model import LanguageModel, positions, token_outputs, wrap
+from moalign.lm.language_model import LanguageModel, wrap
+from moalign.lm.log_probs import positions, token_outputs
 from moalign.tasks.sandbox import base
 
 SIZES: dict[str, Any] = {

@@ -14,7 +14,8 @@ from scipy.stats import chisquare
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerBase
 
 from moalign.lm import sampler
-from moalign.lm.language_model import LanguageModel, token_outputs, wrap
+from moalign.lm.language_model import LanguageModel, wrap
+from moalign.lm.log_probs import token_outputs
 from moalign.lm.sampler import (
     Generated,
     Samples,
@@ -246,7 +247,7 @@ def test_any_end_id_ends_a_row_and_only_the_limit_leaves_it_unfinished(make_lm: 
     assert rows.tokens < before.tokens
 
 
-class Recorded(sampler.Direct):
+class Recorded(sampler.NextToken):
     """Tells how many rows it reads at each step."""
 
     def __init__(self, lm: LanguageModel) -> None:

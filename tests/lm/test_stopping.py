@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moalign.lm.language_model import LanguageModel, token_outputs
+from moalign.lm.language_model import LanguageModel
+from moalign.lm.log_probs import token_outputs
 from moalign.lm.sampler import Samples, responses, sample
 from moalign.lm.stopping import trim
 

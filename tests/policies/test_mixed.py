@@ -368,9 +368,9 @@ def test_repeated_rows_read_the_prompt_once(make_lm: Make) -> None:
 
 def test_the_plain_path_is_the_direct_source(make_lm: Make) -> None:
     lm = make_lm()
-    from moalign.lm.sampler import Direct
+    from moalign.lm.sampler import NextToken
 
-    given = generate(lm, PROMPTS, range(4), SAMPLING, source=lambda: Direct(lm.model))
+    given = generate(lm, PROMPTS, range(4), SAMPLING, source=lambda: NextToken(lm.model))
     plain = generate(lm, PROMPTS, range(4), SAMPLING)
     assert given.responses == plain.responses and given.tokens == plain.tokens
     assert given.traces is not None and plain.traces is not None and given.traces.logps == plain.traces.logps
