@@ -3,12 +3,10 @@
 * :class:`Renderer` writes a prompt the way a task's card asks for (preference, score tags, chat turns). A prompt that
   is too long loses the beginning of the user's own text and nothing else.
 * :class:`Codec` turns rendered prompts and responses into token ids. A chat prompt has exactly the ids of the
-  tokenizer's own chat template, a plain one those of the tokenizer with its own special tokens.
+  tokenizer's own chat template, a plain one those of the tokenizer with its own special tokens. Sampled responses keep
+  the ids they were sampled with; only text that comes from files is tokenised, together with its prompt.
 * :class:`Ends` is what ends a response: the tokenizer's end token, those of the generation config, the token with which
   the chat template closes an assistant's turn, and the card's stop texts.
-
-Sampled responses keep the ids they were sampled with (:class:`moalign.core.records.Response`). Only text that comes
-from files is tokenised, together with its prompt.
 """
 
 from __future__ import annotations
@@ -76,8 +74,6 @@ class Codec:
         self._model_ends = tuple(int(i) for i in ends)
         self._special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
 
-    # -- chat turns ------------------------------------------------------------------------------------------------
-
     def turns(self, text: str, reply: str | None = None) -> str:
         """Return the chat template's text for a user's turn, ready for the reply or with it.
 
@@ -99,9 +95,9 @@ class Codec:
 
     @functools.cached_property
     def _dated_template(self) -> str | None:
-        """The chat template with ``strftime_now`` pinned to the card's day; None: the tokenizer's own.
+        """The chat template with ``strftime_now``, a function of transformers, made a macro that knows the card's day.
 
-        A macro of that name goes before the function that transformers gives to templates.
+        None: the tokenizer's own template, which asks for no day.
         """
         template = self.tokenizer.get_chat_template()
         if "strftime_now" not in template:
@@ -128,13 +124,11 @@ class Codec:
         first = next((at for at, token in enumerate(ids) if token in self._special), None)
         return gap if not gap.strip() else "", trims, () if first is None else tuple(ids[: first + 1])
 
-    # -- prompts -----------------------------------------------------------------------------------------------------
-
     def prompt_ids(self, texts: Sequence[str]) -> list[Ids]:
         """Return the token ids of rendered prompts: exactly those that the tokenizer itself gives.
 
-        Chat text holds its special tokens already; plain text gets those that the tokenizer puts around a text, less a
-        final end token, after which the model would not continue.
+        Chat text holds its special tokens; plain text gets those that the tokenizer puts around a text, less a final
+        end token, after which the model would not continue.
         """
         if self.template.chat:
             return self._plain_ids(texts)
@@ -145,11 +139,8 @@ class Codec:
 
     def _plain_ids(self, texts: Sequence[str]) -> list[Ids]:
         """Return the ids of texts alone, without special tokens around them."""
-        if not texts:
-            return []
-        return [list(row) for row in self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]]
-
-    # -- responses -----------------------------------------------------------------------------------------------------
+        rows = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+        return [list(row) for row in rows]
 
     @functools.cached_property
     def ends(self) -> Ends:
@@ -178,9 +169,9 @@ class Codec:
     def response_ids(self, prompt: str, response: Response, prompt_ids: Ids | None = None) -> Ids:
         """Return the ids of a response to a rendered prompt, with :attr:`Ends.row` appended if it is finished.
 
-        Sampled responses keep their ids. A text is tokenised together with its prompt, as it would be read: where the
-        prompt's own ids are the beginning of that, the rest is the response. Where a token spans the boundary (the
-        sampler can never produce one) the response is tokenised after a character that merges with nothing.
+        A text is tokenised together with its prompt: where the prompt's own ids are the beginning of that, the rest is
+        the response. Where a token spans the boundary, which the sampler can never produce, the response is tokenised
+        after a character that merges with nothing.
         """
         if response.ids is not None:
             return list(response.ids)
@@ -210,8 +201,6 @@ class Codec:
             [list(row) for row in rows], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return [text.strip() for text in texts]
-
-    # -- cutting -------------------------------------------------------------------------------------------------------
 
     def fit(self, prompt: str, build: Callable[[str], str], limit: int, where: str) -> Rendered:
         """Return ``build(prompt)`` with as much of the end of ``prompt`` as ``limit`` tokens hold, cut between tokens.
@@ -296,19 +285,19 @@ class Renderer:
         return self._finish(prompt, self.template.plain)
 
     def preference(self, prompt: str, weights: Sequence[float], style: str = "percent") -> Rendered:
-        """Return the prompt with its preference written beside it: in the card's words, else in numbers."""
+        """Return the prompt with its preference written beside it."""
         return self.beside(prompt, self.preference_text(weights, style))
 
     def preference_text(self, weights: Sequence[float], style: str = "percent") -> str:
-        """Return a preference as the policy reads it."""
+        """Return a preference as the policy reads it: in the card's words, else in numbers."""
         if not self.template.words:
             return preferences.to_text(weights, self.objectives, style)
         chosen = []
         for name, phrases in self.template.words.items():
-            weight = weights[self.objectives.index(name)]
             # The grid's weights are floats: .1 + .2 belongs to "up to .3".
-            chosen.append(next(phrase.text for phrase in phrases if weight <= phrase.up_to + preferences.TOLERANCE))
-        return " ".join(text for text in chosen if text)
+            weight = weights[self.objectives.index(name)] - preferences.TOLERANCE
+            chosen.append(next(phrase.text for phrase in phrases if weight <= phrase.up_to))
+        return " ".join(filter(None, chosen))
 
     def beside(self, prompt: str, text: str) -> Rendered:
         """Return the prompt with a text in the place of its preference."""
@@ -342,19 +331,18 @@ def fill(template: str, **fields: str) -> str:
 
 
 def training_row(codec: Codec, rendered: str, response: Response, max_tokens: int) -> tuple[Ids, Ids]:
-    """Return (prompt ids, response ids) of a training row of at most ``max_tokens`` tokens.
-
-    The response goes first: a prompt that does not fit beside it loses the beginning of the user's text. A response
-    that is longer than the row by itself is cut off at its end, and so has no ending.
-
-    Raises RequestError when the template leaves no room for a response.
-    """
+    """Return (prompt ids, response ids) of a training row; see :func:`pair_row`."""
     return pair_row(codec, rendered, [response], max_tokens)[0]
 
 
 def pair_row(codec: Codec, rendered: str, responses: Sequence[Response], max_tokens: int) -> list[tuple[Ids, Ids]]:
-    """Return the rows of several responses to one prompt, all of which share one (cut) prompt; see
-    :func:`training_row`."""
+    """Return (prompt ids, response ids) of responses that share one prompt, each at most ``max_tokens`` in all.
+
+    The responses go first: a prompt that does not fit beside the longest loses the beginning of the user's text. A
+    response that is longer than the row by itself is cut off at its end, and so has no ending.
+
+    Raises RequestError when the template leaves no room for a response.
+    """
     head = codec.prompt_ids([rendered])[0]
     tails = [codec.response_ids(rendered, response, head) for response in responses]
     longest = max(map(len, tails))

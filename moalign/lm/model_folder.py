@@ -1,7 +1,6 @@
-"""Model folders: found, checked and fingerprinted without importing torch.
+"""Model folders: located, checked and fingerprinted without importing torch.
 
-Nothing is ever unpickled: weights must be safetensors, whose header tells the file's exact size, so that
-a truncated file is named before anything is loaded.
+Nothing is ever unpickled: weights must be safetensors, whose header tells the file's exact size.
 """
 
 from __future__ import annotations
@@ -36,9 +35,9 @@ _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 def local_folder(model: str, base_dir: Path, where: str) -> Path | None:
     """Return the folder that ``model`` names, or None when it can only be a hub id.
 
-    A relative path is looked up from ``base_dir`` (the task card's folder), then from the current folder; then the
-    name may be one of :data:`moalign.lm.builtin.MODELS`, whose folder is made at its first use.
-    Raises RequestError when it is a path (``./x``, ``/x``, ``a/b/c``) that does not exist, or a file.
+    A relative path is looked up from ``base_dir`` (the task card's folder), then from the current folder; then it may
+    be the name of a built-in model, whose folder is made at its first use. Raises RequestError for a file, and for a
+    path (``./x``, ``/x``, ``a/b/c``) that does not exist.
     """
     path = Path(model).expanduser()
     for candidate in [path] if path.is_absolute() else [base_dir / path, path]:
@@ -64,8 +63,7 @@ def _near(model: str) -> str:
 def resolve(model: str, revision: str | None, where: str) -> Path:
     """Return a model's checked local folder: as given, a built-in model's, or a hub id's in the library's cache.
 
-    A relative path is relative to the current folder. Raises RequestError as :func:`local_folder`,
-    :func:`fetch` and :func:`check` do.
+    A relative path is relative to the current folder. Raises RequestError when it is not there or not complete.
     """
     folder = local_folder(model, Path.cwd(), where) or fetch(model, revision, where)
     require_complete(folder, where)
