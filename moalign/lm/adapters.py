@@ -16,7 +16,7 @@ from torch import Tensor
 from moalign.config.recipe import LoraSpec
 from moalign.core.errors import RequestError
 from moalign.lm.language_model import TINY, LanguageModel, reference_mode
-from moalign.lm.model_folder import check_safetensors
+from moalign.lm.model_folder import header
 from moalign.runs import atomic
 
 MERGE_BELOW = TINY
@@ -233,7 +233,7 @@ def read(lm: LanguageModel, folder: Path) -> Adapter:
     for path in (config_path, weights_path):
         if not path.is_file():
             raise RequestError(f"{where}: {path.name} is missing")
-    check_safetensors(weights_path, where)
+    header(weights_path, where)
     with safe_open(weights_path, framework="pt") as file:
         base = (file.metadata() or {}).get("base_fingerprint")
         weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping: it cannot be iterated)

@@ -85,9 +85,9 @@ class Codec:
         if reply is not None:
             messages.append({"role": "assistant", "content": reply})
         options = {"add_generation_prompt": reply is None, "chat_template": self._dated_template}
-        options |= self.template.chat_kwargs or {}
+        given = self.template.chat_kwargs or {}
         try:
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **options))
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **options, **given))
         except Exception as error:  # jinja's own errors, and whatever a template raises
             why = str(error).strip().split("\n")[0] or type(error).__name__
             hint = "; template.system: null leaves the system prompt out" if self.template.system else ""
@@ -95,9 +95,9 @@ class Codec:
 
     @functools.cached_property
     def _dated_template(self) -> str | None:
-        """The chat template with ``strftime_now``, a function of transformers, made a macro that knows the card's day.
+        """The chat template with ``strftime_now`` made a macro that knows the card's day; None: it asks for no day.
 
-        None: the tokenizer's own template, which asks for no day.
+        The macro goes before transformers' own function, which cannot be given as an argument: those are plain data.
         """
         template = self.tokenizer.get_chat_template()
         if "strftime_now" not in template:
