@@ -309,8 +309,11 @@ class Renderer:
         return self._finish(prompt, self.template.scores, scores=tags)
 
     def _finish(self, prompt: str, template: str, **fields: str) -> Rendered:
+        names = re.compile("{(" + "|".join(["prompt", *fields]) + ")}")
+
         def build(text: str) -> str:
-            filled = fill(template, prompt=text, **fields)
+            # In the template alone: a prompt that itself holds "{prompt}" stays as it is.
+            filled = names.sub(lambda match: text if match[1] == "prompt" else fields[match[1]], template)
             if self.template.chat:
                 if self.codec is None:
                     raise ValueError("a chat template needs a tokenizer")
@@ -323,11 +326,6 @@ class Renderer:
         if rendered not in self._fitted:
             self._fitted[rendered] = self.codec.fit(prompt, build, self.max_tokens, "generation.max_prompt_tokens")
         return self._fitted[rendered]
-
-
-def fill(template: str, **fields: str) -> str:
-    """Fill in each field once, in the template alone: a prompt that itself holds ``{prompt}`` stays as it is."""
-    return re.sub("{(" + "|".join(fields) + ")}", lambda match: fields[match[1]], template)
 
 
 def training_row(codec: Codec, rendered: str, response: Response, max_tokens: int) -> tuple[Ids, Ids]:

@@ -11,8 +11,9 @@ where the sampler never looks.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -24,7 +25,6 @@ from transformers import DynamicCache
 
 from moalign.lm.language_model import LanguageModel
 from moalign.lm.log_probs import positions
-from moalign.lm.stopping import length
 
 KEEP_ABOVE = 0.9
 """Ended rows leave the batch once at most this share of its rows is alive; each time, the cache is copied."""
@@ -59,7 +59,7 @@ class Samples:
     logps: Tensor
     """log pi of each sampled token, ``[rows, T]``, 0 outside the mask; see :func:`draw`."""
     finished: Tensor
-    """Bool ``[rows]``: the response ended at an end id or a stop text (:func:`.stopping.trim`), not by the limit."""
+    """Bool ``[rows]``: the response ended at an end id or a stop text (:func:`trim`), not by the limit."""
     hidden: Tensor | None = None
     """Last hidden state before each token, ``[rows, T, width]``, 0 outside the mask; if requested."""
 
@@ -330,6 +330,43 @@ def cut(text: str, stop: Sequence[str]) -> str:
     return text.strip()
 
 
+def trim(lm: LanguageModel, samples: Samples, stop: Sequence[str]) -> Samples:
+    """Return the samples with each response ending, finished, at the token that completes its first stop text, if any.
+
+    The judge never sees what follows a stop text; a loss that sums over those tokens would learn from noise.
+    """
+    if not stop:
+        return samples
+    width = samples.response_mask.shape[1]
+    rows = [row.tolist() for row in _tokens(samples)]
+    stopped = _holds(lm, rows, stop)
+    kept = [_length(lm, row, stop) if has_stop else len(row) for row, has_stop in zip(rows, stopped, strict=True)]
+    inside = torch.arange(width)[None, :] < torch.tensor(kept)[:, None]
+    mask = samples.response_mask & inside.to(samples.response_mask.device)
+    attention, input_ids = samples.attention_mask.clone(), samples.input_ids.clone()
+    attention[:, -width:] = mask.to(attention.dtype)
+    input_ids[:, -width:] = torch.where(mask, input_ids[:, -width:], lm.pad)
+    return replace(
+        samples,
+        input_ids=input_ids,
+        attention_mask=attention,
+        response_mask=mask,
+        logps=torch.where(mask, samples.logps, torch.zeros_like(samples.logps)),
+        finished=samples.finished | torch.tensor(stopped, device=samples.finished.device),
+    )
+
+
+def _holds(lm: LanguageModel, rows: Sequence[Sequence[int]], stop: Sequence[str]) -> list[bool]:
+    """Return which rows' text holds a stop text."""
+    texts = lm.tokenizer.batch_decode(list(rows), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return [any(marker in text for marker in stop) for text in texts]
+
+
+def _length(lm: LanguageModel, row: Sequence[int], stop: Sequence[str]) -> int:
+    """Return after how many tokens the first stop text of a row that holds one is complete (and stays so)."""
+    return 1 + bisect.bisect_left(range(1, len(row)), True, key=lambda count: _holds(lm, [row[:count]], stop)[0])
+
+
 def generate(
     lm: LanguageModel,
     texts: Sequence[str],
@@ -361,7 +398,7 @@ def generate(
         ids, logps = _tokens(drawn), drawn.logps.cpu().double().numpy()
         for i, row, logp, end, text in zip(part, ids, logps, drawn.finished.tolist(), lm.decode(ids), strict=True):
             stopped = any(marker in text for marker in sampling.stop)
-            used = length(lm, row.tolist(), sampling.stop) if stopped else len(row)
+            used = _length(lm, row.tolist(), sampling.stop) if stopped else len(row)
             generated.responses[i] = cut(text, sampling.stop)
             # A copy: a view of one row would keep the whole batch in memory.
             traces.ids[i], traces.logps[i] = row[:used].copy(), float(logp[:used].sum())

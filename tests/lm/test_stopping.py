@@ -9,8 +9,7 @@ import torch
 
 from moalign.lm.language_model import LanguageModel
 from moalign.lm.log_probs import token_outputs
-from moalign.lm.sampler import Samples, responses, sample
-from moalign.lm.stopping import trim
+from moalign.lm.sampler import Samples, responses, sample, trim
 
 PROMPTS = ["how do i make soup today ?", "any tips ?", "can you help me paint a wall ?"]
 
