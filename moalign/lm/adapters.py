@@ -72,15 +72,13 @@ class Adapter:
 
 
 def interpolate(experts: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
-    """Return the adapter whose change of every layer is ``sum_i w_i s_i B_i A_i``, exactly.
+    """Return the adapter whose change of every layer is ``sum_i w_i s_i B_i A_i``, exactly (arXiv 2306.04488).
 
-    Ranks are concatenated: the A's along rows, the scaled B's along columns. (Averaging A and B separately gives
-    another matrix: ``(sum w_i B_i)(sum w_i A_i)`` has cross terms. arXiv 2306.04488 interpolates weights, so changes of
-    weights are what has to be summed.) Experts of weight 0 are left out; a one-hot vector gives that expert's own
-    tensors.
+    The A's are concatenated along rows, the scaled B's along columns: averaging each separately would give cross terms.
+    Experts of weight 0 are left out; a one-hot vector gives that expert's own tensors.
 
-    Raises ValueError for a number of weights that is not that of the experts or for weights that are all zero, and
-    RequestError for experts that change different layers, or by more than a product of two matrices.
+    Raises ValueError for weights that are not one for each expert or all zero, and RequestError for experts that do not
+    change the same layers, or by more than a product of two matrices.
     """
     # peft's add_weighted_adapter("cat") takes as long and gives the same numbers, but needs all experts on the model
     # beside the result; here they wait on the CPU, and the model holds one adapter.

@@ -1,12 +1,10 @@
 """Sampling from a language model: one plain loop that returns log-probabilities as it samples.
 
-Every row is drawn by inverting its cumulative distribution at given uniform numbers. Two policies that are
-given the same numbers therefore differ only where their distributions do (common random numbers), and a
-sample does not depend on the batch it was computed in.
+Every row is drawn by inverting its cumulative distribution at given uniform numbers: two policies that are given the
+same numbers differ only where their distributions do (common random numbers), and no sample depends on its batch.
 
-The sampler draws from the full distribution (temperature apart): no minimum length, no top-k; ``top_p`` is for
-evaluation and RiC's own samples only. Truncating while training on full log-probabilities lets a policy drift
-where the sampler never looks.
+The sampler draws from the full distribution: no minimum length, no top-k; ``top_p`` is for evaluation and RiC's own
+samples only. Truncating while training on full log-probabilities lets a policy drift where the sampler never looks.
 """
 
 from __future__ import annotations
@@ -189,11 +187,9 @@ def sample(
 ) -> Samples:
     """Sample ``repeat`` responses for each tokenised prompt in one batch; prompts are read once.
 
-    Row ``i * repeat + j`` of the result is response ``j`` to prompt ``i``. A row ends at any of ``lm.end_ids``; rows
-    that have ended leave the batch in groups, which changes nothing for the others.
+    Row ``i * repeat + j`` of the result is response ``j`` to prompt ``i``. A row ends at any of ``lm.end_ids``.
 
     Args:
-        prompts: token ids per prompt, not padded.
         numbers: uniform numbers ``[rows, max_new_tokens]``; column ``t`` draws token ``t``.
         temperature: 0 is greedy.
         top_p: nucleus; 1 draws from the whole distribution.
@@ -230,8 +226,9 @@ def _continue(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Sample until all rows have ended, beginning with the ``logits`` of their first token.
 
-    ``mask`` is the prompts', ``[rows, prompt]``. Returns tokens, log-probabilities, which of them belong to a response,
-    all ``[rows, T]``, and the states they were drawn from; outside a response anything may stand.
+    Rows that have ended leave the batch in groups, which changes nothing for the others. ``mask`` is the prompts',
+    ``[rows, prompt]``. Returns tokens, log-probabilities, which of them belong to a response, all ``[rows, T]``, and
+    the states they were drawn from; outside a response anything may stand.
     """
     (count, steps), prompt = numbers.shape, mask.shape[1]
     tokens = torch.zeros((count, steps), dtype=torch.long, device=mask.device)

@@ -34,8 +34,8 @@ def interpolated(context: RunContext, preference: Preference) -> Policy:
     The weights are computed once, when the policy first answers, and make room for those of the next preference.
     """
     lm = context.task.language_model
-    digits = "_".join(f"{weight:.9f}".replace(".", "p") for weight in preference)  # peft allows no dot in a name
-    name = adapter_name(context, f"at_{digits}")
+    weights = "_".join(f"{weight:.9f}" for weight in preference)
+    name = adapter_name(context, f"at_{weights}".replace(".", "p"))  # peft allows no dot in a name
 
     def place() -> None:
         adapters.place(lm, adapters.interpolate(experts(context), preference), name)

@@ -18,10 +18,7 @@ if TYPE_CHECKING:
 
 
 def index_of(context: RunContext, preference: Sequence[float]) -> int:
-    """Return which of the run's trained preferences ``preference`` is.
-
-    Raises RequestError naming those served and the nearest of them when it is none.
-    """
+    """Return which of the run's trained preferences this is; RequestError naming them and the nearest if none."""
     served = list(context.preferences)
     distances = [max(abs(a - b) for a, b in zip(preference, other, strict=True)) for other in served]
     nearest = min(range(len(served)), key=distances.__getitem__)
@@ -35,10 +32,9 @@ def index_of(context: RunContext, preference: Sequence[float]) -> int:
 
 
 def trained_for(context: RunContext, preference: Sequence[float]) -> Policy:
-    """Return the policy that was trained for ``preference``; its adapter is loaded when it is first asked.
+    """Return the policy that was trained for ``preference``; RequestError for one that was not trained.
 
-    One adapter of the run is on the model at a time, however many preferences are evaluated. Raises RequestError for
-    a vector that was not trained (see :func:`index_of`).
+    One adapter of the run is on the model at a time, however many preferences are evaluated.
     """
     index = index_of(context, preference)
     lm, name = context.task.language_model, adapter_name(context, f"pref_{index}")

@@ -1,8 +1,4 @@
-"""What a trained method hands back: something that answers prompts for one preference.
-
-Policies that read their preference from the prompt share one generator (:mod:`moalign.lm.generator`);
-:func:`respond_all` therefore answers a whole preference grid in batched passes instead of one pass per preference.
-"""
+"""What a trained method hands back: something that answers prompts for one preference."""
 
 from __future__ import annotations
 
@@ -23,15 +19,13 @@ Chooser = Callable[[Sequence[str], Sequence[Sequence[str]]], Sequence[int]]
 
 @dataclass(eq=False)
 class Policy:
-    """Answers prompts for one preference.
-
-    ``render`` turns a bare prompt into what the generator reads; with ``samples > 1`` that many candidates are
-    drawn and ``choose`` picks one.
-    """
+    """Answers prompts for one preference."""
 
     generator: Generator
     render: Callable[[str], str]
+    """Turns a bare prompt into what the generator reads."""
     samples: int = 1
+    """Candidates drawn for each prompt, of which ``choose`` picks one."""
     choose: Chooser | None = None
 
     def respond(self, prompts: Sequence[str], sampling: Sampling) -> list[str]:
@@ -48,21 +42,20 @@ class Answers:
     tokens: int
     """Tokens sampled; a text that several policies share is sampled once."""
     traces: list[Traces | None]
-    """The tokens of each policy's responses, ``[policies]``; None where its generator does not tell them. A policy
-    that chose among samples has those of the sample it chose."""
+    """The tokens of each policy's responses, ``[policies]``; None where its generator does not know them."""
 
     def records(self, policy: int) -> list[Response]:
-        """Return a policy's responses with the tokens they were sampled as, where its generator tells them."""
+        """Return a policy's responses with the tokens they were sampled as, where these are known."""
         return records(self.responses[policy], self.traces[policy])
 
 
 def respond_all(
     policies: Sequence[Policy], prompts: Sequence[str], sampling: Sampling, progress: Advance | None = None
 ) -> Answers:
-    """Answer every prompt with every policy in batched passes, one per distinct generator.
+    """Answer every prompt with every policy; those that share a generator are answered in batches together.
 
-    Prompt ``i`` draws from the same random numbers whatever the policy (common random numbers), and policies
-    whose rendered prompts agree share the sample: an unsteered policy answers every preference alike.
+    Prompt ``i`` draws from the same random numbers whatever the policy (common random numbers), and policies whose
+    rendered prompts agree share the sample: an unsteered policy answers every preference alike.
     """
     texts = [[policy.render(prompt) for prompt in prompts] for policy in policies]
     generators = {id(policy.generator): policy.generator for policy in policies}
