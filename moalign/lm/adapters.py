@@ -149,16 +149,10 @@ def turns(lm: LanguageModel, names: Sequence[str]) -> Iterator[Callable[[int], N
 
 @contextlib.contextmanager
 def merged(lm: LanguageModel) -> Iterator[None]:
-    """Within the block the active adapter is folded into the weights of a small model; see :func:`turns`.
-
-    Large models are left as they are: a second copy of their weights would not fit.
-    """
+    """Within the block the active adapter is folded into the weights of a small model; see :func:`turns`."""
     layers = _lora_layers(lm)
     active = layers[0].active_adapters if layers else []
-    if not active or lm.model.num_parameters() > MERGE_BELOW:
-        yield
-        return
-    with turns(lm, active[:1]):
+    with turns(lm, active[:1]) if active else contextlib.nullcontext():
         yield
 
 

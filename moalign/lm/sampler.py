@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from moalign.lm.language_model import LanguageModel
@@ -120,12 +121,11 @@ def uniforms(seed: int, rows: Sequence[int], length: int) -> Tensor:
 
 def pad_left(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return ``(input_ids, attention_mask)``, both ``[rows, longest]``, padded on the left."""
-    longest = max(len(row) for row in rows)
-    ids = torch.full((len(rows), longest), pad, dtype=torch.long)
-    mask = torch.zeros((len(rows), longest), dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, longest - len(row) :] = torch.tensor(row)
-        mask[i, longest - len(row) :] = 1
+    ids = pad_sequence(
+        [torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True, padding_value=pad, padding_side="left"
+    )
+    padding = ids.shape[1] - torch.tensor([len(row) for row in rows])
+    mask = (torch.arange(ids.shape[1]) >= padding.unsqueeze(-1)).long()
     return ids.to(device), mask.to(device)
 
 

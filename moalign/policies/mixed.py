@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +18,6 @@ from torch import Tensor
 from moalign.core.errors import RequestError
 from moalign.core.preferences import Preference
 from moalign.lm import adapters
-from moalign.lm.adapters import Adapter
 from moalign.lm.generator import LazyGenerator, ModelGenerator
 from moalign.lm.language_model import LanguageModel
 from moalign.lm.sampler import Generated, NextToken, Sampling, generate
@@ -29,41 +29,38 @@ if TYPE_CHECKING:
 
 
 def interpolated(context: RunContext, preference: Preference) -> Policy:
-    """Return the policy whose weights are the experts' interpolated at ``preference``, asked with the bare prompt.
+    """Return the policy whose weights are the experts' interpolated at ``preference``, given the bare prompt.
 
     The weights are computed once, when the policy first answers, and make room for those of the next preference.
     """
-    lm = context.task.language_model
+    lm, cache = context.task.language_model, context.cache
     weights = "_".join(f"{weight:.9f}" for weight in preference)
     name = adapter_name(context, f"at_{weights}".replace(".", "p"))  # peft allows no dot in a name
 
     def place() -> None:
-        adapters.place(lm, adapters.interpolate(experts(context), preference), name)
+        if "experts" not in cache:
+            cache["experts"] = [adapters.read(lm, folder) for folder in _folders(context)]
+        adapters.place(lm, adapters.interpolate(cache["experts"], preference), name)
 
-    return Policy(LazyGenerator(lm, name, place, context.cache), context.task.renderer.plain)
+    return Policy(LazyGenerator(lm, name, place, cache), context.task.renderer.plain)
 
 
 def mixed(context: RunContext, preference: Preference) -> Policy:
-    """Return the policy that mixes the experts' next-token distributions, asked with the bare prompt.
+    """Return the policy that mixes the experts' next-token distributions, given the bare prompt.
 
     The experts lie on the model together and are shared by every preference.
     """
-    lm, key = context.task.language_model, "experts on the model"
-    if key not in context.cache:
-        names = [adapter_name(context, f"expert_{index}") for index in range(len(context.task.names))]
-        for name, expert in zip(names, experts(context), strict=True):
-            adapters.place(lm, expert, name)
-        context.cache[key] = names
-    return Policy(MixedGenerator(lm, context.cache[key], preference), context.task.renderer.plain)
+    lm, cache = context.task.language_model, context.cache
+    if "experts on the model" not in cache:
+        experts = {adapter_name(context, f"expert_{index}"): folder for index, folder in enumerate(_folders(context))}
+        for name, folder in experts.items():
+            adapters.load(lm, folder, name)
+        cache["experts on the model"] = list(experts)
+    return Policy(MixedGenerator(lm, cache["experts on the model"], preference), context.task.renderer.plain)
 
 
-def experts(context: RunContext) -> list[Adapter]:
-    """Return the run's experts, one per objective, read once."""
-    if "experts" not in context.cache:
-        folders = [context.run.path / expert_folder(index) for index in range(len(context.task.names))]
-        context.cache["experts"] = [adapters.read(context.task.language_model, folder) for folder in folders]
-    cached: list[Adapter] = context.cache["experts"]
-    return cached
+def _folders(context: RunContext) -> list[Path]:
+    return [context.run.path / expert_folder(index) for index in range(len(context.task.names))]
 
 
 class MixedGenerator:
