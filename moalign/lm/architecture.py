@@ -88,24 +88,18 @@ def _first(config: dict[str, Any], *names: str) -> int | None:
     return next((int(config[name]) for name in names if isinstance(config.get(name), int)), None)
 
 
-_NOT_ADAPTED = re.compile(r"(embed|wte|wpe|lm_head|score|norm|ln_)", re.IGNORECASE)
+_ALL_LINEAR = r"(?!.*(?i:embed|wte|wpe|lm_head|score|norm|ln_)).*"
 """peft's ``all-linear`` leaves out the output layer; embeddings and norms are not linear layers."""
 
 
 def adapted(shapes: Shapes, rank: int, targets: list[str] | str) -> int:
     """Return the parameters of LoRA adapters: two matrices ``[r, in]`` and ``[out, r]`` beside each ``[out, in]``."""
-    return sum(rank * sum(shape) for name, shape in shapes.items() if _is_adapted(name, shape, targets))
-
-
-def _is_adapted(name: str, shape: list[int], targets: list[str] | str) -> bool:
-    if len(shape) != 2 or not name.endswith(".weight"):
-        return False
-    module = name.removesuffix(".weight")
-    if targets == "all-linear":
-        return _NOT_ADAPTED.search(module) is None
     if isinstance(targets, str):  # peft reads a text as a regular expression over the whole name
-        return re.fullmatch(targets, module) is not None
-    return any(module == target or module.endswith(f".{target}") for target in targets)
+        pattern = re.compile(_ALL_LINEAR if targets == "all-linear" else targets)
+    else:
+        pattern = re.compile(rf"(.*\.)?({'|'.join(map(re.escape, targets))})")
+    matrices = {name: shape for name, shape in shapes.items() if len(shape) == 2 and name.endswith(".weight")}
+    return sum(rank * sum(shape) for name, shape in matrices.items() if pattern.fullmatch(name.removesuffix(".weight")))
 
 
 def examine(folder: Path, where: str, lora: LoraSpec | None) -> str:
