@@ -22,6 +22,7 @@ from moalign.config.validate import Origin, check
 from moalign.config.yaml_lines import Document, Key
 from moalign.core import errors, preferences
 from moalign.core.errors import RequestError
+from moalign.core.paths import shown
 
 _RECIPE_KEYS = tuple(name for name in Recipe.model_fields if name not in {"method", "task"})
 _DATA_FILE = re.compile(r"\.(jsonl|json|csv|parquet)(\.gz)?$")
@@ -132,7 +133,7 @@ def load_recipe(
     as_given = {
         "method": method,
         "task": str(requested),
-        "recipe_file": None if path is None else yaml_lines.shown(path),
+        "recipe_file": None if path is None else shown(path),
         "recipe": None if document is None else document.data,
         "set": list(overrides),
     }

@@ -6,7 +6,6 @@ a number and ``2026-01-01`` as a date, and shares the objects of aliases without
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from ruamel.yaml.resolver import VersionedResolver
 from ruamel.yaml.tag import Tag
 
 from moalign.core.errors import RequestError
+from moalign.core.paths import shown
 
 Key = str | int
 
@@ -70,13 +70,6 @@ class Document:
     def has(self, *keys: Key) -> bool:
         """Return whether the key path ``keys`` stands in the file."""
         return tuple(map(str, keys)) in self.lines
-
-
-def shown(path: Path | str) -> str:
-    """Return ``path`` as messages show it: relative when it lies in the current directory."""
-    absolute = Path(os.path.abspath(path))
-    here = Path.cwd()
-    return str(absolute.relative_to(here)) if absolute.is_relative_to(here) else str(absolute)
 
 
 def load(path: Path | str) -> Document:
