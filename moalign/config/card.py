@@ -210,7 +210,7 @@ class TaskCard(Strict):
     """In normalised units (0 = the 1 % quantile of base and data responses)."""
     sensitivity_point: list[float]
     grid: int = Field(default=11, ge=2)
-    """Number of evaluation preferences (a Das-Dennis grid)."""
+    """Number of evaluation preferences (a Das-Dennis grid; with four and more objectives any number)."""
     template: TemplateSpec = TemplateSpec()
     overlong: Literal["cut", "drop"] | None = None
     """Prompts that do not fit ``generation.max_prompt_tokens``. cut (null): the text in the place of ``{prompt}`` loses

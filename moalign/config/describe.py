@@ -110,9 +110,7 @@ def _parts(schema: Schema) -> list[str]:
 
 
 def _length(schema: Schema) -> str:
-    least, most = (next((schema[key] for key in schema if key.startswith(end)), None) for end in ("minI", "maxI"))
-    if "minLength" in schema or "maxLength" in schema:
-        least, most = schema.get("minLength"), schema.get("maxLength")
+    least, most = schema.get("minLength", schema.get("minItems")), schema.get("maxLength", schema.get("maxItems"))
     if least == most:
         return "" if least is None else f" (exactly {least})"
     limits = [f"at {name} {limit}" for name, limit in (("least", least), ("most", most)) if limit is not None]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
 from typing import Any
 
 from moalign.config.yaml_lines import parse_value
@@ -30,16 +29,6 @@ def parse(text: str) -> tuple[tuple[str, ...], Any]:
     if not value.strip():
         raise RequestError(f"--set {text}: no value after '='; write null for nothing and '' for empty text")
     return keys, parse_value(value, f"--set {'.'.join(keys)}")
-
-
-def apply(data: Mapping[str, Any], overrides: Iterable[tuple[tuple[str, ...], Any]]) -> dict[str, Any]:
-    """Return a deep copy of ``data`` with every override in it; RequestError names all that :func:`put` refuses."""
-    result = copy.deepcopy(dict(data))
-    done = [(keys, put(result, keys, value)) for keys, value in overrides]
-    problems = [f"--set {'.'.join(keys)}: {problem}" for keys, problem in done if problem]
-    if problems:
-        raise RequestError(*problems)
-    return result
 
 
 def put(target: Any, keys: tuple[str, ...], value: Any) -> str | None:

@@ -91,41 +91,39 @@ class _Problem:
 
 
 def check(model: type[Model], data: Mapping[str, Any], origin: Origin | None = None) -> tuple[Model | None, list[str]]:
-    """Return the checked model and no problems, or None and every problem in the order of the lines.
+    """Return the checked section and no problems, or None and every problem in the order of the lines.
 
-    Args:
-        model: the typed section.
-        data: the plain data of a section with text keys.
-        origin: where the data stands: ``FILE:LINE: key.path: found X; allowed: Y; did you mean 'z'?``.
+    A problem is ``FILE:LINE: key.path: found X; allowed: Y; did you mean 'z'?``; ``origin`` is where the data stands.
     """
     origin = origin or Origin()
     problems: list[_Problem] = []
     renamed: dict[Path, Path] = {}  # as repaired -> as written
     repaired: Any = copy.deepcopy(dict(data))
-    while True:
-        try:
-            # JSON is pydantic's strict yet sensible mode: no "yes" for true, no 3.0 for 3, but lists for tuples.
-            value = model.model_validate_json(json.dumps(repaired), strict=True)
-        except ValidationError as error:
-            found = [_problem(schema_of(model), repaired, details) for details in error.errors(include_url=False)]
-            found = _of_meant_branches(found, repaired)
-        except RequestError as error:  # of a model's own validator; shown once the keys are right
-            if not problems:
-                return None, [origin.sentence((), text) for text in error.problems]
-            break
-        else:
-            if not problems:
-                return value, []
-            break
-        repairable = [problem for problem in found if problem.unknown or problem.nearest is not None]
-        problems += [_as_written(problem, renamed) for problem in repairable or found]
-        if not repairable:
-            break
-        for problem in repairable:
-            _repair(repaired, problem, renamed)
+    value = None
+    try:
+        value, found = _parse(model, repaired)
+        while repairable := [problem for problem in found if problem.unknown or problem.nearest is not None]:
+            problems += [_as_written(problem, renamed) for problem in repairable]
+            for problem in repairable:
+                _repair(repaired, problem, renamed)
+            found = _parse(model, repaired)[1]
+        problems += [_as_written(problem, renamed) for problem in found]
+    except RequestError as error:  # of a model's own validator; shown once the keys are right
+        problems = problems or [_Problem((), text) for text in error.problems]
+    if not problems:
+        return value, []
     problems.sort(key=lambda problem: problem.unknown)  # of one line, what is wrong before what is unknown
     texts = [origin.sentence(problem.path, problem.text, problem.anchor) for problem in problems]
     return None, sorted(dict.fromkeys(texts), key=_line)
+
+
+def _parse(model: type[Model], data: Any) -> tuple[Model | None, list[_Problem]]:
+    try:
+        # JSON is pydantic's strict yet sensible mode: no "yes" for true, no 3.0 for 3, but lists for tuples.
+        return model.model_validate_json(json.dumps(data), strict=True), []
+    except ValidationError as error:
+        schema, details = schema_of(model), error.errors(include_url=False)
+        return None, _of_meant_branches([_problem(schema, data, detail) for detail in details], data)
 
 
 def _line(text: str) -> int:
@@ -150,8 +148,7 @@ def _as_written(problem: _Problem, renamed: Mapping[Path, Path]) -> _Problem:
         heads = [path[: length + 1] for length in range(len(path))]
         return tuple(renamed.get(head, head)[-1] for head in heads)
 
-    anchor = None if problem.anchor is None else written(problem.anchor)
-    return replace(problem, path=written(problem.path), anchor=anchor)
+    return replace(problem, path=written(problem.path), anchor=problem.anchor and written(problem.anchor))
 
 
 def _value(data: Any, path: Path) -> Any:
@@ -264,20 +261,16 @@ def _values(place: Schema) -> Schema:
 
 def _of_meant_branches(problems: Sequence[_Problem], data: Any) -> list[_Problem]:
     """Of a value that fits no branch of a union, keep only the problems of the branch that was meant."""
-    result: list[_Problem] = []
-    unions: dict[Path, list[tuple[_Union, _Problem]]] = {}
+    result = [problem for problem in problems if problem.union is None]
+    branches: dict[Path, dict[str, list[_Problem]]] = {}
+    unions = {problem.union.path: problem.union for problem in problems if problem.union is not None}
     for problem in problems:
-        if problem.union is None:
-            result.append(problem)
-        else:
-            unions.setdefault(problem.union.path, []).append((problem.union, problem))
-    for path, group in unions.items():
-        value = _value(data, path)
-        kind = "object" if isinstance(value, dict) else "array" if isinstance(value, list) else ""
-        branches: dict[str, list[_Problem]] = {}
-        for union, problem in group:
-            if union.branch.get("type") == kind:
-                branches.setdefault(union.label, []).append(problem)
-        mismatch = [_Problem(path, _mismatch(group[0][0].schema, value))]
-        result += sorted(branches.values(), key=len)[0] if branches else mismatch
+        if problem.union is not None:
+            value = _value(data, problem.union.path)
+            kind = "object" if isinstance(value, dict) else "array" if isinstance(value, list) else ""
+            if problem.union.branch.get("type") == kind:
+                branches.setdefault(problem.union.path, {}).setdefault(problem.union.label, []).append(problem)
+    for path, union in unions.items():
+        meant = sorted(branches.get(path, {}).values(), key=len)
+        result += meant[0] if meant else [_Problem(path, _mismatch(union.schema, _value(data, path)))]
     return result
