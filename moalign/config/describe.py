@@ -63,6 +63,9 @@ def written_out(node: Any, definitions: Schema) -> Any:
         return [written_out(item, definitions) for item in node]
     if isinstance(node, dict):
         inner = {key: written_out(item, definitions) for key, item in node.items() if key != "$defs"}
+        if patterns := inner.pop("patternProperties", None):  # keys of one pattern
+            inner["propertyNames"] = {"type": "string", "pattern": next(iter(patterns))}
+            inner["additionalProperties"] = next(iter(patterns.values()))
         return {**inner.pop("$ref", {}), **inner}
     return node
 

@@ -177,8 +177,7 @@ def _problem(schema: Schema, data: Any, details: ErrorDetails) -> _Problem:
     loc, kind = details["loc"], details["type"]
     if loc and loc[-1] == "[key]":  # pydantic's mark for a key that is itself wrong
         path, place, _, union = _follow(schema, loc[:-2])
-        pattern = next(iter(bare(place).get("patternProperties", {"": {}})))
-        keys = words({"type": "string"} | ({"pattern": pattern} if pattern else bare(place).get("propertyNames", {})))
+        keys = words(bare(place).get("propertyNames", {"type": "string"}))
         return _Problem((*path, loc[-2]), f"found the key {loc[-2]!r}; allowed: {keys}", union)
     path, place, owner, union = _follow(schema, loc)
     if kind == "extra_forbidden":
@@ -238,9 +237,8 @@ def _is_branch(option: Schema, label: str) -> bool:
     title: str = option.get("title", "")
     if title:
         return label == title or label.endswith(f"(), {title}]")
-    return label.startswith(
-        {"array": ("list[", "tuple[", "set["), "object": ("dict[",)}.get(option.get("type", ""), ())
-    )
+    starts = {"array": ("list[", "tuple[", "set["), "object": ("dict[",)}
+    return label.startswith(starts.get(option.get("type", ""), ()))
 
 
 def _below(place: Schema, key: Key) -> Schema:
@@ -248,14 +246,8 @@ def _below(place: Schema, key: Key) -> Schema:
     if "prefixItems" in place:
         items: list[Schema] = place["prefixItems"]
         return items[key] if isinstance(key, int) and key < len(items) else {}
-    inner: Schema = place.get("properties", {}).get(key) or place.get("items") or _values(place)
-    return inner
-
-
-def _values(place: Schema) -> Schema:
-    """Return what is allowed at the keys of a section that has no fixed ones."""
-    patterns = list(place.get("patternProperties", {}).values())
-    inner = patterns[0] if patterns else place.get("additionalProperties")
+    named = place.get("properties", {}).get(key)
+    inner = named or place.get("items") or place.get("additionalProperties")
     return inner if isinstance(inner, dict) else {}
 
 

@@ -147,17 +147,16 @@ def _read(text: str, at: Callable[[int], str]) -> tuple[Any, dict[tuple[str, ...
 
 
 def _broken(error: MarkedYAMLError, at: Callable[[int], str]) -> str:
-    mark, opened = error.problem_mark or error.context_mark, error.context_mark
-    problem = f"{error.problem or error.context}"
+    line, problem = error.problem_mark.line + 1, str(error.problem)
     if "'\\t'" in problem:
         problem += " (indent with spaces, not tabs)"
     elif "mapping values are not allowed" in problem:
         problem = "a second ':' in one value; put the value in quotes"
-    if error.context and error.problem:
+    if error.context:
         problem += f", {error.context}"
-        if opened and mark and opened.line != mark.line:
-            problem += f" that starts on line {opened.line + 1}"
-    return f"{at(mark.line + 1 if mark else 1)}: broken YAML: {problem}"
+        if error.context_mark is not None and error.context_mark.line + 1 != line:
+            problem += f" that starts on line {error.context_mark.line + 1}"
+    return f"{at(line)}: broken YAML: {problem}"
 
 
 class _Reader:
@@ -197,10 +196,8 @@ class _Reader:
     def _count(self, path: tuple[str, ...]) -> None:
         self._values += 1
         if self._values > MOST_VALUES:
-            where = self._at(self.lines[path[:1]])
-            raise RequestError(
-                *self.problems, f"{where}: more than {MOST_VALUES} values are read here once aliases are expanded"
-            )
+            problem = f"more than {MOST_VALUES} values are read here once aliases are expanded"
+            raise RequestError(*self.problems, f"{self._at(self.lines[path[:1]])}: {problem}")
 
     def _text(self, node: ScalarNode) -> Any:
         try:
@@ -224,7 +221,7 @@ class _Reader:
             if not isinstance(key, ScalarNode):
                 kind = "a list" if isinstance(key, SequenceNode) else "a section"
                 self._refuse(line, f"found {kind} as a key; a key is text")
-            elif not isinstance(name, str):
+            elif not isinstance(name, str) or key.tag not in _TAGS[ScalarNode]:
                 self._refuse(line, f"the key {key.value!r} is not text; put it in quotes")
             elif name == "<<" and key.ctag is _UNQUOTED:
                 for lender in reversed(value.value) if isinstance(value, SequenceNode) else [value]:

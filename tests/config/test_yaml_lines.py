@@ -132,6 +132,7 @@ def test_keys_are_text() -> None:
         ("a: 1\n---\nb: 2\n", "r.yaml:2: broken YAML"),
         ("a: *nowhere\n", "r.yaml:1: broken YAML"),
         ("a: 1\nb: !!python/object/apply:os.system [ls]\n", "r.yaml:2: found the tag !!python/object/apply:os.system"),
+        ("!!binary a: 1\n", "r.yaml:1: the key 'a' is not text"),
         ("a: !!binary aGk=\n", "r.yaml:1: found the tag !!binary"),
         ("a: 1\nb: !!int abc\n", "r.yaml:2: found the tag !!int"),
         ("a: 1\nb: !!bool abc\n", "r.yaml:2: found the tag !!bool"),
