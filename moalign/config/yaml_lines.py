@@ -125,7 +125,7 @@ def _scalar(text: str) -> Any:
 
 
 def _read(text: str, at: Callable[[int], str]) -> tuple[Any, dict[tuple[str, ...], int]]:
-    yaml = YAML(typ="safe", pure=True)
+    yaml = YAML(typ="safe", pure=True, plug_ins=[])  # none are searched for
     yaml.Resolver = _Resolver
     yaml.max_depth = MOST_LEVELS
     yaml.composer.warn_double_anchors = False
