@@ -10,7 +10,7 @@ The examples share one run, which the first of them trains in seconds and all ot
 
 >>> import moalign
 >>> pool = {"prompts": 24, "per_prompt": 2, "calibration_per_prompt": 2}
->>> card = {"task": {"grid": 3, "evaluation": {"prompts": 8, "bootstrap": 100}, "pool": pool}}
+>>> card = {"task": {"grid": 3, "evaluation": {"prompts": 8, "samples": 1, "bootstrap": 100}, "pool": pool}}
 >>> tiny = {"steps": 2, "batch": 4, **card}
 >>> run = moalign.train("mo-odpo", settings=tiny)
 >>> run.status

@@ -125,6 +125,7 @@ def small_task(random_base: Path) -> tuple[str, ...]:
         f"task.model={random_base}",
         "task.grid=3",
         "task.evaluation.prompts=8",
+        "task.evaluation.samples=1",
         "task.evaluation.bootstrap=100",
         "task.pool.prompts=24",
         "task.pool.per_prompt=2",

@@ -28,6 +28,7 @@ MOST_LINES = 400
 SMALL_TASK = (
     "task.grid=3",
     "task.evaluation.prompts=16",
+    "task.evaluation.samples=1",
     "task.evaluation.bootstrap=100",
     "task.pool.prompts=24",
     "task.pool.per_prompt=2",

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from moalign.comparison import executors, slots
-from moalign.config import find, yaml_lines
+from moalign.config import find
 from moalign.config.card import TaskCard
 from moalign.core import preferences
 from moalign.core.errors import MoalignError, RequestError, WorkError
+from moalign.core.paths import shown
 from moalign.core.preferences import Preference
 from moalign.core.progress import Progress
 from moalign.evaluation import evaluate
@@ -114,7 +115,7 @@ def _default_recipe(task: str, method: str) -> str | None:
         path = find.find_recipe_file(task, method)
     except RequestError:  # the task was moved since, so the recipe has to be named
         return None
-    return None if path is None else yaml_lines.shown(path)
+    return None if path is None else shown(path)
 
 
 # --- training ---------------------------------------------------------------------------------------------------

@@ -121,8 +121,10 @@ def _settings(asked: Asked, texts: Sequence[str], card: TaskCard | None) -> Rewa
                 f"{errors.did_you_mean(keys[0], allowed)}"
             )
             continue
-        data = overrides.apply(data, [(keys, value)])
-        labels[keys] = f"--set {'.'.join(keys)}"
+        label = f"--set {'.'.join(keys)}"
+        if problem := overrides.put(data, keys, value):
+            problems.append(f"{label}: {problem}")
+        labels[keys] = label
     if asked.loss is not None:
         data["loss"] = asked.loss
         labels[("loss",)] = "--loss"

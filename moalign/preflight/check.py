@@ -184,7 +184,7 @@ def _resolve(
         own = f"{document.source}:"
         where = f"{own}{document.line('method')}: "
         report.problems += [text if text.startswith(own) else where + text for text in error.problems]
-        others = validate.problems(Recipe, document)
+        others = validate.check(Recipe, document.data, validate.Origin(document.source, document))[1]
         report.problems += [text for text in others if text not in report.problems]
         return None
 

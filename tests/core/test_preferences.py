@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 
@@ -86,21 +87,21 @@ def test_the_normalised_form_that_is_offered_is_accepted(values: list[float]) ->
     names = [f"objective{index}" for index in range(len(values))]
     offered = re.search(r"did you mean --prefs ([^?]+)\?", refused(",".join(map(repr, values)), names))
     assert offered is not None
-    found = preferences.parse(offered.group(1), names)
-    assert np.allclose(found, np.array(values) / sum(values), atol=1e-7)
+    result = preferences.parse(offered.group(1), names)
+    assert np.allclose(result, np.array(values) / sum(values), atol=1e-7)
 
 
 @settings(deadline=None, max_examples=200)
 @given(text=st.text(max_size=20) | st.text("0123456789.,-e ", max_size=20), count=st.integers(2, 4))
 def test_any_text_is_a_preference_or_refused(text: str, count: int) -> None:
     try:
-        found = preferences.parse(text, THREE[:1] * count)
+        result = preferences.parse(text, THREE[:1] * count)
     except RequestError as error:
         assert str(error).startswith("--prefs ")
     else:
-        assert len(found) == count
-        assert min(found) >= 0
-        assert abs(math.fsum(found) - 1) <= preferences.TOLERANCE
+        assert len(result) == count
+        assert min(result) >= 0
+        assert abs(math.fsum(result) - 1) <= preferences.TOLERANCE
 
 
 def test_the_field_grid_has_eleven_points_from_corner_to_corner() -> None:
@@ -141,6 +142,36 @@ def test_a_number_of_points_that_no_grid_has(objectives: int, points: int, neare
     assert str(caught.value).endswith(f"nearest: {nearest}")
 
 
+@pytest.mark.parametrize(
+    ("objectives", "steps", "digest"),
+    [
+        (2, 10, "3a267ec6ec7ad583"),
+        (3, 4, "c0285f7d6400390c"),
+        (3, 10, "bc76f80362b1eb6d"),
+        (3, 30, "5d4f3fc30b8502af"),
+        (4, 10, "2160a4e56b53a28a"),
+        (5, 5, "7047c015ebc52569"),
+        (6, 4, "22028d82f674cac9"),
+    ],
+)
+def test_the_vectors_of_a_grid_keep_every_bit_and_their_order(objectives: int, steps: int, digest: str) -> None:
+    """Runs are identified by their vectors, and tables are published for them."""
+    assert hashlib.sha256(repr(preferences.grid(objectives, steps)).encode()).hexdigest()[:16] == digest
+
+
+def test_between_the_even_grids_of_many_objectives_points_are_spread() -> None:
+    points = preferences.grid_of(4, 6)
+    assert points == sorted(set(points)) and len(points) == 6
+    assert {preferences.corner(4, index) for index in range(4)} <= set(points)
+    for point in points:
+        assert preferences.validate(point, ["a", "b", "c", "d"]) == point
+        assert all(abs(weight * 1000 - round(weight * 1000)) < 1e-9 for weight in point)
+    distances = [np.abs(np.subtract(a, b)).sum() for a in points for b in points if a != b]
+    assert min(distances) > 0.5
+    with pytest.raises(RequestError, match=r"^--grid 3: no even grid over 4 objectives has 3 points; nearest: 4$"):
+        preferences.grid_of(4, 3)
+
+
 def test_a_grid_too_large_says_so() -> None:
     with pytest.raises(RequestError, match=r"^--grid 2000: at most 1001 points over 2 objectives$"):
         preferences.grid_of(2, 2000)
@@ -165,8 +196,8 @@ def test_preferences_move_to_a_neighbour_on_the_grid(weights: list[list[float]],
 
 
 def test_the_largest_remainders_are_moved_up() -> None:
-    found = preferences.on_grid(np.array([[0.46, 0.33, 0.21], [0.3, 0.7, 0.0]]), 10)
-    assert found.tolist() == [[0.5, 0.3, 0.2], [0.3, 0.7, 0.0]]
+    result = preferences.on_grid(np.array([[0.46, 0.33, 0.21], [0.3, 0.7, 0.0]]), 10)
+    assert result.tolist() == [[0.5, 0.3, 0.2], [0.3, 0.7, 0.0]]
 
 
 def test_dirichlet_draws_are_preferences_and_follow_the_seed() -> None:

@@ -146,5 +146,5 @@ def test_only_the_sandbox_has_a_truth_to_judge_by() -> None:
     objectives = [{"name": name, "kind": "rule", "rule": "length"} for name in ("a", "b")]
     card = {"name": "x", "kind": "text", "description": "x", "objectives": objectives, "rewards": "learned"}
     points = {"reference_point": [0, 0], "sensitivity_point": [0, 0], "data": {"prompts": ["hi"]}}
-    (told,) = validate.problems(TaskCard, {**card, **points})
+    (told,) = validate.check(TaskCard, {**card, **points})[1]
     assert "rewards: learned is for the sandbox" in told
