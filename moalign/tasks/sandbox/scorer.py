@@ -84,7 +84,7 @@ def scorer_of(spec: SandboxObjective) -> Scorer:
     exact = SandboxScorer(spec.name)
     return FunctionScorer(
         name=spec.name,
-        function=exact.score,
+        score=exact.score,
         revision=f"{exact.revision}:{spec.name}",
         maximise=spec.maximise,
         cheap=not spec.store,
