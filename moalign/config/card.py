@@ -258,8 +258,8 @@ class TaskCard(Strict):
         for name, phrases in (self.template.words or {}).items():
             limits = [phrase.up_to for phrase in phrases]
             if not limits or limits != sorted(set(limits)) or limits[-1] != 1:
-                found = ", ".join(map(str, limits)) or "none"
-                yield f"template.words.{name}: up_to must rise and end with 1; found {found}"
+                listed = ", ".join(map(str, limits)) or "none"
+                yield f"template.words.{name}: up_to must rise and end with 1; found {listed}"
         end = self.template.end
         if end is not None and end not in self.template.stop:
             yield f"template.end must be one of template.stop, or answers would not stop there; found {end!r}"

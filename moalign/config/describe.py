@@ -78,8 +78,8 @@ def bare(schema: Schema) -> Schema:
 
 def tags(schema: Schema) -> dict[str, Schema]:
     """Return tag -> section where a key (``discriminator``) says which section is meant."""
-    found: dict[str, Schema] = schema.get("discriminator", {}).get("mapping", {})
-    return found
+    sections: dict[str, Schema] = schema.get("discriminator", {}).get("mapping", {})
+    return sections
 
 
 def words(schema: Schema) -> str:

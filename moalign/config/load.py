@@ -6,6 +6,7 @@ All problems of the card, the recipe, the method's config and the options are ra
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -78,10 +79,10 @@ def recipe_names(path: str | Path) -> tuple[str, str]:
     for key in ("method", "task"):
         name = document.data.get(key)
         if not isinstance(name, str):
-            found = "missing" if name is None else f"found {name!r}"
+            state = "missing" if name is None else f"found {name!r}"
             hint = errors.did_you_mean(key, list(document.data)) if name is None else ""
             place = f"{document.source}:{document.line(key)}: {key}"
-            problems.append(f"{place}: {found}; allowed: the name of a {key}{hint}")
+            problems.append(f"{place}: {state}; allowed: the name of a {key}{hint}")
     if problems:
         raise RequestError(*problems)
     return document.data["method"], document.data["task"]
@@ -217,7 +218,7 @@ def _card(
         return None, None
     data, origin = _apply(document.data, sets, problems), _origin(document, sets)
     tops = [name for name in ("model", "data", "objectives") if name in data]
-    for holder, place in [found for name in tops for found in _paths(data, (name,))]:
+    for holder, place in itertools.chain.from_iterable(_paths(data, (name,)) for name in tops):
         base = Path.cwd() if origin.option(place) else file.resolve().parent
         if problem := _resolve_path(holder, str(place[-1]), base):
             problems.append(origin.sentence(place, problem))

@@ -101,13 +101,13 @@ def check(model: type[Model], data: Mapping[str, Any], origin: Origin | None = N
     repaired: Any = copy.deepcopy(dict(data))
     value = None
     try:
-        value, found = _parse(model, repaired)
-        while repairable := [problem for problem in found if problem.unknown or problem.nearest is not None]:
+        value, errors = _parse(model, repaired)
+        while repairable := [problem for problem in errors if problem.unknown or problem.nearest is not None]:
             problems += [_as_written(problem, renamed) for problem in repairable]
             for problem in repairable:
                 _repair(repaired, problem, renamed)
-            found = _parse(model, repaired)[1]
-        problems += [_as_written(problem, renamed) for problem in found]
+            errors = _parse(model, repaired)[1]
+        problems += [_as_written(problem, renamed) for problem in errors]
     except RequestError as error:  # of a model's own validator; shown once the keys are right
         problems = problems or [_Problem((), text) for text in error.problems]
     if not problems:
@@ -195,9 +195,9 @@ def _problem(schema: Schema, data: Any, details: ErrorDetails) -> _Problem:
         name, allowed = bare(place)["discriminator"]["propertyName"], sorted(tags(bare(place)))
         tag = _value(data, (*path, name))
         near = nearest(tag, allowed) if isinstance(tag, str) else None
-        found = "missing" if tag is _MISSING else f"found {_shown(tag)}"
+        state = "missing" if tag is _MISSING else f"found {_shown(tag)}"
         hint = f"; did you mean {near!r}?" if near else ""
-        return _Problem((*path, name), f"{found}; allowed: {', '.join(allowed)}{hint}", union, nearest=near)
+        return _Problem((*path, name), f"{state}; allowed: {', '.join(allowed)}{hint}", union, nearest=near)
     return _Problem(path, _mismatch(place, _value(data, path)), union)
 
 

@@ -125,7 +125,7 @@ def _scalar(text: str) -> Any:
 
 
 def _read(text: str, at: Callable[[int], str]) -> tuple[Any, dict[tuple[str, ...], int]]:
-    yaml = YAML(typ="safe", pure=True)
+    yaml = YAML(typ="safe", pure=True, plug_ins=[])  # none are searched for
     yaml.Resolver = _Resolver
     yaml.max_depth = MOST_LEVELS
     yaml.composer.warn_double_anchors = False
@@ -147,7 +147,8 @@ def _read(text: str, at: Callable[[int], str]) -> tuple[Any, dict[tuple[str, ...
 
 
 def _broken(error: MarkedYAMLError, at: Callable[[int], str]) -> str:
-    line, problem = error.problem_mark.line + 1, str(error.problem)
+    line = error.problem_mark.line + 1
+    problem = str(error.problem).replace("('<", "'<").replace(">',)", ">'")  # it prints tuples of one
     if "'\\t'" in problem:
         problem += " (indent with spaces, not tabs)"
     elif "mapping values are not allowed" in problem:

@@ -241,8 +241,8 @@ def _number(where: str, column: str, value: Any, from_text: bool) -> float:
         with contextlib.suppress(ValueError, OverflowError):
             number = float(value)
     if not math.isfinite(number):
-        found = shorten(value) if from_text or isinstance(value, int | float) else _kind(value)
-        raise RequestError(f"{where}: column {column!r} must be a finite number or nothing; found {found}")
+        content = shorten(value) if from_text or isinstance(value, int | float) else _kind(value)
+        raise RequestError(f"{where}: column {column!r} must be a finite number or nothing; found {content}")
     return number
 
 

@@ -64,15 +64,14 @@ def check_leaks(splits: Mapping[str, Sequence[str]]) -> None:
     leaks: dict[tuple[str, str], str] = {}
     for name, prompts in splits.items():
         for prompt in prompts:
-            first, text = home.setdefault(normalised(prompt), (name, prompt))
+            key = normalised(prompt)
+            first, text = home.setdefault(key, (name, prompt))
             if first != name:
                 same = "" if text == prompt else f" (there as {shorten(text)})"
-                leaks.setdefault(
-                    (normalised(prompt), name),
-                    f"splits: the prompt {shorten(prompt)} is in {name} and in {first}{same}; "
-                    "a prompt may be in one split only",
-                )
-    if leaks:
-        shown = list(leaks.values())[:LEAKS_SHOWN]
-        more = len(leaks) - len(shown)
-        raise RequestError(*shown, *([f"splits: {more} more prompts are in two splits"] if more else []))
+                places = f"the prompt {shorten(prompt)} is in {name} and in {first}{same}"
+                leaks.setdefault((key, name), f"splits: {places}; a prompt may be in one split only")
+    problems = list(leaks.values())
+    if len(problems) > LEAKS_SHOWN:
+        problems[LEAKS_SHOWN:] = [f"splits: {len(problems) - LEAKS_SHOWN} more prompts are in two splits"]
+    if problems:
+        raise RequestError(*problems)

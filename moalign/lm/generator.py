@@ -17,16 +17,16 @@ Advance = Callable[[int], None]
 class Generator(Protocol):
     """A source of text: a language model in a given state (adapters on, off, mixed, ...).
 
-    One that is a single model may have ``as_model() -> ModelGenerator``, which ``moalign export`` asks for; a
-    RequestError from it says why there is none.
+    One that is a single model may have ``as_model() -> ModelGenerator`` for ``moalign export``; a RequestError from it
+    says why there is none.
     """
 
     def generate(
         self, texts: Sequence[str], rows: Sequence[int], sampling: Sampling
     ) -> Generated | tuple[list[str], int]:
-        """Return one response per text, how many tokens were sampled and, if known, which; ``rows`` fix the randomness.
+        """Return one response per text; ``rows`` fix each one's randomness.
 
-        A generator that has no token ids and log-probabilities may return the pair (responses, number of tokens).
+        A generator that knows no token ids and log-probabilities may return (responses, number of tokens sampled).
         """
         ...
 
@@ -39,7 +39,7 @@ class ModelGenerator:
     adapter: str | None = None
 
     def generate(self, texts: Sequence[str], rows: Sequence[int], sampling: Sampling) -> Generated:
-        """See :class:`Generator`. The adapter is made active first, whatever ran on the model before."""
+        """Answer with the adapter, whatever was active on the model before. See :class:`Generator`."""
         if self.adapter is None:
             with reference_mode(self.lm):
                 return generate(self.lm, texts, rows, sampling)
@@ -48,7 +48,6 @@ class ModelGenerator:
             return generate(self.lm, texts, rows, sampling)
 
     def as_model(self) -> ModelGenerator:
-        """Return the one model that answers: this one."""
         return self
 
 
@@ -71,16 +70,13 @@ class LazyGenerator:
     """Shared by the generators of a run that take turns."""
 
     def generate(self, texts: Sequence[str], rows: Sequence[int], sampling: Sampling) -> Generated:
-        """See :class:`Generator`."""
         return self.as_model().generate(texts, rows, sampling)
 
     def as_model(self) -> ModelGenerator:
         """Return the model with the adapter on it."""
-        before = self.cache.get(RESIDENT)
-        if before != self.adapter:
-            if before is not None:
-                drop(self.lm, before)
-                del self.cache[RESIDENT]
+        if self.cache.get(RESIDENT) != self.adapter:
+            if RESIDENT in self.cache:
+                drop(self.lm, self.cache.pop(RESIDENT))
             self.place()
             self.cache[RESIDENT] = self.adapter
         return ModelGenerator(self.lm, self.adapter)

@@ -1,4 +1,4 @@
-"""A causal language model with its tokenizer, loaded safely, and its token log-probabilities."""
+"""A causal language model with its tokenizer, loaded safely."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from moalign.config.card import TemplateSpec
 from moalign.core.errors import RequestError
-from moalign.lm import model_folder
+from moalign.lm import loading, model_folder
 from moalign.lm.chat import Codec, Rendered, generation_ends
-from moalign.lm.log_probs import token_log_probs
+from moalign.lm.loading import first_line
 
 WHERE = "task.model"
 """How messages name the place of the policy's model; ``--set task.model=FOLDER`` sets it."""
@@ -55,15 +54,14 @@ class LanguageModel:
     def encode(self, texts: Sequence[str], max_tokens: int | None = None) -> list[list[int]]:
         """Return the token ids of rendered prompts (:meth:`moalign.lm.chat.Codec.prompt_ids`).
 
-        A text that is longer than ``max_tokens`` loses the beginning of the user's part (a plain string is all
-        the user's).
+        A text longer than ``max_tokens`` loses the beginning of the user's part (all of a plain string is the user's).
         """
         rows = self.codec.prompt_ids(texts)
         for at, row in enumerate(rows):
             if max_tokens is not None and len(row) > max_tokens:
                 prompt = Rendered.from_text(texts[at])
                 fitted = self.codec.fit(prompt.prompt, prompt.build, max_tokens, "generation.max_prompt_tokens")
-                rows[at] = self.codec.prompt_ids([fitted.text])[0]
+                rows[at] = self.codec.prompt_ids([fitted])[0]
         return rows
 
     def decode(self, rows: Sequence[Iterable[int]]) -> list[str]:
@@ -74,22 +72,21 @@ class LanguageModel:
 def load_codec(source: str, revision: str | None = None, template: TemplateSpec | None = None) -> Codec:
     """Load what turns text into a model's tokens: its tokenizer and generation config, no weights.
 
-    ``template`` is a card's; None: its defaults.
-
-    Raises RequestError for a tokenizer that cannot be loaded or does not suit the template.
+    ``template`` is a card's; None: its defaults. Raises RequestError for a tokenizer that cannot be loaded or does not
+    suit the template.
     """
     path = model_folder.resolve(source, revision, WHERE)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise RequestError(f"model {path}: its tokenizer cannot be loaded ({_first_line(error)})") from None
+        raise RequestError(f"model {path}: its tokenizer cannot be loaded ({first_line(error)})") from None
     try:
         limits = GenerationConfig.from_pretrained(path)
     except (OSError, ValueError):  # a folder need not have one; the model's own config names end tokens, too
         try:
             limits = GenerationConfig.from_model_config(AutoConfig.from_pretrained(path, trust_remote_code=False))
         except (OSError, ValueError) as error:
-            raise RequestError(f"model {path}: its config cannot be used ({_first_line(error)})") from None
+            raise RequestError(f"model {path}: its config cannot be used ({first_line(error)})") from None
     return Codec(tokenizer, template, generation_ends(limits), source)
 
 
@@ -104,19 +101,17 @@ def load(
 
     ``codec`` is the model's own, for a card's template; None: that of :func:`load_codec` without a template.
 
-    Raises RequestError for a folder without whole safetensors weights, without tokenizer, or a hub id
-    that cannot be reached.
+    Raises RequestError for a folder without tokenizer or whole safetensors weights, for weights that are not those of
+    the model, and for a hub id that cannot be reached.
     """
     transformers_logging.disable_progress_bar()  # moalign shows its own
     path = model_folder.resolve(source, revision, WHERE)
     codec = load_codec(source, revision) if codec is None else codec
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, use_safetensors=True, trust_remote_code=False, dtype=getattr(torch, dtype)
-        )
+        model = loading.from_folder(AutoModelForCausalLM, path, f"model {path}", dtype=getattr(torch, dtype))
     except (OSError, ValueError, RuntimeError) as error:
         raise RequestError(
-            f"model {path}: it cannot be loaded as a causal language model ({_first_line(error)})"
+            f"model {path}: it cannot be loaded as a causal language model ({first_line(error)})"
         ) from None
     return wrap(model, codec.tokenizer, source, model_folder.fingerprint(path, WHERE), device, codec)
 
@@ -141,12 +136,9 @@ def wrap(
 
 def set_threads(parameters: int) -> int:
     """Choose the number of CPU threads by model size and return it; OMP_NUM_THREADS or MOALIGN_THREADS wins."""
-    setting = os.environ.get("MOALIGN_THREADS") or os.environ.get("OMP_NUM_THREADS")
-    threads = (
-        int(setting)
-        if setting and setting.isdigit() and int(setting) > 0
-        else (1 if parameters < TINY else os.cpu_count() or 1)
-    )
+    setting = os.environ.get("MOALIGN_THREADS") or os.environ.get("OMP_NUM_THREADS") or ""
+    threads = int(setting) if setting.isdigit() else 0
+    threads = threads or (1 if parameters < TINY else os.cpu_count() or 1)
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
     return threads
@@ -170,60 +162,3 @@ def reference_mode(lm: LanguageModel) -> Iterator[None]:
     finally:
         lm.in_reference = False
         tuner.enable_adapter_layers()
-
-
-def positions(attention_mask: Tensor) -> Tensor:
-    """Return position ids that do not count padding, on either side; int ``[batch, length]``."""
-    return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
-
-
-@dataclass
-class TokenOutputs:
-    """What one forward pass gives for the last ``T`` tokens of each row."""
-
-    logps: Tensor
-    """log pi of each token, ``[batch, T]``; 0 outside the mask."""
-    entropy: Tensor
-    """Entropy of the distribution each token was drawn from, in nats, ``[batch, T]``; no gradient."""
-    hidden: Tensor | None = None
-    """Last hidden state before each token, ``[batch, T, width]``, if requested."""
-
-
-def token_outputs(
-    model: Any,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    response_mask: Tensor,
-    temperature: float = 1.0,
-    hidden: bool = False,
-) -> TokenOutputs:
-    """Log-probabilities of the tokens that ``response_mask`` marks, padding on either side; in little memory.
-
-    Args:
-        input_ids, attention_mask: ``[batch, length]``.
-        response_mask: ``[batch, T]`` over the last ``T <= length - 1`` columns; True on response tokens, the end
-            token included. Prompt and padding tokens get 0.
-        temperature: the sampler's temperature; log-probabilities are of the very distribution sampled from.
-        hidden: also return the hidden states that predicted the tokens (for value heads).
-    """
-    width = response_mask.shape[1]
-    logps, entropy, output = token_log_probs(
-        model,
-        response_mask,
-        input_ids[:, -width:],
-        temperature,
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=positions(attention_mask),
-        output_hidden_states=hidden,
-        use_cache=False,
-    )
-    states = output.hidden_states[-1][:, -(width + 1) : -1] if hidden else None
-    zeros = torch.zeros(response_mask.shape, dtype=torch.float32, device=logps.device)
-    return TokenOutputs(
-        zeros.masked_scatter(response_mask, logps), zeros.masked_scatter(response_mask, entropy), states
-    )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:200]

@@ -7,6 +7,7 @@ where they are many, a chunk at a time, forward and backward.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,81 +21,89 @@ _linear: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 """Whether a head alone makes its model's logits, as far as tested; see :func:`_is_linear`."""
 
 
-def token_log_probs(
-    model: Any, mask: Tensor, tokens: Tensor, temperature: float, **inputs: Any
-) -> tuple[Tensor, Tensor, Any]:
-    """Run ``model`` and return (log pi, entropy) of the tokens that ``mask`` marks, ``[marked]`` each, and its output.
+def positions(attention_mask: Tensor) -> Tensor:
+    """Return position ids that do not count padding, on either side; int ``[batch, length]``."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
 
-    Both are of the distribution at ``temperature``, in single precision; the entropy has no gradient. The output's
-    logits are not to be read.
+
+@dataclass
+class TokenOutputs:
+    """What one forward pass gives for the last ``T`` tokens of each row; 0 outside the mask."""
+
+    logps: Tensor
+    """log pi of each token, ``[batch, T]``."""
+    entropy: Tensor
+    """Entropy of the distribution each token was drawn from, in nats, ``[batch, T]``; no gradient."""
+    hidden: Tensor | None = None
+    """Last hidden state before each token, ``[batch, T, width]``, if requested."""
+
+
+def token_outputs(
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    response_mask: Tensor,
+    temperature: float = 1.0,
+    hidden: bool = False,
+) -> TokenOutputs:
+    """Log-probabilities of the tokens that ``response_mask`` marks, padding on either side; in single precision.
 
     The head's input is tapped, so that the model itself makes the logits of the marked places, softcapping, scaling
     and adapters included. Where the head is a frozen linear map and nothing follows it, they are made in chunks.
 
     Args:
-        mask: bool ``[batch, T]`` over the last T of the columns of ``inputs``.
-        tokens: ``[batch, T]``.
-        inputs: what the model is called with.
+        response_mask: bool ``[batch, T]`` over the last T columns; True on response tokens, the end token included.
+        temperature: the sampler's; log-probabilities are of the very distribution sampled from.
+        hidden: also return the hidden states that predicted the tokens (for value heads).
     """
-    head = _head(model)
-    chosen = tokens[mask]
-    chunked = type(head) is nn.Linear and len(chosen) * head.out_features > AT_ONCE and _may_chunk(head)
-    tap = _Tap(mask, probe=chunked)
+    width = response_mask.shape[1]
+    before, chosen = slice(-(width + 1), -1), input_ids[:, -width:][response_mask]
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    frozen = type(head) is nn.Linear and not any(parameter.requires_grad for parameter in head.parameters())
+    chunked = frozen and len(chosen) * head.out_features > AT_ONCE and _linear.get(head, True)
+    tapped: list[Tensor] = []  # the states that predict the marked tokens, [marked, width], and what the head reads
+
+    def tap(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if not inputs:
+            return None
+        states = inputs[0][:, before][response_mask]
+        # Chunks are made later; now a probe will do. It is long: a softcap, nearly linear around 0, shows.
+        tapped[:] = states, (100.0 * states[:1].detach() if chunked else states).unsqueeze(0)
+        return (tapped[1], *inputs[1:])
+
     handle = None if head is None else head.register_forward_pre_hook(tap)
     try:
-        output = model(**inputs, logits_to_keep=mask.shape[1] + 1)
+        output = model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=positions(attention_mask),
+            output_hidden_states=hidden,
+            use_cache=False,
+            logits_to_keep=width + 1,
+        )
     finally:
         if handle is not None:
             handle.remove()
-    if tap.states is None:  # this model's head is not called as a module
-        logits = output.logits[:, -(mask.shape[1] + 1) : -1][mask]
+    if not tapped:  # this model's head is not called as a module
+        logps, entropy = _plain(output.logits[:, before][response_mask], chosen, temperature)
     elif not chunked:
-        logits = output.logits[0]
-    elif _is_linear(head, tap, output.logits):
-        return *_in_chunks(head, tap.states, chosen, temperature), output
-    else:
-        return token_log_probs(model, mask, tokens, temperature, **inputs)  # now known not to be linear
-    return *_plain(logits, chosen, temperature), output
-
-
-def _head(model: Any) -> Any:
-    """Return the module that makes logits of hidden states; None where the model does not expose it."""
-    get_head = getattr(model, "get_output_embeddings", None)
-    return None if get_head is None else get_head()
-
-
-def _may_chunk(head: nn.Linear) -> bool:
-    """Whether the head is frozen and not known to be followed by something else."""
-    return not any(parameter.requires_grad for parameter in head.parameters()) and _linear.get(head, True)
-
-
-class _Tap:
-    """A hook on the head's input: keeps the states of the marked places, and lets through these or a probe alone."""
-
-    def __init__(self, mask: Tensor, probe: bool) -> None:
-        """Begin a forward pass; ``mask`` ``[batch, T]``."""
-        self._mask = mask
-        self._probe = probe
-        self.states: Tensor | None = None
-        """Hidden states that predict the marked tokens, ``[marked, width]``."""
-        self.sent: Tensor
-        """What the head reads instead, ``[1, places, width]``."""
-
-    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        """Replace the head's input; see ``register_forward_pre_hook``."""
-        if not inputs:
-            return None
-        self.states = inputs[0][:, -(self._mask.shape[1] + 1) : -1][self._mask]
-        # The probe is long: a softcap, nearly linear around 0, shows.
-        self.sent = (100.0 * self.states[:1].detach() if self._probe else self.states).unsqueeze(0)
-        return (self.sent, *inputs[1:])
+        logps, entropy = _plain(output.logits[0], chosen, temperature)
+    elif _is_linear(head, tapped[1], output.logits):
+        logps, entropy = _in_chunks(head, tapped[0], chosen, temperature)
+    else:  # now known not to be linear
+        return token_outputs(model, input_ids, attention_mask, response_mask, temperature, hidden)
+    zeros = torch.zeros(response_mask.shape, dtype=torch.float32, device=logps.device)
+    states = output.hidden_states[-1][:, before] if hidden else None
+    return TokenOutputs(
+        zeros.masked_scatter(response_mask, logps), zeros.masked_scatter(response_mask, entropy), states
+    )
 
 
 @torch.no_grad()
-def _is_linear(head: nn.Linear, tap: _Tap, logits: Tensor) -> bool:
-    """Whether the model's logits are the head's own: no scale, softcap or the like follows it. Tested once per head."""
+def _is_linear(head: nn.Linear, sent: Tensor, logits: Tensor) -> bool:
+    """Whether the model makes the head's own logits of ``sent``: no softcap or the like follows. Tested once a head."""
     if head not in _linear:
-        own = nn.functional.linear(tap.sent, head.weight, head.bias).float()
+        own = nn.functional.linear(sent, head.weight, head.bias).float()
         _linear[head] = bool((own - logits.float()).abs().max() <= 0.01 * own.abs().max())
     return _linear[head]
 
@@ -113,7 +122,8 @@ def _plain(logits: Tensor, chosen: Tensor, temperature: float) -> tuple[Tensor, 
 def _in_chunks(head: nn.Linear, states: Tensor, chosen: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Return what :func:`_plain` does of the head's logits of ``states`` ``[marked, width]``."""
     learns = torch.is_grad_enabled() and states.requires_grad
-    logps, entropy = _ChunkedLogProbs.apply(states, head.weight, head.bias, chosen, temperature, learns)
+    apply: Any = _ChunkedLogProbs.apply
+    logps, entropy = apply(states, head.weight, head.bias, chosen, temperature, learns)
     return logps, entropy
 
 
@@ -128,7 +138,6 @@ class _ChunkedLogProbs(torch.autograd.Function):
     def forward(
         ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, chosen: Tensor, temperature: float, learns: bool
     ) -> tuple[Tensor, Tensor]:
-        """See :func:`_in_chunks`; ``learns`` keeps the gradient."""
         if torch.is_autocast_enabled(states.device.type):  # once, not once a chunk
             weight = weight.to(torch.get_autocast_dtype(states.device.type))
         size = max(1, AT_ONCE // len(weight))
@@ -153,6 +162,5 @@ class _ChunkedLogProbs(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        """Return the gradient of the states."""
         (slopes,) = ctx.saved_tensors
         return grad.unsqueeze(-1).to(slopes.dtype) * slopes, None, None, None, None, None

@@ -1,7 +1,6 @@
-"""Model folders: found, checked and fingerprinted without importing torch.
+"""Model folders: located, checked and fingerprinted without importing torch.
 
-Nothing is ever unpickled: weights must be safetensors, whose header tells the file's exact size, so that
-a truncated file is named before anything is loaded.
+Nothing is ever unpickled: weights must be safetensors, whose header tells the file's exact size.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from typing import Any
 
 from moalign.core.errors import RequestError, did_you_mean
 from moalign.lm import builtin
+from moalign.lm.loading import first_line
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "*.vocab", "bpe.codes", "*.bpe")
 """One of these must be there: without them the library silently makes up an empty tokenizer."""
@@ -35,9 +35,9 @@ _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 def local_folder(model: str, base_dir: Path, where: str) -> Path | None:
     """Return the folder that ``model`` names, or None when it can only be a hub id.
 
-    A relative path is looked up from ``base_dir`` (the task card's folder), then from the current folder; then the
-    name may be one of :data:`moalign.lm.builtin.MODELS`, whose folder is made at its first use.
-    Raises RequestError when it is a path (``./x``, ``/x``, ``a/b/c``) that does not exist, or a file.
+    A relative path is looked up from ``base_dir`` (the task card's folder), then from the current folder; then it may
+    be the name of a built-in model, whose folder is made at its first use. Raises RequestError for a file, and for a
+    path (``./x``, ``/x``, ``a/b/c``) that does not exist.
     """
     path = Path(model).expanduser()
     for candidate in [path] if path.is_absolute() else [base_dir / path, path]:
@@ -63,8 +63,7 @@ def _near(model: str) -> str:
 def resolve(model: str, revision: str | None, where: str) -> Path:
     """Return a model's checked local folder: as given, a built-in model's, or a hub id's in the library's cache.
 
-    A relative path is relative to the current folder. Raises RequestError as :func:`local_folder`,
-    :func:`fetch` and :func:`check` do.
+    A relative path is relative to the current folder. Raises RequestError when it is not there or not complete.
     """
     folder = local_folder(model, Path.cwd(), where) or fetch(model, revision, where)
     require_complete(folder, where)
@@ -89,7 +88,7 @@ def require_complete(folder: Path, where: str) -> None:
     """Raise RequestError unless the folder has a config, whole safetensors weights and a tokenizer."""
     read_config(folder, where)
     for path in weight_files(folder, where):
-        check_safetensors(path, where)
+        header(path, where)
     if not any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES):
         raise RequestError(
             f"{where}: model folder {folder} has no tokenizer files (such as tokenizer.json); save the tokenizer "
@@ -120,24 +119,21 @@ def weight_files(folder: Path, where: str) -> list[Path]:
     raise RequestError(f"{where}: model folder {folder} has no weights: model.safetensors is missing")
 
 
-def check_safetensors(path: Path, where: str) -> None:
-    """Raise RequestError unless the file is as long as its header says (layout: 8 bytes length, JSON, data)."""
-    size = path.stat().st_size
+def shapes(folder: Path, where: str) -> dict[str, list[int]]:
+    """Return the shape of every weight of a model folder, from the headers of its files."""
+    return {name: shape for path in weight_files(folder, where) for name, shape in header(path, where).items()}
+
+
+def header(path: Path, where: str) -> dict[str, list[int]]:
+    """Return the shape of every tensor of a safetensors file; raises RequestError unless the file is whole."""
+    from safetensors import SafetensorError, safe_open
+
     try:
-        with path.open("rb") as file:
-            header_size = int.from_bytes(file.read(8), "little")
-            if size < 8 or header_size > size - 8:
-                raise ValueError("it ends inside its header")
-            header = json.loads(file.read(header_size))
-        needed = (
-            8 + header_size + max(entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__")
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RequestError(f"{where}: {path} is not a whole safetensors file ({error}); copy it again") from error
-    if size != needed:
-        raise RequestError(
-            f"{where}: {path} is truncated or damaged: {size} bytes, but its header says {needed}; copy it again"
-        )
+        with safe_open(path, framework="np") as file:
+            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (OSError, SafetensorError) as error:
+        why = f"{path.name} is not a whole safetensors file ({path.stat().st_size} bytes; {first_line(error)})"
+        raise RequestError(f"{where}: {path} is truncated or damaged: {why}; copy it again") from error
 
 
 def fingerprint(folder: Path, where: str) -> str:
@@ -154,45 +150,34 @@ def fingerprint(folder: Path, where: str) -> str:
 @functools.lru_cache(maxsize=1024)
 def _file_hash(path: str, size: int, changed: int) -> str:
     """Hash a file; size and time are only there so that a file is read once per process unless it changes."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fetch(model: str, revision: str | None, where: str, config_only: bool = False) -> Path:
     """Return the local folder of a hub model, downloading what is not in the library's cache.
 
-    Args:
-        model: hub id ``owner/name``.
-        revision: branch, tag or commit; None is the default branch.
-        where: how messages name the place.
-        config_only: fetch config.json only (small), enough to check labels before any work begins.
-
-    Raises:
-        RequestError: offline, unknown id or revision, access denied.
+    ``config_only`` fetches config.json alone: enough to check labels before any work begins. Raises RequestError when
+    offline, for an unknown id or revision, or when access is denied.
     """
     from huggingface_hub import constants, errors, snapshot_download
 
+    name, folder_instead = f"{where}: hub model {model!r}", "name a local model folder instead"
     patterns = ["config.json"] if config_only else _FETCHED
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError) as error:
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "no connection"
         raise RequestError(
-            f"{where}: hub model {model!r} is not in the local cache and the hub cannot be reached ({why}), and "
-            f"there is no folder of that name; name a local model folder instead: model: path/to/folder{_near(model)}"
+            f"{name} is not in the local cache and the hub cannot be reached ({why}), and there is no folder of that "
+            f"name; {folder_instead}: model: path/to/folder{_near(model)}"
         ) from error
     except errors.GatedRepoError as error:
-        raise RequestError(
-            f"{where}: hub model {model!r} is gated: accept its terms and log in, or name a folder"
-        ) from error
+        raise RequestError(f"{name} is gated: accept its terms and log in, or name a folder") from error
     except errors.RevisionNotFoundError as error:
-        raise RequestError(f"{where}: hub model {model!r} has no revision {revision!r}") from error
+        raise RequestError(f"{name} has no revision {revision!r}") from error
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
-        first = str(error).strip().partition("\n")[0]
+        why = f"{type(error).__name__}: {first_line(error)}"
         raise RequestError(
-            f"{where}: hub model {model!r} cannot be fetched ({type(error).__name__}: {first}); check the id, or "
-            f"name a local model folder instead{_near(model)}"
+            f"{name} cannot be fetched ({why}); check the id, or {folder_instead}{_near(model)}"
         ) from error

@@ -17,8 +17,7 @@ from moalign.core.errors import RequestError
 from moalign.pareto.front import refuse_unless_finite
 
 SHORT_AT_MOST = 5
-"""Fewer tokens make no sentence. Nothing longer is ever short: where all of the data is long, a brief answer is still
-no collapse, and brevity may be an objective."""
+"""Nothing longer is ever short: where all of the data is long, a brief answer is still no collapse."""
 SHORT_SHARE = 0.01
 """Share of a task's own responses that may be short."""
 MIN_DISTINCT_3 = 0.3
@@ -36,14 +35,15 @@ class Divergence(TypedDict):
 
 
 class CollapseReport(TypedDict):
-    """``rate``: share of collapsed responses; ``causes``: share per cause (they may overlap);
-    ``mean_length``: tokens; ``distinct_3``: mean ratio of the responses that have a 3-gram.
-    """
+    """How many responses are collapsed, and how they look."""
 
     rate: float
     causes: dict[str, float]
+    """Share per cause; they may overlap."""
     mean_length: float
+    """In tokens."""
     distinct_3: float
+    """Mean of the responses that have a 3-gram."""
 
 
 def distinct(tokens: Sequence[Hashable], n: int = 3) -> float | None:
@@ -53,42 +53,38 @@ def distinct(tokens: Sequence[Hashable], n: int = 3) -> float | None:
 
 
 def short_below(lengths: Sequence[int]) -> int:
-    """Return the number of tokens below which a response is short, from the lengths of a task's own responses.
+    """Return below how many tokens a response is short: at most :data:`SHORT_SHARE` of a task's own ``lengths`` are.
 
-    At most :data:`SHORT_SHARE` of them are shorter; never above :data:`SHORT_AT_MOST`, and never below 1: an empty
-    answer is always short.
+    Never above :data:`SHORT_AT_MOST`, and never below 1: an empty answer is always short.
     """
     quantile = int(np.quantile(lengths, SHORT_SHARE, method="lower")) if len(lengths) else SHORT_AT_MOST
     return max(1, min(SHORT_AT_MOST, quantile))
 
 
 def collapse(tokens: Sequence[Hashable], short: int = SHORT_AT_MOST) -> set[str]:
-    """Return why a response of these tokens is collapsed; an empty set when it is not.
+    """Return why a response is collapsed; an empty set when it is not (limits: our choice, ParetoHqD gives none).
 
-    ``short``: fewer tokens than ``short``; ``repetitive``: distinct-3 ratio below 0.3; ``loop``: one 10-gram
-    at least 3 times, overlaps counted (limits: our choice, ParetoHqD gives none).
+    ``short``: fewer tokens than ``short``; ``repetitive``: distinct-3 ratio below 0.3; ``loop``: one 10-gram at least 3
+    times, overlaps counted.
     """
-    causes = set()
-    if len(tokens) < short:
-        causes.add("short")
     ratio = distinct(tokens, 3)
-    if ratio is not None and ratio < MIN_DISTINCT_3:
-        causes.add("repetitive")
-    if max(Counter(_grams(tokens, LOOP_LENGTH)).values(), default=0) >= LOOP_TIMES:
-        causes.add("loop")
-    return causes
+    holds = {
+        "short": len(tokens) < short,
+        "repetitive": ratio is not None and ratio < MIN_DISTINCT_3,
+        "loop": max(Counter(_grams(tokens, LOOP_LENGTH)).values(), default=0) >= LOOP_TIMES,
+    }
+    return {cause for cause in CAUSES if holds[cause]}
 
 
 def collapse_report(responses: Sequence[Sequence[Hashable]], short: int = SHORT_AT_MOST) -> CollapseReport:
-    """Summarise responses, each as its tokens: collapse rate and causes, mean length in tokens, distinct-3.
+    """Summarise responses, each as its tokens. Without a single 3-gram ``distinct_3`` is 0.
 
-    Raises RequestError when there is no response, or texts instead of tokens. Without a single 3-gram ``distinct_3``
-    is 0.
+    Raises RequestError when there is no response, or texts instead of tokens.
     """
     if not len(responses) or isinstance(responses, str) or isinstance(responses[0], str):
         raise RequestError("collapse report: found no list of tokenised responses; at least one response is needed")
     collapsed = [collapse(tokens, short) for tokens in responses]
-    ratios = [ratio for ratio in (distinct(tokens, 3) for tokens in responses) if ratio is not None]
+    ratios = [ratio for ratio in map(distinct, responses) if ratio is not None]
     total = len(responses)
     return {
         "rate": sum(bool(causes) for causes in collapsed) / total,
@@ -101,12 +97,8 @@ def collapse_report(responses: Sequence[Sequence[Hashable]], short: int = SHORT_
 def kl_to_base(policy: ArrayLike, base: ArrayLike, tokens: ArrayLike) -> Divergence:
     """Estimate KL(policy || base) from the policy's own responses: the mean of log policy - log base.
 
-    Unbiased, and so it can come out slightly below 0 for a policy that hardly moved; it is not clipped.
-
-    Args:
-        policy: log-probability of each response under the policy that wrote it ``[n]``.
-        base: of the same responses under the base ``[n]``.
-        tokens: their lengths ``[n]``, each at least 1.
+    ``policy`` and ``base`` are each response's log-probability under the two, ``tokens`` its length, all ``[n]``.
+    Unbiased, and so the estimate can be slightly below 0 for a policy that hardly moved; it is not clipped.
 
     Raises RequestError for shapes that do not fit, NaN, infinity, or a length below 1.
     """

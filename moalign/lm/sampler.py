@@ -1,28 +1,29 @@
 """Sampling from a language model: one plain loop that returns log-probabilities as it samples.
 
-Every row is drawn by inverting its cumulative distribution at given uniform numbers. Two policies that are
-given the same numbers therefore differ only where their distributions do (common random numbers), and a
-sample does not depend on the batch it was computed in.
+Every row is drawn by inverting its cumulative distribution at given uniform numbers: two policies that are given the
+same numbers differ only where their distributions do (common random numbers), and no sample depends on its batch.
 
-The sampler draws from the full distribution (temperature apart): no minimum length, no top-k; ``top_p`` is for
-evaluation and RiC's own samples only. Truncating while training on full log-probabilities lets a policy drift
-where the sampler never looks.
+The sampler draws from the full distribution: no minimum length, no top-k; ``top_p`` is for evaluation and RiC's own
+samples only. Truncating while training on full log-probabilities lets a policy drift where the sampler never looks.
 """
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
-from moalign.lm.language_model import LanguageModel, positions
-from moalign.lm.stopping import length
+from moalign.lm.language_model import LanguageModel
+from moalign.lm.log_probs import positions
 
 KEEP_ABOVE = 0.9
 """Ended rows leave the batch once at most this share of its rows is alive; each time, the cache is copied."""
@@ -55,11 +56,9 @@ class Samples:
     response_mask: Tensor
     """Bool ``[rows, T]`` over the last T columns; True on response tokens, the end token included."""
     logps: Tensor
-    """log pi of each sampled token at the sampling temperature, ``[rows, T]``; 0 outside the mask. Of the whole
-    distribution: a nucleus chooses where to draw and is no part of the policy (see :func:`draw`)."""
+    """log pi of each sampled token, ``[rows, T]``, 0 outside the mask; see :func:`draw`."""
     finished: Tensor
-    """Bool ``[rows]``: the response ended at an end id, or at a stop text (:func:`.stopping.trim`), not by the limit.
-    """
+    """Bool ``[rows]``: the response ended at an end id or a stop text (:func:`trim`), not by the limit."""
     hidden: Tensor | None = None
     """Last hidden state before each token, ``[rows, T, width]``, 0 outside the mask; if requested."""
 
@@ -76,11 +75,10 @@ class Traces:
     vocabulary: Any
     """The tokenizer that the ids belong to."""
     ids: list[NDArray[np.int64]]
-    """Token ids of each response, ``[length]``, the end token included. They end with the token that completes the
-    first stop text: what follows it is no part of the response. At least one token each."""
+    """Token ids of each response, ``[length >= 1]``, up to and with its end token or the token that completes its first
+    stop text."""
     logps: list[float]
-    """log pi of those tokens together, in nats, at the sampling temperature: at temperature 1 that of the policy
-    itself. A nucleus is left out (see :func:`draw`); for greedy answers it is that of temperature 1."""
+    """log pi of those tokens together, in nats; see :func:`draw`."""
     finished: list[bool]
     """Whether each response ended at an end id or a stop text; the limit cut off the others."""
 
@@ -95,8 +93,12 @@ class Traces:
         known = [part for part in parts if part is not None]
         if not known or len(known) < len(parts):
             return None
-        ids, logps = [row for part in known for row in part.ids], [value for part in known for value in part.logps]
-        return cls(known[0].vocabulary, ids, logps, [flag for part in known for flag in part.finished])
+        whole = cls(known[0].vocabulary, [], [], [])
+        for part in known:
+            whole.ids += part.ids
+            whole.logps += part.logps
+            whole.finished += part.finished
+        return whole
 
 
 @dataclass(eq=False)
@@ -119,52 +121,34 @@ def uniforms(seed: int, rows: Sequence[int], length: int) -> Tensor:
 
 def pad_left(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return ``(input_ids, attention_mask)``, both ``[rows, longest]``, padded on the left."""
-    longest = max(len(row) for row in rows)
-    ids = torch.full((len(rows), longest), pad, dtype=torch.long)
-    mask = torch.zeros((len(rows), longest), dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, longest - len(row) :] = torch.tensor(row)
-        mask[i, longest - len(row) :] = 1
+    ids = pad_sequence(
+        [torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True, padding_value=pad, padding_side="left"
+    )
+    padding = ids.shape[1] - torch.tensor([len(row) for row in rows])
+    mask = (torch.arange(ids.shape[1]) >= padding.unsqueeze(-1)).long()
     return ids.to(device), mask.to(device)
 
 
-class NextToken(Protocol):
-    """A source of next-token distributions: it reads tokens and remembers those that it has read.
+class NextToken:
+    """Next-token distributions of a model as it stands: it reads tokens and remembers those that it has read.
 
-    One object serves one batch. Mixing several models is another source; the sampling loop stays the same.
+    One object serves one batch. A mixture of models is a subclass; the sampling loop stays the same.
     """
 
-    state: Tensor | None
-    """The hidden state of the token read last, ``[rows, width]``, where the source keeps it."""
-
-    def read(self, ids: Tensor, mask: Tensor, place: Tensor) -> Tensor:
-        """Read tokens ``[rows, new]`` at positions ``place``; ``mask`` covers all read so far, ``[rows, total]``.
-
-        Returns logits of the token after the last, ``[rows, vocabulary]``, up to a constant of each row.
-        """
-        ...
-
-    def repeat(self, times: int) -> None:
-        """Make ``times`` consecutive rows of each row read so far."""
-        ...
-
-    def keep(self, rows: Tensor) -> None:
-        """Forget all rows but those numbered ``rows``, int ``[kept]``, which continue in this order."""
-        ...
-
-
-class Direct:
-    """A model as it is, with a cache of its own. See :class:`NextToken`."""
+    state: Tensor | None = None
+    """The hidden state of the token read last, ``[rows, width]``, where it is kept."""
 
     def __init__(self, model: Any, hidden: bool = False) -> None:
         """Begin a batch; nothing is read yet. ``hidden`` keeps each token's hidden state in ``state``."""
         self.model = model
         self.cache = DynamicCache(config=model.config)
         self.hidden = hidden
-        self.state: Tensor | None = None
 
     def read(self, ids: Tensor, mask: Tensor, place: Tensor) -> Tensor:
-        """See :class:`NextToken`."""
+        """Read tokens ``[rows, new]`` at positions ``place``; ``mask`` covers all read so far, ``[rows, total]``.
+
+        Returns logits of the token after the last, ``[rows, vocabulary]``, up to a constant of each row.
+        """
         output = self.model(
             input_ids=ids,
             attention_mask=mask,
@@ -180,12 +164,12 @@ class Direct:
         return logits
 
     def repeat(self, times: int) -> None:
-        """See :class:`NextToken`."""
+        """Make ``times`` consecutive rows of each row read so far."""
         self.cache.batch_repeat_interleave(times)
         self.state = None if self.state is None else self.state.repeat_interleave(times, dim=0)
 
     def keep(self, rows: Tensor) -> None:
-        """See :class:`NextToken`."""
+        """Forget all rows but those numbered ``rows``, int ``[kept]``, which continue in this order."""
         self.cache.reorder_cache(rows)  # unlike batch_select_indices every kind of layer has it, recurrent ones too
         self.state = None if self.state is None else self.state[rows]
 
@@ -203,110 +187,84 @@ def sample(
 ) -> Samples:
     """Sample ``repeat`` responses for each tokenised prompt in one batch; prompts are read once.
 
-    Row ``i * repeat + j`` of the result is response ``j`` to prompt ``i``. A row ends at any of ``lm.end_ids``; rows
-    that have ended leave the batch in groups, which changes nothing for the others.
+    Row ``i * repeat + j`` of the result is response ``j`` to prompt ``i``. A row ends at any of ``lm.end_ids``.
 
     Args:
-        prompts: token ids per prompt, not padded.
         numbers: uniform numbers ``[rows, max_new_tokens]``; column ``t`` draws token ``t``.
         temperature: 0 is greedy.
         top_p: nucleus; 1 draws from the whole distribution.
         hidden: keep the hidden state that each token was drawn from.
         source: where next-token distributions come from, fresh for this batch; None: the model as it stands.
     """
-    source = Direct(lm.model, hidden) if source is None else source
-    read, read_mask = pad_left(prompts, lm.pad, lm.device)
-    ids, mask = read.repeat_interleave(repeat, dim=0), read_mask.repeat_interleave(repeat, dim=0)
-    logits = source.read(read, read_mask, positions(read_mask))
+    source = NextToken(lm.model, hidden) if source is None else source
+    ids, mask = pad_left(prompts, lm.pad, lm.device)
+    logits = source.read(ids, mask, positions(mask))
     if repeat > 1:
         source.repeat(repeat)
-        logits = logits.repeat_interleave(repeat, dim=0)
-    batch = _Batch(lm, mask, numbers.to(lm.device))
-    for step in range(numbers.shape[1]):
+        ids, mask, logits = (each.repeat_interleave(repeat, dim=0) for each in (ids, mask, logits))
+    ends = torch.tensor(sorted(lm.end_ids), device=lm.device)
+    tokens, logps, response, states = _continue(
+        source, logits, mask, numbers.to(lm.device), ends, partial(draw, temperature=temperature, top_p=top_p)
+    )
+    return Samples(
+        input_ids=torch.cat([ids, tokens.masked_fill(~response, lm.pad)], dim=1),
+        attention_mask=torch.cat([mask, response.to(mask.dtype)], dim=1),
+        response_mask=response,
+        logps=logps.masked_fill(~response, 0.0),
+        finished=(torch.isin(tokens, ends) & response).any(-1),
+        hidden=None if states is None else states.masked_fill(~response.unsqueeze(-1), 0.0),
+    )
+
+
+def _continue(
+    source: NextToken,
+    logits: Tensor,
+    mask: Tensor,
+    numbers: Tensor,
+    ends: Tensor,
+    choose: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Sample until all rows have ended, beginning with the ``logits`` of their first token.
+
+    Rows that have ended leave the batch in groups, which changes nothing for the others. ``mask`` is the prompts',
+    ``[rows, prompt]``. Returns tokens, log-probabilities, which of them belong to a response, all ``[rows, T]``, and
+    the states they were drawn from; outside a response anything may stand.
+    """
+    (count, steps), prompt = numbers.shape, mask.shape[1]
+    tokens = torch.zeros((count, steps), dtype=torch.long, device=mask.device)
+    logps = torch.zeros((count, steps), dtype=torch.float32, device=mask.device)
+    response = torch.zeros((count, steps), dtype=torch.bool, device=mask.device)
+    states: Tensor | None = None
+    # From here on of the rows that are still read. The whole mask is made once, and each step sees more of it.
+    rows, alive = torch.arange(count, device=mask.device), torch.ones(count, dtype=torch.bool, device=mask.device)
+    seen, place = torch.cat([mask, mask.new_zeros(count, steps)], dim=1), positions(mask)[:, -1:]
+    for step in range(steps):
         if step:
-            logits = source.read(*batch.next(step))
-        chosen, logp = draw(logits, batch.numbers[:, step], temperature, top_p)
-        batch.write(step, chosen, logp, source.state)
-        live = int(batch.alive.sum())
+            place = place + 1
+            logits = source.read(tokens[rows, step - 1 : step], seen[:, : prompt + step], place)
+        chosen, logp = choose(logits, numbers[rows, step])
+        tokens[rows, step], logps[rows, step], response[rows, step] = chosen, logp, alive
+        if source.state is not None:
+            states = source.state.new_zeros(count, steps, source.state.shape[-1]) if states is None else states
+            states[rows, step] = source.state
+        seen[:, prompt + step] = alive.to(seen.dtype)
+        alive = alive & ~torch.isin(chosen, ends)
+        live = int(alive.sum())
         if live == 0:
             break
-        if live <= KEEP_ABOVE * len(batch.rows):
-            source.keep(batch.leave())
-    return batch.samples(ids, mask)
-
-
-class _Batch:
-    """The state of a batch while it is sampled: results of all rows, and which rows are still read."""
-
-    def __init__(self, lm: LanguageModel, mask: Tensor, numbers: Tensor) -> None:
-        """Begin after prompts with attention mask ``[rows, prompt]``; ``numbers`` ``[rows, steps]``."""
-        count, steps = numbers.shape
-        self.rows = torch.arange(count, device=lm.device)
-        """Numbers of the rows that are still read, ``[live]``; the next three attributes are of these rows."""
-        self.alive = torch.ones(count, dtype=torch.bool, device=lm.device)
-        self.numbers = numbers
-        # The whole mask is allocated once; each step sees a growing view of it.
-        self._mask = torch.cat([mask, mask.new_zeros(count, steps)], dim=1)
-        self._place = positions(mask)[:, -1:]
-        self._prompt = mask.shape[1]
-        self._ends = torch.tensor(sorted(lm.end_ids), device=lm.device)
-        self._tokens = torch.full((count, steps), lm.pad, dtype=torch.long, device=lm.device)
-        self._logps = torch.zeros((count, steps), dtype=torch.float32, device=lm.device)
-        self._lengths = torch.zeros(count, dtype=torch.long, device=lm.device)
-        self._finished = torch.zeros(count, dtype=torch.bool, device=lm.device)
-        self._hidden: Tensor | None = None
-        self._pad = lm.pad
-        self._last = self._tokens[:, :1]
-
-    def next(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what is read before token ``step``: ids and positions ``[live, 1]``, and the mask of all so far."""
-        self._place = self._place + 1
-        return self._last, self._mask[:, : self._prompt + step], self._place
-
-    def write(self, step: int, chosen: Tensor, logp: Tensor, state: Tensor | None) -> None:
-        """Take token ``step`` of the live rows, its log-probability and the state it was drawn from."""
-        alive, rows = self.alive, self.rows
-        token = torch.where(alive, chosen, self._pad)
-        self._tokens[rows, step] = token
-        self._logps[rows, step] = torch.where(alive, logp, torch.zeros_like(logp))
-        if state is not None:
-            if self._hidden is None:
-                self._hidden = state.new_zeros(*self._tokens.shape, state.shape[-1])
-            self._hidden[rows, step] = torch.where(alive.unsqueeze(-1), state, torch.zeros_like(state))
-        self._mask[:, self._prompt + step] = alive.long()
-        self._lengths[rows] += alive.long()
-        ended = alive & torch.isin(chosen, self._ends)
-        self._finished[rows] |= ended
-        self.alive = alive & ~ended
-        self._last = token.unsqueeze(-1)
-
-    def leave(self) -> Tensor:
-        """Drop the rows that have ended; returns the places of the others among those read before, ``[live]``."""
-        live = self.alive.nonzero().squeeze(-1)
-        self.rows, self.numbers, self.alive = self.rows[live], self.numbers[live], self.alive[live]
-        self._mask, self._place, self._last = self._mask[live], self._place[live], self._last[live]
-        return live
-
-    def samples(self, ids: Tensor, mask: Tensor) -> Samples:
-        """Return the responses to the prompts ``ids`` with attention mask ``mask``, ``[rows, prompt]``."""
-        used = int(self._lengths.max())
-        response = torch.arange(used, device=ids.device) < self._lengths.unsqueeze(-1)
-        return Samples(
-            input_ids=torch.cat([ids, self._tokens[:, :used]], dim=1),
-            attention_mask=torch.cat([mask, response.to(mask.dtype)], dim=1),
-            response_mask=response,
-            logps=self._logps[:, :used],
-            finished=self._finished,
-            hidden=None if self._hidden is None else self._hidden[:, :used],
-        )
+        if live <= KEEP_ABOVE * len(rows):
+            kept = alive.nonzero().squeeze(-1)
+            source.keep(kept)
+            rows, alive, seen, place = rows[kept], alive[kept], seen[kept], place[kept]
+    used = int(response.sum(-1).max())
+    return tokens[:, :used], logps[:, :used], response[:, :used], None if states is None else states[:, :used]
 
 
 def draw(logits: Tensor, numbers: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
     """Draw one token a row by inverse cumulative distribution; returns (token, log-probability), ``[rows]`` each.
 
-    The log-probability is that of the policy at ``temperature``, whatever the nucleus: truncated and renormalised it
-    would depend on how much was cut off, and two policies that cut differently could not be compared by it. Greedy
-    tokens have that of temperature 1.
+    The log-probability is that of the policy at ``temperature`` (greedy: at 1), whatever the nucleus: renormalised, it
+    would depend on how much was cut off, and two policies that cut differently could not be compared by it.
     """
     logits = logits.float()
     if temperature == 0:
@@ -327,8 +285,8 @@ def draw(logits: Tensor, numbers: Tensor, temperature: float, top_p: float) -> t
 def _invert(probs: Tensor, numbers: Tensor) -> Tensor:
     """Return the first token of each row whose cumulative share is above its number ``[rows, 1]``, int ``[rows]``.
 
-    Double precision keeps the last token reachable and the first from being drawn at u = 0 by rounding. Over a whole
-    large vocabulary it would cost more than the softmax; so the chunk is found first, then the token within it.
+    Double precision keeps the last token reachable, and the first from being drawn at u = 0 by rounding. Over a large
+    vocabulary it would cost more than the softmax: the chunk is searched first, then the token within it.
     """
     rows, size = probs.shape
     if size <= CHUNK:
@@ -357,19 +315,53 @@ def responses(lm: LanguageModel, samples: Samples, stop: Sequence[str] = ()) -> 
 
 def _tokens(samples: Samples) -> list[NDArray[np.int64]]:
     """Return the token ids of each response, ``[length]``, the end token included."""
-    width = samples.response_mask.shape[1]
-    ids = samples.input_ids[:, -width:].cpu().numpy()
-    lengths = samples.response_mask.sum(-1).cpu().tolist()
+    ids = samples.input_ids[:, -samples.response_mask.shape[1] :].cpu().numpy()
+    lengths = samples.response_mask.sum(-1).tolist()
     return [row[:count] for row, count in zip(ids, lengths, strict=True)]
 
 
 def cut(text: str, stop: Sequence[str]) -> str:
     """Return ``text`` up to the first stop text (for example the next turn marker), without trailing space."""
     for marker in stop:
-        at = text.find(marker)
-        if at >= 0:
-            text = text[:at]
+        text = text.partition(marker)[0]
     return text.strip()
+
+
+def trim(lm: LanguageModel, samples: Samples, stop: Sequence[str]) -> Samples:
+    """Return the samples with each response ending, finished, at the token that completes its first stop text, if any.
+
+    The judge never sees what follows a stop text; a loss that sums over those tokens would learn from noise.
+    """
+    if not stop:
+        return samples
+    width = samples.response_mask.shape[1]
+    rows = [row.tolist() for row in _tokens(samples)]
+    stopped = _holds(lm, rows, stop)
+    kept = [_length(lm, row, stop) if has_stop else len(row) for row, has_stop in zip(rows, stopped, strict=True)]
+    inside = torch.arange(width)[None, :] < torch.tensor(kept)[:, None]
+    mask = samples.response_mask & inside.to(samples.response_mask.device)
+    attention, input_ids = samples.attention_mask.clone(), samples.input_ids.clone()
+    attention[:, -width:] = mask.to(attention.dtype)
+    input_ids[:, -width:] = torch.where(mask, input_ids[:, -width:], lm.pad)
+    return replace(
+        samples,
+        input_ids=input_ids,
+        attention_mask=attention,
+        response_mask=mask,
+        logps=torch.where(mask, samples.logps, torch.zeros_like(samples.logps)),
+        finished=samples.finished | torch.tensor(stopped, device=samples.finished.device),
+    )
+
+
+def _holds(lm: LanguageModel, rows: Sequence[Sequence[int]], stop: Sequence[str]) -> list[bool]:
+    """Return which rows' text holds a stop text."""
+    texts = lm.tokenizer.batch_decode(list(rows), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return [any(marker in text for marker in stop) for text in texts]
+
+
+def _length(lm: LanguageModel, row: Sequence[int], stop: Sequence[str]) -> int:
+    """Return after how many tokens the first stop text of a row that holds one is complete (and stays so)."""
+    return 1 + bisect.bisect_left(range(1, len(row)), True, key=lambda count: _holds(lm, [row[:count]], stop)[0])
 
 
 def generate(
@@ -379,40 +371,33 @@ def generate(
     sampling: Sampling,
     source: Callable[[], NextToken] | None = None,
 ) -> Generated:
-    """Sample a response for every rendered prompt in length-sorted batches.
+    """Sample a response for every rendered prompt in length-sorted batches; returned in the order of ``texts``.
 
-    Args:
-        texts: what the policy reads, one per requested response.
-        rows: the number that fixes each response's randomness (see :func:`uniforms`).
-        source: makes the source of next-token distributions of each batch; None: the model as it stands.
-
-    Returns:
-        Responses in the order of ``texts``, the number of tokens sampled, and the responses' tokens.
+    ``rows`` fix each response's randomness (see :func:`uniforms`); ``source`` makes each batch's next-token
+    distributions, None: those of the model as it stands.
     """
     lm.model.eval()
-    encoded = lm.encode(texts, sampling.max_prompt_tokens)
-    order = sorted(range(len(texts)), key=lambda i: len(encoded[i]))
-    generated = Generated([""] * len(texts), 0)
-    ids, logps = [np.empty(0, dtype=np.int64)] * len(texts), [0.0] * len(texts)
-    finished = [False] * len(texts)
-    for start in range(0, len(order), sampling.batch_size):
+    encoded, count = lm.encode(texts, sampling.max_prompt_tokens), len(texts)
+    order = sorted(range(count), key=lambda i: len(encoded[i]))
+    traces = Traces(lm.tokenizer, [np.empty(0, dtype=np.int64)] * count, [0.0] * count, [False] * count)
+    generated = Generated([""] * count, 0, traces)
+    for start in range(0, count, sampling.batch_size):
         part = order[start : start + sampling.batch_size]
-        numbers = uniforms(sampling.seed, [rows[i] for i in part], sampling.max_new_tokens)
         drawn = sample(
             lm,
             [encoded[i] for i in part],
-            numbers,
+            uniforms(sampling.seed, [rows[i] for i in part], sampling.max_new_tokens),
             sampling.temperature,
             sampling.top_p,
             source=None if source is None else source(),
         )
         generated.tokens += drawn.tokens
-        rows_ids, rows_logps, ended = _tokens(drawn), drawn.logps.cpu().double().numpy(), drawn.finished.tolist()
-        for i, row, logp, end, text in zip(part, rows_ids, rows_logps, ended, lm.decode(rows_ids), strict=True):
-            generated.responses[i] = cut(text, sampling.stop)
+        ids, logps = _tokens(drawn), drawn.logps.cpu().double().numpy()
+        for i, row, logp, end, text in zip(part, ids, logps, drawn.finished.tolist(), lm.decode(ids), strict=True):
             stopped = any(marker in text for marker in sampling.stop)
-            count = length(lm, row.tolist(), sampling.stop) if stopped else len(row)
+            used = _length(lm, row.tolist(), sampling.stop) if stopped else len(row)
+            generated.responses[i] = cut(text, sampling.stop)
             # A copy: a view of one row would keep the whole batch in memory.
-            ids[i], logps[i], finished[i] = row[:count].copy(), float(logp[:count].sum()), end or stopped
-    generated.traces = Traces(lm.tokenizer, ids, logps, finished)
+            traces.ids[i], traces.logps[i] = row[:used].copy(), float(logp[:used].sum())
+            traces.finished[i] = end or stopped
     return generated

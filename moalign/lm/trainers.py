@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+from moalign.lm.loading import quiet
+
 
 def checkpointing_option() -> str:
     """Return what the installed transformers calls gradient checkpointing among a trainer's arguments.
@@ -33,19 +35,16 @@ def run_trainer(trainer: Any) -> None:
 def quiet_libraries() -> Iterator[None]:
     """Silence progress bars and notices of libraries: moalign has its own."""
     import datasets
-    import transformers
 
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
     datasets.disable_progress_bars()
-    level = logging.getLogger("accelerate").level
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    accelerate = logging.getLogger("accelerate")
+    level = accelerate.level
+    accelerate.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with quiet(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             warnings.simplefilter("ignore", UserWarning)
             yield
     finally:
-        transformers.logging.set_verbosity(before)
-        logging.getLogger("accelerate").setLevel(level)
+        accelerate.setLevel(level)

@@ -7,8 +7,9 @@ Both give an expert itself for its one-hot preference.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,11 +18,10 @@ from torch import Tensor
 from moalign.core.errors import RequestError
 from moalign.core.preferences import Preference
 from moalign.lm import adapters
-from moalign.lm.adapters import Adapter, Turns
 from moalign.lm.generator import LazyGenerator, ModelGenerator
 from moalign.lm.language_model import LanguageModel
-from moalign.lm.sampler import Direct, Generated, Sampling, generate
-from moalign.policies.policy import Policy
+from moalign.lm.sampler import Generated, NextToken, Sampling, generate
+from moalign.policies.policy import Policy, adapter_name
 from moalign.training.experts import expert_folder
 
 if TYPE_CHECKING:
@@ -29,112 +29,94 @@ if TYPE_CHECKING:
 
 
 def interpolated(context: RunContext, preference: Preference) -> Policy:
-    """Return the policy whose weights are the experts' interpolated at ``preference``, asked with the bare prompt.
+    """Return the policy whose weights are the experts' interpolated at ``preference``, given the bare prompt.
 
-    The weights are computed once, when the policy is first asked, and make room for those of the next preference.
+    The weights are computed once, when the policy first answers, and make room for those of the next preference.
     """
-    key = f"interpolated:{preference}"
-    if key not in context.cache:
-        lm = context.task.language_model
-        digits = "_".join(f"{weight:.9f}".replace(".", "p") for weight in preference)  # peft allows no dot in a name
-        name = f"run_{context.run.record.run_id}_at_{digits}"
+    lm, cache = context.task.language_model, context.cache
+    weights = "_".join(f"{weight:.9f}" for weight in preference)
+    name = adapter_name(context, f"at_{weights}".replace(".", "p"))  # peft allows no dot in a name
 
-        def place() -> None:
-            adapters.place(lm, adapters.interpolate(experts(context), preference), name)
+    def place() -> None:
+        if "experts" not in cache:
+            cache["experts"] = [adapters.read(lm, folder) for folder in _folders(context)]
+        adapters.place(lm, adapters.interpolate(cache["experts"], preference), name)
 
-        context.cache[key] = LazyGenerator(lm, name, place, context.cache)
-    return Policy(context.cache[key], context.task.renderer.plain)
+    return Policy(LazyGenerator(lm, name, place, cache), context.task.renderer.plain)
 
 
 def mixed(context: RunContext, preference: Preference) -> Policy:
-    """Return the policy that mixes the experts' next-token distributions, asked with the bare prompt.
+    """Return the policy that mixes the experts' next-token distributions, given the bare prompt.
 
     The experts lie on the model together and are shared by every preference.
     """
-    if "experts on the model" not in context.cache:
-        lm = context.task.language_model
-        generators = []
-        for index, expert in enumerate(experts(context)):
-            name = f"run_{context.run.record.run_id}_expert_{index}"
-            adapters.place(lm, expert, name)
-            generators.append(ModelGenerator(lm, name))
-        context.cache["experts on the model"] = generators
-    return Policy(MixedGenerator(context.cache["experts on the model"], preference), context.task.renderer.plain)
+    lm, cache = context.task.language_model, context.cache
+    if "experts on the model" not in cache:
+        experts = {adapter_name(context, f"expert_{index}"): folder for index, folder in enumerate(_folders(context))}
+        for name, folder in experts.items():
+            adapters.load(lm, folder, name)
+        cache["experts on the model"] = list(experts)
+    return Policy(MixedGenerator(lm, cache["experts on the model"], preference), context.task.renderer.plain)
 
 
-def experts(context: RunContext) -> list[Adapter]:
-    """Return the run's experts, one per objective, read once."""
-    if "experts" not in context.cache:
-        lm, path = context.task.language_model, context.run.path
-        context.cache["experts"] = [
-            adapters.read(lm, path / expert_folder(index)) for index in range(len(context.task.names))
-        ]
-    cached: list[Adapter] = context.cache["experts"]
-    return cached
+def _folders(context: RunContext) -> list[Path]:
+    return [context.run.path / expert_folder(index) for index in range(len(context.task.names))]
 
 
 class MixedGenerator:
     """Several experts on one base that sample each token together: ``log pi = sum_i w_i log pi_i + const``.
 
     Temperature and nucleus apply to the mixture. Every expert keeps a cache of its own: memory for keys and values is
-    theirs together. Experts of weight 0 are not asked; a one-hot vector gives that expert, bit for bit.
+    theirs together. Experts of weight 0 are left out; a one-hot vector gives that expert, bit for bit.
     """
 
-    def __init__(self, experts: Sequence[ModelGenerator], weights: Sequence[float]) -> None:
-        """Mix ``experts`` with ``weights``, one each, not all 0.
-
-        Raises RequestError when the experts do not share one base and one vocabulary.
-        """
-        check_alike([expert.lm for expert in experts])
+    def __init__(self, lm: LanguageModel, experts: Sequence[str], weights: Sequence[float]) -> None:
+        """Mix adapters that are on ``lm``, by name, with ``weights``, one each, not all 0."""
         used = [(expert, weight) for expert, weight in zip(experts, weights, strict=True) if weight != 0]
         if not used:
             raise ValueError(f"at least one weight must not be 0; found {list(weights)}")
+        self.lm = lm
         self.experts = [expert for expert, _ in used]
         self.weights = [weight for _, weight in used]
 
     def generate(self, texts: Sequence[str], rows: Sequence[int], sampling: Sampling) -> Generated:
-        """See :class:`~moalign.lm.generator.Generator`."""
         if self.weights == [1.0]:
-            return self.experts[0].generate(texts, rows, sampling)
-        lm = self.experts[0].lm
-        with adapters.turns(lm, [str(expert.adapter) for expert in self.experts]) as taking_turns:
-            return generate(lm, texts, rows, sampling, partial(Mixture, lm, taking_turns, self.weights))
+            return self.as_model().generate(texts, rows, sampling)
+        with adapters.turns(self.lm, self.experts) as use:
+            return generate(self.lm, texts, rows, sampling, partial(Mixture, self.lm, use, self.weights))
 
     def as_model(self) -> ModelGenerator:
         """Return the expert itself for a one-hot vector; RequestError for any other: no one model says that."""
         if self.weights == [1.0]:
-            return self.experts[0]
+            return ModelGenerator(self.lm, self.experts[0])
         raise RequestError(
             f"its answers come from {len(self.experts)} experts that sample every token together; "
             "no adapter and no single model has that distribution"
         )
 
 
-class Mixture:
-    """The next token as several adapters of one model see it together. See :class:`~.sampler.NextToken`."""
+class Mixture(NextToken):
+    """The next token as several adapters of one model see it together."""
 
-    def __init__(self, lm: LanguageModel, taking_turns: Turns, weights: Sequence[float]) -> None:
-        """Begin a batch; ``weights`` holds one number for each adapter that ``taking_turns`` knows."""
-        self.turns = taking_turns
+    def __init__(self, lm: LanguageModel, use: Callable[[int], None], weights: Sequence[float]) -> None:
+        """Begin a batch; ``use(i)`` lets the adapter of ``weights[i]`` answer (:func:`~moalign.lm.adapters.turns`)."""
+        self.use = use
         self.weights = weights
-        self.sources = [Direct(lm.model) for _ in weights]
-        self.state: Tensor | None = None
+        self.sources = [NextToken(lm.model) for _ in weights]
 
     def read(self, ids: Tensor, mask: Tensor, place: Tensor) -> Tensor:
         """Return ``sum_i w_i log pi_i``, ``[rows, vocabulary]``; it is normalised by whoever draws from it."""
         parts = []
         for index, source in enumerate(self.sources):
-            self.turns.use(index)
+            self.use(index)
             parts.append(source.read(ids, mask, place))
         return mix_logits(parts, self.weights)
 
     def repeat(self, times: int) -> None:
-        """See :class:`~.sampler.NextToken`."""
         for source in self.sources:
             source.repeat(times)
 
     def keep(self, rows: Tensor) -> None:
-        """See :class:`~.sampler.NextToken`."""
         for source in self.sources:
             source.keep(rows)
 
@@ -149,25 +131,3 @@ def mix_logits(logits: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     for part, weight in zip(logits, weights, strict=True):
         total = total + weight * torch.log_softmax(part.float(), dim=-1)
     return total
-
-
-def check_alike(models: Sequence[LanguageModel]) -> None:
-    """Refuse experts whose tokens cannot be mixed: RequestError naming every base and vocabulary that differ."""
-    first = models[0]
-    vocabulary = first.tokenizer.get_vocab()
-    wrong = []
-    for number, lm in enumerate(models[1:], start=2):
-        if lm is first:
-            continue
-        size = len(lm.tokenizer.get_vocab())
-        if lm.tokenizer.get_vocab() != vocabulary:
-            wrong.append(f"expert {number} has another vocabulary than expert 1 ({size} and {len(vocabulary)} tokens)")
-        if lm.fingerprint != first.fingerprint:
-            wrong.append(f"expert {number} has another base ({lm.source}, {lm.fingerprint})")
-    if wrong:
-        raise RequestError(
-            f"experts cannot be mixed token by token: {'; '.join(wrong)}; all need the base of expert 1, "
-            f"{first.source} ({first.fingerprint})"
-        )
-    if any(lm is not first for lm in models):
-        raise ValueError("the experts' base is loaded more than once; put their adapters on one language model")

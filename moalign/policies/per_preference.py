@@ -3,47 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from moalign.core.errors import RequestError
 from moalign.core.preferences import TOLERANCE, label
 from moalign.lm import adapters
 from moalign.lm.generator import LazyGenerator
-from moalign.policies.policy import Policy
+from moalign.policies.policy import Policy, adapter_name
+from moalign.training.grid import adapter_of
 
 if TYPE_CHECKING:
     from moalign.training.job import RunContext
 
 
 def index_of(context: RunContext, preference: Sequence[float]) -> int:
-    """Return which of the run's trained preferences ``preference`` is.
-
-    Raises RequestError naming those served and the nearest of them when it is none.
-    """
+    """Return which of the run's trained preferences this is; RequestError naming them and the nearest if none."""
     served = list(context.preferences)
-    apart = [max(abs(a - b) for a, b in zip(preference, one, strict=True)) for one in served]
-    nearest = min(range(len(served)), key=apart.__getitem__)
-    if apart[nearest] > TOLERANCE:
+    distances = [max(abs(a - b) for a, b in zip(preference, other, strict=True)) for other in served]
+    nearest = min(range(len(served)), key=distances.__getitem__)
+    if distances[nearest] > TOLERANCE:
         raise RequestError(
             f"preference {label(preference)}: run {context.run.record.run_id} ({context.run.record.method}) answers "
-            f"only for the preferences it was trained on: {'; '.join(label(one) for one in served)}; "
+            f"only for the preferences it was trained on: {'; '.join(map(label, served))}; "
             f"the nearest is {label(served[nearest])}"
         )
     return nearest
 
 
 def trained_for(context: RunContext, preference: Sequence[float]) -> Policy:
-    """Return the policy that was trained for ``preference``; its adapter is loaded when it is first asked.
+    """Return the policy that was trained for ``preference``; RequestError for one that was not trained.
 
-    One adapter of the run is on the model at a time, however many preferences are evaluated. Raises RequestError for
-    a vector that was not trained (see :func:`index_of`).
+    One adapter of the run is on the model at a time, however many preferences are evaluated.
     """
-    from moalign.training.grid import adapter_of
-
     index = index_of(context, preference)
-    key = f"generator:{index}"
-    if key not in context.cache:
-        lm, folder = context.task.language_model, context.run.path / adapter_of(index)
-        name = f"run_{context.run.record.run_id}_pref_{index}"
-        context.cache[key] = LazyGenerator(lm, name, lambda: adapters.load(lm, folder, name), context.cache)
-    return Policy(context.cache[key], context.task.renderer.plain)
+    lm, name = context.task.language_model, adapter_name(context, f"pref_{index}")
+    load = partial(adapters.load, lm, context.run.path / adapter_of(index), name)
+    return Policy(LazyGenerator(lm, name, load, context.cache), context.task.renderer.plain)

@@ -1,17 +1,17 @@
-"""What a trained method hands back: something that answers prompts for one preference.
-
-Policies that read their preference from the prompt share one generator (:mod:`moalign.lm.generator`);
-:func:`respond_all` therefore answers a whole preference grid in batched passes instead of one pass per preference.
-"""
+"""What a trained method hands back: something that answers prompts for one preference."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from moalign.core.records import Response
 from moalign.lm.generator import Advance, Generator, in_chunks, records
 from moalign.lm.sampler import Sampling, Traces
+
+if TYPE_CHECKING:
+    from moalign.training.job import RunContext
 
 Chooser = Callable[[Sequence[str], Sequence[Sequence[str]]], Sequence[int]]
 """``choose(prompts, candidates[prompts][samples]) -> indices``: how best-of-n picks its answers."""
@@ -19,15 +19,13 @@ Chooser = Callable[[Sequence[str], Sequence[Sequence[str]]], Sequence[int]]
 
 @dataclass(eq=False)
 class Policy:
-    """Answers prompts for one preference.
-
-    ``render`` turns a bare prompt into what the generator reads; with ``samples > 1`` that many candidates are
-    drawn and ``choose`` picks one.
-    """
+    """Answers prompts for one preference."""
 
     generator: Generator
     render: Callable[[str], str]
+    """Turns a bare prompt into what the generator reads."""
     samples: int = 1
+    """Candidates drawn for each prompt, of which ``choose`` picks one."""
     choose: Chooser | None = None
 
     def respond(self, prompts: Sequence[str], sampling: Sampling) -> list[str]:
@@ -44,44 +42,41 @@ class Answers:
     tokens: int
     """Tokens sampled; a text that several policies share is sampled once."""
     traces: list[Traces | None]
-    """The tokens of each policy's responses, ``[policies]``; None where its generator does not tell them. A policy
-    that chose among samples has those of the sample it chose."""
+    """The tokens of each policy's responses, ``[policies]``; None where its generator does not know them."""
 
     def records(self, policy: int) -> list[Response]:
-        """Return a policy's responses with the tokens they were sampled as, where its generator tells them."""
+        """Return a policy's responses with the tokens they were sampled as, where these are known."""
         return records(self.responses[policy], self.traces[policy])
 
 
 def respond_all(
     policies: Sequence[Policy], prompts: Sequence[str], sampling: Sampling, progress: Advance | None = None
 ) -> Answers:
-    """Answer every prompt with every policy in batched passes, one per distinct generator.
+    """Answer every prompt with every policy; those that share a generator are answered in batches together.
 
-    Prompt ``i`` draws from the same random numbers whatever the policy (common random numbers), and policies
-    whose rendered prompts agree share the sample: an unsteered policy answers every preference alike.
+    Prompt ``i`` draws from the same random numbers whatever the policy (common random numbers), and policies whose
+    rendered prompts agree share the sample: an unsteered policy answers every preference alike.
     """
-    requests_of: dict[int, dict[tuple[str, int], int]] = {}
-    generators: dict[int, Generator] = {}
-    for policy in policies:
-        requests = requests_of.setdefault(id(policy.generator), {})
-        generators[id(policy.generator)] = policy.generator
-        for i, prompt in enumerate(prompts):
-            text = policy.render(prompt)
-            for sample in range(policy.samples):
-                requests.setdefault((text, i + sample * len(prompts)), len(requests))
-    drawn = {
-        key: in_chunks(generators[key], list(requests), sampling, progress) for key, requests in requests_of.items()
-    }
+    texts = [[policy.render(prompt) for prompt in prompts] for policy in policies]
+    generators = {id(policy.generator): policy.generator for policy in policies}
+    requests: dict[int, dict[tuple[str, int], int]] = {key: {} for key in generators}
+    places = []  # of each policy's samples among its generator's requests, [policies][prompts][samples]
+    for policy, rendered in zip(policies, texts, strict=True):
+        known = requests[id(policy.generator)]
+        rows = [[(text, i + n * len(prompts)) for n in range(policy.samples)] for i, text in enumerate(rendered)]
+        places.append([[known.setdefault(request, len(known)) for request in row] for row in rows])
+    drawn = {key: in_chunks(generators[key], list(requests[key]), sampling, progress) for key in generators}
     answers = Answers([], sum(output.tokens for output in drawn.values()), [])
-    for policy in policies:
-        requests, output = requests_of[id(policy.generator)], drawn[id(policy.generator)]
-        places = [
-            [requests[text, i + sample * len(prompts)] for sample in range(policy.samples)]
-            for i, text in enumerate(map(policy.render, prompts))
-        ]
-        candidates = [[output.responses[place] for place in row] for row in places]
+    for policy, samples in zip(policies, places, strict=True):
+        output = drawn[id(policy.generator)]
+        candidates = [[output.responses[place] for place in row] for row in samples]
         picked = policy.choose(prompts, candidates) if policy.choose else [0] * len(prompts)
-        chosen = [row[index] for row, index in zip(places, picked, strict=True)]
+        chosen = [row[index] for row, index in zip(samples, picked, strict=True)]
         answers.responses.append([output.responses[place] for place in chosen])
         answers.traces.append(None if output.traces is None else output.traces.at(chosen))
     return answers
+
+
+def adapter_name(context: RunContext, what: str) -> str:
+    """Return the name, on the model, of one of the run's adapters."""
+    return f"run_{context.run.record.run_id}_{what}"

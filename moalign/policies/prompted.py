@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from moalign.lm import adapters
 from moalign.lm.generator import ModelGenerator
-from moalign.policies.policy import Policy
+from moalign.policies.policy import Policy, adapter_name
 
 if TYPE_CHECKING:
     from moalign.training.job import RunContext
@@ -18,8 +18,7 @@ def trained(context: RunContext, folder: str = "adapter") -> ModelGenerator:
     """Return the run's trained model; loaded once, so that all policies of a run share one generator."""
     key = f"generator:{folder}"
     if key not in context.cache:
-        lm = context.task.language_model
-        name = f"run_{context.run.record.run_id}_{folder.replace('-', '_')}"
+        lm, name = context.task.language_model, adapter_name(context, folder.replace("-", "_"))
         adapters.load(lm, context.run.path / folder, name)
         context.cache[key] = ModelGenerator(lm, name)
     generator: ModelGenerator = context.cache[key]
@@ -28,9 +27,7 @@ def trained(context: RunContext, folder: str = "adapter") -> ModelGenerator:
 
 def base(context: RunContext) -> ModelGenerator:
     """Return the bare base as a generator, one per run."""
-    if "base" not in context.cache:
-        context.cache["base"] = ModelGenerator(context.task.language_model)
-    generator: ModelGenerator = context.cache["base"]
+    generator: ModelGenerator = context.cache.setdefault("base", ModelGenerator(context.task.language_model))
     return generator
 
 

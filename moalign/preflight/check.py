@@ -15,7 +15,7 @@ from moalign.config.load import ResolvedRequest
 from moalign.config.objectives import ModelObjective, ObjectiveSpec
 from moalign.config.recipe import Recipe
 from moalign.core.errors import RequestError
-from moalign.lm import builtin
+from moalign.lm import architecture, builtin
 from moalign.lm.architecture import Architecture
 from moalign.methods import registry
 from moalign.preflight import cost, memory
@@ -81,6 +81,9 @@ def check(name_or_path: str, overrides: Sequence[str] = (), results: Path = Path
     if card is not None:
         model = _pointed_to(report, card, results, with_options)
         if resolved is not None:
+            if model is not None and _is_local(str(card.model)):
+                lora = resolved.recipe.policy.lora if registry.get(resolved.recipe.method).capabilities.trains else None
+                report.look("policy", partial(architecture.examine, model, "task.model", lora))
             _sizes(report, resolved, model)
     return report
 

@@ -149,7 +149,7 @@ def reward_models(card: TaskCard) -> tuple[list[tuple[ModelObjective, Architectu
 def sizes_of(model: str) -> Architecture | None:
     """Return the sizes of a model folder or known hub model, None when they are not known."""
     folder = builtin.converted(model) or Path(model).expanduser()
-    return architecture.of_folder(folder) if folder.is_dir() else architecture.known(model)
+    return architecture.of_folder(folder) if folder.is_dir() else architecture.KNOWN.get(model)
 
 
 def stages(config: Strict, name: str = "") -> Iterator[tuple[str, SftConfig | OnlineConfig]]:

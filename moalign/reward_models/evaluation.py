@@ -48,49 +48,44 @@ class Evaluation(TypedDict):
     mean: Mean
 
 
-def deltas(spec: ClassifierObjective, pairs: PairSet, base_dir: Path) -> tuple[Vector, ClassifierScorer]:
-    """Return ``r(chosen) - r(rejected)`` of every pair, ``[pairs]``, and the scorer that gave them.
-
-    The sign is turned where smaller scores are better.
-    """
-    scorer = ClassifierScorer(spec, base_dir)
+def deltas(scorer: ClassifierScorer, pairs: PairSet) -> Vector:
+    """Return ``r(chosen) - r(rejected)`` of every pair, ``[pairs]``; turned where smaller scores are better."""
     scores = np.asarray(scorer.score(pairs.prompts * 2, pairs.chosen + pairs.rejected))
     delta: Vector = scores[: len(pairs)] - scores[len(pairs) :]
-    return (delta if spec.maximise else 0.0 - delta), scorer
+    return delta if scorer.maximise else 0.0 - delta
 
 
 def evaluate(
-    spec: ClassifierObjective,
-    sets: Sequence[PairSet],
-    fitting: Sequence[PairSet] = (),
-    *,
-    base_dir: Path = Path("."),
-    draws: int = 1000,
-    seed: int = 0,
+    spec: ClassifierObjective, sets: Sequence[PairSet], fitting: Sequence[PairSet] = (), draws: int = 1000
 ) -> Evaluation:
     """Judge a reward model on the pairs of every data set.
 
     The ``label`` of ``spec`` may be None for a model with a head per data set. Temperatures are fitted on the pairs of
-    ``fitting`` (the calibration split), in the same order of data sets. ``draws`` and ``seed`` are the bootstrap's.
+    ``fitting`` (the calibration split), in the same order of data sets. ``draws`` is the bootstrap's.
     """
     reports: list[DataSetReport] = []
-    labels = list(ClassifierScorer(spec.model_copy(update={"label": 0}), base_dir).labels.values())
+    labels = list(ClassifierScorer(spec.model_copy(update={"label": 0}), Path()).labels.values())
     for number, pairs in enumerate(sets):
         head = spec
         if spec.label is None and len(labels) > 1 and pairs.name in labels:
             head = spec.model_copy(update={"label": pairs.name})
-        delta, scorer = deltas(head, pairs, base_dir)
+        scorer = ClassifierScorer(head, Path())
+        delta, shortened = deltas(scorer, pairs), scorer.rows_shortened
         temperature = None
         if fitting and len(fitting[number]):
-            temperature = calibration.temperature(deltas(head, fitting[number], base_dir)[0])
+            temperature = calibration.temperature(deltas(scorer, fitting[number]))
+        truth: Agreement | None = None
+        if pairs.chance:
+            accuracy = calibration.accuracy(delta, pairs.chance)
+            truth = Agreement(accuracy=accuracy, ece=calibration.eces(delta, pairs.chance))
         reports.append(
             DataSetReport(
                 name=pairs.name,
-                **calibration.report(delta, 1.0, draws, seed),
-                rows_shortened=scorer.rows_shortened,
+                **calibration.report(delta, draws=draws),
+                rows_shortened=shortened,
                 temperature=temperature,
                 ece_scaled=None if temperature is None else calibration.eces(delta / temperature),
-                truth=_agreement(delta, np.asarray(pairs.chance)) if pairs.chance else None,
+                truth=truth,
             )
         )
     average = _average(reports)
@@ -99,10 +94,6 @@ def evaluate(
     if len(known) == len(reports):
         mean["truth"] = _average(known)
     return Evaluation(datasets=reports, mean=mean)
-
-
-def _agreement(delta: Vector, first: Vector) -> Agreement:
-    return Agreement(accuracy=calibration.accuracy(delta, first), ece=calibration.eces(delta, first))
 
 
 def _average(rows: Sequence[Agreement | DataSetReport]) -> Agreement:

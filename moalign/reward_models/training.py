@@ -119,7 +119,7 @@ def load_backbone(request: RewardRequest) -> tuple[Any, Any]:
 def make_encoder(settings: RewardSettings, model: Any, tokenizer: Any) -> RowEncoder:
     """Return what turns (prompt, response) into rows, as scoring will."""
     check_templates(settings.template, None, "template")
-    return RowEncoder.of(model, tokenizer, settings.template, None, settings.max_tokens, "--model")
+    return RowEncoder(model, tokenizer, settings.template, None, settings.max_tokens, "--model")
 
 
 def encode_pairs(sets: Sequence[PairSet], encoder: RowEncoder) -> list[PairRow]:

@@ -93,7 +93,7 @@ class ClassifierScorer(ModelScorer[ClassifierObjective]):
     def _encoder(self) -> RowEncoder:
         spec = self.spec
         texts = spec.template, spec.pair_template
-        return RowEncoder.of(self._model, self._tokenizer, *texts, spec.max_length, self.where)
+        return RowEncoder(self._model, self._tokenizer, *texts, spec.max_length, self.where)
 
     # --- batches
 

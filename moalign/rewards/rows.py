@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from moalign.core.errors import RequestError, did_you_mean
@@ -66,30 +65,23 @@ def require_known(token: int, vocabulary: int, where: str) -> None:
         )
 
 
-@dataclass
 class RowEncoder:
     """Tokenises (prompt, response) texts for one model."""
 
-    tokenizer: Any
-    template: str
-    """A text with ``{prompt}`` and ``{response}``."""
-    pair_template: str | None
-    """The second text, for models that read pairs."""
-    max_length: int
-    """Most tokens of a row, special tokens included."""
-    vocabulary: int
-    where: str
-    """How messages name the place."""
-    shortened: int = 0
-    """Rows so far that were longer than the model reads."""
+    def __init__(
+        self, model: Any, tokenizer: Any, template: str, pair_template: str | None, max_length: int, where: str
+    ) -> None:
+        """Take templates, the second for models that read pairs, and how messages name the place.
 
-    @classmethod
-    def of(
-        cls, model: Any, tokenizer: Any, template: str, pair_template: str | None, max_length: int, where: str
-    ) -> RowEncoder:
-        """Return the encoder for a model that may read less than ``max_length``."""
-        most = longest(model, tokenizer, max_length)
-        return cls(tokenizer, template, pair_template, most, vocabulary_of(model), where)
+        Rows have at most ``max_length`` tokens, special tokens included, and no more than the model reads.
+        """
+        self.tokenizer = tokenizer
+        self.templates = [template] if pair_template is None else [template, pair_template]
+        self.max_length = longest(model, tokenizer, max_length)
+        self.vocabulary = vocabulary_of(model)
+        self.where = where
+        self.shortened = 0
+        """Rows so far that were longer than ``max_length``."""
 
     def rows(self, pairs: Sequence[tuple[str, str]]) -> list[Row]:
         """Return one row per (prompt, response), none longer than ``max_length`` and none empty.
@@ -104,21 +96,14 @@ class RowEncoder:
                 self.shortened += 1
             if not rows[at]["input_ids"]:
                 # No model can read an empty text: a token stands for it.
-                tokenizer = self.tokenizer
-                tokens = (
-                    tokenizer.bos_token_id,
-                    tokenizer.eos_token_id,
-                    tokenizer.cls_token_id,
-                    tokenizer.unk_token_id,
-                )
+                tokens = (getattr(self.tokenizer, f"{name}_token_id") for name in ("bos", "eos", "cls", "unk"))
                 stand_in = next((token for token in tokens if token is not None), 0)
                 rows[at] = {key: [stand_in] if key == "input_ids" else [0] for key in rows[at]}
         return rows
 
     def _encode(self, pairs: Sequence[tuple[str, str]]) -> list[Row]:
-        templates = [self.template] if self.pair_template is None else [self.template, self.pair_template]
         coded = self.tokenizer(
-            *([render(template, *pair) for pair in pairs] for template in templates),
+            *([render(template, *pair) for pair in pairs] for template in self.templates),
             add_special_tokens=True,
             truncation=False,
             padding=False,

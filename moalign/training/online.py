@@ -25,7 +25,8 @@ from torch import Tensor
 from moalign.core.schedule import factor
 from moalign.core.seeds import derive
 from moalign.lm import adapters
-from moalign.lm.language_model import LanguageModel, token_outputs
+from moalign.lm.language_model import LanguageModel
+from moalign.lm.log_probs import token_outputs
 from moalign.losses import ppo
 from moalign.training.checkpoints import resume, save_checkpoint
 from moalign.training.dropout import without_dropout

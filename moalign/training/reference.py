@@ -110,7 +110,7 @@ def log_probs(
 
 
 def _score(lm: LanguageModel, rows: Sequence[Row], temperature: float = 1.0) -> torch.Tensor:
-    from moalign.lm.language_model import token_outputs
+    from moalign.lm.log_probs import token_outputs
 
     batch = pad_rows(rows, lm.pad, lm.device)
     width = batch["input_ids"].shape[1] - min(len(ids) - length for ids, length in rows)

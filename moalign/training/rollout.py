@@ -16,9 +16,9 @@ from torch import Tensor
 
 from moalign.core.seeds import derive
 from moalign.lm import adapters
-from moalign.lm.language_model import LanguageModel, reference_mode, token_outputs
-from moalign.lm.sampler import Samples, responses, sample
-from moalign.lm.stopping import trim
+from moalign.lm.language_model import LanguageModel, reference_mode
+from moalign.lm.log_probs import token_outputs
+from moalign.lm.sampler import Samples, responses, sample, trim
 from moalign.training.preference_draws import Draw
 from moalign.training.settings import OnlineConfig
 

@@ -43,10 +43,16 @@ CONFIG = {
     "num_attention_heads": 2,
     "vocab_size": 100,
 }
+LAYER = {
+    **{f"self_attn.{name}_proj": [16, 16] for name in "qkvo"},
+    **{f"mlp.{name}_proj": [48, 16] for name in ("gate", "up")},
+    "mlp.down_proj": [16, 48],
+    "input_layernorm": [16],
+    "post_attention_layernorm": [16],
+}
 SHAPES = {
     "model.embed_tokens.weight": [100, 16],
-    "model.layers.0.self_attn.q_proj.weight": [16, 16],
-    "model.layers.0.mlp.up_proj.weight": [48, 16],
+    **{f"model.layers.0.{name}.weight": shape for name, shape in LAYER.items()},
     "model.norm.weight": [16],
     "lm_head.weight": [100, 16],
 }
@@ -106,6 +112,22 @@ def test_prompts_that_are_too_long_are_counted(moalign: Any, recipe: Path) -> No
     assert ended.code == 2 and "8 tokens do not hold what the template writes around a prompt" in ended.errors[0]
 
 
+def test_a_policy_whose_weights_or_targets_do_not_fit_is_a_problem(
+    moalign: Any, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = {
+        row["what"]: row["found"] for row in json.loads(moalign("check", "tales/sft.yaml", "--json").out)["checked"]
+    }
+    assert seen["policy"] == "LlamaForCausalLM, 6,576 parameters, 1,280 in LoRA adapters"
+    ended = moalign("check", "tales/sft.yaml", "--set", "policy.lora.targets=[q_projj]")
+    assert ended.code == 2 and "policy.lora.targets ['q_projj']: Target modules" in ended.errors[0]
+    monkeypatch.delitem(SHAPES, "model.layers.0.mlp.down_proj.weight")
+    write_model(tmp_path / "other")
+    ended = moalign("check", "tales/sft.yaml", "--set", f"task.model={tmp_path / 'other'}")
+    assert ended.code == 2
+    assert "task.model: its weights are not those of a LlamaForCausalLM (missing: model.layers.0" in ended.errors[0]
+
+
 def test_a_config_of_no_known_model_is_a_problem(moalign: Any, recipe: Path, tmp_path: Path) -> None:
     config = {key: value for key, value in CONFIG.items() if key != "model_type"}
     (tmp_path / "base" / "config.json").write_text(json.dumps(config))
@@ -134,8 +156,8 @@ def test_prompts_to_be_dropped_are_not_counted_without_the_model(
 
 def test_the_memory_estimate_counts_weights_and_adapters(moalign: Any, recipe: Path) -> None:
     memory = json.loads(moalign("check", "tales/sft.yaml", "--json").out)["memory"]
-    assert memory["parameters"] == 100 * 16 + 16 * 16 + 48 * 16 + 16 + 100 * 16
-    assert memory["adapter_parameters"] == 4 * (16 + 16) + 4 * (48 + 16)  # q_proj and up_proj; not embedding or head
+    assert memory["parameters"] == 100 * 16 + 4 * 16 * 16 + 3 * 48 * 16 + 3 * 16 + 100 * 16
+    assert memory["adapter_parameters"] == 4 * 4 * (16 + 16) + 3 * 4 * (48 + 16)  # not embedding or head
     assert memory["weights_gib"] == memory["parameters"] * 4 / 2**30
     assert memory["adapters_gib"] == memory["adapter_parameters"] * 16 / 2**30
     assert memory["stated_gib"] == 24

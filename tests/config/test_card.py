@@ -47,8 +47,8 @@ NUMBERS = {"mean": 0, "sd": 1, "lo": -1, "hi": 1}
     ],
 )
 def test_what_a_card_refuses(changes: dict[str, Any], expected: str) -> None:
-    (told,) = validate.check(TaskCard, card(**changes))[1]
-    assert told.startswith(expected)
+    (problem,) = validate.check(TaskCard, card(**changes))[1]
+    assert problem.startswith(expected)
 
 
 def test_names_keep_the_tasks_order() -> None:
@@ -106,10 +106,10 @@ EARLIER = {
 def test_settings_at_their_default_leave_the_hash(name: str) -> None:
     plain = load_card(name)
     assert plain.hash() == EARLIER[name]
-    told = plain.model_dump(mode="json")
-    assert TaskCard.model_validate({**told, "quality": {}, "overlong": "cut"}).hash() == EARLIER[name]
+    whole = plain.model_dump(mode="json")
+    assert TaskCard.model_validate({**whole, "quality": {}, "overlong": "cut"}).hash() == EARLIER[name]
     sparse = plain.model_dump(mode="json", exclude_defaults=True)
-    assert len(sparse) < len(told)
+    assert len(sparse) < len(whole)
     assert TaskCard.model_validate(sparse).hash() == EARLIER[name]
 
 
@@ -180,5 +180,5 @@ def test_and_change_it_where_they_are_given(changes: dict[str, Any]) -> None:
 def test_cutting_prompts_that_are_too_long_is_the_default() -> None:
     assert made(overlong="cut").hash() == made().hash()
     assert made(overlong="cut").hash(model="x") == made().hash(model="x")
-    (told,) = validate.check(TaskCard, card(overlong="crop"))[1]
-    assert told.startswith("overlong: found 'crop'; allowed: ")
+    (problem,) = validate.check(TaskCard, card(overlong="crop"))[1]
+    assert problem.startswith("overlong: found 'crop'; allowed: ")

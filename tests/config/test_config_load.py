@@ -154,8 +154,8 @@ def test_paths_that_cannot_be_hub_ids_must_exist(recipes: Path, tmp_path: Path) 
 def test_errors_of_card_recipe_config_and_options_are_one_error(recipes: Path) -> None:
     edit(recipes / "demo" / "task.yaml", ("kind: rule", "kind: ruel"), ("[0, 0]", "[0, x]"))
     edit(recipes / "demo" / "ric.yaml", ("seed: 7", "sede: 7"), ("lr: 1e-4", "lr: fast\n  stpes: 3"))
-    told = problems(RECIPE, "steps=none", "task.grid=1", "grdi=3", "policy.lora.r=0", "x")
-    assert told == (
+    texts = problems(RECIPE, "steps=none", "task.grid=1", "grdi=3", "policy.lora.r=0", "x")
+    assert texts == (
         "--set grdi: unknown setting; allowed: steps, lr, pairing, description, seed, prefs, holdout, policy.KEY, "
         + "config.KEY, needs.KEY, reported, trackers, sources.KEY, task.KEY; did you mean 'task.grid'?",
         "--set x: no '=' found; write --set key=value, like --set seed=3",
@@ -185,14 +185,14 @@ def test_errors_of_card_recipe_config_and_options_are_one_error(recipes: Path) -
     ],
 )
 def test_an_unknown_option_offers_the_nearest_of_all(recipes: Path, option: str, offered: str) -> None:
-    (told,) = problems(RECIPE, option)
-    assert told.startswith(f"--set {option.split('=')[0]}: unknown setting; allowed: steps, lr, pairing,")
-    assert told.endswith(f"; did you mean {offered!r}?")
+    (texts,) = problems(RECIPE, option)
+    assert texts.startswith(f"--set {option.split('=')[0]}: unknown setting; allowed: steps, lr, pairing,")
+    assert texts.endswith(f"; did you mean {offered!r}?")
 
 
 def test_keys_inside_a_section_offer_the_nearest_there(recipes: Path) -> None:
-    told = problems(RECIPE, "config.stpes=1", "task.generation.temprature=1", "pairing.knd=best")
-    assert told == (
+    texts = problems(RECIPE, "config.stpes=1", "task.generation.temprature=1", "pairing.knd=best")
+    assert texts == (
         "--set task.generation.temprature: unknown key; allowed: max_prompt_tokens, max_new_tokens, temperature, "
         + "top_p, batch_size; did you mean 'temperature'?",
         "--set pairing.knd: config.pairing.knd: unknown key; allowed: kind; did you mean 'kind'?",
@@ -201,16 +201,16 @@ def test_keys_inside_a_section_offer_the_nearest_there(recipes: Path) -> None:
 
 
 def test_task_and_method_are_not_settings(recipes: Path) -> None:
-    told = problems(RECIPE, "task=other", "method=moc")
-    assert [text.split(";")[0] for text in told] == [
+    texts = problems(RECIPE, "task=other", "method=moc")
+    assert [text.split(";")[0] for text in texts] == [
         "--set task: the task itself is not a setting",
         "--set method: the method itself is not a setting",
     ]
 
 
 def test_an_option_through_a_plain_value(recipes: Path) -> None:
-    told = problems(RECIPE, "lr.x=1", "task.objectives.7.name=x")
-    assert told == (
+    texts = problems(RECIPE, "lr.x=1", "task.objectives.7.name=x")
+    assert texts == (
         "--set lr.x: config.lr is 0.0001, not a section; it has no key 'x'",
         "--set task.objectives.7.name: objectives is a list; found position '7'; allowed: 0 to 1",
     )
@@ -228,8 +228,8 @@ def test_a_card_alone_takes_only_its_own_keys(recipes: Path) -> None:
 
 def test_a_recipe_of_another_method(recipes: Path) -> None:
     edit(recipes / "demo" / "ric.yaml", ("method: ric", "method: moc"))
-    (told,) = problems()
-    assert told.startswith("recipes/demo/ric.yaml:1: method: found 'moc', but the method asked for is 'ric'")
+    (texts,) = problems()
+    assert texts.startswith("recipes/demo/ric.yaml:1: method: found 'moc', but the method asked for is 'ric'")
 
 
 def test_preferences_of_a_recipe_are_checked_against_the_cards_objectives(recipes: Path) -> None:
@@ -253,9 +253,9 @@ def test_tasks_that_do_not_exist(recipes: Path) -> None:
 def test_broken_files_do_not_hide_the_other_file(recipes: Path) -> None:
     (recipes / "demo" / "ric.yaml").write_text("a: [1\n")
     edit(recipes / "demo" / "task.yaml", ("kind: text", "kind: txt"))
-    told = problems(task="demo")
-    assert told[0].startswith("recipes/demo/ric.yaml:2: broken YAML")
-    assert told[1] == "recipes/demo/task.yaml:2: kind: found 'txt'; allowed: 'sandbox' or 'text'; did you mean 'text'?"
+    texts = problems(task="demo")
+    assert texts[0].startswith("recipes/demo/ric.yaml:2: broken YAML")
+    assert texts[1] == "recipes/demo/task.yaml:2: kind: found 'txt'; allowed: 'sandbox' or 'text'; did you mean 'text'?"
     assert problems()[0].startswith("recipes/demo/ric.yaml:2: broken YAML")
     assert problems(Path("none.yaml"))[0] == "none.yaml: cannot be read: No such file or directory"
 
@@ -322,8 +322,8 @@ def test_a_task_without_that_recipe_has_the_defaults(recipes: Path) -> None:
 
 def test_what_is_wrong_in_the_section_is_still_told(recipes: Path) -> None:
     (recipes / "demo" / "hindsight.yaml").write_text(LENDER)
-    for given, said in (("distil.m=5", r"distil\.m: unknown key; allowed: steps"), ("distil=[1]", "distil")):
-        with pytest.raises(RequestError, match=said):
+    for given, text in (("distil.m=5", r"distil\.m: unknown key; allowed: steps"), ("distil=[1]", "distil")):
+        with pytest.raises(RequestError, match=text):
             warm("warm_start=hindsight", given)
 
 

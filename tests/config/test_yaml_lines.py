@@ -50,9 +50,9 @@ def problems(text: str) -> tuple[str, ...]:
     ],
 )
 def test_scalars_mean_what_they_look_like(text: str, value: Any) -> None:
-    found = yaml_lines.parse(f"key: {text}", "r.yaml").data["key"]
-    assert found == value
-    assert type(found) is type(value)
+    result = yaml_lines.parse(f"key: {text}", "r.yaml").data["key"]
+    assert result == value
+    assert type(result) is type(value)
     assert yaml_lines.parse_value(text, "--set key") == value
 
 
@@ -156,10 +156,10 @@ def test_broken_files_are_one_request_error_with_a_line(text: str, expected: str
 def test_aliases_that_expand_to_billions_are_refused_quickly() -> None:
     rows = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     rows += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 12)]
-    found = problems("\n".join(rows))
-    assert "once aliases are expanded" in found[0]
-    assert found[0].startswith("r.yaml:5:")
-    assert not any(text.startswith("r.yaml:6:") for text in found)  # named where it starts, not at every level
+    result = problems("\n".join(rows))
+    assert "once aliases are expanded" in result[0]
+    assert result[0].startswith("r.yaml:5:")
+    assert not any(text.startswith("r.yaml:6:") for text in result)  # named where it starts, not at every level
 
 
 def test_a_merged_section_keeps_its_lines() -> None:

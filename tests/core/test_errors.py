@@ -63,6 +63,6 @@ def test_a_near_name_is_an_allowed_one_and_an_exact_one_is_itself(name: str, all
     near = nearest(name, allowed)
     assert near is None or near in allowed
     for exact in allowed:
-        found = nearest(exact, allowed)
-        assert found is not None
-        assert found.casefold() == exact.casefold()
+        result = nearest(exact, allowed)
+        assert result is not None
+        assert result.casefold() == exact.casefold()

@@ -87,21 +87,21 @@ def test_the_normalised_form_that_is_offered_is_accepted(values: list[float]) ->
     names = [f"objective{index}" for index in range(len(values))]
     offered = re.search(r"did you mean --prefs ([^?]+)\?", refused(",".join(map(repr, values)), names))
     assert offered is not None
-    found = preferences.parse(offered.group(1), names)
-    assert np.allclose(found, np.array(values) / sum(values), atol=1e-7)
+    result = preferences.parse(offered.group(1), names)
+    assert np.allclose(result, np.array(values) / sum(values), atol=1e-7)
 
 
 @settings(deadline=None, max_examples=200)
 @given(text=st.text(max_size=20) | st.text("0123456789.,-e ", max_size=20), count=st.integers(2, 4))
 def test_any_text_is_a_preference_or_refused(text: str, count: int) -> None:
     try:
-        found = preferences.parse(text, THREE[:1] * count)
+        result = preferences.parse(text, THREE[:1] * count)
     except RequestError as error:
         assert str(error).startswith("--prefs ")
     else:
-        assert len(found) == count
-        assert min(found) >= 0
-        assert abs(math.fsum(found) - 1) <= preferences.TOLERANCE
+        assert len(result) == count
+        assert min(result) >= 0
+        assert abs(math.fsum(result) - 1) <= preferences.TOLERANCE
 
 
 def test_the_field_grid_has_eleven_points_from_corner_to_corner() -> None:
@@ -196,8 +196,8 @@ def test_preferences_move_to_a_neighbour_on_the_grid(weights: list[list[float]],
 
 
 def test_the_largest_remainders_are_moved_up() -> None:
-    found = preferences.on_grid(np.array([[0.46, 0.33, 0.21], [0.3, 0.7, 0.0]]), 10)
-    assert found.tolist() == [[0.5, 0.3, 0.2], [0.3, 0.7, 0.0]]
+    result = preferences.on_grid(np.array([[0.46, 0.33, 0.21], [0.3, 0.7, 0.0]]), 10)
+    assert result.tolist() == [[0.5, 0.3, 0.2], [0.3, 0.7, 0.0]]
 
 
 def test_dirichlet_draws_are_preferences_and_follow_the_seed() -> None:

@@ -32,6 +32,6 @@ def test_seeds_are_stable_across_processes_and_places_apart() -> None:
     assert derive(0, "online", 3) == derive(0, "online", 3)
     assert derive(0, "online", 3) == 547076274151665429  # written down: a resume may run another version of Python
     places = [(0, "a", 1), (1, "a", 1), (0, "a", 2), (0, "a1"), (0, "a", 1, "x"), (0, "b", 1), (0, "a", 11)]
-    found = [derive(*place) for place in places]
-    assert len(set(found)) == len(places)
-    assert all(0 <= seed < 2**63 for seed in found)
+    result = [derive(*place) for place in places]
+    assert len(set(result)) == len(places)
+    assert all(0 <= seed < 2**63 for seed in result)

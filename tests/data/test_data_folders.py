@@ -43,9 +43,9 @@ def folder(write_jsonl: WriteJsonl) -> Path:
 
 
 def test_a_folder_of_data_files(folder: Path) -> None:
-    found = rows(folder)
-    assert [row.values for row in found] == [{"prompt": f"p{index} 😀", "score": index / 2} for index in range(5)]
-    assert found[2].where == f"{folder}: split train, row 3"
+    result = rows(folder)
+    assert [row.values for row in result] == [{"prompt": f"p{index} 😀", "score": index / 2} for index in range(5)]
+    assert result[2].where == f"{folder}: split train, row 3"
     assert len(rows(folder, split="test")) == 2
     assert len(rows(folder.name, folder.parent, limit=3)) == 3
 
@@ -149,19 +149,19 @@ def test_hub_ids_while_offline(write_jsonl: WriteJsonl, tmp_path: Path) -> None:
     command = [sys.executable, "-c", OFFLINE, str(folder)]
     done = subprocess.run(command, env=os.environ | home, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
+    messages = json.loads(done.stdout.splitlines()[-1])
     prompts = [record["prompt"] for record in RECORDS]
-    assert told["missing"].startswith(
+    assert messages["missing"].startswith(
         "owner/no-such-data: this hub data set could not be reached (offline?), is not in the cache, and there is no "
         f"local file or folder {folder}/owner/no-such-data ("
     )
-    assert told["missing"].endswith(
+    assert messages["missing"].endswith(
         "to work offline, point path to a local file (.jsonl, .json, .csv, .jsonl.gz, .json.gz, .csv.gz, .parquet) "
         "or to a data set folder"
     )
-    assert (told["cached"], told["limited"], told["right"]) == (prompts, prompts[:2], prompts)
+    assert (messages["cached"], messages["limited"], messages["right"]) == (prompts, prompts[:2], prompts)
     # datasets by itself would have returned the cached copy of another revision.
-    assert told["wrong"] == (
+    assert messages["wrong"] == (
         f"owner/name: revision 'v2' could not be fetched from the hub, and the cached copy is revision {'ab' * 20}; "
         "go online, or give a local file or folder as path"
     )

@@ -63,7 +63,7 @@ def test_a_wrong_prompt_column_names_the_nearest(write_jsonl: WriteJsonl) -> Non
 
 
 @pytest.mark.parametrize(
-    ("record", "told"),
+    ("record", "wrong"),
     [
         ({"prompt": None}, "column 'prompt' must be text; found nothing (null)"),
         ({"prompt": 1}, "column 'prompt' must be text; found a number 1"),
@@ -71,9 +71,9 @@ def test_a_wrong_prompt_column_names_the_nearest(write_jsonl: WriteJsonl) -> Non
         ({"chosen": "a"}, "no column 'prompt'; found: chosen"),
     ],
 )
-def test_bad_prompts_in_a_source(write_jsonl: WriteJsonl, record: dict[str, Any], told: str) -> None:
+def test_bad_prompts_in_a_source(write_jsonl: WriteJsonl, record: dict[str, Any], wrong: str) -> None:
     path = write_jsonl([{"prompt": "a"}, record])
-    assert refusal(lambda: load_prompts(DataSpec(prompts=source(path))), path.parent) == f"data.jsonl:2: {told}"
+    assert refusal(lambda: load_prompts(DataSpec(prompts=source(path))), path.parent) == f"data.jsonl:2: {wrong}"
 
 
 def test_bad_listed_prompts() -> None:
@@ -120,7 +120,7 @@ PLAIN = ".template: text 1: {who} may hold a part's name and nothing else; found
 
 
 @pytest.mark.parametrize(
-    ("grammar", "told"),
+    ("grammar", "wrong"),
     [
         ({"who": ["a"]}, "needs a list 'template' of texts with {part} fields; found: who"),
         ({}, "needs a list 'template' of texts with {part} fields; found: nothing"),
@@ -134,15 +134,15 @@ PLAIN = ".template: text 1: {who} may hold a part's name and nothing else; found
         ({"template": ["{who}"], "who": [" "]}, "the template '{who}' gives an empty prompt"),
     ],
 )
-def test_bad_grammars(grammar: dict[str, list[str]], told: str) -> None:
-    begins = "data.prompt_grammar" + ("" if told.startswith(".") else ": ")
-    assert refusal(lambda: load_prompts(DataSpec(prompt_grammar=grammar))) == begins + told
+def test_bad_grammars(grammar: dict[str, list[str]], wrong: str) -> None:
+    begins = "data.prompt_grammar" + ("" if wrong.startswith(".") else ": ")
+    assert refusal(lambda: load_prompts(DataSpec(prompt_grammar=grammar))) == begins + wrong
 
 
 def test_unbalanced_braces() -> None:
-    told = refusal(lambda: load_prompts(DataSpec(prompt_grammar={"template": ["{who"], "who": ["a"]})))
-    assert told.startswith("data.prompt_grammar.template: text 1: ")
-    assert told.endswith("write {{ and }} for braces that are text; found '{who'")
+    wrong = refusal(lambda: load_prompts(DataSpec(prompt_grammar={"template": ["{who"], "who": ["a"]})))
+    assert wrong.startswith("data.prompt_grammar.template: text 1: ")
+    assert wrong.endswith("write {{ and }} for braces that are text; found '{who'")
 
 
 def test_a_grammar_too_large_is_refused_before_it_is_made() -> None:
@@ -183,8 +183,8 @@ def test_responses_of_a_csv_with_renamed_columns(tmp_path: Path) -> None:
 def test_a_column_says_which_responses_came_to_their_end(write_jsonl: WriteJsonl, tmp_path: Path) -> None:
     flags = [True, False, 1, 0, None, "true", "False"]
     path = write_jsonl([{"prompt": "p", "response": f"{i}", "finished": flag} for i, flag in enumerate(flags)])
-    found = [one.finished for one in load_responses(DataSpec(responses=source(path)), ["help"])]
-    assert found == [True, False, True, False, True, True, False]
+    result = [one.finished for one in load_responses(DataSpec(responses=source(path)), ["help"])]
+    assert result == [True, False, True, False, True, True, False]
     path = tmp_path / "a.csv"
     path.write_text("prompt,response,whole\np,a,true\np,b,False\np,c,1\np,d,0\np,e,\np,f,TRUE\n")
     spec = DataSpec(responses=source(path, columns={"finished": "whole"}))
@@ -197,23 +197,23 @@ def test_without_that_column_all_did(write_jsonl: WriteJsonl) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flag", "found"), [("yes", "'yes'"), (2, "2"), (0.0, "0.0"), ([True], r"a list [True]"), ("nearly", "'nearly'")]
+    ("flag", "result"), [("yes", "'yes'"), (2, "2"), (0.0, "0.0"), ([True], r"a list [True]"), ("nearly", "'nearly'")]
 )
-def test_a_flag_that_is_neither_true_nor_false(write_jsonl: WriteJsonl, flag: Any, found: str) -> None:
+def test_a_flag_that_is_neither_true_nor_false(write_jsonl: WriteJsonl, flag: Any, result: str) -> None:
     path = write_jsonl([{"prompt": "p", "response": "a", "finished": f} for f in (True, flag)])
     assert refusal(lambda: list(load_responses(DataSpec(responses=source(path)), [])), path.parent).startswith(
         "data.jsonl:2: column 'finished' must be true, false or nothing; found "
     )
     with pytest.raises(RequestError) as caught:
         list(load_responses(DataSpec(responses=source(path)), []))
-    assert str(caught.value).endswith(found)
+    assert str(caught.value).endswith(result)
 
 
 def test_a_flag_of_a_csv_that_is_neither(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("prompt,response,finished\np,a,true\np,b,maybe\n")
-    told = refusal(lambda: list(load_responses(DataSpec(responses=source(path)), [])), tmp_path)
-    assert told.startswith("a.csv:3: column 'finished' must be true, false or nothing; found ")
+    wrong = refusal(lambda: list(load_responses(DataSpec(responses=source(path)), [])), tmp_path)
+    assert wrong.startswith("a.csv:3: column 'finished' must be true, false or nothing; found ")
 
 
 def test_both_replies_of_preference_dialogues_are_responses_with_their_leading_space(write_jsonl: WriteJsonl) -> None:
@@ -236,8 +236,8 @@ def test_a_score_column_under_almost_the_right_name(write_jsonl: WriteJsonl) -> 
         "data.jsonl:1: column 'Help-Ful' looks like the objective 'helpful', but has another name; rename it, or say "
         "columns: {helpful: Help-Ful}"
     )
-    said = DataSpec(responses=source(path, columns={"helpful": "Help-Ful"}))
-    assert next(load_responses(said, ["helpful", "harmless"])).scores == (1.0, 2.0)
+    text = DataSpec(responses=source(path, columns={"helpful": "Help-Ful"}))
+    assert next(load_responses(text, ["helpful", "harmless"])).scores == (1.0, 2.0)
 
 
 def test_a_response_that_is_no_text(write_jsonl: WriteJsonl) -> None:
@@ -284,7 +284,7 @@ SAME = "chosen and rejected are the same text; a pair needs two different replie
 
 
 @pytest.mark.parametrize(
-    ("record", "told"),
+    ("record", "wrong"),
     [
         ({"prompt": "p", "chosen": "a", "rejected": "a"}, SAME),
         ({"chosen": TALK, "rejected": TALK}, SAME),
@@ -305,9 +305,9 @@ SAME = "chosen and rejected are the same text; a pair needs two different replie
         ),
     ],
 )
-def test_bad_pairs(write_jsonl: WriteJsonl, record: dict[str, Any], told: str) -> None:
+def test_bad_pairs(write_jsonl: WriteJsonl, record: dict[str, Any], wrong: str) -> None:
     path = write_jsonl([{"prompt": "p", "chosen": "a", "rejected": "b"}, record])
-    assert refusal(lambda: list(load_pairs(DataSpec(pairs=source(path)))), path.parent) == f"data.jsonl:2: {told}"
+    assert refusal(lambda: list(load_pairs(DataSpec(pairs=source(path)))), path.parent) == f"data.jsonl:2: {wrong}"
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
@@ -317,8 +317,8 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 @given(st.lists(st.tuples(TEXT, TEXT, TEXT).filter(lambda pair: pair[1] != pair[2]), min_size=1, max_size=5))
 def test_dialogues_read_back_whole(write_jsonl: WriteJsonl, pairs: list[tuple[str, str, str]]) -> None:
     records = [{"chosen": f"{a}{ASSISTANT}{b}", "rejected": f"{a}{ASSISTANT}{c}"} for a, b, c in pairs]
-    found = load_pairs(DataSpec(pairs=source(write_jsonl(records))))
-    assert [{"chosen": p.prompt + p.chosen, "rejected": p.prompt + p.rejected} for p in found] == records
+    result = load_pairs(DataSpec(pairs=source(write_jsonl(records))))
+    assert [{"chosen": p.prompt + p.chosen, "rejected": p.prompt + p.rejected} for p in result] == records
 
 
 # The real data

@@ -138,11 +138,11 @@ def test_a_large_file_is_never_held_in_memory(tmp_path: Path, name: str) -> None
     size = count * len(filler)
     tracemalloc.start()
     try:
-        found = sum(1 for _ in read(SourceSpec(path=str(path)), [PROMPT, RESPONSE]))
+        result = sum(1 for _ in read(SourceSpec(path=str(path)), [PROMPT, RESPONSE]))
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert found == count
+    assert result == count
     assert size >= 20_000_000
     assert peak < 1_000_000
 
@@ -231,12 +231,12 @@ def test_files_without_records(tmp_path: Path) -> None:
 
 
 def test_a_wrong_column_names_the_nearest(tmp_path: Path, write_jsonl: WriteJsonl) -> None:
-    told = "no column 'prompt'; found: promt, response; did you mean 'promt'? (say so with columns: {prompt: promt})"
-    assert message(write_jsonl([{"promt": "a", "response": "b"}])) == f"data.jsonl:1: {told}"
+    wrong = "no column 'prompt'; found: promt, response; did you mean 'promt'? (say so with columns: {prompt: promt})"
+    assert message(write_jsonl([{"promt": "a", "response": "b"}])) == f"data.jsonl:1: {wrong}"
     (tmp_path / "a.csv").write_text("promt,response\na,b\n")
-    assert message(tmp_path / "a.csv") == f"a.csv:1: {told}"
+    assert message(tmp_path / "a.csv") == f"a.csv:1: {wrong}"
     pq.write_table(pa.table({"promt": ["a"], "response": ["b"]}), tmp_path / "a.parquet")
-    assert message(tmp_path / "a.parquet") == f"a.parquet: {told}"
+    assert message(tmp_path / "a.parquet") == f"a.parquet: {wrong}"
 
 
 def test_a_column_missing_on_a_later_line_only(write_jsonl: WriteJsonl) -> None:
@@ -259,7 +259,7 @@ def test_an_unknown_field_in_columns_is_refused_before_reading(write_jsonl: Writ
 
 
 @pytest.mark.parametrize(
-    ("found", "told"),
+    ("value", "wrong"),
     [
         (5, "a number 5"),
         (True, "a boolean True"),
@@ -268,9 +268,9 @@ def test_an_unknown_field_in_columns_is_refused_before_reading(write_jsonl: Writ
         ({"role": "user"}, "an object {'role': 'user'}"),
     ],
 )
-def test_a_response_that_is_no_text(write_jsonl: WriteJsonl, found: Any, told: str) -> None:
-    path = write_jsonl([RECORDS[0], {"prompt": "a", "response": found}])
-    assert message(path) == f"data.jsonl:2: column 'response' must be text; found {told}"
+def test_a_response_that_is_no_text(write_jsonl: WriteJsonl, value: Any, wrong: str) -> None:
+    path = write_jsonl([RECORDS[0], {"prompt": "a", "response": value}])
+    assert message(path) == f"data.jsonl:2: column 'response' must be text; found {wrong}"
 
 
 def test_parquet_types_are_checked_too(tmp_path: Path) -> None:
@@ -310,7 +310,7 @@ def test_half_an_emoji_is_refused(write_jsonl: WriteJsonl) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "wrong"),
     [
         ('[{"prompt": "a"}]', "each line must be one JSON object; found a list [{'prompt': 'a'}]"),
         ('"a"', "each line must be one JSON object; found a text 'a'"),
@@ -319,8 +319,8 @@ def test_half_an_emoji_is_refused(write_jsonl: WriteJsonl) -> None:
         ("{", "broken JSON: Expecting property name"),
     ],
 )
-def test_lines_that_are_no_object(write_jsonl: WriteJsonl, line: str, told: str) -> None:
-    assert message(write_jsonl([line])).startswith(f"data.jsonl:1: {told}")
+def test_lines_that_are_no_object(write_jsonl: WriteJsonl, line: str, wrong: str) -> None:
+    assert message(write_jsonl([line])).startswith(f"data.jsonl:1: {wrong}")
 
 
 def test_a_file_that_is_not_utf8(tmp_path: Path) -> None:
@@ -352,7 +352,7 @@ def test_a_truncated_gz_and_one_that_is_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "wrong"),
     [
         ("prompt,response\na,b\nc,d,e\n", "a.csv:3: 3 cells, but the header has 2 columns (prompt, response)"),
         ('prompt,response\na,b\n"x\ny",d\nc\n', "a.csv:5: 1 cells, but the header has 2 columns (prompt, response)"),
@@ -364,10 +364,10 @@ def test_a_truncated_gz_and_one_that_is_none(tmp_path: Path) -> None:
         ('prompt,response\na,"b"c\n', "a.csv:2: broken CSV: ',' expected after '\"' (the record begins on this line)"),
     ],
 )
-def test_broken_csv(tmp_path: Path, text: str, told: str) -> None:
+def test_broken_csv(tmp_path: Path, text: str, wrong: str) -> None:
     path = tmp_path / "a.csv"
     path.write_text(text)
-    assert message(path) == told
+    assert message(path) == wrong
 
 
 def test_a_parquet_file_that_is_none(tmp_path: Path) -> None:
@@ -399,9 +399,9 @@ def refusal(path: str, base: Path, **options: Any) -> str:
 
 def test_a_missing_file_names_the_nearest(write_jsonl: WriteJsonl) -> None:
     path = write_jsonl(RECORDS, "prompts.jsonl")
-    told = refusal("promts.jsonl", path.parent)
-    assert told.startswith(f"{path.parent}/promts.jsonl: no such file or folder; allowed: .jsonl, .json, .csv, ")
-    assert told.endswith("; did you mean 'prompts.jsonl'?")
+    wrong = refusal("promts.jsonl", path.parent)
+    assert wrong.startswith(f"{path.parent}/promts.jsonl: no such file or folder; allowed: .jsonl, .json, .csv, ")
+    assert wrong.endswith("; did you mean 'prompts.jsonl'?")
 
 
 def test_a_missing_file_is_never_taken_for_a_hub_id(tmp_path: Path) -> None:
@@ -443,8 +443,8 @@ def test_hub_ids_are_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_a_folder_beside_the_reader_does_not_shadow_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here" / "owner" / "data").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here")
-    told = refusal("owner/data", tmp_path / "card")
-    assert told.startswith(
+    wrong = refusal("owner/data", tmp_path / "card")
+    assert wrong.startswith(
         "owner/data: found in the current folder, but a relative path starts at the task card's folder"
     )
-    assert told.endswith(f"give the whole path {tmp_path}/here/owner/data")
+    assert wrong.endswith(f"give the whole path {tmp_path}/here/owner/data")

@@ -32,8 +32,8 @@ def test_a_split_is_the_hash_of_salt_and_text() -> None:
 
 def test_splits_never_change() -> None:
     # Written down once: a change here breaks the comparison with every older run.
-    told = ",".join(split_of(prompt, SPEC) for prompt in PROMPTS)
-    assert hashlib.sha256(told.encode()).hexdigest()[:16] == GOLDEN
+    messages = ",".join(split_of(prompt, SPEC) for prompt in PROMPTS)
+    assert hashlib.sha256(messages.encode()).hexdigest()[:16] == GOLDEN
 
 
 def test_shares_are_kept_within_noise() -> None:

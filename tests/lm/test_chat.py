@@ -54,8 +54,8 @@ def test_a_chat_prompt_has_the_ids_of_the_tokenizer_s_own_template(chat_folder: 
     codec = codec_of(chat_folder(name), chat=True)
     render = Renderer(codec.template, ("a", "b"), codec, 512)
     assert codec.prompt_ids([render.plain(text)]) == [own_ids(codec, text)]
-    asked = f"[a 30.0% b 70.0%] {text}"
-    assert codec.prompt_ids([render.preference(text, (0.3, 0.7))]) == [own_ids(codec, asked)]
+    steered = f"[a 30.0% b 70.0%] {text}"
+    assert codec.prompt_ids([render.preference(text, (0.3, 0.7))]) == [own_ids(codec, steered)]
 
 
 @pytest.mark.parametrize("name", ["llama3", "chatml", "mistral", "phi"])
@@ -206,9 +206,9 @@ def test_one_end_token_may_be_an_int(chat_folder: Folder, tmp_path: Path) -> Non
     folder = tmp_path / "gemma"
     shutil.copytree(chat_folder("gemma"), folder)
     file = folder / "generation_config.json"
-    told = json.loads(file.read_text())
-    turn_end = max(told["eos_token_id"])
-    file.write_text(json.dumps({**told, "eos_token_id": turn_end}))
+    content = json.loads(file.read_text())
+    turn_end = max(content["eos_token_id"])
+    file.write_text(json.dumps({**content, "eos_token_id": turn_end}))
     assert turn_end in codec_of(folder).ends.ids
     file.unlink()
     assert codec_of(folder).ends.ids  # the model's own config, and the template, still name ends
@@ -318,7 +318,7 @@ WORDS = {
 
 
 @pytest.mark.parametrize(
-    ("brevity", "told"),
+    ("brevity", "content"),
     [
         (0.0, "Answer in one long sentence. Name many details."),
         (0.1 + 0.2, "Answer in one long sentence. Name many details."),
@@ -327,6 +327,6 @@ WORDS = {
         (1.0, "Answer in one short sentence."),
     ],
 )
-def test_preferences_in_words(brevity: float, told: str) -> None:
+def test_preferences_in_words(brevity: float, content: str) -> None:
     spec = TemplateSpec.model_validate({"preference": "{prompt} {preference}", "words": WORDS})
-    assert Renderer(spec, ("brevity", "detail")).preference("Why?", (brevity, 1 - brevity)) == f"Why? {told}"
+    assert Renderer(spec, ("brevity", "detail")).preference("Why?", (brevity, 1 - brevity)) == f"Why? {content}"

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from moalign.core.errors import RequestError
 from moalign.lm import language_model
-from moalign.lm.language_model import LanguageModel, positions, reference_mode, token_outputs
+from moalign.lm.language_model import LanguageModel, reference_mode
+from moalign.lm.log_probs import positions, token_outputs
 
 ROWS = [([1, 20, 30, 40], [50, 60, 2]), ([1, 21], [51, 61, 71, 81, 2]), ([1, 22, 32, 42, 52, 62, 72], [2])]
 
@@ -76,11 +77,11 @@ def test_mask_keeps_prompt_and_padding_out_of_the_gradient(make_lm: Callable[...
     head = lm.model.lm_head.weight.requires_grad_(True)
     ids, attention, mask = batch("both")
     token_outputs(lm.model, ids, attention, mask).logps.sum().backward()
-    found, head.grad = head.grad, None
+    gradient, head.grad = head.grad, None
     for prompt, response in ROWS:
         logits = lm.model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
         torch.log_softmax(logits, -1)[range(len(response)), response].sum().backward()
-    torch.testing.assert_close(found, head.grad, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(gradient, head.grad, atol=1e-4, rtol=1e-4)
 
 
 def test_hidden_states_are_those_before_each_token(lm: LanguageModel) -> None:
@@ -190,14 +191,14 @@ def test_only_pickled_weights_are_never_opened(folder: Path, tmp_path: Path) -> 
     (folder / "model.safetensors").unlink()
     # A pickle that would leave a file behind if anything read it.
     (folder / "pytorch_model.bin").write_bytes(b"cos\nmkdir\n(S'%s'\ntR." % str(tmp_path / "ran").encode())
-    told = refused(folder)
-    assert "pickled weights (pytorch_model.bin)" in told and "save_pretrained" in told
+    message = refused(folder)
+    assert "pickled weights (pytorch_model.bin)" in message and "save_pretrained" in message
     assert not (tmp_path / "ran").exists()
 
 
 def test_hub_id_offline_says_how_to_point_at_a_folder() -> None:
-    told = refused("nobody-at-all/no-such-model")
-    assert "nobody-at-all/no-such-model" in told and "local model folder" in told
+    message = refused("nobody-at-all/no-such-model")
+    assert "nobody-at-all/no-such-model" in message and "local model folder" in message
 
 
 def test_missing_folder_missing_and_broken_tokenizer(folder: Path, tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ from transformers import (
 
 from moalign.config.recipe import LoraSpec
 from moalign.lm import adapters, log_probs
-from moalign.lm.language_model import LanguageModel, positions, token_outputs, wrap
+from moalign.lm.language_model import LanguageModel, wrap
+from moalign.lm.log_probs import positions, token_outputs
 from moalign.tasks.sandbox import base
 
 SIZES: dict[str, Any] = {
@@ -69,23 +70,23 @@ def plainly(lm: LanguageModel, temperature: float) -> tuple[Tensor, Tensor]:
 def in_chunks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Make chunks of three places; the list tells how many places each call took in chunks."""
     monkeypatch.setattr(log_probs, "AT_ONCE", 1000)
-    found, real = [], log_probs._in_chunks
+    result, real = [], log_probs._in_chunks
 
     def counted(head: nn.Linear, states: Tensor, chosen: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        found.append(len(states))
+        result.append(len(states))
         return real(head, states, chosen, temperature)
 
     monkeypatch.setattr(log_probs, "_in_chunks", counted)
-    return found
+    return result
 
 
 def gradients(lm: LanguageModel, logps: Tensor) -> dict[str, Tensor]:
     """Gradients of a weighted sum of the log-probabilities, and forget them."""
     weights = torch.randn(logps.shape, generator=torch.Generator().manual_seed(2))
     (logps * weights).sum().backward()
-    found = {name: value.grad for name, value in lm.model.named_parameters() if value.grad is not None}
+    result = {name: value.grad for name, value in lm.model.named_parameters() if value.grad is not None}
     lm.model.zero_grad(set_to_none=True)
-    return found
+    return result
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -108,24 +109,24 @@ def test_values_and_adapter_gradients_are_those_of_the_plain_formula(
         torch.testing.assert_close(out.entropy, entropy, atol=1e-5, rtol=1e-5)
         assert (out.logps[~batch()[2]] == 0).all() and not out.entropy.requires_grad
     assert in_chunks == ([marked, marked] if kind in LINEAR else [])
-    found, wanted = gradients(lm, out.logps), gradients(lm, logps)
-    assert found.keys() == wanted.keys() and len(found) >= 28
+    result, wanted = gradients(lm, out.logps), gradients(lm, logps)
+    assert result.keys() == wanted.keys() and len(result) >= 28
     for name, value in wanted.items():
-        assert (found[name] - value).norm() <= 1e-5 * value.norm(), name
+        assert (result[name] - value).norm() <= 1e-5 * value.norm(), name
 
 
 def test_a_head_that_trains_takes_the_plain_formula(in_chunks: list[int]) -> None:
     lm = made("untied")
     lm.model.lm_head.weight.requires_grad_(True)
-    found, wanted = gradients(lm, token_outputs(lm.model, *batch(), 0.7).logps), gradients(lm, plainly(lm, 0.7)[0])
-    torch.testing.assert_close(found["lm_head.weight"], wanted["lm_head.weight"])
+    result, wanted = gradients(lm, token_outputs(lm.model, *batch(), 0.7).logps), gradients(lm, plainly(lm, 0.7)[0])
+    torch.testing.assert_close(result["lm_head.weight"], wanted["lm_head.weight"])
     lm.model.requires_grad_(False)
     adapters.attach(lm, LoraSpec(r=4, alpha=8, dropout=0.0, targets=["lm_head", "q_proj"]), seed=0)
-    found, wanted = gradients(lm, token_outputs(lm.model, *batch()).logps), gradients(lm, plainly(lm, 1.0)[0])
+    result, wanted = gradients(lm, token_outputs(lm.model, *batch()).logps), gradients(lm, plainly(lm, 1.0)[0])
     changed = [name for name, value in wanted.items() if "lm_head" in name and value.norm() > 0]
     assert changed
     for name in wanted:
-        torch.testing.assert_close(found[name], wanted[name], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(result[name], wanted[name], atol=1e-5, rtol=1e-5)
     assert in_chunks == []
 
 

@@ -50,9 +50,9 @@ def test_short_is_what_the_task_says_and_an_empty_answer_always() -> None:
     ],
 )
 def test_how_short_is_short_comes_from_the_data(lengths: list[int], wanted: int) -> None:
-    found = short_below(lengths)
-    assert found == wanted
-    assert sum(length < found for length in lengths) <= 0.01 * len(lengths) or found == 1
+    result = short_below(lengths)
+    assert result == wanted
+    assert sum(length < result for length in lengths) <= 0.01 * len(lengths) or result == 1
 
 
 CHINESE = "今天天气很好，我们去公园散步吧。"
@@ -140,16 +140,16 @@ def test_report_counts_what_a_plain_count_of_n_grams_finds(texts: list[list[str]
 
 def test_kl_to_base_by_hand() -> None:
     # 2, -0.5 and 1.5 nats over 2 + 1 + 3 tokens.
-    found = kl_to_base([-1, -2, -0.5], [-3, -1.5, -2], [2, 1, 3])
-    assert found == {"per_response": 1.0, "per_token": 0.5}
+    result = kl_to_base([-1, -2, -0.5], [-3, -1.5, -2], [2, 1, 3])
+    assert result == {"per_response": 1.0, "per_token": 0.5}
 
 
 def test_kl_to_base_estimates_the_divergence_it_is_named_after() -> None:
     rng = np.random.default_rng(0)
     own, base = rng.dirichlet(np.ones(6), 2)
     wrote = rng.choice(6, size=200_000, p=own)
-    found = kl_to_base(np.log(own)[wrote], np.log(base)[wrote], np.ones(len(wrote)))
-    assert found["per_response"] == pytest.approx(float((own * np.log(own / base)).sum()), rel=0.02)
+    result = kl_to_base(np.log(own)[wrote], np.log(base)[wrote], np.ones(len(wrote)))
+    assert result["per_response"] == pytest.approx(float((own * np.log(own / base)).sum()), rel=0.02)
     assert kl_to_base(np.log(own), np.log(own), np.ones(6))["per_response"] == 0
 
 

@@ -14,7 +14,8 @@ from scipy.stats import chisquare
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerBase
 
 from moalign.lm import sampler
-from moalign.lm.language_model import LanguageModel, token_outputs, wrap
+from moalign.lm.language_model import LanguageModel, wrap
+from moalign.lm.log_probs import token_outputs
 from moalign.lm.sampler import (
     Generated,
     Samples,
@@ -48,12 +49,12 @@ def test_draw_follows_the_softmax_by_chi_square(temperature: float) -> None:
     count = 20_000
     numbers = torch.from_numpy(np.random.default_rng(2).random(count))
     tokens, logps = draw(torch.tensor(logits).expand(count, -1), numbers, temperature, 1.0)
-    found = np.bincount(tokens.numpy(), minlength=12)
-    assert chisquare(found, expected * count).pvalue > 1e-3
+    result = np.bincount(tokens.numpy(), minlength=12)
+    assert chisquare(result, expected * count).pvalue > 1e-3
     np.testing.assert_allclose(logps.numpy(), np.log(expected)[tokens.numpy()], atol=1e-5)
     # The same counts against the other temperature fail, so the test can.
     other = np.exp(logits / (1.7 - temperature)) / np.exp(logits / (1.7 - temperature)).sum()
-    assert chisquare(found, other * count).pvalue < 1e-6
+    assert chisquare(result, other * count).pvalue < 1e-6
 
 
 @given(
@@ -74,8 +75,8 @@ def test_ends_of_the_unit_interval_draw_possible_tokens() -> None:
     logits = torch.log(torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]]))
     for number, token in ((0.0, 1), (0.2499, 1), (0.2501, 3), (1 - 2**-53, 3)):
         for top_p in (1.0, 0.99):
-            found, logp = draw(logits, torch.tensor([number], dtype=torch.float64), 1.0, top_p)
-            assert found.item() == token
+            result, logp = draw(logits, torch.tensor([number], dtype=torch.float64), 1.0, top_p)
+            assert result.item() == token
             assert logp.item() == pytest.approx(np.log([0.25, 0.75][token // 3]), abs=1e-5)
 
 
@@ -152,11 +153,11 @@ def test_a_row_does_not_depend_on_its_batch(lm: LanguageModel) -> None:
 
 def test_repeat_is_the_same_as_asking_again_and_again(lm: LanguageModel) -> None:
     repeated = drawn(lm, repeat=4)
-    asked = drawn(lm, [text for text in PROMPTS for _ in range(4)])
-    assert torch.equal(repeated.input_ids, asked.input_ids)
-    assert torch.equal(repeated.attention_mask, asked.attention_mask)
-    assert torch.equal(repeated.response_mask, asked.response_mask)
-    torch.testing.assert_close(repeated.logps, asked.logps, atol=1e-4, rtol=0)
+    apart = drawn(lm, [text for text in PROMPTS for _ in range(4)])
+    assert torch.equal(repeated.input_ids, apart.input_ids)
+    assert torch.equal(repeated.attention_mask, apart.attention_mask)
+    assert torch.equal(repeated.response_mask, apart.response_mask)
+    torch.testing.assert_close(repeated.logps, apart.logps, atol=1e-4, rtol=0)
 
 
 def test_numbers_depend_on_seed_and_row_alone() -> None:
@@ -175,9 +176,9 @@ def test_first_tokens_follow_the_model(lm: LanguageModel) -> None:
     rows = sample(lm, ids, uniforms(11, range(count), 1), repeat=count)
     with torch.no_grad():
         expected = torch.softmax(lm.model(torch.tensor(ids)).logits[0, -1].double(), -1).numpy()
-    found = np.bincount(rows.input_ids[:, -1], minlength=len(expected))
+    result = np.bincount(rows.input_ids[:, -1], minlength=len(expected))
     common = expected * count >= 5
-    pool = [*(found[common]), found[~common].sum()], [*(expected[common] * count), expected[~common].sum() * count]
+    pool = [*(result[common]), result[~common].sum()], [*(expected[common] * count), expected[~common].sum() * count]
     assert chisquare(*pool).pvalue > 1e-3
 
 
@@ -217,8 +218,8 @@ def test_sampling_stops_when_every_row_has_ended(make_lm: Callable[..., Language
         lm.model.lm_head.weight[lm.eos] = 100 * lm.model.model.norm.weight
     forced = lm.model.forward
 
-    def ended(**told: object) -> object:
-        output = forced(**told)
+    def ended(**given: object) -> object:
+        output = forced(**given)
         output.logits[..., lm.eos] = 1e4
         return output
 
@@ -246,7 +247,7 @@ def test_any_end_id_ends_a_row_and_only_the_limit_leaves_it_unfinished(make_lm: 
     assert rows.tokens < before.tokens
 
 
-class Recorded(sampler.Direct):
+class Recorded(sampler.NextToken):
     """Tells how many rows it reads at each step."""
 
     def __init__(self, lm: LanguageModel) -> None:
@@ -406,10 +407,10 @@ def test_traces_are_the_sampled_tokens_and_what_a_plain_pass_says_of_them(
     traces = traced(made)
     assert traces.vocabulary is lm.tokenizer
     assert sum(map(len, traces.ids)) == made.tokens and len({len(ids) for ids in traces.ids}) > 1
-    for i, (text, ids, told) in enumerate(zip(texts, traces.ids, traces.logps, strict=True)):
+    for i, (text, ids, logp) in enumerate(zip(texts, traces.ids, traces.logps, strict=True)):
         alone = sample(lm, lm.encode([text]), uniforms(7, [i], STEPS), sampling.temperature, sampling.top_p)
         assert ids.tolist() == alone.input_ids[0, -alone.response_mask.shape[1] :].tolist()
-        assert told == pytest.approx(read(lm, text, ids, sampling.temperature or 1.0), abs=1e-3)
+        assert logp == pytest.approx(read(lm, text, ids, sampling.temperature or 1.0), abs=1e-3)
 
 
 class ThreeTokens:
@@ -443,11 +444,11 @@ def test_traces_end_where_the_first_stop_text_is_complete(lm: LanguageModel) -> 
     word = whole.responses[0].split()[2]
     cut_off = traced(generate(lm, PROMPTS, range(3), replace(SAMPLING, stop=(word,))))
     for row, (prompt, ids) in enumerate(zip(PROMPTS, traced(whole).ids, strict=True)):
-        said = lm.tokenizer.decode(ids, skip_special_tokens=True).split()
-        kept = said.index(word) + 1 if word in said else len(ids)
+        spoken = lm.tokenizer.decode(ids, skip_special_tokens=True).split()
+        kept = spoken.index(word) + 1 if word in spoken else len(ids)
         assert cut_off.ids[row].tolist() == ids[:kept].tolist()
         assert cut_off.logps[row] == pytest.approx(read(lm, prompt, ids[:kept]), abs=1e-3)
-        assert cut_off.finished[row] == (word in said or traced(whole).finished[row])
+        assert cut_off.finished[row] == (word in spoken or traced(whole).finished[row])
     assert len(cut_off.ids[0]) == 3 < len(traced(whole).ids[0])
 
 

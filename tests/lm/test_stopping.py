@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moalign.lm.language_model import LanguageModel, token_outputs
-from moalign.lm.sampler import Samples, responses, sample
-from moalign.lm.stopping import trim
+from moalign.lm.language_model import LanguageModel
+from moalign.lm.log_probs import token_outputs
+from moalign.lm.sampler import Samples, responses, sample, trim
 
 PROMPTS = ["how do i make soup today ?", "any tips ?", "can you help me paint a wall ?"]
 
@@ -31,26 +31,26 @@ def test_without_stop_texts_nothing_changes(lm: LanguageModel, drawn: Samples) -
 
 
 def test_a_row_ends_with_the_token_that_completes_its_stop_text(lm: LanguageModel, drawn: Samples) -> None:
-    said = [words(lm, drawn, row) for row in range(3)]
+    spoken = [words(lm, drawn, row) for row in range(3)]
     at = 4
-    stop = said[0][at]
-    first = said[0].index(stop)
+    stop = spoken[0][at]
+    first = spoken[0].index(stop)
     kept = trim(lm, drawn, [stop])
-    assert words(lm, kept, 0) == said[0][: first + 1]
+    assert words(lm, kept, 0) == spoken[0][: first + 1]
     for row in (1, 2):
-        expected = said[row][: said[row].index(stop) + 1] if stop in said[row] else said[row]
+        expected = spoken[row][: spoken[row].index(stop) + 1] if stop in spoken[row] else spoken[row]
         assert words(lm, kept, row) == expected
     assert kept.finished.all()  # these rows ended by themselves
     cut_off = replace(drawn, finished=torch.tensor([False, False, True]))
-    assert trim(lm, cut_off, [stop]).finished.tolist() == [True, stop in said[1], True]
-    assert stop not in said[1]
+    assert trim(lm, cut_off, [stop]).finished.tolist() == [True, stop in spoken[1], True]
+    assert stop not in spoken[1]
     assert responses(lm, kept, [stop]) == responses(lm, drawn, [stop])  # the judge sees what it saw before
 
 
 def test_a_stop_text_of_several_tokens_ends_with_its_last(lm: LanguageModel, drawn: Samples) -> None:
-    said = words(lm, drawn, 1)
-    kept = trim(lm, drawn, [" ".join(said[2:5])])
-    assert words(lm, kept, 1) == said[:5]
+    spoken = words(lm, drawn, 1)
+    kept = trim(lm, drawn, [" ".join(spoken[2:5])])
+    assert words(lm, kept, 1) == spoken[:5]
 
 
 def test_masks_and_log_probabilities_agree_with_the_shorter_row(lm: LanguageModel, drawn: Samples) -> None:

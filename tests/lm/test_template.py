@@ -39,14 +39,14 @@ HARD = ["what does {preference} mean ?", "{prompt}", "{prompt} {preference} {sco
 )
 def test_braces_in_a_prompt_stay_as_they_are(prompt: str, more: dict[str, str]) -> None:
     renderer = Renderer(TemplateSpec(**more), NAMES)
-    told, tags = "helpfulness 100.0% harmlessness 0.0%", "<rm1_score> 0.5 <rm2_score> 0.0"
+    content, tags = "helpfulness 100.0% harmlessness 0.0%", "<rm1_score> 0.5 <rm2_score> 0.0"
     assert renderer.plain(prompt) == (f"Q: {prompt} A:" if more else prompt)
-    assert renderer.preference(prompt, (1, 0)) == (f"{prompt} [{told}]" if more else f"[{told}] {prompt}")
+    assert renderer.preference(prompt, (1, 0)) == (f"{prompt} [{content}]" if more else f"[{content}] {prompt}")
     assert renderer.scores(prompt, (0.5, 0)) == (f"{tags} {prompt}" if more else f"{prompt} {tags}")
 
 
-def chat(chat_folder: Folder, name: str, **told: Any) -> Renderer:
-    template = TemplateSpec(chat=True, **told)
+def chat(chat_folder: Folder, name: str, **settings: Any) -> Renderer:
+    template = TemplateSpec(chat=True, **settings)
     codec = language_model.load_codec(str(chat_folder(name)), template=template)
     return Renderer(template, NAMES, codec)
 
@@ -54,8 +54,8 @@ def chat(chat_folder: Folder, name: str, **told: Any) -> Renderer:
 def test_chat_template_takes_the_rendered_prompt_as_the_user_turn(chat_folder: Folder) -> None:
     renderer = chat(chat_folder, "phi")
     assert renderer.plain("hi") == "<|user|>\nhi<|end|>\n<|assistant|>\n"
-    told = "[helpfulness 0.0% harmlessness 100.0%] hi"
-    assert renderer.preference("hi", (0, 1)) == f"<|user|>\n{told}<|end|>\n<|assistant|>\n"
+    content = "[helpfulness 0.0% harmlessness 100.0%] hi"
+    assert renderer.preference("hi", (0, 1)) == f"<|user|>\n{content}<|end|>\n<|assistant|>\n"
     tagged = "{preference} <rm1_score> 0.0 <rm2_score> 1.0"
     assert renderer.scores("{preference}", (0, 1)) == f"<|user|>\n{tagged}<|end|>\n<|assistant|>\n"
 

@@ -29,11 +29,11 @@ class Echo:
 
     def __init__(self, name: str = "echo") -> None:
         self.name = name
-        self.asked: list[tuple[str, int]] = []
+        self.requests: list[tuple[str, int]] = []
         self.calls: list[int] = []
 
     def generate(self, texts: Sequence[str], rows: Sequence[int], sampling: Sampling) -> tuple[list[str], int]:
-        self.asked += zip(texts, rows, strict=True)
+        self.requests += zip(texts, rows, strict=True)
         self.calls.append(len(texts))
         return [f"{self.name}|{text}|{row}|{sampling.seed}" for text, row in zip(texts, rows, strict=True)], len(texts)
 
@@ -47,7 +47,7 @@ class Traced(Echo):
         return Generated(*pair, Traces(self.name, ids, [-float(row) for row in rows], [True] * len(rows)))
 
 
-def told(made: Generated) -> tuple[list[str], int, list[float]]:
+def contents(made: Generated) -> tuple[list[str], int, list[float]]:
     assert made.traces is not None
     return made.responses, made.tokens, made.traces.logps
 
@@ -66,16 +66,16 @@ def test_batched_grid_equals_one_policy_at_a_time(lm: LanguageModel) -> None:
 
 def test_prompts_draw_the_same_numbers_for_every_policy() -> None:
     echo = Echo()
-    found = respond_all([Policy(echo, partial(tagged, tag=tag)) for tag in "ab"], PROMPTS, SAMPLING).responses
-    assert found[0] == [f"echo|a {prompt}|{i}|3" for i, prompt in enumerate(PROMPTS)]
-    assert found[1] == [f"echo|b {prompt}|{i}|3" for i, prompt in enumerate(PROMPTS)]
+    result = respond_all([Policy(echo, partial(tagged, tag=tag)) for tag in "ab"], PROMPTS, SAMPLING).responses
+    assert result[0] == [f"echo|a {prompt}|{i}|3" for i, prompt in enumerate(PROMPTS)]
+    assert result[1] == [f"echo|b {prompt}|{i}|3" for i, prompt in enumerate(PROMPTS)]
 
 
 def test_shared_texts_are_sampled_once() -> None:
     echo = Echo()
     same = [Policy(echo, partial(tagged, tag="same")) for _ in GRID]
     answers = respond_all([*same, Policy(echo, partial(tagged, tag="own"))], PROMPTS, SAMPLING)
-    assert sorted(echo.asked) == sorted((f"{tag} {p}", i) for tag in ("same", "own") for i, p in enumerate(PROMPTS))
+    assert sorted(echo.requests) == sorted((f"{tag} {p}", i) for tag in ("same", "own") for i, p in enumerate(PROMPTS))
     assert answers.tokens == 2 * len(PROMPTS)  # what was sampled, not what was handed out
     assert all(row == answers.responses[0] for row in answers.responses[:-1])
     assert answers.responses[-1] != answers.responses[0]
@@ -84,11 +84,13 @@ def test_shared_texts_are_sampled_once() -> None:
 
 
 def test_each_generator_answers_its_own_policies() -> None:
-    one, two = Echo("one"), Echo("two")
+    first, two = Echo("one"), Echo("two")
     render = partial(tagged, tag="x")
-    found = respond_all([Policy(one, render), Policy(two, render), Policy(one, render)], PROMPTS, SAMPLING).responses
-    assert [row[0].split("|")[0] for row in found] == ["one", "two", "one"]
-    assert len(one.asked) == len(two.asked) == len(PROMPTS)
+    result = respond_all(
+        [Policy(first, render), Policy(two, render), Policy(first, render)], PROMPTS, SAMPLING
+    ).responses
+    assert [row[0].split("|")[0] for row in result] == ["one", "two", "one"]
+    assert len(first.requests) == len(two.requests) == len(PROMPTS)
 
 
 def test_best_of_n_chooses_among_independent_samples() -> None:
@@ -99,13 +101,13 @@ def test_best_of_n_chooses_among_independent_samples() -> None:
         seen.append((list(prompts), [list(row) for row in candidates]))
         return [2, 0, 1, 2]
 
-    found = respond_all([Policy(echo, partial(tagged, tag="x"), samples=3, choose=choose)], PROMPTS, SAMPLING)
+    result = respond_all([Policy(echo, partial(tagged, tag="x"), samples=3, choose=choose)], PROMPTS, SAMPLING)
     prompts, candidates = seen[0]
     assert prompts == PROMPTS  # bare prompts: that is what scorers see
     assert [len(row) for row in candidates] == [3] * 4
     assert len({text for row in candidates for text in row}) == 12
-    assert found.responses[0] == [candidates[0][2], candidates[1][0], candidates[2][1], candidates[3][2]]
-    assert found.tokens == 12
+    assert result.responses[0] == [candidates[0][2], candidates[1][0], candidates[2][1], candidates[3][2]]
+    assert result.tokens == 12
 
 
 def test_best_of_n_shares_its_candidates_with_other_preferences_and_the_plain_policy() -> None:
@@ -121,15 +123,15 @@ def test_best_of_n_shares_its_candidates_with_other_preferences_and_the_plain_po
 
 def test_every_policy_gets_the_tokens_of_the_answers_it_gave() -> None:
     """Over several chunks (four batches of two), with another policy that chooses and a generator that tells none."""
-    one, none = Traced("ab"), Echo()
+    first, none = Traced("ab"), Echo()
     picks = [2, 0, 1, 2]
     policies = [
-        Policy(one, partial(tagged, tag="x"), samples=3, choose=lambda prompts, _: picks),
+        Policy(first, partial(tagged, tag="x"), samples=3, choose=lambda prompts, _: picks),
         Policy(none, partial(tagged, tag="x")),
-        Policy(one, partial(tagged, tag="y")),
+        Policy(first, partial(tagged, tag="y")),
     ]
     answers = respond_all(policies, PROMPTS, SAMPLING)
-    assert len(one.calls) > 1
+    assert len(first.calls) > 1
     best, silent, plain = answers.traces
     assert silent is None and best is not None and plain is not None
     rows = [i + pick * len(PROMPTS) for i, pick in enumerate(picks)]
@@ -140,17 +142,17 @@ def test_every_policy_gets_the_tokens_of_the_answers_it_gave() -> None:
 
 
 def test_progress_tells_every_sampled_response_in_chunks() -> None:
-    echo, told = Echo(), []
+    echo, done = Echo(), []
     policies = [Policy(echo, partial(tagged, tag=tag), samples=2) for tag in "abc"]
-    respond_all(policies, PROMPTS, SAMPLING, told.append)
-    assert sum(told) == len(echo.asked) == 24
-    assert told == echo.calls == [8, 8, 8]  # four batches of two
+    respond_all(policies, PROMPTS, SAMPLING, done.append)
+    assert sum(done) == len(echo.requests) == 24
+    assert done == echo.calls == [8, 8, 8]  # four batches of two
 
 
 def test_generators_switch_between_base_and_adapters(make_lm: Callable[..., LanguageModel]) -> None:
     """Whatever ran before, a generator answers with its own adapter, and the base with none."""
     bare = ModelGenerator(make_lm())
-    expected = {"base": told(bare.generate(PROMPTS, range(4), SAMPLING))}
+    expected = {"base": contents(bare.generate(PROMPTS, range(4), SAMPLING))}
     lm = make_lm()
     generators = {"base": ModelGenerator(lm)}
     for seed, name in enumerate(("first", "second")):
@@ -161,10 +163,10 @@ def test_generators_switch_between_base_and_adapters(make_lm: Callable[..., Lang
                 if "lora_B" in key and name in key:
                     value.normal_(std=0.3)
         generators[name] = ModelGenerator(lm, name)
-        expected[name] = told(generators[name].generate(PROMPTS, range(4), SAMPLING))
+        expected[name] = contents(generators[name].generate(PROMPTS, range(4), SAMPLING))
     assert len({tuple(texts) for texts, *_ in expected.values()}) == 3
     for name in ("second", "base", "first", "first", "base", "second"):
-        assert told(generators[name].generate(PROMPTS, range(4), SAMPLING)) == expected[name]
+        assert contents(generators[name].generate(PROMPTS, range(4), SAMPLING)) == expected[name]
     policies = [Policy(generators[name], partial(tagged, tag="")) for name in expected]
     again = respond_all(policies, PROMPTS, SAMPLING).responses
     assert again == [Policy(generators[name], partial(tagged, tag="")).respond(PROMPTS, SAMPLING) for name in expected]

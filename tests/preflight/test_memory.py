@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -56,24 +55,21 @@ def nbytes(tensors: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
+def sizes_of(real: Any, folder: Path) -> architecture.Architecture:
+    real.save_pretrained(folder)
+    sizes = architecture.of_folder(folder)
+    assert sizes is not None
+    return sizes
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_parameters_are_those_of_the_real_model(name: str, tmp_path: Path) -> None:
     real = model(name)
-    sizes = architecture.of_config(real.config.to_dict())
-    assert sizes is not None
-    named = {key: list(value.shape) for key, value in real.named_parameters()}
-    assert sizes.shapes == named
+    sizes = sizes_of(real, tmp_path)
+    assert sizes.shapes == {key: list(value.shape) for key, value in real.named_parameters()}
     assert sizes.parameters == sum(p.numel() for p in real.parameters())
-    real.save_pretrained(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{}")
-    from_folder = architecture.of_folder(tmp_path)
-    assert from_folder is not None
-    assert from_folder.parameters == sizes.parameters
-    assert (from_folder.hidden, from_folder.layers, from_folder.key_value) == (
-        sizes.hidden,
-        sizes.layers,
-        sizes.key_value,
-    )
+    groups = SMALL[name].get("num_key_value_heads", 4)
+    assert (sizes.hidden, sizes.layers, sizes.key_value, sizes.vocabulary) == (32, 2, 8 * groups, 60)
 
 
 @pytest.mark.parametrize(
@@ -84,29 +80,56 @@ def test_parameters_are_those_of_the_real_model(name: str, tmp_path: Path) -> No
         ("Qwen/Qwen2.5-0.5B", 494_032_768),
         ("Ray2333/gpt2-large-harmless-reward_model", 774_030_080),
         ("Tristan/gpt2_reward_summarization", 124_439_808),
+        ("PKU-Alignment/beaver-7b-v1.0-cost", 6_738_415_616 + 2 * 4096),
     ],
 )
 def test_known_models_have_their_published_size(name: str, count: int) -> None:
-    sizes = architecture.known(name)
-    assert sizes is not None
-    assert sizes.parameters == count == sum(prod(shape) for shape in sizes.shapes.values())
+    assert architecture.KNOWN[name].parameters == count
 
 
-def test_a_model_that_is_not_known_is_not_guessed() -> None:
-    assert architecture.known("someone/some-model") is None
-    assert architecture.of_config({"model_type": "llama"}) is None
+@pytest.mark.parametrize(
+    ("name", "kind", "more"),
+    [
+        ("meta-llama/Llama-2-7b-hf", "llama", {"num_attention_heads": 32}),
+        ("meta-llama/Llama-3.2-1B", "llama", {"num_attention_heads": 32, "tie_word_embeddings": True}),
+        ("Qwen/Qwen2.5-0.5B", "qwen2", {"num_attention_heads": 14, "tie_word_embeddings": True}),
+        ("smollm2-135m-instruct", "llama", {"num_attention_heads": 9, "tie_word_embeddings": True}),
+    ],
+)
+def test_known_policies_are_those_that_the_library_builds(name: str, kind: str, more: dict[str, Any]) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = architecture.KNOWN[name]
+    groups = sizes.key_value * more["num_attention_heads"] // sizes.hidden
+    described = {"hidden_size": sizes.hidden, "intermediate_size": sizes.inner, "vocab_size": sizes.vocabulary}
+    described |= {"num_hidden_layers": sizes.layers, "num_key_value_heads": groups, **more}
+    with torch.device("meta"):
+        real = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **described))
+    assert sizes.parameters == real.num_parameters()
+    named = {key: list(value.shape) for key, value in real.named_parameters()}
+    assert sizes.shapes and sizes.shapes.items() <= named.items()
+    spec = LoraSpec(r=8, alpha=16)
+    trained, _ = with_adapters(real, spec).get_nb_trainable_parameters()
+    assert architecture.adapted(sizes.shapes, spec.r, spec.targets) == trained
+
+
+def test_a_model_that_is_not_known_is_not_guessed(tmp_path: Path) -> None:
+    assert memory.sizes_of("someone/some-model") is None
+    model("llama").save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert architecture.of_folder(tmp_path) is None
 
 
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"], r".*\.(q_proj|down_proj)"])
-def test_adapters_and_their_optimiser_are_those_of_peft(name: str, targets: list[str] | str) -> None:
+def test_adapters_and_their_optimiser_are_those_of_peft(name: str, targets: list[str] | str, tmp_path: Path) -> None:
     if name == "gpt2" and targets != "all-linear":
         targets = ["c_attn"]
     spec = LoraSpec(r=3, alpha=6, dropout=0.0, targets=targets)
-    real = with_adapters(model(name), spec)
+    base = model(name)
+    sizes = sizes_of(base, tmp_path)
+    real = with_adapters(base, spec)
     trained = [p for p in real.parameters() if p.requires_grad]
-    sizes = architecture.of_config(real.config.to_dict())
-    assert sizes is not None
     count = architecture.adapted(sizes.shapes, spec.r, targets)
     assert count == sum(p.numel() for p in trained)
     optimizer = torch.optim.AdamW(trained)
@@ -118,17 +141,15 @@ def test_adapters_and_their_optimiser_are_those_of_peft(name: str, targets: list
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_base_takes_what_its_tensors_take(dtype: str) -> None:
+def test_the_base_takes_what_its_tensors_take(dtype: str, tmp_path: Path) -> None:
     real = model("llama").to(getattr(torch, dtype))
-    sizes = architecture.of_config(real.config.to_dict())
-    assert sizes is not None
+    sizes = sizes_of(real, tmp_path)
     assert sizes.parameters * memory.WIDTH[dtype] == nbytes(real.parameters())
 
 
-def test_the_kv_cache_takes_what_a_real_cache_takes() -> None:
+def test_the_kv_cache_takes_what_a_real_cache_takes(tmp_path: Path) -> None:
     real = model("llama grouped")
-    sizes = architecture.of_config(real.config.to_dict())
-    assert sizes is not None
+    sizes = sizes_of(real, tmp_path)
     rows, tokens = 3, 10
     with torch.no_grad():
         cache = real(input_ids=torch.randint(0, 60, (rows, tokens)), use_cache=True).past_key_values
@@ -136,8 +157,8 @@ def test_the_kv_cache_takes_what_a_real_cache_takes() -> None:
     assert real_bytes == rows * tokens * 2 * sizes.layers * sizes.key_value * 4
 
 
-def kept(layers: int, name: str, dtype: torch.dtype, dropout: float, autocast: bool) -> tuple[float, Any]:
-    """Bytes per token that autograd keeps in a forward pass, weights left out, and the model's config."""
+def kept(layers: int, name: str, dtype: torch.dtype, dropout: float, autocast: bool) -> float:
+    """Bytes per token that autograd keeps in a forward pass, weights left out."""
     real = with_adapters(
         model(name, num_hidden_layers=layers).to(dtype), LoraSpec(r=4, alpha=8, dropout=dropout)
     ).train()
@@ -154,17 +175,15 @@ def kept(layers: int, name: str, dtype: torch.dtype, dropout: float, autocast: b
     half = torch.autocast("cpu", dtype=torch.bfloat16) if autocast else contextlib.nullcontext()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), half:
         real(input_ids=ids, attention_mask=torch.ones_like(ids))
-    return sum(size for size, _ in seen.values()) / ids.numel(), real.config
+    return sum(size for size, _ in seen.values()) / ids.numel()
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize(("dtype", "autocast"), [("float32", False), ("bfloat16", False), ("bfloat16", True)])
-def test_one_layer_keeps_what_autograd_keeps(dtype: str, autocast: bool, dropout: float) -> None:
+def test_one_layer_keeps_what_autograd_keeps(dtype: str, autocast: bool, dropout: float, tmp_path: Path) -> None:
     kind = getattr(torch, dtype)
-    three, told = kept(3, "llama", kind, dropout, autocast)
-    two, _ = kept(2, "llama", kind, dropout, autocast)
-    sizes = architecture.of_config(told.to_dict())
-    assert sizes is not None
+    three, two = (kept(layers, "llama", kind, dropout, autocast) for layers in (3, 2))
+    sizes = sizes_of(model("llama"), tmp_path)
     spec = LoraSpec(r=4, alpha=8, dropout=dropout)
     expected = memory.layer_bytes(sizes, memory.WIDTH[dtype], spec, 1, autocast, mask=4)
     assert expected == pytest.approx(three - two, rel=0.05)

@@ -71,7 +71,8 @@ def test_the_temperature_comes_from_other_pairs(trained: Trained) -> None:
     request, run = trained(1, count=80)
     spec = runs.objective(run)
     report = evaluation.evaluate(spec, request.parts["eval"], request.parts["calibration"], draws=100)["datasets"][0]
-    fitted = calibration.temperature(evaluation.deltas(spec, request.parts["calibration"][0], Path())[0])
-    delta = evaluation.deltas(spec, request.parts["eval"][0], Path())[0]
+    scorer = ClassifierScorer(spec, Path())
+    fitted = calibration.temperature(evaluation.deltas(scorer, request.parts["calibration"][0]))
+    delta = evaluation.deltas(scorer, request.parts["eval"][0])
     assert report["temperature"] == pytest.approx(fitted)
     assert report["ece_scaled"]["10"] == pytest.approx(calibration.ece(delta / fitted))

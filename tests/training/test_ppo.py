@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from moalign.lm import adapters
-from moalign.lm.language_model import token_outputs
+from moalign.lm.log_probs import token_outputs
 from moalign.losses import ppo
 from moalign.methods import morlhf
 from moalign.training.job import Job
