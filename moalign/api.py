@@ -75,8 +75,7 @@ def train(
         planned: called with the checked plan before any work begins.
 
     Raises:
-        RequestError: every problem of the request at once, before anything is written; or the run is being trained by
-            another process.
+        RequestError: every problem of the request, before anything is written; or another process trains the run.
         WorkError: training failed; the next call goes on from the last checkpoint.
 
     >>> run = moalign.train("mo-odpo", "sandbox", seed=0, settings=tiny)
@@ -98,13 +97,12 @@ def train(
         seed=seed,
         results=Path(results),
     )
-    plan = workflow.plan(request)
+    plan = workflow.plan(request, progress)
     if planned is not None:
         planned(plan)
     run, reused = workflow.train(plan, progress)
     handle = RunHandle(run.path, run.record, Path(results), reused)
     if evaluate and handle.evaluation is None:  # with the plan's task, which has the base loaded already
-        plan.task.progress = progress
         evaluation.evaluate(plan.method, plan.context(run), None, progress)
     return handle
 
@@ -372,14 +370,11 @@ def compare(
     from moalign.comparison import compare as workflow
     from moalign.experiment import arguments
 
-    runs: tuple[str, ...] = ()
     if isinstance(task_or_runs, str | Path):
-        task = str(task_or_runs)
-    elif task_or_runs is not None:
-        handles = task_or_runs if isinstance(task_or_runs, Iterable) else [task_or_runs]
-        runs = tuple(str(run) if isinstance(run, str | Path) else str(run.path) for run in handles)
+        task, task_or_runs = str(task_or_runs), None
+    runs = task_or_runs if isinstance(task_or_runs, Iterable) else [task_or_runs] if task_or_runs else []
     request = workflow.CompareRequest(
-        runs=runs,
+        runs=tuple(str(getattr(run, "path", run)) for run in runs),
         task=task,
         methods=(methods,) if isinstance(methods, str) else tuple(methods or ()),
         seeds=seeds,
