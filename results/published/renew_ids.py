@@ -78,7 +78,7 @@ def _runs_and_card(record: dict[str, Any]) -> tuple[dict[str, str], dict[str, st
             return {}, {record["card_hash"]: "the task card, or what it points to, has changed since"}, None
         task = made.task
         renewed[record["card_hash"]] = task.hash
-        if run["run_id"] in (made.folder.name, former_run_id(made, record["card_hash"])):
+        if run["run_id"] in (made.folder.name, *former_run_ids(made, record["card_hash"])):
             renewed[run["run_id"]] = made.folder.name
         else:
             left[run["run_id"]] = f"{run['command']}: its recipe or settings have changed since"
@@ -119,18 +119,24 @@ def former_card_hashes(task: Task) -> set[str]:
     return hashes
 
 
-def former_run_id(made: Plan, card_hash: str) -> str:
-    """Return the run's identifier with every default written out."""
+def former_run_ids(made: Plan, card_hash: str) -> set[str]:
+    """Return the run's identifier with every default written out; also without one of them, for a setting added since.
+
+    A setting that did not exist acted as its default does: the run would be the same one today.
+    """
+    config = made.config.model_dump(mode="json")
+    at_default = set(config) - set(made.config.model_dump(exclude_defaults=True))
     request = {
         "card": card_hash,
-        "config": made.config.model_dump(mode="json"),
         "policy": made.recipe.policy.model_dump(mode="json"),
         "seed": made.seed,
         "prefs": made.given,
         "method": made.method.name,
         "task": made.card.name,
+        **({"holdout": made.holdout} if made.holdout else {}),
     }
-    return store.identity({**request, "holdout": made.holdout} if made.holdout else request)
+    configs = [config, *({k: v for k, v in config.items() if k != name} for name in at_default)]
+    return {store.identity({**request, "config": settings}) for settings in configs}
 
 
 def _comparison(record: dict[str, Any], renewed: dict[str, str], task: Task | None) -> str | None:

@@ -36,7 +36,7 @@ def record(script: ModuleType, small_task: tuple[str, ...]) -> dict[str, Any]:
         command = shlex.join([*words, "--seed", str(seed), "--results", "results"])
         made = plan(script.request_of(command))
         card_hash = min(script.former_card_hashes(made.task) - {made.task.hash}, default=made.task.hash)
-        run_id = script.former_run_id(made, card_hash)
+        (run_id, *_) = sorted(script.former_run_ids(made, card_hash))
         runs.append({"run": f"results/runs/sandbox/{method}/{run_id}", "run_id": run_id, "command": command})
     content = {"card": card_hash, "runs": sorted(run["run_id"] for run in runs), "grid": 5}
     return {
