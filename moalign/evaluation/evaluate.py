@@ -26,7 +26,8 @@ from moalign.lm import quality
 from moalign.methods.base import Method
 from moalign.pareto import front, hypervolume, indicators, statistics
 from moalign.runs.record import read_evaluation
-from moalign.tasks.task import Task, columns
+from moalign.tasks.responses import columns
+from moalign.tasks.task import Task
 from moalign.training.job import RunContext
 
 if TYPE_CHECKING:

@@ -197,7 +197,7 @@ def codec_of(card: TaskCard) -> Codec:
 
 
 def _first_prompt(card: TaskCard) -> str:
-    return make_task(card, Path("results"))._all_prompts()[0]
+    return make_task(card, Path("results")).all_prompts()[0]
 
 
 def _response(card: TaskCard, prompt: str) -> tuple[Response, Origin]:

@@ -118,7 +118,7 @@ class Ric:
         drop the first ones. The offline part is drawn from the rows that pass, so that it is as large as asked for.
         """
         from moalign.core.seeds import derive
-        from moalign.tasks.task import from_columns
+        from moalign.tasks.responses import from_columns
 
         config: Config = job.config
         columns = [f"z:{name}" for name in job.task.names]
@@ -156,7 +156,7 @@ class Ric:
         from moalign.lm.quality import collapse
         from moalign.lm.sampler import Sampling
         from moalign.policies.policy import Policy, respond_all
-        from moalign.tasks.task import columns
+        from moalign.tasks.responses import columns
 
         name, stage = f"samples-{number + 1}", f"sampling-{number + 1}"
         if job.stage_done(stage):

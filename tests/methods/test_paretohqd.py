@@ -23,7 +23,7 @@ from moalign.methods import paretohqd
 from moalign.methods.paretohqd import ParetoHqd
 from moalign.pareto.directions import Pool, nearest
 from moalign.runs.run import Run
-from moalign.tasks.task import from_columns
+from moalign.tasks.responses import from_columns
 
 LORA = "policy.lora={r: 4, alpha: 8, dropout: 0.1}"
 STAGE = "{steps: 4, batch: 4, lr: 0.01, max_tokens: 48, log_every: 1, checkpoint_every: 2}"

@@ -18,6 +18,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
+
+from moalign.core.arrays import Matrix
 
 OBJECTIVES = ("helpfulness", "harmlessness", "humor")
 
@@ -153,7 +156,7 @@ def context_of(prompt: str) -> Context:
     return Context(domain, risk + sum(extra for tail, extra in TAILS.items() if tail in prompt))
 
 
-def slot_rewards(context: Context) -> np.ndarray:
+def slot_rewards(context: Context) -> Matrix:
     """Return what each phrase is worth in ``context``; float array ``[slots, phrases, 3]``."""
     table = np.array([[values for _, values in slot] for slot in SLOTS], dtype=np.float64)
     for phrase in range(len(DOMAINS)):
@@ -164,7 +167,7 @@ def slot_rewards(context: Context) -> np.ndarray:
     return table
 
 
-def prior(context: Context) -> np.ndarray:
+def prior(context: Context) -> Matrix:
     """Return the corpus's probability of each phrase, no preference stated; ``[slots, phrases]``, rows sum to 1."""
     logits = np.array([[CAUTION * (RISK[context.risk] - 1.0) * values[1] for _, values in slot] for slot in SLOTS])
     if context.domain >= 0:
@@ -186,7 +189,7 @@ def draw_responses(prompts: Sequence[str], rng: np.random.Generator) -> list[str
     return [response_text(tuple(choice)) for choice in choices.tolist()]
 
 
-def all_choices() -> np.ndarray:
+def all_choices() -> NDArray[np.int64]:
     """Return every well-formed response as phrase indices; int array ``[15625, 6]``."""
     return np.array(list(itertools.product(*(range(len(slot)) for slot in SLOTS))), dtype=np.int64)
 
