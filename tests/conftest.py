@@ -18,7 +18,9 @@ os.environ.setdefault("MOALIGN_THREADS", "1")
 os.environ.setdefault("MOALIGN_JOBS", "1")  # in this process, where a test may have put its hands on something
 os.environ.setdefault("MPLBACKEND", "agg")
 
+import gc
 import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -44,6 +46,20 @@ def _beside(name: str) -> ModuleType:
 
 _chats = _beside("chat_families")
 chat_folder, chat_families = _chats.chat_folder, _chats.chat_families
+
+
+_modules = 0
+"""How many modules there were when the last were frozen."""
+
+
+@pytest.fixture(autouse=True)
+def _modules_are_no_garbage() -> None:
+    """Every trainer collects garbage when it is done: half a second once torch and trl are imported, unless frozen."""
+    global _modules
+    if len(sys.modules) > _modules + 50:
+        _modules = len(sys.modules)
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(scope="session")
