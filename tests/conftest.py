@@ -21,7 +21,7 @@ os.environ.setdefault("MPLBACKEND", "agg")
 import gc
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -46,6 +46,21 @@ def _beside(name: str) -> ModuleType:
 
 _chats = _beside("chat_families")
 chat_folder, chat_families = _chats.chat_folder, _chats.chat_families
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_waiting() -> Iterator[None]:
+    """What costs milliseconds thousands of times: waiting for the disk, asking git for the state of this checkout."""
+    from moalign.core import paths
+    from moalign.runs import environment
+
+    git_state, state = environment.git_state, environment.git_state(paths.CHECKOUT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        patch.setattr(
+            environment, "git_state", lambda checkout: state if checkout == paths.CHECKOUT else git_state(checkout)
+        )
+        yield
 
 
 _modules = 0
