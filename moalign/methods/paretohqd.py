@@ -26,12 +26,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from pydantic import Field
 
-from moalign.config.strict import Strict
 from moalign.core.errors import RequestError
 from moalign.core.preferences import Preference, label
 from moalign.methods.base import Capabilities
 from moalign.training.job import Job, RunContext
-from moalign.training.settings import SftConfig
+from moalign.training.settings import CostHints, SftConfig
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,9 +45,10 @@ FIRST, SECOND = "stage1", "stage2"
 AUGMENT = "augment"
 
 
-class Config(Strict):
+class Config(CostHints):
     """Settings of ParetoHqD."""
 
+    sampled_by: ClassVar = {"augment_prompts": 3}  # once for each representative
     k: int = Field(default=100, ge=2)
     """Responses of a preference's first set; its second set has half as many."""
     min_pool: int | None = Field(default=None, ge=1)
