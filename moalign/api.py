@@ -92,6 +92,7 @@ def train(
     >>> run.reused, run.record.cost.tokens_trained > 0
     (True, True)
     """
+    from moalign.evaluation import evaluate as evaluation
     from moalign.experiment import arguments
     from moalign.experiment import train as workflow
     from moalign.experiment.handle import RunHandle
@@ -110,10 +111,12 @@ def train(
     )
     if planned is not None:
         planned(plan)
-    from moalign.experiment.complete import complete
-
-    outcome = complete(plan, progress or silent, judge=evaluate)
-    return RunHandle(outcome.run, Path(results), outcome.found)
+    run, reused = workflow.train(plan, progress or silent)
+    handle = RunHandle(run.path, run.record, Path(results), reused)
+    if evaluate and handle.evaluation is None:  # with the plan's task, which has the base loaded already
+        plan.task.progress = progress or silent
+        evaluation.evaluate(plan.method, plan.context(run), None, progress or silent)
+    return handle
 
 
 def load(run: str | Path | None = None, *, results: str | Path = "results") -> RunHandle:
@@ -136,11 +139,9 @@ def load(run: str | Path | None = None, *, results: str | Path = "results") -> R
     >>> len(frame), list(frame.columns)
     (24, ['prompt', 'preference', 'response', 'finished', 'helpfulness', 'harmlessness'])
     """
-    from moalign.experiment import finished
     from moalign.experiment.handle import RunHandle
 
-    names = [] if run is None else [str(run)]
-    return RunHandle.of(finished.find(names, Path(results))[0], Path(results))
+    return RunHandle.find(None if run is None else str(run), Path(results))
 
 
 def evaluate(
@@ -265,9 +266,7 @@ def generate(
     method, context = _handle(run, results).opened(progress or silent)
     names = context.task.names
     requested = arguments.required(arguments.vector_texts(prefs), names)
-    given = [prompts] if isinstance(prompts, str) else prompts
-    rows = workflow.generate(method, context, requested, given, temperature, seed, progress or silent)
-    return [answer for row in rows for answer in row]
+    return workflow.generate(method, context, requested, prompts, temperature, seed, progress or silent)
 
 
 def score(
@@ -428,15 +427,13 @@ def best(
     (1, 'mo-odpo')
     """
     from moalign.comparison.result import CompareResult
-    from moalign.experiment import arguments, finished
-    from moalign.experiment.handle import Best, RunHandle
+    from moalign.experiment import arguments, handle
 
     place = comparison.files["json"] if isinstance(comparison, CompareResult) else Path(comparison)
     file = place / "compare.json" if place.is_dir() else place
-    content = finished.read_comparison(file)
+    content = handle.read_comparison(file)
     requested = arguments.required(arguments.vector_texts(prefs), content["objectives"])
-    run, rank = finished.best_of(file, content, requested, Path(results))
-    return Best(RunHandle.of(run, Path(results)), rank, len(content["rows"]))
+    return handle.best_of(file, content, requested, Path(results))
 
 
 def _task_or_runs(

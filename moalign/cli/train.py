@@ -126,7 +126,7 @@ def _show_before_download(resolved: ResolvedRequest, report: Preflight, as_json:
 
 
 def _plan_json(plan: Plan, preview: Preflight) -> dict[str, Any]:
-    run, recipe = plan.existing_run, plan.resolved.recipe
+    run, recipe = plan.existing_run, plan.recipe
     return {
         "dry_run": True,
         "run": str(plan.folder),
@@ -135,8 +135,8 @@ def _plan_json(plan: Plan, preview: Preflight) -> dict[str, Any]:
         "task": plan.task.card.name,
         "seed": plan.seed,
         "status": run.status if run else None,
-        "recipe": plan.resolved.as_given["recipe_file"],
-        "card": str(plan.resolved.card_path),
+        "recipe": plan.as_given["recipe_file"],
+        "card": str(plan.card_path),
         "card_hash": plan.task.hash,
         "objectives": plan.task.names,
         "prefs": [list(row) for row in plan.given] if plan.given else None,
@@ -154,7 +154,7 @@ def _show_plan(plan: Plan, as_json: bool) -> None:
     from moalign.core import preferences
     from moalign.preflight import check
 
-    preview = check.preview(plan.resolved)
+    preview = check.preview(plan)
     content = _plan_json(plan, preview)
     if as_json:
         output.as_json(content)

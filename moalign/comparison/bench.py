@@ -117,7 +117,7 @@ def _rows(
 def _timing_request(work: Work, card: TaskCard, steps: int, results: Path) -> TimingRequest:
     """Return what a method's process is to do: its recipe with fewer steps, and one preference where each is a run."""
     assert work.plan is not None
-    resolved = work.plan.resolved
+    resolved = work.plan
     given = [str(text) for text in resolved.as_given["set"]]
     named = {text.partition("=")[0].strip().removeprefix("config.") for text in given}
     sampled = resolved.config.sampled_by if isinstance(resolved.config, CostHints) else ()

@@ -141,7 +141,7 @@ def plan_all(request: CompareRequest) -> tuple[list[Work], TaskCard, str]:
         raise RequestError(*problems)
     first = works[0].plan
     assert first is not None
-    return works, first.resolved.card, first.task.hash
+    return works, first.card, first.task.hash
 
 
 def _names(request: CompareRequest) -> list[str]:

@@ -90,8 +90,8 @@ def _origin(environment: Mapping[str, Any]) -> dict[str, Any]:
 
 def planned(plan: Plan) -> Work:
     """Return the work of a checked request."""
-    command = arguments(plan.resolved.as_given, plan.seed, plan.given, plan.request.results)
-    reported = [number.model_dump() for number in plan.resolved.recipe.reported]
+    command = arguments(plan.as_given, plan.seed, plan.given, plan.request.results)
+    reported = [number.model_dump() for number in plan.recipe.reported]
     return Work(plan.method, plan.seed, plan.identity, plan.folder, command, plan=plan, reported=reported)
 
 

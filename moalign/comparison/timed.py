@@ -83,7 +83,7 @@ class LineTimer(trackers.Mirrors):
         )
 
 
-@dataclass
+@dataclass(frozen=True)
 class TimedPlan(Plan):
     """A plan whose run is timed, as are the runs of the experts that it needs."""
 

@@ -1,10 +1,10 @@
-"""A run as Python callers hold it: its record, its evaluation, its answers, and its policies."""
+"""Finished runs as Python callers hold them: found by name, with their record, evaluation, answers and policies."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moalign.core import preferences
 from moalign.core.errors import RequestError
@@ -12,13 +12,15 @@ from moalign.core.preferences import Preference, label
 from moalign.core.progress import Progress, silent
 from moalign.evaluation import evaluate
 from moalign.evaluation.result import EvalResult
-from moalign.experiment import finished
 from moalign.experiment.arguments import Vector, vector_text
 from moalign.experiment.generate import checked
+from moalign.experiment.train import context_of
 from moalign.methods import registry
 from moalign.methods.base import Method
-from moalign.runs.record import RunRecord, Status, read_evaluation
+from moalign.runs import atomic
+from moalign.runs.record import RunRecord, read_evaluation
 from moalign.runs.run import Run
+from moalign.runs.store import RunStore
 from moalign.training.job import RunContext
 
 if TYPE_CHECKING:
@@ -56,44 +58,30 @@ class SteeredPolicy:
         return self._policy.respond(checked(prompts), sampling)
 
 
-class RunHandle:
+class RunHandle(Run):
     """A run in its folder. What a policy needs (task, base model) is loaded at its first use and kept."""
 
-    def __init__(self, run: Run, results: Path, reused: bool = False) -> None:
-        """Hold ``run``, which belongs to the results folder ``results``."""
-        self.run = run
-        self.results = results
+    def __init__(self, path: Path, record: RunRecord, results: Path = Path("results"), reused: bool = False) -> None:
+        """Hold the run in the folder ``path``.
+
+        ``results`` is its results folder, unless it lies in one: its scores belong to the normaliser there.
+        """
+        super().__init__(path, record)
+        parents = path.resolve().parents
+        self.results = parents[3] if len(parents) > 3 and parents[2].name == RunStore.kind else results
         self.reused = reused
         """Whether :func:`moalign.train` found it finished and trained nothing."""
         self._opened: tuple[Method, RunContext] | None = None
 
     @classmethod
-    def of(cls, run: Run, given: Path) -> RunHandle:
-        """Return the handle of a run that was named by its path, or looked for in the results folder ``given``."""
-        return cls(run, finished.results_of(run, given))
+    def find(cls, name: str | None, results: Path) -> RunHandle:
+        """Return the run of a name (:meth:`RunStore.find`); None: the one that finished last."""
+        store = RunStore(results)
+        run = store.newest_finished() if name is None else store.find(name)
+        return cls(run.path, run.record, results)
 
     def __repr__(self) -> str:
         return f"RunHandle({self.record.method} on {self.record.task}, seed {self.record.seed}, {str(self.path)!r})"
-
-    @property
-    def path(self) -> Path:
-        """The run's folder."""
-        return self.run.path
-
-    @property
-    def run_id(self) -> str:
-        """The run's identifier: 12 hex digits of what was asked for."""
-        return self.run.run_id
-
-    @property
-    def status(self) -> Status:
-        """``done``, ``running``, ``failed`` or ``interrupted``."""
-        return self.run.status
-
-    @property
-    def record(self) -> RunRecord:
-        """The content of ``run.json``: recipe, seed, cost, seconds, environment, status."""
-        return self.run.record
 
     @property
     def objectives(self) -> tuple[str, ...]:
@@ -110,10 +98,9 @@ class RunHandle:
         if not path.is_file():
             return None
         content = read_evaluation(path)
-        # The folder may have been moved since, and an evaluation of another card is not this run's.
-        return (
-            EvalResult.of({**content, "run": str(self.path)}) if content["card_hash"] == self.record.card_hash else None
-        )
+        if content["card_hash"] != self.record.card_hash:
+            return None  # an evaluation of another card is not this run's
+        return EvalResult.of({**content, "run": str(self.path)})  # the folder may have been moved since
 
     def to_frame(self) -> pd.DataFrame:
         """Return the answers of the stored evaluation, one row a response.
@@ -126,7 +113,7 @@ class RunHandle:
         """
         if self.evaluation is None:
             raise RequestError(f"run {self.path}: it has no evaluation; evaluate it first: moalign eval {self.path}")
-        return self.run.read_table(self._files()[1]).drop(columns="ids", errors="ignore")
+        return self.read_table(self._files()[1]).drop(columns="ids", errors="ignore")
 
     def policy(self, prefs: Vector) -> SteeredPolicy:
         """Return the policy for a preference: one weight per objective, non-negative, summing to 1.
@@ -150,7 +137,7 @@ class RunHandle:
 
     def open(self, progress: Progress = silent) -> tuple[Method, RunContext]:
         """Return the same anew: for one use, so that no model stays in memory after it."""
-        return finished.opened(self.run, self.results, progress)
+        return context_of(self, self.results, progress)
 
     def _files(self) -> tuple[str, str]:
         """Return the names (without suffix) of the run's own evaluation and of its answers."""
@@ -161,6 +148,9 @@ class RunHandle:
         return evaluate.names_on(grid, grid if steerable else trained)
 
 
+# -- the best of a comparison ----------------------------------------------------------------------------------------
+
+
 class Best(NamedTuple):
     """The run of a comparison that was chosen to answer."""
 
@@ -169,3 +159,47 @@ class Best(NamedTuple):
     """The rank of its entry, 1 is best."""
     entries: int
     """How many entries the comparison has."""
+
+
+def read_comparison(file: Path) -> dict[str, Any]:
+    """Return the content of a ``compare.json``; raises RequestError for a file that is no comparison."""
+    try:
+        content = atomic.read_json(file, "")
+        rows: dict[str, Any] = {key: content[key] for key in ("objectives", "rows")}
+        for row in rows["rows"]:
+            _ = row["rank"], row["label"], [(run["run"], run["run_id"], run["status"]) for run in row["runs"]]
+    except (RequestError, KeyError, TypeError) as error:
+        reason = type(error.__cause__ or error).__name__
+        raise RequestError(f"{file}: it is no comparison that moalign wrote ({reason})") from None
+    return rows
+
+
+def best_of(file: Path, comparison: Mapping[str, Any], wanted: Sequence[Preference], results: Path) -> Best:
+    """Return the best-ranked trained run of a comparison that answers for every preference in ``wanted``.
+
+    Of a method with several seeds it is the first that finished. A method that trains nothing is passed over: what is
+    asked for is what training made. ``comparison`` is the content of ``file`` (:func:`read_comparison`); runs are
+    looked for where it says, else in the results folder that it lies in.
+
+    Raises:
+        RequestError: no row can answer (why not, row by row), or the run that can is gone or has changed.
+    """
+    parents = file.resolve().parents
+    home = parents[2] if parents[1].name == "compare" else results
+    refused = []
+    for row in sorted((row for row in comparison["rows"] if row["rank"]), key=lambda row: int(row["rank"])):
+        finished = next((run for run in row["runs"] if run["status"] == "done"), None)
+        if finished is None:
+            continue
+        run = RunHandle.find(finished["run"] if Path(finished["run"]).is_dir() else finished["run_id"], home)
+        if not registry.get(run.record.method).capabilities.trains:
+            refused.append(f"{row['label']} trains nothing")
+            continue
+        method, context = run.open()
+        try:
+            evaluate.preferences_for(method, context, wanted)
+        except RequestError as error:
+            refused.append(str(error))
+        else:
+            return Best(run, int(row["rank"]), len(comparison["rows"]))
+    raise RequestError(f"{file}: no run can be asked: {'; '.join(refused) or 'none is finished'}")

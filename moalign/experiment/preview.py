@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from moalign.config import load
-from moalign.config.card import SourceSpec, TaskCard
 from moalign.core import preferences
 from moalign.core.errors import RequestError
 from moalign.core.records import Response
 from moalign.tasks.load import make_task
 
 if TYPE_CHECKING:
-    from moalign.core.preferences import Preference
     from moalign.lm.chat import Codec
 
 STAND_IN = "This is an answer."
@@ -60,21 +58,10 @@ class Preview:
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything for ``--json``."""
+        grouped = {"stop_ids", "stop_texts", "row_ids", "loss", "max_prompt_tokens"}
         return {
-            "task": self.task,
-            "model": self.model,
-            "objectives": self.objectives,
-            "prefs": self.prefs,
-            "prompt": self.prompt,
-            "kept": self.kept,
-            "text": self.text,
-            "ids": self.ids,
-            "tokens": self.tokens,
-            "cut_tokens": self.cut_tokens,
-            "overlong": self.overlong,
+            **{key: value for key, value in vars(self).items() if key not in grouped},
             "stop": {"ids": self.stop_ids, "texts": self.stop_texts},
-            "response": self.response,
-            "response_from": self.response_from,
             "row": {"ids": self.row_ids, "loss": self.loss},
         }
 
@@ -127,26 +114,18 @@ def preview(
     for name, text in (("PROMPT", prompt), ("--response", response)):
         if text is not None and not text.strip():
             raise RequestError(f"{name}: found an empty text; give one, or leave it out")
-    codec = codec_of(card)
-    asked = _first_prompt(card) if prompt is None else prompt
-    renderer = Renderer(card.template, tuple(card.objective_names), codec, card.generation.max_prompt_tokens)
-    answer, origin = (Response(response), "given") if response is not None else _response(card, asked)
-    return Seen(_made(card, codec, renderer, asked, weights, answer, origin), codec)
-
-
-def _made(
-    card: TaskCard,
-    codec: Codec,
-    renderer: Any,
-    prompt: str,
-    weights: Preference | None,
-    response: Response,
-    origin: Any,
-) -> Preview:
+    of_card = make_task(card, Path("results"))
+    codec = of_card.untrained_codec()
+    prompt = of_card.all_prompts()[0] if prompt is None else prompt
+    known = of_card.known_response(prompt) if response is None else Response(response)
+    answer = known or Response(STAND_IN)
+    origin: Origin = "given" if response is not None else "stand-in" if known is None else "data"
+    limit = card.generation.max_prompt_tokens
+    renderer = Renderer(card.template, tuple(card.objective_names), codec, limit)
     rendered = renderer.plain(prompt) if weights is None else renderer.preference(prompt, weights)
     (ids,) = codec.prompt_ids([rendered])
-    tail = codec.response_ids(rendered, response, ids)
-    return Preview(
+    tail = codec.response_ids(rendered, answer, ids)
+    shown = Preview(
         task=card.name,
         model=codec.source,
         objectives=card.objective_names,
@@ -157,15 +136,16 @@ def _made(
         ids=ids,
         tokens=codec.tokenizer.convert_ids_to_tokens(ids),
         cut_tokens=rendered.cut,
-        max_prompt_tokens=card.generation.max_prompt_tokens,
+        max_prompt_tokens=limit,
         overlong=card.overlong or "cut",
         stop_ids=sorted(codec.ends.ids),
         stop_texts=list(codec.ends.texts),
-        response=response.text,
+        response=answer.text,
         response_from=origin,
         row_ids=[*ids, *tail],
         loss=[*[0] * len(ids), *[1] * len(tail)],
     )
+    return Seen(shown, codec)
 
 
 def _with_special(codec: Codec, rendered: str, ids: Sequence[int]) -> str:
@@ -178,55 +158,3 @@ def _with_special(codec: Codec, rendered: str, ids: Sequence[int]) -> str:
     own = codec.tokenizer(str(rendered), add_special_tokens=False, verbose=False)["input_ids"]
     added = len(ids) - len(own)
     return "".join(codec.tokenizer.convert_ids_to_tokens(list(ids[: max(0, added)]))) + str(rendered)
-
-
-def codec_of(card: TaskCard) -> Codec:
-    """Return what turns the task's texts into tokens; a built-in base is not trained for it."""
-    from moalign.lm import language_model
-
-    if card.kind == "sandbox" and card.model is None:
-        from moalign.lm.chat import Codec
-        from moalign.tasks.sandbox.base import make_tokenizer
-
-        return Codec(make_tokenizer(), card.template, source="the sandbox's base")
-    if card.model is None:
-        raise RequestError(
-            f"task {card.name}: it needs a model; give a folder or a hub id: --set task.model=PATH/TO/FOLDER"
-        )
-    return language_model.load_codec(card.model, card.model_revision, card.template)
-
-
-def _first_prompt(card: TaskCard) -> str:
-    return make_task(card, Path("results")).all_prompts()[0]
-
-
-def _response(card: TaskCard, prompt: str) -> tuple[Response, Origin]:
-    """Return a response that the data has for the prompt, else the stand-in; hub data sets are not looked through."""
-    from moalign.data import load as records
-
-    data = card.data
-    if card.kind == "sandbox":
-        import numpy as np
-
-        from moalign.tasks.sandbox import world
-
-        if prompt in world.prompts():
-            return Response(world.draw_responses([prompt], np.random.default_rng(0))[0]), "data"
-    if data is not None and _is_here(data.responses):
-        for scored in records.load_responses(data, card.objective_names, Path.cwd()):
-            if scored.prompt == prompt:
-                return Response(scored.response, finished=scored.finished), "data"
-    sources = data.pairs if data is not None and isinstance(data.pairs, dict) else {}
-    for objective in [*sources, None]:
-        source = sources[objective] if objective is not None else getattr(data, "pairs", None)
-        if data is not None and isinstance(source, SourceSpec) and _is_here(source):
-            for pair in records.load_pairs(data, Path.cwd(), objective):
-                if pair.prompt == prompt:
-                    return Response(pair.chosen), "data"
-    return Response(STAND_IN), "stand-in"
-
-
-def _is_here(source: SourceSpec | None) -> bool:
-    from moalign.data import readers
-
-    return source is not None and isinstance(readers.locate(source, Path.cwd()), Path)

@@ -10,10 +10,10 @@ import abc
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from moalign.lm.chat import Codec, Renderer
     from moalign.lm.language_model import LanguageModel
     from moalign.lm.sampler import Sampling
+    from moalign.reward_models.pairs import PairSet
     from moalign.rewards.store import Store
 
 
@@ -73,6 +74,10 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def data_responses(self, split: str) -> Responses | None:
         """Return the responses that the task's data holds for a split, None when it has none."""
+
+    def known_response(self, prompt: str) -> Response | None:
+        """Return a response that the data has for any prompt of it; hub data sets are not looked through."""
+        return None
 
     def data_pairs(self, objective: int) -> list[Pair]:
         """Return the training split's pairs that people labelled for an objective."""
@@ -168,6 +173,10 @@ class Task(abc.ABC):
         from moalign.lm import language_model
 
         return language_model.load_codec(*self.base_source(), self.card.template)
+
+    def untrained_codec(self) -> Codec:
+        """Return :attr:`codec`, but do not train a built-in base for it."""
+        return self.codec
 
     @functools.cached_property
     def renderer(self) -> Renderer:
@@ -324,6 +333,19 @@ class Task(abc.ABC):
                     table.to_parquet(place, index=False)
         table = pd.read_parquet(path)
         return Responses(table["prompt"].tolist(), from_columns(table), int(table["sampled"].iloc[0]))
+
+    reward_settings: ClassVar[Mapping[str, Any]] = {}
+    """Settings of a reward model for this kind of task, where they differ from the defaults."""
+
+    def pair_sets(self) -> list[PairSet]:
+        """Return the labelled pairs over all splits, for reward models; RequestError where the card names none."""
+        from moalign.reward_models import pairs
+
+        given = self.card.data.pairs if self.card.data is not None else None
+        if given is None:
+            raise RequestError(f"task {self.card.name}: its card has no data.pairs; give files with --pairs instead")
+        sources = given if isinstance(given, dict) else {self.card.name: given}
+        return pairs.read(list(sources.items()), Path.cwd())
 
     def has_pairs(self, objective: int) -> bool:
         """Whether the task's data holds preference labels for an objective."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
-from moalign.config.card import DataSpec
+from moalign.config.card import DataSpec, SourceSpec
 from moalign.config.objectives import PythonObjective
 from moalign.core.errors import RequestError
 from moalign.core.records import Pair, Response
@@ -68,6 +68,20 @@ class TextTask(Task):
         part = self._responses_by_split[split]
         return part if part.prompts else None
 
+    def known_response(self, prompt: str) -> Response | None:
+        """Return the first logged response to a prompt, else the preferred one of its first pair."""
+        if _is_here(self._data.responses):
+            for scored in load.load_responses(self._data, self.names, Path.cwd()):
+                if scored.prompt == prompt:
+                    return Response(scored.response, finished=scored.finished)
+        pairs = self._data.pairs
+        for objective, source in (pairs if isinstance(pairs, dict) else {None: pairs}).items():
+            if _is_here(source):
+                for pair in load.load_pairs(self._data, Path.cwd(), objective):
+                    if pair.prompt == prompt:
+                        return Response(pair.chosen)
+        return None
+
     def data_pairs(self, objective: int) -> list[Pair]:
         """Return the labelled pairs of an objective whose prompt is in the training split."""
         return [
@@ -75,3 +89,7 @@ class TextTask(Task):
             for pair in load.load_pairs(self._data, Path.cwd(), self.names[objective])
             if splits.split_of(pair.prompt, self.card.splits) == "train" and not self.left_out(pair.prompt)
         ]
+
+
+def _is_here(source: SourceSpec | None) -> bool:
+    return source is not None and isinstance(readers.locate(source, Path.cwd()), Path)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from moalign.tasks.sandbox import base, world
 from moalign.tasks.task import Task, fingerprint
 
 if TYPE_CHECKING:
+    from moalign.lm.chat import Codec
     from moalign.reward_models.pairs import PairSet
 
 PER_PROMPT = 16
@@ -71,6 +72,20 @@ class SandboxTask(Task):
         prompts = [prompt for prompt in self.prompts[split] for _ in range(PER_PROMPT)]
         return Responses(prompts, [Response(text) for text in world.draw_responses(prompts, rng)])
 
+    def known_response(self, prompt: str) -> Response | None:
+        """Return what the corpus says to one of the world's prompts."""
+        if prompt not in world.prompts():
+            return None
+        return Response(world.draw_responses([prompt], np.random.default_rng(0))[0])
+
+    def untrained_codec(self) -> Codec:
+        """Return what turns text into the base's tokens; needs no base."""
+        from moalign.lm.chat import Codec
+
+        if not self.card.built_in_base:
+            return self.codec
+        return Codec(base.make_tokenizer(), self.card.template, source="the sandbox's base")
+
     def optimum(self, prefs: Sequence[Preference], prompts: Sequence[str], beta: float = 0.0) -> Matrix:
         """Return the exact optimum's mean raw rewards ``[preferences, objectives]``; see :mod:`.optimum`."""
         from moalign.tasks.sandbox.optimum import optimum
@@ -86,7 +101,10 @@ class SandboxTask(Task):
         """Who labels pairs."""
         return self._spec.annotators or AnnotatorSpec()
 
-    def labelled_pairs(self) -> list[PairSet]:
+    reward_settings: ClassVar[Mapping[str, Any]] = {"template": "{prompt} {response}", "max_tokens": 128}
+    """The longest text of the world has 76 tokens; a word stands apart from the next."""
+
+    def pair_sets(self) -> list[PairSet]:
         """Return the annotators' pairs over all splits, one data set per group, with their true probabilities."""
         from moalign.tasks.sandbox.annotators import groups_of, label
 
