@@ -143,7 +143,6 @@ def test_a_wrong_import_is_found_wherever_it_stands(tmp_path: Path) -> None:
 NAMED = {
     "cli/init.py": {"mo-odpo"},  # the recipe that `moalign init` writes
     "experiment/init.py": {"mo-odpo"},
-    "experiment/reward.py": {"SandboxTask"},
     "training/distil.py": {"hindsight"},  # the value of a setting, warm_start
     "training/settings.py": {"hindsight"},
 }
