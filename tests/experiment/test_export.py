@@ -39,14 +39,20 @@ QUICK = {
 pytestmark = pytest.mark.usefixtures("picky")
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where finished runs lie, each trained once."""
+    return tmp_path_factory.mktemp("runs")
+
+
 @pytest.fixture
-def finished(small_task: tuple[str, ...], tmp_path: Path) -> Any:
+def finished(small_task: tuple[str, ...], place: Path) -> Any:
     """``finished(name)``: the context of a finished run of a method."""
 
     def made(name: str) -> tuple[Any, RunContext]:
         overrides = (*small_task, LORA, *QUICK[name])
-        run, _ = train(plan(TrainRequest(name.split(" ")[0], overrides=overrides, results=tmp_path / "results")))
-        return opened(run, tmp_path)
+        run, _ = train(plan(TrainRequest(name.split(" ")[0], overrides=overrides, results=place / "results")))
+        return opened(run, place)
 
     return made
 
