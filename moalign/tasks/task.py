@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from moalign.reward_models.pairs import PairSet
     from moalign.rewards.store import Store
 
+SHORT = "short.json"
+"""File of the number of tokens below which a response is short."""
+
 
 def fingerprint(model: str, revision: str | None) -> str:
     """Return the content fingerprint of a policy's model, checked; needs no torch."""
@@ -290,21 +293,17 @@ class Task(abc.ABC):
         """
         if self.card.quality is not None and self.card.quality.short is not None:
             return self.card.quality.short
-        with self._once(self._short_file) as missing:
+        with self._once(self.folder / SHORT) as missing:
             if missing:
                 self._keep_short((self.data_responses("calibration") or self._calibration_samples()).responses)
-        return int(json.loads(self._short_file.read_text(encoding="utf-8"))["short_below"])
-
-    @property
-    def _short_file(self) -> Path:
-        return self.folder / "short.json"
+        return int(json.loads((self.folder / SHORT).read_text(encoding="utf-8"))["short_below"])
 
     def _keep_short(self, responses: Sequence[Response]) -> None:
         from moalign.lm.quality import short_below
         from moalign.runs import atomic
 
         limit = short_below([len(tokens) for tokens in self.tokens(shown(responses))])
-        atomic.write_json(self._short_file, {"short_below": limit, "responses": len(responses)})
+        atomic.write_json(self.folder / SHORT, {"short_below": limit, "responses": len(responses)})
 
     # -- what methods learn from ---------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ import collections
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from moalign.core import preferences
 from moalign.core.arrays import Matrix
 from moalign.core.errors import WorkError
 from moalign.core.paths import cache_root
+from moalign.core.progress import Progress, silent
 from moalign.pareto.indicators import controllability
 from moalign.tasks.sandbox import world
 from moalign.tasks.sandbox.optimum import all_rewards, corpus_log_probs
@@ -85,15 +86,7 @@ def identity(objectives: Sequence[str], kind: str, seed: int) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
-StepProgress = Callable[[int, int], None]
-"""``progress(step, steps)``."""
-
-
-def _silent(step: int, steps: int) -> None:
-    pass
-
-
-def ensure(objectives: Sequence[str], kind: str, seed: int, progress: StepProgress = _silent) -> Path:
+def ensure(objectives: Sequence[str], kind: str, seed: int, progress: Progress = silent) -> Path:
     """Return the folder of the trained base, training it when it is not cached yet.
 
     Of two processes that call this at once, one trains it and the other waits.
@@ -146,7 +139,7 @@ def z_scale() -> tuple[Matrix, Matrix]:
 
 
 def train(
-    objectives: Sequence[str], kind: str, seed: int, progress: StepProgress = _silent
+    objectives: Sequence[str], kind: str, seed: int, progress: Progress = silent
 ) -> tuple[Any, PreTrainedTokenizerFast, dict[str, Any]]:
     """Train a base; returns (model, tokenizer, facts). Raises WorkError when a warm base does not learn to steer."""
     import torch
@@ -191,7 +184,7 @@ def train(
         until += EXTRA_STEPS
 
 
-def _steps(model: Any, corpus: Corpus, optimizer: torch.optim.Optimizer, steps: range, progress: StepProgress) -> None:
+def _steps(model: Any, corpus: Corpus, optimizer: torch.optim.Optimizer, steps: range, progress: Progress) -> None:
     """Train for some steps of the schedule: short warm-up, then half a cosine down to a floor."""
     import torch
 
@@ -205,7 +198,7 @@ def _steps(model: Any, corpus: Corpus, optimizer: torch.optim.Optimizer, steps: 
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        progress(step + 1, steps.stop)
+        progress(f"training the {corpus.kind} base (first use only)", step + 1, steps.stop)
     model.eval()
 
 
@@ -230,7 +223,7 @@ class Corpus:
     def __init__(self, objectives: Sequence[str], kind: str, seed: int, tokenizer: PreTrainedTokenizerFast) -> None:
         self.objectives = list(objectives)
         self.steps = STEPS + MORE_STEPS * (len(objectives) - 2)
-        self.warm = kind == "warm"
+        self.kind = kind
         self.rng = np.random.default_rng([seed, 7])
         self.tokenizer = tokenizer
         columns = [world.OBJECTIVES.index(name) for name in objectives]
@@ -247,7 +240,7 @@ class Corpus:
 
     def tilt(self, step: int) -> float:
         """Return the corpus's tilt at a training step."""
-        if not self.warm:
+        if self.kind == "cold":
             return 0.0
         fallen = min(1.0, max(0.0, (step / self.steps - HOLD) / FALL))
         return FIRST_TILT + (TILT - FIRST_TILT) * fallen

@@ -51,16 +51,7 @@ class SandboxTask(Task):
         """Return the base's folder, having trained it first when it is built in and not there yet."""
         if self.card.model is not None:
             return self.card.model, self.card.model_revision
-        what = f"training the {self._spec.base} base (first use only)"
-        folder = base.ensure(
-            self.names, self._spec.base, self._spec.seed, lambda done, total: self.progress(what, done, total)
-        )
-        return str(folder), None
-
-    @property
-    def base_folder(self) -> str:
-        """The base's folder, trained first when it is built in and not there yet."""
-        return self.base_source()[0]
+        return str(base.ensure(self.names, self._spec.base, self._spec.seed, self.progress)), None
 
     def all_prompts(self) -> list[str]:
         """Return the world's 720 prompts."""
@@ -129,4 +120,4 @@ class SandboxTask(Task):
             return self._panel_of(self.card.objectives)
         from moalign.tasks.sandbox import learned
 
-        return self._panel_of(learned.objectives(self, self.progress))
+        return self._panel_of(learned.objectives(self))
