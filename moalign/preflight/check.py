@@ -12,7 +12,6 @@ from moalign.config.load import ResolvedRequest
 from moalign.config.recipe import Recipe
 from moalign.config.yaml_lines import Document
 from moalign.core.errors import RequestError
-from moalign.lm import builtin
 from moalign.methods import registry
 from moalign.methods.base import Method
 from moalign.preflight.inputs import check_inputs
@@ -44,9 +43,7 @@ def check(name_or_path: str, overrides: Sequence[str] = (), results: Path = Path
 def preview(resolved: ResolvedRequest) -> Preflight:
     """Return memory and cost of a request alone: what a dry run shows, before anything is downloaded."""
     report = Preflight(resolved.recipe_path or Path(resolved.recipe.method))
-    model = resolved.card.model
-    folder = (builtin.converted(model) or Path(model).expanduser()) if model is not None else None
-    check_sizes(report, resolved, folder if folder is not None and folder.is_dir() else None)
+    check_sizes(report, resolved)
     return report
 
 
@@ -62,7 +59,7 @@ def _check_card(path: Path, overrides: Sequence[str], results: Path) -> Prefligh
             with report.collecting():  # the card's own problems are among them, and reported once
                 method = registry.get(load.recipe_names(file)[0])
                 resolved = load.load_recipe(file, method.name, path, overrides, method.Config)
-                report.add("recipe", _settings(file, resolved, method))
+                report.add("recipe", f"{file}: {len(resolved.config.model_dump())} settings of {method.name}")
     return report
 
 
@@ -73,17 +70,13 @@ def _check_recipe(
     with report.collecting():
         method = _method_of(path, yaml_lines.load(path))
         resolved = load.load_recipe(path, method.name, task, overrides, method.Config)
-        report.add("recipe", _settings(path, resolved, method))
+        report.add("recipe", f"{path}: {len(resolved.config.model_dump())} settings of {method.name}")
         card, count = resolved.card, len(resolved.card.objectives)
         report.add("card", f"{resolved.card_path}: {', '.join(card.objective_names)}")
         if method.capabilities.objectives == "2" and count != 2:
             report.problems.append(f"{path}: {method.name} works with 2 objectives; task {card.name} has {count}")
         return resolved
     return None
-
-
-def _settings(path: Path, resolved: ResolvedRequest, method: Method) -> str:
-    return f"{path}: {len(resolved.config.model_dump())} settings of {method.name}"
 
 
 def _method_of(path: Path, document: Document) -> Method:

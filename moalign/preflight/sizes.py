@@ -24,8 +24,11 @@ _REMEDIES = {
 """What makes a part of memory smaller."""
 
 
-def check_sizes(report: Preflight, resolved: ResolvedRequest, model: Path | None) -> None:
-    """Estimate cost, and memory phase by phase, and compare the memory with the GPU that the recipe states."""
+def check_sizes(report: Preflight, resolved: ResolvedRequest, model: Path | None = None) -> None:
+    """Estimate cost, and memory phase by phase, and compare the memory with the GPU that the recipe states.
+
+    ``model`` is the policy's folder where it is a hub model in the local cache.
+    """
     card, able = resolved.card, registry.get(resolved.recipe.method).capabilities
     report.memory = {"stated_gib": resolved.recipe.needs.gpu_memory_gib, "total_gib": None, "phases": []}
     if card.built_in_base:

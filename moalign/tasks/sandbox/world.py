@@ -13,6 +13,7 @@ Nothing here is learned or random: the tables are the definition of the task.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -150,6 +151,7 @@ def prompts() -> list[str]:
     return [question.format(topic=topic, tail=tail) for topic, question, tail in combinations]
 
 
+@functools.lru_cache(maxsize=4096)
 def context_of(prompt: str) -> Context:
     """Read the domain and the risk level off a prompt; an unknown topic has no domain and risk level 1."""
     domain, risk = next((value for topic, value in TOPICS.items() if topic in prompt), (-1, 1))
@@ -183,7 +185,9 @@ def response_text(choice: tuple[int, ...]) -> str:
 
 def draw_responses(prompts: Sequence[str], rng: np.random.Generator) -> list[str]:
     """Return one response per prompt, drawn slot by slot from :func:`prior`."""
-    chances = np.stack([prior(context_of(prompt)) for prompt in prompts])
+    contexts = [context_of(prompt) for prompt in prompts]
+    priors = {context: prior(context) for context in set(contexts)}
+    chances = np.stack([priors[context] for context in contexts])
     choices = (chances.cumsum(axis=2) < rng.random((*chances.shape[:2], 1))).sum(axis=2)
     choices = choices.clip(0, chances.shape[2] - 1)  # a cumulative sum may end just below 1
     return [response_text(tuple(choice)) for choice in choices.tolist()]
