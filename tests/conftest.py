@@ -158,6 +158,7 @@ def small_task(random_base: Path) -> tuple[str, ...]:
         f"task.model={random_base}",
         "task.grid=3",
         "task.evaluation.prompts=8",
+        "task.evaluation.samples=1",
         "task.evaluation.bootstrap=100",
         "task.splits={train: 0.1, calibration: 0.1, eval: 0.8}",  # every training prompt has 16 logged responses
         "task.pool.prompts=24",

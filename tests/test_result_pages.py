@@ -11,7 +11,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import yaml
+
+from moalign.config import yaml_lines
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 ABLATIONS = sorted((RESULTS / "ablations").glob("*.yaml"))
@@ -51,7 +52,7 @@ def test_an_ablations_rows_are_those_of_its_list_and_can_be_asked_for(
     from moalign.experiment.train import TrainRequest, plan
 
     ablate = script("ablations/ablate.py")
-    spec, told = yaml.safe_load(path.read_text(encoding="utf-8")), record(path)
+    spec, told = yaml_lines.load(path).data, record(path)
     wanted = [(group["title"], row["label"]) for group in spec["groups"] for row in group["rows"]]
     assert wanted == [(group["title"], row["label"]) for group in told["groups"] for row in group["rows"]]
     for group, recorded in zip(spec["groups"], told["groups"], strict=True):

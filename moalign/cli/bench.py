@@ -50,11 +50,11 @@ def bench(
         for trace in result.traces:
             output.note(trace)
     if as_json:
-        output.as_json(result.told)
+        output.as_json(result.content)
     else:
-        _show(result.told)
-    if result.exit_code:
-        raise typer.Exit(result.exit_code)
+        _show(result.content)
+    if result.failed:
+        raise typer.Exit(1)
 
 
 COLUMNS = ("method", "s/step", "generated/s", "trained/s", "scored/s", "host peak", "GPU peak", "start")

@@ -12,7 +12,7 @@ from moalign.cli import output
 from moalign.core.errors import RequestError
 
 if TYPE_CHECKING:
-    from moalign.evaluation.result import EvalResult
+    from moalign.evaluation.result import EvalResult, Side, Volume
     from moalign.experiment.handle import RunHandle
 
 
@@ -66,8 +66,8 @@ def evaluate(
     for evaluation in evaluations:
         output.line(f"{evaluation.method} on {evaluation.task}, seed {evaluation.seed}: {evaluation.run}")
         if not hypervolume:
-            show_points(evaluation.content)
-        show_summary(evaluation.content, short=hypervolume)
+            show_points(evaluation)
+        show_summary(evaluation, short=hypervolume)
         if len(evaluations) > 1:
             output.line()
 
@@ -128,84 +128,73 @@ def _show_calculated(content: Mapping[str, Any]) -> None:
 # -- what is shown of a run ----------------------------------------------------------------------------------------
 
 
-def show_points(content: Mapping[str, Any]) -> None:
+def show_points(result: EvalResult) -> None:
     """Print the table of mean rewards: one row per preference, normalised with interval and raw; * is the front."""
     from moalign.core.preferences import label
 
-    names = content["objectives"]
-    scaled = [f"{name}\nnormalised" for name in names]
-    raw = [f"{name}\nraw" for name in names]
+    scaled = [f"{name}\nnormalised" for name in result.objectives]
+    raw = [f"{name}\nraw" for name in result.objectives]
     table = output.table("preference", *scaled, *raw, right=[*scaled, *raw])
-    for point in content["points"]:
+    for point in result.points:
         cells = [
             f"{output.number(mean)} {output.interval(bounds, 2)}"
-            for mean, bounds in zip(point["mean"], point["ci"], strict=True)
+            for mean, bounds in zip(point.mean, point.interval, strict=True)
         ]
-        plain = [output.number(value) for value in point["raw"]]
-        table.add_row(label(point["prefs"]) + (" *" if point["nondominated"] else ""), *cells, *plain)
+        plain = [output.number(value) for value in point.raw]
+        table.add_row(label(point.preference) + (" *" if point.nondominated else ""), *cells, *plain)
     output.show(table)
 
 
-def show_summary(content: Mapping[str, Any], short: bool = False) -> None:
+def show_summary(result: EvalResult, short: bool = False) -> None:
     """Print the hypervolume with its interval, the optimal share and (unless ``short``) the indicators."""
-    corner = ", ".join(f"{r:g}" for r in content["ref"])
-    mark = "" if short else f" (*){_spread(content)}"
+    corner = ", ".join(f"{r:g}" for r in result.reference_point)
+    spread = f", spacing {output.number(result.indicators.spacing)}" if result.front > 1 else ""
     rows = [
         (
             "hypervolume",
-            f"{output.number(content['hypervolume'], 4)} {output.interval(content['hypervolume_ci'], 4)} "
-            f"from reference point ({corner}), {content['front']} of {len(content['points'])} points on the front"
-            f"{mark}",
+            f"{output.number(result.hypervolume, 4)} {output.interval(result.hypervolume_interval, 4)} "
+            f"from reference point ({corner}), {result.front} of {len(result.points)} points on the front"
+            f"{'' if short else f' (*){spread}'}",
         )
     ]
-    if content.get("optimal_share") is not None:
-        share, (low, high) = output.percent(content["optimal_share"], 1), content["optimal_share_ci"]
-        rows.append(
-            ("optimal share", f"{share} [{100 * low:.1f}, {100 * high:.1f}] of the exact optimum's hypervolume")
-        )
-    rows += _generalisation_rows(content.get("generalisation") or {})
+    if result.optimal_share is not None:
+        rows.append(("optimal share", f"{_share(result)} of the exact optimum's hypervolume"))
+    if result.generalisation is not None:
+        rows.append(("trained on", _side(result.generalisation.trained)))
+        rows.append(("held out", _side(result.generalisation.held_out)))
     if not short:
-        indicators, quality = content["indicators"], content.get("quality", {})
         rows += [
-            ("Kendall's tau", output.number(indicators["tau"], 2)),
-            ("inner product", output.number(indicators["inner_product"])),
-            ("expected utility", output.number(indicators["expected_utility"])),
+            ("Kendall's tau", output.number(result.indicators.tau, 2)),
+            ("inner product", output.number(result.indicators.inner_product)),
+            ("expected utility", output.number(result.indicators.expected_utility)),
+            ("collapse rate", output.percent(result.quality.rate, 1)),
         ]
-        if "rate" in quality:
-            rows.append(("collapse rate", output.percent(quality["rate"], 1)))
-        if quality.get("kl") is not None:
-            rows.append(("KL to base", _moved(content)))
-        if content.get("overlong"):
-            rows.append(("prompts", output.overlong(content["overlong"])))
+        if result.quality.kl is not None:
+            rows.append(("KL to base", _moved(result)))
+        if result.overlong:
+            rows.append(("prompts", output.overlong(result.overlong)))
     output.pairs(rows)
 
 
-def _spread(content: Mapping[str, Any]) -> str:
-    """Return how evenly the front is spread, where it has two points and the evaluation says so."""
-    spacing = content["indicators"].get("spacing")
-    return "" if spacing is None or content["front"] < 2 else f", spacing {output.number(spacing)}"
+def _share(volume: Volume) -> str:
+    assert volume.optimal_share_interval is not None
+    low, high = volume.optimal_share_interval
+    return f"{output.percent(volume.optimal_share, 1)} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
-def _moved(content: Mapping[str, Any]) -> str:
+def _side(side: Side) -> str:
+    """Return the numbers of the preferences that were trained on, or of those that were held out."""
+    text = f"{len(side.prefs)} preferences: hypervolume {output.number(side.hypervolume, 4)}"
+    if side.optimal_share is not None:
+        text += f", {_share(side)} of the optimum's"
+    if side.utility_share is not None:
+        text += f"; utility {output.percent(side.utility_share, 1)} of the optimum's"
+    return text
+
+
+def _moved(result: EvalResult) -> str:
     """Return the mean KL to base and, where preferences differ, its range over them."""
-    each = [point["kl"] for point in content["points"]]
+    each = [point.kl for point in result.points if point.kl is not None]
     low, high = output.number(min(each), 2), output.number(max(each), 2)
     spread = f", {low} to {high} over the preferences" if low != high else ""
-    return f"{output.nats(content['quality'])} nats per response{spread}"
-
-
-def _generalisation_rows(content: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return a row for the preferences that were trained on and one for those that were held out."""
-    rows = []
-    for side, name in (("trained", "trained on"), ("held_out", "held out")):
-        part = content.get(side)
-        if part is None:
-            continue
-        text = f"{len(part['prefs'])} preferences: hypervolume {output.number(part['hypervolume'], 4)}"
-        if part["optimal_share"] is not None:
-            share, (low, high) = output.percent(part["optimal_share"], 1), part["optimal_share_ci"]
-            text += f", {share} [{100 * low:.1f}, {100 * high:.1f}] of the optimum's"
-        if part.get("utility_share") is not None:
-            text += f"; utility {output.percent(part['utility_share'], 1)} of the optimum's"
-        rows.append((name, text))
-    return rows
+    return f"{output.nats(result.quality.model_dump())} nats per response{spread}"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from moalign.core import preferences
 from moalign.core.errors import RequestError
@@ -17,8 +17,7 @@ from moalign.experiment.generate import checked
 from moalign.experiment.train import context_of
 from moalign.methods import registry
 from moalign.methods.base import Method
-from moalign.runs import atomic
-from moalign.runs.record import RunRecord, read_evaluation
+from moalign.runs.record import RunRecord
 from moalign.runs.run import Run
 from moalign.runs.store import RunStore
 from moalign.training.job import RunContext
@@ -97,10 +96,8 @@ class RunHandle(Run):
         path = self.path / f"{self._files()[0]}.json"
         if not path.is_file():
             return None
-        content = read_evaluation(path)
-        if content["card_hash"] != self.record.card_hash:
-            return None  # an evaluation of another card is not this run's
-        return EvalResult.of({**content, "run": str(self.path)})  # the folder may have been moved since
+        result = EvalResult.load(path)
+        return result if result.card_hash == self.record.card_hash else None  # of another card it is not this run's
 
     def to_frame(self) -> pd.DataFrame:
         """Return the answers of the stored evaluation, one row a response.
@@ -148,9 +145,6 @@ class RunHandle(Run):
         return evaluate.names_on(grid, grid if steerable else trained)
 
 
-# -- the best of a comparison ----------------------------------------------------------------------------------------
-
-
 class Best(NamedTuple):
     """The run of a comparison that was chosen to answer."""
 
@@ -159,47 +153,3 @@ class Best(NamedTuple):
     """The rank of its entry, 1 is best."""
     entries: int
     """How many entries the comparison has."""
-
-
-def read_comparison(file: Path) -> dict[str, Any]:
-    """Return the content of a ``compare.json``; raises RequestError for a file that is no comparison."""
-    try:
-        content = atomic.read_json(file, "")
-        rows: dict[str, Any] = {key: content[key] for key in ("objectives", "rows")}
-        for row in rows["rows"]:
-            _ = row["rank"], row["label"], [(run["run"], run["run_id"], run["status"]) for run in row["runs"]]
-    except (RequestError, KeyError, TypeError) as error:
-        reason = type(error.__cause__ or error).__name__
-        raise RequestError(f"{file}: it is no comparison that moalign wrote ({reason})") from None
-    return rows
-
-
-def best_of(file: Path, comparison: Mapping[str, Any], wanted: Sequence[Preference], results: Path) -> Best:
-    """Return the best-ranked trained run of a comparison that answers for every preference in ``wanted``.
-
-    Of a method with several seeds it is the first that finished. A method that trains nothing is passed over: what is
-    asked for is what training made. ``comparison`` is the content of ``file`` (:func:`read_comparison`); runs are
-    looked for where it says, else in the results folder that it lies in.
-
-    Raises:
-        RequestError: no row can answer (why not, row by row), or the run that can is gone or has changed.
-    """
-    parents = file.resolve().parents
-    home = parents[2] if parents[1].name == "compare" else results
-    refused = []
-    for row in sorted((row for row in comparison["rows"] if row["rank"]), key=lambda row: int(row["rank"])):
-        finished = next((run for run in row["runs"] if run["status"] == "done"), None)
-        if finished is None:
-            continue
-        run = RunHandle.find(finished["run"] if Path(finished["run"]).is_dir() else finished["run_id"], home)
-        if not registry.get(run.record.method).capabilities.trains:
-            refused.append(f"{row['label']} trains nothing")
-            continue
-        method, context = run.open()
-        try:
-            evaluate.preferences_for(method, context, wanted)
-        except RequestError as error:
-            refused.append(str(error))
-        else:
-            return Best(run, int(row["rank"]), len(comparison["rows"]))
-    raise RequestError(f"{file}: no run can be asked: {'; '.join(refused) or 'none is finished'}")

@@ -84,15 +84,6 @@ def read(folder: Path) -> RunRecord:
         raise RequestError(f"{path}: not a run record of this moalign: {details}; {remedy}") from error
 
 
-def read_evaluation(path: Path) -> dict[str, Any]:
-    """Return the content of a run's ``eval*.json``; RequestError when it is damaged, with what to do about it."""
-    remedy = f"remove it and evaluate again: moalign eval {path.parent}"
-    content = atomic.read_json(path, remedy)
-    if not isinstance(content, dict) or not {"card_hash", "points", "hypervolume"} <= set(content):
-        raise RequestError(f"{path}: not an evaluation that moalign wrote; {remedy}")
-    return content
-
-
 def now() -> datetime:
     """Return the current time, in UTC."""
     return datetime.now(UTC)

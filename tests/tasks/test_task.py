@@ -28,7 +28,12 @@ from moalign.tasks.sandbox.scorer import parse, rewards
 from moalign.tasks.sandbox.task import PER_PROMPT, SandboxTask
 from moalign.tasks.text import TextTask
 
-SETTINGS = ("task.pool.prompts=12", "task.pool.calibration_per_prompt=2", "task.evaluation.prompts=16")
+SETTINGS = (
+    "task.pool.prompts=12",
+    "task.pool.calibration_per_prompt=2",
+    "task.evaluation.prompts=16",
+    "task.evaluation.samples=1",
+)
 
 
 def tiny_lm() -> language_model.LanguageModel:
