@@ -194,7 +194,7 @@ def _steps(model: Any, corpus: Corpus, optimizer: torch.optim.Optimizer, steps: 
         cosine = 0.5 + 0.5 * math.cos(math.pi * min(1.0, step / corpus.steps))
         for group in optimizer.param_groups:
             group["lr"] = RATE * min(1.0, (step + 1) / 20) * (FLOOR + (1 - FLOOR) * cosine)
-        corpus.loss(model, step).backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(corpus.loss(model, step))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
