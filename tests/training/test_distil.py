@@ -58,7 +58,7 @@ def test_more_than_the_task_has_is_refused(make_job: MakeJob) -> None:
 def rows_of(
     make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, where: str = "one", **changes: Any
 ) -> tuple[Job, list[str], list[str]]:
-    job = make_job("hindsight", "task.splits={train: 0.7, calibration: 0.1, eval: 0.2}", where=where)
+    job = make_job("hindsight", where=where)
     told: list[Any] = []
     monkeypatch.setattr("moalign.training.sft.train_sft", lambda *given: told.append(given))
     distil(job, job.task.language_model, DistilConfig(**{"steps": 40, "batch": 8, "n": 4, **changes}))
