@@ -30,6 +30,7 @@ SMALL_TASK = (
     "task.evaluation.prompts=16",
     "task.evaluation.samples=1",
     "task.evaluation.bootstrap=100",
+    "task.splits={train: 0.1, calibration: 0.1, eval: 0.8}",  # every training prompt has 16 logged responses
     "task.pool.prompts=24",
     "task.pool.per_prompt=2",
     "task.pool.calibration_per_prompt=4",

@@ -280,6 +280,11 @@ class TaskCard(Strict):
         """The objectives' names in the task's order."""
         return [objective.name for objective in self.objectives]
 
+    @property
+    def built_in_base(self) -> bool:
+        """Whether the task brings its own tiny base, trained on first use."""
+        return self.kind == "sandbox" and self.model is None
+
     def hash(self, **identity: Any) -> str:
         """Return 16 hex digits over everything that changes a score.
 

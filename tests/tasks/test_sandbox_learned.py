@@ -17,9 +17,9 @@ from moalign.experiment import train
 from moalign.experiment.train import TrainRequest
 from moalign.reward_models.settings import RewardSettings
 from moalign.tasks.load import make_task
+from moalign.tasks.responses import shown
 from moalign.tasks.sandbox import learned, world
 from moalign.tasks.sandbox.task import SandboxTask
-from moalign.tasks.task import shown
 
 FEW = "task.sandbox.annotators.pairs=80"
 
