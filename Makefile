@@ -51,7 +51,7 @@ llm-demo: $(STAMP)  ## five methods on the real LLM (make llm): table, figure, p
 		--prefs 1,0 --prefs 0.75,0.25 --prefs 0.5,0.5 --prefs 0.25,0.75 --prefs 0,1
 
 test: $(STAMP)  ## the quick tests
-	@$(PYTEST) -n $(JOBS)
+	@$(PYTEST) -n $(JOBS) --dist loadfile
 
 test-slow: $(STAMP)  ## the slow tests: training to the end, resume after a kill, the wheel
 	@$(PYTEST) -m "slow and not gpu"

@@ -10,7 +10,7 @@ The examples share one run, which the first of them trains in seconds and all ot
 
 >>> import moalign
 >>> pool = {"prompts": 24, "per_prompt": 2, "calibration_per_prompt": 2}
->>> card = {"task": {"grid": 3, "evaluation": {"prompts": 8, "bootstrap": 100}, "pool": pool}}
+>>> card = {"task": {"grid": 3, "evaluation": {"prompts": 8, "samples": 1, "bootstrap": 100}, "pool": pool}}
 >>> tiny = {"steps": 2, "batch": 4, **card}
 >>> run = moalign.train("mo-odpo", settings=tiny)
 >>> run.status
@@ -41,18 +41,8 @@ if TYPE_CHECKING:
     from moalign.experiment.handle import Best, RunHandle
     from moalign.experiment.train import Plan
 
-__all__ = [
-    "best",
-    "compare",
-    "evaluate",
-    "evaluate_all",
-    "generate",
-    "hypervolume",
-    "load",
-    "score",
-    "score_file",
-    "train",
-]
+__all__ = ["best", "compare", "evaluate", "evaluate_all", "generate", "hypervolume", "load", "score", "score_file"]
+__all__ += ["train"]
 
 
 def train(
@@ -66,7 +56,7 @@ def train(
     recipe: str | Path | None = None,
     results: str | Path = "results",
     evaluate: bool = True,
-    progress: Progress | None = None,
+    progress: Progress = silent,
     planned: Callable[[Plan], None] | None = None,
 ) -> RunHandle:
     """Train a method on a task, or find the run that the same call made; what was interrupted is resumed.
@@ -98,25 +88,24 @@ def train(
     from moalign.experiment import train as workflow
     from moalign.experiment.handle import RunHandle
 
-    plan = workflow.plan(
-        workflow.TrainRequest(
-            method=method,
-            task=None if task is None else str(task),
-            recipe=None if recipe is None else Path(recipe),
-            prefs=arguments.vector_texts(prefs),
-            grid=grid,
-            overrides=arguments.setting_texts(settings),
-            seed=seed,
-            results=Path(results),
-        )
+    request = workflow.TrainRequest(
+        method,
+        task=None if task is None else str(task),
+        recipe=_path(recipe),
+        prefs=arguments.vector_texts(prefs),
+        grid=grid,
+        overrides=arguments.setting_texts(settings),
+        seed=seed,
+        results=Path(results),
     )
+    plan = workflow.plan(request)
     if planned is not None:
         planned(plan)
-    run, reused = workflow.train(plan, progress or silent)
+    run, reused = workflow.train(plan, progress)
     handle = RunHandle(run.path, run.record, Path(results), reused)
     if evaluate and handle.evaluation is None:  # with the plan's task, which has the base loaded already
-        plan.task.progress = progress or silent
-        evaluation.evaluate(plan.method, plan.context(run), None, progress or silent)
+        plan.task.progress = progress
+        evaluation.evaluate(plan.method, plan.context(run), None, progress)
     return handle
 
 
@@ -153,7 +142,7 @@ def evaluate(
     samples: int | None = None,
     reference_point: Vector | None = None,
     results: str | Path = "results",
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> EvalResult:
     """Evaluate a finished run, or read back what was evaluated before.
 
@@ -193,7 +182,7 @@ def evaluate_all(
     samples: int | None = None,
     reference_point: Vector | None = None,
     results: str | Path = "results",
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> list[EvalResult]:
     """Evaluate several runs, each once, in order; every value is checked against every run before the first answer.
 
@@ -217,10 +206,14 @@ def evaluate_all(
         requests.append((handle, requested, None if text is None else arguments.reference_point(text, names)))
     evaluated = []
     for handle, requested, corner in requests:
-        method, context = handle.open(progress or silent)
-        made = workflow.evaluate(method, context, requested, progress or silent, samples)
+        method, context = handle.open(progress)
+        made = workflow.evaluate(method, context, requested, progress, samples)
         evaluated.append(made.result if corner is None else workflow.at_reference(made, context.task, corner))
     return evaluated
+
+
+def _path(given: str | Path | None) -> Path | None:
+    return None if given is None else Path(given)
 
 
 def _handle(run: RunHandle | str | Path | None, results: str | Path) -> RunHandle:
@@ -235,7 +228,7 @@ def generate(
     temperature: float | None = None,
     seed: int | None = None,
     results: str | Path = "results",
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> list[Answer]:
     """Answer prompts with a finished run at one preference or several, and score the answers.
 
@@ -261,10 +254,10 @@ def generate(
     from moalign.experiment import arguments
     from moalign.experiment import generate as workflow
 
-    method, context = _handle(run, results).opened(progress or silent)
+    method, context = _handle(run, results).opened(progress)
     names = context.task.names
     requested = arguments.required(arguments.vector_texts(prefs), names)
-    return workflow.generate(method, context, requested, prompts, temperature, seed, progress or silent)
+    return workflow.generate(method, context, requested, prompts, temperature, seed, progress)
 
 
 def score(
@@ -275,7 +268,7 @@ def score(
     settings: Settings | None = None,
     normalised: bool = False,
     results: str | Path = "results",
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> NDArray[np.float64]:
     """Score responses with a task's objectives; float64 ``[n, m]``, larger is better, in the task's order.
 
@@ -300,9 +293,8 @@ def score(
     from moalign.tasks.load import make_task
 
     arguments.refuse_unequal(prompts, responses)
-    report = progress or silent
-    scoring = make_task(load_card(task, arguments.setting_texts(settings)), Path(results), report)
-    raw = scoring.panel.score(list(prompts), list(responses), lambda done, total: report("scoring", done, total))
+    scoring = make_task(load_card(task, arguments.setting_texts(settings)), Path(results), progress)
+    raw = scoring.panel.score(list(prompts), list(responses), lambda done, total: progress("scoring", done, total))
     return scoring.normaliser.unit(raw) if normalised else raw
 
 
@@ -313,7 +305,7 @@ def score_file(
     *,
     settings: Settings | None = None,
     results: str | Path = "results",
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Scores:
     """Score a file of responses, however large: a summary, and the scores as a table beside it or in memory.
 
@@ -335,9 +327,8 @@ def score_file(
     from moalign.evaluation import score as workflow
     from moalign.experiment import arguments
 
-    place = None if out is None else Path(out)
     overrides = arguments.setting_texts(settings)
-    return workflow.score(str(task), Path(source), place, overrides, Path(results), progress or silent)
+    return workflow.score(str(task), Path(source), _path(out), overrides, Path(results), progress)
 
 
 def compare(
@@ -355,7 +346,7 @@ def compare(
     figure: str | Path | None = None,
     markdown: str | Path | None = None,
     html: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> CompareResult:
     """Compare methods under equal conditions: train and evaluate what is missing, then say which wins and how surely.
 
@@ -381,10 +372,15 @@ def compare(
     from moalign.comparison import compare as workflow
     from moalign.experiment import arguments
 
-    named, runs = _task_or_runs(task_or_runs)
+    runs: tuple[str, ...] = ()
+    if isinstance(task_or_runs, str | Path):
+        task = str(task_or_runs)
+    elif task_or_runs is not None:
+        handles = task_or_runs if isinstance(task_or_runs, Iterable) else [task_or_runs]
+        runs = tuple(str(run) if isinstance(run, str | Path) else str(run.path) for run in handles)
     request = workflow.CompareRequest(
         runs=runs,
-        task=task if named is None else named,
+        task=task,
         methods=(methods,) if isinstance(methods, str) else tuple(methods or ()),
         seeds=seeds,
         grid=grid,
@@ -393,11 +389,11 @@ def compare(
         executor=executor,
         overrides=arguments.setting_texts(settings),
         results=Path(results),
-        figure=None if figure is None else Path(figure),
-        markdown=None if markdown is None else Path(markdown),
-        html=None if html is None else Path(html),
+        figure=_path(figure),
+        markdown=_path(markdown),
+        html=_path(html),
     )
-    return workflow.compare(request, progress or silent)
+    return workflow.compare(request, progress)
 
 
 def best(
@@ -451,16 +447,6 @@ def best(
         else:
             return Best(run, entry.rank, len(result.entries))
     raise RequestError(f"{file}: no run can be asked: {'; '.join(refused) or 'none is finished'}")
-
-
-def _task_or_runs(
-    given: str | Path | RunHandle | Iterable[RunHandle | str | Path] | None,
-) -> tuple[str | None, tuple[str, ...]]:
-    """Return the task that was named, or else the names of the runs."""
-    if given is None or isinstance(given, str | Path):
-        return None if given is None else str(given), ()
-    runs = given if isinstance(given, Iterable) else [given]
-    return None, tuple(str(run) if isinstance(run, str | Path) else str(run.path) for run in runs)
 
 
 def hypervolume(points: ArrayLike, reference_point: ArrayLike, *, minimise: bool = False) -> float:

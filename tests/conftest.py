@@ -18,8 +18,11 @@ os.environ.setdefault("MOALIGN_THREADS", "1")
 os.environ.setdefault("MOALIGN_JOBS", "1")  # in this process, where a test may have put its hands on something
 os.environ.setdefault("MPLBACKEND", "agg")
 
+import functools
+import gc
 import importlib.util
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -32,18 +35,48 @@ if TYPE_CHECKING:
 CHECKOUT = Path(__file__).resolve().parents[1]
 
 
+@functools.cache
 def _beside(name: str) -> ModuleType:
     """Return a module of this folder, which is on no import path (``--import-mode=importlib``)."""
     spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # pydantic looks for the names in it
     spec.loader.exec_module(module)
     return module
 
 
 _chats = _beside("chat_families")
 chat_folder, chat_families = _chats.chat_folder, _chats.chat_families
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_waiting() -> Iterator[None]:
+    """What costs milliseconds thousands of times: waiting for the disk, asking git for the state of this checkout."""
+    from moalign.core import paths
+    from moalign.runs import environment
+
+    git_state, state = environment.git_state, environment.git_state(paths.CHECKOUT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        patch.setattr(
+            environment, "git_state", lambda checkout: state if checkout == paths.CHECKOUT else git_state(checkout)
+        )
+        yield
+
+
+_modules = 0
+"""How many modules there were when the last were frozen."""
+
+
+@pytest.fixture(autouse=True)
+def _modules_are_no_garbage() -> None:
+    """Every trainer collects garbage when it is done: half a second once torch and trl are imported, unless frozen."""
+    global _modules
+    if len(sys.modules) > _modules + 50:
+        _modules = len(sys.modules)
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -125,7 +158,9 @@ def small_task(random_base: Path) -> tuple[str, ...]:
         f"task.model={random_base}",
         "task.grid=3",
         "task.evaluation.prompts=8",
+        "task.evaluation.samples=1",
         "task.evaluation.bootstrap=100",
+        "task.splits={train: 0.1, calibration: 0.1, eval: 0.8}",  # every training prompt has 16 logged responses
         "task.pool.prompts=24",
         "task.pool.per_prompt=2",
         "task.pool.calibration_per_prompt=2",
@@ -135,80 +170,12 @@ def small_task(random_base: Path) -> tuple[str, ...]:
 
 @pytest.fixture
 def picky(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two methods for tests of machinery, known while the test runs: they train in a second, and it shows.
-
-    ``picky`` fine-tunes one adapter per preference on the responses that are best by w.r; ``picky-soup`` combines its
-    policies at the corners: ``by: weights`` or ``by: logits``.
-    """
-    from typing import ClassVar, Literal
-
-    from moalign.config.strict import Strict
-    from moalign.core.preferences import Preference
+    """The methods ``picky`` and ``picky-soup`` of ``picky_methods.py``, known while the test runs."""
     from moalign.methods import registry
-    from moalign.methods.base import Capabilities
-    from moalign.policies.policy import Policy
-    from moalign.training.job import Job, RunContext
-    from moalign.training.settings import SftConfig
 
-    settings = SftConfig(steps=4, batch=4, lr=0.02, max_tokens=48, checkpoint_every=1)
-
-    class PickyConfig(SftConfig):
-        steps: int = settings.steps
-        batch: int = settings.batch
-        lr: float = settings.lr
-        max_tokens: int = settings.max_tokens
-        checkpoint_every: int = settings.checkpoint_every
-
-    class Picky:
-        name: ClassVar[str] = "picky"
-        summary: ClassVar[str] = "fine-tunes on the best responses of each preference"
-        capabilities: ClassVar[Capabilities] = Capabilities(one_policy=False, steerable=False)
-        Config: ClassVar[type[Strict]] = PickyConfig
-        quick: ClassVar[dict[str, Any]] = {}
-
-        def train(self, job: Job) -> None:
-            import numpy as np
-
-            from moalign.training.grid import each_preference
-            from moalign.training.sft import train_sft
-
-            lm, scored = job.task.language_model, job.task.scored()
-            z = job.panel.z(scored.raw)
-
-            for _, preference, stage in each_preference(job):
-                best = np.argsort(-(z @ np.array(preference)), kind="stable")[:12].tolist()
-                texts = [job.task.renderer.plain(scored.prompts[i]) for i in best]
-                train_sft(job, lm, texts, [scored.responses[i] for i in best], job.config, stage)
-                job.notes["diagnostics"] = {"first weight": preference[0]}
-
-        def policy(self, context: RunContext, preference: Preference) -> Policy:
-            from moalign.policies.per_preference import trained_for
-
-            return trained_for(context, preference)
-
-    class SoupConfig(Strict):
-        experts: PickyConfig = PickyConfig()
-        by: Literal["weights", "logits"] = "weights"
-
-    class PickySoup:
-        name: ClassVar[str] = "picky-soup"
-        summary: ClassVar[str] = "combines policies of picky at the corners"
-        capabilities: ClassVar[Capabilities] = Capabilities()
-        Config: ClassVar[type[Strict]] = SoupConfig
-        quick: ClassVar[dict[str, Any]] = {}
-
-        def train(self, job: Job) -> None:
-            from moalign.training.experts import bring_experts
-
-            bring_experts(job, "picky", job.config.experts.model_dump(mode="json"))
-
-        def policy(self, context: RunContext, preference: Preference) -> Policy:
-            from moalign.policies.mixed import interpolated, mixed
-
-            return (interpolated if context.config.by == "weights" else mixed)(context, preference)
-
+    methods = _beside("picky_methods")
     names, get = registry.names, registry.get
-    made: dict[str, Any] = {"picky": Picky, "picky-soup": PickySoup}
+    made: dict[str, Any] = {"picky": methods.Picky, "picky-soup": methods.PickySoup}
     monkeypatch.setattr(registry, "names", lambda: sorted([*names(), *made]))
     monkeypatch.setattr(registry, "get", lambda name: made[name]() if name in made else get(name))
 

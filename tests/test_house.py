@@ -138,6 +138,55 @@ def test_a_wrong_import_is_found_wherever_it_stands(tmp_path: Path) -> None:
     ]
 
 
+# -- who knows whom by name ------------------------------------------------------------------------------------------
+
+NAMED = {
+    "cli/init.py": {"mo-odpo"},  # the recipe that `moalign init` writes
+    "experiment/init.py": {"mo-odpo"},
+    "training/distil.py": {"hindsight"},  # the value of a setting, warm_start
+    "training/settings.py": {"hindsight"},
+}
+"""What is named away from its package all the same."""
+
+
+def named_elsewhere(package: Path) -> list[str]:
+    """Return where a method's name or a kind of task stands outside ``methods/`` and ``tasks/``, docstrings apart.
+
+    Others ask capabilities, settings or the task itself, so that a plugin's are treated like our own.
+    """
+    trees = {
+        path.relative_to(package).as_posix(): ast.parse(path.read_text(encoding="utf-8"))
+        for path in sorted(package.rglob("*.py"))
+    }
+    names = {Path(file).stem.replace("_", "-") for file in trees if file.startswith("methods/")} - {"base", "registry"}
+    for file, tree in trees.items():
+        classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and file.startswith("tasks/")]
+        names |= {kind.name for kind in classes if any(ast.unparse(base) == "Task" for base in kind.bases)}
+    return [
+        f"{file}:{node.lineno} names {name}"
+        for file, tree in trees.items()
+        if not file.startswith(("methods/", "tasks/"))
+        for node in ast.walk(tree)
+        for name in sorted(names - NAMED.get(file, set()))
+        if (isinstance(node, ast.Constant) and node.value == name) or (isinstance(node, ast.Name) and node.id == name)
+    ]
+
+
+def test_methods_and_kinds_of_task_are_named_in_their_packages_alone() -> None:
+    assert named_elsewhere(ROOT / "moalign") == []
+
+
+def test_a_method_or_a_kind_of_task_that_is_named_elsewhere_is_found(tmp_path: Path) -> None:
+    for name, text in {
+        "methods/my_method.py": "NAME = 'my-method'\n",
+        "tasks/task.py": "class Task: ...\nclass ToyTask(Task): ...\n",
+        "core/known.py": "'As my-method, ToyTask.'\nif method.name == 'my-method': pass\nisinstance(a, ToyTask)\n",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    assert named_elsewhere(tmp_path) == ["core/known.py:2 names my-method", "core/known.py:3 names ToyTask"]
+
+
 # -- to follow a method ----------------------------------------------------------------------------------------------
 
 FOLLOWED = ("MOC", "RiC", "MO-ODPO", "MODPO", "ParetoHqD")

@@ -27,7 +27,13 @@ ROOT = PACKAGE.parents[1]
 RECIPE = PACKAGE / "recipes" / "toy-temperature.yaml"
 SMALL = [
     option
-    for key in ("grid=3", "evaluation.prompts=24", "evaluation.bootstrap=100", "pool.prompts=24")
+    for key in (
+        "grid=3",
+        "evaluation.prompts=24",
+        "evaluation.samples=1",
+        "evaluation.bootstrap=100",
+        "pool.prompts=24",
+    )
     for option in ("--set", f"task.{key}")
 ]
 

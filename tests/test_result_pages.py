@@ -11,7 +11,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import yaml
+
+from moalign.config import yaml_lines
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 ABLATIONS = sorted((RESULTS / "ablations").glob("*.yaml"))
@@ -51,7 +52,7 @@ def test_an_ablations_rows_are_those_of_its_list_and_can_be_asked_for(
     from moalign.experiment.train import TrainRequest, plan
 
     ablate = script("ablations/ablate.py")
-    spec, told = yaml.safe_load(path.read_text(encoding="utf-8")), record(path)
+    spec, told = yaml_lines.load(path).data, record(path)
     wanted = [(group["title"], row["label"]) for group in spec["groups"] for row in group["rows"]]
     assert wanted == [(group["title"], row["label"]) for group in told["groups"] for row in group["rows"]]
     for group, recorded in zip(spec["groups"], told["groups"], strict=True):
@@ -114,14 +115,14 @@ def test_the_page_of_times_is_made_of_its_record_and_promises_are_kept(monkeypat
 @pytest.mark.parametrize(
     ("heading", "task"),
     [
-        ("### Sandbox\n", "sandbox"),
-        ("### Sandbox, cold base\n", "sandbox-cold"),
-        ("### Sandbox, three objectives\n", "sandbox-3"),
+        ("## Sandbox\n", "sandbox"),
+        ("## Sandbox, cold base\n", "sandbox-cold"),
+        ("## Sandbox, three objectives\n", "sandbox-3"),
     ],
 )
-def test_readmes_tables_say_what_the_records_say(heading: str, task: str, checkout: Path) -> None:
+def test_the_tables_of_results_say_what_the_records_say(heading: str, task: str, checkout: Path) -> None:
     told = record(RESULTS / "published" / task / "compare.json")
-    text = (checkout / "README.md").read_text(encoding="utf-8").partition(heading)[2].partition("\n### ")[0]
+    text = (checkout / "results/README.md").read_text(encoding="utf-8").partition(heading)[2].partition("\n## ")[0]
     table = text[text.index("| method |") :].partition("\n\n")[0].splitlines()
     heads = [cell.strip() for cell in table[0].strip("|").split("|")]
     rows = [dict(zip(heads, (cell.strip() for cell in line.strip("|").split("|")), strict=True)) for line in table[2:]]
@@ -137,9 +138,9 @@ def test_readmes_tables_say_what_the_records_say(heading: str, task: str, checko
         assert row["tau"] == f"{one['indicators']['tau']:.2f}"
 
 
-def test_readmes_table_of_the_real_llm_says_what_the_record_says(checkout: Path) -> None:
+def test_the_table_of_the_real_llm_says_what_the_record_says(checkout: Path) -> None:
     told = record(RESULTS / "published" / "assistant" / "compare.json")
-    text = (checkout / "README.md").read_text(encoding="utf-8").partition("### A real LLM: assistant\n")[2]
+    text = (checkout / "results/README.md").read_text(encoding="utf-8").partition("## A real LLM: assistant\n")[2]
     table = text[text.index("| method |") :].partition("\n\n")[0].splitlines()
     heads = [cell.strip() for cell in table[0].strip("|").split("|")]
     rows = [dict(zip(heads, (cell.strip() for cell in line.strip("|").split("|")), strict=True)) for line in table[2:]]

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from moalign.config.load import ResolvedRequest
     from moalign.experiment.handle import RunHandle
     from moalign.experiment.train import Plan, TrainRequest
-    from moalign.preflight.check import Preflight
+    from moalign.preflight.report import Preflight
     from moalign.runs.record import RunRecord
 
 
@@ -86,10 +86,10 @@ def _announce(plan: Plan) -> None:
 def _dry_run(request: TrainRequest, as_json: bool) -> None:
     """Show the plan of a request; what it says without its model, when that would have to be downloaded first."""
     from moalign.experiment import train as workflow
-    from moalign.preflight import check
+    from moalign.preflight import check, inputs
 
     resolved = workflow.resolve(request)
-    if check.must_be_fetched(resolved.card):
+    if inputs.must_be_fetched(resolved.card):
         _show_before_download(resolved, check.preview(resolved), as_json)
     else:
         _show_plan(workflow.plan(request), as_json)

@@ -25,15 +25,15 @@ from moalign.config.strict import Strict
 from moalign.core.errors import RequestError
 from moalign.core.progress import Progress, silent
 from moalign.evaluation.result import Content
+from moalign.training.settings import CostHints
 
 STEPS = 8
 """Steps of every stage, by default."""
 LEAST = 2
 """A step is timed from one line of metrics to the next, and the first step is a warm-up."""
-SAMPLED = ("online_prompts", "augment_prompts")
-"""Settings of how many responses a method samples between its stages: reduced like steps, since they take time too."""
 LEAST_SAMPLED = 256
-"""Lower bound of the reduced :data:`SAMPLED` settings: a method picks the best responses and needs a choice."""
+"""Responses that a method samples between its stages are reduced like steps, since they take time too, but not below
+this: it picks the best of them and needs a choice."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,8 @@ def _timing_request(run: ComparedRun, card: TaskCard, steps: int, results: str) 
     resolved, count = run.plan, len(card.objectives)
     given = [str(text) for text in resolved.as_given["set"]]
     named = {text.partition("=")[0].strip().removeprefix("config.") for text in given}
-    limits = {"steps": steps, **dict.fromkeys(SAMPLED, max(LEAST_SAMPLED, 2 * card.generation.batch_size))}
+    sampled = resolved.config.sampled_by if isinstance(resolved.config, CostHints) else ()
+    limits = {"steps": steps, **dict.fromkeys(sampled, max(LEAST_SAMPLED, 2 * card.generation.batch_size))}
     cuts = [f"config.{key}={value}" for key, value in shortened(resolved.config, limits) if key not in named]
     return TimingRequest(
         method=run.method.name,

@@ -20,11 +20,12 @@ from typing import Any
 
 from moalign.comparison import executors
 from moalign.comparison.result import RunSummary
-from moalign.config import find, yaml_lines
+from moalign.config import find
 from moalign.config.card import TaskCard
 from moalign.config.recipe import ReportedSpec
 from moalign.core import preferences
 from moalign.core.errors import MoalignError, RequestError, WorkError
+from moalign.core.paths import shown
 from moalign.core.preferences import Preference
 from moalign.core.progress import Progress
 from moalign.evaluation import evaluate
@@ -123,7 +124,7 @@ def arguments(as_given: Mapping[str, Any], seed: int, prefs: Sequence[Preference
     default = None
     with contextlib.suppress(RequestError):  # the task was moved since, so the recipe has to be named
         default = find.find_recipe_file(task, method)
-    if recipe is not None and (default is None or recipe != yaml_lines.shown(default)):
+    if recipe is not None and (default is None or recipe != shown(default)):
         parts += ["--recipe", str(recipe)]
     own = (as_given.get("recipe") or {}).get("prefs")
     if prefs and [list(row) for row in prefs] != own:

@@ -7,7 +7,9 @@ model, generation, reference point, normaliser, evaluation); ``compare`` refuses
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+from collections.abc import Iterator
 from pathlib import PurePath
 from typing import Any, Literal
 
@@ -16,6 +18,10 @@ from pydantic import Field, field_validator, model_validator
 from moalign.config.objectives import ObjectiveSpec
 from moalign.config.strict import Strict
 from moalign.core.errors import did_you_mean
+
+DEFAULTS_VERSION = 1
+"""Part of every hash, which leaves out settings at their default: whoever changes a default here or in
+:mod:`moalign.config.objectives` raises it, or cards of before and after would count as the same task."""
 
 _NOT_HASHED = {"description", "suite", "recipes_from", "published"}
 """Keys that change no score."""
@@ -204,7 +210,7 @@ class TaskCard(Strict):
     """In normalised units (0 = the 1 % quantile of base and data responses)."""
     sensitivity_point: list[float]
     grid: int = Field(default=11, ge=2)
-    """Number of evaluation preferences (a Das-Dennis grid)."""
+    """Number of evaluation preferences (a Das-Dennis grid; with four and more objectives any number)."""
     template: TemplateSpec = TemplateSpec()
     overlong: Literal["cut", "drop"] | None = None
     """Prompts that do not fit ``generation.max_prompt_tokens``. cut (null): the text in the place of ``{prompt}`` loses
@@ -218,92 +224,77 @@ class TaskCard(Strict):
     recipes_from: str | None = None
     """A task whose recipes serve this one for every method that has none here."""
 
-    @field_validator("rewards")
+    @field_validator("rewards", "overlong", "quality")
     @classmethod
-    def _exact_is_the_default(cls, value: str | None) -> str | None:
-        return None if value == "exact" else value  # one form, so that both have one hash
-
-    @field_validator("overlong")
-    @classmethod
-    def _cut_is_the_default(cls, value: str | None) -> str | None:
-        return None if value == "cut" else value
-
-    @field_validator("quality")
-    @classmethod
-    def _derived_is_the_default(cls, value: QualitySpec | None) -> QualitySpec | None:
-        return None if value == QualitySpec() else value
-
-    @model_validator(mode="after")
-    def _words_fit(self) -> TaskCard:
-        names = self.objective_names
-        for name, phrases in (self.template.words or {}).items():
-            if name not in names:
-                raise ValueError(
-                    f"template.words: {name!r} is no objective; allowed: {', '.join(names)}{did_you_mean(name, names)}"
-                )
-            limits = [phrase.up_to for phrase in phrases]
-            if not limits or limits != sorted(set(limits)) or limits[-1] != 1:
-                listed = ", ".join(map(str, limits)) or "none"
-                raise ValueError(f"template.words.{name}: up_to must rise and end with 1; found {listed}")
-        return self
+    def _null_where_it_means_the_same(cls, value: Any) -> Any:
+        return None if value in ("exact", "cut", QualitySpec()) else value  # one form, so that both have one hash
 
     @model_validator(mode="after")
     def _consistent(self) -> TaskCard:
-        names = [objective.name for objective in self.objectives]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"objective names must differ; found twice: {', '.join(twice)}")
+        problem = next(itertools.chain(self._wrong_names(), self._wrong_sections()), None)
+        if problem is not None:
+            raise ValueError(problem)
+        return self
+
+    def _wrong_names(self) -> Iterator[str]:
+        names = self.objective_names
+        listed = ", ".join(names)
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            yield f"objective names must differ; found twice: {', '.join(twice)}"
+        pairs = self.data.pairs if self.data is not None and isinstance(self.data.pairs, dict) else {}
+        for section, entries in (("template.words", self.template.words or {}), ("data.pairs", pairs)):
+            for name in entries:
+                if name not in names:
+                    yield f"{section}: {name!r} is no objective; allowed: {listed}{did_you_mean(name, names)}"
         for field in ("reference_point", "sensitivity_point"):
             if len(getattr(self, field)) != len(names):
-                raise ValueError(
-                    f"{field} needs one number per objective ({len(names)}); found {len(getattr(self, field))}"
-                )
-        if self.template.end is not None and self.template.end not in self.template.stop:
-            raise ValueError(
-                "template.end must be one of template.stop, or answers would not stop there; "
-                f"found {self.template.end!r}"
-            )
+                yield f"{field} needs one number per objective ({len(names)}); found {len(getattr(self, field))}"
         if self.normaliser is not None and sorted(self.normaliser) != sorted(names):
-            raise ValueError(
-                f"normaliser must name every objective ({', '.join(names)}); found {', '.join(self.normaliser)}"
-            )
-        stray = [name for name in self.published if name not in names]
-        if stray:
-            raise ValueError(f"published names no objective ({', '.join(names)}): {', '.join(stray)}")
+            yield f"normaliser must name every objective ({listed}); found {', '.join(self.normaliser)}"
+        if stray := [name for name in self.published if name not in names]:
+            yield f"published names no objective ({listed}): {', '.join(stray)}"
+
+    def _wrong_sections(self) -> Iterator[str]:
+        for name, phrases in (self.template.words or {}).items():
+            limits = [phrase.up_to for phrase in phrases]
+            if not limits or limits != sorted(set(limits)) or limits[-1] != 1:
+                found = ", ".join(map(str, limits)) or "none"
+                yield f"template.words.{name}: up_to must rise and end with 1; found {found}"
+        end = self.template.end
+        if end is not None and end not in self.template.stop:
+            yield f"template.end must be one of template.stop, or answers would not stop there; found {end!r}"
         if self.kind == "sandbox" and self.sandbox is None:
-            raise ValueError("kind: sandbox needs a section sandbox")
-        if self.rewards is not None and self.sandbox is None:
-            raise ValueError("rewards: learned is for the sandbox, whose truth is known; name reward models instead")
-        if self.rewards is not None and self.sandbox is not None and self.sandbox.annotators is not None:
-            groups = self.sandbox.annotators.groups
-            if groups != "specialists":
-                raise ValueError(f"rewards: learned needs annotators of each objective (specialists); found {groups!r}")
-        labelled = list(self.data.pairs) if self.data is not None and isinstance(self.data.pairs, dict) else []
-        for name in labelled:
-            if name not in names:
-                raise ValueError(
-                    f"data.pairs: {name!r} is no objective; allowed: {', '.join(names)}{did_you_mean(name, names)}"
-                )
-        if self.kind == "text" and (
-            self.data is None or (self.data.prompts is None and self.data.prompt_grammar is None)
-        ):
-            raise ValueError("kind: text needs data.prompts or data.prompt_grammar")
-        return self
+            yield "kind: sandbox needs a section sandbox"
+        if self.rewards is not None:
+            if self.sandbox is None:
+                yield "rewards: learned is for the sandbox, whose truth is known; name reward models instead"
+            elif self.sandbox.annotators is not None and self.sandbox.annotators.groups != "specialists":
+                groups = self.sandbox.annotators.groups
+                yield f"rewards: learned needs annotators of each objective (specialists); found {groups!r}"
+        given = self.data and (self.data.prompts, self.data.prompt_grammar) != (None, None)
+        if self.kind == "text" and not given:
+            yield "kind: text needs data.prompts or data.prompt_grammar"
 
     @property
     def objective_names(self) -> list[str]:
         """The objectives' names in the task's order."""
         return [objective.name for objective in self.objectives]
 
+    @property
+    def built_in_base(self) -> bool:
+        """Whether the task brings its own tiny base, trained on first use."""
+        return self.kind == "sandbox" and self.model is None
+
     def hash(self, **identity: Any) -> str:
         """Return 16 hex digits over everything that changes a score.
 
-        ``identity`` adds what the card only points to (fingerprints of the model folder and of data
-        files), so that moving a folder keeps the hash and changing a weight changes it. Null values are left out, so
-        that a key added in a later version does not change the hash of cards without it.
+        ``identity`` adds what the card only points to (fingerprints of the model folder and of data files), so that
+        moving a folder keeps the hash and changing a weight changes it. Settings at their default are left out, so
+        that one added in a later version keeps the hashes of cards without it.
         """
-        card = self.model_dump(mode="json", exclude=_NOT_HASHED | ({"model"} if identity else set()), exclude_none=True)
-        text = json.dumps([_without_folders(card), identity], sort_keys=True, ensure_ascii=False)
+        left_out = _NOT_HASHED | ({"model"} if identity else set())
+        card = _without_folders(self.model_dump(mode="json", exclude=left_out, exclude_defaults=True))
+        text = json.dumps([DEFAULTS_VERSION, card, identity], sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from moalign.config import yaml_lines
 from moalign.core import errors
 from moalign.core.errors import RequestError
+from moalign.core.paths import shown
 
 CARD = "task.yaml"
 _SUFFIXES = (".yaml", ".yml")
@@ -93,7 +94,7 @@ def find_recipe_file(task: str | Path, method: str) -> Path | None:
     lender = yaml_lines.load(card).data.get("recipes_from")
     if not isinstance(lender, str):
         return None
-    borrowed = find_task_file(lender, f"{yaml_lines.shown(card)}: recipes_from").parent / f"{method}.yaml"
+    borrowed = find_task_file(lender, f"{shown(card)}: recipes_from").parent / f"{method}.yaml"
     return borrowed if borrowed.is_file() else None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
 from typing import Any
 
 from moalign.config.yaml_lines import parse_value
@@ -32,28 +31,12 @@ def parse(text: str) -> tuple[tuple[str, ...], Any]:
     return keys, parse_value(value, f"--set {'.'.join(keys)}")
 
 
-def apply(data: Mapping[str, Any], overrides: Iterable[tuple[tuple[str, ...], Any]]) -> dict[str, Any]:
-    """Return a deep copy of ``data`` with every override in it; later ones win, missing sections are made.
+def put(target: Any, keys: tuple[str, ...], value: Any) -> str | None:
+    """Set a copy of ``value`` inside ``target``, missing sections are made; return what is wrong, or None.
 
-    A key that meets a list is a position, counted from 0: ``objectives.0.maximise``.
-
-    Raises:
-        RequestError: the path leads through a plain value, or a position that the list does not have; all
-            such overrides are named at once.
+    A key that meets a list is a position, counted from 0 (``objectives.0.maximise``). The path must not lead through a
+    plain value, or to a position that the list does not have.
     """
-    result = copy.deepcopy(dict(data))
-    problems = []
-    for keys, value in overrides:
-        problem = _put(result, keys, copy.deepcopy(value))
-        if problem:
-            problems.append(f"--set {'.'.join(keys)}: {problem}")
-    if problems:
-        raise RequestError(*problems)
-    return result
-
-
-def _put(target: Any, keys: tuple[str, ...], value: Any) -> str | None:
-    """Set ``value`` inside ``target``; return what is wrong, or None."""
     for depth, key in enumerate(keys):
         last = depth == len(keys) - 1
         slot: Any = key
@@ -65,7 +48,7 @@ def _put(target: Any, keys: tuple[str, ...], value: Any) -> str | None:
         elif not isinstance(target, dict):
             return f"{'.'.join(keys[:depth])} is {target!r}, not a section; it has no key {key!r}"
         if last:
-            target[slot] = value
+            target[slot] = copy.deepcopy(value)
         else:
             if (target.get(slot) if isinstance(target, dict) else target[slot]) is None:
                 target[slot] = {}

@@ -1,4 +1,4 @@
-"""Folders that belong to no run: the checkout and the user's cache."""
+"""Paths that belong to no run: the checkout, the user's cache, and how messages show a path."""
 
 from __future__ import annotations
 
@@ -15,3 +15,9 @@ def cache_root() -> Path:
     if folder:
         return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moalign"
+
+
+def shown(path: Path | str) -> str:
+    """Return ``path`` as messages show it: relative when it lies in the current directory."""
+    absolute, here = Path(os.path.abspath(path)), Path.cwd()
+    return str(absolute.relative_to(here)) if absolute.is_relative_to(here) else str(absolute)

@@ -2,14 +2,16 @@
 
 A preference ``w`` is a point of the simplex: one non-negative weight per objective, in the task's
 order, summing to 1. Vectors are plain tuples of float; arrays are ``[preferences, objectives]``.
-Only numpy is needed, and only by :func:`dirichlet` and :func:`on_grid`.
+numpy and pymoo are imported where they are needed, so that messages and the command line's help do without them.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from moalign.core.errors import RequestError
@@ -28,14 +30,14 @@ ON_GRID = 1e-12
 FINEST = 1000
 """Most steps of a grid."""
 
+MOST_SPREAD = 200
+"""Most points of a grid that is no even one."""
+
 
 def validate(weights: Sequence[float], objectives: Sequence[str], where: str = "--prefs") -> Preference:
-    """Return ``weights`` as a preference, or raise RequestError saying what is wrong.
+    """Return ``weights``, one for each of the task's ``objectives`` in their order, as a preference.
 
-    Args:
-        weights: one weight per objective, in the task's order.
-        objectives: the task's objective names; fixes the expected length.
-        where: the option or file position named in the message.
+    Raises RequestError that begins with ``where``, the option or the place in a file.
     """
     shown = ",".join(f"{w:g}" for w in weights)
     if len(weights) != len(objectives):
@@ -98,7 +100,7 @@ def required(text: str | None, objectives: Sequence[str]) -> Preference:
 
 def example(objectives: int) -> str:
     """Return a valid preference of the given length as text, for messages."""
-    return ",".join(f"{w:g}" for w in grid(objectives, 10)[len(grid(objectives, 10)) // 3])
+    return {1: "1", 3: "0.2,0.1,0.7"}.get(objectives, "0.3,0.7" + ",0" * (objectives - 2))
 
 
 def grid(objectives: int, steps: int) -> list[Preference]:
@@ -108,35 +110,43 @@ def grid(objectives: int, steps: int) -> list[Preference]:
     """
     if objectives < 1 or steps < 1:
         raise RequestError(f"a preference grid needs at least 1 objective and 1 step; found {objectives} and {steps}")
-
-    def compositions(left: int, parts: int) -> list[tuple[int, ...]]:
-        if parts == 1:
-            return [(left,)]
-        return [(first, *rest) for first in range(left + 1) for rest in compositions(left - first, parts - 1)]
-
-    return [tuple(count / steps for count in counts) for counts in compositions(steps, objectives)]
+    if objectives <= 2:
+        return [(1.0,)] if objectives == 1 else [(count / steps, (steps - count) / steps) for count in range(steps + 1)]
+    return _reference_directions("das-dennis", objectives, n_partitions=steps)
 
 
 def grid_of(objectives: int, points: int) -> list[Preference]:
-    """Return the Das-Dennis grid that has exactly ``points`` vectors (``--grid N``).
+    """Return a grid of exactly ``points`` vectors (``--grid N``): a Das-Dennis grid where one has that many.
 
-    Raises RequestError naming the nearest sizes when no grid has that many points: for two
-    objectives every N >= 2 works, for three only 3, 6, 10, 15, 21, ...
+    For two objectives every N >= 2 has one, for three only 3, 6, 10, 15, 21, ..., and the more objectives, the further
+    they are apart (four: 4, 10, 20, 35; six: 6, 21, 56). Between them, from four objectives on, the points are spread
+    by their Riesz energy (corners included) and rounded to multiples of 1/1000. Raises RequestError naming the nearest
+    sizes otherwise.
     """
-    sizes = []
-    for steps in range(1, FINEST + 1):
-        size = math.comb(steps + objectives - 1, objectives - 1)
-        sizes.append(size)
-        if size == points:
-            return grid(objectives, steps)
-        if size > points:
-            break
-    if sizes[-1] < points:
+    sizes = [math.comb(steps + objectives - 1, objectives - 1) for steps in range(1, FINEST + 1)]
+    if points in sizes:
+        return grid(objectives, sizes.index(points) + 1)
+    if objectives > 3 and objectives < points <= MOST_SPREAD:
+        return list(_spread(objectives, points))
+    if points > sizes[-1]:
         raise RequestError(f"--grid {points}: at most {sizes[-1]} points over {objectives} objectives")
-    near = " or ".join(str(size) for size in sizes[-2:])
+    larger = next(index for index, size in enumerate(sizes) if size > points)
+    near = " or ".join(str(size) for size in sizes[max(0, larger - 1) : larger + 1])
     raise RequestError(
         f"--grid {points}: no even grid over {objectives} objectives has {points} points; nearest: {near}"
     )
+
+
+@functools.cache
+def _spread(objectives: int, points: int) -> tuple[Preference, ...]:
+    directions = _reference_directions("energy", objectives, n_points=points, seed=0)
+    # Rounded, so that the last bits of pymoo's optimiser do not make another run of it.
+    return tuple(sorted(map(tuple, on_grid(directions, FINEST).tolist())))
+
+
+def _reference_directions(kind: str, objectives: int, **size: int) -> list[Preference]:
+    pymoo = import_module("pymoo.util.ref_dirs")  # takes half a second
+    return [tuple(point) for point in pymoo.get_reference_directions(kind, objectives, **size).tolist()]
 
 
 def corner(objectives: int, index: int) -> Preference:
@@ -154,7 +164,7 @@ def dirichlet(rng: np.random.Generator, objectives: int, count: int, alpha: floa
     return rng.dirichlet([alpha] * objectives, size=count)
 
 
-def on_grid(weights: np.ndarray, steps: int) -> np.ndarray:
+def on_grid(weights: Sequence[Preference] | np.ndarray, steps: int) -> np.ndarray:
     """Move preferences ``[count, objectives]`` to the even grid of ``steps`` steps; they still sum to 1.
 
     By largest remainders: every weight becomes one of the two multiples of ``1 / steps`` beside it.

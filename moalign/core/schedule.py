@@ -14,6 +14,7 @@ def factor(name: ScheduleName, step: int, total: int, warmup: int = 0) -> float:
     The rate rises linearly over ``warmup`` steps, then stays (constant), or falls to 0 at ``total``
     along a line (linear) or half a cosine (cosine).
     """
+    # Not those of transformers: they take the first step of a warm-up at rate 0, and a cosine rises again after total.
     if step < warmup:
         return (step + 1) / warmup
     if name == "constant":

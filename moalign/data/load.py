@@ -13,11 +13,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from moalign.config.card import DataSpec, SourceSpec
-from moalign.core.errors import RequestError, did_you_mean
+from moalign.core import errors
+from moalign.core.errors import RequestError
 from moalign.core.records import Pair, ScoredResponse
 from moalign.data.dialogue import ASSISTANT, split_pair
 from moalign.data.readers import Field, Row, check_text, missing_column, read
 
+_OPTIONAL_PROMPT = Field("prompt", required=False, blank=False)
+_GROUP = Field("group", required=False, blank=False)
 GRAMMAR_LIMIT = 1_000_000
 """Prompts; a larger grammar is refused before it is generated."""
 
@@ -48,7 +51,8 @@ def load_responses(spec: DataSpec, objectives: Sequence[str], base_dir: Path | s
     if spec.responses is None:
         raise RequestError("data.responses: the task has none; give a source with the columns prompt and response")
     if "chosen" in spec.responses.columns:
-        return _replies(spec.responses, base_dir)
+        pairs = load_grouped_pairs(spec.responses, base_dir)
+        return (ScoredResponse(pair.prompt, reply) for _, pair in pairs for reply in (pair.chosen, pair.rejected))
     fields = [
         Field("prompt", blank=False),
         Field("response"),
@@ -64,9 +68,9 @@ def load_pairs(spec: DataSpec, base_dir: Path | str = ".", objective: str | None
     ``objective`` selects the pairs where they are given by objective. Raises RequestError when the task has no (such)
     pairs, the dialogues share no prompt, or both replies of a pair are the same text (with file and line).
     """
-    if spec.pairs is None:
-        raise RequestError("data.pairs: the task has none; give a source with the columns prompt, chosen and rejected")
     source = spec.pairs
+    if source is None:
+        raise RequestError("data.pairs: the task has none; give a source with the columns prompt, chosen and rejected")
     if isinstance(source, dict):
         if objective not in source:
             raise RequestError(
@@ -74,8 +78,7 @@ def load_pairs(spec: DataSpec, base_dir: Path | str = ".", objective: str | None
                 f"found: {', '.join(source) or 'none'}"
             )
         source = source[objective]
-    fields = [Field("prompt", required=False, blank=False), Field("chosen"), Field("rejected")]
-    return map(_pair, read(source, fields, base_dir))
+    return (pair for _, pair in load_grouped_pairs(source, base_dir))
 
 
 def load_grouped_pairs(source: SourceSpec, base_dir: Path | str = ".") -> Iterator[tuple[str | None, Pair]]:
@@ -83,14 +86,8 @@ def load_grouped_pairs(source: SourceSpec, base_dir: Path | str = ".") -> Iterat
 
     Raises RequestError as :func:`load_pairs` does.
     """
-    fields = [
-        Field("prompt", required=False, blank=False),
-        Field("chosen"),
-        Field("rejected"),
-        Field("group", required=False, blank=False),
-    ]
-    for row in read(source, fields, base_dir):
-        yield row.values["group"], _pair(row)
+    rows = read(source, [_OPTIONAL_PROMPT, Field("chosen"), Field("rejected"), _GROUP], base_dir)
+    return ((row.values["group"], _pair(row)) for row in rows)
 
 
 def _responses(rows: Iterator[Row], source: SourceSpec, objectives: Sequence[str]) -> Iterator[ScoredResponse]:
@@ -103,25 +100,18 @@ def _responses(rows: Iterator[Row], source: SourceSpec, objectives: Sequence[str
         yield ScoredResponse(row.values["prompt"], row.values["response"], scores if scored else None, finished)
 
 
-def _replies(source: SourceSpec, base_dir: Path | str) -> Iterator[ScoredResponse]:
-    for _, pair in load_grouped_pairs(source, base_dir):
-        for reply in (pair.chosen, pair.rejected):
-            yield ScoredResponse(pair.prompt, reply)
-
-
 def _refuse_near_miss(row: Row, source: SourceSpec, objectives: Sequence[str]) -> None:
-    spare = {_letters(column): column for column in row.columns if column not in objectives}
+    def letters(name: str) -> str:
+        return "".join(filter(str.isalnum, name.casefold()))
+
+    spare = {letters(column): column for column in row.columns if column not in objectives}
     for name in objectives:
-        column = spare.get(_letters(name))
+        column = spare.get(letters(name))
         if column is not None and name not in row.columns and name not in source.columns:
             raise RequestError(
                 f"{row.where}: column {column!r} looks like the objective {name!r}, but has another name; "
                 f"rename it, or say columns: {{{name}: {column}}}"
             )
-
-
-def _letters(name: str) -> str:
-    return "".join(character for character in name.casefold() if character.isalnum())
 
 
 def _pair(row: Row) -> Pair:
@@ -138,13 +128,8 @@ def _pair(row: Row) -> Pair:
 
 def _given(spec: DataSpec, base_dir: Path | str) -> Iterator[str]:
     if isinstance(spec.prompts, SourceSpec):
-        fields = [
-            Field("prompt", required=False, blank=False),
-            Field("chosen", required=False),
-            Field("rejected", required=False),
-        ]
-        rows = read(spec.prompts, fields, base_dir)
-        for row in rows:
+        fields = [_OPTIONAL_PROMPT, Field("chosen", required=False), Field("rejected", required=False)]
+        for row in read(spec.prompts, fields, base_dir):
             yield _prompt(row, spec.prompts.columns.get("prompt", "prompt"))
         return
     for position, prompt in enumerate(spec.prompts or [], start=1):
@@ -202,17 +187,16 @@ def _generated(grammar: Mapping[str, Sequence[str]] | None) -> Iterator[str]:
 def _template(text: str, parts: Mapping[str, Sequence[str]], where: str) -> list[str]:
     """Return the names of the parts in a template, each once, in order of appearance."""
     try:
-        fields = [
-            (name, form, conversion) for _, name, form, conversion in string.Formatter().parse(text) if name is not None
-        ]
+        fields = [field for _, *field in string.Formatter().parse(text)]
     except ValueError as error:
         raise RequestError(f"{where}: {error}; write {{{{ and }}}} for braces that are text; found {text!r}") from error
+    names: dict[str, None] = {}
     for name, form, conversion in fields:
+        if name is None:
+            continue  # text behind the last field
         if form or conversion:
             raise RequestError(f"{where}: {{{name}}} may hold a part's name and nothing else; found {text!r}")
         if name not in parts:
-            allowed = sorted(parts)
-            raise RequestError(
-                f"{where}: unknown part {name!r}; allowed: {', '.join(allowed) or 'none'}{did_you_mean(name, allowed)}"
-            )
-    return list(dict.fromkeys(name for name, _, _ in fields))
+            raise errors.unknown("part", name, list(parts), where)
+        names[name] = None
+    return list(names)

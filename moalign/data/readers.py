@@ -16,12 +16,12 @@ format has no lines), says what was found and, for a column, which name is neare
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import hashlib
 import json
 import math
-import os
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,10 +29,11 @@ from dataclasses import dataclass
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from moalign.config.card import SourceSpec
 from moalign.core.errors import RequestError, WorkError, did_you_mean, nearest, unknown
+from moalign.core.paths import shown
 from moalign.data.dialogue import shorten
 
 TEXT_SUFFIXES = (".jsonl", ".json", ".csv")
@@ -48,22 +49,19 @@ Located = tuple[str, Mapping[str, Any]]
 """Where a record stands (``file:line``) and its columns."""
 
 
-@dataclass(frozen=True, slots=True)
-class Field:
-    """What a reader expects of one field."""
+class Field(NamedTuple):
+    """What a reader expects of one field: text, a number or nothing, or true, false (also 1, 0) or nothing."""
 
     name: str
     number: bool = False
-    """A number or nothing; otherwise text."""
     truth: bool = False
-    """true or false (also 1 or 0) or nothing; otherwise text."""
     required: bool = True
+    """A record without its column is refused; an optional one must be there only when ``columns`` names its column."""
     blank: bool = True
     """Whether a text may be empty or white space only."""
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """One checked record: ``values`` has every requested field, None where an optional one is absent."""
 
     where: str
@@ -72,28 +70,49 @@ class Row:
     """All column names of the record in the source, for messages."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What is read and under which names."""
+
+    place: Path | str
+    shown: str
+    """The source as messages name it."""
+    local: str
+    """Where a local file or folder would be; named when a hub id cannot be reached."""
+    source: SourceSpec
+    columns: Mapping[Field, str]
+
+    def require(self, where: str, available: Sequence[str]) -> None:
+        """Refuse a record or header without a needed column."""
+        for field, column in self.columns.items():
+            if (field.required or field.name in self.source.columns) and column not in available:
+                raise missing_column(where, field.name, column, available)
+
+    def choose(self, where: str, header: Sequence[str]) -> list[str]:
+        """Return the columns to read; refuse a header that lacks a needed one or has one of ours twice."""
+        for column in self.columns.values():
+            if header.count(column) > 1:
+                raise RequestError(
+                    f"{where}: column {column!r} is there {header.count(column)} times; every name must be unique"
+                )
+        self.require(where, header)
+        return [column for column in dict.fromkeys(self.columns.values()) if column in header]
+
+
 def read(source: SourceSpec, fields: Sequence[Field], base_dir: Path | str = ".") -> Iterator[Row]:
-    """Stream the records of a source.
+    """Stream the records of a source, relative to the folder ``base_dir``.
 
-    Args:
-        source: where they are; ``source.columns`` renames columns, ``source.limit`` stops early.
-        fields: the requested fields; a required one must be in every record, an optional one only when
-            ``source.columns`` names its column.
-        base_dir: the folder that a relative path starts from.
-
-    Raises:
-        RequestError: at once for a source that does not exist or names unknown fields, while
-            streaming for the first bad record, at the end when there was no record.
+    ``source.columns`` renames columns, ``source.limit`` stops early. Raises RequestError at once for a source that does
+    not exist or names unknown fields, while streaming for the first bad record, at the end when there was no record.
     """
     names = [field.name for field in fields]
     for name in source.columns:
         if name not in names:
             raise unknown("field", name, names, f"{source.path}: columns")
     place = locate(source, base_dir)
-    column_of = {field.name: source.columns.get(field.name, field.name) for field in fields}
-    needed = tuple(field for field in fields if field.required or field.name in source.columns)
-    shown = place if isinstance(place, str) else _shown(place)
-    return _rows(_Plan(place, shown, _shown(Path(base_dir) / source.path), source, tuple(fields), column_of, needed))
+    local = shown(Path(base_dir) / source.path)
+    columns = {field: source.columns.get(field.name, field.name) for field in fields}
+    return _rows(_Plan(place, place if isinstance(place, str) else shown(place), local, source, columns))
 
 
 def locate(source: SourceSpec, base_dir: Path | str = ".") -> Path | str:
@@ -105,26 +124,26 @@ def locate(source: SourceSpec, base_dir: Path | str = ".") -> Path | str:
     if not source.path.strip() or "\0" in source.path:
         raise RequestError(f"data source: path {source.path!r} is not a file, a folder or a hub id (owner/name)")
     path = Path(base_dir) / source.path
-    shown = _shown(path)
-    if path.is_dir():
-        if source.revision is not None:
-            raise RequestError(
-                f"{shown}: revision {source.revision!r} is for hub data sets, but this is a local folder; leave it out"
-            )
-        return path
     if not path.exists():
-        if HUB_ID.fullmatch(source.path) and _suffix(path) is None:
-            _refuse_shadow(source.path, path)
-            return source.path
-        raise RequestError(_no_such_file(path, shown))
-    if _suffix(path) is None:
-        raise RequestError(f"{shown}: unknown kind of data file; allowed: {', '.join(SUFFIXES)}, or a folder")
-    for option, is_set in (("split", source.split != "train"), ("revision", source.revision is not None)):
-        if is_set:
+        if not HUB_ID.fullmatch(source.path) or _suffix(path) is not None:
+            raise RequestError(_no_such_file(path))
+        # datasets itself would quietly prefer a folder of that name in the current directory.
+        if Path(source.path).exists():
             raise RequestError(
-                f"{shown}: {option} {getattr(source, option)!r} is for hub data sets and folders, "
-                "but this is one file; leave it out"
+                f"{source.path}: found in the current folder, but a relative path starts at the task card's folder "
+                f"({shown(path)} is not there); give the whole path {Path(source.path).resolve()}"
             )
+        return source.path
+    if not path.is_dir() and _suffix(path) is None:
+        raise RequestError(f"{shown(path)}: unknown kind of data file; allowed: {', '.join(SUFFIXES)}, or a folder")
+    folder = path.is_dir()
+    use = "hub data sets, but this is a local folder" if folder else "hub data sets and folders, but this is one file"
+    for option, is_set in (
+        ("split", not folder and source.split != "train"),
+        ("revision", source.revision is not None),
+    ):
+        if is_set:
+            raise RequestError(f"{shown(path)}: {option} {getattr(source, option)!r} is for {use}; leave it out")
     return path
 
 
@@ -146,7 +165,7 @@ def fingerprint(source: SourceSpec, base_dir: Path | str = ".") -> str:
             with file.open("rb") as handle:
                 content = hashlib.file_digest(handle, "sha256").hexdigest()
         except OSError as error:
-            raise RequestError(f"{_shown(file)}: cannot be read: {error.strerror or error}") from error
+            raise RequestError(f"{shown(file)}: cannot be read: {error.strerror or error}") from error
         digest.update(f"{name}\0{content}\n".encode())
     return digest.hexdigest()[:16]
 
@@ -160,51 +179,17 @@ def missing_column(where: str, field: str, column: str, available: Sequence[str]
     return RequestError(f"{where}: no column {column!r}{role}; found: {listed or 'none'}{hint}")
 
 
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """What is read and under which names."""
-
-    place: Path | str
-    shown: str
-    """The source as messages name it."""
-    local: str
-    """Where a local file or folder would be; named when a hub id cannot be reached."""
-    source: SourceSpec
-    fields: tuple[Field, ...]
-    column_of: Mapping[str, str]
-    """Field -> column."""
-    needed: tuple[Field, ...]
-    """Fields whose column every record must have."""
-
-    def require(self, where: str, available: Sequence[str]) -> None:
-        """Refuse a record or header without a needed column."""
-        for field in self.needed:
-            if self.column_of[field.name] not in available:
-                raise missing_column(where, field.name, self.column_of[field.name], available)
-
-    def check_header(self, where: str, header: Sequence[str]) -> None:
-        """Refuse a header that lacks a needed column or has one of ours twice."""
-        for column in self.column_of.values():
-            if header.count(column) > 1:
-                raise RequestError(
-                    f"{where}: column {column!r} is there {header.count(column)} times; every name must be unique"
-                )
-        self.require(where, header)
-
-    def present(self, available: Sequence[str]) -> list[str]:
-        """Return the columns to read: ours that are there."""
-        return [column for column in dict.fromkeys(self.column_of.values()) if column in available]
-
-
 def _rows(plan: _Plan) -> Iterator[Row]:
-    records, from_text = _open(plan)
+    records = _open(plan)
+    from_text = isinstance(plan.place, Path) and _suffix(plan.place) == ".csv"
     count = 0
     for where, record in islice(records, plan.source.limit):
         count += 1
         columns = tuple(record)
         plan.require(where, columns)
         values = {
-            field.name: _value(where, field, plan.column_of[field.name], record, from_text) for field in plan.fields
+            field.name: _value(where, field, column, record.get(column), from_text)
+            for field, column in plan.columns.items()
         }
         yield Row(where, values, columns)
     if not count:
@@ -213,29 +198,22 @@ def _rows(plan: _Plan) -> Iterator[Row]:
         raise RequestError(f"{plan.shown}: {reason}; at least one record is needed")
 
 
-def _open(plan: _Plan) -> tuple[Iterator[Located], bool]:
-    """Return the raw records and whether their numbers are still text."""
+def _open(plan: _Plan) -> Iterator[Located]:
     if isinstance(plan.place, str) or plan.place.is_dir():
-        return _dataset(plan), False
-    suffix = _suffix(plan.place)
-    if suffix == ".parquet":
-        return _parquet(plan, plan.place), False
-    if suffix == ".csv":
-        return _csv(plan, plan.place), True
-    return _jsonl(plan, plan.place), False
+        return _dataset(plan)
+    kind = {".parquet": _parquet, ".csv": _csv}.get(_suffix(plan.place) or "", _jsonl)
+    return kind(plan, plan.place)
 
 
 # Values
 
 
-def _value(
-    where: str, field: Field, column: str, record: Mapping[str, Any], from_text: bool
-) -> str | float | bool | None:
-    value = record.get(column)
-    if field.truth:
-        return _truth(where, column, value, from_text)
-    if field.number:
-        return _number(where, column, value, from_text)
+def _value(where: str, field: Field, column: str, value: Any, from_text: bool) -> str | float | bool | None:
+    """Return the checked value of a field; ``from_text``: numbers stand as text in the source."""
+    if field.number or field.truth:
+        if value is None or (from_text and not value.strip()):
+            return None
+        return _truth(where, column, value) if field.truth else _number(where, column, value, from_text)
     if value is None and not field.required:
         return None
     if not isinstance(value, str):
@@ -256,26 +234,20 @@ def check_text(text: str, where: str) -> None:
         ) from error
 
 
-def _number(where: str, column: str, value: Any, from_text: bool) -> float | None:
-    if value is None or (from_text and not value.strip()):
-        return None
+def _number(where: str, column: str, value: Any, from_text: bool) -> float:
     number = math.nan
-    if from_text or (isinstance(value, (int, float)) and not isinstance(value, bool)):
-        try:
-            # Python reads 1_0 as ten; a data file that says so is more likely broken.
-            number = math.nan if from_text and "_" in value else float(value)
-        except (ValueError, OverflowError):
-            number = math.nan
+    # Python reads 1_0 as ten; a data file that says so is more likely broken.
+    if "_" not in value if from_text else isinstance(value, int | float) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError, OverflowError):
+            number = float(value)
     if not math.isfinite(number):
-        shown = shorten(value) if from_text or isinstance(value, (int, float)) else _kind(value)
-        raise RequestError(f"{where}: column {column!r} must be a finite number or nothing; found {shown}")
+        found = shorten(value) if from_text or isinstance(value, int | float) else _kind(value)
+        raise RequestError(f"{where}: column {column!r} must be a finite number or nothing; found {found}")
     return number
 
 
-def _truth(where: str, column: str, value: Any, from_text: bool) -> bool | None:
-    if value is None or (from_text and not value.strip()):
-        return None
-    word = str(value).strip().casefold() if isinstance(value, str | bool | int) else ""
+def _truth(where: str, column: str, value: Any) -> bool:
+    word = str(value).strip().casefold() if isinstance(value, str | int) else ""
     if word not in ("true", "false", "1", "0"):
         raise RequestError(f"{where}: column {column!r} must be true, false or nothing; found {_kind(value)}")
     return word in ("true", "1")
@@ -284,22 +256,14 @@ def _truth(where: str, column: str, value: Any, from_text: bool) -> bool | None:
 def _kind(value: object) -> str:
     if value is None:
         return "nothing (null)"
-    names = {
-        bool: "a boolean",
-        int: "a number",
-        float: "a number",
-        str: "a text",
-        list: "a list",
-        dict: "an object",
-        bytes: "bytes",
-    }
+    names = {bool: "a boolean", int: "a number", float: "a number", str: "a text", list: "a list", dict: "an object"}
     return f"{names.get(type(value), type(value).__name__)} {shorten(value)}"
 
 
 # Text files
 
 
-def _lines(path: Path, shown: str) -> Iterator[tuple[int, str]]:
+def _lines(path: Path, name: str) -> Iterator[tuple[int, str]]:
     """Yield (line number from 1, line with its end); lines end at a line feed and nowhere else."""
     number = 0
     try:
@@ -308,23 +272,19 @@ def _lines(path: Path, shown: str) -> Iterator[tuple[int, str]]:
                 number += 1
                 if len(raw) > LINE_LIMIT:
                     raise RequestError(
-                        f"{shown}:{number}: a line longer than {LINE_LIMIT // 2**20} MiB; one record a line is needed"
+                        f"{name}:{number}: a line longer than {LINE_LIMIT // 2**20} MiB; one record a line is needed"
                     )
-                yield number, _decode(raw, number, shown)
+                try:
+                    yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError as error:
+                    raise RequestError(
+                        f"{name}:{number}: not UTF-8 text (0x{raw[error.start]:02x} at byte {error.start + 1} of the "
+                        "line); save the file as UTF-8"
+                    ) from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise RequestError(f"{shown}:{number + 1}: not a whole gzip file: {error}") from error
+        raise RequestError(f"{name}:{number + 1}: not a whole gzip file: {error}") from error
     except OSError as error:
-        raise RequestError(f"{shown}:{number + 1}: cannot be read: {error.strerror or error}") from error
-
-
-def _decode(raw: bytes, number: int, shown: str) -> str:
-    try:
-        return raw.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise RequestError(
-            f"{shown}:{number}: not UTF-8 text (0x{raw[error.start]:02x} at byte {error.start + 1} of the line); "
-            "save the file as UTF-8"
-        ) from error
+        raise RequestError(f"{name}:{number + 1}: cannot be read: {error.strerror or error}") from error
 
 
 def _jsonl(plan: _Plan, path: Path) -> Iterator[Located]:
@@ -335,19 +295,14 @@ def _jsonl(plan: _Plan, path: Path) -> Iterator[Located]:
         try:
             record = json.loads(line.rstrip("\r\n"))
         except (ValueError, RecursionError) as error:
-            raise RequestError(
-                f"{where}: broken JSON: {_json_reason(error)}; each line must be one whole JSON object; "
-                f"found {shorten(line.strip())}"
-            ) from error
+            reason = "nested too deeply" if isinstance(error, RecursionError) else _first_line(error)
+            if isinstance(error, json.JSONDecodeError):
+                reason = f"{error.msg} (character {error.pos + 1})"
+            rule = f"each line must be one whole JSON object; found {shorten(line.strip())}"
+            raise RequestError(f"{where}: broken JSON: {reason}; {rule}") from error
         if not isinstance(record, dict):
             raise RequestError(f"{where}: each line must be one JSON object; found {_kind(record)}")
         yield where, record
-
-
-def _json_reason(error: Exception) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg} (character {error.pos + 1})"
-    return "nested too deeply" if isinstance(error, RecursionError) else _first_line(error)
 
 
 def _csv(plan: _Plan, path: Path) -> Iterator[Located]:
@@ -368,7 +323,7 @@ def _csv(plan: _Plan, path: Path) -> Iterator[Located]:
             continue
         if header is None:
             header = cells
-            plan.check_header(where, header)
+            plan.choose(where, header)
         elif len(cells) != len(header):
             listed = ", ".join(header[:NAMES_SHOWN])
             raise RequestError(f"{where}: {len(cells)} cells, but the header has {len(header)} columns ({listed})")
@@ -386,9 +341,8 @@ def _parquet(plan: _Plan, path: Path) -> Iterator[Located]:
         # A buffer makes pyarrow stream the pages of a row group instead of reading the group whole.
         with parquet.ParquetFile(path, buffer_size=2**20) as file:
             names = list(file.schema_arrow.names)
-            plan.check_header(plan.shown, names)
-            unread = dict.fromkeys(names)
-            for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=plan.present(names)):
+            columns, unread = plan.choose(plan.shown, names), dict.fromkeys(names)
+            for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=columns):
                 for record in batch.to_pylist():
                     row += 1
                     yield f"{plan.shown}: row {row}", unread | record
@@ -409,9 +363,8 @@ def _dataset(plan: _Plan) -> Iterator[Located]:
         data = _choose_split(datasets, splits, split, plan.shown)
         names = data.column_names
         if names is not None:
-            plan.check_header(f"{plan.shown}: split {split}", names)
             # Images and the like in other columns would be decoded for nothing.
-            data = data.select_columns(plan.present(names))
+            data = data.select_columns(plan.choose(f"{plan.shown}: split {split}", names))
         unread = dict.fromkeys(names or ())
         for record in data:
             row += 1
@@ -452,7 +405,7 @@ def _open_hub(datasets: Any, name: str, source: SourceSpec) -> Any:
     return builder.as_dataset()
 
 
-def _choose_split(datasets: Any, splits: Any, split: str, shown: str) -> Any:
+def _choose_split(datasets: Any, splits: Any, split: str, where: str) -> Any:
     if isinstance(splits, datasets.Dataset):
         # save_to_disk of one split: it may have kept the split's name.
         if splits.split is None or str(splits.split) == split:
@@ -460,7 +413,7 @@ def _choose_split(datasets: Any, splits: Any, split: str, shown: str) -> Any:
         splits = {str(splits.split): splits}
     if split not in splits:
         names = [str(name) for name in splits]
-        raise RequestError(f"{shown}: no split {split!r}; found: {', '.join(names)}{did_you_mean(split, names)}")
+        raise RequestError(f"{where}: no split {split!r}; found: {', '.join(names)}{did_you_mean(split, names)}")
     return splits[split]
 
 
@@ -473,28 +426,13 @@ def _suffix(path: Path) -> str | None:
     return next((suffix.removesuffix(".gz") for suffix in SUFFIXES if name.endswith(suffix)), None)
 
 
-def _shown(path: Path) -> str:
-    """Return a path as messages name it: short where it lies under the current folder."""
-    absolute = Path(os.path.abspath(path))
-    return str(absolute.relative_to(Path.cwd())) if absolute.is_relative_to(Path.cwd()) else str(path)
-
-
-def _refuse_shadow(name: str, path: Path) -> None:
-    # datasets itself would quietly prefer a folder of that name in the current directory.
-    if Path(name).exists():
-        raise RequestError(
-            f"{name}: found in the current folder, but a relative path starts at the task card's folder "
-            f"({_shown(path)} is not there); give the whole path {Path(name).resolve()}"
-        )
-
-
-def _no_such_file(path: Path, shown: str) -> str:
+def _no_such_file(path: Path) -> str:
     if not path.parent.is_dir():
-        return f"{shown}: no such file; the folder {_shown(path.parent)} does not exist"
+        return f"{shown(path)}: no such file; the folder {shown(path.parent)} does not exist"
     near = nearest(path.name, [entry.name for entry in path.parent.iterdir()])
     hint = f"; did you mean {near!r}?" if near else ""
     allowed = f"{', '.join(SUFFIXES)}, a data set folder or a hub id (owner/name)"
-    return f"{shown}: no such file or folder; allowed: {allowed}{hint}"
+    return f"{shown(path)}: no such file or folder; allowed: {allowed}{hint}"
 
 
 def _first_line(error: BaseException) -> str:

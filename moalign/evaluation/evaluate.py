@@ -40,7 +40,8 @@ from moalign.lm import quality
 from moalign.methods.base import Method
 from moalign.pareto import front, indicators, statistics
 from moalign.pareto.hypervolume import hypervolume
-from moalign.tasks.task import Task, columns
+from moalign.tasks.responses import columns
+from moalign.tasks.task import Task
 from moalign.training.job import RunContext
 
 if TYPE_CHECKING:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from moalign.config import load
-from moalign.config.card import SourceSpec, TaskCard
 from moalign.core import preferences
 from moalign.core.errors import RequestError
 from moalign.core.records import Response
@@ -115,9 +114,12 @@ def preview(
     for name, text in (("PROMPT", prompt), ("--response", response)):
         if text is not None and not text.strip():
             raise RequestError(f"{name}: found an empty text; give one, or leave it out")
-    codec = codec_of(card)
-    prompt = make_task(card, Path("results"))._all_prompts()[0] if prompt is None else prompt
-    answer, origin = _response(card, prompt, response)
+    of_card = make_task(card, Path("results"))
+    codec = of_card.untrained_codec()
+    prompt = of_card.all_prompts()[0] if prompt is None else prompt
+    known = of_card.known_response(prompt) if response is None else Response(response)
+    answer = known or Response(STAND_IN)
+    origin: Origin = "given" if response is not None else "stand-in" if known is None else "data"
     limit = card.generation.max_prompt_tokens
     renderer = Renderer(card.template, tuple(card.objective_names), codec, limit)
     rendered = renderer.plain(prompt) if weights is None else renderer.preference(prompt, weights)
@@ -156,57 +158,3 @@ def _with_special(codec: Codec, rendered: str, ids: Sequence[int]) -> str:
     own = codec.tokenizer(str(rendered), add_special_tokens=False, verbose=False)["input_ids"]
     added = len(ids) - len(own)
     return "".join(codec.tokenizer.convert_ids_to_tokens(list(ids[: max(0, added)]))) + str(rendered)
-
-
-def codec_of(card: TaskCard) -> Codec:
-    """Return what turns the task's texts into tokens; a built-in base is not trained for it."""
-    from moalign.lm import language_model
-
-    if card.kind == "sandbox" and card.model is None:
-        from moalign.lm.chat import Codec
-        from moalign.tasks.sandbox.base import make_tokenizer
-
-        return Codec(make_tokenizer(), card.template, source="the sandbox's base")
-    if card.model is None:
-        raise RequestError(
-            f"task {card.name}: it needs a model; give a folder or a hub id: --set task.model=PATH/TO/FOLDER"
-        )
-    return language_model.load_codec(card.model, card.model_revision, card.template)
-
-
-def _response(card: TaskCard, prompt: str, given: str | None) -> tuple[Response, Origin]:
-    """Return the given response, else one that the data has for the prompt, else the stand-in.
-
-    Hub data sets are not looked through.
-    """
-    if given is not None:
-        return Response(given), "given"
-    from moalign.data import load as records
-
-    data = card.data
-    if card.kind == "sandbox":
-        import numpy as np
-
-        from moalign.tasks.sandbox import world
-
-        if prompt in world.prompts():
-            return Response(world.draw_responses([prompt], np.random.default_rng(0))[0]), "data"
-    if data is None:
-        return Response(STAND_IN), "stand-in"
-    if _is_here(data.responses):
-        for scored in records.load_responses(data, card.objective_names, Path.cwd()):
-            if scored.prompt == prompt:
-                return Response(scored.response, finished=scored.finished), "data"
-    of_objectives = data.pairs if isinstance(data.pairs, dict) else {None: data.pairs}
-    for objective, source in of_objectives.items():
-        if _is_here(source):
-            for pair in records.load_pairs(data, Path.cwd(), objective):
-                if pair.prompt == prompt:
-                    return Response(pair.chosen), "data"
-    return Response(STAND_IN), "stand-in"
-
-
-def _is_here(source: SourceSpec | None) -> bool:
-    from moalign.data import readers
-
-    return source is not None and isinstance(readers.locate(source, Path.cwd()), Path)

@@ -68,12 +68,12 @@ class PairsRequest:
                 continue
             keys, value = overrides.parse(text)
             label = f"--set {'.'.join(keys)}"
-            if keys[0] in allowed:
-                data = overrides.apply(data, [(keys, value)])
-                labels[keys] = label
-            else:
+            if keys[0] not in allowed:
                 hint = errors.did_you_mean(keys[0], allowed)
                 problems.append(f"{label}: unknown setting; allowed: {', '.join(allowed)}{hint}")
+            elif problem := overrides.put(data, keys, value):
+                problems.append(f"{label}: {problem}")
+            labels[keys] = label
         if loss is not None:
             data["loss"] = loss
             labels[("loss",)] = "--loss"

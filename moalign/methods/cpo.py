@@ -37,7 +37,7 @@ from moalign.training.settings import DpoStage, SftConfig
 
 if TYPE_CHECKING:
     from moalign.policies.policy import Policy
-    from moalign.tasks.task import Scored
+    from moalign.tasks.responses import Scored
 
 LEVELS = 5
 Ints = NDArray[np.int64]

@@ -21,7 +21,7 @@ from pydantic import model_validator
 from moalign.core.preferences import Preference
 from moalign.methods.base import Capabilities
 from moalign.training.job import Job, RunContext
-from moalign.training.settings import ConditionedPpoConfig
+from moalign.training.settings import ConditionedPpoConfig, CostHints
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,12 +38,17 @@ HEAD = "utility"
 DIAGNOSTICS = ("kl", "kl_coef", "entropy", "clip_fraction", "value_loss/")
 
 
-class Config(ConditionedPpoConfig):
+class Config(CostHints, ConditionedPpoConfig):
     """Settings of MORLHF; those of PPO and the engine are inherited."""
 
     conditioned: bool = False
     """One policy that reads its preference from the prompt (P-MORL); ``groups``, ``style`` and ``warm_start`` are for
     it alone."""
+
+    @property
+    def one_policy(self) -> bool:
+        """See :class:`CostHints`."""
+        return self.conditioned
 
     @model_validator(mode="after")
     def _warm_start_reads(self) -> Config:

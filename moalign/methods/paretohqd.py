@@ -26,12 +26,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from pydantic import Field
 
-from moalign.config.strict import Strict
 from moalign.core.errors import RequestError
 from moalign.core.preferences import Preference, label
 from moalign.methods.base import Capabilities
 from moalign.training.job import Job, RunContext
-from moalign.training.settings import SftConfig
+from moalign.training.settings import CostHints, SftConfig
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,16 +38,17 @@ if TYPE_CHECKING:
     from moalign.lm.language_model import LanguageModel
     from moalign.pareto.directions import Pool
     from moalign.policies.policy import Policy
-    from moalign.tasks.task import Scored
+    from moalign.tasks.responses import Scored
 
 FIRST, SECOND = "stage1", "stage2"
 """The first names its walk over the grid; the second's walk bears the usual name, since its adapters answer."""
 AUGMENT = "augment"
 
 
-class Config(Strict):
+class Config(CostHints):
     """Settings of ParetoHqD."""
 
+    sampled_by: ClassVar = {"augment_prompts": 3}  # once for each representative
     k: int = Field(default=100, ge=2)
     """Responses of a preference's first set; its second set has half as many."""
     min_pool: int | None = Field(default=None, ge=1)
@@ -130,7 +130,7 @@ class ParetoHqd:
         from moalign.lm.sampler import Sampling
         from moalign.pareto.directions import representatives
         from moalign.policies.policy import Policy, respond_all
-        from moalign.tasks.task import columns
+        from moalign.tasks.responses import columns
 
         config: Config = job.config
         chosen = representatives(job.preferences)
@@ -183,7 +183,7 @@ def pool_of(job: Job, scored: Scored, k: int, stage: str) -> Pool:
 def _set(scored: Scored, pool: Pool, w: Preference, k: int) -> tuple[Scored, float]:
     """Return the k responses of a pool nearest to a preference's ray, and their mean distance to it."""
     from moalign.pareto.directions import nearest
-    from moalign.tasks.task import Scored
+    from moalign.tasks.responses import Scored
 
     rows, apart = nearest(pool, w, k)
     chosen = Scored([scored.prompts[i] for i in rows], [scored.responses[i] for i in rows], scored.raw[rows])
@@ -239,7 +239,7 @@ def _drawn(prompts: list[str], count: int, seed: int) -> list[str]:
 
 
 def _scored(table: pd.DataFrame, names: list[str]) -> Scored:
-    from moalign.tasks.task import Scored, from_columns
+    from moalign.tasks.responses import Scored, from_columns
 
     raw = table[[f"raw:{name}" for name in names]].to_numpy(dtype=np.float64)
     return Scored(table["prompt"].tolist(), from_columns(table), raw)

@@ -27,13 +27,12 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from moalign.config.strict import Strict
 from moalign.core.arrays import Matrix
 from moalign.core.errors import RequestError
 from moalign.core.preferences import Preference
 from moalign.methods.base import Capabilities
 from moalign.training.job import Job, RunContext
-from moalign.training.settings import SftConfig
+from moalign.training.settings import CostHints, SftConfig
 
 if TYPE_CHECKING:
     from moalign.core.records import Response
@@ -42,9 +41,10 @@ if TYPE_CHECKING:
 MapName = Literal["l2", "linf", "linear"]
 
 
-class Config(Strict):
+class Config(CostHints):
     """Settings of RiC."""
 
+    sampled_by: ClassVar = {"online_prompts": "online_rounds"}
     offline: SftConfig = SftConfig(steps=20_000, batch=8, lr=1.414e-4, schedule="linear", weight_decay=0.01)
     online: SftConfig = SftConfig(steps=4_000, batch=8, lr=1e-5, schedule="constant", weight_decay=0.01)
     """Each round's training."""
@@ -118,7 +118,7 @@ class Ric:
         drop the first ones. The offline part is drawn from the rows that pass, so that it is as large as asked for.
         """
         from moalign.core.seeds import derive
-        from moalign.tasks.task import from_columns
+        from moalign.tasks.responses import from_columns
 
         config: Config = job.config
         columns = [f"z:{name}" for name in job.task.names]
@@ -156,7 +156,7 @@ class Ric:
         from moalign.lm.quality import collapse
         from moalign.lm.sampler import Sampling
         from moalign.policies.policy import Policy, respond_all
-        from moalign.tasks.task import columns
+        from moalign.tasks.responses import columns
 
         name, stage = f"samples-{number + 1}", f"sampling-{number + 1}"
         if job.stage_done(stage):

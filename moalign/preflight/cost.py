@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moalign.config.load import ResolvedRequest
-from moalign.config.strict import Strict
+from moalign.core import preferences
 from moalign.lm.architecture import Architecture
 from moalign.methods.base import Capabilities
 from moalign.preflight.memory import WIDTH, stages
-from moalign.training.settings import DpoStage, OnlineConfig, SftConfig
+from moalign.training import experts
+from moalign.training.settings import CostHints, DpoStage, OnlineConfig
 
 GPUS = {
     # name: (dense bfloat16 TFLOP/s, GB/s), from the makers' data sheets
@@ -45,58 +46,45 @@ def estimate(resolved: ResolvedRequest, capabilities: Capabilities, policy: Arch
 
     ``policy`` None: the base's size is not known, and neither are the hours.
     """
-    card, objectives = resolved.card, len(resolved.card.objectives)
+    config, objectives, limits = resolved.config, len(resolved.card.objectives), resolved.card.generation
     policies = _policies(resolved, capabilities)
-    limits = card.generation
-    generated = trained = calls = 0
-    waits = 0  # forward passes of one token each, one after the other: what decoding waits for
-    for name, config in stages(resolved.config) if capabilities.trains else ():
-        times = objectives if name.split(".")[0] == "experts" else policies
-        if isinstance(config, OnlineConfig):
-            rows = times * config.steps * config.batch * config.samples
-            generated += rows * limits.max_new_tokens
-            calls += rows * objectives
-            trained += rows * config.epochs * (limits.max_prompt_tokens + limits.max_new_tokens)
-            waits += times * config.steps * limits.max_new_tokens
-        elif isinstance(config, SftConfig):
-            per_row = 2 if isinstance(config, DpoStage) else 1
-            trained += times * config.steps * config.batch * per_row * config.max_tokens
-    sampled = _sampled(resolved.config)
-    generated += sampled * limits.max_new_tokens
-    calls += sampled * objectives
-    waits += -(-sampled // limits.batch_size) * limits.max_new_tokens
-    gpu, hours = _hours(resolved, policy, trained, waits)
-    return Cost(policies, generated, trained, calls, gpu, hours)
+    trained = 0
+    sampled = config.responses_sampled() if isinstance(config, CostHints) else 0
+    waits = -(-sampled // limits.batch_size)  # responses sampled one after the other: what decoding waits for
+    for name, stage in stages(config) if capabilities.trains else ():
+        times = objectives if name.split(".")[0] == experts.STAGE else policies
+        if isinstance(stage, OnlineConfig):
+            rows = times * stage.steps * stage.batch * stage.samples
+            sampled += rows
+            trained += rows * stage.epochs * (limits.max_prompt_tokens + limits.max_new_tokens)
+            waits += times * stage.steps
+        else:
+            per_row = 2 if isinstance(stage, DpoStage) else 1
+            trained += times * stage.steps * stage.batch * per_row * stage.max_tokens
+    gpu, hours = _hours(resolved, policy, trained, waits * limits.max_new_tokens)
+    return Cost(policies, sampled * limits.max_new_tokens, trained, sampled * objectives, gpu, hours)
 
 
 def _policies(resolved: ResolvedRequest, capabilities: Capabilities) -> int:
     """Return how many policies are trained one after the other."""
-    from moalign.core import preferences
-
     if not capabilities.trains:
         return 0
-    if capabilities.one_policy or getattr(resolved.config, "conditioned", False):
+    if capabilities.one_policy or (isinstance(resolved.config, CostHints) and resolved.config.one_policy):
         return 1
     if resolved.recipe.prefs is not None:
         return len(resolved.recipe.prefs)
     return len(preferences.grid_of(len(resolved.card.objectives), resolved.card.grid))
 
 
-def _sampled(config: Strict) -> int:
-    """Return how many responses a method samples between its stages, as far as its settings show."""
-    rounds = getattr(config, "online_rounds", 0) * getattr(config, "online_prompts", 0)
-    return int(rounds + 3 * getattr(config, "augment_prompts", 0))
-
-
 def _hours(
-    resolved: ResolvedRequest, policy: Architecture | None, trained: int, waits: int
+    resolved: ResolvedRequest, policy: Architecture | None, trained: int, passes: int
 ) -> tuple[str | None, float | None]:
-    stated = resolved.recipe.needs.gpu
-    name = next((gpu for gpu in GPUS if gpu in stated), None)
+    """Return the GPU, where it is known, and the hours of training and of ``passes`` forward passes of one token."""
+    name = next((gpu for gpu in GPUS if gpu in resolved.recipe.needs.gpu), None)
     if name is None or policy is None or not policy.parameters:
         return name, None
     flops, bandwidth = GPUS[name]
     # Frozen base with adapters: forward 2, backward to the activations 2, recomputed forward 2 operations a parameter.
     training = trained * 6 * policy.parameters / (flops * 1e12 * TRAINING_SHARE)
-    decoding = waits * policy.parameters * WIDTH[resolved.card.dtype] / (bandwidth * 1e9 * DECODING_SHARE)
+    decoding = passes * policy.parameters * WIDTH[resolved.card.dtype] / (bandwidth * 1e9 * DECODING_SHARE)
     return name, (training + decoding) / 3600

@@ -23,7 +23,7 @@ models that are not of the Llama kind are rougher.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from moalign.config.recipe import LoraSpec
 from moalign.config.strict import Strict
 from moalign.lm import architecture, builtin
 from moalign.lm.architecture import Architecture
-from moalign.training.settings import DpoStage, OnlineConfig, PpoConfig, SftConfig
+from moalign.training.settings import DpoStage, OnlineConfig, PpoConfig, SftConfig, WarmStart
 
 GIB = 2**30
 WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -68,20 +68,11 @@ class Estimate:
 
     policy: Architecture
     adapted: int
+    """Parameters of the adapters."""
     dtype: str
-    phases: list[Phase] = field(default_factory=list)
-    unknown: list[str] = field(default_factory=list)
+    phases: list[Phase]
+    unknown: list[str]
     """Reward models whose sizes are not known."""
-
-    @property
-    def weights(self) -> int:
-        """Bytes of the frozen base."""
-        return self.policy.parameters * WIDTH[self.dtype]
-
-    @property
-    def adapters(self) -> int:
-        """Bytes of adapters with gradients and optimiser state."""
-        return self.adapted * TRAINED
 
     @property
     def peak(self) -> Phase:
@@ -89,12 +80,12 @@ class Estimate:
         return max(self.phases, key=lambda phase: phase.total)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the estimate for ``--json``."""
+        """Return the estimate for ``--json``; adapters are counted with gradients and optimiser state."""
         return {
             "parameters": self.policy.parameters,
             "adapter_parameters": self.adapted,
-            "weights_gib": self.weights / GIB,
-            "adapters_gib": self.adapters / GIB,
+            "weights_gib": self.policy.parameters * WIDTH[self.dtype] / GIB,
+            "adapters_gib": self.adapted * TRAINED / GIB,
             "total_gib": self.peak.total / GIB,
             "peak_phase": self.peak.name,
             "phases": [phase.as_dict() for phase in self.phases],
@@ -103,10 +94,11 @@ class Estimate:
 
     def sentence(self) -> str:
         """Return the estimate in words."""
+        gib = self.as_dict()
         return (
-            f"peak {self.peak.total / GIB:.1f} GiB ({self.peak.name}): weights {self.weights / GIB:.2f} "
+            f"peak {gib['total_gib']:.1f} GiB ({self.peak.name}): weights {gib['weights_gib']:.2f} "
             f"({self.policy.parameters / 1e6:.1f} M parameters in {self.dtype}), adapters with gradients and optimiser "
-            f"{self.adapters / GIB:.2f} ({self.adapted / 1e6:.1f} M parameters)"
+            f"{gib['adapters_gib']:.2f} ({self.adapted / 1e6:.1f} M parameters)"
         )
 
 
@@ -118,14 +110,14 @@ def estimate(resolved: ResolvedRequest, policy: Architecture, trains: bool = Tru
         trains: False for methods that train nothing.
     """
     card, lora = resolved.card, resolved.recipe.policy.lora
-    count = architecture.adapted(policy.shapes, lora.r, lora.targets) if trains else 0
+    adapted = architecture.adapted(policy.shapes, lora.r, lora.targets) if trains else 0
     models, unknown = reward_models(card)
-    sizes = _Sizes(card, policy, lora, count, models)
-    phases = [sizes.sampling("sampling the base", 0)]
+    phases_of = _Phases(card, policy, lora, adapted, models)
+    phases = [phases_of.sampling("sampling the base", adapters=0)]
     for name, config in stages(resolved.config) if trains else ():
-        phases += sizes.stage(name, config)
-    phases.append(sizes.sampling("answering", count))
-    return Estimate(policy, count, card.dtype, phases, unknown)
+        phases += phases_of.online(name, config) if isinstance(config, OnlineConfig) else phases_of.sft(name, config)
+    phases.append(phases_of.sampling("answering", adapters=adapted * 4))
+    return Estimate(policy, adapted, card.dtype, phases, unknown)
 
 
 def reward_models(card: TaskCard) -> tuple[list[tuple[ModelObjective, Architecture]], list[str]]:
@@ -158,7 +150,7 @@ def stages(config: Strict, name: str = "") -> Iterator[tuple[str, SftConfig | On
         yield name or "training", config
     for key in type(config).model_fields:
         value = getattr(config, key)
-        if key == "distil" and getattr(config, "warm_start", "") == "none":
+        if isinstance(config, WarmStart) and config.warm_start == "none" and value is config.distil:
             continue  # settings of a stage that is switched off
         if isinstance(value, Strict):
             yield from stages(value, f"{name}.{key}" if name else key)
@@ -188,88 +180,64 @@ def layer_bytes(sizes: Architecture, width: int, lora: LoraSpec, adapters: int, 
     return 8 * hidden + inputs + masks + 4 * width * hidden + 3 * width * inner + between
 
 
-class _Sizes:
-    """The parts of one recipe's memory."""
+class _Phases:
+    """The phases of one recipe."""
 
     def __init__(
         self,
         card: TaskCard,
         policy: Architecture,
         lora: LoraSpec,
-        adapters: int,
+        adapted: int,
         models: Sequence[tuple[ModelObjective, Architecture]],
     ) -> None:
-        self.card, self.policy, self.lora, self.adapters = card, policy, lora, adapters
-        self.width = WIDTH[card.dtype]
+        self.policy, self.lora, self.adapted = policy, lora, adapted
+        self.objectives, self.limits, self.width = len(card.objectives), card.generation, WIDTH[card.dtype]
+        self.tokens = self.limits.max_prompt_tokens + self.limits.max_new_tokens
         weights = sum(sizes.parameters * WIDTH[spec.dtype] for spec, sizes in models)
-        scoring = [
-            spec.batch_tokens * (6 * sizes.hidden + 2 * sizes.inner) * WIDTH[spec.dtype] for spec, sizes in models
-        ]
         self.resident = {"base": policy.parameters * self.width, "reward models": weights}
-        self.scoring = max(scoring, default=0)
-
-    def sampling(self, name: str, adapters: int, rows: int | None = None, extra: int = 0) -> Phase:
-        """Return a phase in which texts are sampled and scored."""
-        limits = self.card.generation
-        rows = limits.batch_size if rows is None else rows
-        cache = self._cache(rows)
-        logits = rows * self.policy.vocabulary * (self.width + 8)
-        busy = max(cache + logits, self.scoring)  # one after the other
-        parts = {**self.resident, "adapters": adapters * 4 + extra}
-        if busy > self.scoring:
-            parts |= {"KV cache": cache, "logits": logits}
-        else:
-            parts |= {"scoring": self.scoring}
-        return Phase(name, {**parts, "rest": REST})
-
-    def stage(self, name: str, config: SftConfig | OnlineConfig) -> list[Phase]:
-        """Return the phases of one stage of training."""
-        return self._online(name, config) if isinstance(config, OnlineConfig) else [self._supervised(name, config)]
-
-    def _online(self, name: str, config: OnlineConfig) -> list[Phase]:
-        state = self.adapters * (TRAINED - 4)
-        reference = self.adapters * 4 if config.reference == "start" or config.ref_sync_steps else 0
-        heads = len(self.card.objectives) * (self.policy.hidden + 1) * TRAINED if isinstance(config, PpoConfig) else 0
-        rows = min(config.micro_batch, config.batch * config.samples)
-        limits = self.card.generation
-        tokens = rows * (limits.max_prompt_tokens + limits.max_new_tokens)
-        # The engine keeps every layer's activations: it works in micro-batches instead of checkpointing.
-        activations = self._activations(tokens, checkpointing=False, autocast=False)
-        if heads:
-            activations += tokens * (self.policy.layers + 1) * self.policy.hidden * self.width
-        parts = {
-            **self.resident,
-            "adapters": self.adapters * TRAINED + reference,
-            "value heads": heads,
-            "activations": activations,
-            "logits": rows * (limits.max_new_tokens + 1) * self.policy.vocabulary * (self.width + 12),
-            "rest": REST,
-        }
-        rollout = self.sampling(
-            f"{name}: rollout", self.adapters, config.batch * config.samples, state + reference + heads
+        activations = (
+            spec.batch_tokens * (6 * size.hidden + 2 * size.inner) * WIDTH[spec.dtype] for spec, size in models
         )
-        return [rollout, Phase(f"{name}: update", parts)]
+        self.scoring = max(activations, default=0)
 
-    def _supervised(self, name: str, config: SftConfig) -> Phase:
+    def sampling(self, name: str, adapters: int, rows: int | None = None) -> Phase:
+        """Return a phase in which texts are sampled and scored; ``adapters`` in bytes."""
+        rows = self.limits.batch_size if rows is None else rows
+        cache = rows * self.tokens * 2 * self.policy.layers * self.policy.key_value * self.width
+        logits = rows * self.policy.vocabulary * (self.width + 8)
+        # One after the other: what takes more counts.
+        busy = {"KV cache": cache, "logits": logits} if cache + logits > self.scoring else {"scoring": self.scoring}
+        return Phase(name, {**self.resident, "adapters": adapters, **busy, "rest": REST})
+
+    def online(self, name: str, config: OnlineConfig) -> list[Phase]:
+        """Return the phases of a stage in the online engine, which micro-batches instead of checkpointing layers."""
+        reference = self.adapted * 4 if config.reference == "start" or config.ref_sync_steps else 0
+        adapters = self.adapted * TRAINED + reference
+        rows = min(config.micro_batch, config.batch * config.samples)
+        tokens = rows * self.tokens
+        heads, kept = 0, int(tokens * self.policy.layers * self._layer(autocast=False))
+        if isinstance(config, PpoConfig):
+            heads = self.objectives * (self.policy.hidden + 1) * TRAINED
+            kept += tokens * (self.policy.layers + 1) * self.policy.hidden * self.width
+        logits = rows * (self.limits.max_new_tokens + 1) * self.policy.vocabulary * (self.width + 12)
+        parts = {**self.resident, "adapters": adapters, "value heads": heads, "activations": kept, "logits": logits}
+        return [
+            self.sampling(f"{name}: rollout", adapters + heads, config.batch * config.samples),
+            Phase(f"{name}: update", {**parts, "rest": REST}),
+        ]
+
+    def sft(self, name: str, config: SftConfig) -> list[Phase]:
+        """Return the phase of a stage on fixed rows or pairs, by trl's trainers."""
         rows = config.batch // config.accumulate * (2 if isinstance(config, DpoStage) else 1)
         tokens = rows * config.max_tokens
-        tiles = min(TILE, tokens) * self.policy.vocabulary * self.width + tokens * self.policy.hidden * 4
+        checkpoints = self.policy.layers * self.policy.hidden * self.width
         parts = {
-            **self.resident,
-            "adapters": self.adapters * TRAINED,
-            "activations": self._activations(tokens, checkpointing=True, autocast=True),
-            "logits": tiles,
-            "rest": REST,
+            "adapters": self.adapted * TRAINED,
+            "activations": int(tokens * (checkpoints + self._layer(autocast=self.width == 2))),
+            "logits": min(TILE, tokens) * self.policy.vocabulary * self.width + tokens * self.policy.hidden * 4,
         }
-        return Phase(f"{name}: update", parts)
+        return [Phase(f"{name}: update", {**self.resident, **parts, "rest": REST})]
 
-    def _activations(self, tokens: int, checkpointing: bool, autocast: bool) -> int:
-        layer = layer_bytes(self.policy, self.width, self.lora, self.adapters, autocast and self.width == 2)
-        if checkpointing:
-            return int(tokens * (self.policy.layers * self.policy.hidden * self.width + layer))
-        return int(tokens * self.policy.layers * layer)
-
-    def _cache(self, rows: int) -> int:
-        limits = self.card.generation
-        tokens = limits.max_prompt_tokens + limits.max_new_tokens
-        return rows * tokens * 2 * self.policy.layers * self.policy.key_value * self.width
+    def _layer(self, autocast: bool) -> float:
+        return layer_bytes(self.policy, self.width, self.lora, self.adapted, autocast)

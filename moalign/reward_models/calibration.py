@@ -12,8 +12,7 @@ the result is then the true calibration error, without the labels' noise.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -29,8 +28,7 @@ BINS = (5, 10, 20)
 HEADLINE = 10
 
 
-@dataclass(frozen=True)
-class Bin:
+class Bin(TypedDict):
     """One bar of a reliability diagram."""
 
     low: float
@@ -55,8 +53,7 @@ class CalibrationReport(TypedDict):
     ece_ci: dict[str, list[float]]
     ece_by_chance: dict[str, float]
     """Mean ECE of a perfectly calibrated model on as many pairs."""
-    reliability: list[dict[str, Any]]
-    """A :class:`Bin` each."""
+    reliability: list[Bin]
 
 
 def sigmoid(x: ArrayLike) -> Vector:
@@ -69,28 +66,32 @@ def sigmoid(x: ArrayLike) -> Vector:
 def accuracy(delta: ArrayLike, first: ArrayLike | float = 1.0) -> float:
     """Return the share of pairs on which model and label agree; a tie (delta 0) counts half.
 
-    Args:
-        delta: ``r(first) - r(second)``, ``[pairs]``.
-        first: 1 where the first was preferred, 0 where the second, or the probability, ``[pairs]`` or one number.
+    ``delta`` is ``r(first) - r(second)``, ``[pairs]``; ``first`` is 1 where the first was preferred, 0 where the second
+    was, or the probability, ``[pairs]`` or one number. They mean the same in the other functions.
     """
     return float(_agreement(*_checked(delta, first)).mean())
 
 
 def ece(delta: ArrayLike, first: ArrayLike | float = 1.0, bins: int = HEADLINE) -> float:
-    """Return the Expected Calibration Error over both orders of every pair; arguments as :func:`accuracy`."""
+    """Return the Expected Calibration Error over both orders of every pair."""
     return float(0.5 * np.abs(_gaps(*_checked(delta, first), bins).mean(axis=0)).sum())
 
 
+def eces(delta: ArrayLike, first: ArrayLike | float = 1.0) -> dict[str, float]:
+    """Return the Expected Calibration Error for each of :data:`BINS`, by the number of bins."""
+    return {str(bins): ece(delta, first, bins) for bins in BINS}
+
+
 def reliability(delta: ArrayLike, first: ArrayLike | float = 1.0, bins: int = HEADLINE) -> list[Bin]:
-    """Return the bars of the reliability diagram, from low to high confidence; arguments as :func:`accuracy`."""
-    confidence, label = _both_orders(*_checked(delta, first))
-    place = _places(confidence, bins)
-    bars = []
+    """Return the bars of the reliability diagram, from low to high confidence."""
+    confidence, label, place = _both_orders(*_checked(delta, first), bins)
+    bars: list[Bin] = []
     for number in range(bins):
         inside = place == number
         count = int(inside.sum())
-        means = (float(confidence[inside].mean()), float(label[inside].mean())) if count else (None, None)
-        bars.append(Bin(number / bins, (number + 1) / bins, count, *means))
+        stated, observed = (float(x[inside].mean()) if count else None for x in (confidence, label))
+        low, high = number / bins, (number + 1) / bins
+        bars.append(Bin(low=low, high=high, count=count, confidence=stated, accuracy=observed))
     return bars
 
 
@@ -114,55 +115,48 @@ def by_chance(delta: ArrayLike, bins: int = HEADLINE, draws: int = 200, seed: in
 def temperature(delta: ArrayLike, first: ArrayLike | float = 1.0) -> float:
     """Return the T > 0 for which ``sigma(delta / T)`` has the least log loss on these pairs (temperature scaling).
 
-    One number cannot change which response is preferred: the accuracy stays. Fit it on other pairs than those
-    it is judged on. The log loss is convex in 1 / T, so that bisection of its slope finds the minimum; T is kept within
-    [1e-3, 1e3] (a model that is always right has no finite optimum).
+    The accuracy stays. Fit it on other pairs than those it is judged on. The log loss is convex in 1 / T, so that
+    bisection of its slope finds the minimum; T is kept within [1e-3, 1e3] (a model that is always right has no finite
+    optimum).
     """
     values, labels = _checked(delta, first)
     low, high = -np.log(1e3), np.log(1e3)
-
-    def slope(log_scale: float) -> float:
-        return float((values * (sigmoid(values * np.exp(log_scale)) - labels)).mean())
-
     for _ in range(100):
         middle = (low + high) / 2
-        low, high = (low, middle) if slope(middle) > 0 else (middle, high)
+        slope = (values * (sigmoid(values * np.exp(middle)) - labels)).mean()
+        low, high = (low, middle) if slope > 0 else (middle, high)
     return float(np.exp(-(low + high) / 2))
 
 
 def report(delta: ArrayLike, first: ArrayLike | float = 1.0, draws: int = 1000, seed: int = 0) -> CalibrationReport:
-    """Return accuracy, ECE for every number of :data:`BINS`, log loss and reliability bins, with 95 % intervals.
+    """Return accuracy, ECE for each of :data:`BINS`, log loss and reliability bins, with 95 % intervals.
+
+    The intervals come from ``draws`` resamples of the pairs; both orders of a pair stay together.
 
     An ECE is biased upwards by noise, a resample has that noise twice, and plain percentiles would lie above the
     truth (for a calibrated model they never hold it). So the interval is reflected about the estimate and cut at 0,
     and begins at 0 where the estimate lies within what chance alone gives (:func:`by_chance`, 95 %).
-
-    Args:
-        delta, first: as :func:`accuracy`.
-        draws: bootstrap resamples of the pairs; both orders of a pair stay together.
-        seed: of the resamples.
     """
     values, labels = _checked(delta, first)
     columns = [_agreement(values, labels)[:, None], *(_gaps(values, labels, bins) for bins in BINS)]
-    ends = np.cumsum([column.shape[1] for column in columns])
     drawn = statistics.bootstrap_means(np.concatenate(columns, axis=1)[:, None, :], draws, seed)[:, 0]
-    result: CalibrationReport = {
-        "pairs": len(values),
-        "accuracy": float(columns[0].mean()),
-        "accuracy_ci": list(statistics.interval(drawn[:, 0])),
-        "log_loss": log_loss(values, labels),
-        "ece": {},
-        "ece_ci": {},
-        "ece_by_chance": {},
-        "reliability": [asdict(bar) for bar in reliability(values, labels)],
-    }
-    for bins, start, end in zip(BINS, ends[:-1], ends[1:], strict=True):
-        point = ece(values, labels, bins)
-        low, high = statistics.interval(0.5 * np.abs(drawn[:, start:end]).sum(axis=1))
+    agreement, *gaps = np.split(drawn, np.cumsum([column.shape[1] for column in columns])[:-1], axis=1)
+    result = CalibrationReport(
+        pairs=len(values),
+        accuracy=float(columns[0].mean()),
+        accuracy_ci=list(statistics.interval(agreement[:, 0])),
+        log_loss=log_loss(values, labels),
+        ece=eces(values, labels),
+        ece_ci={},
+        ece_by_chance={},
+        reliability=reliability(values, labels),
+    )
+    for bins, gap in zip(BINS, gaps, strict=True):
+        error = result["ece"][str(bins)]
+        low, high = statistics.basic_interval(0.5 * np.abs(gap).sum(axis=1), error)
         chance = by_chance(values, bins, seed=seed)
-        within = point <= np.quantile(chance, 0.95)
-        result["ece"][str(bins)] = point
-        result["ece_ci"][str(bins)] = [0.0 if within else max(0.0, 2 * point - high), max(0.0, 2 * point - low)]
+        within = error <= np.quantile(chance, 0.95)
+        result["ece_ci"][str(bins)] = [0.0 if within else max(0.0, low), max(0.0, high)]
         result["ece_by_chance"][str(bins)] = float(chance.mean())
     return result
 
@@ -187,15 +181,13 @@ def _agreement(delta: Vector, first: Vector) -> Vector:
     return np.where(delta > 0, first, np.where(delta < 0, 1 - first, 0.5))
 
 
-def _both_orders(delta: Vector, first: Vector) -> tuple[Vector, Vector]:
-    """Return confidence and label of every pair in both orders, ``[2 * pairs]``."""
-    return np.concatenate([sigmoid(delta), sigmoid(-delta)]), np.concatenate([first, 1 - first])
-
-
-def _places(confidence: Vector, bins: int) -> NDArray[np.intp]:
+def _both_orders(delta: Vector, first: Vector, bins: int) -> tuple[Vector, Vector, NDArray[np.intp]]:
+    """Return confidence, label and number of the bin of every pair in both orders, ``[2 * pairs]``."""
     if bins < 1:
         raise ValueError(f"at least one bin is needed; found {bins}")
-    return np.minimum((confidence * bins).astype(np.intp), bins - 1)
+    confidence = np.concatenate([sigmoid(delta), sigmoid(-delta)])
+    place = np.minimum((confidence * bins).astype(np.intp), bins - 1)
+    return confidence, np.concatenate([first, 1 - first]), place
 
 
 def _gaps(delta: Vector, first: Vector, bins: int) -> Matrix:
@@ -204,8 +196,7 @@ def _gaps(delta: Vector, first: Vector, bins: int) -> Matrix:
     Their mean over pairs is twice the bin's ``|B| / N * (mean label - mean confidence)``, so that resampled ECEs need
     nothing but resampled means.
     """
-    confidence, label = _both_orders(delta, first)
+    confidence, label, place = _both_orders(delta, first, bins)
     table = np.zeros((len(delta), bins))
-    pair = np.tile(np.arange(len(delta)), 2)
-    np.add.at(table, (pair, _places(confidence, bins)), label - confidence)
+    np.add.at(table, (np.tile(np.arange(len(delta)), 2), place), label - confidence)
     return table

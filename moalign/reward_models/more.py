@@ -15,8 +15,7 @@ Deviation: the first step's momentum starts from its own gradient; in the code i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,26 +28,24 @@ from moalign.losses.min_norm import min_norm
 def head_gradients(winner: Tensor, loser: Tensor, delta: Tensor, group: Tensor, groups: int) -> Tensor:
     """Return every group's gradient of its mean loss on the head's weight, ``[groups, width]``, float32.
 
-    Args:
-        winner, loser: the head's inputs, ``[pairs, width]``.
-        delta: reward of the winner minus that of the loser, ``[pairs]``.
-        group: the pair's group, ``[pairs]``; a group without pairs gets zeros.
+    ``winner`` and ``loser`` are the head's inputs ``[pairs, width]``, ``delta`` is the difference of their rewards and
+    ``group`` the pair's group, ``[pairs]``; a group without pairs gets zeros.
     """
     pull = torch.sigmoid(-delta.float()).unsqueeze(1) * (winner.float() - loser.float())
     member = F.one_hot(group, groups).float()
     return -(member.T @ pull) / member.sum(0).clamp_min(1).unsqueeze(1)
 
 
+@dataclass
 class Balancer:
     """The weights of the groups, with their smoothed gradients."""
 
-    def __init__(self, groups: int, normalise: bool, momentum: float) -> None:
-        """Weigh ``groups`` groups; ``momentum`` is the new gradient's share."""
-        self.groups = groups
-        self.normalise = normalise
-        self.momentum = momentum
-        self.memory: Tensor | None = None
-        """Smoothed gradients ``[groups, width]``."""
+    groups: int
+    normalise: bool
+    momentum: float
+    """The new gradient's share."""
+    memory: Tensor | None = None
+    """Smoothed gradients ``[groups, width]``."""
 
     @torch.no_grad()
     def weights(self, winner: Tensor, loser: Tensor, delta: Tensor, group: Tensor) -> Tensor:
@@ -63,13 +60,10 @@ class Balancer:
 
 
 class HeadWatch:
-    """Records the input of a classifier's last linear layer."""
+    """Records the input of a classifier's head in every forward pass."""
 
     def __init__(self, model: Any) -> None:
-        """Find the head: the last linear layer with one output per label.
-
-        Raises ValueError when the model has none.
-        """
+        """Find the head, the last linear layer with one output per label; raises ValueError when there is none."""
         labels = model.config.num_labels
         linear = [
             module
@@ -79,28 +73,18 @@ class HeadWatch:
         if not linear:
             raise ValueError(f"{type(model).__name__} has no trainable linear layer with {labels} outputs")
         self.layer = linear[-1]
-        self.seen: Tensor | None = None
+        self.seen = torch.empty(0)
+        self.layer.register_forward_pre_hook(self._keep)
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Within the block the head's input is recorded."""
-
-        def keep(layer: Any, inputs: tuple[Tensor, ...]) -> None:
-            self.seen = inputs[0]
-
-        hook = self.layer.register_forward_pre_hook(keep)
-        try:
-            yield
-        finally:
-            hook.remove()
+    def _keep(self, layer: Any, inputs: tuple[Tensor, ...]) -> None:
+        self.seen = inputs[0].detach()
 
     def states(self, input_ids: Tensor, pad: int) -> Tensor:
         """Return the head's input per row, ``[rows, width]``; no gradient.
 
         A decoder's head reads every token; the last one that is not padding counts.
         """
-        assert self.seen is not None  # set by the forward pass
-        seen = self.seen.detach()
+        seen = self.seen
         if seen.ndim == 2:
             return seen
         places = torch.arange(input_ids.shape[1], device=input_ids.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from moalign.config.card import SourceSpec, SplitSpec
 from moalign.core.errors import RequestError
+from moalign.core.seeds import derive
 from moalign.data import load, splits
 
 SHOWN = 3
@@ -41,15 +42,12 @@ class PairSet:
         if chance is not None:
             self.chance.append(chance)
 
-    def pick(self, rows: Iterable[int]) -> PairSet:
+    def pick(self, rows: Sequence[int]) -> PairSet:
         """Return the pairs at ``rows``, in that order."""
-        indices = list(rows)
-
-        def of(values: list[str]) -> list[str]:
-            return [values[row] for row in indices]
-
-        chance = [self.chance[row] for row in indices] if self.chance else []
-        return PairSet(self.name, of(self.prompts), of(self.chosen), of(self.rejected), chance)
+        prompts, chosen, rejected = (
+            [column[row] for row in rows] for column in (self.prompts, self.chosen, self.rejected)
+        )
+        return PairSet(self.name, prompts, chosen, rejected, [self.chance[row] for row in rows if self.chance])
 
     def split(self, spec: SplitSpec) -> dict[str, PairSet]:
         """Return the pairs of every split; which one a pair is in follows from its prompt alone."""
@@ -62,13 +60,10 @@ class PairSet:
 def read(sources: Sequence[tuple[str | None, SourceSpec]], base_dir: Path | str = ".") -> list[PairSet]:
     """Read pair files: columns prompt, chosen, rejected (or whole dialogues), and optionally ``group``.
 
-    Args:
-        sources: (name, file or hub data set); a row's ``group`` names its data set, else the source's name does, else
-            the file's own.
-        base_dir: where relative paths begin.
+    ``sources`` are (name, file or hub data set): a row's ``group`` names its data set, else the source's name does,
+    else the file's own. Relative paths begin at ``base_dir``.
 
-    Raises:
-        RequestError: whatever is wrong with a file, with its line; both replies of a pair the same text.
+    Raises RequestError for whatever is wrong with a file, with its line; both replies of a pair the same text.
     """
     sets: dict[str, PairSet] = {}
     for name, source in sources:
@@ -90,15 +85,16 @@ def split_all(sets: Sequence[PairSet], spec: SplitSpec) -> dict[str, list[PairSe
     by_split: dict[str, list[PairSet]] = {name: [part[name] for part in parts] for name in splits.SPLITS}
     for needed in ("train", "eval"):
         empty = [pair_set.name for pair_set in by_split[needed] if not len(pair_set)]
-        if empty:
-            counts = "; ".join(
-                f"{pair_set.name}: " + ", ".join(f"{name} {len(part[name])}" for name in splits.SPLITS)
-                for pair_set, part in list(zip(sets, parts, strict=True))[:SHOWN]
-            )
-            raise RequestError(
-                f"pairs: the split {needed} of {', '.join(empty[:SHOWN])} is empty ({counts}); give more pairs, "
-                "larger shares (--set splits={train: .., calibration: .., eval: ..}) or another splits.salt"
-            )
+        if not empty:
+            continue
+        counts = "; ".join(
+            f"{pair_set.name}: " + ", ".join(f"{name} {len(part[name])}" for name in splits.SPLITS)
+            for pair_set, part in list(zip(sets, parts, strict=True))[:SHOWN]
+        )
+        raise RequestError(
+            f"pairs: the split {needed} of {', '.join(empty[:SHOWN])} is empty ({counts}); give more pairs, "
+            "larger shares (--set splits={train: .., calibration: .., eval: ..}) or another splits.salt"
+        )
     return by_split
 
 
@@ -116,15 +112,9 @@ def content_hash(sets: Sequence[PairSet]) -> str:
 def row_order(sizes: Sequence[int], steps: int, batch: int, parts: int, seed: int) -> NDArray[np.intp]:
     """Return the row at each position of each step, ``[steps * batch]``.
 
-    Rows of all data sets are numbered consecutively. Each data set is read in reshuffled passes; each of the ``parts``
-    of a step holds the same number of pairs of every data set.
-
-    Args:
-        sizes: pairs of each data set, ``[sets]``.
-        batch: pairs in a step; a multiple of ``parts * sets``.
+    Rows of all data sets (``sizes`` pairs each) are numbered consecutively. Each data set is read in reshuffled passes;
+    each of the ``parts`` of a step holds the same number of pairs of every data set.
     """
-    from moalign.core.seeds import derive
-
     each = batch // (parts * len(sizes))
     offsets = np.concatenate([[0], np.cumsum(sizes)[:-1]])
     columns = []

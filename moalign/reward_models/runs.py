@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,13 +11,15 @@ from typing import Any
 from moalign.config.objectives import ClassifierObjective
 from moalign.core.progress import Progress, silent
 from moalign.lm import model_folder
-from moalign.reward_models import pairs, training
+from moalign.reward_models import pairs
 from moalign.reward_models.pairs import PairSet
-from moalign.reward_models.settings import RewardSettings
-from moalign.reward_models.training import RewardJob
+from moalign.reward_models.settings import RewardSettings, check_loss
 from moalign.runs.meter import Meter
 from moalign.runs.run import Run
 from moalign.runs.store import RunStore
+
+MODEL = "model"
+"""The model's folder inside its run."""
 
 
 class RewardStore(RunStore):
@@ -47,6 +50,17 @@ class RewardRequest:
         """The pairs that are trained on."""
         return self.parts["train"]
 
+    @property
+    def heads(self) -> list[str]:
+        """The names of the model's outputs."""
+        return [pair_set.name for pair_set in self.train_sets] if self.settings.heads == "each" else ["reward"]
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps in all."""
+        total = sum(map(len, self.train_sets))
+        return self.settings.steps or math.ceil(self.settings.epochs * total / self.settings.batch)
+
     def identity(self) -> dict[str, Any]:
         """Return what the run's identifier is the hash of; settings at their default are left out."""
         folder = model_folder.resolve(self.backbone, self.revision, "--model")
@@ -75,7 +89,7 @@ def make(
     as_given: dict[str, Any] | None = None,
 ) -> RewardRequest:
     """Check a request and split its pairs; raises RequestError for what cannot be trained."""
-    fitting, notice = training.check_loss(settings, [pair_set.name for pair_set in sets])
+    fitting, notice = check_loss(settings, [pair_set.name for pair_set in sets])
     parts = pairs.split_all(sets, fitting.splits)
     return RewardRequest(name, fitting, backbone, revision, parts, seed, results, notice, as_given or {})
 
@@ -105,16 +119,18 @@ def obtain(request: RewardRequest, progress: Progress = silent, wait: bool = Fal
         recipe=recipe,
         as_given=request.as_given,
     )
+    from moalign.lm.trainers import quiet_libraries
+
     with run.lock(wait):
         if run.record.status == "done":
             return run, True
         run.mark("running")
-        settings = request.settings
-        job = RewardJob(
-            run, settings, request.backbone, request.revision, request.train_sets, request.seed, Meter(), progress
-        )
+        meter = Meter()
         try:
-            training.train(job)
+            with quiet_libraries():
+                from moalign.reward_models.training import RewardJob, train
+
+                notes = train(RewardJob(run, request, meter, progress))
         except KeyboardInterrupt:
             run.mark("interrupted")
             raise
@@ -122,8 +138,8 @@ def obtain(request: RewardRequest, progress: Progress = silent, wait: bool = Fal
             run.mark("failed", error=f"{type(error).__name__}: {error}")
             raise
         sizes = {split: {pair_set.name: len(pair_set) for pair_set in sets} for split, sets in request.parts.items()}
-        run.record.notes = {**job.notes, "pairs": sizes, "heads": job.heads, "said": request.notice}
-        run.mark("done", meter=job.meter)
+        run.record.notes = {**notes, "pairs": sizes, "heads": request.heads, "said": request.notice}
+        run.mark("done", meter=meter)
         run.drop_checkpoints()
     return run, False
 
@@ -137,7 +153,7 @@ def objective(run: Run, name: str = "reward", head: str | None = None) -> Classi
     return ClassifierObjective(
         name=name,
         kind="hf-classifier",
-        model=str((run.path / training.MODEL).resolve()),
+        model=str((run.path / MODEL).resolve()),
         label=head,
         template=settings.template,
         max_length=settings.max_tokens,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -9,6 +10,7 @@ from pydantic import Field, model_validator
 from moalign.config.card import SplitSpec
 from moalign.config.recipe import LoraSpec
 from moalign.config.strict import Strict
+from moalign.core.errors import RequestError
 from moalign.core.schedule import ScheduleName
 
 Loss = Literal["bt", "multitask", "more"]
@@ -63,3 +65,27 @@ class RewardSettings(Strict):
         if self.batch % self.accumulate:
             raise ValueError(f"batch must be a multiple of accumulate; found {self.batch} and {self.accumulate}")
         return self
+
+
+def check_loss(settings: RewardSettings, names: Sequence[str]) -> tuple[RewardSettings, str | None]:
+    """Return the settings that fit these data sets, and a notice for the user, if any.
+
+    Raises RequestError for several data sets with ``bt`` and for a batch that cannot hold all groups alike.
+    """
+    notice = None
+    if len(names) == 1 and settings.loss != "bt" and settings.heads == "shared":
+        notice = f"loss {settings.loss}: there is one data set only ({names[0]}), so this is plain Bradley-Terry (bt)"
+        settings = settings.model_copy(update={"loss": "bt"})
+    if len(names) > 1 and settings.loss == "bt":
+        raise RequestError(
+            f"loss bt is for one data set; found {len(names)} ({', '.join(names[:5])}); "
+            "take --loss multitask or --loss more"
+        )
+    parts = len(names) * settings.accumulate
+    if settings.batch % parts:
+        near = max(parts, round(settings.batch / parts) * parts)
+        raise RequestError(
+            f"batch {settings.batch}: every batch holds as many pairs of each of the {len(names)} data sets, so it "
+            f"must be a multiple of data sets x accumulate = {parts}; nearest: --set batch={near}"
+        )
+    return settings, notice

@@ -17,25 +17,19 @@ answer, into batches bounded by tokens and by the logits that they give: logits 
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
 import math
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from moalign.config.card import TemplateSpec
 from moalign.config.objectives import LmObjective
 from moalign.core.errors import RequestError
-from moalign.lm import model_folder
 from moalign.lm.chat import Codec
-from moalign.lm.loading import explained, few, quiet
-from moalign.rewards.rows import longest
-
-if TYPE_CHECKING:
-    import torch
+from moalign.rewards.model_scorer import CACHE_LIMIT, ModelScorer
+from moalign.rewards.rows import longest, require_known, vocabulary_of
 
 ASK = "{response}\n\nWhat question or request is this a reply to?"
 """The user's turn to which the prompt is the assistant's answer, for relevance in a chat template."""
@@ -45,8 +39,6 @@ _VERSION = 1
 """Raise it when a score's meaning changes: it is part of the revision."""
 _MOST_LOGITS = 2**26
 """Numbers; a batch's logits are at most this many (256 MiB in float32), one row's at least."""
-_CACHE_LIMIT = 100_000
-"""Prompts whose likelihood without a response is kept."""
 
 
 class Line(NamedTuple):
@@ -56,55 +48,23 @@ class Line(NamedTuple):
     start: int
 
 
-class LmScorer:
-    """An ``lm`` objective. The model is loaded at the first score and kept; see the module docstring."""
+class LmScorer(ModelScorer[LmObjective]):
+    """An ``lm`` objective."""
+
+    auto_class = "AutoModelForCausalLM"
+    noun = "causal language model"
 
     def __init__(self, spec: LmObjective, base_dir: Path) -> None:
-        """Check what can be checked without torch.
-
-        Args:
-            spec: the objective as in the task card.
-            base_dir: the card's folder.
-
-        Raises:
-            RequestError: no such folder, hub id or built-in model; missing or truncated weights.
-        """
-        self.spec = spec
-        self.name = spec.name
-        self.maximise = spec.maximise
-        self.cheap = spec.store is False
-        self.where = f"objective {spec.name!r}"
+        """Check what :class:`ModelScorer` does."""
+        super().__init__(spec, base_dir)
         self.rows_shortened = 0
         """Texts so far that were longer than ``max_length``."""
-        self._lender = self
-        """The scorer whose model is used: another one where both name the same model (:func:`share`)."""
         self._bare_means: dict[Line, float] = {}
-        self._folder = model_folder.local_folder(spec.model, base_dir, self.where)
-        if self._folder is not None:
-            model_folder.require_complete(self._folder, self.where)
-        else:
-            model_folder.fetch(spec.model, spec.revision, self.where, config_only=True)
+        """Likelihoods of prompts without a response, kept for later calls."""
 
-    @cached_property
-    def folder(self) -> Path:
-        """The model's folder; a hub model is fetched here and its files checked."""
-        if self._folder is not None:
-            return self._folder
-        folder = model_folder.fetch(self.spec.model, self.spec.revision, self.where)
-        model_folder.require_complete(folder, self.where)
-        return folder
-
-    @cached_property
-    def revision(self) -> str:
-        """Hash of the model's files (a hub model: its commit) and of every setting that changes a score."""
-        content = model_folder.fingerprint(self.folder, self.where) if self._folder else self.folder.name
+    def _identity(self, content: str) -> list[Any]:
         settings = self.spec.model_dump(include={"score", "template", "max_length", "dtype"})
-        text = json.dumps([_VERSION, content, settings, ASK, JOIN], sort_keys=True)
-        return f"lm:{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-
-    def prepare(self) -> None:
-        """Load the model now, so that problems of its files show before other work begins."""
-        _ = self._model
+        return [_VERSION, content, settings, ASK, JOIN]
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         """Return nats per token of each (prompt, response), ``[samples]``, in the order given."""
@@ -114,8 +74,9 @@ class LmScorer:
             means = self._means(lines)
             return [means[line] if len(line.ids) > line.start else -math.log(self._vocabulary) for line in lines]
         conditioned = [self._line(prompt, response, ASK, "end") for prompt, response in pairs]
-        bare_lines = [self._bare(line) for line in conditioned]
-        if len(self._bare_means) > _CACHE_LIMIT:
+        bare = self._tokens(self._prefix("", ASK))
+        bare_lines = [Line((*bare, *line.ids[line.start :]), len(bare)) for line in conditioned]
+        if len(self._bare_means) > CACHE_LIMIT:
             self._bare_means.clear()
         unknown = [line for line in bare_lines if line not in self._bare_means]
         means = self._means([*conditioned, *unknown])
@@ -134,12 +95,12 @@ class LmScorer:
         itself is cut too: a response loses its end, a prompt its start (its last half stays).
         """
         first = self._prefix(before, ask)
-        ids = self._follow(first, scored, self._tokens(first))
+        prefix = self._tokens(first)
+        ids = self._follow(first, scored, prefix)
         room = self._longest - (0 if side == "start" else self._longest // 2)
         fixed = len(self._tokens(self._prefix("", ask)))
         if fixed + 1 > room:
             raise RequestError(f"{self.where}: the template alone takes {fixed} tokens; raise max_length")
-        prefix = self._tokens(first)
         if len(prefix) + len(ids) > self._longest:
             self.rows_shortened += 1
             ids = ids[: room - fixed] if side == "start" else ids[-room:]
@@ -148,17 +109,11 @@ class LmScorer:
                 prefix = self._tokens(self._prefix(before, ask))
         return Line((*prefix, *ids), len(prefix))
 
-    def _bare(self, line: Line) -> Line:
-        """Return the same scored tokens after an empty response."""
-        prefix = self._tokens(self._prefix("", ASK))
-        return Line((*prefix, *line.ids[line.start :]), len(prefix))
-
     def _prefix(self, before: str, ask: str) -> str:
         """Return the text that comes before the scored one."""
         if not self._chat:
             return before
-        user = (ask.replace("{response}", before) if ask else before).strip()
-        return self._codec.turns(user)
+        return self._codec.turns((ask.replace("{response}", before) if ask else before).strip())
 
     def _tokens(self, prefix: str) -> list[int]:
         """Return a prefix's tokens; an empty one is the token that begins a text."""
@@ -182,11 +137,7 @@ class LmScorer:
 
     def _coded(self, text: str, special: bool) -> list[int]:
         ids: list[int] = self._tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
-        if ids and max(ids) >= self._vocabulary:
-            raise RequestError(
-                f"{self.where}: the tokenizer gives token {max(ids)}, but the model knows {self._vocabulary} tokens: "
-                "tokenizer and weights do not belong together"
-            )
+        require_known(max(ids, default=0), self._vocabulary, self.where)
         return ids
 
     def _cut(self, text: str, tokens: int, side: str) -> str:
@@ -214,76 +165,50 @@ class LmScorer:
 
     def _batches(self, lines: Sequence[Line]) -> Iterator[list[Line]]:
         """Yield batches of lines of similar length, each within ``batch_tokens`` and ``_MOST_LOGITS``."""
-        batch: list[Line] = []
-        for line in sorted(lines, key=lambda line: (-len(line.ids), -line.start)):
-            wide = len(batch[0].ids) if batch else len(line.ids)
-            scored = wide - min(other.start for other in [*batch, line]) + 1
-            full = (len(batch) + 1) * wide > self.spec.batch_tokens
-            if batch and (full or (len(batch) + 1) * scored * self._vocabulary > _MOST_LOGITS):
-                yield batch
-                batch = []
-            batch.append(line)
-        if batch:
-            yield batch
+
+        def too_many_logits(batch: list[Line], line: Line) -> bool:
+            scored = len(batch[0].ids) - min(other.start for other in [*batch, line]) + 1
+            return (len(batch) + 1) * scored * self._vocabulary > _MOST_LOGITS
+
+        longest_first = sorted(lines, key=lambda line: (-len(line.ids), -line.start))
+        return self._bounded(longest_first, lambda line: len(line.ids), too_many_logits)
 
     def _batch_means(self, batch: Sequence[Line]) -> list[float]:
+        """Return the mean log-probability of each line's scored tokens."""
         import torch
+        from torch.nn.utils.rnn import pad_sequence
 
-        model, wide = self._model, max(len(line.ids) for line in batch)
-        ids = torch.tensor([[*line.ids, *[0] * (wide - len(line.ids))] for line in batch], device=model.device)
-        mask = torch.tensor([[1] * len(line.ids) + [0] * (wide - len(line.ids)) for line in batch], device=model.device)
-        first = min(line.start for line in batch) - 1  # the logits before a token are those that predict it
-        with torch.inference_mode():
-            logits = self._logits(ids, mask, first)
-            return [_mean(logits[row], line, first) for row, line in enumerate(batch)]
-
-    def _logits(self, ids: torch.Tensor, mask: torch.Tensor, first: int) -> torch.Tensor:
-        """Return the logits from position ``first`` on, ``[rows, positions - first, vocabulary]``."""
-        import torch
-
+        model, first = self._model, min(line.start for line in batch) - 1  # logits are those of the next token
+        ids = pad_sequence([torch.tensor(line.ids) for line in batch], batch_first=True).to(model.device)
+        lengths = torch.tensor([[len(line.ids)] for line in batch], device=model.device)
+        mask = (torch.arange(ids.shape[1], device=model.device) < lengths).long()
         inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-        if "logits_to_keep" in inspect.signature(self._model.forward).parameters:
-            positions = torch.arange(first, ids.shape[1], device=ids.device)
-            scored: torch.Tensor = self._model(**inputs, logits_to_keep=positions).logits
-            return scored
-        logits: torch.Tensor = self._model(**inputs).logits
-        return logits[:, first:]
+        keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+        if keeps:
+            inputs["logits_to_keep"] = torch.arange(first, ids.shape[1], device=model.device)
+        means = []
+        with torch.inference_mode():
+            logits = model(**inputs).logits
+            for row, line in zip(logits if keeps else logits[:, first:], batch, strict=True):
+                scored = row[line.start - 1 - first : len(line.ids) - 1 - first].float()
+                goal = torch.tensor(line.ids[line.start :], device=model.device)
+                picked = scored.gather(1, goal[:, None])[:, 0] - scored.logsumexp(dim=-1)
+                means.append(float(picked.double().mean()))
+        return means
 
     # --- the model
 
-    @cached_property
-    def _loaded(self) -> tuple[Any, Any]:
+    def _settle(self, model: Any) -> None:
+        """Refuse a model that looks ahead, such as BERT: it would see the tokens that it is to predict."""
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        # The generators are put back: when a model is loaded must not change what is sampled afterwards.
-        with explained(self.where, self.folder), quiet(), torch.random.fork_rng(devices=[]):
-            tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
-            model, info = AutoModelForCausalLM.from_pretrained(
-                self.folder,
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-                dtype=getattr(torch, self.spec.dtype),
-                output_loading_info=True,
+        rows = torch.tensor([[0, 1, 2], [0, 1, 3]], device=model.device) % vocabulary_of(model)
+        with torch.inference_mode():
+            logits = model(input_ids=rows, attention_mask=torch.ones_like(rows)).logits[:, 0].float()
+        if not torch.allclose(logits[0], logits[1], rtol=1e-3, atol=1e-3):
+            raise RequestError(
+                f"{self.where}: the model ({type(model).__name__}) reads ahead; a causal language model is needed"
             )
-            if info["missing_keys"]:
-                raise RequestError(
-                    f"{self.where}: model folder {self.folder} is not a whole causal language model: its weights lack "
-                    f"{few(info['missing_keys'])}"
-                )
-            model.eval().requires_grad_(False)
-            model.to("cuda" if torch.cuda.is_available() else "cpu")
-            _check_causal(model, self.where)
-        return model, tokenizer
-
-    @property
-    def _model(self) -> Any:
-        return self._lender._loaded[0]
-
-    @property
-    def _tokenizer(self) -> Any:
-        return self._lender._loaded[1]
 
     @cached_property
     def _chat(self) -> bool:
@@ -298,39 +223,5 @@ class LmScorer:
         return Codec(self._tokenizer, TemplateSpec(chat=True), source=self.spec.model)
 
     @cached_property
-    def _vocabulary(self) -> int:
-        return int(self._model.get_input_embeddings().weight.shape[0])
-
-    @cached_property
     def _longest(self) -> int:
         return longest(self._model, self._tokenizer, self.spec.max_length)
-
-
-def share(scorers: Sequence[LmScorer]) -> None:
-    """Make objectives of one model use one copy of it."""
-    first: dict[tuple[object, ...], LmScorer] = {}
-    for scorer in scorers:
-        scorer._lender = first.setdefault(scorer.spec.reading, scorer)
-
-
-def _mean(logits: torch.Tensor, line: Line, first: int) -> float:
-    """Return the mean log-probability of a line's scored tokens from its row's logits ``[positions, vocabulary]``."""
-    import torch
-
-    scored = logits[line.start - 1 - first : len(line.ids) - 1 - first].float()
-    goal = torch.tensor(line.ids[line.start :], device=scored.device)
-    picked = scored.gather(1, goal[:, None])[:, 0] - scored.logsumexp(dim=-1)
-    return float(picked.double().mean())
-
-
-def _check_causal(model: Any, where: str) -> None:
-    """Raise RequestError for a model that looks ahead, such as BERT: it would see the tokens that it is to predict."""
-    import torch
-
-    rows = torch.tensor([[0, 1, 2], [0, 1, 3]], device=model.device) % int(model.get_input_embeddings().weight.shape[0])
-    with torch.inference_mode():
-        logits = model(input_ids=rows, attention_mask=torch.ones_like(rows)).logits[:, 0].float()
-    if not torch.allclose(logits[0], logits[1], rtol=1e-3, atol=1e-3):
-        raise RequestError(
-            f"{where}: the model ({type(model).__name__}) reads ahead; a causal language model is needed"
-        )

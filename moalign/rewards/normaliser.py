@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike
+from pydantic import ValidationError
+from pydantic.dataclasses import dataclass
 
 from moalign.core.arrays import Matrix
 from moalign.core.errors import RequestError
 
 if TYPE_CHECKING:
     from moalign.config.card import NormaliserSpec
-
 
 UNIT_QUANTILES = (0.01, 0.99)
 """Scores that become 0 and 1 in normalised units."""
@@ -51,9 +52,8 @@ class Normaliser:
         for field in ("mean", "sd", "lo", "hi", "bounds"):
             if len(getattr(self, field)) != len(self.names):
                 raise RequestError(f"normaliser: {field} needs one entry per objective ({len(self.names)})")
-        for name, mean, sd, lo, hi, bounds in zip(
-            self.names, self.mean, self.sd, self.lo, self.hi, self.bounds, strict=True
-        ):
+        columns = zip(self.names, self.mean, self.sd, self.lo, self.hi, self.bounds, strict=True)
+        for name, mean, sd, lo, hi, bounds in columns:
             if not np.all(np.isfinite([mean, sd, lo, hi, *bounds])):
                 raise RequestError(f"normaliser: objective {name!r} has a number that is not finite")
             if not sd > 0:
@@ -71,18 +71,13 @@ class Normaliser:
         data_hash: str = "",
         scorer_hash: str = "",
     ) -> Normaliser:
-        """Fit on raw scores ``[samples, objectives]`` (direction applied).
+        """Fit on raw scores ``[samples, objectives]`` (direction applied) of the calibration split.
 
-        Args:
-            raw: scores of base-policy and data responses on the calibration split.
-            names: the objectives, in the columns' order.
-            data: scores ``[samples, objectives]`` of data responses alone, for ``bounds``; None uses ``raw``.
-            data_hash: identifies the texts that were scored.
-            scorer_hash: :attr:`RewardPanel.scorer_hash`, identifies what scored them.
+        ``data`` are the scores of data responses alone, for ``bounds``; None uses ``raw``. The hashes identify the
+        texts and what scored them (:attr:`RewardPanel.scorer_hash`).
 
-        Raises:
-            RequestError: fewer than 2 samples, a score that is not finite, or an objective that is constant
-                (or has equal 1 % and 99 % quantiles): it cannot be traded off against anything.
+        Raises RequestError for fewer than 2 samples, a score that is not finite, and an objective that is constant (or
+        has equal 1 % and 99 % quantiles): it cannot be traded off against anything.
         """
         values = _checked(raw, names)
         bounded = values if data is None else _checked(data, names)
@@ -145,33 +140,19 @@ class Normaliser:
     def from_json(cls, path: Path) -> Normaliser:
         """Read a file of :meth:`to_json`; raises RequestError naming the file and what is wrong with it."""
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            data = json.loads(path.read_text(encoding="utf-8"))
+            keys = [field.name for field in fields(cls)]
+            if not isinstance(data, dict) or sorted(data) != sorted(keys):
+                raise RequestError(f"the normaliser must have exactly the keys {', '.join(keys)}")
+            return cls(**data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            problem = f"the normaliser holds a value of the wrong type: {first['loc'][0]}: {first['msg']}"
         except (OSError, ValueError) as error:
-            raise RequestError(f"{path}: the normaliser cannot be read: {error}; delete it to fit it again") from error
-        try:
-            return cls._from_dict(data)
+            problem = f"the normaliser cannot be read: {error}"
         except RequestError as error:
-            raise RequestError(f"{path}: {error}; delete it to fit it again") from error
-
-    @classmethod
-    def _from_dict(cls, data: Any) -> Normaliser:
-        keys = [field.name for field in fields(cls)]
-        if not isinstance(data, dict) or sorted(data) != sorted(keys):
-            raise RequestError(f"the normaliser must have exactly the keys {', '.join(keys)}")
-        try:
-            return cls(
-                names=tuple(str(name) for name in data["names"]),
-                mean=_floats(data["mean"]),
-                sd=_floats(data["sd"]),
-                lo=_floats(data["lo"]),
-                hi=_floats(data["hi"]),
-                bounds=tuple((float(low), float(high)) for low, high in data["bounds"]),
-                count=int(data["count"]),
-                data_hash=str(data["data_hash"]),
-                scorer_hash=str(data["scorer_hash"]),
-            )
-        except (TypeError, ValueError) as error:
-            raise RequestError(f"the normaliser holds a value of the wrong type: {error}") from error
+            problem = str(error)
+        raise RequestError(f"{path}: {problem}; delete it to fit it again")
 
     def _array(self, raw: ArrayLike) -> Matrix:
         values = np.asarray(raw, dtype=np.float64)
@@ -179,10 +160,6 @@ class Normaliser:
             # numpy would silently broadcast one column over all objectives.
             raise ValueError(f"scores of shape {list(values.shape)} for {len(self.names)} objectives")
         return values
-
-
-def _floats(values: Any) -> tuple[float, ...]:
-    return tuple(float(value) for value in values)
 
 
 def _checked(raw: ArrayLike, names: Sequence[str]) -> Matrix:

@@ -7,33 +7,25 @@ objectives. Scores made before a failure stay in the store.
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from moalign.core.arrays import Matrix
 from moalign.core.errors import RequestError, WorkError
-from moalign.rewards.scorer import Scorer, build_scorers
+from moalign.rewards.scorer import Scorer, build_scorers, digest
 
 if TYPE_CHECKING:
     from moalign.config.objectives import ObjectiveSpec
     from moalign.rewards.normaliser import Normaliser
     from moalign.rewards.store import Store
+    from moalign.runs.meter import Meter
 
 Pair = tuple[str, str]
-
-
-class RewardCounter(Protocol):
-    """What the panel needs of a run's meter."""
-
-    def add_reward_calls(self, count: int) -> None:
-        """Count ``count`` requested scores."""
-        ...
 
 
 class _Fault(Exception):
@@ -44,60 +36,42 @@ class RewardPanel:
     """Named, ordered objectives with their store, meter and normaliser."""
 
     def __init__(
-        self,
-        objectives: Sequence[Scorer],
-        names: Sequence[str] | None = None,
-        store: Store | None = None,
-        meter: RewardCounter | None = None,
-        normaliser: Normaliser | None = None,
-        chunk: int = 512,
+        self, objectives: Sequence[Scorer], store: Store | None = None, meter: Meter | None = None, chunk: int = 512
     ) -> None:
-        """Put the panel together.
+        """Put scorers together, in the task's order.
 
-        Args:
-            objectives: one scorer per objective, in the task's order.
-            names: the objectives' names; None takes the scorers' own.
-            store: where scores of scorers that are not cheap are kept; None keeps nothing.
-            meter: counts the requested scores.
-            normaliser: for :meth:`z` and :meth:`unit`; may be given later with :meth:`with_normaliser`.
-            chunk: texts per call of a scorer; a finished chunk is stored at once.
-
-        Raises:
-            RequestError: names that repeat, or a normaliser of other objectives.
+        Scores of scorers that are not cheap are kept in ``store``. ``meter`` counts requested scores. A scorer gets
+        ``chunk`` texts in a call; a finished chunk is stored at once. Raises RequestError for names that repeat.
         """
         self.objectives = list(objectives)
-        self.names = [scorer.name for scorer in objectives] if names is None else list(names)
-        if len(self.names) != len(self.objectives) or not self.objectives:
-            raise RequestError(
-                f"a panel needs one name per objective; found {len(self.names)} and {len(self.objectives)}"
-            )
+        self.names = [scorer.name for scorer in objectives]
+        if not self.names:
+            raise RequestError("a panel needs at least one objective")
         twice = sorted({name for name in self.names if self.names.count(name) > 1})
         if twice:
             raise RequestError(f"objective names must differ; found twice: {', '.join(twice)}")
         self.store = store
         self.meter = meter
         self.chunk = chunk
-        self._set_normaliser(normaliser)
+        self.normaliser: Normaliser | None = None
 
     @classmethod
-    def from_specs(
-        cls,
-        specs: Sequence[ObjectiveSpec],
-        base_dir: Path,
-        store: Store | None = None,
-        meter: RewardCounter | None = None,
-        normaliser: Normaliser | None = None,
-    ) -> RewardPanel:
+    def from_specs(cls, specs: Sequence[ObjectiveSpec], base_dir: Path, store: Store | None = None) -> RewardPanel:
         """Build the panel of a task card; the problems of all objectives come in one RequestError."""
-        return cls(build_scorers(specs, base_dir), [spec.name for spec in specs], store, meter, normaliser)
+        return cls(build_scorers(specs, base_dir), store)
 
     def with_normaliser(self, normaliser: Normaliser) -> RewardPanel:
         """Return the same panel (scorers, store and meter shared) with another normaliser."""
+        if list(normaliser.names) != self.names:
+            raise RequestError(
+                f"the normaliser is for {', '.join(normaliser.names)}, but the task's objectives are "
+                f"{', '.join(self.names)}; fit it again for this task"
+            )
         panel = copy.copy(self)
-        panel._set_normaliser(normaliser)
+        panel.normaliser = normaliser
         return panel
 
-    def with_meter(self, meter: RewardCounter) -> RewardPanel:
+    def with_meter(self, meter: Meter) -> RewardPanel:
         """Return the same panel (scorers, store and normaliser shared) that counts on another meter."""
         panel = copy.copy(self)
         panel.meter = meter
@@ -106,8 +80,7 @@ class RewardPanel:
     @property
     def scorer_hash(self) -> str:
         """16 hex digits over the objectives' order, names, directions and revisions."""
-        identity = [[name, s.maximise, s.revision] for name, s in zip(self.names, self.objectives, strict=True)]
-        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+        return digest(*([scorer.name, scorer.maximise, scorer.revision] for scorer in self.objectives))
 
     def score(
         self,
@@ -115,39 +88,34 @@ class RewardPanel:
         responses: Sequence[str],
         progress: Callable[[int, int], None] | None = None,
     ) -> Matrix:
-        """Score texts on every objective.
+        """Return raw scores ``[samples, objectives]``, turned so that larger is better in every column.
 
-        Args:
-            prompts: bare prompts, ``[samples]``.
-            responses: their responses, ``[samples]``.
-            progress: called with (done, total) scores over distinct texts as the work goes on.
+        ``progress`` is called with (done, total) scores over distinct texts as the work goes on.
 
-        Returns:
-            Raw scores ``[samples, objectives]``, turned so that larger is better in every column.
-
-        Raises:
-            WorkError: a scorer raised or gave NaN, an infinity or the wrong number of scores; the message
-                names objective and sample, and every score made until then is in the store.
-            ValueError: prompts and responses differ in number.
+        Raises WorkError when a scorer raises or gives NaN, an infinity or the wrong number of scores; the message names
+        objective and sample, and every score made until then is in the store.
         """
         if len(prompts) != len(responses):
             raise ValueError(f"{len(prompts)} prompts, but {len(responses)} responses")
-        order: dict[Pair, int] = {}
-        first: list[int] = []
-        slots = np.empty(len(prompts), dtype=np.intp)
-        for sample, pair in enumerate(zip(prompts, responses, strict=True)):
-            slots[sample] = order.setdefault(pair, len(order))
-            if len(first) < len(order):
-                first.append(sample)
-        raw = np.empty((len(order), len(self.objectives)))
+        pairs = list(zip(prompts, responses, strict=True))
+        first: dict[Pair, int] = {}
+        for sample, pair in enumerate(pairs):
+            first.setdefault(pair, sample)
+        raw = np.empty((len(first), len(self.objectives)))
         for column, scorer in enumerate(self.objectives):
-            work = _Column(self, column, list(order), first, progress)
-            values = work.run()
+
+            def report(done: int, before: int = column * len(first)) -> None:
+                if progress is not None:
+                    progress(before + done, raw.size)
+
+            store = None if scorer.cheap else self.store
+            values = _Column(scorer, store, list(first), list(first.values()), report).run(self.chunk)
             # 0 - x instead of -x: a score of 0 stays 0 and is not printed as -0.
             raw[:, column] = values if scorer.maximise else 0.0 - values
         if self.meter is not None:
-            self.meter.add_reward_calls(len(prompts) * len(self.objectives))
-        return raw[slots]
+            self.meter.add_reward_calls(len(pairs) * len(self.objectives))
+        row = {pair: number for number, pair in enumerate(first)}
+        return raw[[row[pair] for pair in pairs]]
 
     def z(self, raw: Matrix) -> Matrix:
         """Return (raw - mean) / sd, shape as given ``[..., objectives]``; WorkError without a normaliser."""
@@ -162,58 +130,62 @@ class RewardPanel:
             raise WorkError("the panel has no normaliser yet: fit one on the calibration split first")
         return self.normaliser
 
-    def _set_normaliser(self, normaliser: Normaliser | None) -> None:
-        if normaliser is not None and list(normaliser.names) != self.names:
-            raise RequestError(
-                f"the normaliser is for {', '.join(normaliser.names)}, but the task's objectives are "
-                f"{', '.join(self.names)}; fit it again for this task"
-            )
-        self.normaliser = normaliser
 
-
+@dataclass
 class _Column:
     """One objective's scores of distinct texts: from the store, then from the scorer chunk by chunk."""
 
-    def __init__(
-        self,
-        panel: RewardPanel,
-        column: int,
-        pairs: Sequence[Pair],
-        first: Sequence[int],
-        progress: Callable[[int, int], None] | None,
-    ) -> None:
-        self.scorer = panel.objectives[column]
-        self.name = panel.names[column]
-        self.store = None if self.scorer.cheap else panel.store
-        self.pairs = pairs
-        self.first = first
-        """The number, in the caller's lists, of the first sample with each text."""
-        self.chunk = panel.chunk
-        self.progress = progress
-        self.before = column * len(pairs)
-        self.total = len(panel.objectives) * len(pairs)
-        self.values: Matrix = np.full(len(pairs), np.nan)
+    scorer: Scorer
+    store: Store | None
+    pairs: list[Pair]
+    first: list[int]
+    """The number, in the caller's lists, of the first sample with each text."""
+    report: Callable[[int], None]
 
-    def run(self) -> Matrix:
+    def __post_init__(self) -> None:
+        self.values: Matrix = np.full(len(self.pairs), np.nan)
+
+    @property
+    def done(self) -> int:
+        return int(np.count_nonzero(~np.isnan(self.values)))
+
+    def run(self, chunk: int) -> Matrix:
         """Return the raw scores, ``[texts]``."""
         if self.store is not None:
             known = self.store.get_many(self.scorer.revision, self.pairs)
             self.values[:] = [math.nan if value is None else value for value in known]
         missing = np.flatnonzero(np.isnan(self.values)).tolist()
-        self._report_progress()
-        for start in range(0, len(missing), self.chunk):
-            rows = missing[start : start + self.chunk]
-            try:
-                scores = self._call(rows)
-            except _Fault as fault:
-                self._locate(rows, fault)
-            self._keep(rows, scores)
-            self._report_progress()
+        self.report(self.done)
+        for start in range(0, len(missing), chunk):
+            self._score(missing[start : start + chunk])
+            self.report(self.done)
         return self.values
 
-    def _report_progress(self) -> None:
-        if self.progress is not None:
-            self.progress(self.before + int(np.count_nonzero(~np.isnan(self.values))), self.total)
+    def _score(self, rows: Sequence[int]) -> None:
+        """Score the texts of ``rows`` and keep their scores.
+
+        Where a call fails as a whole, bisection finds the text on which it does; scores made on the way are kept.
+        """
+        try:
+            scores = self._call(rows)
+        except _Fault as fault:
+            if len(rows) == 1:
+                raise self._error(f"{fault} for {self._shown(rows[0])}") from fault
+            self._score(rows[: len(rows) // 2])
+            self._score(rows[len(rows) // 2 :])
+            raise self._error(
+                f"{fault} for {len(rows)} texts together (samples {self.first[rows[0]]} to {self.first[rows[-1]]}), "
+                "but not for each half of them"
+            ) from fault
+        finite = [(row, value) for row, value in zip(rows, scores.tolist(), strict=True) if math.isfinite(value)]
+        for row, value in finite:
+            self.values[row] = value
+        if self.store is not None:
+            pairs = [self.pairs[row] for row, _ in finite]
+            self.store.put_many(self.scorer.revision, pairs, [value for _, value in finite])
+        for row, value in zip(rows, scores, strict=True):
+            if not math.isfinite(value):
+                raise self._error(f"gave {value}, which is not a finite number, for {self._shown(row)}")
 
     def _call(self, rows: Sequence[int]) -> Matrix:
         """Return the scorer's numbers for the texts of ``rows``; raises _Fault when the whole call failed."""
@@ -232,43 +204,16 @@ class _Column:
             raise _Fault(f"gave {type(scores[0]).__name__} instead of numbers")
         return scores.astype(np.float64)
 
-    def _keep(self, rows: Sequence[int], scores: Matrix) -> None:
-        """Keep the finite scores, here and in the store; then raise WorkError when there are others."""
-        good = np.isfinite(scores)
-        finite_rows = [row for row, finite in zip(rows, good, strict=True) if finite]
-        self.values[finite_rows] = scores[good]
-        if self.store is not None:
-            self.store.put_many(self.scorer.revision, [self.pairs[row] for row in finite_rows], scores[good].tolist())
-        for row, value in zip(rows, scores, strict=True):
-            if not math.isfinite(value):
-                raise self._error(f"gave {value}, which is not a finite number, for {self._shown(row)}")
-
-    def _locate(self, rows: Sequence[int], fault: _Fault) -> NoReturn:
-        """Find the text on which the scorer fails by bisection, keeping every score made on the way."""
-        if len(rows) == 1:
-            raise self._error(f"{fault} for {self._shown(rows[0])}") from fault
-        for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
-            try:
-                scores = self._call(half)
-            except _Fault as inner:
-                self._locate(half, inner)
-            self._keep(half, scores)
-        raise self._error(
-            f"{fault} for {len(rows)} texts together (samples {self.first[rows[0]]} to {self.first[rows[-1]]}), but "
-            "not for each half of them"
-        ) from fault
-
     def _shown(self, row: int) -> str:
         prompt, response = (_short(text) for text in self.pairs[row])
         return f"sample {self.first[row]} (prompt {prompt}, response {response})"
 
     def _error(self, what: str) -> WorkError:
-        done = int(np.count_nonzero(~np.isnan(self.values)))
         if self.store is None:
-            saved = f"{done} of {len(self.pairs)} texts had a score"
+            saved = f"{self.done} of {len(self.pairs)} texts had a score"
         else:
-            saved = f"the {done} of {len(self.pairs)} scores made so far are kept in {self.store.path}"
-        return WorkError(f"objective {self.name!r}: the scorer {what}; {saved}")
+            saved = f"the {self.done} of {len(self.pairs)} scores made so far are kept in {self.store.path}"
+        return WorkError(f"objective {self.scorer.name!r}: the scorer {what}; {saved}")
 
 
 def _short(text: str, most: int = 60) -> str:

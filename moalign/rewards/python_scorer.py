@@ -10,15 +10,17 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
-import json
+import operator
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from moalign.config.objectives import PythonObjective
 from moalign.core.errors import RequestError, did_you_mean
+from moalign.rewards.scorer import digest
 
 GROUP = "moalign.rewards"
 """The entry-point group in which installed packages offer reward functions."""
@@ -38,9 +40,8 @@ class PythonScorer:
         _check_options(self.function, spec.function, self.options, where)
         file = file_of(spec.function, base_dir)
         source = _source(self.function) if file is None else fingerprint(file)
-        settings = json.dumps([self.options, spec.revision, source], sort_keys=True, default=repr)
         name = spec.function if file is None else Path(spec.function).name  # a moved file is the same file
-        self.revision = f"python:{name}:{hashlib.sha256(settings.encode()).hexdigest()[:16]}"
+        self.revision = f"python:{name}:{digest(self.options, spec.revision, source)}"
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Sequence[float]:
         """Return what the callable gives, ``[samples]``; the panel checks length and values."""
@@ -54,10 +55,7 @@ def load_function(name: str, base_dir: Path, where: str) -> Callable[..., Any]:
     A file, and a module that is not installed, is looked for in ``base_dir`` (the task card's folder).
     Raises RequestError when it cannot be imported, does not exist or cannot be called.
     """
-    if ":" in name:
-        function = _from_path(name, base_dir, where)
-    else:
-        function = _from_entry_point(name, where)
+    function = _from_path(name, base_dir, where) if ":" in name else _from_entry_point(name, where)
     if not callable(function):
         raise RequestError(f"{where}: function {name!r} is a {type(function).__name__}, which cannot be called")
     return function  # type: ignore[no-any-return]
@@ -86,12 +84,8 @@ def _from_entry_point(name: str, where: str) -> Any:
             f"{where}: unknown function {name!r}; entry points in {GROUP}: {listed}{did_you_mean(name, list(offered))}"
             "; or give a file or dotted path: scorers.py:callable, package.module:callable"
         )
-    try:
+    with _explained(f"{where}: entry point {name!r} ({offered[name].value}) cannot be loaded"):
         return offered[name].load()
-    except Exception as error:
-        raise RequestError(
-            f"{where}: entry point {name!r} ({offered[name].value}) cannot be loaded: {_described(error)}"
-        ) from error
 
 
 def _from_path(name: str, base_dir: Path, where: str) -> Any:
@@ -99,13 +93,30 @@ def _from_path(name: str, base_dir: Path, where: str) -> Any:
     module_name, _, attribute = name.rpartition(":")
     if not all(part.isidentifier() for part in [*([] if file else module_name.split(".")), *attribute.split(".")]):
         raise RequestError(f"{where}: function {name!r} is not of the form file.py:callable or package.module:callable")
-    target: Any = _import(module_name, base_dir, where) if file is None else _import_file(file, where)
-    for part in attribute.split("."):
-        if not hasattr(target, part):
-            near = did_you_mean(part, [key for key in dir(target) if not key.startswith("_")])
-            raise RequestError(f"{where}: {module_name} has no {part!r} (function {name!r}){near}")
-        target = getattr(target, part)
-    return target
+    module = _import(module_name, base_dir, where) if file is None else _import_file(file, where)
+    try:
+        return operator.attrgetter(attribute)(module)
+    except AttributeError as error:
+        part = str(error.name)
+        near = did_you_mean(part, [key for key in dir(error.obj) if not key.startswith("_")])
+        raise RequestError(f"{where}: {module_name} has no {part!r} (function {name!r}){near}") from None
+
+
+def _import(module_name: str, base_dir: Path, where: str) -> Any:
+    with _explained(f"{where}: importing {module_name!r} failed"):
+        try:
+            try:
+                return importlib.import_module(module_name)
+            except ModuleNotFoundError as error:
+                if error.name != module_name.partition(".")[0]:
+                    raise
+            _add_to_path(base_dir.resolve())
+            return importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            raise RequestError(
+                f"{where}: module {module_name!r} cannot be imported: {error}; looked on the Python path and in "
+                f"{base_dir}"
+            ) from error
 
 
 def _import_file(file: Path, where: str) -> Any:
@@ -123,17 +134,12 @@ def _import_file(file: Path, where: str) -> Any:
     _add_to_path(path.parent)
     sys.modules[name] = module  # before it runs: dataclasses look their module up
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:
+        with _explained(f"{where}: running {file} failed", path):
+            spec.loader.exec_module(module)
+    except RequestError:
         del sys.modules[name]
-        raise RequestError(f"{where}: running {file} failed: {_described(error)}{_line_in(error, path)}") from error
+        raise
     return module
-
-
-def _line_in(error: Exception, path: Path) -> str:
-    """Return `` (line N)`` of the file that an error came from; empty where the traceback holds no line of it."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-    return f" (line {lines[-1]})" if lines else ""
 
 
 def _add_to_path(folder: Path) -> None:
@@ -147,25 +153,17 @@ def _add_to_path(folder: Path) -> None:
     importlib.invalidate_caches()
 
 
-def _import(module_name: str, base_dir: Path, where: str) -> Any:
+@contextmanager
+def _explained(what: str, path: Path | None = None) -> Iterator[None]:
+    """Turn any exception into a RequestError: what failed and how, and in which line of ``path``."""
     try:
-        try:
-            return importlib.import_module(module_name)
-        except ModuleNotFoundError as error:
-            if error.name != module_name.partition(".")[0]:
-                raise
-        _add_to_path(base_dir.resolve())
-        return importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise RequestError(
-            f"{where}: module {module_name!r} cannot be imported: {error}; looked on the Python path and in {base_dir}"
-        ) from error
+        yield
+    except RequestError:
+        raise
     except Exception as error:
-        raise RequestError(f"{where}: importing {module_name!r} failed: {_described(error)}") from error
-
-
-def _described(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        line = f" (line {lines[-1]})" if lines else ""
+        raise RequestError(f"{what}: {type(error).__name__}: {error}{line}") from error
 
 
 def _check_options(function: Callable[..., Any], name: str, options: dict[str, Any], where: str) -> None:

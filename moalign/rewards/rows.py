@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from moalign.core.errors import RequestError, did_you_mean
@@ -41,8 +42,8 @@ def render(template: str, prompt: str, response: str) -> str:
 def longest(model: Any, tokenizer: Any, max_length: int) -> int:
     """Return how many tokens a model can read, special tokens included: the least of ``max_length``, the tokenizer's
     limit and the model's positions."""
-    limits = [max_length, int(tokenizer.model_max_length)]
-    limits.append(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
+    limits = [max_length, int(tokenizer.model_max_length), positions]
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and hasattr(module, "num_embeddings"):
             # RoBERTa numbers its positions from padding_idx + 1.
@@ -51,60 +52,73 @@ def longest(model: Any, tokenizer: Any, max_length: int) -> int:
     return min(limit for limit in limits if limit > 0)
 
 
+def vocabulary_of(model: Any) -> int:
+    """Return how many tokens a model knows."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def require_known(token: int, vocabulary: int, where: str) -> None:
+    """Raise RequestError when the tokenizer gives a token that the model lacks."""
+    if token >= vocabulary:
+        raise RequestError(
+            f"{where}: the tokenizer gives token {token}, but the model knows {vocabulary} tokens: "
+            "tokenizer and weights do not belong together"
+        )
+
+
+@dataclass
 class RowEncoder:
     """Tokenises (prompt, response) texts for one model."""
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        template: str,
-        pair_template: str | None,
-        max_length: int,
-        vocabulary: int,
-        where: str,
-    ) -> None:
-        """Take a tokenizer and its limits.
+    tokenizer: Any
+    template: str
+    """A text with ``{prompt}`` and ``{response}``."""
+    pair_template: str | None
+    """The second text, for models that read pairs."""
+    max_length: int
+    """Most tokens of a row, special tokens included."""
+    vocabulary: int
+    where: str
+    """How messages name the place."""
+    shortened: int = 0
+    """Rows so far that were longer than the model reads."""
 
-        Args:
-            template, pair_template: texts with ``{prompt}`` and ``{response}``; the second for models that read pairs.
-            max_length: most tokens of a row, special tokens included.
-            vocabulary: tokens that the model knows.
-            where: how messages name the place.
-        """
-        self.tokenizer = tokenizer
-        self.template = template
-        self.pair_template = pair_template
-        self.max_length = max_length
-        self.vocabulary = vocabulary
-        self.where = where
-        self.shortened = 0
-        """Rows so far that were longer than the model reads."""
+    @classmethod
+    def of(
+        cls, model: Any, tokenizer: Any, template: str, pair_template: str | None, max_length: int, where: str
+    ) -> RowEncoder:
+        """Return the encoder for a model that may read less than ``max_length``."""
+        most = longest(model, tokenizer, max_length)
+        return cls(tokenizer, template, pair_template, most, vocabulary_of(model), where)
 
     def rows(self, pairs: Sequence[tuple[str, str]]) -> list[Row]:
         """Return one row per (prompt, response), none longer than ``max_length`` and none empty.
 
         Raises RequestError when the template alone is too long, or the tokenizer belongs to another model.
         """
-        if not pairs:
-            return []
-        rows = self._encode([self._render(*pair) for pair in pairs])
+        rows = self._encode(pairs) if pairs else []
         for at, (prompt, response) in enumerate(pairs):
-            if len(rows[at]["input_ids"]) > self.max_length:
-                rows[at] = self._shortened(prompt, response, len(rows[at]["input_ids"]) - self.max_length)
+            excess = len(rows[at]["input_ids"]) - self.max_length
+            if excess > 0:
+                rows[at] = self._cut(prompt, response, excess)
                 self.shortened += 1
             if not rows[at]["input_ids"]:
-                rows[at] = {key: [self._any_token()] if key == "input_ids" else [0] for key in rows[at]}
+                # No model can read an empty text: a token stands for it.
+                tokenizer = self.tokenizer
+                tokens = (
+                    tokenizer.bos_token_id,
+                    tokenizer.eos_token_id,
+                    tokenizer.cls_token_id,
+                    tokenizer.unk_token_id,
+                )
+                stand_in = next((token for token in tokens if token is not None), 0)
+                rows[at] = {key: [stand_in] if key == "input_ids" else [0] for key in rows[at]}
         return rows
 
-    def _render(self, prompt: str, response: str) -> tuple[str, str | None]:
-        pair = self.pair_template
-        return render(self.template, prompt, response), None if pair is None else render(pair, prompt, response)
-
-    def _encode(self, texts: Sequence[tuple[str, str | None]]) -> list[Row]:
-        firsts, seconds = [first for first, _ in texts], [second for _, second in texts]
-        columns = [firsts] if self.pair_template is None else [firsts, seconds]
+    def _encode(self, pairs: Sequence[tuple[str, str]]) -> list[Row]:
+        templates = [self.template] if self.pair_template is None else [self.template, self.pair_template]
         coded = self.tokenizer(
-            *columns,
+            *([render(template, *pair) for pair in pairs] for template in templates),
             add_special_tokens=True,
             truncation=False,
             padding=False,
@@ -112,23 +126,19 @@ class RowEncoder:
             verbose=False,
         )
         keys = [key for key in ("input_ids", "token_type_ids") if key in coded]
-        rows = [{key: list(coded[key][at]) for key in keys} for at in range(len(texts))]
+        rows = [{key: list(coded[key][at]) for key in keys} for at in range(len(pairs))]
         largest = max((max(row["input_ids"], default=0) for row in rows), default=0)
-        if largest >= self.vocabulary:
-            raise RequestError(
-                f"{self.where}: the tokenizer gives token {largest}, but the model knows {self.vocabulary} tokens: "
-                "tokenizer and weights do not belong together"
-            )
+        require_known(largest, self.vocabulary, self.where)
         return rows
 
-    def _shortened(self, prompt: str, response: str, excess: int) -> Row:
+    def _cut(self, prompt: str, response: str, excess: int) -> Row:
         """Return the row with as much of the prompt's end as fits, else of the response's start, without a prompt."""
 
         def from_end(count: int) -> Row:
-            return self._encode([self._render(prompt[len(prompt) - count :], response)])[0]
+            return self._encode([(prompt[len(prompt) - count :], response)])[0]
 
         def from_start(count: int) -> Row:
-            return self._encode([self._render("", response[:count])])[0]
+            return self._encode([("", response[:count])])[0]
 
         guess = len(prompt) - self._start_of_token(prompt, excess)
         row = self._longest(from_end, len(prompt), guess) or self._longest(from_start, len(response), len(response))
@@ -152,32 +162,16 @@ class RowEncoder:
 
         The search widens from the guess, which is nearly always right, and then halves.
         """
-        rows: dict[int, Row] = {}
-
-        def fits(count: int) -> bool:
-            rows[count] = encode(count)
-            return len(rows[count]["input_ids"]) <= self.max_length
-
+        best: Row | None = None
         low, high, step = -1, most + 1, 1  # low fits, high does not
         at = min(max(guess, 0), most)
-        while low < at < high:
-            if fits(at):
-                low, at = at, min(at + step, most)
+        while high - low > 1:
+            row = encode(at)
+            if len(row["input_ids"]) <= self.max_length:
+                best, low, at = row, at, min(at + step, most)
             else:
                 high, at = at, max(at - step, 0)
-            if low >= 0 and high <= most:
-                break
             step *= 4
-        while high - low > 1 and high > 0:
-            middle = (low + high) // 2
-            if fits(middle):
-                low = middle
-            else:
-                high = middle
-        return rows[low] if low >= 0 else None
-
-    def _any_token(self) -> int:
-        """Return a token that stands for an empty text, which no model can read."""
-        tokenizer = self.tokenizer
-        named = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id, tokenizer.unk_token_id)
-        return next((token for token in named if token is not None), 0)
+            if low >= 0 and high <= most:
+                at = (low + high) // 2
+        return best

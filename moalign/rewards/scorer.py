@@ -6,6 +6,8 @@ normaliser are the panel's business (:mod:`moalign.rewards.panel`), so that a sc
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,34 +21,24 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class Scorer(Protocol):
-    """One objective. Scores are raw: ``maximise`` says which way is better, the panel turns the sign."""
+    """One objective. Scores are raw: ``maximise`` says which way is better, the panel turns the sign.
+
+    ``revision`` names what scores and changes whenever the scores may change. It is the store's key together with the
+    texts, so that scorers with equal revisions share their scores. The store is not used for a ``cheap`` scorer, which
+    is faster than a look-up.
+    """
 
     @property
-    def name(self) -> str:
-        """The objective's name in the task card."""
-        ...
-
+    def name(self) -> str: ...
     @property
-    def maximise(self) -> bool:
-        """False: smaller raw scores are better."""
-        ...
-
+    def maximise(self) -> bool: ...
     @property
-    def revision(self) -> str:
-        """Names what scores and changes whenever the scores may change.
-
-        It is the store's key together with the texts, so two scorers with equal revisions share their scores.
-        """
-        ...
-
+    def revision(self) -> str: ...
     @property
-    def cheap(self) -> bool:
-        """True: scoring is faster than a look-up, so the store is not used."""
-        ...
-
-    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Sequence[float]:
-        """Return one raw score per (bare prompt, response), in the order given; ``[samples]``."""
-        ...
+    def cheap(self) -> bool: ...
+    @property
+    def score(self) -> Callable[[Sequence[str], Sequence[str]], Sequence[float]]:
+        """Gives one raw score per (bare prompt, response), in the order given; ``[samples]``."""
 
 
 @dataclass(frozen=True)
@@ -54,14 +46,15 @@ class FunctionScorer:
     """A scorer made of a plain function ``(prompts, responses) -> scores``."""
 
     name: str
-    function: Callable[[Sequence[str], Sequence[str]], Sequence[float]]
+    score: Callable[[Sequence[str], Sequence[str]], Sequence[float]]
     revision: str
     maximise: bool = True
     cheap: bool = False
 
-    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Sequence[float]:
-        """Return the function's scores, ``[samples]``."""
-        return self.function(prompts, responses)
+
+def digest(*parts: object) -> str:
+    """Return 16 hex digits over values that JSON can hold; others count by their ``repr``."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=repr).encode()).hexdigest()[:16]
 
 
 BUILDERS: dict[str, Callable[[Any, Path], Scorer]] = {}
@@ -69,31 +62,26 @@ BUILDERS: dict[str, Callable[[Any, Path], Scorer]] = {}
 
 
 def build_scorer(spec: ObjectiveSpec, base_dir: Path) -> Scorer:
-    """Return the scorer that ``spec`` asks for; heavy libraries are imported at its first use.
+    """Return the scorer of one objective of a task card; heavy libraries are imported at its first use.
 
-    Args:
-        spec: one objective of a task card.
-        base_dir: the card's folder; relative model folders and modules are looked up there.
+    Relative model folders and modules are looked up in ``base_dir``, the card's folder.
 
-    Raises:
-        RequestError: unknown rule, function, option, label or model; a model folder that cannot be used.
-        WorkError: a kind that :data:`BUILDERS` does not hold yet.
+    Raises RequestError for an unknown rule, function, option, label or model, and a model folder that cannot be used;
+    WorkError for a kind that :data:`BUILDERS` does not hold yet.
     """
-    from moalign.config.objectives import ClassifierObjective, LmObjective, PythonObjective, RuleObjective
-
-    if isinstance(spec, RuleObjective):
+    if spec.kind == "rule":
         from moalign.rewards.rules import RuleScorer
 
         return RuleScorer(spec)
-    if isinstance(spec, PythonObjective):
+    if spec.kind == "python":
         from moalign.rewards.python_scorer import PythonScorer
 
         return PythonScorer(spec, base_dir)
-    if isinstance(spec, ClassifierObjective):
+    if spec.kind == "hf-classifier":
         from moalign.rewards.hf_classifier import ClassifierScorer
 
         return ClassifierScorer(spec, base_dir)
-    if isinstance(spec, LmObjective):
+    if spec.kind == "lm":
         from moalign.rewards.lm_scorer import LmScorer
 
         return LmScorer(spec, base_dir)
@@ -116,12 +104,8 @@ def build_scorers(specs: Sequence[ObjectiveSpec], base_dir: Path) -> list[Scorer
             problems.extend(error.problems)
     if problems:
         raise RequestError(*problems)
-    if any(spec.kind == "hf-classifier" for spec in specs):
-        from moalign.rewards.hf_classifier import ClassifierScorer, share
+    if any(spec.kind in ("hf-classifier", "lm") for spec in specs):
+        from moalign.rewards.model_scorer import ModelScorer, share
 
-        share([scorer for scorer in scorers if isinstance(scorer, ClassifierScorer)])
-    if sum(spec.kind == "lm" for spec in specs) > 1:
-        from moalign.rewards import lm_scorer
-
-        lm_scorer.share([scorer for scorer in scorers if isinstance(scorer, lm_scorer.LmScorer)])
+        share([scorer for scorer in scorers if isinstance(scorer, ModelScorer)])
     return scorers

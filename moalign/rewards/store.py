@@ -12,22 +12,18 @@ import math
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, TypeVar
+from typing import Self
 
 from moalign.core.errors import RequestError, WorkError
-
-if TYPE_CHECKING:
-    from typing import Self
 
 APPLICATION_ID = 0x6D6F616C
 """Marks the sqlite file as a score store (``moal``), so that another program's database is never written to."""
 
+_TABLE = "CREATE TABLE IF NOT EXISTS scores (key BLOB PRIMARY KEY, value REAL NOT NULL) WITHOUT ROWID"
 _CHUNK = 500
-_Result = TypeVar("_Result")
 
 
 def key_of(revision: str, prompt: str, response: str) -> bytes:
@@ -45,29 +41,27 @@ class Store:
     """Scores by (scorer revision, prompt, response). Use as a context manager or call :meth:`close`."""
 
     def __init__(self, path: Path, timeout: float = 60.0) -> None:
-        """Open or create the file.
+        """Open or create the file and its folder; ``timeout``: seconds to wait for other processes' writes.
 
-        Args:
-            path: the sqlite file; its folder is created.
-            timeout: seconds to wait for other processes' writes.
-
-        Raises:
-            RequestError: the file is damaged or not a score store, or its folder cannot be written to.
+        Raises RequestError when the file is damaged or not a score store, or its folder cannot be written to.
         """
         self.path = Path(path)
         self._timeout = timeout
         self._lock = threading.Lock()
         self._connection: sqlite3.Connection | None = None
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise _unwritable(self.path, error) from error
         with self._explained():
-            self._connection = self._open()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # isolation_level None: transactions begin and end where the code says so.
+            self._connection = sqlite3.connect(path, timeout, isolation_level=None, check_same_thread=False)
+            try:
+                self._set_up(self._connection)
+            except BaseException:
+                self.close()
+                raise
 
     def get_many(self, revision: str, pairs: Sequence[tuple[str, str]]) -> list[float | None]:
         """Return the stored score of each (prompt, response), None where there is none; ``[pairs]``."""
-        keys = [key_of(revision, prompt, response) for prompt, response in pairs]
+        keys = [key_of(revision, *pair) for pair in pairs]
         scores: dict[bytes, float] = {}
         with self._using() as connection:
             for start in range(0, len(keys), _CHUNK):
@@ -79,14 +73,10 @@ class Store:
     def put_many(self, revision: str, pairs: Sequence[tuple[str, str]], values: Sequence[float]) -> None:
         """Store scores in one transaction each 500; a score that is there already is left as it is.
 
-        Raises:
-            WorkError: a value is not finite, or the file stays locked by other processes.
-            RequestError: the disk is full or read-only.
+        Raises WorkError for a value that is not finite or a file that stays locked by other processes, RequestError
+        when the disk is full or read-only.
         """
-        rows = [
-            (key_of(revision, prompt, response), float(value))
-            for (prompt, response), value in zip(pairs, values, strict=True)
-        ]
+        rows = [(key_of(revision, *pair), float(value)) for pair, value in zip(pairs, values, strict=True)]
         if not all(math.isfinite(value) for _, value in rows):
             raise WorkError(f"{self.path}: a score that is not finite cannot be stored")
         with self._using() as connection:
@@ -111,21 +101,9 @@ class Store:
         """Return the open store."""
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Close the file."""
         self.close()
-
-    def _open(self) -> sqlite3.Connection:
-        # isolation_level None: transactions begin and end where the code says so.
-        connection = sqlite3.connect(self.path, timeout=self._timeout, isolation_level=None, check_same_thread=False)
-        try:
-            self._set_up(connection)
-        except BaseException:
-            connection.close()
-            raise
-        return connection
 
     def _set_up(self, connection: sqlite3.Connection) -> None:
         # Tables before mark: another process may be creating both, in one transaction, at this moment.
@@ -137,40 +115,44 @@ class Store:
             )
         # Switching a fresh file to write-ahead logging takes an exclusive lock for which sqlite does not
         # always wait, so that two processes that create the file at once would fail without this.
-        self._patiently(lambda: connection.execute("PRAGMA journal_mode=WAL").fetchone())
-        connection.execute("PRAGMA synchronous=NORMAL")
-
-        def create() -> None:
-            with connection:
-                connection.execute("BEGIN IMMEDIATE")
-                connection.execute(
-                    "CREATE TABLE IF NOT EXISTS scores (key BLOB PRIMARY KEY, value REAL NOT NULL) WITHOUT ROWID"
-                )
-                connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
-
-        if marked != APPLICATION_ID:
-            self._patiently(create)
-        connection.execute("SELECT key, value FROM scores LIMIT 1").fetchone()
-
-    def _patiently(self, action: Callable[[], _Result]) -> _Result:
         deadline = time.monotonic() + self._timeout
         while True:
             try:
-                return action()
+                connection.execute("PRAGMA journal_mode=WAL")
+                if marked != APPLICATION_ID:
+                    with connection:
+                        connection.execute("BEGIN IMMEDIATE")
+                        connection.execute(_TABLE)
+                        connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
+                break
             except sqlite3.OperationalError as error:
                 if "locked" not in str(error) or time.monotonic() > deadline:
                     raise
                 time.sleep(0.02)
+        connection.execute("PRAGMA synchronous=NORMAL")
+        connection.execute("SELECT key, value FROM scores LIMIT 1").fetchone()
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Turn sqlite's errors into messages with a remedy."""
+        """Turn errors of sqlite and the file system into messages with a remedy."""
         try:
             yield
-        except sqlite3.OperationalError as error:
-            raise _operational(self.path, error) from error
-        except sqlite3.DatabaseError as error:
-            raise _damaged(self.path, error) from error
+        except (sqlite3.DatabaseError, OSError) as error:
+            path, text = self.path, str(error)
+            broken = any(words in text for words in ("no such table", "no such column", "malformed"))
+            if broken or not isinstance(error, sqlite3.OperationalError | OSError):
+                raise RequestError(
+                    f"{path}: the score store is damaged ({text}); delete or move that file (and {path.name}-wal, "
+                    f"{path.name}-shm beside it): its scores are then made again"
+                ) from error
+            if "locked" in text:
+                raise WorkError(
+                    f"{path}: other processes kept the score store locked ({text}); run the command again"
+                ) from error
+            raise RequestError(
+                f"{path}: the score store cannot be written ({text}); free space or make {path.parent} writable, or "
+                "choose another folder with --results DIR"
+            ) from error
 
     @contextmanager
     def _using(self) -> Iterator[sqlite3.Connection]:
@@ -179,26 +161,3 @@ class Store:
             if self._connection is None:
                 raise ValueError(f"the score store {self.path} is closed")
             yield self._connection
-
-
-def _operational(path: Path, error: sqlite3.OperationalError) -> Exception:
-    text = str(error)
-    if "locked" in text:
-        return WorkError(f"{path}: other processes kept the score store locked ({text}); run the command again")
-    if any(word in text for word in ("no such table", "no such column", "malformed")):
-        return _damaged(path, error)
-    return _unwritable(path, error)
-
-
-def _damaged(path: Path, error: Exception) -> RequestError:
-    return RequestError(
-        f"{path}: the score store is damaged ({error}); delete or move that file (and {path.name}-wal, {path.name}-shm "
-        "beside it): its scores are then made again"
-    )
-
-
-def _unwritable(path: Path, error: Exception) -> RequestError:
-    return RequestError(
-        f"{path}: the score store cannot be written ({error}); free space or make {path.parent} writable, or choose "
-        "another folder with --results DIR"
-    )

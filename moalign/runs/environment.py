@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import platform
@@ -42,6 +43,7 @@ def capture() -> dict[str, Any]:
     }
 
 
+@functools.cache
 def version(package: str) -> str | None:
     """Return the installed version of ``package`` without importing it, or None."""
     try:

@@ -1,8 +1,4 @@
-"""Tasks: prompts, scored responses, objectives, normaliser and base model behind one task card.
-
-Objectives that only the sandbox can score are registered with the scoring layer here, so that it need not import the
-task.
-"""
+"""Tasks: prompts, scored responses, objectives, normaliser and base model behind one task card."""
 
 from __future__ import annotations
 
@@ -16,9 +12,9 @@ if TYPE_CHECKING:
 
 
 def _sandbox(spec: SandboxObjective, base_dir: Path) -> Scorer:
-    from moalign.tasks.sandbox.scorer import scorer_of
+    from moalign.tasks.sandbox.scorer import SandboxScorer
 
-    return scorer_of(spec)
+    return SandboxScorer(spec)
 
 
-BUILDERS["sandbox"] = _sandbox
+BUILDERS["sandbox"] = _sandbox  # so that the scoring layer need not import the task

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from moalign.core.arrays import Matrix
 from moalign.core.errors import RequestError
 from moalign.core.records import Labels, Response
-
-if TYPE_CHECKING:
-    from moalign.tasks.task import Scored
+from moalign.tasks.responses import Scored
 
 
 @dataclass(frozen=True)
@@ -62,19 +59,16 @@ def from_scores(
     labels: Labels = "order",
     seed: int = 0,
 ) -> Pairs:
-    """Build the pairs of an objective from scored responses.
+    """Build the pairs of an objective from scored responses; prompts with fewer than two give none.
 
     Args:
-        scored: responses with raw scores; prompts with fewer than two give no pair.
-        values: their normalised scores, ``[samples, objectives]``.
-        objective: which column orders the responses of a prompt.
+        values: the normalised scores of ``scored``, ``[samples, objectives]``.
         names: the objectives' names.
         per_prompt: most pairs of one prompt.
         labels: order: the better response is chosen, ties are dropped; bradley-terry: it is chosen with probability
             ``sigma(v_better - v_worse)``, and a tie says that neither is better.
 
-    Raises:
-        RequestError: a score that is missing, or no pair at all.
+    Raises RequestError for a score that is missing, or no pair at all.
     """
     _refuse_missing(scored, values, names)
     groups: dict[str, list[int]] = {}
@@ -82,29 +76,28 @@ def from_scores(
         groups.setdefault(prompt, []).append(row)
     rng = np.random.default_rng([seed, objective])
     better, worse, dropped = [], [], {"ties": 0, "identical": 0}
+    own = values[:, objective]
     for group in groups.values():
         for a, b in matches(group, per_prompt, rng):
             if scored.responses[a].shown == scored.responses[b].shown:
                 dropped["identical"] += 1
-            elif values[a, objective] == values[b, objective] and labels == "order":
+            elif own[a] == own[b] and labels == "order":
                 dropped["ties"] += 1
             else:
-                first, second = (a, b) if values[a, objective] >= values[b, objective] else (b, a)
-                better.append(first)
-                worse.append(second)
+                better.append(a if own[a] >= own[b] else b)
+                worse.append(b if own[a] >= own[b] else a)
     if not better:
         raise RequestError(
             f"pairs of {names[objective]}: {len(scored.prompts)} scored responses to {len(groups)} prompts make none "
             f"({dropped['ties']} ties, {dropped['identical']} identical texts); pairs need prompts with at least two "
             "different responses and different scores (--set task.pool.per_prompt=8 samples more)"
         )
-    gap = values[better, objective] - values[worse, objective]
     return Pairs(
         objective=objective,
         prompts=[scored.prompts[row] for row in better],
         chosen=[scored.responses[row] for row in better],
         rejected=[scored.responses[row] for row in worse],
-        chance=np.ones(len(better)) if labels == "order" else 1.0 / (1.0 + np.exp(-gap)),
+        chance=np.ones(len(better)) if labels == "order" else 1.0 / (1.0 + np.exp(own[worse] - own[better])),
         raw=(scored.raw[better], scored.raw[worse]),
         dropped=dropped,
     )

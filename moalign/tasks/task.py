@@ -6,15 +6,14 @@ What is computed once (the normaliser, the pool of the base's own scored respons
 
 from __future__ import annotations
 
+import abc
 import functools
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
@@ -29,82 +28,18 @@ from moalign.data import splits
 from moalign.rewards.normaliser import Normaliser
 from moalign.rewards.panel import RewardPanel
 from moalign.tasks.pairs import Pairs, from_scores
+from moalign.tasks.responses import Responses, Scored, columns, from_columns, shown
 
 if TYPE_CHECKING:
-    import pandas as pd
-
+    from moalign.config.objectives import ObjectiveSpec
     from moalign.lm.chat import Codec, Renderer
     from moalign.lm.language_model import LanguageModel
     from moalign.lm.sampler import Sampling
     from moalign.reward_models.pairs import PairSet
     from moalign.rewards.store import Store
 
-
 SHORT = "short.json"
 """File of the number of tokens below which a response is short."""
-
-
-@dataclass(frozen=True)
-class Scored:
-    """Responses with their scores."""
-
-    prompts: list[str]
-    responses: list[Response]
-    """Plain strings are converted to finished responses."""
-    raw: Matrix
-    """Raw scores, larger is better, ``[samples, objectives]``."""
-    sampled: int = 0
-    """Tokens that the base sampled for them; 0 when they are the data's own."""
-
-    def __post_init__(self) -> None:
-        """Convert plain strings to responses."""
-        object.__setattr__(self, "responses", [Response.of(response) for response in self.responses])
-
-    def first(self, per_prompt: int) -> Scored:
-        """Return the first ``per_prompt`` responses of every prompt, in their order."""
-        seen: Counter[str] = Counter()
-        rows = []
-        for row, prompt in enumerate(self.prompts):
-            seen[prompt] += 1
-            if seen[prompt] <= per_prompt:
-                rows.append(row)
-        return Scored(
-            [self.prompts[row] for row in rows],
-            [self.responses[row] for row in rows],
-            self.raw[rows],
-            round(self.sampled * len(rows) / max(1, len(self.prompts))),
-        )
-
-
-class Sampled(NamedTuple):
-    """Responses of the base."""
-
-    prompts: list[str]
-    responses: list[Response]
-    sampled: int
-    """Tokens that were sampled."""
-
-
-def shown(responses: Sequence[Response]) -> list[str]:
-    """Return the texts that scorers read."""
-    return [response.shown for response in responses]
-
-
-def columns(responses: Sequence[Response]) -> dict[str, list[Any]]:
-    """Return responses as columns of a table: ``response``, ``ids`` and ``finished``."""
-    return {
-        "response": [response.text for response in responses],
-        "ids": [None if response.ids is None else list(response.ids) for response in responses],
-        "finished": [response.finished for response in responses],
-    }
-
-
-def from_columns(table: pd.DataFrame) -> list[Response]:
-    """Return the responses of a table that :func:`columns` made."""
-    return [
-        Response(text, None if ids is None else tuple(int(i) for i in ids), bool(finished))
-        for text, ids, finished in zip(table["response"], table["ids"], table["finished"], strict=True)
-    ]
 
 
 def fingerprint(model: str, revision: str | None) -> str:
@@ -115,7 +50,7 @@ def fingerprint(model: str, revision: str | None) -> str:
     return model_folder.fingerprint(model_folder.resolve(model, revision, where), where)
 
 
-class Task:
+class Task(abc.ABC):
     """What every kind of task shares; subclasses define where prompts, responses and the base come from."""
 
     def __init__(self, card: TaskCard, results: Path, progress: Progress = silent) -> None:
@@ -124,41 +59,38 @@ class Task:
         self.progress = progress
         self.names = card.objective_names
 
-    # -- what a kind of task fills in ------------------------------------------------------------------
-
-    def _all_prompts(self) -> list[str]:
-        raise NotImplementedError
-
-    def _data_responses(self, split: str) -> tuple[list[str], Sequence[str | Response]] | None:
-        """Return (prompts, responses) that the task's data holds for a split, or None when it has none."""
-        raise NotImplementedError
-
-    def _data_scored(self, split: str) -> Scored | None:
-        """Return the data's own responses of a split with their scores, or None when it has none."""
-        data = self._data_responses(split)
-        if data is None:
-            return None
-        responses = [Response.of(response) for response in data[1]]
-        return Scored(data[0], responses, self.panel.score(data[0], shown(responses)))
-
-    def _data_pairs(self, objective: int) -> list[Pair] | None:
-        """Return the training split's pairs that people labelled for an objective, or None when the data has none."""
-        return None
-
-    def base_source(self) -> tuple[str, str | None]:
-        """Return the base as (folder or hub id, revision), making it first when it is built in."""
-        raise NotImplementedError
+    # -- what a kind of task fills in ----------------------------------------------------------------------
 
     @property
+    @abc.abstractmethod
     def identity(self) -> dict[str, str]:
         """Content fingerprints of what the card points to: part of the hash."""
-        raise NotImplementedError
+
+    @abc.abstractmethod
+    def base_source(self) -> tuple[str, str | None]:
+        """Return the base as (folder or hub id, revision), making it first when it is built in."""
+
+    @abc.abstractmethod
+    def all_prompts(self) -> list[str]:
+        """Return the bare prompts of all splits, those included that are too long."""
+
+    @abc.abstractmethod
+    def data_responses(self, split: str) -> Responses | None:
+        """Return the responses that the task's data holds for a split, None when it has none."""
+
+    def known_response(self, prompt: str) -> Response | None:
+        """Return a response that the data has for any prompt of it; hub data sets are not looked through."""
+        return None
+
+    def data_pairs(self, objective: int) -> list[Pair]:
+        """Return the training split's pairs that people labelled for an objective."""
+        return []
 
     def optimum(self, prefs: Sequence[Preference], prompts: Sequence[str], beta: float = 0.0) -> Matrix | None:
         """Return the optimal mean raw rewards ``[preferences, objectives]``, or None when they are not known."""
         return None
 
-    # -- shared ----------------------------------------------------------------------------------------
+    # -- identity ------------------------------------------------------------------------------------------
 
     @functools.cached_property
     def hash(self) -> str:
@@ -170,10 +102,12 @@ class Task:
         """Where the task's computed parts are kept."""
         return self.results / "tasks" / f"{self.card.name}-{self.hash}"
 
+    # -- prompts and preferences ---------------------------------------------------------------------------
+
     @functools.cached_property
     def prompts(self) -> dict[str, list[str]]:
         """Bare prompts of the splits ``train``, ``calibration``, ``eval``."""
-        fitting = [prompt for prompt in self._all_prompts() if not self.left_out(prompt)]
+        fitting = [prompt for prompt in self.all_prompts() if not self.left_out(prompt)]
         if not fitting:
             raise RequestError(
                 f"task {self.card.name}: overlong: drop leaves no prompt; all are longer than "
@@ -182,39 +116,6 @@ class Task:
         parts = splits.split(fitting, self.card.splits)
         splits.check_leaks(parts)
         return parts
-
-    def left_out(self, prompt: str) -> bool:
-        """Whether the card leaves a prompt out because it is too long (``overlong: drop``)."""
-        return self.card.overlong == "drop" and self._cut(prompt) > 0
-
-    def _cut(self, prompt: str) -> int:
-        """Return how many tokens of a prompt the limit cuts off, with an even preference beside it."""
-        limit, around = self.card.generation.max_prompt_tokens, self._around
-        if len(prompt.encode(errors="surrogatepass")) + around <= limit:
-            return 0  # a token holds at least one byte
-        return self.renderer.preference(prompt, self._even).cut
-
-    @property
-    def _even(self) -> Preference:
-        return (1 / len(self.names),) * len(self.names)
-
-    @functools.cached_property
-    def _around(self) -> int:
-        """Upper bound of the tokens around a prompt: the bytes of the text there, and the few that a tokenizer adds."""
-        return len(self.renderer.preference("", self._even).encode()) + 8
-
-    def overlong(self) -> dict[str, int]:
-        """Return :meth:`overlong_report` if any prompt is cut or dropped, else an empty dict."""
-        report = self.overlong_report()
-        return report if report.get("cut") or report.get("dropped") else {}
-
-    def overlong_report(self) -> dict[str, int]:
-        """Return how many prompts of all splits the limit cuts (and of how many tokens in all) or drops."""
-        cuts = [self._cut(prompt) for prompt in self._all_prompts()]
-        cut = [count for count in cuts if count]
-        if self.card.overlong == "drop":
-            return {"prompts": len(cuts), "dropped": len(cut)}
-        return {"prompts": len(cuts), "cut": len(cut), "cut_tokens": sum(cut)}
 
     @property
     def eval_prompts(self) -> list[str]:
@@ -226,16 +127,38 @@ class Task:
         """The evaluation preferences."""
         return preferences.grid_of(len(self.names), self.card.grid)
 
-    @functools.cached_property
-    def panel(self) -> RewardPanel:
-        """The scorers that methods see, without normaliser, with the store that all runs of a results folder share."""
-        return RewardPanel.from_specs(self.card.objectives, Path.cwd(), self._store)
+    def left_out(self, prompt: str) -> bool:
+        """Whether the card leaves a prompt out because it is too long (``overlong: drop``)."""
+        return self.card.overlong == "drop" and self._tokens_cut(prompt) > 0
 
     @functools.cached_property
-    def _store(self) -> Store:
-        from moalign.rewards.store import Store
+    def _tokens_cut(self) -> Callable[[str], int]:
+        """Counts the tokens of a prompt that the limit cuts off, with an even preference beside it."""
+        limit, even = self.card.generation.max_prompt_tokens, (1 / len(self.names),) * len(self.names)
+        # Upper bound of the tokens around a prompt: the bytes of the text there, and the few that a tokenizer adds.
+        around = len(self.renderer.preference("", even).encode()) + 8
 
-        return Store(self.results / "tasks" / "scores.sqlite")
+        def cut(prompt: str) -> int:
+            if len(prompt.encode(errors="surrogatepass")) + around <= limit:
+                return 0  # a token holds at least one byte
+            return self.renderer.preference(prompt, even).cut
+
+        return cut
+
+    def overlong(self) -> dict[str, int]:
+        """Return :meth:`overlong_report` if any prompt is cut or dropped, else an empty dict."""
+        report = self.overlong_report()
+        return report if report.get("cut") or report.get("dropped") else {}
+
+    def overlong_report(self) -> dict[str, int]:
+        """Return how many prompts of all splits the limit cuts (and of how many tokens in all) or drops."""
+        cuts = [self._tokens_cut(prompt) for prompt in self.all_prompts()]
+        cut = [count for count in cuts if count]
+        if self.card.overlong == "drop":
+            return {"prompts": len(cuts), "dropped": len(cut)}
+        return {"prompts": len(cuts), "cut": len(cut), "cut_tokens": sum(cut)}
+
+    # -- the base ------------------------------------------------------------------------------------------
 
     @functools.cached_property
     def language_model(self) -> LanguageModel:
@@ -254,12 +177,21 @@ class Task:
 
         return language_model.load_codec(*self.base_source(), self.card.template)
 
+    def untrained_codec(self) -> Codec:
+        """Return :attr:`codec`, but do not train a built-in base for it."""
+        return self.codec
+
     @functools.cached_property
     def renderer(self) -> Renderer:
         """Turns bare prompts into what the policy reads, cut to the card's limit."""
         from moalign.lm.chat import Renderer
 
         return Renderer(self.card.template, tuple(self.names), self.codec, self.card.generation.max_prompt_tokens)
+
+    def tokens(self, responses: Sequence[str]) -> list[list[int]]:
+        """Return the policy's tokens of responses, without special ones: what their length is counted in."""
+        tokenizer = self.codec.tokenizer
+        return [list(ids) for ids in tokenizer(list(responses), add_special_tokens=False)["input_ids"]]
 
     def sampling(self, seed: int, temperature: float | None = None) -> Sampling:
         """Return the card's generation limits as sampler settings."""
@@ -276,17 +208,52 @@ class Task:
             stop=tuple(self.card.template.stop),
         )
 
+    def _sample_base(self, split: str, per_prompt: int, what: str) -> Responses:
+        """Sample the base on bare prompts of a split, ``per_prompt`` responses each."""
+        from moalign.lm.generator import ModelGenerator, in_chunks, records
+
+        chosen = self.prompts[split][: self.card.pool.prompts]
+        prompts = [prompt for prompt in chosen for _ in range(per_prompt)]
+        done = 0
+
+        def moved(count: int) -> None:
+            nonlocal done
+            done += count
+            self.progress(what, done, len(prompts))
+
+        temperature = self.card.pool.temperature or self.card.generation.temperature or 1.0
+        sampling = self.sampling(self.card.pool.seed, temperature)
+        requests = [(self.renderer.plain(prompt), row) for row, prompt in enumerate(prompts)]
+        generated = in_chunks(ModelGenerator(self.language_model), requests, sampling, moved)
+        return Responses(prompts, records(generated.responses, generated.traces), generated.tokens)
+
+    # -- scorers and their scale ---------------------------------------------------------------------------
+
+    @functools.cached_property
+    def panel(self) -> RewardPanel:
+        """The scorers that methods see, without normaliser, with the store that all runs of a results folder share."""
+        return self._panel_of(self.card.objectives)
+
+    def _panel_of(self, objectives: Sequence[ObjectiveSpec]) -> RewardPanel:
+        return RewardPanel.from_specs(objectives, Path.cwd(), self._store)
+
+    @functools.cached_property
+    def _store(self) -> Store:
+        from moalign.rewards.store import Store
+
+        return Store(self.results / "tasks" / "scores.sqlite")
+
+    @property
+    def judge_panel(self) -> RewardPanel:
+        """The scorers that answers are judged by, without normaliser; methods may be given other ones (learned)."""
+        return self.panel
+
     @functools.cached_property
     def normaliser(self) -> Normaliser:
         """The frozen normaliser: from the card, else fitted once on the calibration split and saved with the task."""
         if self.card.normaliser is not None:
             return Normaliser.from_spec(self.card.normaliser, self.names)
         return self._fitted("normaliser.json", self.panel)
-
-    @property
-    def judge_panel(self) -> RewardPanel:
-        """The scorers that answers are judged by, without normaliser; methods may be given other ones (learned)."""
-        return self.panel
 
     @property
     def judge_normaliser(self) -> Normaliser:
@@ -302,23 +269,21 @@ class Task:
         return Normaliser.from_json(path)
 
     def _fit_normaliser(self, panel: RewardPanel) -> Normaliser:
-        base = self._sample_base("calibration", self.card.pool.calibration_per_prompt, "calibrating")
-        data = self._data_responses("calibration")
-        of_data = None
-        prompts, responses = base.prompts, shown(base.responses)
-        if data is not None:
-            texts = shown([Response.of(response) for response in data[1]])
-            of_data = panel.score(data[0], texts)
-            prompts, responses = prompts + data[0], responses + texts
-        self._keep_short(base.responses if data is None else data[1])  # now that the base was sampled for it
-        text = "\0".join([*prompts, *responses])
+        base, data = self._calibration_samples(), self.data_responses("calibration")
+        of_data = None if data is None else panel.score(data.prompts, shown(data.responses))
+        self._keep_short((data or base).responses)  # now that the base was sampled for it
+        prompts = base.prompts + (data.prompts if data else [])
+        responses = shown(base.responses + (data.responses if data else []))
         return Normaliser.fit(
             panel.score(prompts, responses),
             self.names,
             data=of_data,
-            data_hash=hashlib.sha256(text.encode()).hexdigest()[:16],
+            data_hash=hashlib.sha256("\0".join([*prompts, *responses]).encode()).hexdigest()[:16],
             scorer_hash=panel.scorer_hash,
         )
+
+    def _calibration_samples(self) -> Responses:
+        return self._sample_base("calibration", self.card.pool.calibration_per_prompt, "calibrating")
 
     @functools.cached_property
     def short_below(self) -> int:
@@ -328,43 +293,32 @@ class Task:
         """
         if self.card.quality is not None and self.card.quality.short is not None:
             return self.card.quality.short
-        path = self.folder / SHORT
-        with self._once(path) as missing:
+        with self._once(self.folder / SHORT) as missing:
             if missing:
-                data = self._data_responses("calibration")
-                if data is None:
-                    per_prompt = self.card.pool.calibration_per_prompt
-                    self._keep_short(self._sample_base("calibration", per_prompt, "calibrating").responses)
-                else:
-                    self._keep_short(data[1])
-        return int(json.loads(path.read_text(encoding="utf-8"))["short_below"])
+                self._keep_short((self.data_responses("calibration") or self._calibration_samples()).responses)
+        return int(json.loads((self.folder / SHORT).read_text(encoding="utf-8"))["short_below"])
 
-    def _keep_short(self, responses: Sequence[str | Response]) -> None:
+    def _keep_short(self, responses: Sequence[Response]) -> None:
         from moalign.lm.quality import short_below
         from moalign.runs import atomic
 
-        texts = shown([Response.of(response) for response in responses])
-        limit = short_below([len(tokens) for tokens in self.tokens(texts)])
+        limit = short_below([len(tokens) for tokens in self.tokens(shown(responses))])
         atomic.write_json(self.folder / SHORT, {"short_below": limit, "responses": len(responses)})
 
-    def tokens(self, responses: Sequence[str]) -> list[list[int]]:
-        """Return the policy's tokens of responses, without special ones: what their length is counted in."""
-        tokenizer = self.codec.tokenizer
-        return [list(ids) for ids in tokenizer(list(responses), add_special_tokens=False)["input_ids"]]
+    # -- what methods learn from ---------------------------------------------------------------------------
 
     def calibration(self) -> Scored:
         """Return the scored responses of the calibration split: the data's own, else samples of the base."""
-        data = self._data_scored("calibration")
-        if data is not None:
-            return data
-        base = self._sample_base("calibration", self.card.pool.calibration_per_prompt, "calibrating")
-        return Scored(base.prompts, base.responses, self.panel.score(base.prompts, shown(base.responses)), base.sampled)
+        return self._score(self.data_responses("calibration") or self._calibration_samples())
 
     def scored(self) -> Scored:
         """Return the scored responses of the training split: the data's own, else a pool sampled from the base once."""
-        data = self._data_scored("train")
-        if data is not None:
-            return data
+        return self._score(self.data_responses("train") or self._pool())
+
+    def _score(self, rows: Responses) -> Scored:
+        return Scored(rows.prompts, rows.responses, self.panel.score(rows.prompts, shown(rows.responses)), rows.sampled)
+
+    def _pool(self) -> Responses:
         import pandas as pd
 
         from moalign.runs import atomic
@@ -377,8 +331,7 @@ class Task:
                 with atomic.file(path) as place:
                     table.to_parquet(place, index=False)
         table = pd.read_parquet(path)
-        prompts, responses = table["prompt"].tolist(), from_columns(table)
-        return Scored(prompts, responses, self.panel.score(prompts, shown(responses)), int(table["sampled"].iloc[0]))
+        return Responses(table["prompt"].tolist(), from_columns(table), int(table["sampled"].iloc[0]))
 
     reward_settings: ClassVar[Mapping[str, Any]] = {}
     """Settings of a reward model for this kind of task, where they differ from the defaults."""
@@ -409,14 +362,11 @@ class Task:
         """Return the training split's preference pairs of one objective.
 
         Args:
-            objective: its index.
-            source: data: the data's own labels; scored: built from scored responses; auto: the data's where it has
-                them.
-            per_prompt, labels: how pairs are built, see :func:`moalign.tasks.pairs.from_scores`.
+            source: data: the data's own labels; scored: built by :func:`moalign.tasks.pairs.from_scores` with
+                ``per_prompt`` and ``labels``; auto: the data's where it has them.
             scored: the responses to build from; None: :meth:`scored`.
 
-        Raises:
-            RequestError: ``source`` is data and there are no labels, or there is nothing to build pairs from.
+        Raises RequestError when ``source`` is data and there are no labels, or there is nothing to build pairs from.
         """
         name = self.names[objective]
         if source == "data" and not self.has_pairs(objective):
@@ -428,7 +378,7 @@ class Task:
             responses = self.scored() if scored is None else scored
             values = self.panel.with_normaliser(self.normaliser).z(responses.raw)
             return from_scores(responses, values, objective, self.names, per_prompt, labels, self.card.pool.seed)
-        labelled = self._data_pairs(objective)
+        labelled = self.data_pairs(objective)
         if not labelled:
             raise RequestError(f"data.pairs.{name}: none of its prompts falls into the training split (splits)")
         return Pairs(
@@ -438,25 +388,6 @@ class Task:
             rejected=[Response(pair.rejected) for pair in labelled],
             chance=np.ones(len(labelled)),
         )
-
-    def _sample_base(self, split: str, per_prompt: int, what: str) -> Sampled:
-        """Sample the base on bare prompts of a split, ``per_prompt`` responses each."""
-        from moalign.lm.generator import ModelGenerator, in_chunks, records
-
-        chosen = self.prompts[split][: self.card.pool.prompts]
-        prompts = [prompt for prompt in chosen for _ in range(per_prompt)]
-        done = 0
-
-        def moved(count: int) -> None:
-            nonlocal done
-            done += count
-            self.progress(what, done, len(prompts))
-
-        temperature = self.card.pool.temperature or self.card.generation.temperature or 1.0
-        sampling = self.sampling(self.card.pool.seed, temperature)
-        requests = [(self.renderer.plain(prompt), row) for row, prompt in enumerate(prompts)]
-        generated = in_chunks(ModelGenerator(self.language_model), requests, sampling, moved)
-        return Sampled(prompts, records(generated.responses, generated.traces), generated.tokens)
 
     @contextmanager
     def _once(self, path: Path) -> Iterator[bool]:

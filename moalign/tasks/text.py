@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
-from moalign.config.card import DataSpec
+from moalign.config.card import DataSpec, SourceSpec
 from moalign.config.objectives import PythonObjective
 from moalign.core.errors import RequestError
 from moalign.core.records import Pair, Response
 from moalign.data import load, readers, splits
 from moalign.rewards import python_scorer
+from moalign.tasks.responses import Responses
 from moalign.tasks.task import Task, fingerprint
 
 
@@ -25,7 +26,7 @@ class TextTask(Task):
     @functools.cached_property
     def identity(self) -> dict[str, str]:
         """Fingerprints of the model, every data file and every scorer file: any change there makes another task."""
-        content = {"model": fingerprint(self._model(), self.card.model_revision)}
+        content = {"model": fingerprint(*self.base_source())}
         for name in ("prompts", "responses", "pairs"):
             source = getattr(self._data, name)
             if isinstance(source, dict):
@@ -38,43 +39,57 @@ class TextTask(Task):
                 content[f"scorer.{spec.name}"] = python_scorer.fingerprint(file)
         return content
 
-    def _model(self) -> str:
+    def base_source(self) -> tuple[str, str | None]:
+        """Return the card's model and its revision."""
         if self.card.model is None:
             raise RequestError(
                 f"task {self.card.name}: it needs a model; give a folder or a hub id: --set task.model=PATH/TO/FOLDER"
             )
-        return self.card.model
+        return self.card.model, self.card.model_revision
 
-    def _all_prompts(self) -> list[str]:
+    def all_prompts(self) -> list[str]:
+        """Return the prompts of the card's data, each once."""
         return load.load_prompts(self._data, Path.cwd())
 
     @functools.cached_property
-    def _responses_by_split(self) -> dict[str, tuple[list[str], list[Response]]]:
-        parts: dict[str, tuple[list[str], list[Response]]] = {name: ([], []) for name in splits.SPLITS}
+    def _responses_by_split(self) -> dict[str, Responses]:
+        parts: dict[str, Responses] = {name: Responses([], []) for name in splits.SPLITS}
         for record in load.load_responses(self._data, self.names, Path.cwd()):
-            if self.left_out(record.prompt):
-                continue
-            prompts, responses = parts[splits.split_of(record.prompt, self.card.splits)]
-            prompts.append(record.prompt)
-            responses.append(Response(record.response, finished=record.finished))
+            if not self.left_out(record.prompt):
+                part = parts[splits.split_of(record.prompt, self.card.splits)]
+                part.prompts.append(record.prompt)
+                part.responses.append(Response(record.response, finished=record.finished))
         return parts
 
-    def _data_responses(self, split: str) -> tuple[list[str], list[Response]] | None:
+    def data_responses(self, split: str) -> Responses | None:
+        """Return the logged responses to a split's prompts, None when there are none."""
         if self._data.responses is None:
             return None
-        prompts, responses = self._responses_by_split[split]
-        return (prompts, responses) if prompts else None
+        part = self._responses_by_split[split]
+        return part if part.prompts else None
 
-    def _data_pairs(self, objective: int) -> list[Pair] | None:
-        pairs, name = self._data.pairs, self.names[objective]
-        if not isinstance(pairs, dict) or name not in pairs:
-            return None
+    def known_response(self, prompt: str) -> Response | None:
+        """Return the first logged response to a prompt, else the preferred one of its first pair."""
+        if _is_here(self._data.responses):
+            for scored in load.load_responses(self._data, self.names, Path.cwd()):
+                if scored.prompt == prompt:
+                    return Response(scored.response, finished=scored.finished)
+        pairs = self._data.pairs
+        for objective, source in (pairs if isinstance(pairs, dict) else {None: pairs}).items():
+            if _is_here(source):
+                for pair in load.load_pairs(self._data, Path.cwd(), objective):
+                    if pair.prompt == prompt:
+                        return Response(pair.chosen)
+        return None
+
+    def data_pairs(self, objective: int) -> list[Pair]:
+        """Return the labelled pairs of an objective whose prompt is in the training split."""
         return [
             pair
-            for pair in load.load_pairs(self._data, Path.cwd(), name)
+            for pair in load.load_pairs(self._data, Path.cwd(), self.names[objective])
             if splits.split_of(pair.prompt, self.card.splits) == "train" and not self.left_out(pair.prompt)
         ]
 
-    def base_source(self) -> tuple[str, str | None]:
-        """Return the card's model and its revision."""
-        return self._model(), self.card.model_revision
+
+def _is_here(source: SourceSpec | None) -> bool:
+    return source is not None and isinstance(readers.locate(source, Path.cwd()), Path)

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from moalign.rewards.panel import RewardPanel
     from moalign.runs.meter import Meter
     from moalign.runs.run import Run
-    from moalign.tasks.task import Scored, Task
+    from moalign.tasks.responses import Scored
+    from moalign.tasks.task import Task
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -47,6 +47,23 @@ class DistilConfig(SftConfig):
     """Dirichlet concentration of the preferences."""
     resolution: int | None = Field(default=20, ge=1)
     """Preferences are drawn in steps of one over this; None: as the Dirichlet gives them."""
+
+
+class CostHints(Strict):
+    """Mixed into the settings of methods whose cost is more than the steps of their stages; preflight and bench ask."""
+
+    sampled_by: ClassVar[Mapping[str, int | str]] = {}
+    """Settings that count responses sampled between stages -> how often: a number, or the setting that holds it."""
+
+    def responses_sampled(self) -> int:
+        """Return how many responses are sampled between stages."""
+        times = {name: getattr(self, by) if isinstance(by, str) else by for name, by in self.sampled_by.items()}
+        return sum(int(getattr(self, name)) * count for name, count in times.items())
+
+    @property
+    def one_policy(self) -> bool:
+        """Whether these settings train one policy for all preferences, though the method trains one for each."""
+        return False
 
 
 class WarmStart(Strict):

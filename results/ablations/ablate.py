@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
+
+from moalign.config import yaml_lines
 
 HERE = Path(__file__).resolve().parent
 COSTS = ("tokens_generated", "tokens_trained", "reward_calls")
@@ -237,7 +238,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
     parser.add_argument("--seeds", type=int, help="fewer or more seeds than the list says")
     options = parser.parse_args()
-    spec = yaml.safe_load((HERE / f"{options.name}.yaml").read_text(encoding="utf-8"))
+    spec = yaml_lines.load(HERE / f"{options.name}.yaml").data
     rows = [row for group in spec["groups"] for row in group["rows"]]
     for row in rows:
         row["seeds"] = min(options.seeds or spec["seeds"], row.get("seeds", spec["seeds"]))

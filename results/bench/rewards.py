@@ -106,8 +106,7 @@ def _steps(model: Any, rows: Any, pad: int) -> dict[str, Work]:
     group = torch.arange(len(ids) // 2) % 5
 
     def step(more: bool) -> None:
-        with watch.watching():
-            winner, loser = model(input_ids=ids).logits.squeeze(-1).chunk(2)
+        winner, loser = model(input_ids=ids).logits.squeeze(-1).chunk(2)
         delta = winner - loser
         if more:
             chosen, rejected = watch.states(ids, pad).chunk(2)

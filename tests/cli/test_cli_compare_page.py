@@ -13,7 +13,16 @@ import pytest
 from moalign.report import drawings
 from moalign.runs.run import Run
 
-SMALL = ["--set", "task.evaluation.bootstrap=100", "--set", "task.evaluation.prompts=6", "--set", "task.grid=3"]
+SMALL = [
+    "--set",
+    "task.evaluation.samples=1",
+    "--set",
+    "task.evaluation.bootstrap=100",
+    "--set",
+    "task.evaluation.prompts=6",
+    "--set",
+    "task.grid=3",
+]
 TWO = ["compare", "--methods", "toy,fixed-toy", *SMALL, "--json"]
 
 Compare = Callable[..., Any]

@@ -15,7 +15,7 @@ POINTS = "helpfulness,harmlessness\n1,3\n2,2\n3,1\n"
 @pytest.fixture
 def run(moalign: Any, toys: None) -> dict[str, Any]:
     """One finished, evaluated run."""
-    told: dict[str, Any] = json.loads(moalign("train", "toy", "--json").out)
+    told: dict[str, Any] = json.loads(moalign("train", "toy", "--set", "task.evaluation.samples=1", "--json").out)
     return told
 
 

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from transformers import AutoTokenizer
 
-from moalign.config import load
+from moalign.config import load, yaml_lines
 from moalign.experiment import init
 from moalign.methods import registry
 
@@ -39,8 +38,7 @@ def chat_base(random_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def card_of(folder: str) -> dict[str, Any]:
-    told: dict[str, Any] = yaml.safe_load(Path(folder, "task.yaml").read_text())
-    return told
+    return yaml_lines.load(Path(folder, "task.yaml")).data
 
 
 def test_what_it_writes_trains_as_it_is(moalign: Any, chat_base: Path, tmp_path: Path) -> None:

@@ -16,7 +16,9 @@ import pytest
 from moalign.runs.store import RunStore
 
 STAGE = "{steps: 2, batch: 4, max_tokens: 48, checkpoint_every: 1}"
+SPLITS = "task.splits={train: 0.7, calibration: 0.1, eval: 0.2}"  # 505 training prompts, 8080 logged responses
 SMALL = (
+    SPLITS,
     "k=8",
     "min_pool=24",
     f"first={STAGE}",
@@ -59,7 +61,7 @@ def test_train_eval_generate_compare(moalign: Any, command: list[str], small_tas
     assert answers.code == 0
     assert answers.out.strip()
 
-    anchor = moalign("train", "sft", "--task", "sandbox", *sets(*small_task, "steps=2", "batch=4"), "--json")
+    anchor = moalign("train", "sft", "--task", "sandbox", *sets(*small_task, SPLITS, "steps=2", "batch=4"), "--json")
     compared = moalign("compare", run, json.loads(anchor.out)["run"], "--json")
     assert compared.code == 0
     assert {"paretohqd", "sft"} <= set(json.dumps(json.loads(compared.out)).replace('"', " ").split())

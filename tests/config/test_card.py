@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from pydantic import Field
 
 from moalign.config import validate
-from moalign.config.card import TaskCard
+from moalign.config.card import DEFAULTS_VERSION, TaskCard, TemplateSpec
+from moalign.config.describe import yaml_form
 from moalign.config.load import load_card
 
 
@@ -19,7 +21,9 @@ def card(**changes: Any) -> dict[str, Any]:
 
 
 def made(**changes: Any) -> TaskCard:
-    return validate.validate(TaskCard, card(**changes))
+    value, problems = validate.check(TaskCard, card(**changes))
+    assert value is not None, problems
+    return value
 
 
 NUMBERS = {"mean": 0, "sd": 1, "lo": -1, "hi": 1}
@@ -43,7 +47,7 @@ NUMBERS = {"mean": 0, "sd": 1, "lo": -1, "hi": 1}
     ],
 )
 def test_what_a_card_refuses(changes: dict[str, Any], expected: str) -> None:
-    (told,) = validate.problems(TaskCard, card(**changes))
+    (told,) = validate.check(TaskCard, card(**changes))[1]
     assert told.startswith(expected)
 
 
@@ -89,25 +93,74 @@ def test_moving_a_folder_keeps_the_hash_and_another_file_or_hub_id_changes_it() 
     assert hashed("owner/prompts", "/one/judge") != hashed("other/prompts", "/one/judge")
 
 
-# Hashes of these cards at commit a8ac59d, without their identity: runs of that time stay comparable.
+# Hashes of these cards without their identity: runs stay comparable when settings are added.
 EARLIER = {
-    "sandbox": "a0bf2d2bca6d37bf",
-    "sandbox-3": "b2b9cbaae9426d86",
-    "sandbox-cold": "988b4a34047d1c50",
-    "stories": "f0f641912e38f35f",
+    "sandbox": "ca1267e9df4ceef4",
+    "sandbox-3": "60d67eec03224d42",
+    "sandbox-cold": "22d784fa7134f7d1",
+    "stories": "965d372ab4b7e3ea",
 }
 
 
 @pytest.mark.parametrize("name", EARLIER)
-def test_keys_that_came_later_leave_the_hash_of_cards_without_them(name: str) -> None:
+def test_settings_at_their_default_leave_the_hash(name: str) -> None:
     plain = load_card(name)
     assert plain.hash() == EARLIER[name]
     told = plain.model_dump(mode="json")
-    absent = {"words": None, "date": None, "chat_kwargs": None}
-    assert absent.items() <= told["template"].items()
-    assert (told["quality"], told["overlong"]) == (None, None)
-    defaults = {**told, "quality": {}, "overlong": "cut"}
-    assert TaskCard.model_validate(defaults).hash() == EARLIER[name]
+    assert TaskCard.model_validate({**told, "quality": {}, "overlong": "cut"}).hash() == EARLIER[name]
+    sparse = plain.model_dump(mode="json", exclude_defaults=True)
+    assert len(sparse) < len(told)
+    assert TaskCard.model_validate(sparse).hash() == EARLIER[name]
+
+
+def test_a_setting_that_a_later_version_adds_keeps_the_hash() -> None:
+    class Later(TaskCard):
+        more: int = 3
+        table: dict[str, int] = Field(default_factory=dict)
+        section: TemplateSpec = TemplateSpec(marker="x")
+
+    plain = card(template={"marker": "y"})
+    assert Later.model_validate(plain).hash() == made(template={"marker": "y"}).hash()
+    for given in ({"more": 4}, {"table": {"a": 1}}, {"section": {"marker": ""}}):
+        assert Later.model_validate({**plain, **given}).hash() != made(template={"marker": "y"}).hash()
+
+
+# What a card's sections mean where they are silent, at version 1 of the defaults.
+SILENT = """\
+AnnotatorSpec {groups: 'specialists', pairs: 3000, sharpness: 1.0, seed: 0}
+ClassifierObjective {maximise: true, store: null, revision: null, label: null, output: 'logit', template:
+    '{prompt}{response}', pair_template: null, max_length: 512, batch_tokens: 16384, dtype: 'float32'}
+DataSpec {prompts: null, prompt_grammar: null, responses: null, pairs: null}
+EvaluationSpec {prompts: 128, samples: 1, seed: 1234, bootstrap: 1000}
+GenerationSpec {max_prompt_tokens: 512, max_new_tokens: 128, temperature: 1.0, top_p: 1.0, batch_size: 256}
+LmObjective {maximise: true, store: null, revision: null, template: null, max_length: 512, batch_tokens: 4096, dtype:
+    'float32'}
+PoolSpec {prompts: 256, per_prompt: 8, calibration_per_prompt: 4, temperature: null, seed: 0}
+PythonObjective {maximise: true, store: null, revision: '1'}
+QualitySpec {short: null}
+RuleObjective {maximise: true, store: null}
+SandboxObjective {maximise: true, store: null}
+SandboxSpec {base: 'warm', seed: 0, annotators: null}
+SourceSpec {split: 'train', revision: null, limit: null}
+SplitSpec {train: 0.8, calibration: 0.1, eval: 0.1, salt: 'moalign'}
+TaskCard {model: null, model_revision: null, dtype: 'float32', sandbox: null, rewards: null, data: null, normaliser:
+    null, grid: 11, overlong: null, quality: null, recipes_from: null}
+TemplateSpec {preference: '[{preference}] {prompt}', words: null, plain: '{prompt}', scores: '{prompt} {scores}',
+    marker: '', end: null, system: null, chat: false, chat_kwargs: null, date: null}
+"""
+
+
+def test_whoever_changes_a_default_raises_the_version_that_is_part_of_every_hash() -> None:
+    """A new setting is added to the table. A changed default goes with a higher DEFAULTS_VERSION."""
+    schema = TaskCard.model_json_schema()
+    sections = {name: part["properties"] for name, part in schema["$defs"].items()}
+    sections["TaskCard"] = {name: place for name, place in schema["properties"].items() if "$ref" not in place}
+    silent = {
+        name: {key: place["default"] for key, place in places.items() if "default" in place}
+        for name, places in sorted(sections.items())
+    }
+    lines = [f"{name} {yaml_form(defaults)}" for name, defaults in silent.items() if defaults]
+    assert (DEFAULTS_VERSION, " ".join(lines)) == (1, " ".join(SILENT.split()))
 
 
 @pytest.mark.parametrize(
@@ -127,5 +180,5 @@ def test_and_change_it_where_they_are_given(changes: dict[str, Any]) -> None:
 def test_cutting_prompts_that_are_too_long_is_the_default() -> None:
     assert made(overlong="cut").hash() == made().hash()
     assert made(overlong="cut").hash(model="x") == made().hash(model="x")
-    (told,) = validate.problems(TaskCard, card(overlong="crop"))
+    (told,) = validate.check(TaskCard, card(overlong="crop"))[1]
     assert told.startswith("overlong: found 'crop'; allowed: ")

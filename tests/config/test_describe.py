@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import pytest
-from pydantic import Field
+from pydantic import Field, TypeAdapter
 
 from moalign.config.card import TaskCard
-from moalign.config.describe import FieldRow, Slot, fields, words, yaml_form
+from moalign.config.describe import FieldRow, fields, words, yaml_form
 from moalign.config.recipe import Recipe
 from moalign.config.strict import Strict
 
@@ -79,7 +79,7 @@ def test_the_real_card_and_recipe_can_be_described() -> None:
     ],
 )
 def test_words(annotation: Any, expected: str) -> None:
-    assert words(Slot(annotation)) == expected
+    assert words(TypeAdapter(annotation).json_schema()) == expected
 
 
 def test_yaml_form() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from typing import Any
 
@@ -51,30 +50,28 @@ def test_malformed(text: str, expected: str) -> None:
     assert str(caught.value).startswith(expected)
 
 
-def test_apply_makes_sections_reaches_into_lists_and_changes_nothing_it_was_given() -> None:
-    data = {"a": {"b": 1}, "list": [{"x": 1}, {"x": 2}], "empty": None}
-    before = copy.deepcopy(data)
+def test_put_makes_sections_and_reaches_into_lists() -> None:
+    data: dict[str, Any] = {"a": {"b": 1}, "list": [{"x": 1}, {"x": 2}], "empty": None}
     value = [1]
-    result = overrides.apply(
-        data, [(("a", "c", "d"), value), (("list", "1", "x"), 5), (("empty", "k"), 1), (("a", "b"), 2), (("a", "b"), 3)]
-    )
-    assert result == {"a": {"b": 3, "c": {"d": [1]}}, "list": [{"x": 1}, {"x": 5}], "empty": {"k": 1}}
-    assert data == before
+    sets = [(("a", "c", "d"), value), (("list", "1", "x"), 5), (("empty", "k"), 1), (("a", "b"), 2), (("a", "b"), 3)]
+    assert [overrides.put(data, keys, given) for keys, given in sets] == [None] * len(sets)
+    assert data == {"a": {"b": 3, "c": {"d": [1]}}, "list": [{"x": 1}, {"x": 5}], "empty": {"k": 1}}
     value.append(2)
-    assert result["a"]["c"]["d"] == [1]
+    assert data["a"]["c"]["d"] == [1]
 
 
-def test_apply_names_every_path_that_leads_nowhere() -> None:
-    data = {"seed": 3, "list": [1, 2], "none": []}
-    wrong = [("seed", "x"), ("list", "2"), ("list", "first", "x"), ("none", "0"), ("ok",)]
-    with pytest.raises(RequestError) as caught:
-        overrides.apply(data, [(keys, 1) for keys in wrong])
-    assert caught.value.problems == (
-        "--set seed.x: seed is 3, not a section; it has no key 'x'",
-        "--set list.2: list is a list; found position '2'; allowed: 0 to 1",
-        "--set list.first.x: list is a list; found position 'first'; allowed: 0 to 1",
-        "--set none.0: none is a list; found position '0'; allowed: none, the list is empty",
-    )
+@pytest.mark.parametrize(
+    ("keys", "problem"),
+    [
+        (("seed", "x"), "seed is 3, not a section; it has no key 'x'"),
+        (("list", "2"), "list is a list; found position '2'; allowed: 0 to 1"),
+        (("list", "first", "x"), "list is a list; found position 'first'; allowed: 0 to 1"),
+        (("none", "0"), "none is a list; found position '0'; allowed: none, the list is empty"),
+        (("ok",), None),
+    ],
+)
+def test_a_path_that_leads_nowhere(keys: tuple[str, ...], problem: str | None) -> None:
+    assert overrides.put({"seed": 3, "list": [1, 2], "none": []}, keys, 1) == problem
 
 
 names = st.lists(st.text("abc_", min_size=1, max_size=4), min_size=1, max_size=3).map(tuple)
@@ -86,7 +83,8 @@ values = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, 
 def test_what_is_set_is_read_back(keys: tuple[str, ...], value: Any) -> None:
     parsed = overrides.parse(f"{'.'.join(keys)}={json.dumps(value)}")
     assert parsed == (keys, value)
-    place: Any = overrides.apply({}, [parsed])
+    place: Any = {}
+    overrides.put(place, *parsed)
     for key in keys:
         place = place[key]
     assert place == value

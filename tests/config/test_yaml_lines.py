@@ -132,14 +132,18 @@ def test_keys_are_text() -> None:
         ("a: 1\n---\nb: 2\n", "r.yaml:2: broken YAML"),
         ("a: *nowhere\n", "r.yaml:1: broken YAML"),
         ("a: 1\nb: !!python/object/apply:os.system [ls]\n", "r.yaml:2: found the tag !!python/object/apply:os.system"),
+        ("!!binary a: 1\n", "r.yaml:1: the key 'a' is not text"),
         ("a: !!binary aGk=\n", "r.yaml:1: found the tag !!binary"),
         ("a: 1\nb: !!int abc\n", "r.yaml:2: found the tag !!int"),
         ("a: 1\nb: !!bool abc\n", "r.yaml:2: found the tag !!bool"),
-        ("a: 1\nb: !!map [1]\n", "r.yaml:2: broken YAML: expected a mapping"),
+        ("a: 1\nb: !!map [1]\n", "r.yaml:2: found the tag !!map"),
         ('a: 1\nb: "\\ud800"\n', "r.yaml:2: broken YAML: an escape of half a character"),
         ("a: 1\nb: \x00\n", "r.yaml:2: the character U+0000 is not allowed"),
         ("a: &a [1, *a]\n", "r.yaml:1: an alias that names its own parent"),
-        ("a: " + "[" * 2000, "r.yaml:1: broken YAML"),
+        ("b: 1\na: &a {<<: *a}\n", "r.yaml:1: nested more than 50 levels deep"),
+        ("a: 1\nb: {<<: 3}\n", "r.yaml:2: broken YAML: '<<' takes a section"),
+        ("a: 1\nb: !!int 3\n", "r.yaml:2: found the tag !!int"),
+        ("a: " + "[" * 2000, "r.yaml:1: nested more than 50 levels deep"),
         ("a: " + "[" * 60 + "]" * 60, "r.yaml:1: nested more than 50 levels deep"),
         ("a: 0x" + "f" * 5000, "r.yaml:1: broken YAML: Exceeds the limit"),
         ("a: " + "9" * 5000, "r.yaml:1: broken YAML: Exceeds the limit"),
@@ -153,7 +157,7 @@ def test_aliases_that_expand_to_billions_are_refused_quickly() -> None:
     rows = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     rows += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 12)]
     found = problems("\n".join(rows))
-    assert "once its aliases are expanded" in found[0]
+    assert "once aliases are expanded" in found[0]
     assert found[0].startswith("r.yaml:5:")
     assert not any(text.startswith("r.yaml:6:") for text in found)  # named where it starts, not at every level
 
@@ -182,9 +186,6 @@ def test_load_shows_a_short_path_and_skips_a_byte_order_mark(tmp_path: Path, mon
     document = yaml_lines.load(tmp_path / "r.yaml")
     assert document.source == "r.yaml"
     assert document.data == {"a": "ü"}
-    (tmp_path / "inner").mkdir()
-    monkeypatch.chdir(tmp_path / "inner")
-    assert yaml_lines.shown("../r.yaml") == str(tmp_path / "r.yaml")
 
 
 @pytest.mark.parametrize(

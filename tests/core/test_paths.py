@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moalign.core.paths import cache_root
+from moalign.core.paths import cache_root, shown
 
 
 def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -15,3 +15,13 @@ def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, t
     assert cache_root() == tmp_path / "x" / "moalign"
     monkeypatch.setenv("MOALIGN_CACHE", str(tmp_path / "y"))
     assert cache_root() == tmp_path / "y"
+
+
+def test_a_path_is_shown_short_where_it_lies_in_the_current_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "inner").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert shown(tmp_path / "inner" / "r.yaml") == "inner/r.yaml"
+    monkeypatch.chdir(tmp_path / "inner")
+    assert shown("../r.yaml") == str(tmp_path / "r.yaml")

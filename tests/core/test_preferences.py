@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 
@@ -139,6 +140,36 @@ def test_a_number_of_points_that_no_grid_has(objectives: int, points: int, neare
         preferences.grid_of(objectives, points)
     assert str(caught.value).startswith(f"--grid {points}: no even grid over {objectives} objectives")
     assert str(caught.value).endswith(f"nearest: {nearest}")
+
+
+@pytest.mark.parametrize(
+    ("objectives", "steps", "digest"),
+    [
+        (2, 10, "3a267ec6ec7ad583"),
+        (3, 4, "c0285f7d6400390c"),
+        (3, 10, "bc76f80362b1eb6d"),
+        (3, 30, "5d4f3fc30b8502af"),
+        (4, 10, "2160a4e56b53a28a"),
+        (5, 5, "7047c015ebc52569"),
+        (6, 4, "22028d82f674cac9"),
+    ],
+)
+def test_the_vectors_of_a_grid_keep_every_bit_and_their_order(objectives: int, steps: int, digest: str) -> None:
+    """Runs are identified by their vectors, and tables are published for them."""
+    assert hashlib.sha256(repr(preferences.grid(objectives, steps)).encode()).hexdigest()[:16] == digest
+
+
+def test_between_the_even_grids_of_many_objectives_points_are_spread() -> None:
+    points = preferences.grid_of(4, 6)
+    assert points == sorted(set(points)) and len(points) == 6
+    assert {preferences.corner(4, index) for index in range(4)} <= set(points)
+    for point in points:
+        assert preferences.validate(point, ["a", "b", "c", "d"]) == point
+        assert all(abs(weight * 1000 - round(weight * 1000)) < 1e-9 for weight in point)
+    distances = [np.abs(np.subtract(a, b)).sum() for a in points for b in points if a != b]
+    assert min(distances) > 0.5
+    with pytest.raises(RequestError, match=r"^--grid 3: no even grid over 4 objectives has 3 points; nearest: 4$"):
+        preferences.grid_of(4, 3)
 
 
 def test_a_grid_too_large_says_so() -> None:

@@ -31,13 +31,19 @@ class Interrupted(Exception):
 def ask(small_task: tuple[str, ...], tmp_path: Path) -> Any:
     """``ask(method, *overrides, where=..., **request)``: a plan on the small task."""
 
-    def planned(method: str, *overrides: str, where: str = "results", **request: Any) -> Plan:
+    def planned(method: str, *overrides: str, where: str | Path = "results", **request: Any) -> Plan:
         lora = "policy.lora={r: 4, alpha: 8, dropout: 0.0}"
         return plan(
             TrainRequest(method, overrides=(*small_task, lora, *overrides), results=tmp_path / where, **request)
         )
 
     return planned
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A results folder for the tests that only read the runs of others: each is trained once."""
+    return tmp_path_factory.mktemp("experts") / "results"
 
 
 def answers(run: Run, results: Path, *preferences: tuple[float, ...]) -> list[list[str]]:
@@ -109,26 +115,28 @@ def test_the_command_that_a_record_of_experts_tells_asks_for_them_again(ask: Any
 
 
 @pytest.mark.parametrize("by", ["weights", "logits"])
-def test_corners_answer_as_the_experts_and_between_they_do_not(ask: Any, tmp_path: Path, by: str) -> None:
-    soup, _ = train(ask("picky-soup", f"by={by}"))
-    (expert,) = ask("picky").store.runs(method="picky")
-    low, between, high = answers(soup, tmp_path / "results", *GRID)
-    assert [high, low] == answers(expert, tmp_path / "results", *CORNERS)
+def test_corners_answer_as_the_experts_and_between_they_do_not(ask: Any, shared: Path, by: str) -> None:
+    soup, _ = train(ask("picky-soup", f"by={by}", where=shared))
+    (expert,) = ask("picky", where=shared).store.runs(method="picky")
+    low, between, high = answers(soup, shared, *GRID)
+    assert [high, low] == answers(expert, shared, *CORNERS)
     assert low != high and between not in (low, high)
-    assert [low, between, high] == answers(soup, tmp_path / "results", *GRID)
+    assert [low, between, high] == answers(soup, shared, *GRID)
 
 
-def test_the_run_is_whole_without_its_experts(ask: Any, tmp_path: Path) -> None:
-    soup, _ = train(ask("picky-soup"))
-    before = answers(soup, tmp_path / "results", (0.5, 0.5))
+def test_the_run_is_whole_without_its_experts(ask: Any, shared: Path, tmp_path: Path) -> None:
+    soup, _ = train(ask("picky-soup", where=shared))
+    before = answers(soup, shared, (0.5, 0.5))
+    shutil.copytree(shared, tmp_path / "results")
     shutil.rmtree(tmp_path / "results" / "runs" / "sandbox" / "picky")
-    assert answers(soup, tmp_path / "results", (0.5, 0.5)) == before
+    alone = Run.load(tmp_path / "results" / soup.path.relative_to(shared))
+    assert answers(alone, tmp_path / "results", (0.5, 0.5)) == before
 
 
 @pytest.mark.parametrize(("by", "resident"), [("weights", 1), ("logits", 2)])
-def test_memory_does_not_grow_with_the_number_of_preferences(ask: Any, tmp_path: Path, by: str, resident: int) -> None:
-    soup, _ = train(ask("picky-soup", f"by={by}"))
-    method, context = context_of(soup, tmp_path / "results")
+def test_memory_does_not_grow_with_the_number_of_preferences(ask: Any, shared: Path, by: str, resident: int) -> None:
+    soup, _ = train(ask("picky-soup", f"by={by}", where=shared))
+    method, context = context_of(soup, shared)
     grid = [(step / 10, 1 - step / 10) for step in range(11)]
     result = evaluate.evaluate(method, context, grid)
     assert result.scores.shape == (8, 11, 2)
@@ -183,8 +191,10 @@ def test_experts_that_another_process_trains_are_waited_for(ask: Any) -> None:
     assert any("preference" in what for what in said)  # the other process left it unfinished: trained here
 
 
-def test_experts_that_lost_an_adapter_are_named(ask: Any) -> None:
-    train(ask("picky-soup"))
+def test_experts_that_lost_an_adapter_are_named(ask: Any, shared: Path, tmp_path: Path) -> None:
+    train(ask("picky-soup", where=shared))
+    shutil.copytree(shared, tmp_path / "results")
+    shutil.rmtree(tmp_path / "results" / "runs" / "sandbox" / "picky-soup")
     (expert,) = ask("picky").store.runs(method="picky")
     shutil.rmtree(expert.path / "adapter-pref-1")
     with pytest.raises(RequestError, match=rf"{expert.run_id}: adapter-pref-1 is missing"):

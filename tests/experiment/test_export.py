@@ -18,7 +18,6 @@ from moalign.core.errors import RequestError
 from moalign.experiment.export import Exported, export
 from moalign.experiment.train import TrainRequest, context_of, plan, train
 from moalign.methods import registry
-from moalign.runs.run import Run
 from moalign.training.job import RunContext
 
 LORA = "policy.lora={r: 4, alpha: 6, dropout: 0.0}"
@@ -39,20 +38,22 @@ QUICK = {
 pytestmark = pytest.mark.usefixtures("picky")
 
 
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The results folder of all tests: each run is trained once."""
+    return tmp_path_factory.mktemp("export") / "results"
+
+
 @pytest.fixture
-def finished(small_task: tuple[str, ...], tmp_path: Path) -> Any:
+def finished(small_task: tuple[str, ...], results: Path) -> Any:
     """``finished(name)``: the context of a finished run of a method."""
 
     def made(name: str) -> tuple[Any, RunContext]:
         overrides = (*small_task, LORA, *QUICK[name])
-        run, _ = train(plan(TrainRequest(name.split(" ")[0], overrides=overrides, results=tmp_path / "results")))
-        return opened(run, tmp_path)
+        run, _ = train(plan(TrainRequest(name.split(" ")[0], overrides=overrides, results=results)))
+        return context_of(run, results)
 
     return made
-
-
-def opened(run: Run, tmp_path: Path) -> tuple[Any, RunContext]:
-    return context_of(run, tmp_path / "results")
 
 
 def expected_logits(method: Any, context: RunContext, preference: tuple[float, ...]) -> torch.Tensor:
@@ -135,7 +136,7 @@ def test_nothing_is_inherited_from_the_base_s_generation_config(
     file.write_text(json.dumps({**json.loads(file.read_text()), **habits, "min_new_tokens": 40}))
     sets = (*small_task, f"task.model={base}", "task.generation.max_new_tokens=48", LORA, "steps=1", "batch=2")
     run, _ = train(plan(TrainRequest("mo-odpo", overrides=sets, results=tmp_path / "results")))
-    export(*opened(run, tmp_path), (0.3, 0.7), tmp_path / "out", merged)
+    export(*context_of(run, tmp_path / "results"), (0.3, 0.7), tmp_path / "out", merged)
     ask = program(tmp_path / "out")["ask"]
     torch.manual_seed(0)
     answers = [ask(PROMPT).split() for _ in range(12)]
@@ -163,7 +164,7 @@ def test_the_code_reads_the_tokens_that_moalign_reads(
     sets = (*small_task, f"task.model={chat_folder(family)}", f"task.template={json.dumps(template)}",
             "task.generation.max_prompt_tokens=160", "steps=1", "batch=2", "warmup=0", LORA)  # fmt: skip
     run, _ = train(plan(TrainRequest("mo-odpo", overrides=sets, results=tmp_path / "results")))
-    method, context = opened(run, tmp_path)
+    method, context = context_of(run, tmp_path / "results")
     policy, lm = method.policy(context, (0.3, 0.7)), context.task.language_model
     told = export(method, context, (0.3, 0.7), tmp_path / "out")
     read = program(tmp_path / "out")["fit"]

@@ -13,7 +13,7 @@ import pytest
 
 from moalign.core.errors import RequestError
 from moalign.lm import architecture, builtin, model_folder
-from moalign.preflight import check, memory
+from moalign.preflight import check, inputs, memory
 
 NAME = "smollm2-135m-instruct"
 WEIGHTS = "a672150fb4f99d7c8f4168cecdd464069c0ef3a37d8113f22ddb9d48031d03cd"
@@ -95,7 +95,7 @@ def test_sizes_are_known_before_it_is_installed(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv("MOALIGN_CACHE", str(tmp_path))
     sizes = memory.sizes_of(NAME)
     assert sizes is not None and sizes.parameters == builtin.MODELS[NAME].parameters
-    assert not check.must_be_fetched(_card())
+    assert not inputs.must_be_fetched(_card())
 
 
 def _card() -> Any:

@@ -26,7 +26,7 @@ from moalign.methods.cpo import (
     value,
 )
 from moalign.runs.run import Run
-from moalign.tasks.task import Scored
+from moalign.tasks.responses import Scored
 from moalign.training import offline_dpo
 
 NAMES = ["helpfulness", "honesty"]

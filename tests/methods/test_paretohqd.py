@@ -23,11 +23,12 @@ from moalign.methods import paretohqd
 from moalign.methods.paretohqd import ParetoHqd
 from moalign.pareto.directions import Pool, nearest
 from moalign.runs.run import Run
-from moalign.tasks.task import from_columns
+from moalign.tasks.responses import from_columns
 
 LORA = "policy.lora={r: 4, alpha: 8, dropout: 0.1}"
 STAGE = "{steps: 4, batch: 4, lr: 0.01, max_tokens: 48, log_every: 1, checkpoint_every: 2}"
-QUICK = (LORA, "k=8", "min_pool=24", f"first={STAGE}", f"second={STAGE}", "augment_prompts=40")
+SPLITS = "task.splits={train: 0.7, calibration: 0.1, eval: 0.2}"  # 505 training prompts, 8080 logged responses
+QUICK = (LORA, SPLITS, "k=8", "min_pool=24", f"first={STAGE}", f"second={STAGE}", "augment_prompts=40")
 CLOCKS = {"seconds", "peak_memory_bytes"}
 FIRST = "stage1: preference {} ({}/3)"
 SECOND = "preference {} ({}/3)"

@@ -19,7 +19,7 @@ from moalign.methods import ric
 from moalign.methods.ric import Config, Ric, boundary_targets, desired_rewards, keep
 from moalign.pareto.front import layers
 from moalign.runs.meter import Meter
-from moalign.tasks.task import columns, from_columns
+from moalign.tasks.responses import columns, from_columns
 from moalign.training.job import Job
 
 BOX = np.array([[-4.0, 4.0], [-4.0, 4.0]])

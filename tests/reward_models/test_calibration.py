@@ -38,10 +38,10 @@ def test_by_hand() -> None:
     first = [1.0, 1.0, 1.0, 0.0]
     assert calibration.ece(delta, first) == pytest.approx(0.05)
     assert calibration.accuracy(delta, first) == 0.75
-    bars = {round(one.low, 2): one for one in calibration.reliability(delta, first) if one.count}
+    bars = {round(bar["low"], 2): bar for bar in calibration.reliability(delta, first) if bar["count"]}
     assert sorted(bars) in ([0.2, 0.8], [0.1, 0.8])  # 1 - 0.8 may fall just below 0.2
     high = bars[0.8]
-    assert (high.count, high.confidence, high.accuracy) == (4, pytest.approx(0.8), 0.75)
+    assert (high["count"], high["confidence"], high["accuracy"]) == (4, pytest.approx(0.8), 0.75)
 
 
 def test_two_groups_of_bins_by_hand() -> None:
@@ -74,12 +74,12 @@ def test_a_second_implementation_agrees(pairs: list[tuple[int, float]], bins: in
     assert calibration.ece(delta, first, bins) == pytest.approx(slow_ece(delta, first, bins), abs=1e-9)
     bars = calibration.reliability(delta, first, bins)
     from_bars = sum(
-        one.count * abs(one.accuracy - one.confidence)
-        for one in bars
-        if one.accuracy is not None and one.confidence is not None
+        bar["count"] * abs(bar["accuracy"] - bar["confidence"])
+        for bar in bars
+        if bar["accuracy"] is not None and bar["confidence"] is not None
     )
     assert from_bars / (2 * len(delta)) == pytest.approx(calibration.ece(delta, first, bins), abs=1e-9)
-    assert sum(one.count for one in bars) == 2 * len(delta)
+    assert sum(bar["count"] for bar in bars) == 2 * len(delta)
 
 
 def test_the_winner_first_trap() -> None:
@@ -124,11 +124,11 @@ def test_temperature_recovers_how_much_too_certain_a_model_is() -> None:
     rng = np.random.default_rng(5)
     truth = rng.normal(size=40_000) * 1.5
     won = (rng.random(len(truth)) < calibration.sigmoid(truth)).astype(float)
-    found = calibration.temperature(2.5 * truth, won)
-    assert found == pytest.approx(2.5, rel=0.05)
+    fitted = calibration.temperature(2.5 * truth, won)
+    assert fitted == pytest.approx(2.5, rel=0.05)
     grid = np.linspace(1.5, 4, 101)
     losses = [calibration.log_loss(2.5 * truth / t, won) for t in grid]
-    assert found == pytest.approx(grid[int(np.argmin(losses))], abs=0.03)
+    assert fitted == pytest.approx(grid[int(np.argmin(losses))], abs=0.03)
     assert calibration.temperature([1.0, 2.0], [1.0, 1.0]) == pytest.approx(1e-3, rel=0.01)  # always right
 
 
@@ -138,16 +138,16 @@ def test_report_holds_intervals_that_hold_the_truth() -> None:
     big = rng.normal(size=200_000) * 1.5
     true_ece = calibration.ece(2 * big, calibration.sigmoid(big))
     won = (rng.random(600) < calibration.sigmoid(truth)).astype(float)
-    told = calibration.report(2 * truth, won, draws=500, seed=3)
-    assert told["pairs"] == 600
-    assert told["ece"]["10"] == pytest.approx(calibration.ece(2 * truth, won))
-    low, high = told["ece_ci"]["10"]
+    report = calibration.report(2 * truth, won, draws=500, seed=3)
+    assert report["pairs"] == 600
+    assert report["ece"]["10"] == pytest.approx(calibration.ece(2 * truth, won))
+    low, high = report["ece_ci"]["10"]
     assert 0 < low < true_ece < high
-    low, high = told["accuracy_ci"]
-    assert low < told["accuracy"] < high
-    assert set(told["ece"]) == {"5", "10", "20"}
-    assert sum(bar["count"] for bar in told["reliability"]) == 1200
-    assert told == calibration.report(2 * truth, won, draws=500, seed=3)
+    low, high = report["accuracy_ci"]
+    assert low < report["accuracy"] < high
+    assert set(report["ece"]) == {"5", "10", "20"}
+    assert sum(bar["count"] for bar in report["reliability"]) == 1200
+    assert report == calibration.report(2 * truth, won, draws=500, seed=3)
 
 
 def test_a_calibrated_model_is_within_chance() -> None:
@@ -155,10 +155,10 @@ def test_a_calibrated_model_is_within_chance() -> None:
     rng = np.random.default_rng(2)
     truth = rng.normal(size=200) * 1.5
     won = (rng.random(200) < calibration.sigmoid(truth)).astype(float)
-    told = calibration.report(truth, won, draws=300)
-    assert told["ece"]["10"] > 0.02
-    assert told["ece_by_chance"]["10"] == pytest.approx(0.053, abs=0.015)
-    assert told["ece_ci"]["10"][0] == 0.0
+    report = calibration.report(truth, won, draws=300)
+    assert report["ece"]["10"] > 0.02
+    assert report["ece_by_chance"]["10"] == pytest.approx(0.053, abs=0.015)
+    assert report["ece_ci"]["10"][0] == 0.0
 
 
 @pytest.mark.parametrize(

@@ -22,19 +22,21 @@ def batch(pairs: int = 12, width: int = 5, groups: int = 3, seed: int = 0) -> tu
 
 def test_closed_form_equals_autograd_on_a_linear_head() -> None:
     winner, loser, head, group = batch()
-    found = head_gradients(winner, loser, (winner - loser) @ head, group, 3)
+    gradients = head_gradients(winner, loser, (winner - loser) @ head, group, 3)
     for number in range(3):
         weight = head.clone().requires_grad_()
         mine = group == number
         loss = -F.logsigmoid((winner[mine] - loser[mine]) @ weight).mean()
         (expected,) = torch.autograd.grad(loss, weight)
-        torch.testing.assert_close(found[number], expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(gradients[number], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_by_hand() -> None:
     """One pair, delta 0: g = -sigma(0) * (z_w - z_l) = -(1/2) * (2, -4)."""
-    found = head_gradients(torch.tensor([[3.0, 0.0]]), torch.tensor([[1.0, 4.0]]), torch.zeros(1), torch.tensor([0]), 2)
-    assert found.tolist() == [[-1.0, 2.0], [0.0, 0.0]]  # the second group has no pairs
+    gradients = head_gradients(
+        torch.tensor([[3.0, 0.0]]), torch.tensor([[1.0, 4.0]]), torch.zeros(1), torch.tensor([0]), 2
+    )
+    assert gradients.tolist() == [[-1.0, 2.0], [0.0, 0.0]]  # the second group has no pairs
 
 
 FAMILIES = ("llama", "gpt2", "qwen2", "bert", "deberta", "bart")
@@ -44,18 +46,18 @@ def classifier(family: str) -> Any:
     import transformers as t
 
     size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-    told = {"vocab_size": 40, "num_labels": 1, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 2}
+    common = {"vocab_size": 40, "num_labels": 1, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 2}
     if family == "gpt2":
-        config: Any = t.GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=32, **told)
+        config: Any = t.GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=32, **common)
     elif family == "bart":
         sides = {f"{side}_{key}": 2 for side in ("encoder", "decoder") for key in ("layers", "attention_heads")}
         config = t.BartConfig(
-            d_model=16, encoder_ffn_dim=24, decoder_ffn_dim=24, max_position_embeddings=32, **sides, **told
+            d_model=16, encoder_ffn_dim=24, decoder_ffn_dim=24, max_position_embeddings=32, **sides, **common
         )
     else:
         kinds = {"llama": t.LlamaConfig, "qwen2": t.Qwen2Config, "bert": t.BertConfig, "deberta": t.DebertaV2Config}
         more = {"num_key_value_heads": 2} if family in ("llama", "qwen2") else {}
-        config = kinds[family](**size, **more, **told)
+        config = kinds[family](**size, **more, **common)
     torch.manual_seed(len(family))
     model = t.AutoModelForSequenceClassification.from_config(config)
     for parameter in model.parameters():
@@ -74,25 +76,24 @@ def test_closed_form_equals_autograd_on_real_classifiers(family: str) -> None:
         ids[row, length - 1] = 2  # BART reads at its end token
         ids[row, length:], mask[row, length:] = 0, 0
     watch = HeadWatch(model)
-    with watch.watching():
-        rewards = model(input_ids=ids, attention_mask=mask).logits.squeeze(-1)
+    rewards = model(input_ids=ids, attention_mask=mask).logits.squeeze(-1)
     winner, loser = watch.states(ids, pad=0).chunk(2)
     first, second = rewards.chunk(2)
     delta = first - second
     group = torch.tensor([0, 1, 0, 1])
-    found = head_gradients(winner, loser, delta.detach(), group, 2)
+    gradients = head_gradients(winner, loser, delta.detach(), group, 2)
     for number in range(2):
         loss = -F.logsigmoid(delta[group == number]).mean()
         (expected,) = torch.autograd.grad(loss, watch.layer.weight, retain_graph=True)
-        torch.testing.assert_close(found[number], expected[0], rtol=1e-5, atol=1e-5)
-    assert found.abs().max() > 1e-3
+        torch.testing.assert_close(gradients[number], expected[0], rtol=1e-5, atol=1e-5)
+    assert gradients.abs().max() > 1e-3
 
 
 def test_equal_weights_are_the_plain_mean() -> None:
     winner, loser, head, group = batch(groups=4)
     delta = (winner - loser) @ head
-    told = weighted(delta, group, torch.full((4,), 0.25))
-    torch.testing.assert_close(told, -F.logsigmoid(delta).mean())
+    loss = weighted(delta, group, torch.full((4,), 0.25))
+    torch.testing.assert_close(loss, -F.logsigmoid(delta).mean())
 
 
 def test_weights_scale_their_groups_and_get_no_gradient() -> None:
@@ -109,11 +110,11 @@ def test_weights_scale_their_groups_and_get_no_gradient() -> None:
 def test_a_group_that_goes_its_own_way_is_weighed_by_the_min_norm_point() -> None:
     """Unit gradients at angles 0, 90 and 90: the nearest point of the simplex halves between the directions."""
     winner = torch.tensor([[2.0, 0.0], [0.0, 6.0], [0.0, 1.0]])
-    told = Balancer(3, normalise=True, momentum=0.99).weights(
+    weights = Balancer(3, normalise=True, momentum=0.99).weights(
         winner, torch.zeros(3, 2), torch.zeros(3), torch.tensor([0, 1, 2])
     )
-    assert told[0].item() == pytest.approx(0.5, abs=1e-6)
-    assert told[1:].sum().item() == pytest.approx(0.5, abs=1e-6)
+    assert weights[0].item() == pytest.approx(0.5, abs=1e-6)
+    assert weights[1:].sum().item() == pytest.approx(0.5, abs=1e-6)
 
 
 def test_normalising_is_what_makes_scales_irrelevant() -> None:
@@ -125,10 +126,10 @@ def test_normalising_is_what_makes_scales_irrelevant() -> None:
 
 
 def test_momentum_keeps_a_hundredth_of_the_old() -> None:
-    one, other = torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([[0.0, 4.0], [4.0, 0.0]])
+    first, other = torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([[0.0, 4.0], [4.0, 0.0]])
     given = torch.zeros(2, 2), torch.zeros(2), torch.tensor([0, 1])
     balancer = Balancer(2, normalise=False, momentum=0.99)
-    balancer.weights(one, *given)
+    balancer.weights(first, *given)
     balancer.weights(other, *given)
     assert balancer.memory is not None
     expected = [[-0.01 * 1.0, -0.99 * 2.0], [-0.99 * 2.0, -0.01 * 1.0]]

@@ -25,7 +25,7 @@ def row(prompt: str, **more: str) -> dict[str, str]:
 def test_a_file_is_a_data_set_named_by_the_user_or_by_itself(tmp_path: Path) -> None:
     mine = write(tmp_path / "mine.jsonl", row("a"), row("b"))
     sets = pairs.read([(None, mine), ("other", write(tmp_path / "x.jsonl", row("c")))])
-    assert [(one.name, len(one)) for one in sets] == [("mine", 2), ("other", 1)]
+    assert [(pair_set.name, len(pair_set)) for pair_set in sets] == [("mine", 2), ("other", 1)]
     assert sets[0].chosen == ["a good", "b good"]
     assert sets[0].chance == []
 
@@ -33,14 +33,14 @@ def test_a_file_is_a_data_set_named_by_the_user_or_by_itself(tmp_path: Path) -> 
 def test_a_column_group_says_who_labelled(tmp_path: Path) -> None:
     mixed = write(tmp_path / "m.jsonl", row("a", group="ann"), row("b", group="bob"), row("c", group="ann"))
     sets = pairs.read([("ignored", mixed)])
-    assert [(one.name, one.prompts) for one in sets] == [("ann", ["a", "c"]), ("bob", ["b"])]
+    assert [(pair_set.name, pair_set.prompts) for pair_set in sets] == [("ann", ["a", "c"]), ("bob", ["b"])]
 
 
 def test_dialogues_are_taken_apart(tmp_path: Path) -> None:
     start = "\n\nHuman: hi\n\nAssistant:"
     source = write(tmp_path / "d.jsonl", {"chosen": f"{start} yes 🙂", "rejected": f"{start}"})
-    (one,) = pairs.read([(None, source)])
-    assert (one.prompts, one.chosen, one.rejected) == ([start], [" yes 🙂"], [""])
+    (pair_set,) = pairs.read([(None, source)])
+    assert (pair_set.prompts, pair_set.chosen, pair_set.rejected) == ([start], [" yes 🙂"], [""])
 
 
 def test_equal_texts_are_refused_with_their_line(tmp_path: Path) -> None:
@@ -50,24 +50,24 @@ def test_equal_texts_are_refused_with_their_line(tmp_path: Path) -> None:
 
 
 def test_a_prompt_is_in_one_split_whatever_its_pair() -> None:
-    one = PairSet("x")
+    pair_set = PairSet("x")
     for number in range(60):
         for reply in range(3):
-            one.add(f"prompt {number}", f"c{reply}", f"r{reply}", chance=0.5)
-    parts = one.split(SplitSpec(train=0.5, calibration=0.2, eval=0.3))
+            pair_set.add(f"prompt {number}", f"c{reply}", f"r{reply}", chance=0.5)
+    parts = pair_set.split(SplitSpec(train=0.5, calibration=0.2, eval=0.3))
     assert sum(map(len, parts.values())) == 180
     homes = [set(part.prompts) for part in parts.values()]
     assert not homes[0] & homes[1] and not homes[0] & homes[2] and not homes[1] & homes[2]
     assert all(len(part.chance) == len(part) for part in parts.values())
-    again = one.pick(reversed(range(180))).split(SplitSpec(train=0.5, calibration=0.2, eval=0.3))
+    again = pair_set.pick(range(179, -1, -1)).split(SplitSpec(train=0.5, calibration=0.2, eval=0.3))
     assert {name: set(part.prompts) for name, part in again.items()} == {n: set(p.prompts) for n, p in parts.items()}
 
 
 def test_the_hash_sees_every_text_and_where_it_stands() -> None:
     def hashed(*texts: str, name: str = "x") -> str:
-        one = PairSet(name)
-        one.add(*texts)
-        return pairs.content_hash([one])
+        pair_set = PairSet(name)
+        pair_set.add(*texts)
+        return pairs.content_hash([pair_set])
 
     first = hashed("p", "c", "r")
     assert first == hashed("p", "c", "r")

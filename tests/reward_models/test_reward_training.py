@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from moalign.config.recipe import LoraSpec
 from moalign.core.errors import RequestError, WorkError
+from moalign.core.progress import silent
 from moalign.reward_models import runs, training
 from moalign.reward_models.pairs import PairSet, row_order
 from moalign.reward_models.runs import RewardRequest
@@ -22,8 +23,10 @@ from moalign.reward_models.settings import RewardSettings
 from moalign.reward_models.training import RewardJob
 from moalign.rewards.hf_classifier import ClassifierScorer
 from moalign.runs.meter import Meter
+from moalign.runs.run import Run
 
 Ask = Callable[..., RewardRequest]
+Trained = Callable[..., tuple[RewardRequest, Run]]
 
 
 def weights(run: Any) -> dict[str, torch.Tensor]:
@@ -63,23 +66,17 @@ def test_the_hooks_of_trl_are_as_they_are_used() -> None:
     assert rows["input_ids"].tolist() == [[5, 6], [5, 6], [7, 0], [7, 0]]  # winners first
 
 
-def trainer_of(request: RewardRequest, rows: int = 6) -> tuple[Any, Any, list[dict[str, Any]]]:
+def trainer_of(request: RewardRequest, rows: int = 6) -> tuple[Any, Any, list[training.PairRow]]:
     """Return a trainer (before training), its model and its first rows."""
     store = runs.RewardStore(request.results)
     run = store.open("x", "toy", {"a": 1}, card_hash="x", seed=0)
-    job = RewardJob(run, request.settings, request.backbone, None, request.train_sets, 0, Meter(), lambda *a: None)
-    model, tokenizer = training.load_backbone(job)
-    encoded = training._rows(job, training.make_encoder(request.settings, model, tokenizer))
-    order = row_order([len(one) for one in job.sets], 1, rows, 1, 0)
-    chosen = [encoded[at] for at in order]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    balancer = None
-    if request.settings.loss == "more":
-        from moalign.reward_models.more import Balancer
-
-        balancer = Balancer(len(job.sets), True, 0.99)
-    callback = training._make_callback(job, {}, optimizer, balancer, 0, [0] * rows)
-    return training.make_trainer(job, model, tokenizer, chosen, (optimizer, 0), callback, balancer), model, chosen
+    job = RewardJob(run, request, Meter(), silent)
+    model, tokenizer = training.load_backbone(request)
+    encoded = training.encode_pairs(request.train_sets, training.make_encoder(request.settings, model, tokenizer))
+    order = row_order([len(pairs) for pairs in request.train_sets], 1, rows, 1, 0)
+    loop = training.TrainingLoop(job, model)
+    loop.rows = [encoded[at] for at in order]
+    return training.make_trainer(loop, model, tokenizer), model, loop.rows
 
 
 def logits(model: Any, row: list[int]) -> torch.Tensor:
@@ -91,18 +88,20 @@ def test_the_loss_equals_one_computed_pair_by_pair(ask: Ask, loss: str) -> None:
     trainer, model, rows = trainer_of(ask(3, loss=loss))
     batch = trainer.data_collator(rows)
     group = batch["group"].clone()
-    told = trainer.compute_loss(model, batch)
+    loss_of_batch = trainer.compute_loss(model, batch)
     deltas = torch.stack([logits(model, row["chosen_ids"]) - logits(model, row["rejected_ids"]) for row in rows])[:, 0]
     per_group = torch.stack([-F.logsigmoid(deltas[group == number]).mean() for number in range(3)])
     if loss == "multitask":
-        torch.testing.assert_close(told, per_group.mean())
+        torch.testing.assert_close(loss_of_batch, per_group.mean())
         return
     from moalign.losses.min_norm import min_norm
 
-    gradients = [torch.autograd.grad(one, model.score.weight, retain_graph=True)[0][0] for one in per_group]
+    gradients = [
+        torch.autograd.grad(group_loss, model.score.weight, retain_graph=True)[0][0] for group_loss in per_group
+    ]
     unit = F.normalize(torch.stack(gradients), dim=1)
     shares = torch.tensor(min_norm((unit @ unit.T).double().numpy()), dtype=torch.float32)
-    torch.testing.assert_close(told, (shares * per_group).sum(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(loss_of_batch, (shares * per_group).sum(), rtol=1e-4, atol=1e-5)
     assert (shares > 0.01).sum() >= 2
 
 
@@ -110,12 +109,12 @@ def test_each_pair_is_read_off_its_own_head(ask: Ask) -> None:
     trainer, model, rows = trainer_of(ask(3, heads="each"))
     assert model.config.num_labels == 3
     assert model.config.id2label == {0: "eager", 1: "careful", 2: "playful"}
-    told = trainer.compute_loss(model, trainer.data_collator(rows))
+    loss_of_batch = trainer.compute_loss(model, trainer.data_collator(rows))
     losses = []
     for row in rows:
         delta = logits(model, row["chosen_ids"]) - logits(model, row["rejected_ids"])
         losses.append(-F.logsigmoid(delta[row["group"]]))
-    torch.testing.assert_close(told, torch.stack(losses).mean())
+    torch.testing.assert_close(loss_of_batch, torch.stack(losses).mean())
     only_second = [row for row in rows if row["group"] == 1] * 2
     model.zero_grad()
     trainer.compute_loss(model, trainer.data_collator(only_second)).backward()
@@ -162,8 +161,8 @@ def test_resume_is_bit_for_bit(ask: Ask, groups: int, settings: dict[str, Any]) 
     broken = runs.RewardStore(ask(groups, "parts", **settings).results).runs()[0]
     assert broken.record.status == "failed"
     assert not (broken.path / "model").exists()
-    resumed, found = runs.obtain(ask(groups, "parts", **settings))
-    assert (found, resumed.path.name, resumed.record.status) == (False, whole.path.name, "done")
+    resumed, trained_before = runs.obtain(ask(groups, "parts", **settings))
+    assert (trained_before, resumed.path.name, resumed.record.status) == (False, whole.path.name, "done")
     left, right = weights(whole), weights(resumed)
     assert left.keys() == right.keys()
     for name in left:
@@ -176,10 +175,10 @@ def test_resume_is_bit_for_bit(ask: Ask, groups: int, settings: dict[str, Any]) 
 
 
 def test_a_finished_run_is_found_and_another_request_is_another_run(ask: Ask) -> None:
-    first, found = runs.obtain(ask())
-    assert not found
-    again, found = runs.obtain(ask())
-    assert (found, again.path) == (True, first.path)
+    first, trained_before = runs.obtain(ask())
+    assert not trained_before
+    again, trained_before = runs.obtain(ask())
+    assert (trained_before, again.path) == (True, first.path)
     others = [ask(lr=2e-2), ask(count=41), ask(loss="more"), ask(3)]
     assert len({first.path, *(runs.RewardStore(r.results).root / str(r.identity()) for r in others)}) == 5
 
@@ -197,11 +196,12 @@ def test_the_seed_decides_and_nothing_else(ask: Ask) -> None:
 @pytest.mark.parametrize(
     ("groups", "settings"), [(2, {}), (3, {"heads": "each"}), (2, {"lora": LoraSpec(r=2, alpha=4)})]
 )
-def test_the_folder_is_an_objective_without_further_work(ask: Ask, groups: int, settings: dict[str, Any]) -> None:
+def test_the_folder_is_an_objective_without_further_work(
+    trained: Trained, groups: int, settings: dict[str, Any]
+) -> None:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    request = ask(groups, **settings)
-    run, _ = runs.obtain(request)
+    request, run = trained(groups, **settings)
     folder = run.path / "model"
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in folder.iterdir()}
     assert not list(run.path.rglob("*.bin")) + list(run.path.rglob("*.pt"))
@@ -209,24 +209,24 @@ def test_the_folder_is_an_objective_without_further_work(ask: Ask, groups: int, 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     heads = run.record.notes["heads"]
     assert heads == (["eager", "careful", "playful"] if groups == 3 else ["reward"])
-    one = request.parts["eval"][0]
+    pair_set = request.parts["eval"][0]
     for index, head in enumerate(heads):
         spec = runs.objective(run, "x", head if len(heads) > 1 else None)
-        told = ClassifierScorer(spec, Path()).score(one.prompts, one.chosen)
-        for at in range(len(one)):
-            given = tokenizer(f"{one.prompts[at]} {one.chosen[at]}", return_tensors="pt")
+        scores = ClassifierScorer(spec, Path()).score(pair_set.prompts, pair_set.chosen)
+        for at in range(len(pair_set)):
+            given = tokenizer(f"{pair_set.prompts[at]} {pair_set.chosen[at]}", return_tensors="pt")
             with torch.no_grad():
                 expected = model(**given).logits[0, index].item()
-            assert told[at] == pytest.approx(expected, abs=1e-4)
+            assert scores[at] == pytest.approx(expected, abs=1e-4)
 
 
 def test_training_on_clear_labels_learns_them(ask: Ask, labelled: Callable[..., list[PairSet]], tmp_path: Path) -> None:
     """Pairs of which one ends well and the other does not: within some steps the model tells them apart."""
-    one = PairSet("clear")
+    pair_set = PairSet("clear")
     for row, prompt in enumerate(labelled(1, 60)[0].prompts):
-        one.add(f"{prompt}", "stay safe .", "and eat cake ." if row % 2 else "good luck .")
+        pair_set.add(f"{prompt}", "stay safe .", "and eat cake ." if row % 2 else "good luck .")
     settings = RewardSettings(**{**ask(1).settings.model_dump(), "steps": 30, "batch": 8})
-    request = runs.make("clear", settings, ask(1).backbone, [one], results=tmp_path)
+    request = runs.make("clear", settings, ask(1).backbone, [pair_set], results=tmp_path)
     run, _ = runs.obtain(request)
     lines = run.metrics()
     assert lines[-1]["accuracy"] == 1.0
@@ -243,7 +243,7 @@ def test_the_rows_that_train_are_the_rows_that_score(ask: Ask, labelled: Callabl
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(request.backbone)
-    texts = [text for one in request.train_sets for text in one.chosen]
+    texts = [text for pair_set in request.train_sets for text in pair_set.chosen]
     answers = {tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts}
     for row in rows:
         assert len(row["chosen_ids"]) <= 24
@@ -287,8 +287,8 @@ def copy_with_tokenizer(random_base: Path, folder: Path, *removed: str) -> Path:
 
     shutil.copytree(random_base, folder)
     path = folder / "tokenizer_config.json"
-    told = {key: value for key, value in json.loads(path.read_text()).items() if key not in removed}
-    path.write_text(json.dumps(told))
+    kept = {key: value for key, value in json.loads(path.read_text()).items() if key not in removed}
+    path.write_text(json.dumps(kept))
     (folder / "special_tokens_map.json").unlink(missing_ok=True)
     return folder
 
@@ -299,12 +299,14 @@ def test_a_tokenizer_without_pad_token_is_lent_its_end_token(
     folder = copy_with_tokenizer(random_base, tmp_path / "no-pad", "pad_token")
     request = runs.make("toy", ask(1).settings, str(folder), labelled(1), results=tmp_path)
     run, _ = runs.obtain(request)
-    told = json.loads((run.path / "model" / "config.json").read_text())
-    assert told["pad_token_id"] == told["eos_token_id"]
-    one = request.parts["eval"][0]
+    config_json = json.loads((run.path / "model" / "config.json").read_text())
+    assert config_json["pad_token_id"] == config_json["eos_token_id"]
+    pair_set = request.parts["eval"][0]
     alone = ClassifierScorer(runs.objective(run), Path())
-    batched = ClassifierScorer(runs.objective(run), Path()).score(one.prompts, one.chosen)
-    assert batched == pytest.approx([alone.score([p], [r])[0] for p, r in zip(one.prompts, one.chosen, strict=True)])
+    batched = ClassifierScorer(runs.objective(run), Path()).score(pair_set.prompts, pair_set.chosen)
+    assert batched == pytest.approx(
+        [alone.score([p], [r])[0] for p, r in zip(pair_set.prompts, pair_set.chosen, strict=True)]
+    )
 
 
 def test_a_tokenizer_with_nothing_to_pad_with_is_refused(
@@ -321,10 +323,10 @@ def test_divergence_is_told(ask: Ask) -> None:
 
 
 def test_an_empty_split_is_told(ask: Ask, labelled: Callable[..., list[PairSet]], tmp_path: Path) -> None:
-    one = PairSet("few")
-    one.add("a", "b", "c")
+    pair_set = PairSet("few")
+    pair_set.add("a", "b", "c")
     with pytest.raises(RequestError, match="the split .* of few is empty"):
-        runs.make("toy", ask(1).settings, ask(1).backbone, [one], results=tmp_path)
+        runs.make("toy", ask(1).settings, ask(1).backbone, [pair_set], results=tmp_path)
 
 
 def test_a_template_with_an_unknown_field_is_refused(ask: Ask) -> None:
@@ -332,14 +334,12 @@ def test_a_template_with_an_unknown_field_is_refused(ask: Ask) -> None:
         runs.obtain(ask(1, template="{prompt} {reply}"))
 
 
-@pytest.mark.parametrize("text", ["", "ja, 好的 🙂 naïve e\u0301", "\n\nHuman: {prompt}"])
-def test_odd_answers_train_and_score(
-    ask: Ask, labelled: Callable[..., list[PairSet]], tmp_path: Path, text: str
-) -> None:
+def test_odd_answers_train_and_score(ask: Ask, labelled: Callable[..., list[PairSet]], tmp_path: Path) -> None:
     """An empty answer, mixed languages and emoji, template fields inside a text."""
-    one = PairSet("odd")
+    texts = ["", "ja, 好的 🙂 naïve e\u0301", "\n\nHuman: {prompt}"]
+    pair_set = PairSet("odd")
     for row, prompt in enumerate(labelled(1, 40)[0].prompts):
-        one.add(prompt, text, f"use a hot pan {row % 3}")
-    run, _ = runs.obtain(runs.make("odd", ask(1).settings, ask(1).backbone, [one], results=tmp_path))
-    told = ClassifierScorer(runs.objective(run), Path()).score(["how do i make soup ?"], [text])
-    assert np.isfinite(told[0])
+        pair_set.add(prompt, texts[row % 3], f"use a hot pan {row % 2}")
+    run, _ = runs.obtain(runs.make("odd", ask(1).settings, ask(1).backbone, [pair_set], results=tmp_path))
+    scores = ClassifierScorer(runs.objective(run), Path()).score(["how do i make soup ?"] * 3, texts)
+    assert np.isfinite(scores).all()

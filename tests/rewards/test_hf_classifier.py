@@ -89,10 +89,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def scorer(models: Path, model: str, **more: Any) -> ClassifierScorer:
-    told = {"name": "x", "kind": "hf-classifier", "model": model, "template": "{prompt} {response}", **more}
-    if "label" not in told and model != "reward":
-        told["label"] = 1
-    return ClassifierScorer(ClassifierObjective.model_validate(told), models)
+    settings = {"name": "x", "kind": "hf-classifier", "model": model, "template": "{prompt} {response}", **more}
+    if "label" not in settings and model != "reward":
+        settings["label"] = 1
+    return ClassifierScorer(ClassifierObjective.model_validate(settings), models)
 
 
 def reference(folder: Path, *texts: str) -> Any:
@@ -119,13 +119,15 @@ def texts(count: int, seed: int = 0) -> tuple[list[str], list[str]]:
 def test_batched_equals_one_by_one_and_keeps_the_order(models: Path, family: str) -> None:
     prompts, responses = texts(24)
     responses[5] += " </s>"
-    told = scorer(models, family, batch_tokens=100).score(prompts, responses)
+    scores = scorer(models, family, batch_tokens=100).score(prompts, responses)
     for at in (0, 5, 11, 23):
         logits = reference(models / family, f"{prompts[at]} {responses[at]}")
-        assert told[at] == pytest.approx(float(logits[0 if family == "reward" else 1]), abs=1e-5)
+        assert scores[at] == pytest.approx(float(logits[0 if family == "reward" else 1]), abs=1e-5)
     alone = scorer(models, family)
-    assert told == pytest.approx([alone.score([p], [r])[0] for p, r in zip(prompts, responses, strict=True)], abs=1e-5)
-    assert len({round(value, 4) for value in told}) > 12
+    assert scores == pytest.approx(
+        [alone.score([p], [r])[0] for p, r in zip(prompts, responses, strict=True)], abs=1e-5
+    )
+    assert len({round(value, 4) for value in scores}) > 12
 
 
 def test_padding_is_found_out_where_the_right_side_is_wrong(models: Path) -> None:
@@ -170,16 +172,16 @@ def test_batches_are_bounded_and_sorted_by_length(models: Path, monkeypatch: pyt
 
 def test_equal_texts_are_scored_once(models: Path) -> None:
     built = scorer(models, "bert")
-    told = built.score(["w1", "w2", "w1", "w1"], ["w3", "w3", "w3", "w4"])
+    scores = built.score(["w1", "w2", "w1", "w1"], ["w3", "w3", "w3", "w4"])
     assert built.rows_scored == 3
-    assert told[0] == told[2]
+    assert scores[0] == scores[2]
     assert built.score([], []) == []
 
 
 def shared(models: Path, *changes: dict[str, Any]) -> tuple[RewardPanel, list[ClassifierScorer]]:
     """A panel with an objective for each of ``changes`` to one objective."""
-    told = {"kind": "hf-classifier", "model": "named", "template": "{prompt} {response}", "label": 0}
-    specs = [ClassifierObjective.model_validate({"name": f"o{i}", **told, **more}) for i, more in enumerate(changes)]
+    common = {"kind": "hf-classifier", "model": "named", "template": "{prompt} {response}", "label": 0}
+    specs = [ClassifierObjective.model_validate({"name": f"o{i}", **common, **more}) for i, more in enumerate(changes)]
     panel = RewardPanel.from_specs(specs, models)
     return panel, cast("list[ClassifierScorer]", panel.objectives)
 
@@ -189,19 +191,19 @@ def test_labels_of_one_model_are_read_once(models: Path) -> None:
     changes: list[dict[str, Any]] = [{"label": "rude"}, {"label": "polite", "output": "probability"}, {"label": 2}]
     panel, scorers = shared(models, *changes)
     prompts, responses = texts(30)
-    told = panel.score(prompts * 2, responses * 2)
-    assert [one.rows_scored for one in scorers] == [30, 0, 0]
-    assert len({id(one._model) for one in scorers}) == 1
+    scores = panel.score(prompts * 2, responses * 2)
+    assert [each.rows_scored for each in scorers] == [30, 0, 0]
+    assert len({id(each._model) for each in scorers}) == 1
     for column, more in enumerate(changes):
         alone = scorer(models, "named", **more).score(prompts, responses)
-        assert told[:30, column].tolist() == told[30:, column].tolist() == alone
+        assert scores[:30, column].tolist() == scores[30:, column].tolist() == alone
     assert panel.score(prompts[:3], responses[3:6]).shape == (3, 3)
     assert scorers[0].rows_scored == 33
 
 
 def test_another_label_may_be_asked_first_and_of_other_texts(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the store knows differs by objective; what is kept is bounded, and what was dropped is read again."""
-    monkeypatch.setattr("moalign.rewards.hf_classifier._CACHE_LIMIT", 10)
+    monkeypatch.setattr("moalign.rewards.hf_classifier.CACHE_LIMIT", 10)
     _, (first, second) = shared(models, {"label": 1}, {"label": 2})
     prompts, responses = texts(24)
     alone = scorer(models, "named", label=2).score(prompts, responses)
@@ -217,7 +219,7 @@ def test_another_label_may_be_asked_first_and_of_other_texts(models: Path, monke
 def test_models_that_read_differently_are_not_shared(models: Path, other: dict[str, Any]) -> None:
     panel, scorers = shared(models, {}, {"label": 1, **other})
     panel.score(*texts(6))
-    assert [one.rows_scored for one in scorers] == [6, 6]
+    assert [each.rows_scored for each in scorers] == [6, 6]
 
 
 def test_label_by_index_by_name_and_as_probability(models: Path) -> None:
@@ -227,21 +229,21 @@ def test_label_by_index_by_name_and_as_probability(models: Path) -> None:
         assert scorer(models, "named", label=label).score(["w1 w2"], ["w3"])[0] == pytest.approx(
             float(logits[index]), abs=1e-5
         )
-        told = scorer(models, "named", label=label, output="probability").score(["w1 w2"], ["w3"])[0]
-        assert told == pytest.approx(float(shares[index]), abs=1e-5)
+        score = scorer(models, "named", label=label, output="probability").score(["w1 w2"], ["w3"])[0]
+        assert score == pytest.approx(float(shares[index]), abs=1e-5)
 
 
 def test_regression_head_and_its_probability(models: Path) -> None:
     logit = float(reference(models / "reward", "w1 w2 w3")[0])
     assert scorer(models, "reward").score(["w1 w2"], ["w3"])[0] == pytest.approx(logit, abs=1e-5)
-    told = scorer(models, "reward", label=0, output="probability").score(["w1 w2"], ["w3"])[0]
-    assert told == pytest.approx(1 / (1 + 2.718281828459045**-logit), abs=1e-5)
+    score = scorer(models, "reward", label=0, output="probability").score(["w1 w2"], ["w3"])[0]
+    assert score == pytest.approx(1 / (1 + 2.718281828459045**-logit), abs=1e-5)
 
 
 def test_labels_that_do_not_exclude_each_other_have_a_sigmoid_each(models: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(models / "bert", tmp_path / "multi")
-    told = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**told, "problem_type": "multi_label_classification"}))
+    config_json = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config_json, "problem_type": "multi_label_classification"}))
     score = scorer(tmp_path, "multi", label=2, output="probability").score(["w1"], ["w2"])[0]
     assert score == pytest.approx(float(reference(folder, "w1 w2")[2].sigmoid()), abs=1e-5)
 
@@ -256,46 +258,46 @@ def test_smaller_is_better_turns_the_sign_in_the_panel(models: Path) -> None:
 def test_pair_template_gives_the_model_two_texts(models: Path, family: str) -> None:
     built = scorer(models, family, template="{prompt}", pair_template="w9 {response}")
     prompts, responses = texts(9)
-    told = built.score(prompts, responses)
+    scores = built.score(prompts, responses)
     for at in (0, 4, 8):
         logits = reference(models / family, prompts[at], f"w9 {responses[at]}")
-        assert told[at] == pytest.approx(float(logits[1]), abs=1e-5)
+        assert scores[at] == pytest.approx(float(logits[1]), abs=1e-5)
 
 
 def test_template_fields_inside_a_prompt_stay_text(models: Path) -> None:
-    told = scorer(models, "bert").score(["w1 {response} w2"], ["w3"])[0]
-    assert told == pytest.approx(float(reference(models / "bert", "w1 {response} w2 w3")[1]), abs=1e-5)
+    score = scorer(models, "bert").score(["w1 {response} w2"], ["w3"])[0]
+    assert score == pytest.approx(float(reference(models / "bert", "w1 {response} w2 w3")[1]), abs=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("told", "message"),
+    ("templates", "message"),
     [
         ({"template": "{prompt} {respones}"}, "unknown field {respones}.*did you mean 'response'"),
         ({"template": "{prompt}"}, "has the field {response}"),
     ],
 )
-def test_wrong_templates_are_named(models: Path, told: dict[str, str], message: str) -> None:
+def test_wrong_templates_are_named(models: Path, templates: dict[str, str], message: str) -> None:
     with pytest.raises(RequestError, match=message):
-        scorer(models, "bert", **told)
+        scorer(models, "bert", **templates)
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "roberta", "gpt2"])
 def test_long_text_loses_the_start_of_its_prompt_and_keeps_the_answer(models: Path, family: str) -> None:
     built = scorer(models, family, template="w40 {prompt} w41 {response}", max_length=20)
     prompt = " ".join(WORDS[:30])
-    told = built.score([prompt, "w1"], ["w7 w8 w9", "w2"])
+    scores = built.score([prompt, "w1"], ["w7 w8 w9", "w2"])
     special = 2 if family in ("bert", "roberta") else 0
     kept = " ".join(WORDS[30 - (20 - special - 5) : 30])
     expected = reference(models / family, f"w40 {kept} w41 w7 w8 w9")
-    assert told[0] == pytest.approx(float(expected[1]), abs=1e-5)
-    assert told[1] == pytest.approx(float(reference(models / family, "w40 w1 w41 w2")[1]), abs=1e-5)
+    assert scores[0] == pytest.approx(float(expected[1]), abs=1e-5)
+    assert scores[1] == pytest.approx(float(reference(models / family, "w40 w1 w41 w2")[1]), abs=1e-5)
     assert built.rows_shortened == 1
 
 
 def test_an_answer_that_is_too_long_alone_keeps_its_start(models: Path) -> None:
     built = scorer(models, "llama", template="{prompt} w41 {response}", max_length=10)
-    told = built.score(["w1 w2"], [" ".join(WORDS[:30])])[0]
-    assert told == pytest.approx(float(reference(models / "llama", "w41 " + " ".join(WORDS[:9]))[1]), abs=1e-5)
+    score = built.score(["w1 w2"], [" ".join(WORDS[:30])])[0]
+    assert score == pytest.approx(float(reference(models / "llama", "w41 " + " ".join(WORDS[:9]))[1]), abs=1e-5)
     with pytest.raises(RequestError, match="template alone is longer than 10 tokens"):
         scorer(models, "llama", template="w1 " * 12 + "{response}", max_length=10).score(["w1"], ["w2"])
 
@@ -310,17 +312,17 @@ def test_positions_limit_the_length(models: Path) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "bert", "no-pad"])
 def test_empty_texts_get_a_finite_score(models: Path, family: str) -> None:
-    told = scorer(models, family).score(["", "w1 w2"], ["", ""])
-    assert all(abs(value) < 1e6 for value in told)
+    scores = scorer(models, family).score(["", "w1 w2"], ["", ""])
+    assert all(abs(value) < 1e6 for value in scores)
 
 
 def test_a_pad_token_is_lent_that_ends_no_row(models: Path) -> None:
     built = scorer(models, "no-pad")
     every_word = [*WORDS, *SPECIAL]
     prompts = ["w1 " * (1 + n % 3) for n in range(len(every_word))]
-    told = built.score(prompts, every_word)
+    scores = built.score(prompts, every_word)
     for at in (0, 51, 52):
-        assert told[at] == pytest.approx(
+        assert scores[at] == pytest.approx(
             float(reference(models / "no-pad", f"{prompts[at]} {every_word[at]}")[1]), abs=1e-5
         )
 
@@ -382,17 +384,17 @@ def test_a_language_model_without_a_head_is_refused(models: Path, tmp_path: Path
 )
 def test_configs_that_do_not_fit_are_told(models: Path, tmp_path: Path, change: dict[str, Any]) -> None:
     folder = broken(models, tmp_path)
-    told = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**told, **change}))
+    config_json = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config_json, **change}))
     with pytest.raises(RequestError, match="objective 'x': model folder .*broken cannot be loaded: "):
         scorer(tmp_path, "broken").prepare()
 
 
 def test_a_tokenizer_of_another_model_is_told(models: Path, tmp_path: Path) -> None:
     folder = broken(models, tmp_path)
-    told = json.loads((folder / "tokenizer.json").read_text())
-    told["model"]["vocab"]["w1"] = 900
-    (folder / "tokenizer.json").write_text(json.dumps(told))
+    tokenizer_json = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer_json["model"]["vocab"]["w1"] = 900
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json))
     with pytest.raises(RequestError, match="gives token 900, but the model knows 55"):
         scorer(tmp_path, "broken").score(["w1"], ["w2"])
 
@@ -466,10 +468,10 @@ def test_hub_models_are_fetched_checked_and_known_by_their_commit(
     import huggingface_hub
 
     snapshot = tmp_path / "c0ffee"
-    asked: list[tuple[Any, ...]] = []
+    requested: list[tuple[Any, ...]] = []
 
     def download(model: str, revision: str | None, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
-        asked.append((model, revision, allow_patterns == ["config.json"]))
+        requested.append((model, revision, allow_patterns == ["config.json"]))
         snapshot.mkdir(exist_ok=True)
         for path in (models / "bert").iterdir():
             if path.name in allow_patterns or allow_patterns != ["config.json"]:
@@ -478,7 +480,7 @@ def test_hub_models_are_fetched_checked_and_known_by_their_commit(
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     built = scorer(tmp_path, "owner/polite", revision="main")
-    assert asked == [("owner/polite", "main", True)]
+    assert requested == [("owner/polite", "main", True)]
     assert built.score(["w1"], ["w2"]) == scorer(models, "bert").score(["w1"], ["w2"])
     first = built.revision
     snapshot.rename(tmp_path / "decaf")

@@ -33,9 +33,9 @@ def hh(shared: Path) -> list[PairSet]:
 
 
 def test_real_pairs_split_by_their_prompt(hh: list[PairSet]) -> None:
-    (one,) = hh
-    assert len(one) == 2312
-    parts = one.split(SETTINGS.splits)
+    (pair_set,) = hh
+    assert len(pair_set) == 2312
+    parts = pair_set.split(SETTINGS.splits)
     assert sum(map(len, parts.values())) == 2312
     assert 400 < len(parts["eval"]) < 530
     assert not set(parts["train"].prompts) & set(parts["eval"].prompts)
@@ -43,13 +43,13 @@ def test_real_pairs_split_by_their_prompt(hh: list[PairSet]) -> None:
 
 def test_real_dialogues_train_and_resume(hh: list[PairSet], stories: Path, tmp_path: Path) -> None:
     """A few steps on the longest dialogues: cut on the left to what the model reads, answers whole."""
-    (one,) = hh
-    longest = sorted(range(len(one)), key=lambda row: -len(one.prompts[row]))[:120]
+    (pair_set,) = hh
+    longest = sorted(range(len(pair_set)), key=lambda row: -len(pair_set.prompts[row]))[:120]
     short = SETTINGS.model_copy(update={"steps": 2, "batch": 2, "max_tokens": 128})
-    run, _ = runs.obtain(runs.make("hh", short, str(stories), [one.pick(longest)], results=tmp_path))
+    run, _ = runs.obtain(runs.make("hh", short, str(stories), [pair_set.pick(longest)], results=tmp_path))
     assert run.record.notes["rows_shortened"] > 100
-    told = evaluation.evaluate(runs.objective(run), [one.pick(longest[:8])], draws=100)
-    assert told["datasets"][0]["rows_shortened"] == 16
+    result = evaluation.evaluate(runs.objective(run), [pair_set.pick(longest[:8])], draws=100)
+    assert result["datasets"][0]["rows_shortened"] == 16
 
 
 @pytest.mark.slow
@@ -58,8 +58,8 @@ def test_held_out_accuracy_is_above_chance_by_more_than_the_interval(
 ) -> None:
     request = runs.make("hh", SETTINGS, str(stories), hh, results=tmp_path)
     run, _ = runs.obtain(request)
-    told = evaluation.evaluate(runs.objective(run), request.parts["eval"], request.parts["calibration"])
-    (row,) = told["datasets"]
+    result = evaluation.evaluate(runs.objective(run), request.parts["eval"], request.parts["calibration"])
+    (row,) = result["datasets"]
     assert row["accuracy_ci"][0] > 0.5
     assert 0 < row["ece"]["10"] < 0.2
     assert 0.2 < row["temperature"] < 5

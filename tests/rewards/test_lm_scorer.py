@@ -101,9 +101,9 @@ def test_fluency_is_the_mean_over_the_responses_tokens(folder: tuple[Path, bool]
     path, chat = folder
     by_hand = ByHand(path)
     wanted = [by_hand.mean(f"<s> <user> {p} <end> <bot>" if chat else f"<s> {p}", r) for p, r in PAIRS]
-    told = scorer(path, "fluency").score(*zip(*PAIRS, strict=True))
-    assert told == pytest.approx(wanted, abs=1e-5)
-    assert min(told) < max(told) - 0.1
+    scores = scorer(path, "fluency").score(*zip(*PAIRS, strict=True))
+    assert scores == pytest.approx(wanted, abs=1e-5)
+    assert min(scores) < max(scores) - 0.1
 
 
 def test_relevance_is_what_the_response_adds_to_the_prompts_likelihood(folder: tuple[Path, bool]) -> None:
@@ -221,10 +221,10 @@ def test_revision_follows_model_and_settings_and_scores_are_kept(tmp_path: Path)
         scorer(save(tmp_path / "c", chat=True), "fluency"),
     ]
     assert len({first.revision, *(other.revision for other in others)}) == 4
-    told = RewardPanel([first], store=Store(tmp_path / "s.sqlite")).score(["w1"], ["w2"])
+    scores = RewardPanel([first], store=Store(tmp_path / "s.sqlite")).score(["w1"], ["w2"])
     again = scorer(path, "fluency")
     again.score = None  # type: ignore[method-assign, assignment]  # must not be called
-    assert RewardPanel([again], store=Store(tmp_path / "s.sqlite")).score(["w1"], ["w2"]).tolist() == told.tolist()
+    assert RewardPanel([again], store=Store(tmp_path / "s.sqlite")).score(["w1"], ["w2"]).tolist() == scores.tolist()
 
 
 def test_two_objectives_of_one_model_load_it_once(tmp_path: Path) -> None:
@@ -249,6 +249,7 @@ ANSWERS = [
 ]
 
 
+@pytest.mark.slow
 def test_a_real_model_knows_which_answer_belongs_to_which_question(smollm2: Path) -> None:
     made = scorer(smollm2, "relevance")
     questions, answers = zip(*ANSWERS, strict=True)

@@ -239,11 +239,11 @@ def test_killed_process_keeps_committed_scores(tmp_path: Path) -> None:
 
 
 def test_progress_reaches_the_total(store: Store) -> None:
-    told: list[tuple[int, int]] = []
+    reports: list[tuple[int, int]] = []
     panel = RewardPanel([Recorder(), constant("b", 1)], store=store, chunk=2)
-    panel.score(["p"] * 6, list("aabcde"), progress=lambda done, total: told.append((done, total)))
-    assert told[-1] == (10, 10)
-    assert [done for done, _ in told] == sorted(done for done, _ in told)
+    panel.score(["p"] * 6, list("aabcde"), progress=lambda done, total: reports.append((done, total)))
+    assert reports[-1] == (10, 10)
+    assert [done for done, _ in reports] == sorted(done for done, _ in reports)
 
 
 def test_normaliser_is_used_and_must_fit_the_objectives() -> None:
@@ -270,7 +270,7 @@ def test_scorer_hash_follows_order_direction_and_revision() -> None:
         RewardPanel([a, b]).scorer_hash,
         RewardPanel([b, a]).scorer_hash,
         RewardPanel([a, constant("b", 1, maximise=False)]).scorer_hash,
-        RewardPanel([a, FunctionScorer("b", b.function, "2")]).scorer_hash,
+        RewardPanel([a, FunctionScorer("b", b.score, "2")]).scorer_hash,
     }
     assert len(hashes) == 4
     assert RewardPanel([a, b]).scorer_hash == RewardPanel([constant("a", 9), b]).scorer_hash

@@ -39,7 +39,7 @@ def dialogues(shared: Path) -> list[dict[str, str]]:
 @pytest.fixture(scope="module")
 def pairs(dialogues: list[dict[str, str]]) -> list[Pair]:
     """(prompt, reply) of 12 dialogues, some long."""
-    turns = [one["chosen"].rpartition(ASSISTANT) for one in dialogues[:12]]
+    turns = [dialogue["chosen"].rpartition(ASSISTANT) for dialogue in dialogues[:12]]
     return [(before + marker, reply) for before, marker, reply in turns]
 
 
@@ -97,9 +97,9 @@ def config(family: str, size: int, labels: int) -> Any:
         relative = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "type_vocab_size": 0}
         return t.DebertaV2Config(pad_token_id=0, max_position_embeddings=512, **wide, **relative, **common)
     if family == "bert":
-        told = {"id2label": {0: "NO_HUMOR", 1: "HUMOR"}}
+        config_json = {"id2label": {0: "NO_HUMOR", 1: "HUMOR"}}
         sizes = {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32, "max_position_embeddings": 512}
-        return t.DistilBertConfig(vocab_size=size, pad_token_id=0, **sizes, **told)
+        return t.DistilBertConfig(vocab_size=size, pad_token_id=0, **sizes, **config_json)
     kind = t.Qwen2Config if family == "qwen2" else t.LlamaConfig
     heads = {"num_key_value_heads": 2, "max_position_embeddings": 2048}
     return kind(bos_token_id=1, eos_token_id=2, pad_token_id=3, **heads, **wide, **common)
@@ -112,7 +112,7 @@ Build = Callable[..., Path]
 def build(dialogues: list[dict[str, str]], tmp_path_factory: pytest.TempPathFactory) -> Build:
     """``build(family, labels, score)``: the folder of a small random classifier; ``score``: saved as Beaver is."""
     made: dict[tuple[str, int, bool], Path] = {}
-    texts = [one["chosen"] for one in dialogues]
+    texts = [dialogue["chosen"] for dialogue in dialogues]
 
     def get(family: str, labels: int = 1, score: bool = False) -> Path:
         key = (family, labels, score)
@@ -139,17 +139,17 @@ def save(folder: Path, texts: list[str], family: str, labels: int, score: bool) 
         weights["score_head.weight"] = weights.pop("score.weight")
         weights["score_head.bias"] = torch.tensor([-7.25])
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        told = json.loads((folder / "config.json").read_text())
+        config_json = json.loads((folder / "config.json").read_text())
         for name in ("id2label", "label2id", "num_labels"):
-            told.pop(name, None)
-        told |= {"architectures": ["LlamaForScore"], "score_dim": 1, "score_bias": True, "do_normalize": False}
-        (folder / "config.json").write_text(json.dumps(told))
+            config_json.pop(name, None)
+        config_json |= {"architectures": ["LlamaForScore"], "score_dim": 1, "score_bias": True, "do_normalize": False}
+        (folder / "config.json").write_text(json.dumps(config_json))
     return folder
 
 
 def objective(task: str, name: str, folder: Path) -> ClassifierObjective:
     """An objective of a shipped card, with a small model in place of the paper's."""
-    spec = next(one for one in load_card(task).objectives if one.name == name)
+    spec = next(objective for objective in load_card(task).objectives if objective.name == name)
     assert isinstance(spec, ClassifierObjective)
     # Half precision is the card's choice for large models; here it would only blur the comparison.
     return spec.model_copy(update={"model": str(folder), "revision": None, "dtype": "float32"})
@@ -159,9 +159,9 @@ def plain(folder: Path, *texts: str, label: int = 0) -> float:
     """One logit by the bare library: no batch, no padding."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    told = json.loads((folder / "config.json").read_text())
+    config_json = json.loads((folder / "config.json").read_text())
     # The library does not save two labels, and a BART without them is read as having three.
-    more = {} if "id2label" in told else {"num_labels": 2}
+    more = {} if "id2label" in config_json else {"num_labels": 2}
     model = AutoModelForSequenceClassification.from_pretrained(folder, **more).eval()
     with torch.no_grad():
         return float(model(**AutoTokenizer.from_pretrained(folder)(*texts, return_tensors="pt")).logits[0, label])
@@ -201,17 +201,17 @@ def test_a_papers_reward_model_scores_real_text_as_its_page_says(
     spec = objective(task, name, folder)
     given = [(post_of(q), r.strip()) if task == "reddit-summary" else (q, r.strip()) for q, r in pairs]
     scorer = ClassifierScorer(spec, Path())
-    told = scorer.score([q for q, _ in given], [r for _, r in given])
+    scores = scorer.score([q for q, _ in given], [r for _, r in given])
     from transformers import AutoTokenizer
 
     words = AutoTokenizer.from_pretrained(folder)
     compared = 0
-    for (q, r), score in zip(given, told, strict=True):
+    for (q, r), score in zip(given, scores, strict=True):
         if len(words(*texts(q, r))["input_ids"]) <= spec.max_length:
             assert score == pytest.approx(plain(folder, *texts(q, r), label=label), abs=2e-5)
             compared += 1
     assert compared >= 6
-    assert len({round(score, 4) for score in told}) > 6
+    assert len({round(score, 4) for score in scores}) > 6
 
 
 @pytest.mark.parametrize("name", ["helpful", "harmless"])
@@ -222,19 +222,19 @@ def test_beaver_models_load_with_their_own_head_and_a_cost_turns_its_sign(
     spec = objective("safe-rlhf", name, folder)
     assert spec.maximise == (name == "helpful")
     prompts, replies = [post_of(q) for q, _ in pairs], [r for _, r in pairs]
-    told = RewardPanel([ClassifierScorer(spec, Path())]).score(prompts, replies)[:, 0]
+    scores = RewardPanel([ClassifierScorer(spec, Path())]).score(prompts, replies)[:, 0]
     sign = 1 if name == "helpful" else -1
     for at in (0, 3, 5):
         text = f"BEGINNING OF CONVERSATION: USER: {prompts[at]} ASSISTANT:{replies[at]}"
-        assert told[at] == pytest.approx(sign * (plain(twin, text) - 7.25), abs=1e-3)
+        assert scores[at] == pytest.approx(sign * (plain(twin, text) - 7.25), abs=1e-3)
 
 
 def test_a_score_model_that_normalises_is_refused(build: Build, tmp_path: Path) -> None:
     import shutil
 
     folder = shutil.copytree(build("llama", 1, score=True), tmp_path / "normalised")
-    told = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**told, "do_normalize": True}))
+    config_json = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config_json, "do_normalize": True}))
     with pytest.raises(RequestError, match="objective 'helpful': its config says do_normalize: true"):
         ClassifierScorer(objective("safe-rlhf", "helpful", folder), Path())
 
@@ -243,8 +243,8 @@ def test_a_score_model_that_normalises_is_refused(build: Build, tmp_path: Path) 
 def test_policies_architectures_do_as_reward_models_too(build: Build, pairs: list[Pair], family: str) -> None:
     folder = build(family)
     spec = ClassifierObjective(name="x", kind="hf-classifier", model=str(folder), max_length=2048)
-    told = ClassifierScorer(spec, Path()).score([q for q, _ in pairs], [r for _, r in pairs])
-    for (q, r), score in zip(pairs[:4], told, strict=False):
+    scores = ClassifierScorer(spec, Path()).score([q for q, _ in pairs], [r for _, r in pairs])
+    for (q, r), score in zip(pairs[:4], scores, strict=False):
         assert score == pytest.approx(plain(folder, q + r), abs=1e-3)
 
 
@@ -266,11 +266,11 @@ def test_long_dialogues_keep_the_answer(build: Build, pairs: list[Pair]) -> None
 
 
 def test_real_dialogues_come_apart_and_go_together_again(dialogues: list[dict[str, str]]) -> None:
-    for one in dialogues:
-        prompt, chosen, rejected = split_pair(one["chosen"], one["rejected"])
-        assert prompt + chosen == one["chosen"] and prompt + rejected == one["rejected"]
+    for dialogue in dialogues:
+        prompt, chosen, rejected = split_pair(dialogue["chosen"], dialogue["rejected"])
+        assert prompt + chosen == dialogue["chosen"] and prompt + rejected == dialogue["rejected"]
         assert prompt.startswith(HUMAN) and prompt.endswith(ASSISTANT)
-        assert one["chosen"].rpartition(ASSISTANT)[2] in chosen
+        assert dialogue["chosen"].rpartition(ASSISTANT)[2] in chosen
 
 
 def test_real_pairs_serve_as_responses(shared: Path, dialogues: list[dict[str, str]]) -> None:
@@ -280,14 +280,14 @@ def test_real_pairs_serve_as_responses(shared: Path, dialogues: list[dict[str, s
 
     path = shared / "data" / "hh-harmless-base-test.jsonl.gz"
     source = SourceSpec(path=str(path), limit=40, columns={"chosen": "chosen", "rejected": "rejected"})
-    found = list(load.load_responses(DataSpec(responses=source), ["harmless"]))
-    assert len(found) == 80
-    for number, one in enumerate(dialogues):
-        prompt, chosen, rejected = split_pair(one["chosen"], one["rejected"])
-        told = found[2 * number : 2 * number + 2]
-        assert [row.prompt for row in told] == [prompt] * 2
-        assert [row.response for row in told] == [
+    responses = list(load.load_responses(DataSpec(responses=source), ["harmless"]))
+    assert len(responses) == 80
+    for number, dialogue in enumerate(dialogues):
+        prompt, chosen, rejected = split_pair(dialogue["chosen"], dialogue["rejected"])
+        rows = responses[2 * number : 2 * number + 2]
+        assert [row.prompt for row in rows] == [prompt] * 2
+        assert [row.response for row in rows] == [
             chosen,
             rejected,
         ]  # the space behind "Assistant:" is the first token's
-        assert all(row.scores is None for row in told)
+        assert all(row.scores is None for row in rows)

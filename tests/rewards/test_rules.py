@@ -87,7 +87,7 @@ def test_vader_tells_good_from_bad_and_averages_sentences() -> None:
 
 
 def test_vader_absent_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rules, "_analyser", None)
+    rules._vader_analyser.cache_clear()
     monkeypatch.setitem(sys.modules, "vaderSentiment", None)
     monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", None)
     with pytest.raises(RequestError, match=r"pip install moalign\[text\]"):
@@ -116,8 +116,8 @@ def test_wrong_options_are_named(rule: str, options: dict[str, object], parts: l
 
 
 def test_examples_in_the_docstrings_hold() -> None:
-    found = doctest.testmod(rules)
-    assert found.attempted >= 3 and found.failed == 0
+    result = doctest.testmod(rules)
+    assert result.attempted >= 3 and result.failed == 0
 
 
 def test_all_option_errors_come_at_once() -> None:
@@ -166,5 +166,4 @@ def test_any_text_gets_a_finite_score_and_shares_stay_in_range(text: str) -> Non
     ],
 )
 def test_detail_in_whole_sentences_counts_nothing_behind_the_last_one(text: str, counted: str) -> None:
-    whole = rules.DetailOptions(whole_sentences=True)
-    assert rules.detail(text, whole) == rules.detail(counted, rules.DetailOptions())
+    assert rules.detail(text, whole_sentences=True) == rules.detail(counted)

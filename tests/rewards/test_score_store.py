@@ -34,8 +34,8 @@ def test_values_come_back_exactly_and_in_order(tmp_path: Path) -> None:
         store.put_many("a", pairs, values)
         assert len(store) == 1203
     with Store(tmp_path / "deep" / "scores.sqlite") as store:
-        asked = [*reversed(pairs), ("p0", "other"), ("p0", "r")]
-        assert store.get_many("a", asked) == [*reversed(values), None, values[0]]
+        requested = [*reversed(pairs), ("p0", "other"), ("p0", "r")]
+        assert store.get_many("a", requested) == [*reversed(values), None, values[0]]
         assert store.get_many("b", pairs[:2]) == [None, None]
         assert store.get_many("a", []) == []
 

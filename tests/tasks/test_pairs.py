@@ -19,9 +19,10 @@ from moalign.core.errors import RequestError
 from moalign.data import splits
 from moalign.tasks.load import make_task
 from moalign.tasks.pairs import from_scores, matches
+from moalign.tasks.responses import Scored, shown
 from moalign.tasks.sandbox import world
 from moalign.tasks.sandbox.task import SandboxTask
-from moalign.tasks.task import Scored, Task, shown
+from moalign.tasks.task import Task
 
 NAMES = ["help", "care"]
 

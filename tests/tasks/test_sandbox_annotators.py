@@ -36,7 +36,7 @@ def test_labels_are_drawn_with_that_probability() -> None:
 def test_groups_disagree_as_much_as_they_are_said_to() -> None:
     def agreement(groups: tuple[annotators.Group, ...]) -> float:
         pairs = annotators.label(groups[:1], PROMPTS, 2000, seed=5)[0]
-        utilities = [annotators._utilities(g, pairs.prompts, pairs.chosen, pairs.rejected) > 0 for g in groups]
+        utilities = [annotators.utilities(g, pairs.prompts, pairs.chosen, pairs.rejected) > 0 for g in groups]
         return float(np.mean([(utilities[0] == other).mean() for other in utilities[1:]]))
 
     assert agreement(annotators.ALIKE) == 1.0

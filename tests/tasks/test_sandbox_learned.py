@@ -17,9 +17,9 @@ from moalign.experiment import train
 from moalign.experiment.train import TrainRequest
 from moalign.reward_models.settings import RewardSettings
 from moalign.tasks.load import make_task
+from moalign.tasks.responses import shown
 from moalign.tasks.sandbox import learned, world
 from moalign.tasks.sandbox.task import SandboxTask
-from moalign.tasks.task import shown
 
 FEW = "task.sandbox.annotators.pairs=80"
 
@@ -146,5 +146,5 @@ def test_only_the_sandbox_has_a_truth_to_judge_by() -> None:
     objectives = [{"name": name, "kind": "rule", "rule": "length"} for name in ("a", "b")]
     card = {"name": "x", "kind": "text", "description": "x", "objectives": objectives, "rewards": "learned"}
     points = {"reference_point": [0, 0], "sensitivity_point": [0, 0], "data": {"prompts": ["hi"]}}
-    (told,) = validate.problems(TaskCard, {**card, **points})
+    (told,) = validate.check(TaskCard, {**card, **points})[1]
     assert "rewards: learned is for the sandbox" in told

@@ -93,18 +93,22 @@ def test_any_words_score_as_counted(words: list[str]) -> None:
     assert rewards(RISKY, " ".join(words)) == pytest.approx(tuple(expected))
 
 
+def exact(name: str, **changes: bool) -> SandboxScorer:
+    return SandboxScorer(SandboxObjective(name=name, kind="sandbox", **changes))
+
+
 def test_scorers_pick_their_objective() -> None:
     for index, name in enumerate(world.OBJECTIVES):
-        scorer = SandboxScorer(name)
+        scorer = exact(name)
         assert scorer.name == name and scorer.maximise and scorer.cheap
         assert scorer.score([SAFE, RISKY], [WHOLE, ""]) == [rewards(SAFE, WHOLE)[index], -9.0]
 
 
 def test_scorer_refuses_unequal_lengths_and_unknown_names() -> None:
     with pytest.raises(ValueError):
-        SandboxScorer("humor").score([SAFE, RISKY], [WHOLE])
+        exact("humor").score([SAFE, RISKY], [WHOLE])
     with pytest.raises(RequestError, match="did you mean 'humor'"):
-        SandboxScorer("humour")
+        exact("humour")
 
 
 def test_sandbox_objective() -> None:

@@ -17,17 +17,23 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from moalign.config.card import TaskCard
 from moalign.config.load import load_card
 from moalign.core.errors import RequestError
+from moalign.core.records import Response
 from moalign.data import splits
 from moalign.lm import language_model
 from moalign.lm.quality import short_below
 from moalign.tasks.load import make_task
+from moalign.tasks.responses import Responses, shown
 from moalign.tasks.sandbox import base, world
 from moalign.tasks.sandbox.scorer import parse, rewards
 from moalign.tasks.sandbox.task import PER_PROMPT, SandboxTask
-from moalign.tasks.task import Sampled, shown
 from moalign.tasks.text import TextTask
 
-SETTINGS = ("task.pool.prompts=12", "task.pool.calibration_per_prompt=2", "task.evaluation.prompts=16")
+SETTINGS = (
+    "task.pool.prompts=12",
+    "task.pool.calibration_per_prompt=2",
+    "task.evaluation.prompts=16",
+    "task.evaluation.samples=1",
+)
 
 
 def tiny_lm() -> language_model.LanguageModel:
@@ -74,14 +80,15 @@ def test_a_prompt_in_two_splits_is_refused(task: SandboxTask, monkeypatch: pytes
 
 def test_data_responses_follow_the_prior(tmp_path: Path) -> None:
     task = stand_in(tmp_path)
-    prompts, responses = task._data_responses("train")
+    prompts, responses, sampled = task.data_responses("train")
+    assert sampled == 0
     assert len(prompts) == len(responses) == PER_PROMPT * len(task.prompts["train"])
     assert prompts[:PER_PROMPT] == [prompts[0]] * PER_PROMPT
-    assert (prompts, responses) == stand_in(tmp_path)._data_responses("train")  # fixed by the seed
+    assert (prompts, responses, 0) == stand_in(tmp_path).data_responses("train")  # fixed by the seed
     assert set(prompts) == set(task.prompts["train"])
     found, expected = np.zeros((6, 5)), np.zeros((6, 5))
     for prompt, response in zip(prompts, responses, strict=True):
-        filled, strays = parse(response)
+        filled, strays = parse(response.text)
         assert min(filled) >= 0 and strays == 0
         found[np.arange(6), filled] += 1
         expected += world.prior(world.context_of(prompt))
@@ -100,7 +107,7 @@ def test_normaliser_is_fitted_once_on_the_calibration_split_and_kept(task: Sandb
     asked: list[str] = []
     draw = task._sample_base
 
-    def noted(split: str, per_prompt: int, what: str) -> Sampled:
+    def noted(split: str, per_prompt: int, what: str) -> Responses:
         asked.append(split)
         return draw(split, per_prompt, what)
 
@@ -109,8 +116,10 @@ def test_normaliser_is_fitted_once_on_the_calibration_split_and_kept(task: Sandb
     assert asked == ["calibration"]
     prompts, responses, _ = draw("calibration", 2, "x")
     assert set(prompts) == set(task.prompts["calibration"][:12]) and len(prompts) == 24
-    data = task._data_responses("calibration")
-    raw = np.concatenate([task.panel.score(prompts, shown(responses)), task.panel.score(*data)])
+    data = task.data_responses("calibration")
+    raw = np.concatenate(
+        [task.panel.score(rows, shown(texts)) for rows, texts in ((prompts, responses), (data.prompts, data.responses))]
+    )
     assert fitted.count == len(raw)
     np.testing.assert_allclose(fitted.mean, raw.mean(axis=0), rtol=1e-12)
     np.testing.assert_allclose(fitted.sd, raw.std(axis=0), rtol=1e-12)
@@ -253,13 +262,12 @@ def test_damaged_normaliser_names_its_file(task: SandboxTask) -> None:
 
 def test_short_comes_from_the_calibration_data_and_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     task = stand_in(tmp_path)
-    monkeypatch.setattr(
-        task, "_data_responses", lambda split: ([], {"calibration": ["well ,", "sure thing , use a"]}[split])
-    )
+    texts = [Response("well ,"), Response("sure thing , use a")]
+    monkeypatch.setattr(task, "data_responses", lambda split: Responses([], {"calibration": texts}[split]))
     assert task.tokens(["well ,", ""]) == [task.language_model.tokenizer.convert_tokens_to_ids(["well", ","]), []]
     assert task.short_below == 2
     again = make_task(task.card, tmp_path)
-    again._data_responses = None  # type: ignore[assignment,method-assign]  # not asked for
+    again.data_responses = None  # type: ignore[assignment,method-assign]  # not asked for
     assert again.short_below == 2
     assert "language_model" not in vars(again)
 
@@ -267,11 +275,11 @@ def test_short_comes_from_the_calibration_data_and_is_kept(tmp_path: Path, monke
 def test_without_data_it_comes_from_the_samples_that_the_normaliser_was_fitted_on(
     task: SandboxTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(type(task), "_data_responses", lambda self, split: None)
+    monkeypatch.setattr(type(task), "data_responses", lambda self, split: None)
     asked: list[str] = []
     draw = task._sample_base
 
-    def noted(split: str, per_prompt: int, what: str) -> Sampled:
+    def noted(split: str, per_prompt: int, what: str) -> Responses:
         asked.append(split)
         return draw(split, per_prompt, what)
 

@@ -16,8 +16,8 @@ from moalign.core.errors import RequestError
 from moalign.core.records import Response
 from moalign.lm.chat import training_row
 from moalign.tasks.load import make_task
+from moalign.tasks.responses import shown
 from moalign.tasks.sandbox import base, world
-from moalign.tasks.task import shown
 from moalign.tasks.text import TextTask
 
 PROMPTS = world.prompts()[::20]
@@ -221,7 +221,7 @@ def test_prompts_that_are_too_long_are_cut_or_left_out(tmp_path: Path, model: Pa
     assert drop.overlong_report() == {"prompts": len(PROMPTS), "dropped": len(long)}
     for name, part in drop.prompts.items():
         assert part == [prompt for prompt in cut.prompts[name] if prompt not in long]
-        answered = drop._data_responses(name)
+        answered = drop.data_responses(name)
         assert answered is not None
         assert answered[0] == part
     assert drop.scored().prompts == drop.prompts["train"]

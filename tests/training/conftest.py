@@ -16,6 +16,7 @@ from moalign.runs.meter import Meter
 from moalign.training.job import Job
 
 LORA = "policy.lora={r: 4, alpha: 8, dropout: 0.0}"
+SPLITS = "task.splits={train: 0.7, calibration: 0.1, eval: 0.2}"  # the sandbox's own: all its training prompts
 
 
 class Interrupted(Exception):
@@ -65,7 +66,7 @@ def make_job(small_task: tuple[str, ...], tmp_path: Path) -> MakeJob:
         recipe = tmp_path / f"{method}.yaml"
         recipe.write_text(f"method: {method}\ntask: sandbox\n")
         request = TrainRequest(
-            method, recipe=recipe, overrides=(*small_task, lora, *overrides), results=tmp_path / where
+            method, recipe=recipe, overrides=(*small_task, SPLITS, lora, *overrides), results=tmp_path / where
         )
         made = plan(request)
         job = made.job(made.open(), Meter())

@@ -111,6 +111,7 @@ def test_progress_is_the_job_s_own_again_when_a_vector_fails(make_job: MakeJob, 
     assert job.progress is reports
 
 
+@pytest.mark.slow  # in one process: test_resume, test_experts
 def test_a_crash_in_the_second_vector_loses_only_what_it_did_since_its_checkpoint(
     make_job: MakeJob, assert_same: Callable[..., None], stop: Any, interrupted: type[Exception]
 ) -> None:

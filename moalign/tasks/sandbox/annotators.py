@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from moalign.core.arrays import Matrix
 from moalign.reward_models.calibration import sigmoid
 from moalign.reward_models.pairs import PairSet
 from moalign.tasks.sandbox import world
@@ -45,8 +46,9 @@ ALIKE = tuple(Group(group.name, (0.6, 0.5, 0.2)) for group in DIVERSE)
 
 def specialists(objectives: Sequence[str], sharpness: float = 1.0) -> list[Group]:
     """Return one group per objective that looks at nothing else."""
-    rows = np.eye(len(world.OBJECTIVES))
-    return [Group(name, tuple(rows[world.OBJECTIVES.index(name)].tolist()), sharpness) for name in objectives]
+    first, second, third = world.OBJECTIVES
+    own = {first: (1.0, 0.0, 0.0), second: (0.0, 1.0, 0.0), third: (0.0, 0.0, 1.0)}
+    return [Group(name, own[name], sharpness) for name in objectives]
 
 
 def groups_of(kind: str, objectives: Sequence[str], sharpness: float) -> list[Group]:
@@ -65,8 +67,12 @@ def label(groups: Sequence[Group], prompts: Sequence[str], count: int, seed: int
     rng = np.random.default_rng([seed, 11])
     pair_sets = []
     for group in groups:
-        chosen_prompts, first, second = _draw(rng, prompts, count)
-        chance = sigmoid(group.sharpness * _utilities(group, chosen_prompts, first, second))
+        chosen_prompts = [prompts[i] for i in rng.integers(len(prompts), size=count)]
+        first, second = world.draw_responses(chosen_prompts, rng), world.draw_responses(chosen_prompts, rng)
+        while same := [i for i in range(count) if first[i] == second[i]]:
+            for i, text in zip(same, world.draw_responses([chosen_prompts[i] for i in same], rng), strict=True):
+                second[i] = text
+        chance = sigmoid(group.sharpness * utilities(group, chosen_prompts, first, second))
         wins = rng.random(count) < chance
         pair_set = PairSet(group.name)
         for prompt, a, b, p, won in zip(chosen_prompts, first, second, chance.tolist(), wins.tolist(), strict=True):
@@ -75,18 +81,8 @@ def label(groups: Sequence[Group], prompts: Sequence[str], count: int, seed: int
     return pair_sets
 
 
-def _draw(rng: np.random.Generator, prompts: Sequence[str], count: int) -> tuple[list[str], list[str], list[str]]:
-    chosen = [prompts[i] for i in rng.integers(len(prompts), size=count)]
-    pairs = [world.draw_responses(chosen, rng), world.draw_responses(chosen, rng)]
-    while same := [i for i in range(count) if pairs[0][i] == pairs[1][i]]:
-        for i, text in zip(same, world.draw_responses([chosen[i] for i in same], rng), strict=True):
-            pairs[1][i] = text
-    return chosen, pairs[0], pairs[1]
-
-
-def _utilities(group: Group, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> np.ndarray:
+def utilities(group: Group, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> Matrix:
     """Return ``w . (z(first) - z(second))``, ``[pairs]``."""
-    differences = np.array(
-        [np.subtract(rewards(p, a), rewards(p, b)) for p, a, b in zip(prompts, first, second, strict=True)]
-    )
+    texts = zip(prompts, first, second, strict=True)
+    differences = np.array([np.subtract(rewards(prompt, a), rewards(prompt, b)) for prompt, a, b in texts])
     return np.asarray((differences / z_scale()[1]) @ np.array(group.weights))

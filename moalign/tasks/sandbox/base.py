@@ -15,20 +15,28 @@ import collections
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moalign.core import preferences
+from moalign.core.arrays import Matrix
 from moalign.core.errors import WorkError
 from moalign.core.paths import cache_root
+from moalign.core.progress import Progress, silent
+from moalign.pareto.indicators import controllability
 from moalign.tasks.sandbox import world
+from moalign.tasks.sandbox.optimum import all_rewards, corpus_log_probs
+from moalign.tasks.sandbox.scorer import rewards
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerFast
+
+    from moalign.lm.language_model import LanguageModel
 
 TILT = 0.3
 """Strength of the warm corpus's tilt, in units of z."""
@@ -55,62 +63,33 @@ TOKENIZER = "t2"
 """Raise it when the tokenizer's files change and its tokens do not: the base is another folder, the task the same."""
 
 
-_WORLD = (
-    "TOPICS",
-    "QUESTIONS",
-    "TAILS",
-    "SLOTS",
-    "RISK",
-    "HUMOR",
-    "TOOL_SLOT",
-    "TOOL_RIGHT",
-    "TOOL_WRONG",
-    "ON_TOPIC",
-    "CAUTION",
-    "MISSING",
-    "STRAY",
-)
-"""The tables of the world that a base depends on."""
-
-
 def identity(objectives: Sequence[str], kind: str, seed: int) -> str:
     """Return the content address of a base: 12 hex digits over all that determines it."""
-    content = {
+    tables = [
+        world.TOPICS, world.QUESTIONS, world.TAILS, world.SLOTS, world.RISK, world.HUMOR, world.TOOL_SLOT,
+        world.TOOL_RIGHT, world.TOOL_WRONG, world.ON_TOPIC, world.CAUTION, world.MISSING, world.STRAY,
+    ]  # fmt: skip
+    training = [
+        TILT, FIRST_TILT, HOLD, FALL, PREFERENCE_SHARE, WIDTH, LAYERS, HEADS, INNER, STEPS, EXTRA_STEPS, MOST_STEPS,
+        BATCH, RATE, FLOOR, GRAMMAR, WARM_TAU,
+    ]  # fmt: skip
+    content: dict[str, Any] = {
         "objectives": list(objectives),
         "kind": kind,
         "seed": seed,
         "version": VERSION,
-        "world": repr([getattr(world, name) for name in _WORLD]),
-        "training": [
-            TILT,
-            FIRST_TILT,
-            HOLD,
-            FALL,
-            PREFERENCE_SHARE,
-            WIDTH,
-            LAYERS,
-            HEADS,
-            INNER,
-            STEPS,
-            EXTRA_STEPS,
-            MOST_STEPS,
-            BATCH,
-            RATE,
-            FLOOR,
-            GRAMMAR,
-            WARM_TAU,
-        ],
+        "world": repr(tables),
+        "training": training,
     }
     if len(objectives) > 2:
         content["more"] = MORE_STEPS * (len(objectives) - 2)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def ensure(objectives: Sequence[str], kind: str, seed: int, progress: Callable[[int, int], None] | None = None) -> Path:
+def ensure(objectives: Sequence[str], kind: str, seed: int, progress: Progress = silent) -> Path:
     """Return the folder of the trained base, training it when it is not cached yet.
 
-    Of two processes that call this at once, one trains it and the other waits. ``progress(step, steps)`` is called as
-    training advances.
+    Of two processes that call this at once, one trains it and the other waits.
     """
     from filelock import FileLock
 
@@ -147,10 +126,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def z_scale() -> tuple[np.ndarray, np.ndarray]:
+def z_scale() -> tuple[Matrix, Matrix]:
     """Return mean and standard deviation of the rewards of the corpus without preference, ``[3]`` each."""
-    from moalign.tasks.sandbox.optimum import all_rewards, corpus_log_probs
-
     contexts = collections.Counter(world.context_of(prompt) for prompt in world.prompts())
     total = sum(contexts.values())
     first, second = np.zeros(3), np.zeros(3)
@@ -162,7 +139,7 @@ def z_scale() -> tuple[np.ndarray, np.ndarray]:
 
 
 def train(
-    objectives: Sequence[str], kind: str, seed: int, progress: Callable[[int, int], None] | None = None
+    objectives: Sequence[str], kind: str, seed: int, progress: Progress = silent
 ) -> tuple[Any, PreTrainedTokenizerFast, dict[str, Any]]:
     """Train a base; returns (model, tokenizer, facts). Raises WorkError when a warm base does not learn to steer."""
     import torch
@@ -172,77 +149,67 @@ def train(
 
     tokenizer = make_tokenizer()
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=WIDTH,
-            intermediate_size=INNER,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS,
-            num_key_value_heads=HEADS,
-            max_position_embeddings=256,
-            tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=INNER,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
+    model = LlamaForCausalLM(config)
     set_threads(model.num_parameters())
     corpus = Corpus(objectives, kind, seed, tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.01)
     done, until = 0, corpus.steps
     while True:
-        _steps(model, corpus, optimizer, done, until, progress)
+        _steps(model, corpus, optimizer, range(done, until), progress)
         done = until
         tau = steering(wrap(model, tokenizer, "sandbox", "untracked", device="cpu"), objectives)
         if kind == "cold" or tau >= WARM_TAU:
-            break
-        if until >= MOST_STEPS + corpus.steps - STEPS:
+            return (
+                model,
+                tokenizer,
+                {"kind": kind, "objectives": list(objectives), "seed": seed, "steps": done, "tau": tau},
+            )
+        if done >= MOST_STEPS + corpus.steps - STEPS:
             raise WorkError(
                 f"the sandbox's warm base reached only tau {tau:.2f} after {done} steps; needed: {WARM_TAU}"
             )
         until += EXTRA_STEPS
-    facts = {"kind": kind, "objectives": list(objectives), "seed": seed, "steps": done, "tau": tau}
-    return model, tokenizer, facts
 
 
-def _steps(
-    model: Any,
-    corpus: Corpus,
-    optimizer: torch.optim.Optimizer,
-    done: int,
-    until: int,
-    progress: Callable[[int, int], None] | None,
-) -> None:
-    """Train from step ``done`` to step ``until``: short warm-up, then half a cosine down to a floor."""
+def _steps(model: Any, corpus: Corpus, optimizer: torch.optim.Optimizer, steps: range, progress: Progress) -> None:
+    """Train for some steps of the schedule: short warm-up, then half a cosine down to a floor."""
     import torch
 
     model.requires_grad_(True)
     model.train()
-    for step in range(done, until):
+    for step in steps:
         cosine = 0.5 + 0.5 * math.cos(math.pi * min(1.0, step / corpus.steps))
         for group in optimizer.param_groups:
             group["lr"] = RATE * min(1.0, (step + 1) / 20) * (FLOOR + (1 - FLOOR) * cosine)
-        loss = corpus.loss(model, step)
-        loss.backward()
+        torch.autograd.backward(corpus.loss(model, step))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if progress is not None:
-            progress(step + 1, until)
+        progress(f"training the {corpus.kind} base (first use only)", step + 1, steps.stop)
     model.eval()
 
 
-def steering(lm: Any, objectives: Sequence[str], questions: int = 60) -> float:
+def steering(lm: LanguageModel, objectives: Sequence[str], questions: int = 60) -> float:
     """Return Kendall's tau between stated weight and mean reward on an even grid, averaged over objectives."""
     from moalign.lm.sampler import Sampling, generate
-    from moalign.pareto.indicators import controllability
-    from moalign.tasks.sandbox.scorer import rewards
 
     grid = preferences.grid(len(objectives), 10 if len(objectives) == 2 else 3)
     prompts = world.prompts()[:: len(world.prompts()) // questions]
     texts = [f"[{preferences.to_text(w, objectives)}] {prompt}" for w in grid for prompt in prompts]
-    rows = [i for _ in grid for i in range(len(prompts))]
+    rows = [*range(len(prompts))] * len(grid)
     answers = generate(lm, texts, rows, Sampling(max_new_tokens=26, batch_size=512)).responses
     columns = [world.OBJECTIVES.index(name) for name in objectives]
     scores = np.array([rewards(prompts[row], answer) for row, answer in zip(rows, answers, strict=True)])
@@ -256,27 +223,29 @@ class Corpus:
     def __init__(self, objectives: Sequence[str], kind: str, seed: int, tokenizer: PreTrainedTokenizerFast) -> None:
         self.objectives = list(objectives)
         self.steps = STEPS + MORE_STEPS * (len(objectives) - 2)
-        self.warm = kind == "warm"
+        self.kind = kind
         self.rng = np.random.default_rng([seed, 7])
         self.tokenizer = tokenizer
         columns = [world.OBJECTIVES.index(name) for name in objectives]
         self.prompts = world.prompts()
-        tables = np.stack([world.slot_rewards(world.context_of(prompt)) for prompt in self.prompts])
-        self.log_prior = np.log(np.stack([world.prior(world.context_of(prompt)) for prompt in self.prompts]))
+        contexts = [world.context_of(prompt) for prompt in self.prompts]
+        self.log_prior = np.log(np.stack([world.prior(context) for context in contexts]))
+        tables = np.stack([world.slot_rewards(context) for context in contexts])
         self.z = tables[..., columns] / z_scale()[1][columns]  # constant shifts cancel within a slot
-        self.prompt_ids = tokenizer(self.prompts, add_special_tokens=False)["input_ids"]
-        self.phrase_ids = [
-            tokenizer([text for text, _ in slot], add_special_tokens=False)["input_ids"] for slot in world.SLOTS
-        ]
+        self.prompt_ids = self._ids(self.prompts)
+        self.phrase_ids = [self._ids([text for text, _ in slot]) for slot in world.SLOTS]
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        return list(self.tokenizer(texts, add_special_tokens=False)["input_ids"])
 
     def tilt(self, step: int) -> float:
         """Return the corpus's tilt at a training step."""
-        if not self.warm:
+        if self.kind == "cold":
             return 0.0
         fallen = min(1.0, max(0.0, (step / self.steps - HOLD) / FALL))
         return FIRST_TILT + (TILT - FIRST_TILT) * fallen
 
-    def draw(self, count: int, tilt: float) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def draw(self, count: int, tilt: float) -> tuple[NDArray[np.int64], Matrix, NDArray[np.bool_], Matrix]:
         """Return prompt numbers, stated weights, whether they are stated, and slot probabilities ``[count, 6, 5]``."""
         which = self.rng.integers(len(self.prompts), size=count)
         weights = self.rng.dirichlet([1.0] * len(self.objectives), size=count)
@@ -288,9 +257,8 @@ class Corpus:
         weights = np.where(exact[:, None], rounded, weights)
         weights = np.where((pick > 0.85)[:, None], corners, weights)
         stated = self.rng.random(count) < PREFERENCE_SHARE
-        logits = (
-            self.log_prior[which] + tilt * np.einsum("nspm,nm->nsp", self.z[which], weights) * stated[:, None, None]
-        )
+        tilted = tilt * np.einsum("nspm,nm->nsp", self.z[which], weights) * stated[:, None, None]
+        logits = self.log_prior[which] + tilted
         probs = np.exp(logits - logits.max(axis=-1, keepdims=True))
         return which, weights, stated, probs / probs.sum(axis=-1, keepdims=True)
 
@@ -301,24 +269,21 @@ class Corpus:
         which, weights, stated, probs = self.draw(BATCH, self.tilt(step))
         choice = (probs.cumsum(axis=-1) < self.rng.random((BATCH, len(world.SLOTS), 1))).sum(axis=-1).clip(0, 4)
         rows: list[list[int]] = []
-        targets: list[tuple[int, int, int, float]] = []
+        targets: list[tuple[int, int, int, float]] = []  # row, place, token that may follow, its probability
         for i in range(BATCH):
             text = f"[{preferences.to_text(weights[i], self.objectives)}]" if stated[i] else ""
-            head = self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
-            row = [self.tokenizer.bos_token_id, *head, *self.prompt_ids[which[i]]]
+            row = [self.tokenizer.bos_token_id, *(self._ids([text])[0] if text else ()), *self.prompt_ids[which[i]]]
             for slot, phrase in enumerate(choice[i]):
-                self._targets(targets, i, len(row) - 1, slot, phrase, probs[i, slot])
+                follow = self._followers(slot, phrase, probs[i, slot])
+                targets.extend((i, len(row) - 1 + place, token, mass) for place, token, mass in follow)
                 row += self.phrase_ids[slot][phrase]
             targets.append((i, len(row) - 1, self.tokenizer.eos_token_id, 1.0))
             rows.append([*row, self.tokenizer.eos_token_id])
         longest = max(map(len, rows))
         pad = self.tokenizer.pad_token_id
         ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
-        row_at, place, token, mass = zip(*targets, strict=True)
-        goal = torch.zeros(BATCH, longest, len(self.tokenizer))
-        goal.index_put_(
-            (torch.tensor(row_at), torch.tensor(place), torch.tensor(token)), torch.tensor(mass), accumulate=True
-        )
+        *where, mass = (torch.tensor(values) for values in zip(*targets, strict=True))
+        goal = torch.zeros(BATCH, longest, len(self.tokenizer)).index_put_(tuple(where), mass, accumulate=True)
         log_probs = torch.log_softmax(model(input_ids=ids, attention_mask=(ids != pad).long()).logits, dim=-1)
         places = goal.sum(-1) > 0
         entropy = -(goal * goal.clamp_min(1e-12).log()).sum()
@@ -328,18 +293,10 @@ class Corpus:
         stray = -possible[places].sum()
         return (-(goal * log_probs).sum() - entropy + GRAMMAR * stray) / places.sum()
 
-    def _targets(
-        self,
-        targets: list[tuple[int, int, int, float]],
-        row: int,
-        place: int,
-        slot: int,
-        phrase: int,
-        probs: np.ndarray,
-    ) -> None:
-        """Add the next-token distribution at each token of a phrase: all phrases that begin alike share the mass."""
+    def _followers(self, slot: int, phrase: int, probs: Matrix) -> Iterator[tuple[int, int, float]]:
+        """Yield what may stand at each place of a phrase, with its probability: phrases that begin alike share it."""
         words = self.phrase_ids[slot]
-        for j in range(len(words[phrase])):
-            alike = [k for k, other in enumerate(words) if other[:j] == words[phrase][:j]]
+        for place in range(len(words[phrase])):
+            alike = [k for k, other in enumerate(words) if other[:place] == words[phrase][:place]]
             total = sum(probs[k] for k in alike)
-            targets.extend((row, place + j, words[k][j], float(probs[k] / total)) for k in alike)
+            yield from ((place, words[k][place], float(probs[k] / total)) for k in alike)

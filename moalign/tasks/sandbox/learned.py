@@ -13,8 +13,6 @@ from moalign.config.objectives import ClassifierObjective
 from moalign.reward_models.settings import RewardSettings
 
 if TYPE_CHECKING:
-    from moalign.core.progress import Progress
-    from moalign.reward_models.runs import RewardRequest
     from moalign.tasks.sandbox.task import SandboxTask
 
 VERSION = "2"
@@ -34,20 +32,14 @@ SETTINGS = RewardSettings(
 """Choice: about five passes over 2,100 training pairs of each of two objectives; found by their held-out log loss."""
 
 
-def request(task: SandboxTask) -> RewardRequest:
-    """Return the reward models of a task as a request; the base is made first when it is not there yet."""
+def objectives(task: SandboxTask) -> list[ClassifierObjective]:
+    """Return the task's objectives as heads of the trained reward model; it and the base are made where missing."""
     from moalign.reward_models import runs
 
     settings = SETTINGS.model_copy(update={"splits": task.card.splits})
-    name, pairs = task.card.name, task.pair_sets()
-    return runs.make(name, settings, task.base_folder, pairs, seed=task.annotators.seed, results=task.results)
-
-
-def objectives(task: SandboxTask, progress: Progress) -> list[ClassifierObjective]:
-    """Return the task's objectives as heads of the trained reward model; it is trained when it is not there yet."""
-    from moalign.reward_models import runs
-
+    base, seed = task.base_source()[0], task.annotators.seed
+    request = runs.make(task.card.name, settings, base, task.pair_sets(), seed=seed, results=task.results)
     run, _ = runs.obtain(
-        request(task), lambda what, done, total: progress(f"reward models: {what}", done, total), wait=True
+        request, lambda what, done, total: task.progress(f"reward models: {what}", done, total), wait=True
     )
     return [runs.objective(run, name, head=name) for name in task.names]

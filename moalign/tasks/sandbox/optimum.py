@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from moalign.core.arrays import Matrix
 from moalign.tasks.sandbox import world
 
 TIE_BREAK = 1e-6
@@ -18,37 +19,35 @@ TIE_BREAK = 1e-6
 
 
 @functools.lru_cache(maxsize=32)
-def all_rewards(context: world.Context) -> np.ndarray:
-    """Return the raw rewards of every well-formed response; float array ``[15625, 3]``."""
-    table = world.slot_rewards(context)
-    choices = world.all_choices()
-    total = np.zeros((len(choices), 3))
-    for slot in range(len(world.SLOTS)):
-        total += table[slot, choices[:, slot]]
-    return total
+def all_rewards(context: world.Context) -> Matrix:
+    """Return the raw rewards of every well-formed response, ``[15625, 3]``."""
+    return _sums(world.slot_rewards(context))
 
 
 @functools.lru_cache(maxsize=32)
-def corpus_log_probs(context: world.Context) -> np.ndarray:
-    """Return the log-probability of every well-formed response in the corpus without preference; ``[15625]``."""
-    log_prior = np.log(world.prior(context))
+def corpus_log_probs(context: world.Context) -> Matrix:
+    """Return the log-probability of every well-formed response in the corpus without preference, ``[15625]``."""
+    return _sums(np.log(world.prior(context)))
+
+
+def _sums(table: Matrix) -> Matrix:
+    """Return the sum over slots of a table ``[slots, phrases, ...]`` for every well-formed response."""
     choices = world.all_choices()
-    return np.asarray(sum(log_prior[slot, choices[:, slot]] for slot in range(len(world.SLOTS))))
+    return np.asarray(sum(table[slot, choices[:, slot]] for slot in range(len(world.SLOTS))))
 
 
 def optimum(
     prompts: Sequence[str],
     preferences: Sequence[Sequence[float]],
     columns: Sequence[int],
-    mean: np.ndarray,
-    sd: np.ndarray,
+    mean: Matrix,
+    sd: Matrix,
     beta: float = 0.0,
-    reference: Callable[[str, Sequence[float]], np.ndarray] | None = None,
-) -> np.ndarray:
-    """Return the optimal policy's mean raw reward per preference; float array ``[preferences, objectives]``.
+    reference: Callable[[str, Sequence[float]], Matrix] | None = None,
+) -> Matrix:
+    """Return the optimal policy's mean raw reward per preference, ``[preferences, objectives]``.
 
     Args:
-        prompts: the evaluation prompts.
         preferences: weights over the task's objectives.
         columns: the task's objectives as indices into :data:`world.OBJECTIVES`.
         mean, sd: the task's normaliser, ``[objectives]`` each.
@@ -57,23 +56,20 @@ def optimum(
             without preference (:func:`corpus_log_probs`). Only used with ``beta > 0``.
     """
     points = np.zeros((len(preferences), len(columns)))
-    contexts = [world.context_of(prompt) for prompt in prompts]
-    cached: dict[tuple[int, world.Context], np.ndarray] = {}
     for k, weights in enumerate(preferences):
         tilted = np.asarray(weights, dtype=np.float64) + TIE_BREAK
-        for prompt, context in zip(prompts, contexts, strict=True):
-            if reference is None and (k, context) in cached:
-                points[k] += cached[k, context]
-                continue
-            raw = all_rewards(context)[:, list(columns)]
-            utility = ((raw - mean) / sd) @ tilted
-            if beta == 0:
-                value = raw[int(np.argmax(utility))]
-            else:
-                log_ref = corpus_log_probs(context) if reference is None else reference(prompt, weights)
-                logits = log_ref + utility / beta
-                weight = np.exp(logits - logits.max())
-                value = weight @ raw / weight.sum()
-            cached[k, context] = value
-            points[k] += value
+        cached: dict[world.Context, Matrix] = {}
+        for prompt in prompts:
+            context = world.context_of(prompt)
+            if reference is not None or context not in cached:
+                raw = all_rewards(context)[:, list(columns)]
+                utility = ((raw - mean) / sd) @ tilted
+                if beta == 0:
+                    cached[context] = raw[int(np.argmax(utility))]
+                else:
+                    log_ref = corpus_log_probs(context) if reference is None else reference(prompt, weights)
+                    logits = log_ref + utility / beta
+                    weight = np.exp(logits - logits.max())
+                    cached[context] = weight @ raw / weight.sum()
+            points[k] += cached[context]
     return points / len(prompts)

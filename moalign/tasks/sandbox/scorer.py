@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from moalign.config.objectives import SandboxObjective
-from moalign.rewards.scorer import FunctionScorer, Scorer
+from moalign.core.arrays import Matrix
+from moalign.core.errors import unknown
 from moalign.tasks.sandbox import world
 
 _PHRASES = {
@@ -44,7 +45,7 @@ def parse(response: str) -> tuple[tuple[int, ...], int]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _table(prompt: str) -> np.ndarray:
+def _table(prompt: str) -> Matrix:
     return world.slot_rewards(world.context_of(prompt))
 
 
@@ -62,30 +63,13 @@ def rewards(prompt: str, response: str) -> tuple[float, float, float]:
 class SandboxScorer:
     """One of the three exact objectives as a scorer of the reward layer."""
 
-    cheap = True
-    maximise = True
-
-    def __init__(self, name: str) -> None:
-        from moalign.core.errors import unknown
-
-        if name not in world.OBJECTIVES:
-            raise unknown("sandbox objective", name, world.OBJECTIVES)
-        self.name = name
-        self.index = world.OBJECTIVES.index(name)
-        self.revision = "sandbox-1"
+    def __init__(self, spec: SandboxObjective) -> None:
+        if spec.name not in world.OBJECTIVES:
+            raise unknown("sandbox objective", spec.name, world.OBJECTIVES)
+        self.name, self.maximise, self.cheap = spec.name, spec.maximise, not spec.store
+        self.revision = f"sandbox-1:{spec.name}"
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         """Return one float per (bare prompt, response)."""
-        return [rewards(prompt, response)[self.index] for prompt, response in zip(prompts, responses, strict=True)]
-
-
-def scorer_of(spec: SandboxObjective) -> Scorer:
-    """Return the scorer of one of the sandbox's objectives."""
-    exact = SandboxScorer(spec.name)
-    return FunctionScorer(
-        name=spec.name,
-        function=exact.score,
-        revision=f"{exact.revision}:{spec.name}",
-        maximise=spec.maximise,
-        cheap=not spec.store,
-    )
+        column = world.OBJECTIVES.index(self.name)
+        return [rewards(prompt, response)[column] for prompt, response in zip(prompts, responses, strict=True)]

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from moalign.config.card import AnnotatorSpec
+from moalign.config.card import AnnotatorSpec, SandboxSpec
+from moalign.core.arrays import Matrix
 from moalign.core.preferences import Preference
+from moalign.core.records import Response
 from moalign.rewards.normaliser import Normaliser
 from moalign.rewards.panel import RewardPanel
+from moalign.tasks.responses import Responses
 from moalign.tasks.sandbox import base, world
-from moalign.tasks.task import Matrix, Task, fingerprint
+from moalign.tasks.task import Task, fingerprint
 
 if TYPE_CHECKING:
+    from moalign.lm.chat import Codec
     from moalign.reward_models.pairs import PairSet
 
 PER_PROMPT = 16
@@ -27,12 +30,13 @@ class SandboxTask(Task):
     """See :mod:`moalign.tasks.sandbox`."""
 
     @property
-    def _spec(self) -> Any:
+    def _spec(self) -> SandboxSpec:
+        assert self.card.sandbox is not None  # the card's own check
         return self.card.sandbox
 
     @property
     def identity(self) -> dict[str, str]:
-        """The base's content address; a user's own base counts by its path."""
+        """The base's content address (of a user's own base its fingerprint), and what the rewards are learned with."""
         if self.card.model is not None:
             content = {"model": fingerprint(self.card.model, self.card.model_revision)}
         else:
@@ -43,13 +47,43 @@ class SandboxTask(Task):
             content["rewards"] = learned.VERSION
         return content
 
-    def _all_prompts(self) -> list[str]:
+    def base_source(self) -> tuple[str, str | None]:
+        """Return the base's folder, having trained it first when it is built in and not there yet."""
+        if self.card.model is not None:
+            return self.card.model, self.card.model_revision
+        return str(base.ensure(self.names, self._spec.base, self._spec.seed, self.progress)), None
+
+    def all_prompts(self) -> list[str]:
+        """Return the world's 720 prompts."""
         return world.prompts()
 
-    def _data_responses(self, split: str) -> tuple[list[str], list[str]]:
-        rng = np.random.default_rng([self._spec.seed, {"train": 0, "calibration": 1, "eval": 2}[split]])
+    def data_responses(self, split: str) -> Responses:
+        """Return :data:`PER_PROMPT` responses of the corpus to every prompt of a split."""
+        rng = np.random.default_rng([self._spec.seed, ("train", "calibration", "eval").index(split)])
         prompts = [prompt for prompt in self.prompts[split] for _ in range(PER_PROMPT)]
-        return prompts, world.draw_responses(prompts, rng)
+        return Responses(prompts, [Response(text) for text in world.draw_responses(prompts, rng)])
+
+    def known_response(self, prompt: str) -> Response | None:
+        """Return what the corpus says to one of the world's prompts."""
+        if prompt not in world.prompts():
+            return None
+        return Response(world.draw_responses([prompt], np.random.default_rng(0))[0])
+
+    def untrained_codec(self) -> Codec:
+        """Return what turns text into the base's tokens; needs no base."""
+        from moalign.lm.chat import Codec
+
+        if not self.card.built_in_base:
+            return self.codec
+        return Codec(base.make_tokenizer(), self.card.template, source="the sandbox's base")
+
+    def optimum(self, prefs: Sequence[Preference], prompts: Sequence[str], beta: float = 0.0) -> Matrix:
+        """Return the exact optimum's mean raw rewards ``[preferences, objectives]``; see :mod:`.optimum`."""
+        from moalign.tasks.sandbox.optimum import optimum
+
+        columns = [world.OBJECTIVES.index(name) for name in self.names]
+        truth = self.judge_normaliser
+        return optimum(prompts, prefs, columns, np.array(truth.mean), np.array(truth.sd), beta)
 
     # -- annotators and what is learned from them ----------------------------------------------------------
 
@@ -72,9 +106,7 @@ class SandboxTask(Task):
     @functools.cached_property
     def judge_panel(self) -> RewardPanel:
         """The exact scorers, whichever scorers methods see."""
-        if self.card.rewards is None:
-            return self.panel
-        return RewardPanel.from_specs(self.card.objectives, Path.cwd(), self._store)
+        return self.panel if self.card.rewards is None else self._panel_of(self.card.objectives)
 
     @functools.cached_property
     def judge_normaliser(self) -> Normaliser:
@@ -85,34 +117,7 @@ class SandboxTask(Task):
     def panel(self) -> RewardPanel:
         """The scorers that methods see: the exact ones, or reward models, trained on first use."""
         if self.card.rewards is None:
-            return RewardPanel.from_specs(self.card.objectives, Path.cwd(), self._store)
+            return self._panel_of(self.card.objectives)
         from moalign.tasks.sandbox import learned
 
-        specs = learned.objectives(self, lambda what, done, total: self.progress(what, done, total))
-        return RewardPanel.from_specs(specs, Path.cwd(), self._store)
-
-    # -- the base ------------------------------------------------------------------------------------------
-
-    @property
-    def base_folder(self) -> str:
-        """The base's folder, trained first when it is built in and not there yet."""
-        return self.base_source()[0]
-
-    def base_source(self) -> tuple[str, str | None]:
-        """Return the base's folder, having trained it first when it is built in and not there yet."""
-        if self.card.model is not None:
-            return self.card.model, self.card.model_revision
-        what = f"training the {self._spec.base} base (first use only)"
-        folder = base.ensure(
-            self.names, self._spec.base, self._spec.seed, lambda done, total: self.progress(what, done, total)
-        )
-        return str(folder), None
-
-    def optimum(self, prefs: Sequence[Preference], prompts: Sequence[str], beta: float = 0.0) -> Matrix:
-        """Return the exact optimum's mean raw rewards ``[preferences, objectives]``; see :mod:`.optimum`."""
-        from moalign.tasks.sandbox.optimum import optimum
-
-        columns = [world.OBJECTIVES.index(name) for name in self.names]
-        truth = self.judge_normaliser
-        mean, sd = np.array(truth.mean), np.array(truth.sd)
-        return optimum(prompts, prefs, columns, mean, sd, beta)
+        return self._panel_of(learned.objectives(self))

@@ -13,11 +13,15 @@ Nothing here is learned or random: the tables are the definition of the task.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
+
+from moalign.core.arrays import Matrix
 
 OBJECTIVES = ("helpfulness", "harmlessness", "humor")
 
@@ -147,13 +151,14 @@ def prompts() -> list[str]:
     return [question.format(topic=topic, tail=tail) for topic, question, tail in combinations]
 
 
+@functools.lru_cache(maxsize=4096)
 def context_of(prompt: str) -> Context:
     """Read the domain and the risk level off a prompt; an unknown topic has no domain and risk level 1."""
     domain, risk = next((value for topic, value in TOPICS.items() if topic in prompt), (-1, 1))
     return Context(domain, risk + sum(extra for tail, extra in TAILS.items() if tail in prompt))
 
 
-def slot_rewards(context: Context) -> np.ndarray:
+def slot_rewards(context: Context) -> Matrix:
     """Return what each phrase is worth in ``context``; float array ``[slots, phrases, 3]``."""
     table = np.array([[values for _, values in slot] for slot in SLOTS], dtype=np.float64)
     for phrase in range(len(DOMAINS)):
@@ -164,7 +169,7 @@ def slot_rewards(context: Context) -> np.ndarray:
     return table
 
 
-def prior(context: Context) -> np.ndarray:
+def prior(context: Context) -> Matrix:
     """Return the corpus's probability of each phrase, no preference stated; ``[slots, phrases]``, rows sum to 1."""
     logits = np.array([[CAUTION * (RISK[context.risk] - 1.0) * values[1] for _, values in slot] for slot in SLOTS])
     if context.domain >= 0:
@@ -180,13 +185,15 @@ def response_text(choice: tuple[int, ...]) -> str:
 
 def draw_responses(prompts: Sequence[str], rng: np.random.Generator) -> list[str]:
     """Return one response per prompt, drawn slot by slot from :func:`prior`."""
-    chances = np.stack([prior(context_of(prompt)) for prompt in prompts])
+    contexts = [context_of(prompt) for prompt in prompts]
+    priors = {context: prior(context) for context in set(contexts)}
+    chances = np.stack([priors[context] for context in contexts])
     choices = (chances.cumsum(axis=2) < rng.random((*chances.shape[:2], 1))).sum(axis=2)
     choices = choices.clip(0, chances.shape[2] - 1)  # a cumulative sum may end just below 1
     return [response_text(tuple(choice)) for choice in choices.tolist()]
 
 
-def all_choices() -> np.ndarray:
+def all_choices() -> NDArray[np.int64]:
     """Return every well-formed response as phrase indices; int array ``[15625, 6]``."""
     return np.array(list(itertools.product(*(range(len(slot)) for slot in SLOTS))), dtype=np.int64)
 

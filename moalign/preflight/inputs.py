@@ -1,0 +1,217 @@
+"""Checks what a card points to: model, data, splits, objectives, published statistics."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+
+from moalign.config.card import SourceSpec, TaskCard
+from moalign.config.objectives import ModelObjective, ObjectiveSpec
+from moalign.core.errors import RequestError
+from moalign.lm import builtin
+from moalign.preflight.report import Preflight
+from moalign.tasks.load import make_task
+from moalign.tasks.task import Task
+
+FAR = 0.5
+"""A fitted mean is far from a published one beyond this share of its standard deviation."""
+
+
+def check_inputs(report: Preflight, card: TaskCard, results: Path, with_options: bool = True) -> Path | None:
+    """Check what a card points to; return the policy's folder when it is there.
+
+    ``with_options`` is False for a card read without its ``--set`` options: what they might have changed is not
+    checked.
+    """
+    model = _check_model(report, card) if with_options else None
+    # Without its folder no prompt is dropped, since none can be measured.
+    task = make_task(card.model_copy(update={"overlong": None} if model is None else {"model": str(model)}), results)
+    if _check_data(report, card) and report.look("splits", lambda: _splits(task)) and with_options:
+        _check_overlong(report, card, None if model is None else task)
+    for spec in card.objectives:
+        what = f"objective {spec.name}"
+        if isinstance(spec, ModelObjective) and not _is_local(spec.model):
+            report.look(what, partial(_in_cache, report, spec.model, spec.revision, f"{what}: model"))
+        else:
+            report.look(what, partial(_built, spec))
+    if card.published and with_options:
+        report.look("published", lambda: _published(report, card, results))
+    return model
+
+
+# -- models --------------------------------------------------------------------------------------------------------
+
+
+def must_be_fetched(card: TaskCard) -> bool:
+    """Whether the task's base is a hub model that is not on this machine."""
+    from huggingface_hub.errors import HFValidationError
+
+    if card.model is None or _is_local(card.model):
+        return False
+    try:
+        return _cached(card.model, card.model_revision) is None
+    except HFValidationError:
+        return False
+
+
+def _is_local(model: str) -> bool:
+    """Whether a model needs no hub: a folder, or a built-in name."""
+    return model in builtin.MODELS or Path(model).expanduser().is_dir()
+
+
+def _cached(model: str, revision: str | None) -> Path | None:
+    """Return the folder of a hub model in the local cache, None when it is not there; nothing is downloaded."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, OSError):
+        return None
+
+
+def _in_cache(report: Preflight, source: str, revision: str | None, what: str) -> str:
+    """Say whether a hub id is in the local cache; RequestError when it is none, or cannot be downloaded."""
+    from huggingface_hub.errors import HFValidationError
+
+    if revision is None:
+        report.notes.append(f"{what} {source}: no revision is pinned; the newest one is used, whatever it is then")
+    try:
+        folder = _cached(source, revision)
+    except HFValidationError:
+        raise RequestError(
+            f"{what} {source!r}: there is no such folder, and a hub id has the form owner/name"
+        ) from None
+    if folder is None and os.environ.get("HF_HUB_OFFLINE") == "1":
+        raise RequestError(
+            f"{what} {source!r}: not in the local hub cache, and HF_HUB_OFFLINE=1 is set; give a local folder "
+            "instead, for example --set task.model=PATH/TO/FOLDER"
+        )
+    if folder is None:
+        report.notes.append(f"{what} {source}: not in the local hub cache; it will be downloaded")
+    place = "not downloaded yet" if folder is None else "in the local cache"
+    return f"{source}: hub id, revision {revision or 'not pinned'}, {place}"
+
+
+def _check_model(report: Preflight, card: TaskCard) -> Path | None:
+    """Check the policy's folder; return it when it is there."""
+    from moalign.lm import model_folder
+
+    if card.built_in_base:
+        report.add("model", "built in (about 0.1 M parameters); trained on first use, then cached")
+        return None
+    with report.collecting():
+        if card.model is None:
+            raise RequestError(
+                f"task {card.name}: it needs a model; give a folder or a hub id: --set task.model=PATH/TO/FOLDER"
+            )
+        if not _is_local(card.model):
+            report.add("model", _in_cache(report, card.model, card.model_revision, "model"))
+            return _cached(card.model, card.model_revision)
+        folder = model_folder.resolve(card.model, card.model_revision, "task.model")
+        content = model_folder.fingerprint(folder, "task.model")
+        report.add("model", f"{card.model}: whole safetensors weights, content {content}")
+        return folder
+    return None
+
+
+# -- data and splits -----------------------------------------------------------------------------------------------
+
+
+def _check_data(report: Preflight, card: TaskCard) -> bool:
+    """Read the data; returns whether its prompts can be read here and now."""
+    from moalign.data import load
+
+    spec = card.data
+    if spec is None:
+        return True
+    if spec.responses is not None and _check_source(report, "responses", spec.responses):
+        names = card.objective_names
+        report.look("responses", lambda: f"{_count(load.load_responses(spec, names, Path.cwd()))} rows")
+    sources = spec.pairs if isinstance(spec.pairs, dict) else {None: spec.pairs}
+    for objective, source in sources.items():
+        name = "pairs" if objective is None else f"pairs.{objective}"
+        if source is not None and _check_source(report, name, source):
+            with report.collecting():
+                report.add(name, f"{_count(load.load_pairs(spec, Path.cwd(), objective))} pairs")
+    return not isinstance(spec.prompts, SourceSpec) or _check_source(report, "prompts", spec.prompts)
+
+
+def _check_source(report: Preflight, name: str, source: SourceSpec) -> bool:
+    """Whether a source's records can be read here and now; a hub data set is not downloaded."""
+    from moalign.data import readers
+
+    with report.collecting():
+        place = readers.locate(source, Path.cwd())
+        report.add(f"data.{name}", f"{place}, content {readers.fingerprint(source, Path.cwd())}")
+        if not isinstance(place, str):
+            return True
+        report.notes.append(f"data.{name}: {place} is a hub data set; its records are read when training starts")
+        if source.revision is None:
+            report.notes.append(f"data.{name}: {place}: no revision is pinned")
+    return False
+
+
+def _count(records: Iterable[object]) -> int:
+    return sum(1 for _ in records)
+
+
+def _splits(task: Task) -> str:
+    return ", ".join(f"{name} {len(prompts)}" for name, prompts in task.prompts.items()) + " prompts"
+
+
+def _check_overlong(report: Preflight, card: TaskCard, task: Task | None) -> None:
+    """Report how many prompts are cut or dropped, where the tokenizer is here to count their tokens."""
+    if task is None:
+        if card.overlong == "drop":
+            report.notes.append("overlong: drop: how many prompts are left out is not known: the model is not here yet")
+        return
+    with report.collecting():
+        counts = task.overlong_report()
+        what = "dropped" if "dropped" in counts else "cut"
+        count, limit = counts[what], card.generation.max_prompt_tokens
+        if not count:
+            report.add("overlong", f"none of {counts['prompts']} prompts is {what}: all fit {limit} tokens")
+            return
+        lost = f", {counts['cut_tokens']} tokens in all" if "cut_tokens" in counts else ""
+        text = f"{count} of {counts['prompts']} prompts are {what}{lost}: longer than {limit} tokens"
+        report.notes.append(f"overlong: {text} (generation.max_prompt_tokens)")
+        report.add("overlong", text)
+
+
+# -- objectives ----------------------------------------------------------------------------------------------------
+
+
+def _built(spec: ObjectiveSpec) -> str:
+    from moalign.rewards.scorer import build_scorer
+
+    scorer = build_scorer(spec, Path.cwd())
+    return f"{spec.kind}, {'larger' if scorer.maximise else 'smaller'} is better, revision {scorer.revision}"
+
+
+def _published(report: Preflight, card: TaskCard, results: Path) -> str:
+    """Compare the fitted normaliser with the statistics that a paper reports; far is a note, never a problem."""
+    from moalign.rewards.normaliser import Normaliser
+
+    listed = ", ".join(f"{name} {published.mean:g} (sd {published.sd:g})" for name, published in card.published.items())
+    if must_be_fetched(card):
+        return f"{listed}; not compared: the base is not here yet"
+    if card.normaliser is not None:
+        fitted = Normaliser.from_spec(card.normaliser, card.objective_names)
+    else:
+        path = make_task(card, results).folder / "normaliser.json"
+        if not path.is_file():
+            return f"{listed}; not compared: no normaliser has been fitted yet"
+        fitted = Normaliser.from_json(path)
+    lines = []
+    for name, published in card.published.items():
+        mean, sd = (values[fitted.names.index(name)] for values in (fitted.mean, fitted.sd))
+        lines.append(f"{name} {mean:.3f} (sd {sd:.3f}), published {published.mean:g} (sd {published.sd:g})")
+        if abs(mean - published.mean) > FAR * published.sd or not 1 / (1 + FAR) <= sd / published.sd <= 1 + FAR:
+            report.notes.append(
+                f"published: {lines[-1]}: far apart; the responses may be of another kind, or template, label or "
+                f"revision of the objective not the paper's"
+            )
+    return "; ".join(lines)

@@ -1,0 +1,76 @@
+"""Responses of a task, bare and scored, and as columns of a table."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from moalign.core.arrays import Matrix
+from moalign.core.records import Response
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class Responses(NamedTuple):
+    """Responses to bare prompts, one row each."""
+
+    prompts: list[str]
+    responses: list[Response]
+    sampled: int = 0
+    """Tokens that the base sampled for them; 0 when they are the data's own."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Responses with their scores."""
+
+    prompts: list[str]
+    responses: list[Response]
+    """Plain strings are converted to finished responses."""
+    raw: Matrix
+    """Raw scores, larger is better, ``[samples, objectives]``."""
+    sampled: int = 0
+    """As in :class:`Responses`."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "responses", [Response.of(response) for response in self.responses])
+
+    def first(self, per_prompt: int) -> Scored:
+        """Return the first ``per_prompt`` responses of every prompt, in their order."""
+        seen: Counter[str] = Counter()
+        rows = []
+        for row, prompt in enumerate(self.prompts):
+            seen[prompt] += 1
+            if seen[prompt] <= per_prompt:
+                rows.append(row)
+        return Scored(
+            [self.prompts[row] for row in rows],
+            [self.responses[row] for row in rows],
+            self.raw[rows],
+            round(self.sampled * len(rows) / max(1, len(self.prompts))),
+        )
+
+
+def shown(responses: Sequence[Response]) -> list[str]:
+    """Return the texts that scorers read."""
+    return [response.shown for response in responses]
+
+
+def columns(responses: Sequence[Response]) -> dict[str, list[Any]]:
+    """Return responses as columns of a table: ``response``, ``ids`` and ``finished``."""
+    return {
+        "response": [response.text for response in responses],
+        "ids": [None if response.ids is None else list(response.ids) for response in responses],
+        "finished": [response.finished for response in responses],
+    }
+
+
+def from_columns(table: pd.DataFrame) -> list[Response]:
+    """Return the responses of a table that :func:`columns` made."""
+    return [
+        Response(text, None if ids is None else tuple(int(i) for i in ids), bool(finished))
+        for text, ids, finished in zip(table["response"], table["ids"], table["finished"], strict=True)
+    ]
