@@ -58,12 +58,11 @@ def _labels(runs: Sequence[ComparedRun]) -> list[str]:
 
 def _settings(run: ComparedRun) -> dict[str, Any]:
     """Return a run's settings by dotted name, with the method's defaults where its identity leaves them out."""
-    settings = dict(_flat(run.identity))
-    defaults = run.method.Config.model_construct().model_dump(mode="json")
-    for key, value in _flat({"config": defaults}):
-        if not any(key.startswith(f"{name}.") for name in settings):  # a whole part that is switched off
-            settings.setdefault(key, value)
-    return settings
+    named = dict(_flat(run.identity))
+    defaults = dict(_flat({"config": run.method.Config.model_construct().model_dump(mode="json")}))
+    for key in [key for key in defaults if any(key.startswith(f"{name}.") for name in named)]:
+        del defaults[key]  # of a whole part that is switched off
+    return defaults | named
 
 
 def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
