@@ -84,7 +84,7 @@ def compare(
 
 
 def _show(content: Mapping[str, Any], results: Path) -> None:
-    from moalign.report.table import print_comparison
+    from moalign.report.terminal import print_comparison
 
     print_comparison(output.console(), content)
     _next(content, results)

@@ -1,4 +1,4 @@
-"""A comparison as ``compare`` tells it, made from score matrices."""
+"""A comparison as ``compare`` records it, made from score matrices."""
 
 from __future__ import annotations
 
@@ -28,6 +28,11 @@ from moalign.report import verdict
 NAMES = ["helpfulness", "harmlessness", "humor", "brevity"]
 
 
+def _run(label: str, seed: int, status: str, error: str | None, command: str) -> dict[str, Any]:
+    run = {"run": f"results/{label}", "run_id": label, "seed": seed, "status": status, "error": error}
+    return {**run, "command": command, "made": None}
+
+
 def _entry(label: str, gain: float, grid: Any, on: Any, seeds: int, rate: float) -> Entry:
     m = len(on.names)
     runs, evaluations, costs = [], [], []
@@ -49,7 +54,7 @@ def _entry(label: str, gain: float, grid: Any, on: Any, seeds: int, rate: float)
             }
         )
         command = f"moalign train {label} --task toy --seed {seed}"
-        runs.append({"run": f"results/{label}", "seed": seed, "status": "done", "error": None, "command": command})
+        runs.append(_run(label, seed, "done", None, command))
     return Entry(label, label, True, list(range(seeds)), evaluations, costs, runs)
 
 
@@ -94,7 +99,7 @@ def _record(
     rows = [_entry(label, gain, grid, on, seeds, rates.get(label, 0.0)) for label, gain in gains.items()]
     for label in dead:
         command = f"moalign train {label} --task toy --seed 0"
-        run = {"run": label, "seed": 0, "status": "failed", "error": "WorkError: out of | memory", "command": command}
+        run = _run(label, 0, "failed", "WorkError: out of | memory", command)
         rows.append(Entry(label, label, runs=[run]))
     record: dict[str, Any] = {
         "task": "toy",
@@ -104,6 +109,7 @@ def _record(
         "ref": [0.0] * objectives,
         "grid": [list(w) for w in grid],
         "prompts": 50,
+        "samples": 1,
         "draws": 100,
         "level": 0.95,
         "bounds": {"lo": [-5.0] * objectives, "hi": [5.0] * objectives},

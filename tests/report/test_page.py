@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moalign.core import preferences
-from moalign.report import page
+from moalign.report import page, templates
 from moalign.report.page import Answers
 
 Build = Callable[..., dict[str, Any]]
@@ -159,7 +159,7 @@ def test_any_text_comes_back_from_its_block(value: Any) -> None:
 
 
 def test_the_script_writes_text_only() -> None:
-    script = "\n".join(page._asset(name) for name in page.SCRIPTS)
+    script = "\n".join(templates.asset(name) for name in page.SCRIPTS)
     ways = "innerHTML outerHTML insertAdjacentHTML document.write eval( Function( srcdoc DOMParser setHTML"
     assert [way for way in ways.split() if way in script] == []
     assert "textContent" in script

@@ -28,27 +28,9 @@ function shape(name, attributes = {}, text) {
 
 const missing = (value) => value === null || value === undefined;
 const number = (value, digits = 3) => (missing(value) ? NONE : value.toFixed(digits).replace(/^-(0\.?0*)$/, "$1"));
-const signed = (value, digits = 3) => (missing(value) ? NONE : (value > 0 ? "+" : "") + number(value, digits));
-const percent = (value, digits = 1) => (missing(value) ? NONE : `${number(100 * value, digits)} %`);
 const interval = (pair, digits = 3) =>
   missing(pair) ? NONE : `[${number(pair[0], digits)}, ${number(pair[1], digits)}]`;
 
-function count(value) {
-  if (missing(value)) return NONE;
-  for (const [size, unit] of [[1e12, " T"], [1e9, " G"], [1e6, " M"], [1e3, " k"]])
-    if (value >= 0.9995 * size) return Number((value / size).toPrecision(3)) + unit;
-  return String(Math.round(value));
-}
-
-function duration(seconds) {
-  if (missing(seconds)) return NONE;
-  if (seconds < 60) return `${seconds.toFixed(seconds < 10 ? 1 : 0)} s`;
-  const minutes = Math.round(seconds / 60);
-  return minutes < 60 ? `${Math.floor(seconds / 60)} min ${Math.floor(seconds % 60)} s`
-    : `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
-}
-
-const memory = (bytes) => (missing(bytes) ? NONE : `${Math.round(bytes / 2 ** 20)} MiB`);
 const weights = (preference) => preference.map((w) => Number(w.toFixed(3))).join(", ");
 const named = (preference) => preference.map((w, i) => `${record.objectives[i]} ${Number(w.toFixed(3))}`).join(", ");
 const dot = (a, b) => a.reduce((sum, value, i) => sum + value * b[i], 0);

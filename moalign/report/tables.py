@@ -1,0 +1,247 @@
+"""The tables of a comparison: every column once, and which of them each output shows.
+
+The terminal, ``compare.md``, ``LEADERBOARD.md`` and the HTML page are all written from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from moalign.report.units import NONE, Row, count, duration, interval, memory, nats, number, percent, signed
+
+
+def at(path: str) -> Callable[[Row], Any]:
+    """Return a function that reads ``path``, as in ``cost.seconds``; None where any part of it is missing.
+
+    >>> at("cost.seconds")({"cost": {"seconds": 3}}), at("cost.seconds")({"cost": None})
+    (3, None)
+    """
+
+    def read(row: Row) -> Any:
+        value: Any = row
+        for key in path.split("."):
+            value = value.get(key) if value is not None else None
+        return value
+
+    return read
+
+
+def _text(value: object) -> str:
+    return NONE if value is None else str(value)
+
+
+@dataclass(frozen=True)
+class Column:
+    """How one quantity is read, written and sorted."""
+
+    heading: str
+    value: Callable[[Row], Any]
+    """None where the row has no value."""
+    write: Callable[..., str] = _text
+    """Value -> text; called as ``write(value, digits)`` where ``digits`` are given."""
+    digits: int | None = None
+    brief: int | None = None
+    """Digits in the terminal."""
+    short: str = ""
+    """Heading in the terminal, where that is another."""
+    needs: Callable[[Row], Any] | None = None
+    """The column is shown only where this is not None for some row."""
+    left: bool = False
+    """Text: aligned to the left."""
+    rising: bool = False
+    """The best value, or the first word, is the smallest: a click on its heading begins there."""
+    markdown: bool = False
+    """Its text is Markdown already."""
+    order: Callable[[Any], Any] = lambda value: value
+    """Value -> what the page sorts by."""
+
+    def text(self, row: Row, brief: bool = False) -> str:
+        """Return the row's value as text; ``brief``: with the terminal's digits."""
+        value, digits = self.value(row), self.brief if brief and self.brief is not None else self.digits
+        if value is None:
+            return NONE
+        return self.write(value) if digits is None else self.write(value, digits)
+
+    def applies(self, rows: Iterable[Row]) -> bool:
+        """Return whether the column belongs in a table of these rows."""
+        return self.needs is None or any(self.needs(row) is not None for row in rows)
+
+    def sort_key(self, row: Row) -> Any:
+        """Return what the page sorts the row by; None for a missing value, which goes last."""
+        value = self.value(row)
+        return None if value is None else self.order(value)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns that apply, and the rows to write in them."""
+
+    columns: Sequence[Column]
+    rows: Sequence[Row]
+
+    def has(self, heading: str) -> bool:
+        """Return whether the column with this heading is shown."""
+        return any(column.heading == heading for column in self.columns)
+
+    def cells(self, brief: bool = False) -> list[list[str]]:
+        """Return the text of every cell, row by row."""
+        return [[column.text(row, brief) for column in self.columns] for row in self.rows]
+
+
+def select(columns: Mapping[str, Column], names: str, rows: Iterable[Row], **changed: Column) -> Table:
+    """Return the table of the columns named in ``names``, as far as they apply to ``rows``.
+
+    ``changed`` replaces or adds columns for this table only.
+    """
+    lines, available = list(rows), {**columns, **changed}
+    chosen = [available[name] for name in names.split()]
+    shown = [column for column in chosen if column.applies(lines)]
+    return Table(shown, lines)
+
+
+# --- one row per method -----------------------------------------------------------------------------------------
+
+
+def _name(row: Row) -> str:
+    return str(row["label"]) + ("" if row["status"] == "done" else f" ({row['status']})")
+
+
+def _further_seeds(row: Row) -> Any:
+    return row["seeds"][1:] or None
+
+
+def _spacing(row: Row) -> Any:
+    """Return the spacing of a front of at least two points: fewer have none."""
+    return at("indicators.spacing")(row) if (row["front"] or 0) >= 2 else None
+
+
+def _quality_with_kl(row: Row) -> Any:
+    return row["quality"] if at("quality.kl")(row) is not None else None
+
+
+def _tokens(row: Row) -> Any:
+    return row["cost"] and row["cost"]["tokens_generated"] + row["cost"]["tokens_trained"]
+
+
+def _per_minute(row: Row) -> Any:
+    value = at("hypervolume_per_cost.seconds")(row)
+    return None if value is None else 60 * value
+
+
+def _by_seed(row: Row) -> Any:
+    return row["hypervolume_by_seed"] or None
+
+
+def _each(values: Sequence[float]) -> str:
+    return ", ".join(number(value) for value in values)
+
+
+_METHOD = Column("method", at("label"), left=True, rising=True)
+
+METHODS = {
+    "rank": Column("#", at("rank"), rising=True),
+    "name": replace(_METHOD, value=_name),
+    "label": _METHOD,
+    "hypervolume": Column("hypervolume", at("hypervolume"), number, 4, brief=3, short="hyperv."),
+    "interval": Column("95 % interval", at("ci"), interval, 4, brief=3, order=lambda ci: ci[0]),
+    "share": Column(
+        "% of optimum", at("optimal_share"), percent, 1, brief=0, short="optimum", needs=at("optimal_share")
+    ),
+    "seeds": Column("each seed", _by_seed, _each, needs=_further_seeds, order=lambda values: values[0]),
+    "iqm": Column("interquartile mean", at("hypervolume_iqm"), number, 4, needs=_further_seeds),
+    "tau": Column("tau", at("indicators.tau"), number, 3, brief=2),
+    "inner_product": Column("inner product", at("indicators.inner_product"), number),
+    "utility": Column("expected utility", at("indicators.expected_utility"), number),
+    "regret": Column("regret", at("indicators.regret"), number, needs=at("indicators.regret"), rising=True),
+    "igd_plus": Column("IGD+", at("indicators.igd_plus"), number, rising=True),
+    "spacing": Column("spacing", _spacing, number, rising=True),
+    "collapsed": Column("collapsed", at("quality.rate"), percent, 1, brief=0, rising=True),
+    "length": Column("mean length", at("quality.mean_length"), number, 1),
+    "distinct": Column("distinct-3", at("quality.distinct_3"), number),
+    "kl": Column(
+        "KL to base",
+        _quality_with_kl,
+        nats,
+        short="KL to\nbase",
+        needs=at("quality.kl"),
+        rising=True,
+        order=at("kl"),
+    ),
+    "time": Column("time", at("cost.seconds"), duration, rising=True),
+    "tokens": Column("tokens", _tokens, count, rising=True),
+    "generated": Column("tokens generated", at("cost.tokens_generated"), count, short="generated", rising=True),
+    "trained": Column("tokens trained on", at("cost.tokens_trained"), count, short="trained", rising=True),
+    "rewards": Column("reward calls", at("cost.reward_calls"), count, short="rewards", rising=True),
+    "memory": Column("peak memory", at("cost.peak_memory_bytes"), memory, short="memory", rising=True),
+    "answering": Column(
+        "answering: tokens", at("cost.answering.tokens_generated"), count, short="answering", rising=True
+    ),
+    "answering_rewards": Column("answering: reward calls", at("cost.answering.reward_calls"), count, rising=True),
+    "per_minute": Column("hypervolume per minute", _per_minute, number),
+    "gap": Column("gap", at("gap"), signed, 4, needs=at("gap")),
+}
+"""Every column of a table with one row per method."""
+
+COST = "time generated trained rewards memory answering"
+
+
+# --- other tables -----------------------------------------------------------------------------------------------
+
+PAIRS = {
+    "a": replace(_METHOD, value=at("a")),
+    "b": Column("against", at("b"), left=True, rising=True),
+    "difference": Column("difference", at("difference"), signed, 4, brief=3, short="by"),
+    "interval": METHODS["interval"],
+    "reflected": replace(METHODS["interval"], heading="reflected", value=at("ci_reflected")),
+    "above": Column("above 0 in", at("p_improve"), percent, 1),
+    "certain": Column("certain", lambda pair: "yes" if pair["certain"] else "no"),
+}
+"""Columns of paired differences."""
+
+
+def pairs(record: Row) -> Table:
+    """Return the paired differences in hypervolume between all methods."""
+    return select(PAIRS, " ".join(PAIRS), record["pairs"])
+
+
+def generalisation(rows: Iterable[Row]) -> Table:
+    """Return what each method reaches on preferences that it was trained on and on those held out."""
+    columns = (
+        _METHOD,
+        Column("preferences", lambda row: row["side"].replace("_", " "), left=True),
+        Column("how many", at("preferences")),
+        METHODS["hypervolume"],
+        METHODS["share"],
+        Column("utility, % of optimum", at("utility_share"), percent, 1),
+        replace(METHODS["tau"], value=at("tau")),
+        replace(METHODS["inner_product"], value=at("inner_product")),
+    )
+    sides = [
+        {**numbers, "label": row["label"], "side": side}
+        for row in rows
+        for side, numbers in (row["generalisation"] or {}).items()
+    ]
+    return Table(columns, sides)
+
+
+def diagnostics(rows: Iterable[Row]) -> Table:
+    """Return what each method measured of itself at the end of training."""
+    columns = (
+        _METHOD,
+        Column("quantity", at("quantity"), left=True, rising=True),
+        Column("value", at("value"), lambda value: f"{value:.4g}"),
+    )
+    measured = [
+        {"label": row["label"], "quantity": name, "value": value}
+        for row in rows
+        for name, value in row["diagnostics"].items()
+    ]
+    return Table(columns, measured)
+
+
+def reported(record: Row) -> Table:
+    """Return numbers that papers report."""
+    texts = [Column(name, at(name), left=True, rising=True) for name in ("method", "metric", "setting", "source")]
+    return Table([*texts, Column("value", at("value"), lambda value: f"{value:g}")], record["reported"])
