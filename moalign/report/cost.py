@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from moalign.report import style
 from moalign.report.style import Theme, ThemeName
-from moalign.report.units import machines
+from moalign.report.units import Row, duration, machines
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,83 +18,67 @@ UNITS = {
     "reward_calls": "reward calls in training",
     "seconds": "time of training",
 }
+_CLOCK = {
+    0: "0",
+    0.1: "0.1 s",
+    1: "1 s",
+    10: "10 s",
+    60: "1 min",
+    600: "10 min",
+    3600: "1 h",
+    36_000: "10 h",
+    360_000: "100 h",
+}
+"""Seconds that read well on an axis."""
 
 
-def draw(record: Mapping[str, Any], suffix: str = ".png", theme: ThemeName = "light") -> bytes:
-    """Return the figure as a file's content: one panel per unit of cost, with zero at the left edge.
-
-    Args:
-        record: of a comparison (``compare.json``), with at least one row that has points.
-        suffix: one of :data:`moalign.report.style.FORMATS`.
-        theme: ``light`` or ``dark``.
-    """
-    rows = [row for row in record["rows"] if row["points"]]
+def draw(record: Row, suffix: str = ".png", theme: ThemeName = "light") -> bytes:
+    """Return the figure of a comparison in which some row has points: a panel per unit, with zero at its left edge."""
     with style.canvas(7.6, 6.0, theme) as (figure, colours):
-        panels = figure.subplots(2, 2, sharey=True).ravel().tolist()
+        panels = style.panels(figure, len(UNITS), 2, sharey=True)
         for panel, (unit, name) in zip(panels, UNITS.items(), strict=True):
-            _panel(panel, rows, unit, colours)
+            _panel(panel, style.drawn(record), unit, colours)
             mixed = unit == "seconds" and len(machines(record)) > 1
-            panel.set_title(f"{name} (different machines: not comparable)" if mixed else name, loc="left")
+            panel.set_title(f"{name} (different machines: not comparable)" if mixed else name)
+            if record["optimum"]:
+                best = record["optimum"]["hypervolume"]
+                panel.axhline(best, color=colours.optimum, linewidth=1.6, zorder=1, label="optimum")
         for panel in panels[::2]:
             panel.set_ylabel("hypervolume")
-        if record["optimum"]:
-            for panel in panels:
-                panel.axhline(
-                    record["optimum"]["hypervolume"], color=colours.optimum, linewidth=1.6, zorder=1, label="optimum"
-                )
-        handles, labels = panels[0].get_legend_handles_labels()
-        style.legend(figure, handles, labels, "", beside=False)
-        style.headline(figure, f"{record['task']}: hypervolume (95 % interval) against cost, mean per seed")
-        return style.content(figure, suffix)
+        style.legend(figure, *panels[0].get_legend_handles_labels(), "", beside=False)
+        title = f"{record['task']}: hypervolume (95 % interval) against cost, mean per seed"
+        return style.content(figure, title, suffix)
 
 
-def _panel(panel: Axes, rows: Sequence[Mapping[str, Any]], unit: str, colours: Theme) -> None:
+def _panel(panel: Axes, rows: Sequence[Row], unit: str, colours: Theme) -> None:
+    from matplotlib.ticker import EngFormatter, NullLocator
+
     spent = [float(row["cost"][unit]) for row in rows]
     # Logarithmic, with room for 0; less than a tenth of a second counts as 0.
     least = min((value for value in spent if value > 0.1), default=1.0)
     panel.set_xscale("symlog", linthresh=least / 2, linscale=0.3)
     for index, (row, value) in enumerate(zip(rows, spent, strict=True)):
-        colour, marker = style.look(index, colours)
-        low, high = (abs(bound - row["hypervolume"]) for bound in row["ci"])
+        volume = row["hypervolume"]
         panel.errorbar(
             value if value > 0.1 else 0.0,
-            row["hypervolume"],
-            yerr=[[low], [high]],
-            color=colour,
-            marker=marker,
-            markersize=7,
-            markeredgecolor=colours.paper,
+            volume,
+            yerr=[[abs(bound - volume)] for bound in row["ci"]],
             elinewidth=1.0,
-            linestyle="none",
             zorder=3,
             label=style.wrapped(row["label"]),
+            **style.look(index, colours).marks(7, 0),
         )
     panel.margins(x=0.1)
-    panel.set_xticks(_ticks(least, max([*spent, least]), unit == "seconds"))
-    panel.xaxis.set_major_formatter(lambda value, _: _short(value, unit == "seconds"))
-    panel.xaxis.set_minor_locator(_none())
+    if unit == "seconds":
+        ticks = _ticks(least, max([*spent, least]), _CLOCK)
+        panel.set_xticks(ticks, [_CLOCK.get(tick) or duration(tick) for tick in ticks])
+    else:
+        ticks = _ticks(least, max([*spent, least]), (10.0**power for power in range(16)))
+        panel.set_xticks(ticks, [EngFormatter()(float(f"{tick:.3g}")) for tick in ticks])
+    panel.xaxis.set_minor_locator(NullLocator())
 
 
-_CLOCK = (0.1, 1, 10, 60, 600, 3600, 10 * 3600, 100 * 3600)
-"""Seconds that read well on an axis."""
-
-
-def _ticks(least: float, most: float, clock: bool) -> list[float]:
-    """Return 0 and at most four steps: powers of ten (of seconds: clock times), or the ends where none lies between."""
-    steps = _CLOCK if clock else [10.0**power for power in range(16)]
+def _ticks(least: float, most: float, steps: Iterable[float]) -> list[float]:
+    """Return 0 and at most four of the steps, or the largest value where none lies between."""
     inner = [step for step in steps if least / 2 <= step <= 2 * most]
     return [0.0, *(inner[:: 1 + (len(inner) - 1) // 4] if inner else [most])]
-
-
-def _short(value: float, clock: bool) -> str:
-    if not value:
-        return "0"
-    units = [(3600, " h"), (60, " min"), (1, " s")] if clock else [(1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")]
-    size, unit = next(((size, unit) for size, unit in units if value >= size), (1, " s" if clock else ""))
-    return f"{value / size:.3g}{unit}"
-
-
-def _none() -> Any:
-    from matplotlib.ticker import NullLocator
-
-    return NullLocator()

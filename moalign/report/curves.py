@@ -13,7 +13,7 @@ import numpy as np
 
 from moalign.report import style
 from moalign.report.style import ThemeName
-from moalign.report.units import count
+from moalign.report.units import Row
 
 QUANTITIES = {
     "utility": "mean utility w·z of training rollouts",
@@ -44,41 +44,25 @@ def condense(metrics: Sequence[Mapping[str, Any]]) -> dict[str, list[list[float]
     return curves
 
 
-def draw(record: Mapping[str, Any], suffix: str = ".png", theme: ThemeName = "light") -> bytes | None:
-    """Return the figure as a file's content; None when no run logged any of :data:`QUANTITIES`.
+def draw(record: Row, suffix: str = ".png", theme: ThemeName = "light") -> bytes | None:
+    """Return the figure; None when no run logged any of :data:`QUANTITIES`."""
+    from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    Args:
-        record: of a comparison (``compare.json``); ``curves`` of a row holds one :func:`condense` per seed.
-        suffix: one of :data:`moalign.report.style.FORMATS`.
-        theme: ``light`` or ``dark``.
-    """
-    rows = [row for row in record["rows"] if row["points"]]
-    logged = [name for name in QUANTITIES if any(name in seed for row in rows for seed in row.get("curves") or [])]
+    rows = style.drawn(record)
+    logged = [name for name in QUANTITIES if any(name in seed for row in rows for seed in row["curves"])]
     if not logged:
         return None
     with style.canvas(3.7 * len(logged) + 0.4, 4.0, theme) as (figure, colours):
-        panels = np.atleast_1d(figure.subplots(1, len(logged))).tolist()
         handles: dict[str, Any] = {}
-        for panel, name in zip(panels, logged, strict=True):
+        for panel, name in zip(style.panels(figure, len(logged), len(logged)), logged, strict=True):
             for index, row in enumerate(rows):
-                colour, marker = style.look(index, colours)
-                for seed in row.get("curves") or []:
+                marks = style.look(index, colours).marks(5, 1.2)
+                for seed in row["curves"]:
                     if name in seed:
-                        x, y = np.array(seed[name]).T
-                        (line,) = panel.plot(
-                            x, y, color=colour, linewidth=1.2, marker=marker, markersize=4, markevery=6
-                        )
-                        handles.setdefault(row["label"], line)
-            panel.set(xlabel="tokens generated and trained on")
-            panel.set_title(style.wrapped(QUANTITIES[name], 44), loc="left")
-            panel.xaxis.set_major_formatter(lambda value, _: count(value))
-            panel.xaxis.set_major_locator(_locator())
-        style.legend(figure, list(handles.values()), [style.wrapped(name) for name in handles], "", beside=False)
-        style.headline(figure, f"{record['task']}: learning curves, one line per seed")
-        return style.content(figure, suffix)
-
-
-def _locator() -> Any:
-    from matplotlib.ticker import MaxNLocator
-
-    return MaxNLocator(5)
+                        (line,) = panel.plot(*np.array(seed[name]).T, **marks, markevery=6)
+                        handles.setdefault(style.wrapped(row["label"]), line)
+            panel.set(xlabel="tokens generated and trained on", title=style.wrapped(QUANTITIES[name], 44))
+            panel.xaxis.set_major_formatter(EngFormatter())
+            panel.xaxis.set_major_locator(MaxNLocator(5))
+        style.legend(figure, list(handles.values()), list(handles), "", beside=False)
+        return style.content(figure, f"{record['task']}: learning curves, one line per seed", suffix)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from moalign.report import cost, curves, figure, utility
+from moalign.report import cost, curves, fronts, utility
 
 ALL: dict[str, Callable[..., bytes | None]] = {
-    "fronts": figure.draw,
+    "fronts": fronts.draw,
     "utility": utility.draw,
     "cost": cost.draw,
     "curves": curves.draw,

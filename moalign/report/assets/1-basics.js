@@ -35,18 +35,23 @@ const weights = (preference) => preference.map((w) => Number(w.toFixed(3))).join
 const named = (preference) => preference.map((w, i) => `${record.objectives[i]} ${Number(w.toFixed(3))}`).join(", ");
 const dot = (a, b) => a.reduce((sum, value, i) => sum + value * b[i], 0);
 
-// Nine marks and seven colours: they repeat after 63.
 const MARKS = [
   "M-5,0a5,5 0 1,0 10,0a5,5 0 1,0 -10,0", "M-4.5,-4.5h9v9h-9z", "M0,-5.5L5.2,4.2H-5.2z", "M0,-6L5,0L0,6L-5,0z",
   "M0,5.5L5.2,-4.2H-5.2z", "M-1.7,-5.5h3.4v3.8h3.8v3.4h-3.8v3.8h-3.4v-3.8h-3.8v-3.4h3.8z",
   "M-5,-2.5L-2.5,-5L0,-2.5L2.5,-5L5,-2.5L2.5,0L5,2.5L2.5,5L0,2.5L-2.5,5L-5,2.5L-2.5,0z", "M-5.5,0L4.2,-5.2V5.2z",
   "M5.5,0L-4.2,-5.2V5.2z",
 ];
-const lookOf = (row) => judged.indexOf(row);
-const colour = (index) => index % 7;
+const DASHES = ["none", "8 3", "2 2", "10 3 2 3"];
+
+// As in the figures: seven colours; every further seven methods have other dashes, and by turns hollow marks.
+function lookOf(row) {
+  const index = judged.indexOf(row);
+  const [hue, turn] = [index % 7, Math.floor(index / 7)];
+  return { hue, dashes: DASHES[turn % 4], mark: MARKS[index % 9], fill: turn % 2 ? `hollow s${hue}` : `f${hue}` };
+}
 
 function swatch(row) {
   const made = shape("svg", { class: "swatch", viewBox: "-8 -8 16 16", "aria-hidden": "true" });
-  made.append(shape("path", { d: MARKS[lookOf(row) % 9], class: `f${colour(lookOf(row))}` }));
+  made.append(shape("path", { d: lookOf(row).mark, class: lookOf(row).fill }));
   return made;
 }
