@@ -17,10 +17,10 @@ from typing import Any
 from urllib.parse import quote
 
 from moalign.core.errors import MoalignError, RequestError
-from moalign.report import drawings, markdown, tables, verdict
+from moalign.report import drawings, markdown, tables
 from moalign.report.tables import METHODS, Column, select
 from moalign.report.templates import render
-from moalign.report.units import Row
+from moalign.report.units import Row, judged
 from moalign.runs import atomic
 
 
@@ -57,7 +57,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _draw(record: Row, folder: Path) -> dict[str, list[Path]]:
     """Draw every figure that applies, light and dark, beside the record; return its files by name."""
     figures: dict[str, list[Path]] = {}
-    for name, draw in drawings.ALL.items() if verdict.judged(record) else ():
+    for name, draw in drawings.ALL.items() if judged(record) else ():
         for suffix, theme in (("", "light"), ("-dark", "dark")):
             content = draw(record, ".png", theme)
             if content is not None:
@@ -80,17 +80,17 @@ def _relative(path: Path, folder: Path) -> str:
 
 def _section(path: Path, record: Row, folder: Path) -> dict[str, Any]:
     counts = {len(row["seeds"]) for row in record["rows"]}
-    most, judged, environment = max(counts), verdict.judged(record), record["environment"]
+    most, rows, environment = max(counts), judged(record), record["environment"]
     shown = "rank name hypervolume interval share seeds tau inner_product collapsed kl command"
     command = Column("command", _command, left=True, markdown=True)
     return {
         "name": path.parent.name,
         "folder": _relative(path.parent, folder),
         "record": record,
-        "judged": judged,
+        "judged": rows,
         "seeds": f"{'' if len(counts) == 1 else 'up to '}{most} seed{'' if most == 1 else 's'}",
         "ranking": select(METHODS, shown, record["rows"], command=command),
-        "cost": select(METHODS, f"label {tables.COST} answering_rewards", judged),
+        "cost": select(METHODS, f"label {tables.COST} answering_rewards", rows),
         "machine": ", ".join(filter(None, (environment.get("cpu"), *(environment.get("gpus") or [])))),
     }
 

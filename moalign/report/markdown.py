@@ -6,8 +6,7 @@ import os
 from pathlib import Path
 from urllib.parse import quote
 
-from moalign.report import tables, verdict
-from moalign.report.tables import METHODS, select
+from moalign.report import tables
 from moalign.report.templates import render
 from moalign.report.units import Row
 
@@ -22,19 +21,12 @@ _FIGURES = {
 
 def page(record: Row, folder: Path) -> str:
     """Return the page; its links are relative to ``folder``, where it will be written."""
-    judged = verdict.judged(record)
     return render(
         "compare.md",
         {
+            **tables.of_comparison(record, _RANKING, _COST),
             "record": record,
             "link": lambda path: quote(Path(os.path.relpath(path, folder)).as_posix()),
-            "ranking": select(METHODS, _RANKING, record["rows"]),
-            "pairs": tables.pairs(record),
-            "cost": select(METHODS, _COST, judged),
-            "generalisation": tables.generalisation(judged),
-            "gaps": select(METHODS, "label hypervolume gap", judged),
-            "diagnostics": tables.diagnostics(judged),
-            "reported": tables.reported(record),
             "figures": [(_FIGURES[name], path) for name, path in record["figures"].items() if name in _FIGURES],
             "failures": [(row["label"], run) for row in record["rows"] for run in row["runs"] if run["error"]],
         },

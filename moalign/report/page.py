@@ -20,10 +20,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moalign.report import tables, verdict
-from moalign.report.tables import METHODS, select
+from moalign.report import tables
 from moalign.report.templates import asset, render
-from moalign.report.units import Row, number
+from moalign.report.units import Row
 from moalign.runs import atomic
 
 LIMIT = 10_000_000
@@ -34,7 +33,7 @@ SCRIPTS = ("1-basics.js", "2-tables.js", "3-front.js", "4-answers.js", "5-start.
 """The page's script, in the order in which its parts are joined."""
 
 
-_BOARD = (
+_RANKING = (
     "rank name hypervolume interval share seeds tau inner_product utility regret igd_plus spacing collapsed kl time "
     "tokens"
 )
@@ -61,23 +60,14 @@ def page(record: Row, answers: Sequence[Answers] = (), limit: int = LIMIT) -> by
     ``answers`` are of every row that has any, all to the same prompts; ``limit`` is the page's largest size in bytes.
     """
     css, script = asset("page.css"), "\n".join(asset(name) for name in SCRIPTS)
-    judged = verdict.judged(record)
     context: dict[str, Any] = {
+        **tables.of_comparison(record, _RANKING, _COST),
         "title": f"moalign: methods on {record['task']}",
         "csp": _policy(css, script),
         "css": css,
         "js": script,
         "data": _json({**record, "rows": [{**row, "curves": None} for row in record["rows"]]}),
         "record": record,
-        "judged": judged,
-        "board": select(METHODS, _BOARD, record["rows"]),
-        "pairs": tables.pairs(record),
-        "cost": select(METHODS, _COST, judged),
-        "held": tables.generalisation(judged),
-        "gap": select(METHODS, "label hypervolume gap", judged),
-        "diagnostics": tables.diagnostics(judged),
-        "reported": tables.reported(record),
-        "environment": _environment(record["environment"]),
     }
 
     def filled(packed: str, block: str) -> bytes:
@@ -85,23 +75,6 @@ def page(record: Row, answers: Sequence[Answers] = (), limit: int = LIMIT) -> by
         return text.encode("utf-8", "replace")  # a generated text can hold half a surrogate pair
 
     return filled(*_fitting(answers, limit - len(filled("", ""))))
-
-
-def _environment(captured: Row) -> list[tuple[str, Any]]:
-    """Return the names and values of the environment that the page shows."""
-    commit, memory = captured.get("commit"), captured.get("memory_bytes")
-    packages = [f"{name} {version}" for name, version in (captured.get("packages") or {}).items() if version]
-    lines = [
-        ("commit", f"{commit}{' with changes' if captured.get('dirty') else ''}" if commit else None),
-        ("Python", captured.get("python")),
-        ("platform", captured.get("platform")),
-        ("processor", captured.get("cpu")),
-        ("processors", captured.get("cpus")),
-        ("memory", None if memory is None else f"{number(memory / 2**30, 1)} GiB"),
-        ("GPUs", ", ".join(captured.get("gpus") or []) or "none"),
-        ("packages", ", ".join(packages)),
-    ]
-    return [(name, value) for name, value in lines if value is not None]
 
 
 def _policy(css: str, script: str) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from moalign.report.units import NONE, Row, count, duration, interval, memory, nats, number, percent, signed
+from moalign.report.units import NONE, Row, count, duration, interval, judged, memory, nats, number, percent, signed
 
 
 def at(path: str) -> Callable[[Row], Any]:
@@ -201,47 +201,46 @@ PAIRS = {
 """Columns of paired differences."""
 
 
-def pairs(record: Row) -> Table:
-    """Return the paired differences in hypervolume between all methods."""
-    return select(PAIRS, " ".join(PAIRS), record["pairs"])
+_SIDES = (
+    _METHOD,
+    Column("preferences", lambda row: row["side"].replace("_", " "), left=True, rising=True),
+    Column("how many", at("preferences")),
+    METHODS["hypervolume"],
+    METHODS["share"],
+    Column("utility, % of optimum", at("utility_share"), percent, 1),
+    replace(METHODS["tau"], value=at("tau")),
+    replace(METHODS["inner_product"], value=at("inner_product")),
+)
+_DIAGNOSTICS = (
+    _METHOD,
+    Column("quantity", at("quantity"), left=True, rising=True),
+    Column("value", at("value"), lambda value: f"{value:.4g}"),
+)
+_REPORTED = (
+    *(Column(name, at(name), left=True, rising=True) for name in ("method", "metric", "setting", "source")),
+    Column("value", at("value"), lambda value: f"{value:g}"),
+)
 
 
-def generalisation(rows: Iterable[Row]) -> Table:
-    """Return what each method reaches on preferences that it was trained on and on those held out."""
-    columns = (
-        _METHOD,
-        Column("preferences", lambda row: row["side"].replace("_", " "), left=True),
-        Column("how many", at("preferences")),
-        METHODS["hypervolume"],
-        METHODS["share"],
-        Column("utility, % of optimum", at("utility_share"), percent, 1),
-        replace(METHODS["tau"], value=at("tau")),
-        replace(METHODS["inner_product"], value=at("inner_product")),
-    )
+def of_comparison(record: Row, ranking: str, cost: str) -> dict[str, Table]:
+    """Return every table of a comparison by name; ``ranking`` and ``cost`` name the columns of these two."""
+    rows = judged(record)
     sides = [
         {**numbers, "label": row["label"], "side": side}
         for row in rows
         for side, numbers in (row["generalisation"] or {}).items()
     ]
-    return Table(columns, sides)
-
-
-def diagnostics(rows: Iterable[Row]) -> Table:
-    """Return what each method measured of itself at the end of training."""
-    columns = (
-        _METHOD,
-        Column("quantity", at("quantity"), left=True, rising=True),
-        Column("value", at("value"), lambda value: f"{value:.4g}"),
-    )
     measured = [
-        {"label": row["label"], "quantity": name, "value": value}
+        {"label": row["label"], "quantity": quantity, "value": value}
         for row in rows
-        for name, value in row["diagnostics"].items()
+        for quantity, value in row["diagnostics"].items()
     ]
-    return Table(columns, measured)
-
-
-def reported(record: Row) -> Table:
-    """Return numbers that papers report."""
-    texts = [Column(name, at(name), left=True, rising=True) for name in ("method", "metric", "setting", "source")]
-    return Table([*texts, Column("value", at("value"), lambda value: f"{value:g}")], record["reported"])
+    return {
+        "ranking": select(METHODS, ranking, record["rows"]),
+        "pairs": select(PAIRS, " ".join(PAIRS), record["pairs"]),
+        "cost": select(METHODS, cost, rows),
+        "generalisation": Table(_SIDES, sides),
+        "gaps": select(METHODS, "label hypervolume gap", rows),
+        "diagnostics": Table(_DIAGNOSTICS, measured),
+        "reported": Table(_REPORTED, record["reported"]),
+    }

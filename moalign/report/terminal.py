@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from moalign.report import tables, verdict
 from moalign.report.tables import METHODS, PAIRS, Column, select
-from moalign.report.units import Row, number
+from moalign.report.units import Row, judged, number
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,7 +31,7 @@ def print_comparison(console: Console, record: Row) -> None:
     write(_heading(record))
     for table in _tables(record):
         console.print(_fitted(table, console, width), width=width)
-    if verdict.judged(record):
+    if judged(record):
         console.print()
     failures = [(row["label"], run) for row in record["rows"] for run in row["runs"] if run["error"]]
     for label, run in failures:
@@ -63,20 +63,20 @@ def _heading(record: Row) -> str:
 
 def _tables(record: Row) -> list[Table]:
     """Return the ranking, the first row's lead over each other, cost and diagnostics, as far as there is any."""
-    judged = verdict.judged(record)
-    if not judged:
+    rows = judged(record)
+    if not rows:
         return []
     ranking = select(METHODS, "rank name hypervolume interval share tau collapsed kl", record["rows"])
     shown = [_rich(ranking, "KL to base: nats per response" if ranking.has("KL to base") else None)]
     leads = verdict.lead_over_each(record)
     if leads:
-        over = Column(f"{judged[0]['label']} is ahead of", tables.at("other"), left=True)
+        over = Column(f"{rows[0]['label']} is ahead of", tables.at("other"), left=True)
         sure = Column("", lambda pair: verdict.sure(pair), left=True)
         shown.append(_rich(select(PAIRS, "over difference interval sure", leads, over=over, sure=sure)))
     label = replace(METHODS["label"], heading="training took")
-    cost = select(METHODS, f"label {tables.COST}", judged, label=label)
+    cost = select(METHODS, f"label {tables.COST}", rows, label=label)
     shown.append(_rich(cost, "tokens generated, tokens trained on, reward calls, peak memory; tokens of answering"))
-    measured = [row for row in judged if row["diagnostics"]]
+    measured = [row for row in rows if row["diagnostics"]]
     if measured:
         label = replace(METHODS["label"], heading="diagnostics")
         values = Column("at the end of training, mean over seeds", _diagnostics, left=True)

@@ -104,6 +104,11 @@ def _three_figures(value: float) -> str:
     return f"{value:.{digits}f}"
 
 
+def judged(record: Row) -> list[Row]:
+    """Return the rows of methods of which a run finished, best first."""
+    return [row for row in record["rows"] if row["status"] != "failed"]
+
+
 def machine(origin: Row) -> str | None:
     """Return the GPUs of a captured environment, or else its CPU; None where neither is known."""
     return ", ".join(origin.get("gpus") or []) or origin.get("cpu")

@@ -5,15 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from moalign.report.units import Row, interval, machines, number, percent, signed
+from moalign.report.units import Row, interval, judged, machines, number, percent, signed
 
 COLLAPSED = 0.05
 """Share of collapsed responses at which a row gets a warning."""
-
-
-def judged(record: Row) -> list[Row]:
-    """Return the rows of methods that finished, best first."""
-    return [row for row in record["rows"] if row["status"] != "failed"]
 
 
 def lead_over_each(record: Row, label: str | None = None, key: str | None = None) -> list[dict[str, Any]]:
