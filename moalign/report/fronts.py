@@ -62,9 +62,9 @@ def _panel(panel: Axes, record: Row, pair: tuple[int, int], colours: Theme) -> N
         name = f"optimum\n{number(record['optimum']['hypervolume'])}"
         if joined:
             best = best[np.argsort(best[:, 0], kind="stable")]
-            panel.plot(*best.T, color=colours.optimum, linewidth=2.2, alpha=0.75, zorder=1, label=name)
+            panel.plot(best[:, 0], best[:, 1], color=colours.optimum, linewidth=2.2, alpha=0.75, zorder=1, label=name)
         else:
-            panel.scatter(*best.T, s=9, color=colours.optimum, alpha=0.6, zorder=1, label=name)
+            panel.scatter(best[:, 0], best[:, 1], s=9, color=colours.optimum, alpha=0.6, zorder=1, label=name)
     for index, row in enumerate(style.drawn(record)):
         _front(panel, row, pair, joined, style.look(index, colours))
     panel.margins(0.08)
@@ -86,12 +86,12 @@ def _front(panel: Axes, row: Row, pair: tuple[int, int], joined: bool, look: Loo
     means, bounds = (np.array([point[key] for point in points])[:, pair] for key in ("mean", "ci"))
     # Resampling can leave the mean just outside a percentile interval of few prompts; a bar has no negative length.
     lengths = np.clip([means - bounds[..., 0], bounds[..., 1] - means], 0, None)
-    bars = {"ecolor": look.colour, "elinewidth": 0.7, "alpha": 0.4, "zorder": 2, "fmt": "none"}
-    panel.errorbar(*means.T, xerr=lengths[..., 0], yerr=lengths[..., 1], **bars)
+    bars: dict[str, Any] = {"ecolor": look.colour, "elinewidth": 0.7, "alpha": 0.4, "zorder": 2, "fmt": "none"}
+    panel.errorbar(means[:, 0], means[:, 1], xerr=lengths[..., 0], yerr=lengths[..., 1], **bars)
     share = "" if row["optimal_share"] is None else f" ({percent(row['optimal_share'])})"
     label = f"{style.wrapped(row['label'])}\n{number(row['hypervolume'])}{share}"
     marks = look.marks(5.2, 1.3) if joined else look.marks(4.2, 0)
-    panel.plot(*means.T, **marks, zorder=3, label=label)
+    panel.plot(means[:, 0], means[:, 1], **marks, zorder=3, label=label)
 
 
 def _ordered(row: Row) -> list[Row]:

@@ -89,14 +89,14 @@ def _ternary(record: Row, suffix: str, theme: ThemeName) -> bytes:
 def _map(panel: Axes, weights: Array, gained: Array, scale: dict[str, Any], colours: Theme) -> Any:
     """Draw one map: a field between the preferences where they span one, and a dot at each that was asked for."""
     at = weights @ _CORNERS
+    x, y = at.T
     panel.set_aspect("equal")
     panel.set_axis_off()
     if len(at) >= 3 and np.linalg.matrix_rank(at - at.mean(axis=0)) == 2:
-        panel.tripcolor(*at.T, gained, shading="gouraud", **scale)
+        panel.tripcolor(x, y, gained, shading="gouraud", **scale)
     panel.plot(*_CORNERS[[0, 1, 2, 0]].T, color=colours.muted, linewidth=0.8)
-    return panel.scatter(
-        *at.T, c=gained, s=26, edgecolors=colours.paper, linewidths=0.7, clip_on=False, zorder=3, **scale
-    )
+    dots: dict[str, Any] = {"edgecolors": colours.paper, "linewidths": 0.7, "clip_on": False, "zorder": 3}
+    return panel.scatter(x, y, c=gained, s=26, **dots, **scale)
 
 
 def _name_corners(panel: Axes, names: Sequence[str]) -> None:
