@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from moalign.cli import output
+from moalign.cli.options import DEFAULT_RESULTS, Json, Results, Settings, Task
 from moalign.core.errors import RequestError
 
 
@@ -17,9 +18,7 @@ def compare(
         list[str] | None,
         typer.Argument(metavar="[RUN]...", help="Evaluated runs to compare; none: those of the task's suite."),
     ] = None,
-    task: Annotated[
-        str | None, typer.Option(metavar="NAME|FILE", help="Task name or card file.  [default: sandbox]")
-    ] = None,
+    task: Task = None,
     methods: Annotated[
         str | None, typer.Option(metavar="A,B,..", help="Methods to compare; else the task's suite.")
     ] = None,
@@ -39,16 +38,14 @@ def compare(
     executor: Annotated[
         str, typer.Option(metavar="local|ray", help="Train on this machine, or as tasks of a ray cluster.")
     ] = "local",
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; repeatable.")
-    ] = None,
-    results: Annotated[Path, typer.Option(metavar="DIR", help="Where runs are kept.")] = output.DEFAULT_RESULTS,
+    set_: Settings = None,
+    results: Results = DEFAULT_RESULTS,
     markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the comparison as Markdown.")] = None,
     figure: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the fronts.")] = None,
     html: Annotated[
         Path | None, typer.Option(metavar="FILE.html", help="Write one page that opens offline, with every answer.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Compare methods under equal conditions.
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from moalign.cli import output
+from moalign.cli.options import DEFAULT_RESULTS, Json, Results
+from moalign.cli.outcome import Content, show_points, show_summary
 from moalign.core.errors import RequestError
 
 if TYPE_CHECKING:
@@ -44,8 +45,8 @@ def evaluate(
         typer.Option(metavar="R1,R2[,..]", help="Reference point (for runs in normalised units; else the card's)."),
     ] = None,
     minimise: Annotated[bool, typer.Option("--minimise", help="With --points: smaller is better.")] = False,
-    results: Annotated[Path, typer.Option(metavar="DIR", help="Where runs are kept.")] = output.DEFAULT_RESULTS,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    results: Results = DEFAULT_RESULTS,
+    as_json: Json = False,
 ) -> None:
     """Evaluate finished runs, or calculate from a table of points."""
     if points is not None:
@@ -110,102 +111,14 @@ def _calculate(path: Path, ref: str | None, minimise: bool, prefs: list[str]) ->
     return points.calculate(path, corner, minimise, vectors, notify=output.warn)
 
 
-def _show_calculated(content: Mapping[str, Any]) -> None:
+def _show_calculated(content: Content) -> None:
+    corner = zip(content["objectives"], content["ref"], strict=True)
     rows = [
         ("hypervolume", f"{content['hypervolume']:.10g}"),
-        (
-            "reference",
-            ", ".join(f"{name} {r:g}" for name, r in zip(content["objectives"], content["ref"], strict=True)),
-        ),
+        ("reference", ", ".join(f"{name} {value:g}" for name, value in corner)),
         ("points", str(content["points"])),
         ("front", str(content["front"])),
     ]
     if "expected_utility" in content:
         rows.append(("expected utility", f"{content['expected_utility']:.10g}"))
     output.pairs(rows)
-
-
-# -- what is shown of a run ----------------------------------------------------------------------------------------
-
-
-def show_points(content: Mapping[str, Any]) -> None:
-    """Print the table of mean rewards: one row per preference, normalised with interval and raw; * is the front."""
-    from moalign.core.preferences import label
-
-    names = content["objectives"]
-    scaled = [f"{name}\nnormalised" for name in names]
-    raw = [f"{name}\nraw" for name in names]
-    table = output.table("preference", *scaled, *raw, right=[*scaled, *raw])
-    for point in content["points"]:
-        cells = [
-            f"{output.number(mean)} {output.interval(bounds, 2)}"
-            for mean, bounds in zip(point["mean"], point["ci"], strict=True)
-        ]
-        plain = [output.number(value) for value in point["raw"]]
-        table.add_row(label(point["prefs"]) + (" *" if point["nondominated"] else ""), *cells, *plain)
-    output.show(table)
-
-
-def show_summary(content: Mapping[str, Any], short: bool = False) -> None:
-    """Print the hypervolume with its interval, the optimal share and (unless ``short``) the indicators."""
-    corner = ", ".join(f"{r:g}" for r in content["ref"])
-    mark = "" if short else f" (*){_spread(content)}"
-    rows = [
-        (
-            "hypervolume",
-            f"{output.number(content['hypervolume'], 4)} {output.interval(content['hypervolume_ci'], 4)} "
-            f"from reference point ({corner}), {content['front']} of {len(content['points'])} points on the front"
-            f"{mark}",
-        )
-    ]
-    if content.get("optimal_share") is not None:
-        share, (low, high) = output.percent(content["optimal_share"], 1), content["optimal_share_ci"]
-        rows.append(
-            ("optimal share", f"{share} [{100 * low:.1f}, {100 * high:.1f}] of the exact optimum's hypervolume")
-        )
-    rows += _generalisation_rows(content.get("generalisation") or {})
-    if not short:
-        indicators, quality = content["indicators"], content.get("quality", {})
-        rows += [
-            ("Kendall's tau", output.number(indicators["tau"], 2)),
-            ("inner product", output.number(indicators["inner_product"])),
-            ("expected utility", output.number(indicators["expected_utility"])),
-        ]
-        if "rate" in quality:
-            rows.append(("collapse rate", output.percent(quality["rate"], 1)))
-        if quality.get("kl") is not None:
-            rows.append(("KL to base", _moved(content)))
-        if content.get("overlong"):
-            rows.append(("prompts", output.overlong(content["overlong"])))
-    output.pairs(rows)
-
-
-def _spread(content: Mapping[str, Any]) -> str:
-    """Return how evenly the front is spread, where it has two points and the evaluation says so."""
-    spacing = content["indicators"].get("spacing")
-    return "" if spacing is None or content["front"] < 2 else f", spacing {output.number(spacing)}"
-
-
-def _moved(content: Mapping[str, Any]) -> str:
-    """Return the mean KL to base and, where preferences differ, its range over them."""
-    each = [point["kl"] for point in content["points"]]
-    low, high = output.number(min(each), 2), output.number(max(each), 2)
-    spread = f", {low} to {high} over the preferences" if low != high else ""
-    return f"{output.nats(content['quality'])} nats per response{spread}"
-
-
-def _generalisation_rows(content: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return a row for the preferences that were trained on and one for those that were held out."""
-    rows = []
-    for side, name in (("trained", "trained on"), ("held_out", "held out")):
-        part = content.get(side)
-        if part is None:
-            continue
-        text = f"{len(part['prefs'])} preferences: hypervolume {output.number(part['hypervolume'], 4)}"
-        if part["optimal_share"] is not None:
-            share, (low, high) = output.percent(part["optimal_share"], 1), part["optimal_share_ci"]
-            text += f", {share} [{100 * low:.1f}, {100 * high:.1f}] of the optimum's"
-        if part.get("utility_share") is not None:
-            text += f"; utility {output.percent(part['utility_share'], 1)} of the optimum's"
-        rows.append((name, text))
-    return rows

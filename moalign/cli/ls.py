@@ -9,19 +9,23 @@ from typing import Annotated, Any
 import typer
 
 from moalign.cli import output
+from moalign.cli.options import DEFAULT_RESULTS, Json, Results
 from moalign.core.errors import RequestError, unknown
-from moalign.report.units import NONE
+from moalign.report.tables import Column, at
+from moalign.report.units import Row, duration, number, percent
+
+Rows = list[dict[str, Any]]
 
 KINDS = ("methods", "tasks", "recipes", "runs", "models")
 
 
 def ls(
     kind: Annotated[str, typer.Argument(metavar="|".join(KINDS), help="What to list.")],
-    results: Annotated[Path, typer.Option(metavar="DIR", help="Where runs are kept.")] = output.DEFAULT_RESULTS,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    results: Results = DEFAULT_RESULTS,
+    as_json: Json = False,
 ) -> None:
     """List methods, tasks, recipes, runs, or the language models that can be had without a model hub."""
-    listers: dict[str, Callable[[], list[dict[str, Any]]]] = {
+    listers: dict[str, Callable[[], Rows]] = {
         "methods": _methods,
         "tasks": _tasks,
         "recipes": _recipes,
@@ -33,30 +37,21 @@ def ls(
     rows = listers[kind]()
     if as_json:
         output.as_json({kind: rows})
-    elif kind == "runs":
-        _show_runs(rows, results)
-    elif kind == "models":
-        _show_models(rows)
-    else:
-        columns = {
-            "methods": ("name", "steers", "needs", "summary"),
-            "tasks": ("name", "objectives", "description"),
-            "recipes": ("name", "gpu", "minutes", "description"),
-        }[kind]
-        table = output.table(*columns)
+        return
+    if kind == "runs" and not rows:
+        output.note(f"no runs in {results / 'runs'}; train one: moalign train METHOD")
+        return
+    output.table(_COLUMNS[kind], rows)
+    if kind == "models":
         for row in rows:
-            table.add_row(*(_cell(row[column]) for column in columns))
-        output.show(table)
+            if _state(row) == "not installed":
+                output.line(f"get {row['name']}: {row['command']}")
+        output.line("use one: --set task.model=NAME")
+    elif kind != "runs":
         output.line(f"details: moalign show NAME{'; run one: moalign train METHOD --task TASK' * (kind == 'recipes')}")
 
 
-def _cell(value: Any) -> str:
-    if isinstance(value, list):
-        return ", ".join(value)
-    return NONE if value is None else str(value)
-
-
-def _methods() -> list[dict[str, Any]]:
+def _methods() -> Rows:
     from moalign.methods import registry
 
     rows = []
@@ -83,7 +78,7 @@ def _methods() -> list[dict[str, Any]]:
     return rows
 
 
-def _tasks() -> list[dict[str, Any]]:
+def _tasks() -> Rows:
     from moalign.config import find
     from moalign.config.load import load_card
 
@@ -107,7 +102,7 @@ def _tasks() -> list[dict[str, Any]]:
     return rows
 
 
-def _recipes() -> list[dict[str, Any]]:
+def _recipes() -> Rows:
     from moalign.config import find, yaml_lines
 
     rows = []
@@ -133,7 +128,7 @@ def _recipes() -> list[dict[str, Any]]:
     return rows
 
 
-def _runs(results: Path) -> list[dict[str, Any]]:
+def _runs(results: Path) -> Rows:
     from moalign.runs.store import RunStore
 
     rows = []
@@ -169,46 +164,46 @@ def _evaluation(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _show_runs(rows: list[dict[str, Any]], results: Path) -> None:
-    if not rows:
-        output.note(f"no runs in {results / 'runs'}; train one: moalign train METHOD")
-        return
-    columns = ("run", "task", "method", "seed", "status", "created (UTC)", "took", "hypervolume", "optimal share")
-    table = output.table(*columns, right=("seed", "took", "hypervolume", "optimal share"))
-    for row in rows:
-        table.add_row(
-            row["run_id"],
-            row["task"],
-            row["method"],
-            str(row["seed"]),
-            row["status"],
-            row["created"][:16].replace("T", " "),
-            output.duration(row["seconds"]),
-            output.number(row["hypervolume"], 4),
-            output.percent(row["optimal_share"], 1),
-        )
-    output.show(table)
-
-
-def _models() -> list[dict[str, Any]]:
+def _models() -> Rows:
     from moalign.lm import builtin
 
     return builtin.listing()
 
 
-def _show_models(rows: list[dict[str, Any]]) -> None:
-    table = output.table(
-        "name", "parameters", "download", "licence", "package", "state", right=("parameters", "download")
-    )
-    missing = {}
-    for row in rows:
-        ready = row["installed"] and row["library"]
-        if row["path"] is None and not ready:
-            missing[row["name"]] = row["command"]
-        state = "converted" if row["path"] else "installed, converted at its first use" if ready else "not installed"
-        sizes = f"{row['parameters'] / 1e6:.0f} M", f"{row['bytes'] / 1e6:.0f} MB"
-        table.add_row(row["name"], *sizes, row["licence"], row["package"], state)
-    output.show(table)
-    for name, command in missing.items():
-        output.line(f"get {name}: {command}")
-    output.line("use one: --set task.model=NAME")
+# -- how they are shown --------------------------------------------------------------------------------------------
+
+
+def _state(row: Row) -> str:
+    if row["path"]:
+        return "converted"
+    return "installed, converted at its first use" if row["installed"] and row["library"] else "not installed"
+
+
+def _left(heading: str, key: str | None = None, write: Callable[..., str] = str) -> Column:
+    return Column(heading, at(key or heading), write, left=True)
+
+
+_COLUMNS = {
+    "methods": (_left("name"), _left("steers"), _left("needs", write=", ".join), _left("summary")),
+    "tasks": (_left("name"), _left("objectives", write=", ".join), _left("description")),
+    "recipes": (_left("name"), _left("gpu"), _left("minutes"), _left("description")),
+    "runs": (
+        _left("run", "run_id"),
+        _left("task"),
+        _left("method"),
+        Column("seed", at("seed"), str),
+        _left("status"),
+        _left("created (UTC)", "created", lambda created: created[:16].replace("T", " ")),
+        Column("took", at("seconds"), duration),
+        Column("hypervolume", at("hypervolume"), number, 4),
+        Column("optimal share", at("optimal_share"), percent, 1),
+    ),
+    "models": (
+        _left("name"),
+        Column("parameters", at("parameters"), lambda count: f"{count / 1e6:.0f} M"),
+        Column("download", at("bytes"), lambda size: f"{size / 1e6:.0f} MB"),
+        _left("licence"),
+        _left("package"),
+        Column("state", _state, left=True),
+    ),
+}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moalign.cli import output
+from moalign.cli.options import Json
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -35,7 +36,7 @@ def preview(
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="task.KEY=VALUE", help="Change one setting of the card.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Show what the model reads for a prompt, token by token, what ends its answer, and one training row.
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from moalign.cli import output
+from moalign.cli.options import DEFAULT_RESULTS, Json
+from moalign.cli.outcome import cost_of
+from moalign.report.tables import Column, at
+from moalign.report.units import interval, number
 
 if TYPE_CHECKING:
     from moalign.reward_models.runs import RewardRequest
@@ -38,7 +44,6 @@ Set = Annotated[
 ]
 Revision = Annotated[str | None, typer.Option(metavar="REV", help="Revision of a hub model.")]
 Results = Annotated[Path, typer.Option(metavar="DIR", help="Where reward models are kept.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 @app.command("train")
@@ -52,7 +57,7 @@ def train(
     loss: Annotated[str | None, typer.Option(metavar="bt|multitask|more", help="bt: one data set.")] = None,
     set_: Set = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of heads and of the order of pairs.")] = 0,
-    results: Results = output.DEFAULT_RESULTS,
+    results: Results = DEFAULT_RESULTS,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan; train nothing.")] = False,
     no_eval: Annotated[bool, typer.Option("--no-eval", help="Do not judge the model on held-out pairs.")] = False,
     as_json: Json = False,
@@ -89,7 +94,7 @@ def evaluate(
     revision: Revision = None,
     set_: Set = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write numbers and figures there.")] = None,
-    results: Results = output.DEFAULT_RESULTS,
+    results: Results = DEFAULT_RESULTS,
     as_json: Json = False,
 ) -> None:
     """Judge a reward model: accuracy, calibration error, reliability diagram, per data set."""
@@ -120,9 +125,6 @@ def _plan_json(request: RewardRequest) -> dict[str, Any]:
 
 
 def _show_plan(request: RewardRequest, as_json: bool) -> None:
-    from moalign.cli.train import flat
-    from moalign.config.describe import yaml_form
-
     plan = _plan_json(request)
     if as_json:
         output.as_json(plan)
@@ -132,10 +134,7 @@ def _show_plan(request: RewardRequest, as_json: bool) -> None:
     rows += [(f"pairs, {split}", ", ".join(f"{k} {v}" for k, v in sets.items())) for split, sets in sizes.items()]
     output.pairs(rows)
     output.line()
-    table = output.table("setting", "value")
-    for key, value in flat(plan["settings"]):
-        table.add_row(key, yaml_form(value))
-    output.show(table)
+    output.settings(output.flat(plan["settings"]))
     output.line("dry run: nothing was trained or written")
 
 
@@ -173,7 +172,6 @@ def _identifier(name: str) -> str:
 
 
 def _show(run: Run, trained_before: bool, evaluation: dict[str, Any] | None, results: Path) -> None:
-    from moalign.cli.train import cost_of
     from moalign.config.describe import yaml_form
 
     outcome = "found trained" if trained_before else "done"
@@ -188,26 +186,28 @@ def _show(run: Run, trained_before: bool, evaluation: dict[str, Any] | None, res
     output.next_commands(output.command("reward", "eval", str(run.path), results=results))
 
 
+def _with_interval(digits: int) -> Callable[[tuple[float, list[float]]], str]:
+    return lambda value: f"{number(value[0], digits)} {interval(value[1])}"
+
+
+_COLUMNS = (
+    Column("data set", at("name"), left=True),
+    Column("pairs", at("pairs")),
+    Column("accuracy", itemgetter("accuracy", "accuracy_ci"), _with_interval(3)),
+    Column("ECE (10 bins)", lambda row: (row["ece"]["10"], row["ece_ci"]["10"]), _with_interval(4)),
+    Column("by chance", at("ece_by_chance.10"), number, 4),
+    Column("5 bins", at("ece.5"), number, 4),
+    Column("20 bins", at("ece.20"), number, 4),
+    Column("log loss", at("log_loss"), number, 4),
+    Column("temperature", at("temperature"), number, 2),
+    Column("true ECE", at("truth.ece.10"), number, 4, needs=at("truth")),
+)
+
+
 def show_evaluation(content: dict[str, Any]) -> None:
     """Print accuracy and calibration of a reward model, one row per data set."""
-    columns = ["pairs", "accuracy", "ECE (10 bins)", "by chance", "5 bins", "20 bins", "log loss", "temperature"]
-    truth_known = any(row["truth"] for row in content["datasets"])
-    columns += ["true ECE"] if truth_known else []
-    table = output.table("data set", *columns, right=columns)
-    for row in content["datasets"]:
-        cells = [
-            str(row["pairs"]),
-            f"{row['accuracy']:.3f} {output.interval(row['accuracy_ci'])}",
-            f"{row['ece']['10']:.4f} {output.interval(row['ece_ci']['10'])}",
-            f"{row['ece_by_chance']['10']:.4f}",
-            f"{row['ece']['5']:.4f}",
-            f"{row['ece']['20']:.4f}",
-            f"{row['log_loss']:.4f}",
-            "" if row["temperature"] is None else f"{row['temperature']:.2f}",
-        ]
-        cells += [f"{row['truth']['ece']['10']:.4f}" if row["truth"] else ""] if truth_known else []
-        table.add_row(row["name"], *cells)
-    output.show(table)
+    rows = content["datasets"]
+    output.table([column for column in _COLUMNS if column.applies(rows)], rows)
     mean = content["mean"]
     output.line(
         f"mean over data sets: accuracy {mean['accuracy']:.4f}, ECE {mean['ece']['10']:.4f} (10 bins); "

@@ -40,7 +40,7 @@ def test_text_shows_points_unless_only_the_hypervolume_is_wanted(moalign: Any, r
 def test_kl_to_base_and_spacing_are_told_where_they_are_known(
     moalign: Any, run: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from moalign.cli.eval import show_summary
+    from moalign.cli.outcome import show_summary
 
     def shown(**changes: Any) -> str:
         show_summary({**told, **changes})
