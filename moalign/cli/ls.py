@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,16 +51,23 @@ def ls(
         output.line(f"details: moalign show NAME{'; run one: moalign train METHOD --task TASK' * (kind == 'recipes')}")
 
 
+def _loaded(names: Iterable[str], load: Callable[[str], Any], severity: str = "error") -> Iterator[tuple[str, Any]]:
+    """Yield what ``load`` makes of each name; what is broken is reported and must not hide the others."""
+    for name in names:
+        try:
+            loaded = load(name)
+        except RequestError as error:
+            for problem in error.problems:
+                output.note(f"{severity}: {problem}")
+        else:
+            yield name, loaded
+
+
 def _methods() -> Rows:
     from moalign.methods import registry
 
     rows = []
-    for name in registry.names():
-        try:
-            method = registry.get(name)
-        except RequestError as error:  # a broken plugin must not hide the others
-            output.warn(str(error))
-            continue
+    for name, method in _loaded(registry.names(), registry.get, severity="warning"):
         can = method.capabilities
         needs = [("pairs", can.needs_pairs), ("rewards while training", can.needs_online_rewards and can.trains)]
         steers = "any preference" if can.steerable else "the trained preferences only"
@@ -82,44 +89,34 @@ def _tasks() -> Rows:
     from moalign.config import find
     from moalign.config.load import load_card
 
-    rows = []
-    for name in find.list_tasks():
-        try:
-            card = load_card(name)
-        except RequestError as error:
-            output.errors(error.problems)
-            continue
-        rows.append(
-            {
-                "name": name,
-                "kind": card.kind,
-                "objectives": card.objective_names,
-                "description": card.description,
-                "suite": card.suite,
-                "path": str(find.find_task_file(name)),
-            }
-        )
-    return rows
+    return [
+        {
+            "name": name,
+            "kind": card.kind,
+            "objectives": card.objective_names,
+            "description": card.description,
+            "suite": card.suite,
+            "path": str(find.find_task_file(name)),
+        }
+        for name, card in _loaded(find.list_tasks(), load_card)
+    ]
 
 
 def _recipes() -> Rows:
     from moalign.config import find, yaml_lines
 
+    recipes = {f"{task}/{method}": (task, method, path) for task, method, path in find.list_recipes()}
     rows = []
-    for task, method, path in find.list_recipes():
-        try:
-            data = yaml_lines.load(path).data
-        except RequestError as error:
-            output.errors(error.problems)
-            continue
-        needs = data.get("needs")
+    for name, document in _loaded(recipes, lambda name: yaml_lines.load(recipes[name][2])):
+        task, method, path = recipes[name]
+        needs = document.data.get("needs")
         needs = needs if isinstance(needs, dict) else {}
         rows.append(
             {
-                "name": f"{task}/{method}",
+                "name": name,
                 "task": task,
                 "method": method,
-                "description": str(data.get("description", "")),
+                "description": str(document.data.get("description", "")),
                 "gpu": needs.get("gpu", "none"),
                 "minutes": needs.get("minutes"),
                 "path": str(path),

@@ -24,6 +24,7 @@ def sets(*texts: str) -> list[str]:
     return [part for text in texts for part in ("--set", text)]
 
 
+@pytest.mark.slow
 def test_methods_are_measured_and_one_fails(moalign: Any, small_task: tuple[str, ...], nothing_left: Path) -> None:
     """In earnest, with two processes beside the one that prepares."""
     wanted = sets(*small_task, "mo-odpo.batch=4", "mo-odpo.samples=2", "paretohqd.min_pool=99999")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,15 +23,26 @@ Compare = Callable[..., Any]
 @pytest.fixture
 def compare(moalign: Any, toys: None, monkeypatch: pytest.MonkeyPatch) -> Compare:
     """``compare()`` the two toys, or whatever is asked; one figure of no cost stands for all."""
-    monkeypatch.setattr(drawings, "ALL", {"fronts": lambda told, suffix: b"\x89PNG a figure"})
+    monkeypatch.setattr(drawings, "ALL", {"fronts": lambda record, suffix: b"\x89PNG a figure"})
     return lambda *more: moalign(*TWO, *more)
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that keeps the two runs, so that they are trained once."""
+    return tmp_path_factory.mktemp("kept") / "results"
+
+
 @pytest.fixture
-def runs(compare: Compare) -> list[Path]:
+def runs(compare: Compare, kept: Path) -> list[Path]:
     """The folders of two finished, evaluated runs."""
-    told = json.loads(compare().out)
-    return [Path(run["run"]) for row in told["rows"] for run in row["runs"]]
+    if kept.exists():
+        shutil.copytree(kept, "results")
+    else:
+        compare()
+        shutil.copytree("results", kept)
+    (record,) = Path("results/compare").glob("*/compare.json")
+    return [Path(run["run"]) for row in json.loads(record.read_text())["rows"] for run in row["runs"]]
 
 
 def refused(ended: Any, *words: str) -> None:
