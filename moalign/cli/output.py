@@ -65,9 +65,9 @@ def working() -> Iterator[Callable[[str, int, int], None]]:
 
     Yields a ``progress(what, done, total)`` as methods and evaluation expect it.
     """
-    from moalign.cli.progress import ProgressDisplay
+    from moalign.cli.progress import progress_display
 
-    with contextlib.redirect_stdout(sys.stderr), ProgressDisplay(sys.stderr) as progress:
+    with contextlib.redirect_stdout(sys.stderr), progress_display(sys.stderr) as progress:
         yield progress if listener is None else listener
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from operator import itemgetter
 from pathlib import Path
@@ -111,30 +112,18 @@ def evaluate(
         show_evaluation(evaluation)
 
 
-def _plan_json(request: RewardRequest) -> dict[str, Any]:
-    sizes = {split: {pairs.name: len(pairs) for pairs in sets} for split, sets in request.parts.items()}
-    return {
-        "dry_run": True,
-        "name": request.name,
-        "model": request.backbone,
-        "seed": request.seed,
-        "pairs": sizes,
-        "settings": request.settings.model_dump(mode="json"),
-        "said": request.notice,
-    }
-
-
 def _show_plan(request: RewardRequest, as_json: bool) -> None:
-    plan = _plan_json(request)
+    sizes = {split: {pairs.name: len(pairs) for pairs in sets} for split, sets in request.parts.items()}
+    settings = request.settings.model_dump(mode="json")
     if as_json:
-        output.as_json(plan)
+        plan = {"dry_run": True, "name": request.name, "model": request.backbone, "seed": request.seed}
+        output.as_json({**plan, "pairs": sizes, "settings": settings, "said": request.notice})
         return
-    sizes = plan["pairs"]
-    rows = [("backbone", plan["model"]), ("seed", str(plan["seed"]))]
+    rows = [("backbone", str(request.backbone)), ("seed", str(request.seed))]
     rows += [(f"pairs, {split}", ", ".join(f"{k} {v}" for k, v in sets.items())) for split, sets in sizes.items()]
     output.pairs(rows)
     output.line()
-    output.settings(output.flat(plan["settings"]))
+    output.settings(output.flat(settings))
     output.line("dry run: nothing was trained or written")
 
 
@@ -167,7 +156,7 @@ def _objectives(run: Run) -> list[dict[str, Any]]:
 
 
 def _identifier(name: str) -> str:
-    kept = "".join(letter if letter.isalnum() or letter in "_-" else "-" for letter in name)
+    kept = re.sub(r"[^\w-]", "-", name)
     return kept if kept[:1].isalpha() else f"r{kept}"
 
 
