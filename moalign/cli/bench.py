@@ -8,8 +8,9 @@ import typer
 
 from moalign.cli import output
 from moalign.cli.options import Json, Task
+from moalign.report.record import Row
 from moalign.report.tables import Column, at
-from moalign.report.units import Row, count, duration, memory, number
+from moalign.report.units import count, duration, memory, number
 
 
 def bench(

@@ -11,8 +11,9 @@ import typer
 from moalign.cli import output
 from moalign.cli.options import DEFAULT_RESULTS, Json, Results
 from moalign.core.errors import RequestError, unknown
+from moalign.report.record import Row
 from moalign.report.tables import Column, at
-from moalign.report.units import Row, duration, number, percent
+from moalign.report.units import duration, number, percent
 
 Rows = list[dict[str, Any]]
 

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from moalign.report import style
+from moalign.report.record import Row, judged, machines
 from moalign.report.style import Theme, ThemeName
-from moalign.report.units import Row, duration, machines
+from moalign.report.units import duration
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,7 +38,7 @@ def draw(record: Row, suffix: str = ".png", theme: ThemeName = "light") -> bytes
     with style.canvas(7.6, 6.0, theme) as (figure, colours):
         panels = style.panels(figure, len(UNITS), 2, sharey=True)
         for panel, (unit, name) in zip(panels, UNITS.items(), strict=True):
-            _panel(panel, style.drawn(record), unit, colours)
+            _panel(panel, judged(record), unit, colours)
             mixed = unit == "seconds" and len(machines(record)) > 1
             panel.set_title(f"{name} (different machines: not comparable)" if mixed else name)
             if record["optimum"]:

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from moalign.report import style
+from moalign.report.record import Row, judged
 from moalign.report.style import ThemeName
-from moalign.report.units import Row
 
 QUANTITIES = {
     "utility": "mean utility w·z of training rollouts",
@@ -48,7 +48,7 @@ def draw(record: Row, suffix: str = ".png", theme: ThemeName = "light") -> bytes
     """Return the figure; None when no run logged any of :data:`QUANTITIES`."""
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    rows = style.drawn(record)
+    rows = judged(record)
     logged = [name for name in QUANTITIES if any(name in seed for row in rows for seed in row["curves"])]
     if not logged:
         return None

@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moalign.report import style
+from moalign.report.record import Row, judged
 from moalign.report.style import DPI, Look, Theme, ThemeName
-from moalign.report.units import Row, number, percent
+from moalign.report.units import number, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,7 +66,7 @@ def _panel(panel: Axes, record: Row, pair: tuple[int, int], colours: Theme) -> N
             panel.plot(best[:, 0], best[:, 1], color=colours.optimum, linewidth=2.2, alpha=0.75, zorder=1, label=name)
         else:
             panel.scatter(best[:, 0], best[:, 1], s=9, color=colours.optimum, alpha=0.6, zorder=1, label=name)
-    for index, row in enumerate(style.drawn(record)):
+    for index, row in enumerate(judged(record)):
         _front(panel, row, pair, joined, style.look(index, colours))
     panel.margins(0.08)
     names = [f"{record['objectives'][axis]} (normalised)" for axis in pair]
@@ -103,10 +104,10 @@ def _ordered(row: Row) -> list[Row]:
 
 def _name_preferences(panel: Axes, record: Row, colours: Theme) -> None:
     """Write the preference at the first, middle and last point of the best method, where there is most room."""
-    rows = [np.array([point["mean"] for point in _ordered(row)]) for row in style.drawn(record)]
+    rows = [np.array([point["mean"] for point in _ordered(row)]) for row in judged(record)]
     lines = [*rows, np.array(record["optimum"]["points"])] if record["optimum"] else rows
     taken = np.concatenate([_along(panel.transData.transform(line)) for line in lines])
-    prefs = [point["prefs"] for point in _ordered(style.drawn(record)[0])]
+    prefs = [point["prefs"] for point in _ordered(judged(record)[0])]
     room = panel.get_window_extent().get_points()
     for index in sorted({0, len(prefs) // 2, len(prefs) - 1}):
         text = f"w = {', '.join(f'{weight:.2g}' for weight in prefs[index])}"

@@ -18,9 +18,9 @@ from urllib.parse import quote
 
 from moalign.core.errors import MoalignError, RequestError
 from moalign.report import drawings, markdown, tables
+from moalign.report.record import Row, judged
 from moalign.report.tables import METHODS, Column, select
 from moalign.report.templates import render
-from moalign.report.units import Row, judged
 from moalign.runs import atomic
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from urllib.parse import quote
 
 from moalign.report import tables
+from moalign.report.record import Row
 from moalign.report.templates import render
-from moalign.report.units import Row
 
 _RANKING = "rank name hypervolume interval share seeds iqm tau inner_product utility regret igd_plus spacing"
 _COST = f"rank label {tables.COST} answering_rewards collapsed length distinct kl"

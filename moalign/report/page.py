@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from moalign.report import tables
+from moalign.report.record import Row
 from moalign.report.templates import asset, render
-from moalign.report.units import Row
 from moalign.runs import atomic
 
 LIMIT = 10_000_000

@@ -9,8 +9,8 @@ import numpy as np
 
 from moalign.core.errors import RequestError
 from moalign.report import style
+from moalign.report.record import Row
 from moalign.report.style import ThemeName
-from moalign.report.units import Row
 from moalign.runs import atomic
 
 

@@ -13,8 +13,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from moalign.report.units import Row
-
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -105,11 +103,6 @@ def look(index: int, theme: Theme) -> Look:
     turn, hue = divmod(index, len(theme.colours))
     dashes = _DASHES[turn % len(_DASHES)]
     return Look(theme.colours[hue], _MARKERS[index % len(_MARKERS)], dashes, turn % 2 == 1, theme.paper)
-
-
-def drawn(record: Row) -> list[Row]:
-    """Return the rows of a comparison that have points."""
-    return [row for row in record["rows"] if row["points"]]
 
 
 @contextlib.contextmanager

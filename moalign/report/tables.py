@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from moalign.report.units import NONE, Row, count, duration, interval, judged, memory, nats, number, percent, signed
+from moalign.report.record import Row, judged
+from moalign.report.units import NONE, count, duration, interval, memory, nats, number, percent, signed
 
 
 def at(path: str) -> Callable[[Row], Any]:

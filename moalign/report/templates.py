@@ -8,7 +8,7 @@ from typing import Any
 
 import jinja2
 
-from moalign.report import units
+from moalign.report import record, units
 from moalign.report.tables import Table
 
 
@@ -65,7 +65,7 @@ _ENVIRONMENT.filters |= {
     "number": units.number,
     "percent": units.percent,
     "vector": vector,
-    "machine": units.machine,
+    "machine": record.machine,
     "md": escaped,
     "table": markdown_table,
     "software": software,

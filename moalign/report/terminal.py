@@ -6,8 +6,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from moalign.report import tables, verdict
+from moalign.report.record import Row, judged
 from moalign.report.tables import METHODS, PAIRS, Column, select
-from moalign.report.units import Row, judged, number
+from moalign.report.units import number
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-Row = Mapping[str, Any]
-"""A part of ``compare.json`` (``moalign.comparison.result`` gives its fields), or the whole record."""
+from moalign.report.record import Row
+
 NONE = "–"
 """Shown where there is no number."""
 
@@ -102,23 +101,3 @@ def duration(seconds: float | None) -> str:
 def _three_figures(value: float) -> str:
     digits = 2 if value < 9.995 else 1 if value < 99.95 else 0
     return f"{value:.{digits}f}"
-
-
-def judged(record: Row) -> list[Row]:
-    """Return the rows of methods of which a run finished, best first."""
-    return [row for row in record["rows"] if row["status"] != "failed"]
-
-
-def machine(origin: Row) -> str | None:
-    """Return the GPUs of a captured environment, or else its CPU; None where neither is known."""
-    return ", ".join(origin.get("gpus") or []) or origin.get("cpu")
-
-
-def machines(record: Row) -> list[str]:
-    """Return the different machines that a comparison's runs were trained on, as far as they are known.
-
-    >>> machines({"rows": [{"runs": [{"made": {"cpu": "C", "gpus": ["G"]}}, {"made": {"cpu": "C"}}, {"made": None}]}]})
-    ['G', 'C']
-    """
-    names = [machine(run["made"] or {}) for row in record["rows"] for run in row["runs"]]
-    return list(dict.fromkeys(filter(None, names)))

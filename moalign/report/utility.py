@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moalign.report import style
+from moalign.report.record import Row, judged
 from moalign.report.style import Theme, ThemeName
-from moalign.report.units import Row, number
+from moalign.report.units import number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,7 +52,7 @@ def _best(record: Row) -> tuple[Array, Array] | None:
 
 
 def _lines(record: Row, suffix: str, theme: ThemeName) -> bytes:
-    rows, best = style.drawn(record), _best(record)
+    rows, best = judged(record), _best(record)
     tall = max(4.2, style.legend_height([row["label"] for row in rows]) + 0.42)
     with style.canvas(7.6, tall, theme) as (figure, colours):
         panel = figure.subplots()
@@ -70,7 +71,7 @@ def _lines(record: Row, suffix: str, theme: ThemeName) -> bytes:
 def _ternary(record: Row, suffix: str, theme: ThemeName) -> bytes:
     best = _best(record)
     maps = [] if best is None else [("optimum", *best)]
-    maps += [(row["label"], *utilities(row["points"])) for row in style.drawn(record)]
+    maps += [(row["label"], *utilities(row["points"])) for row in judged(record)]
     every = np.concatenate([gained for *_, gained in maps])
     columns = min(4, len(maps))
     with style.canvas(2.6 * columns + 0.7, 2.75 * math.ceil(len(maps) / columns) + 0.55, theme) as (figure, colours):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from moalign.report.units import Row, interval, judged, machines, number, percent, signed
+from moalign.report.record import Row, judged, machines
+from moalign.report.units import interval, number, percent, signed
 
 COLLAPSED = 0.05
 """Share of collapsed responses at which a row gets a warning."""
