@@ -9,7 +9,7 @@ import typer
 from moalign.cli import output
 from moalign.cli.options import Json, Task
 from moalign.report.record import Row
-from moalign.report.tables import Column, at
+from moalign.report.tables import Column
 from moalign.report.units import count, duration, memory, number
 
 
@@ -74,12 +74,12 @@ def _name(row: Row) -> str:
 COLUMNS = (
     Column("method", _name, left=True),
     Column("s/step", _seconds),
-    Column("generated/s", at("tokens_generated_per_second"), count),
-    Column("trained/s", at("tokens_trained_per_second"), count),
-    Column("scored/s", at("responses_scored_per_second"), count),
-    Column("host peak", at("peak_host_bytes"), memory),
-    Column("GPU peak", at("peak_gpu_bytes"), memory),
-    Column("start", at("start_seconds"), duration),
+    Column("generated/s", "tokens_generated_per_second", count),
+    Column("trained/s", "tokens_trained_per_second", count),
+    Column("scored/s", "responses_scored_per_second", count),
+    Column("host peak", "peak_host_bytes", memory),
+    Column("GPU peak", "peak_gpu_bytes", memory),
+    Column("start", "start_seconds", duration),
 )
 
 

@@ -12,7 +12,7 @@ from moalign.cli import output
 from moalign.cli.options import DEFAULT_RESULTS, Json, Results
 from moalign.core.errors import RequestError, unknown
 from moalign.report.record import Row
-from moalign.report.tables import Column, at
+from moalign.report.tables import Column
 from moalign.report.units import duration, number, percent
 
 Rows = list[dict[str, Any]]
@@ -178,7 +178,7 @@ def _state(row: Row) -> str:
 
 
 def _left(heading: str, key: str | None = None, write: Callable[..., str] = str) -> Column:
-    return Column(heading, at(key or heading), write, left=True)
+    return Column(heading, key or heading, write, left=True)
 
 
 _COLUMNS = {
@@ -189,17 +189,17 @@ _COLUMNS = {
         _left("run", "run_id"),
         _left("task"),
         _left("method"),
-        Column("seed", at("seed"), str),
+        Column("seed", "seed", str),
         _left("status"),
         _left("created (UTC)", "created", lambda created: created[:16].replace("T", " ")),
-        Column("took", at("seconds"), duration),
-        Column("hypervolume", at("hypervolume"), number, 4),
-        Column("optimal share", at("optimal_share"), percent, 1),
+        Column("took", "seconds", duration),
+        Column("hypervolume", "hypervolume", number, 4),
+        Column("optimal share", "optimal_share", percent, 1),
     ),
     "models": (
         _left("name"),
-        Column("parameters", at("parameters"), lambda count: f"{count / 1e6:.0f} M"),
-        Column("download", at("bytes"), lambda size: f"{size / 1e6:.0f} MB"),
+        Column("parameters", "parameters", lambda count: f"{count / 1e6:.0f} M"),
+        Column("download", "bytes", lambda size: f"{size / 1e6:.0f} MB"),
         _left("licence"),
         _left("package"),
         Column("state", _state, left=True),

@@ -13,7 +13,7 @@ import typer
 from moalign.cli import output
 from moalign.cli.options import DEFAULT_RESULTS, Json
 from moalign.cli.outcome import cost_of
-from moalign.report.tables import Column, at
+from moalign.report.tables import Column
 from moalign.report.units import interval, number
 
 if TYPE_CHECKING:
@@ -180,16 +180,16 @@ def _with_interval(digits: int) -> Callable[[tuple[float, list[float]]], str]:
 
 
 _COLUMNS = (
-    Column("data set", at("name"), left=True),
-    Column("pairs", at("pairs")),
+    Column("data set", "name", left=True),
+    Column("pairs", "pairs"),
     Column("accuracy", itemgetter("accuracy", "accuracy_ci"), _with_interval(3)),
     Column("ECE (10 bins)", lambda row: (row["ece"]["10"], row["ece_ci"]["10"]), _with_interval(4)),
-    Column("by chance", at("ece_by_chance.10"), number, 4),
-    Column("5 bins", at("ece.5"), number, 4),
-    Column("20 bins", at("ece.20"), number, 4),
-    Column("log loss", at("log_loss"), number, 4),
-    Column("temperature", at("temperature"), number, 2),
-    Column("true ECE", at("truth.ece.10"), number, 4, needs=at("truth")),
+    Column("by chance", "ece_by_chance.10", number, 4),
+    Column("5 bins", "ece.5", number, 4),
+    Column("20 bins", "ece.20", number, 4),
+    Column("log loss", "log_loss", number, 4),
+    Column("temperature", "temperature", number, 2),
+    Column("true ECE", "truth.ece.10", number, 4, needs="truth"),
 )
 
 

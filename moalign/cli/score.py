@@ -9,7 +9,7 @@ import typer
 
 from moalign.cli import output
 from moalign.cli.options import DEFAULT_RESULTS, Json
-from moalign.report.tables import Column, at
+from moalign.report.tables import Column
 from moalign.report.units import number
 
 if TYPE_CHECKING:
@@ -64,9 +64,9 @@ def _show_rows(scores: Scores) -> None:
 
 
 def _show_summary(scores: Scores) -> None:
-    columns = [Column("objective", at("objective"), left=True)]
+    columns = [Column("objective", "objective", left=True)]
     for name in ("mean", "sd", "min", "max", "normalised_mean"):
-        columns.append(Column(name.replace("_", " "), at(name), number))
+        columns.append(Column(name.replace("_", " "), name, number))
     output.table(columns, [{**numbers, "objective": name} for name, numbers in scores.summary.items()])
     where = "" if scores.out is None else f": {scores.out}"
     output.line(f"{scores.rows} rows scored on {scores.task}{where}")

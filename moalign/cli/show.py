@@ -13,7 +13,7 @@ from moalign.cli import output
 from moalign.cli.options import DEFAULT_RESULTS, Json, Results
 from moalign.cli.outcome import cost_of, show_points, show_summary
 from moalign.core.errors import RequestError
-from moalign.report.tables import Column, at
+from moalign.report.tables import Column
 from moalign.report.units import NONE, number
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def _method(name: str, as_json: bool) -> None:
     output.pairs([(key.replace("_", " "), word) for key, word in words.items()])
     output.line()
     headings = {"setting": "name", "allowed": "type", "default": "default", "meaning": "doc"}
-    output.table([Column(heading, at(key), left=True) for heading, key in headings.items()], settings)
+    output.table([Column(heading, key, left=True) for heading, key in headings.items()], settings)
     output.next_commands(output.command("train", name), output.command("train", name, "--dry-run"))
 
 

@@ -7,30 +7,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Any
 
 from moalign.report.record import Row, judged
 from moalign.report.units import NONE, count, duration, interval, memory, nats, number, percent, signed
 
+Source = str | Callable[[Row], Any]
+"""Where a value is in a row: a path such as ``cost.seconds``, or a function."""
 
-def at(path: str) -> Callable[[Row], Any]:
-    """Return a function that reads ``path``, as in ``cost.seconds``; None where any part of it is missing.
 
-    >>> at("cost.seconds")({"cost": {"seconds": 3}}), at("cost.seconds")({"cost": None})
+def read(row: Row, source: Source) -> Any:
+    """Return a row's value; None where any part of the path is missing.
+
+    >>> read({"cost": {"seconds": 3}}, "cost.seconds"), read({"cost": None}, "cost.seconds")
     (3, None)
     """
-
-    def read(row: Row) -> Any:
-        value: Any = row
-        for key in path.split("."):
-            value = value.get(key) if value is not None else None
-        return value
-
-    return read
-
-
-def _text(value: object) -> str:
-    return NONE if value is None else str(value)
+    if callable(source):
+        return source(row)
+    value: Any = row
+    for key in source.split("."):
+        value = value.get(key) if value is not None else None
+    return value
 
 
 @dataclass(frozen=True)
@@ -38,41 +36,40 @@ class Column:
     """How one quantity is read, written and sorted."""
 
     heading: str
-    value: Callable[[Row], Any]
-    """None where the row has no value."""
-    write: Callable[..., str] = _text
+    source: Source
+    write: Callable[..., str] = str
     """Value -> text; called as ``write(value, digits)`` where ``digits`` are given."""
     digits: int | None = None
     brief: int | None = None
     """Digits in the terminal."""
     short: str = ""
     """Heading in the terminal, where that is another."""
-    needs: Callable[[Row], Any] | None = None
-    """The column is shown only where this is not None for some row."""
+    needs: Source | None = None
+    """The column is shown only where some row has this."""
     left: bool = False
     """Text: aligned to the left."""
     rising: bool = False
     """The best value, or the first word, is the smallest: a click on its heading begins there."""
     markdown: bool = False
     """Its text is Markdown already."""
-    order: Callable[[Any], Any] = lambda value: value
-    """Value -> what the page sorts by."""
+    order: Callable[[Any], Any] | None = None
+    """Value -> what the page sorts by; None: the value."""
 
     def text(self, row: Row, brief: bool = False) -> str:
         """Return the row's value as text; ``brief``: with the terminal's digits."""
-        value, digits = self.value(row), self.brief if brief and self.brief is not None else self.digits
+        value, digits = read(row, self.source), self.brief if brief and self.brief is not None else self.digits
         if value is None:
             return NONE
         return self.write(value) if digits is None else self.write(value, digits)
 
     def applies(self, rows: Iterable[Row]) -> bool:
         """Return whether the column belongs in a table of these rows."""
-        return self.needs is None or any(self.needs(row) is not None for row in rows)
+        return self.needs is None or any(read(row, self.needs) is not None for row in rows)
 
     def sort_key(self, row: Row) -> Any:
         """Return what the page sorts the row by; None for a missing value, which goes last."""
-        value = self.value(row)
-        return None if value is None else self.order(value)
+        value = read(row, self.source)
+        return value if value is None or self.order is None else self.order(value)
 
 
 @dataclass(frozen=True)
@@ -115,11 +112,11 @@ def _further_seeds(row: Row) -> Any:
 
 def _spacing(row: Row) -> Any:
     """Return the spacing of a front of at least two points: fewer have none."""
-    return at("indicators.spacing")(row) if (row["front"] or 0) >= 2 else None
+    return read(row, "indicators.spacing") if (row["front"] or 0) >= 2 else None
 
 
 def _quality_with_kl(row: Row) -> Any:
-    return row["quality"] if at("quality.kl")(row) is not None else None
+    return row["quality"] if read(row, "quality.kl") is not None else None
 
 
 def _tokens(row: Row) -> Any:
@@ -127,7 +124,7 @@ def _tokens(row: Row) -> Any:
 
 
 def _per_minute(row: Row) -> Any:
-    value = at("hypervolume_per_cost.seconds")(row)
+    value = read(row, "hypervolume_per_cost.seconds")
     return None if value is None else 60 * value
 
 
@@ -139,49 +136,45 @@ def _each(values: Sequence[float]) -> str:
     return ", ".join(number(value) for value in values)
 
 
-_METHOD = Column("method", at("label"), left=True, rising=True)
+_METHOD = Column("method", "label", left=True, rising=True)
 
 METHODS = {
-    "rank": Column("#", at("rank"), rising=True),
-    "name": replace(_METHOD, value=_name),
+    "rank": Column("#", "rank", rising=True),
+    "name": replace(_METHOD, source=_name),
     "label": _METHOD,
-    "hypervolume": Column("hypervolume", at("hypervolume"), number, 4, brief=3, short="hyperv."),
-    "interval": Column("95 % interval", at("ci"), interval, 4, brief=3, order=lambda ci: ci[0]),
-    "share": Column(
-        "% of optimum", at("optimal_share"), percent, 1, brief=0, short="optimum", needs=at("optimal_share")
-    ),
-    "seeds": Column("each seed", _by_seed, _each, needs=_further_seeds, order=lambda values: values[0]),
-    "iqm": Column("interquartile mean", at("hypervolume_iqm"), number, 4, needs=_further_seeds),
-    "tau": Column("tau", at("indicators.tau"), number, 3, brief=2),
-    "inner_product": Column("inner product", at("indicators.inner_product"), number),
-    "utility": Column("expected utility", at("indicators.expected_utility"), number),
-    "regret": Column("regret", at("indicators.regret"), number, needs=at("indicators.regret"), rising=True),
-    "igd_plus": Column("IGD+", at("indicators.igd_plus"), number, rising=True),
+    "hypervolume": Column("hypervolume", "hypervolume", number, 4, brief=3, short="hyperv."),
+    "interval": Column("95 % interval", "ci", interval, 4, brief=3, order=itemgetter(0)),
+    "share": Column("% of optimum", "optimal_share", percent, 1, brief=0, short="optimum", needs="optimal_share"),
+    "seeds": Column("each seed", _by_seed, _each, needs=_further_seeds, order=itemgetter(0)),
+    "iqm": Column("interquartile mean", "hypervolume_iqm", number, 4, needs=_further_seeds),
+    "tau": Column("tau", "indicators.tau", number, 3, brief=2),
+    "inner_product": Column("inner product", "indicators.inner_product", number),
+    "utility": Column("expected utility", "indicators.expected_utility", number),
+    "regret": Column("regret", "indicators.regret", number, needs="indicators.regret", rising=True),
+    "igd_plus": Column("IGD+", "indicators.igd_plus", number, rising=True),
     "spacing": Column("spacing", _spacing, number, rising=True),
-    "collapsed": Column("collapsed", at("quality.rate"), percent, 1, brief=0, rising=True),
-    "length": Column("mean length", at("quality.mean_length"), number, 1),
-    "distinct": Column("distinct-3", at("quality.distinct_3"), number),
+    "collapsed": Column("collapsed", "quality.rate", percent, 1, brief=0, rising=True),
+    "length": Column("mean length", "quality.mean_length", number, 1),
+    "distinct": Column("distinct-3", "quality.distinct_3", number),
     "kl": Column(
         "KL to base",
         _quality_with_kl,
         nats,
         short="KL to\nbase",
-        needs=at("quality.kl"),
+        needs="quality.kl",
         rising=True,
-        order=at("kl"),
+        order=itemgetter("kl"),
     ),
-    "time": Column("time", at("cost.seconds"), duration, rising=True),
+    "time": Column("time", "cost.seconds", duration, rising=True),
     "tokens": Column("tokens", _tokens, count, rising=True),
-    "generated": Column("tokens generated", at("cost.tokens_generated"), count, short="generated", rising=True),
-    "trained": Column("tokens trained on", at("cost.tokens_trained"), count, short="trained", rising=True),
-    "rewards": Column("reward calls", at("cost.reward_calls"), count, short="rewards", rising=True),
-    "memory": Column("peak memory", at("cost.peak_memory_bytes"), memory, short="memory", rising=True),
-    "answering": Column(
-        "answering: tokens", at("cost.answering.tokens_generated"), count, short="answering", rising=True
-    ),
-    "answering_rewards": Column("answering: reward calls", at("cost.answering.reward_calls"), count, rising=True),
+    "generated": Column("tokens generated", "cost.tokens_generated", count, short="generated", rising=True),
+    "trained": Column("tokens trained on", "cost.tokens_trained", count, short="trained", rising=True),
+    "rewards": Column("reward calls", "cost.reward_calls", count, short="rewards", rising=True),
+    "memory": Column("peak memory", "cost.peak_memory_bytes", memory, short="memory", rising=True),
+    "answering": Column("answering: tokens", "cost.answering.tokens_generated", count, short="answering", rising=True),
+    "answering_rewards": Column("answering: reward calls", "cost.answering.reward_calls", count, rising=True),
     "per_minute": Column("hypervolume per minute", _per_minute, number),
-    "gap": Column("gap", at("gap"), signed, 4, needs=at("gap")),
+    "gap": Column("gap", "gap", signed, 4, needs="gap"),
 }
 """Every column of a table with one row per method."""
 
@@ -191,12 +184,12 @@ COST = "time generated trained rewards memory answering"
 # --- other tables -----------------------------------------------------------------------------------------------
 
 PAIRS = {
-    "a": replace(_METHOD, value=at("a")),
-    "b": Column("against", at("b"), left=True, rising=True),
-    "difference": Column("difference", at("difference"), signed, 4, brief=3, short="by"),
+    "a": replace(_METHOD, source="a"),
+    "b": Column("against", "b", left=True, rising=True),
+    "difference": Column("difference", "difference", signed, 4, brief=3, short="by"),
     "interval": METHODS["interval"],
-    "reflected": replace(METHODS["interval"], heading="reflected", value=at("ci_reflected")),
-    "above": Column("above 0 in", at("p_improve"), percent, 1),
+    "reflected": replace(METHODS["interval"], heading="reflected", source="ci_reflected"),
+    "above": Column("above 0 in", "p_improve", percent, 1),
     "certain": Column("certain", lambda pair: "yes" if pair["certain"] else "no"),
 }
 """Columns of paired differences."""
@@ -205,21 +198,21 @@ PAIRS = {
 _SIDES = (
     _METHOD,
     Column("preferences", lambda row: row["side"].replace("_", " "), left=True, rising=True),
-    Column("how many", at("preferences")),
+    Column("how many", "preferences"),
     METHODS["hypervolume"],
     METHODS["share"],
-    Column("utility, % of optimum", at("utility_share"), percent, 1),
-    replace(METHODS["tau"], value=at("tau")),
-    replace(METHODS["inner_product"], value=at("inner_product")),
+    Column("utility, % of optimum", "utility_share", percent, 1),
+    replace(METHODS["tau"], source="tau"),
+    replace(METHODS["inner_product"], source="inner_product"),
 )
 _DIAGNOSTICS = (
     _METHOD,
-    Column("quantity", at("quantity"), left=True, rising=True),
-    Column("value", at("value"), lambda value: f"{value:.4g}"),
+    Column("quantity", "quantity", left=True, rising=True),
+    Column("value", "value", lambda value: f"{value:.4g}"),
 )
 _REPORTED = (
-    *(Column(name, at(name), left=True, rising=True) for name in ("method", "metric", "setting", "source")),
-    Column("value", at("value"), lambda value: f"{value:g}"),
+    *(Column(name, name, left=True, rising=True) for name in ("method", "metric", "setting", "source")),
+    Column("value", "value", lambda value: f"{value:g}"),
 )
 
 

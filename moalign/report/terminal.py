@@ -71,7 +71,7 @@ def _tables(record: Row) -> list[Table]:
     shown = [_rich(ranking, "KL to base: nats per response" if ranking.has("KL to base") else None)]
     leads = verdict.lead_over_each(record)
     if leads:
-        over = Column(f"{rows[0]['label']} is ahead of", tables.at("other"), left=True)
+        over = Column(f"{rows[0]['label']} is ahead of", "other", left=True)
         sure = Column("", lambda pair: verdict.sure(pair), left=True)
         shown.append(_rich(select(PAIRS, "over difference interval sure", leads, over=over, sure=sure)))
     label = replace(METHODS["label"], heading="training took")
