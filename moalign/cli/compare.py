@@ -81,28 +81,24 @@ def compare(
 
 
 def _show(content: Mapping[str, Any], results: Path) -> None:
+    """Print the comparison, and what to type next with the leading run filled in."""
+    from moalign.core.preferences import example
+    from moalign.report.record import judged
     from moalign.report.terminal import print_comparison
 
     print_comparison(output.console(), content)
-    _next(content, results)
-
-
-def _next(content: Mapping[str, Any], results: Path) -> None:
-    """Print what to type next, with the leading run filled in."""
-    from moalign.core.preferences import example
-
-    ranked = sorted((row for row in content["rows"] if row["rank"] is not None), key=lambda row: row["rank"])
+    ranked = judged(content)
     done = [run["run_id"] for row in ranked for run in row["runs"] if run["status"] == "done"]
     if not done:
         return
-    seeds = 1 + max(len(row["seeds"]) for row in ranked)
     commands = [
         output.command("generate", done[0], "--prefs", example(len(content["objectives"])), results=results),
         output.command("eval", done[0], "--hypervolume", results=results),
         output.command("show", done[0], results=results),
     ]
     if content["task"] == "sandbox":
-        commands.append(output.command("compare", "--task", "sandbox", "--seeds", str(max(3, seeds)), results=results))
+        seeds = max(3, 1 + max(len(row["seeds"]) for row in ranked))
+        commands.append(output.command("compare", "--task", "sandbox", "--seeds", str(seeds), results=results))
         commands.append(output.command("compare", "--task", "sandbox-cold", results=results))
     output.next_commands(*commands)
 

@@ -66,7 +66,8 @@ def _show(seen: Seen) -> None:
     _section("what was cut")
     output.line(f"  {_cut(shown)}")
     _section("what ends a response")
-    ends = "  ".join(f"{visible(text)} ({token})" for token, (text, _) in _named(seen, shown.stop_ids))
+    pieces = zip(shown.stop_ids, seen.pieces(shown.stop_ids), strict=True)
+    ends = "  ".join(f"{visible(text)} ({token})" for token, (text, _) in pieces)
     output.line(f"  token ids: {ends}")
     output.line(f"  texts: {'  '.join(visible(repr(text)) for text in shown.stop_texts) or 'none'}")
     in_loss = sum(shown.loss)
@@ -74,10 +75,6 @@ def _show(seen: Seen) -> None:
     _section(f"a training row ({len(shown.row_ids)} tokens); the loss counts the {in_loss} between > and <")
     _print(_row(seen))
     output.line(f"  the response is {origin}")
-
-
-def _named(seen: Seen, ids: Sequence[int]) -> list[tuple[int, tuple[str, bool]]]:
-    return list(zip(ids, seen.pieces(ids), strict=True))
 
 
 def _cut(shown: Preview) -> str:
@@ -96,8 +93,7 @@ def _cut(shown: Preview) -> str:
 
 
 def _section(title: str) -> None:
-    output.line()
-    output.line(f"{title}:")
+    output.line(f"\n{title}:")
 
 
 def _tokens(seen: Seen, ids: Sequence[int]) -> Text:

@@ -35,6 +35,7 @@ def command(small_task: tuple[str, ...]) -> list[str]:
     return ["train", "paretohqd", "--task", "sandbox", *sets(*small_task, *SMALL)]
 
 
+@pytest.mark.slow
 def test_train_eval_generate_compare(moalign: Any, command: list[str], small_task: tuple[str, ...]) -> None:
     ended = moalign(*command, "--json")
     assert ended.code == 0
