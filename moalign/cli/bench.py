@@ -48,9 +48,7 @@ def bench(
     except KeyboardInterrupt:
         output.note("interrupted; a bench keeps nothing")
         raise typer.Exit(130) from None
-    if output.debug:
-        for trace in result.traces:
-            output.note(trace)
+    output.traces(result.traces)
     if as_json:
         output.as_json(result.told)
     else:

@@ -29,11 +29,7 @@ def compare(
     ] = None,
     jobs: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="Runs trained at a time.  [default: 1; tiny models: 1 per CPU]",
-        ),
+        typer.Option(min=1, metavar="N", help="Runs trained at a time.  [default: 1; tiny models: 1 per CPU]"),
     ] = None,
     executor: Annotated[
         str, typer.Option(metavar="local|ray", help="Train on this machine, or as tasks of a ray cluster.")
@@ -70,8 +66,7 @@ def compare(
             html=html,
             progress=progress,
         )
-    for trace in comparison.traces if output.debug else ():
-        output.note(trace)
+    output.traces(comparison.traces)
     if as_json:
         output.as_json(comparison.content)
     else:

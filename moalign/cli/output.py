@@ -44,6 +44,12 @@ def errors(problems: Sequence[str]) -> None:
         note(f"error: {problem}")
 
 
+def traces(texts: Iterable[str]) -> None:
+    """Write tracebacks of runs that failed to stderr, under ``--debug``."""
+    for text in texts if debug else ():
+        note(text)
+
+
 def line(text: str = "") -> None:
     """Write one line of results to stdout."""
     print(text)

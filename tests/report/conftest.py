@@ -94,7 +94,7 @@ def _record(
         names=names,
         judge_normaliser=SimpleNamespace(lo=[0.0] * objectives, hi=[1.0] * objectives, unit=np.asarray),
         eval_prompts=[],
-        optimum=lambda asked, prompts: best,
+        optimum=lambda requests, prompts: best,
     )
     rows = [_entry(label, gain, grid, on, seeds, rates.get(label, 0.0)) for label, gain in gains.items()]
     for label in dead:
@@ -174,8 +174,8 @@ class Browser:
                 self.events.append(answer)
                 continue
             assert "error" not in answer, answer["error"]
-            found: dict[str, Any] = answer["result"]
-            return found
+            result: dict[str, Any] = answer["result"]
+            return result
 
     def _receive(self) -> dict[str, Any]:
         while b"\0" not in self._rest:
@@ -184,8 +184,8 @@ class Browser:
             assert more, "the browser has gone, or says nothing for a minute"
             self._rest += more
         message, _, self._rest = self._rest.partition(b"\0")
-        found: dict[str, Any] = json.loads(message)
-        return found
+        result: dict[str, Any] = json.loads(message)
+        return result
 
     def open(self, path: Path, fragment: str = "") -> None:
         """Open a file and wait until its answers are there."""

@@ -31,10 +31,13 @@ def test_times_of_different_machines_are_marked(record: dict[str, Any]) -> None:
 
 @pytest.fixture
 def record(compared: Build) -> dict[str, Any]:
-    found = compared({"alpha": 0.2, "beta": 0.0}, seeds=2)
-    found["rows"][0]["curves"] = [{"loss": [[0, 3], [10, 2]], "utility": [[0, 0], [10, 1]]}, {"loss": [[0, 4], [9, 1]]}]
-    found["rows"][1]["curves"] = [{}, {}]
-    return found
+    result = compared({"alpha": 0.2, "beta": 0.0}, seeds=2)
+    result["rows"][0]["curves"] = [
+        {"loss": [[0, 3], [10, 2]], "utility": [[0, 0], [10, 1]]},
+        {"loss": [[0, 4], [9, 1]]},
+    ]
+    result["rows"][1]["curves"] = [{}, {}]
+    return result
 
 
 def texts(draw: Callable[..., bytes | None], record: dict[str, Any]) -> str:
@@ -138,10 +141,10 @@ def test_learning_curves_show_what_was_logged(record: dict[str, Any]) -> None:
 def test_curves_are_condensed_by_means_over_tokens() -> None:
     lines = [{"step": i, "tokens_generated": i, "tokens_trained": 2 * i, "loss": float(i % 2)} for i in range(400)]
     lines += [{"step": 0, "loss": None, "utility": 1.0}, {"step": 1, "tokens_trained": 5, "utility": 3.0}]
-    found = curves.condense(lines)
-    assert set(found) == {"loss", "utility"} and len(found["loss"]) == 40
-    assert found["loss"][0] == [13.5, 0.5]  # steps 0 to 9: 3 tokens each
-    assert found["utility"] == [[0, 1], [5, 3]]
+    result = curves.condense(lines)
+    assert set(result) == {"loss", "utility"} and len(result["loss"]) == 40
+    assert result["loss"][0] == [13.5, 0.5]  # steps 0 to 9: 3 tokens each
+    assert result["utility"] == [[0, 1], [5, 3]]
     assert curves.condense(lines[:1]) == {}, "one line is no curve"
 
 
