@@ -201,8 +201,6 @@ def evaluate_all(
     ['mo-odpo']
     """
     from moalign.evaluation import evaluate as workflow
-    from moalign.evaluation.reference import at_reference
-    from moalign.evaluation.result import EvalResult
     from moalign.experiment import arguments
 
     vectors = arguments.vector_texts(prefs)
@@ -219,8 +217,7 @@ def evaluate_all(
     for handle, requested, corner in requests:
         method, context = handle.open(progress or silent)
         made = workflow.evaluate(method, context, requested, progress or silent, samples)
-        content = made.told if corner is None else at_reference(made, context.task, corner)
-        evaluated.append(EvalResult.of({**content, "run": str(handle.path)}))  # it may have been written elsewhere
+        evaluated.append(made.result if corner is None else workflow.at_reference(made, context.task, corner))
     return evaluated
 
 
@@ -382,7 +379,6 @@ def compare(
     ([(1, 'mo-odpo')], None)
     """
     from moalign.comparison import compare as workflow
-    from moalign.comparison.result import CompareResult
     from moalign.experiment import arguments
 
     named, runs = _task_or_runs(task_or_runs)
@@ -401,8 +397,7 @@ def compare(
         markdown=None if markdown is None else Path(markdown),
         html=None if html is None else Path(html),
     )
-    made = workflow.compare(request, progress or silent)
-    return CompareResult(made.told, tuple(made.traces))
+    return workflow.compare(request, progress or silent)
 
 
 def best(
@@ -433,10 +428,10 @@ def best(
 
     place = comparison.files["json"] if isinstance(comparison, CompareResult) else Path(comparison)
     file = place / "compare.json" if place.is_dir() else place
-    content = finished.read_comparison(file)
-    requested = arguments.required(arguments.vector_texts(prefs), content["objectives"])
-    run, rank = finished.best_of(file, content, requested, Path(results))
-    return Best(RunHandle.of(run, Path(results)), rank, len(content["rows"]))
+    result = comparison if isinstance(comparison, CompareResult) else CompareResult.load(file)
+    requested = arguments.required(arguments.vector_texts(prefs), result.objectives)
+    run, rank = finished.best_of(file, result.content, requested, Path(results))
+    return Best(RunHandle.of(run, Path(results)), rank, len(result.entries))
 
 
 def _task_or_runs(

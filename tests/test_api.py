@@ -358,9 +358,7 @@ def test_compare_takes_a_task_or_runs(trained: Any, monkeypatch: pytest.MonkeyPa
     from moalign.comparison import compare as workflow
 
     requests: list[workflow.CompareRequest] = []
-    monkeypatch.setattr(
-        workflow, "compare", lambda request, progress: (requests.append(request), workflow.Comparison({}))[1]
-    )
+    monkeypatch.setattr(workflow, "compare", lambda request, progress: requests.append(request))
     moalign.compare()
     moalign.compare("sandbox-3", "sft", seeds=2, settings={"sft.steps": 3}, html="page.html")
     moalign.compare([trained, "abc"], task="sandbox")
@@ -377,11 +375,9 @@ def test_compare_takes_a_task_or_runs(trained: Any, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_failed_entry_has_no_numbers() -> None:
-    from moalign.comparison.result import CompareResult
+    from moalign.comparison.result import CompareResult, Entry, RunSummary
 
-    row = {"method": "ric", "label": "ric", "status": "failed", "rank": None, "hypervolume": None, "ci": None}
-    runs = [{"run": "results/runs/sandbox/ric/0", "status": "failed"}]
-    content = {"task": "sandbox", "rows": [{**row, "optimal_share": None, "cost": None, "runs": runs}]}
-    (entry,) = CompareResult(content).entries
-    assert (entry.status, entry.hypervolume, entry.interval, entry.cost) == ("failed", None, None, {})
-    assert CompareResult(content).to_frame()["hypervolume"].isna().all()
+    run = RunSummary(run="results/runs/sandbox/ric/0", run_id="0", seed=0, status="failed", command="moalign train ric")
+    entry = Entry(method="ric", label="ric", status="failed", seeded=True, runs=[run])
+    assert (entry.rank, entry.hypervolume, entry.interval, entry.cost) == (None, None, None, None)
+    assert CompareResult.model_construct(entries=[entry]).to_frame()["hypervolume"].isna().all()

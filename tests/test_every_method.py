@@ -115,9 +115,9 @@ def test_it_trains_is_found_again_and_answers_any_preference_it_claims_to(method
 
     context = train.context_of(again, tmp_path)[1]
     result = evaluate.evaluate(method, context)
-    assert result.scores.shape == (16, len(result.told["points"]), 2)
+    assert result.scores.shape == (16, len(result.result.points), 2)
     assert np.isfinite(result.scores).all()
-    assert result.told["optimal_share"] >= 0  # above 1 is possible: on a coarse grid a point may lie between optima
+    assert result.result.optimal_share >= 0  # above 1 is possible: on a coarse grid a point may lie between optima
 
     unseen = (0.35, 0.65)
     if method.capabilities.steerable:

@@ -50,11 +50,11 @@ def bench(
         raise typer.Exit(130) from None
     output.traces(result.traces)
     if as_json:
-        output.as_json(result.told)
+        output.as_json(result.content)
     else:
-        _show(result.told)
-    if result.exit_code:
-        raise typer.Exit(result.exit_code)
+        _show(result.content)
+    if result.failed:
+        raise typer.Exit(1)
 
 
 def _seconds(row: Row) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,7 +10,7 @@ import typer
 
 from moalign.cli import output
 from moalign.cli.options import DEFAULT_RESULTS, Json, Results
-from moalign.cli.outcome import Content, show_points, show_summary
+from moalign.cli.outcome import show_points, show_summary
 from moalign.core.errors import RequestError
 
 if TYPE_CHECKING:
@@ -67,8 +68,8 @@ def evaluate(
     for evaluation in evaluations:
         output.line(f"{evaluation.method} on {evaluation.task}, seed {evaluation.seed}: {evaluation.run}")
         if not hypervolume:
-            show_points(evaluation.content)
-        show_summary(evaluation.content, short=hypervolume)
+            show_points(evaluation)
+        show_summary(evaluation, short=hypervolume)
         if len(evaluations) > 1:
             output.line()
 
@@ -111,7 +112,7 @@ def _calculate(path: Path, ref: str | None, minimise: bool, prefs: list[str]) ->
     return points.calculate(path, corner, minimise, vectors, notify=output.warn)
 
 
-def _show_calculated(content: Content) -> None:
+def _show_calculated(content: Mapping[str, Any]) -> None:
     corner = zip(content["objectives"], content["ref"], strict=True)
     rows = [
         ("hypervolume", f"{content['hypervolume']:.10g}"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,6 +16,9 @@ from moalign.report.tables import Column
 from moalign.report.units import duration, number, percent
 
 Rows = list[dict[str, Any]]
+
+if TYPE_CHECKING:
+    from moalign.evaluation.result import EvalResult
 
 KINDS = ("methods", "tasks", "recipes", "runs", "models")
 
@@ -141,25 +144,23 @@ def _runs(results: Path) -> Rows:
                 "status": run.status,
                 "created": record.created.isoformat(timespec="seconds"),
                 "seconds": record.seconds,
-                "hypervolume": evaluation.get("hypervolume"),
-                "optimal_share": evaluation.get("optimal_share"),
+                "hypervolume": evaluation and evaluation.hypervolume,
+                "optimal_share": evaluation and evaluation.optimal_share,
                 "path": str(run.path),
             }
         )
     return rows
 
 
-def _evaluation(path: Path) -> dict[str, Any]:
-    """Return the run's evaluation on the task's grid; empty when there is none."""
-    from moalign.runs.record import read_evaluation
+def _evaluation(path: Path) -> EvalResult | None:
+    """Return the run's evaluation on the task's grid."""
+    from moalign.evaluation.result import EvalResult
 
-    if not path.is_file():
-        return {}
     try:
-        return read_evaluation(path)
+        return EvalResult.load(path) if path.is_file() else None
     except RequestError as error:
         output.warn(str(error))
-        return {}
+        return None
 
 
 def _models() -> Rows:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moalign.cli import output
 from moalign.report.units import count, duration, interval, memory, nats, number, percent
 
 if TYPE_CHECKING:
+    from moalign.evaluation.result import EvalResult, Side, Volume
     from moalign.runs.record import RunRecord
-
-Content = Mapping[str, Any]
 
 
 def cost_of(record: RunRecord) -> str:
@@ -32,74 +31,66 @@ def overlong(counts: Mapping[str, int]) -> str:
     return f"{share} to generation.max_prompt_tokens, {counts['cut_tokens']:,} tokens in all"
 
 
-def show_points(content: Content) -> None:
+def show_points(result: EvalResult) -> None:
     """Print the table of mean rewards: one row per preference, normalised with interval and raw; * is the front."""
     from moalign.core.preferences import label
 
-    names = content["objectives"]
-    scaled, raw = ([f"{name}\n{kind}" for name in names] for kind in ("normalised", "raw"))
+    scaled, raw = ([f"{name}\n{kind}" for name in result.objectives] for kind in ("normalised", "raw"))
     rows = []
-    for point in content["points"]:
-        means = [f"{number(mean)} {interval(ci, 2)}" for mean, ci in zip(point["mean"], point["ci"], strict=True)]
-        row = {"preference": label(point["prefs"]) + (" *" if point["nondominated"] else "")}
-        row |= dict(zip(scaled, means, strict=True)) | dict(zip(raw, map(number, point["raw"]), strict=True))
+    for point in result.points:
+        means = [f"{number(mean)} {interval(ci, 2)}" for mean, ci in zip(point.mean, point.interval, strict=True)]
+        row = {"preference": label(point.preference) + (" *" if point.nondominated else "")}
+        row |= dict(zip(scaled, means, strict=True)) | dict(zip(raw, map(number, point.raw), strict=True))
         rows.append(row)
     output.table([*output.columns("preference", left=True), *output.columns(*scaled, *raw)], rows)
 
 
-def show_summary(content: Content, short: bool = False) -> None:
+def show_summary(result: EvalResult, short: bool = False) -> None:
     """Print the hypervolume with its interval, the optimal share and (unless ``short``) the indicators."""
-    indicators, quality = content["indicators"], content.get("quality") or {}
-    corner = ", ".join(f"{value:g}" for value in content["ref"])
-    volume = (
-        f"{number(content['hypervolume'], 4)} {interval(content['hypervolume_ci'], 4)} from reference point ({corner})"
-    )
-    spacing = indicators.get("spacing")
-    spread = "" if spacing is None or content["front"] < 2 else f", spacing {number(spacing)}"
-    front = f"{content['front']} of {len(content['points'])} points on the front{'' if short else f' (*){spread}'}"
+    indicators, quality = result.indicators, result.quality
+    corner = ", ".join(f"{value:g}" for value in result.reference_point)
+    volume = f"{number(result.hypervolume, 4)} {interval(result.hypervolume_interval, 4)}"
+    spread = f", spacing {number(indicators.spacing)}" if result.front > 1 else ""
+    front = f"{result.front} of {len(result.points)} points on the front{'' if short else f' (*){spread}'}"
     rows = [("hypervolume", f"{volume} from reference point ({corner}), {front}")]
-    if content.get("optimal_share") is not None:
-        rows.append(("optimal share", f"{_share(content)} of the exact optimum's hypervolume"))
-    rows += _generalisation_rows(content.get("generalisation") or {})
+    if result.optimal_share is not None:
+        rows.append(("optimal share", f"{_share(result)} of the exact optimum's hypervolume"))
+    if result.generalisation is not None:
+        rows.append(("trained on", _side(result.generalisation.trained)))
+        rows.append(("held out", _side(result.generalisation.held_out)))
     if not short:
         rows += [
-            ("Kendall's tau", number(indicators["tau"], 2)),
-            ("inner product", number(indicators["inner_product"])),
-            ("expected utility", number(indicators["expected_utility"])),
+            ("Kendall's tau", number(indicators.tau, 2)),
+            ("inner product", number(indicators.inner_product)),
+            ("expected utility", number(indicators.expected_utility)),
+            ("collapse rate", percent(quality.rate, 1)),
         ]
-        if "rate" in quality:
-            rows.append(("collapse rate", percent(quality["rate"], 1)))
-        if quality.get("kl") is not None:
-            rows.append(("KL to base", _moved(content)))
-        if content.get("overlong"):
-            rows.append(("prompts", overlong(content["overlong"])))
+        if quality.kl is not None:
+            rows.append(("KL to base", _moved(result)))
+        if result.overlong:
+            rows.append(("prompts", overlong(result.overlong)))
     output.pairs(rows)
 
 
-def _share(content: Content) -> str:
-    low, high = content["optimal_share_ci"]
-    return f"{percent(content['optimal_share'], 1)} [{100 * low:.1f}, {100 * high:.1f}]"
+def _share(volume: Volume) -> str:
+    assert volume.optimal_share_interval is not None
+    low, high = volume.optimal_share_interval
+    return f"{percent(volume.optimal_share, 1)} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
-def _moved(content: Content) -> str:
+def _side(side: Side) -> str:
+    """Return the numbers of the preferences that were trained on, or of those that were held out."""
+    text = f"{len(side.prefs)} preferences: hypervolume {number(side.hypervolume, 4)}"
+    if side.optimal_share is not None:
+        text += f", {_share(side)} of the optimum's"
+    if side.utility_share is not None:
+        text += f"; utility {percent(side.utility_share, 1)} of the optimum's"
+    return text
+
+
+def _moved(result: EvalResult) -> str:
     """Return the mean KL to base and, where preferences differ, its range over them."""
-    each = [point["kl"] for point in content["points"]]
+    each = [point.kl for point in result.points if point.kl is not None]
     low, high = number(min(each), 2), number(max(each), 2)
     spread = f", {low} to {high} over the preferences" if low != high else ""
-    return f"{nats(content['quality'])} nats per response{spread}"
-
-
-def _generalisation_rows(content: Content) -> list[tuple[str, str]]:
-    """Return a row for the preferences that were trained on and one for those that were held out."""
-    rows = []
-    for side, name in (("trained", "trained on"), ("held_out", "held out")):
-        part = content.get(side)
-        if part is None:
-            continue
-        text = f"{len(part['prefs'])} preferences: hypervolume {number(part['hypervolume'], 4)}"
-        if part["optimal_share"] is not None:
-            text += f", {_share(part)} of the optimum's"
-        if part.get("utility_share") is not None:
-            text += f"; utility {percent(part['utility_share'], 1)} of the optimum's"
-        rows.append((name, text))
-    return rows
+    return f"{nats(result.quality.model_dump())} nats per response{spread}"

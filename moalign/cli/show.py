@@ -206,14 +206,15 @@ def comment_of(line: str) -> str:
 def _run(run: Run, as_json: bool) -> None:
     from moalign.config.describe import yaml_form
     from moalign.core.preferences import label
-    from moalign.runs.record import read_evaluation
+    from moalign.evaluation.result import EvalResult
 
     record = run.record
     path = run.path / "eval.json"
-    evaluation = read_evaluation(path) if path.is_file() else None
+    evaluation = EvalResult.load(path) if path.is_file() else None
     if as_json:
         content = record.model_dump(mode="json")
-        output.as_json({**content, "status": run.status, "run": str(run.path), "evaluation": evaluation})
+        stored = None if evaluation is None else evaluation.content
+        output.as_json({**content, "status": run.status, "run": str(run.path), "evaluation": stored})
         return
     environment = record.environment
     commit = f"commit {environment['commit']}" if environment.get("commit") else "no commit known"

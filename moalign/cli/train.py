@@ -200,8 +200,8 @@ def _show(run: RunHandle, results: Path) -> None:
     output.line()
     shown = example(len(run.objectives))
     if evaluation is not None:
-        show_points(evaluation.content)
-        show_summary(evaluation.content)
+        show_points(evaluation)
+        show_summary(evaluation)
         output.line()
         served = [label(point.preference) for point in evaluation.points]
         if served and shown not in served:

@@ -6,13 +6,13 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from moalign.comparison.entries import grouped
-from moalign.comparison.jobs import Work
+from moalign.comparison.jobs import ComparedRun
+from moalign.comparison.result import CompareResult
 from moalign.config.card import TaskCard
 from moalign.core.errors import RequestError
-from moalign.core.preferences import label
+from moalign.core.preferences import label as to_label
 from moalign.report import drawings, markdown, page, style
 from moalign.runs import atomic
 
@@ -35,19 +35,20 @@ class OutputPaths:
 
     def require_writable(self) -> None:
         """Raise RequestError for a wrong suffix or a path that cannot be written."""
-        if self.figure.suffix not in style.FORMATS:
-            raise RequestError(f"--figure {self.figure}: allowed: a name ending in {', '.join(style.FORMATS)}")
-        if self.html is not None and self.html.suffix not in PAGES:
-            raise RequestError(f"--html {self.html}: allowed: a name ending in {', '.join(PAGES)}")
-        for option, path in (("--figure", self.figure), ("--markdown", self.markdown), ("--html", self.html)):
+        for option, path, suffixes in (
+            ("--figure", self.figure, style.FORMATS),
+            ("--html", self.html, PAGES),
+            ("--markdown", self.markdown, ()),
+        ):
+            if path is not None and suffixes and path.suffix not in suffixes:
+                raise RequestError(f"{option} {path}: allowed: a name ending in {', '.join(suffixes)}")
             if path is not None and path.is_dir():
                 raise RequestError(f"{option} {path}: it is a folder; give the name of a file")
-        for path in (self.json, self.figure, self.markdown, self.html):
-            if path is not None:
-                _check_writable(path.parent)
+        for path in filter(None, (self.json, self.figure, self.markdown, self.html)):
+            _require_writable(path.parent)
 
 
-def _check_writable(folder: Path) -> None:
+def _require_writable(folder: Path) -> None:
     """Raise RequestError for a folder that cannot be created or written, before hours are spent on its files."""
     existing = next(ancestor for ancestor in (folder, *folder.absolute().parents) if ancestor.exists())
     if not existing.is_dir():
@@ -56,43 +57,41 @@ def _check_writable(folder: Path) -> None:
         file.write(b"\0" * 65536)
 
 
-def write(record: dict[str, Any], paths: OutputPaths, works: Sequence[Work], card: TaskCard) -> None:
-    """Write figures, page, Markdown and, last, the JSON; ``record`` is completed with their paths."""
-    if any(row["points"] for row in record["rows"]):
+def write(result: CompareResult, paths: OutputPaths, runs: Sequence[ComparedRun], card: TaskCard) -> None:
+    """Write figures, page, Markdown and, last, the JSON; ``result`` is completed with their paths."""
+    if any(entry.points for entry in result.entries):
         for name, draw in drawings.ALL.items():
             path = paths.figure if name == "fronts" else paths.folder / f"{name}.png"
-            content = draw(record, path.suffix)
-            if content is not None:
-                atomic.write_bytes(path, content)
-                record["figures"][name] = str(path)
-        record["figure"] = record["figures"]["fronts"]
-    record["markdown"], record["json"] = str(paths.markdown), str(paths.json)
-    record["html"] = None if paths.html is None else str(paths.html)
+            drawing = draw(result.content, path.suffix)
+            if drawing is not None:
+                atomic.write_bytes(path, drawing)
+                result.figures[name] = str(path)
+        result.figure = result.figures["fronts"]
+    result.markdown, result.json_file = str(paths.markdown), str(paths.json)
     if paths.html is not None:
-        atomic.write_bytes(paths.html, page.page(record, answers(works, card)))
-    atomic.write_text(paths.markdown, markdown.page(record, paths.markdown.parent))
-    atomic.write_json(paths.json, record)
+        result.html = str(paths.html)
+        atomic.write_bytes(paths.html, page.page(result.content, answers(runs, card)))
+    atomic.write_text(paths.markdown, markdown.page(result.content, paths.markdown.parent))
+    atomic.write_json(paths.json, result.content)
 
 
-def answers(works: Sequence[Work], card: TaskCard) -> list[page.Answers]:
-    """Return the answers of each row's first finished seed; of several samples of a prompt, the first."""
-    names = card.objective_names
+def answers(runs: Sequence[ComparedRun], card: TaskCard) -> list[page.Answers]:
+    """Return the answers of each entry's first finished seed; of several samples of a prompt, the first."""
     answered = []
-    for row, group in grouped(works).items():
-        work = next((work for work in group if work.evaluation is not None), None)
-        if work is None or work.run is None or work.table is None or work.evaluation is None:
+    for label, group in grouped(runs).items():
+        run = next((run for run in group if run.evaluation is not None), None)
+        if run is None or run.run is None or run.table is None or run.evaluation is None:
             continue
-        table = work.run.read_table(work.table)
-        samples = work.evaluation.told["samples"]
-        preferences = [tuple(point["prefs"]) for point in work.evaluation.told["points"]]
-        parts = [table[table["preference"] == label(preference)].iloc[::samples] for preference in preferences]
+        table, result = run.run.read_table(run.table), run.evaluation.result
+        preferences = [point.preference for point in result.points]
+        parts = [table[table["preference"] == to_label(w)].iloc[:: result.samples] for w in preferences]
         answered.append(
             page.Answers(
-                label=row,
+                label=label,
                 preferences=preferences,
                 prompts=parts[0]["prompt"].tolist(),
                 responses=[part["response"].tolist() for part in parts],
-                scores=[part[names].to_numpy().tolist() for part in parts],
+                scores=[part[card.objective_names].to_numpy().tolist() for part in parts],
             )
         )
     return answered

@@ -6,28 +6,28 @@ peak of memory is its own. Nothing is kept: the runs are in a temporary folder.
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
+
+from pydantic import Field
 
 from moalign.comparison.compare import CompareRequest, plan_all
-from moalign.comparison.executors import GRACE
-from moalign.comparison.jobs import Work
-from moalign.comparison.timed import Stamp, TimingRequest
+from moalign.comparison.executors import Child, ending
+from moalign.comparison.jobs import ComparedRun, prefixed
+from moalign.comparison.timed import Measurement, Stamp, TimingRequest
 from moalign.config.card import TaskCard
 from moalign.config.strict import Strict
 from moalign.core.errors import RequestError
 from moalign.core.progress import Progress, silent
+from moalign.evaluation.result import Content
 from moalign.runs import environment
 
 STEPS = 8
@@ -52,21 +52,48 @@ class BenchRequest:
     steps: int = STEPS
 
 
-@dataclass
-class Bench:
-    """The measurements."""
+class BenchRow(Content):
+    """The measurements of one method; None where there is nothing to measure."""
 
-    told: dict[str, Any]
-    traces: list[str] = field(default_factory=list)
-    """Tracebacks of methods that failed, for ``--debug``."""
+    method: str
+    status: Literal["done", "failed"]
+    error: str | None
+    import_seconds: float | None
+    start_seconds: float | None
+    """From the start of its process until imports, base and normaliser were there."""
+    seconds: float | None
+    """From the start of its process to the end of training."""
+    seconds_per_step: float | None = None
+    """Median over the steps of all stages."""
+    steps_measured: int = 0
+    stages: dict[str, float]
+    """Median seconds of a step, by stage."""
+    tokens_generated_per_second: float | None
+    tokens_trained_per_second: float | None
+    responses_scored_per_second: float | None
+    peak_memory_bytes: int | None
+    """Of the GPU where there is one, else of the process."""
+    peak_host_bytes: int | None
+    peak_gpu_bytes: int | None
+    prefs: list[str]
+    settings: list[str]
+    """The settings that differ from its recipe."""
 
-    @property
-    def exit_code(self) -> int:
-        """1 when a method failed, else 0."""
-        return 1 if self.told["failed"] else 0
+
+class BenchResult(Content):
+    """The measurements of all methods, and where they were made."""
+
+    task: str
+    steps: int
+    machine: dict[str, Any]
+    rows: list[BenchRow]
+    failed: list[str]
+    """The methods that failed."""
+    traces: list[str] = Field(default_factory=list, exclude=True)
+    """Their tracebacks, for ``--debug``."""
 
 
-def bench(request: BenchRequest, progress: Progress = silent) -> Bench:
+def bench(request: BenchRequest, progress: Progress = silent) -> BenchResult:
     """Measure the methods one after the other; one that fails is a row of status ``failed``, and the others go on.
 
     Raises:
@@ -78,54 +105,49 @@ def bench(request: BenchRequest, progress: Progress = silent) -> Bench:
         compare_request = CompareRequest(
             task=request.task, methods=request.methods, overrides=request.overrides, results=Path(results)
         )
-        works, card, _ = plan_all(compare_request)
+        runs, card, _ = plan_all(compare_request)
         if not request.methods:
-            works = [work for work in works if work.method.capabilities.trains]
-        result = Bench({})
-        rows = list(_rows(works, card, request, Path(results), progress, result.traces))
-    machines = [row.pop("machine") for row in rows]
-    result.told = {
-        "task": card.name,
-        "steps": request.steps,
-        "machine": next(filter(None, machines), None) or _machine(environment.capture()),
-        "rows": rows,
-        "failed": [row["method"] for row in rows if row["status"] == "failed"],
-    }
-    return result
-
-
-def _rows(
-    works: Sequence[Work], card: TaskCard, request: BenchRequest, results: Path, progress: Progress, traces: list[str]
-) -> Iterator[dict[str, Any]]:
-    """Yield a row per method; the very first process makes the base and the normaliser and is not measured."""
-    for number, work in enumerate(works):
-        timing = _timing_request(work, card, request.steps, results)
-        for prepare in [True, False] if number == 0 else [False]:
-            title = "preparing" if prepare else f"{work.method.name} ({number + 1}/{len(works)})"
-            answer = _answer(timing, prepare, title, progress)
-            if "error" in answer:
-                break
-        shutil.rmtree(results / "runs", ignore_errors=True)  # or the next method would reuse its experts
-        if "trace" in answer:
-            traces.append(answer["trace"])
-        yield _row(work, timing, answer, len(card.objectives))
+            runs = [run for run in runs if run.method.capabilities.trains]
+        rows, measurements = [], []
+        for number, run in enumerate(runs):
+            timing = _timing_request(run, card, request.steps, results)
+            measurement = Measurement()
+            if number == 0:  # a process that makes the base and the normaliser, and is not measured
+                measurement = _measured_apart(timing.model_copy(update={"prepare": True}), "preparing", progress)
+            if measurement.error is None:
+                measurement = _measured_apart(timing, f"{run.method.name} ({number + 1}/{len(runs)})", progress)
+            shutil.rmtree(Path(results) / "runs", ignore_errors=True)  # or the next method would reuse its experts
+            measurements.append(measurement)
+            rows.append(_row(timing, measurement, len(card.objectives)))
+    captured = next(filter(None, (measurement.environment for measurement in measurements)), None)
+    return BenchResult(
+        task=card.name,
+        steps=request.steps,
+        machine=_machine(captured or environment.capture()),
+        rows=rows,
+        failed=[row.method for row in rows if row.status == "failed"],
+        traces=[measurement.trace for measurement in measurements if measurement.trace],
+    )
 
 
 # --- one method -------------------------------------------------------------------------------------------------
 
 
-def _timing_request(work: Work, card: TaskCard, steps: int, results: Path) -> TimingRequest:
+def _timing_request(run: ComparedRun, card: TaskCard, steps: int, results: str) -> TimingRequest:
     """Return what a method's process is to do: its recipe with fewer steps, and one preference where each is a run."""
-    assert work.plan is not None
-    resolved = work.plan.resolved
+    assert run.plan is not None
+    resolved, count = run.plan.resolved, len(card.objectives)
     given = [str(text) for text in resolved.as_given["set"]]
     named = {text.partition("=")[0].strip().removeprefix("config.") for text in given}
     limits = {"steps": steps, **dict.fromkeys(SAMPLED, max(LEAST_SAMPLED, 2 * card.generation.batch_size))}
     cuts = [f"config.{key}={value}" for key, value in shortened(resolved.config, limits) if key not in named]
-    count = len(card.objectives)
-    prefs = [] if work.method.capabilities.one_policy else [",".join([repr(1 / count)] * count)]
-    task = str(resolved.as_given["task"])
-    return TimingRequest(work.method.name, task, prefs, [*cuts, *given], str(results), 0.0)
+    return TimingRequest(
+        method=run.method.name,
+        task=str(resolved.as_given["task"]),
+        prefs=[] if run.method.capabilities.one_policy else [",".join([repr(1 / count)] * count)],
+        overrides=[*cuts, *given],
+        results=results,
+    )
 
 
 def shortened(config: Strict, limits: Mapping[str, int], above: str = "") -> Iterator[tuple[str, int]]:
@@ -144,84 +166,42 @@ def shortened(config: Strict, limits: Mapping[str, int], above: str = "") -> Ite
             yield f"{above}{key}", 1
 
 
-def _answer(request: TimingRequest, prepare: bool, title: str, progress: Progress) -> dict[str, Any]:
-    """Measure in a process; returns its measurements, or ``{"error": ...}`` when it failed or died."""
-    started = TimingRequest(**{**vars(request), "started": time.time(), "prepare": prepare})
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as messages:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "moalign.comparison.timed", started.text()],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=messages,
-            text=True,
-        )
-        try:
-            answer = _read(child, title, progress)
-            code = child.wait()
-        finally:
-            _end(child)
-        if answer is not None:
-            return answer
-        return {"error": _failure(messages, code)}
-
-
-def _read(child: subprocess.Popen[str], title: str, progress: Progress) -> dict[str, Any] | None:
-    """Pass a process's progress on; returns its final message, or None when it died without one."""
-    assert child.stdout is not None
-    for line in child.stdout:
-        try:
-            message = json.loads(line)
-        except ValueError:
-            continue  # cut off when the process was killed
-        if "progress" in message:
-            what, done, total = message["progress"]
-            progress(f"{title}: {what}", done, total)
-        else:
-            return message.get("result", message)
-    return None
-
-
-def _end(child: subprocess.Popen[str]) -> None:
-    """End a process that is still running, because this one was interrupted or did not wait for its answer."""
-    if child.poll() is None:
-        child.terminate()
-        try:
-            child.wait(GRACE)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
-    if child.stdout is not None:
-        child.stdout.close()
-
-
-def _failure(messages: IO[str], code: int) -> str:
-    messages.seek(0)
-    lines = [line.strip() for line in messages if line.strip()]
-    how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-    return f"its process ended early ({how}){': ' + lines[-1] if lines else ''}"
+def _measured_apart(request: TimingRequest, title: str, progress: Progress) -> Measurement:
+    """Measure in a process; one that died has an error."""
+    child = Child("moalign.comparison.timed")
+    try:
+        started = request.model_copy(update={"started": time.time()})
+        answer, messages = child.ask(started.model_dump(), prefixed(progress, title))
+        if answer:
+            return Measurement.model_validate_json(answer)
+        lines = [line.strip() for line in messages.splitlines() if line.strip()]
+        how = f"its process ended early ({ending(child.process.wait())})"
+        return Measurement(error=": ".join([how, *lines[-1:]]))
+    except BaseException:
+        child.process.terminate()
+        raise
+    finally:
+        child.close()
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------
 
 
-def _row(work: Work, request: TimingRequest, answer: Mapping[str, Any], objectives: int) -> dict[str, Any]:
-    host, gpu = answer.get("peak_host_bytes"), answer.get("peak_gpu_bytes")
-    here = answer.get("environment")
-    return {
-        "method": work.method.name,
-        "status": "failed" if "error" in answer else "done",
-        "error": answer.get("error"),
-        "import_seconds": answer.get("import_seconds"),
-        "start_seconds": answer.get("start_seconds"),
-        "seconds": answer.get("seconds"),
-        **measured(answer.get("stamps") or [], objectives),
-        "peak_memory_bytes": gpu or host,
-        "peak_host_bytes": host,
-        "peak_gpu_bytes": gpu,
-        "prefs": list(request.prefs),
-        "set": list(request.overrides),
-        "machine": None if here is None else _machine(here),
-    }
+def _row(request: TimingRequest, measurement: Measurement, objectives: int) -> BenchRow:
+    return BenchRow(
+        method=request.method,
+        status="done" if measurement.error is None else "failed",
+        error=measurement.error,
+        import_seconds=measurement.import_seconds,
+        start_seconds=measurement.start_seconds,
+        seconds=measurement.seconds,
+        **measured(measurement.stamps, objectives),
+        peak_memory_bytes=measurement.peak_gpu_bytes or measurement.peak_host_bytes,
+        peak_host_bytes=measurement.peak_host_bytes,
+        peak_gpu_bytes=measurement.peak_gpu_bytes,
+        prefs=request.prefs,
+        settings=request.overrides,
+    )
 
 
 def measured(stamps: Sequence[Stamp], objectives: int) -> dict[str, Any]:
@@ -235,11 +215,11 @@ def measured(stamps: Sequence[Stamp], objectives: int) -> dict[str, Any]:
         stamps: of the lines, in the order written.
         objectives: scores of a response.
     """
-    every = [(a, b) for a, b in pairwise(stamps) if a["run"] == b["run"]]
-    steps = [(a, b) for a, b in every if a["phase"] == b["phase"] and b["step"] == a["step"] + 1]
+    every = [(a, b) for a, b in pairwise(stamps) if a.run == b.run]
+    steps = [(a, b) for a, b in every if a.phase == b.phase and b.step == a.step + 1]
     stages: dict[str, list[float]] = {}
     for a, b in steps:
-        stages.setdefault(re.sub(r"-\d+(?=-|$)", "", a["phase"]), []).append(b["at"] - a["at"])
+        stages.setdefault(re.sub(r"-\d+(?=-|$)", "", a.phase), []).append(b.at - a.at)
     times = [seconds for durations in stages.values() for seconds in durations]
     scored = _rate(every, "reward_calls")
     return {
@@ -252,17 +232,15 @@ def measured(stamps: Sequence[Stamp], objectives: int) -> dict[str, Any]:
     }
 
 
-def _rate(
-    intervals: Sequence[tuple[Stamp, Stamp]], key: Literal["tokens_generated", "tokens_trained", "reward_calls"]
-) -> float | None:
+def _rate(intervals: Sequence[tuple[Stamp, Stamp]], unit: str) -> float | None:
     """Return the count per second over the intervals in which it grew; None where there is none."""
-    count, seconds = 0, 0.0
-    for a, b in intervals:
-        before, after = a[key], b[key]
-        if before is not None and after is not None and after > before:
-            count += after - before
-            seconds += b["at"] - a["at"]
-    return count / seconds if seconds > 0 else None
+    grown = [
+        (getattr(b, unit) - getattr(a, unit), b.at - a.at)
+        for a, b in intervals
+        if getattr(a, unit) is not None and getattr(b, unit) is not None and getattr(b, unit) > getattr(a, unit)
+    ]
+    seconds = sum(duration for _, duration in grown)
+    return sum(count for count, _ in grown) / seconds if seconds > 0 else None
 
 
 def _machine(captured: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,22 +6,23 @@ seeds, and their costs are counted in the same units.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from moalign.comparison import artefacts, entries, executors, jobs, slots
+from moalign.comparison import artefacts, entries, executors, jobs
 from moalign.comparison.artefacts import OutputPaths
-from moalign.comparison.jobs import Work
+from moalign.comparison.jobs import ComparedRun
 from moalign.comparison.ranking import ranking
+from moalign.comparison.result import CompareResult
 from moalign.config import load, overrides
 from moalign.config.card import TaskCard
-from moalign.config.recipe import Recipe, ReportedSpec
+from moalign.config.recipe import Recipe
 from moalign.core import preferences
 from moalign.core.errors import RequestError, unknown
 from moalign.core.preferences import Preference
@@ -52,8 +53,8 @@ class CompareRequest:
     samples: int | None = None
     """Answers to each evaluation prompt at each preference; None: as many as the task card says."""
     jobs: int | None = None
-    """Runs trained at a time, other than 1: in other processes. None: see :mod:`moalign.comparison.slots`; with ray all
-    that find room."""
+    """Runs trained at a time, other than 1: in other processes. None: see
+    :func:`moalign.comparison.executors.jobs_by_default`; with ray all that find room."""
     executor: str = "local"
     """Where runs are trained: one of :data:`moalign.comparison.executors.NAMES`."""
     overrides: Sequence[str] = ()
@@ -64,49 +65,45 @@ class CompareRequest:
     html: Path | None = None
 
 
-@dataclass
-class Comparison:
-    """The result."""
-
-    told: dict[str, Any]
-    """The content of ``compare.json``."""
-    traces: list[str] = field(default_factory=list)
-    """Tracebacks of runs that failed, for ``--debug``."""
-
-    @property
-    def exit_code(self) -> int:
-        """1 when a run failed, else 0."""
-        return 1 if self.told["failed"] else 0
-
-
-def compare(request: CompareRequest, progress: Progress = silent) -> Comparison:
+def compare(request: CompareRequest, progress: Progress = silent) -> CompareResult:
     """Compare methods or runs; writes JSON, figure and Markdown.
 
-    Runs that fail stay visible as rows of status ``failed`` (or ``partial``); the others go on.
+    Runs that fail stay visible in entries of status ``failed`` (or ``partial``); the others go on.
 
     Raises:
         RequestError: every problem of the request at once, before anything is trained: unknown names, settings that
             no method has, runs of different task cards or without evaluation, paths that cannot be written.
     """
-    works, card, card_hash = _named_runs(request) if request.runs else plan_all(request)
-    requested = _requested_grid(request, card)
-    samples = _samples(request, card)
-    _refuse_lost_answers(works, card, requested, samples)
-    paths = _output_paths(request, works, card, card_hash)
-    jobs.train_missing(works, request.executor, request.jobs, progress)
-    jobs.evaluate_all(works, requested, progress, keep=not request.runs, samples=samples)
-    _refuse_not_finite(works, card)
-    _same_bounds(works)
-    grid = requested or preferences.grid_of(len(card.objectives), card.grid)
-    record = _record(request, works, card, card_hash, grid)
-    artefacts.write(record, paths, works, card)
-    return Comparison(record, [work.trace for work in works if work.trace])
+    runs, card, card_hash = _named_runs(request) if request.runs else plan_all(request)
+    requested = None if request.grid is None else preferences.grid_of(len(card.objectives), request.grid)
+    samples = None if request.samples == card.evaluation.samples else request.samples
+    problems = [lost for run in runs if (lost := jobs.lost_answers(run, card, requested, samples)) is not None]
+    if problems:  # the answers are needed for pairing
+        raise RequestError(*problems)
+    paths = _output_paths(request, runs, card, card_hash, samples)
+    jobs.train_missing(runs, request.executor, request.jobs, progress)
+    jobs.evaluate_all(runs, requested, progress, keep=not request.runs, samples=samples)
+    _require_finite(runs, card)
+    _require_same_bounds(runs)
+    result = _result(request, runs, card, card_hash, requested)
+    artefacts.write(result, paths, runs, card)
+    result.traces = [run.trace for run in runs if run.trace]
+    return result
 
 
 # --- what is compared -------------------------------------------------------------------------------------------
 
 
-def plan_all(request: CompareRequest) -> tuple[list[Work], TaskCard, str]:
+@contextlib.contextmanager
+def _collected(problems: list[str]) -> Iterator[None]:
+    """Add the problems of a RequestError to the others, so that all of them are shown at once."""
+    try:
+        yield
+    except RequestError as error:
+        problems += error.problems
+
+
+def plan_all(request: CompareRequest) -> tuple[list[ComparedRun], TaskCard, str]:
     """Check the request for every method and seed; nothing is trained yet."""
     problems = [
         f"--{name} {number}: allowed: 1 or more"
@@ -114,34 +111,27 @@ def plan_all(request: CompareRequest) -> tuple[list[Work], TaskCard, str]:
         if number is not None and number < 1
     ]
     problems += executors.problems(request.executor)
-    try:
-        slots.requested()
-    except RequestError as error:
-        problems += error.problems
+    with _collected(problems):
+        executors.jobs_requested()
     methods: dict[str, Method] = {}
-    try:
-        for name in _names(request):
-            methods[name] = registry.get(name)
-    except RequestError as error:
-        problems += error.problems
+    with _collected(problems):
+        methods = {name: registry.get(name) for name in _names(request)}
     if problems:
         raise RequestError(*problems)
-    works = []
-    given = _overrides(request.overrides, methods)
+    runs: list[ComparedRun] = []
+    settings = _settings(request.overrides, methods)
     for name, method in methods.items():
-        try:
-            works += list(_plans(request, method, given[name]))
-        except RequestError as error:
-            problems += error.problems
+        with _collected(problems):
+            runs += _plans(request, method, settings[name])
     if problems:
         raise RequestError(*dict.fromkeys(problems))
-    busy = [work.plan.existing_run for work in works if work.plan is not None and work.plan.existing_run is not None]
-    problems += [run.busy() for run in busy if run.status == "running"]
+    existing = [run.plan.existing_run for run in runs if run.plan is not None]
+    problems += [run.busy() for run in existing if run is not None and run.status == "running"]
     if problems:
         raise RequestError(*problems)
-    first = works[0].plan
+    first = runs[0].plan
     assert first is not None
-    return works, first.resolved.card, first.task.hash
+    return runs, first.resolved.card, first.task.hash
 
 
 def _names(request: CompareRequest) -> list[str]:
@@ -159,231 +149,178 @@ def _names(request: CompareRequest) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _plans(request: CompareRequest, method: Method, given: Sequence[str]) -> Iterator[Work]:
-    """Yield the work of one method over its seeds; one seed for a method in which nothing is trained."""
+def _plans(request: CompareRequest, method: Method, settings: Sequence[str]) -> list[ComparedRun]:
+    """Return the runs of one method over its seeds; one seed for a method in which nothing is trained."""
     able = method.capabilities
     train_request = TrainRequest(
         method.name,
         task=request.task,
         # A method that answers only for the preferences it was trained on is trained on those of the evaluation.
         grid=None if able.steerable else request.grid,
-        overrides=given,
+        overrides=settings,
         results=request.results,
     )
     first = plan(train_request)
-    yield jobs.planned(first)
-    for more in range(1, request.seeds if able.trains else 1):
-        yield jobs.planned(plan(replace(train_request, seed=first.seed + more)))
+    others = range(first.seed + 1, first.seed + (request.seeds if able.trains else 1))
+    return [jobs.planned(first), *(jobs.planned(plan(replace(train_request, seed=seed))) for seed in others)]
 
 
-def _overrides(texts: Sequence[str], methods: Mapping[str, Method]) -> dict[str, list[str]]:
+def _settings(texts: Sequence[str], methods: Mapping[str, Method]) -> dict[str, list[str]]:
     """Assign the ``--set`` options to methods.
 
     ``METHOD.key=value`` goes to that method; a key of the card or of every recipe goes to all; a method's own
     setting goes to the methods that have it. A setting that none has goes to all, whose plans then refuse it.
     """
-    given: dict[str, list[str]] = {name: [] for name in methods}
+    settings: dict[str, list[str]] = {name: [] for name in methods}
     problems: list[str] = []
     for text in texts:
-        try:
+        with _collected(problems):
             keys, _ = overrides.parse(text)
-        except RequestError as error:
-            problems += error.problems
-            continue
-        if keys[0] in methods and len(keys) > 1:
-            given[keys[0]].append(text.partition(".")[2])
-            continue
-        own = keys[1] if keys[0] == "config" and len(keys) > 1 else keys[0]
-        shared = keys[0] == "task" or (keys[0] != "config" and keys[0] in Recipe.model_fields)
-        fitting = [name for name, method in methods.items() if own in method.Config.model_fields]
-        for name in methods if shared or not fitting else fitting:
-            given[name].append(text)
+            if keys[0] in methods and len(keys) > 1:
+                settings[keys[0]].append(text.partition(".")[2])
+                continue
+            own = keys[1] if keys[0] == "config" and len(keys) > 1 else keys[0]
+            shared = keys[0] == "task" or (keys[0] != "config" and keys[0] in Recipe.model_fields)
+            fitting = [name for name, method in methods.items() if own in method.Config.model_fields]
+            for name in methods if shared or not fitting else fitting:
+                settings[name].append(text)
     if problems:
         raise RequestError(*problems)
-    return given
+    return settings
 
 
-def _named_runs(request: CompareRequest) -> tuple[list[Work], TaskCard, str]:
+def _named_runs(request: CompareRequest) -> tuple[list[ComparedRun], TaskCard, str]:
     """Return the named runs; RequestError for those that are not finished, not evaluated or not of one task card."""
-    refused = {
-        "--methods": bool(request.methods),
-        "--seeds": request.seeds != 1,
-        "--set": bool(request.overrides),
-    }
+    refused = {"--methods": request.methods, "--seeds": request.seeds != 1, "--set": request.overrides}
     problems = [
         f"{option}: finished runs are named, so nothing is trained; leave out the runs or {option}"
         for option, given in refused.items()
         if given
     ]
     problems += executors.problems(request.executor)
-    store, named = RunStore(request.results), []
+    runs: dict[Path, Run] = {}
     for name in request.runs:
-        try:
-            run = store.find(name)
-        except RequestError as error:
-            problems += error.problems
-            continue
-        if run.status != "done":
-            problems.append(f"run {run.path}: it is {run.status}, not done; finish it with its train command first")
-        named.append(run)
+        with _collected(problems):
+            run = RunStore(request.results).find(name)
+            if run.status != "done":
+                problems.append(f"run {run.path}: it is {run.status}, not done; finish it with its train command first")
+            runs.setdefault(run.path.resolve(), run)
     if problems:
         raise RequestError(*problems)
-    runs = list({run.path.resolve(): run for run in named}.values())
-    _same_card(runs)
-    for run in runs:
-        try:
+    first, *others = runs.values()
+    for other in others:
+        _require_same_card(first, other)
+    for run in runs.values():
+        with _collected(problems):
             context_of(run, jobs.results_of(run))
-        except RequestError as error:
-            problems += error.problems
     if problems:
         raise RequestError(*problems)
-    if request.task is not None and request.task != runs[0].record.task:
-        raise RequestError(f"--task {request.task}: the runs named are of task {runs[0].record.task}; leave out --task")
-    card = TaskCard.model_validate(runs[0].record.recipe["card"])
-    works = [_of_run(run) for run in runs]
-    lacking = jobs.not_evaluated(works, card)
+    if request.task is not None and request.task != first.record.task:
+        raise RequestError(f"--task {request.task}: the runs named are of task {first.record.task}; leave out --task")
+    card = TaskCard.model_validate(first.record.recipe["card"])
+    compared = [jobs.existing(run) for run in runs.values()]
+    lacking = jobs.not_evaluated(compared, card)
     if lacking is not None:
         raise RequestError(lacking)
-    return works, card, runs[0].record.card_hash
+    return compared, card, first.record.card_hash
 
 
-def _of_run(run: Run) -> Work:
-    record = run.record
-    command = jobs.arguments(record.as_given, record.seed, record.preferences, jobs.results_of(run))
-    # In older records it is an empty mapping.
-    reported = [ReportedSpec.model_validate(number).model_dump() for number in record.recipe.get("reported") or []]
-    method = registry.get(record.method)
-    return Work(method, record.seed, record.identity, run.path, command, run=run, reported=reported)
+def _require_same_card(first: Run, other: Run) -> None:
+    if other.record.card_hash == first.record.card_hash:
+        return
+    names = [f"{run.path} is of {run.record.task} (card {run.record.card_hash})" for run in (first, other)]
+    cards, idle = (first.record.recipe["card"], other.record.recipe["card"]), ("description", "suite")
+    keys = [key for key in cards[0] | cards[1] if key not in idle and cards[0].get(key) != cards[1].get(key)]
+    if len(keys) > 4:
+        keys[4:] = [f"{len(keys) - 4} more"]
+    where = f"they differ in {', '.join(keys)}" if keys else "their base models or data differ"
+    raise RequestError(
+        f"runs of different task cards cannot be compared: {', '.join(names)}; {where}; train both on one card"
+    )
 
 
-def _same_card(runs: Sequence[Run]) -> None:
-    first = runs[0]
-    for other in runs[1:]:
-        if other.record.card_hash != first.record.card_hash:
-            names = [f"{run.path} is of {run.record.task} (card {run.record.card_hash})" for run in (first, other)]
-            differ = _differences(first.record.recipe["card"], other.record.recipe["card"])
-            where = f"; they differ in {', '.join(differ)}" if differ else "; their base models or data differ"
-            raise RequestError(
-                f"runs of different task cards cannot be compared: {names[0]}, {names[1]}{where}; "
-                "train both on one card"
-            )
-
-
-def _differences(first: Mapping[str, Any], other: Mapping[str, Any], most: int = 4) -> list[str]:
-    """Return the keys in which two cards differ, without those that do not affect results."""
-    idle = ("description", "suite")
-    keys = [key for key in {**first, **other} if key not in idle and first.get(key) != other.get(key)]
-    more = [f"{len(keys) - most} more"] if len(keys) > most else []
-    return keys[:most] + more
-
-
-def _refuse_lost_answers(
-    works: Sequence[Work], card: TaskCard, requested: Sequence[Preference] | None, samples: int | None
-) -> None:
-    """Raise RequestError for runs whose answers were deleted: they are needed for pairing."""
-    problems = [lost for work in works if (lost := jobs.lost_answers(work, card, requested, samples)) is not None]
-    if problems:
-        raise RequestError(*problems)
-
-
-def _requested_grid(request: CompareRequest, card: TaskCard) -> list[Preference] | None:
-    return None if request.grid is None else preferences.grid_of(len(card.objectives), request.grid)
-
-
-def _samples(request: CompareRequest, card: TaskCard) -> int | None:
-    """Return the requested number of answers to each prompt, None where it is the card's."""
-    return None if request.samples == card.evaluation.samples else request.samples
-
-
-def _refuse_not_finite(works: Sequence[Work], card: TaskCard) -> None:
+def _require_finite(runs: Sequence[ComparedRun], card: TaskCard) -> None:
     """Raise RequestError for stored scores that are not finite; new evaluations never have any."""
     problems = []
-    for work in works:
-        if work.evaluation is not None and not np.isfinite(work.evaluation.scores).all():
-            prompt, vector, objective = np.argwhere(~np.isfinite(work.evaluation.scores))[0]
+    for run in runs:
+        if run.evaluation is not None and not np.isfinite(run.evaluation.scores).all():
+            prompt, vector, objective = np.argwhere(~np.isfinite(run.evaluation.scores))[0]
             problems.append(
-                f"{work.folder / str(work.table)}.parquet: {card.objective_names[objective]} is NaN or infinite at "
+                f"{run.folder / str(run.table)}.parquet: {card.objective_names[objective]} is NaN or infinite at "
                 f"prompt {prompt + 1}, preference {vector + 1}; allowed: finite scores; delete the file and the "
-                f"eval*.json made from it, then {shlex.join(['moalign', 'eval', str(work.folder)])}"
+                f"eval*.json made from it, then {shlex.join(['moalign', 'eval', str(run.folder)])}"
             )
     if problems:
         raise RequestError(*problems)
 
 
-def _same_bounds(works: Sequence[Work]) -> None:
+def _require_same_bounds(runs: Sequence[ComparedRun]) -> None:
     """Raise RequestError for runs whose normalisers differ (fitted twice, in different results folders)."""
-    judged = [work for work in works if work.bounds is not None]
-    for work in judged[1:]:
-        if work.bounds != judged[0].bounds:
+    judged = [run for run in runs if run.bounds is not None]
+    for run in judged[1:]:
+        if run.bounds != judged[0].bounds:
             raise RequestError(
-                f"{judged[0].folder} and {work.folder}: their normalisers differ (each results folder fitted its own), "
+                f"{judged[0].folder} and {run.folder}: their normalisers differ (each results folder fitted its own), "
                 "so their scores cannot be compared; train both in one results folder"
             )
 
 
-# --- the record -------------------------------------------------------------------------------------------------
+# --- the result -------------------------------------------------------------------------------------------------
 
 
-def _record(
-    request: CompareRequest, works: Sequence[Work], card: TaskCard, card_hash: str, grid: Sequence[Preference]
-) -> dict[str, Any]:
-    spec = card.evaluation
-    judged = ranking(entries.entries_of(works), grid, spec.bootstrap, spec.seed)
-    bounds = next((work.bounds for work in works if work.bounds is not None), None)
-    record: dict[str, Any] = {
-        "task": card.name,
-        "description": card.description,
-        "card_hash": card_hash,
-        "objectives": card.objective_names,
-        "ref": list(card.reference_point),
-        "grid": [list(preference) for preference in grid],
-        "prompts": next((work.evaluation.told["prompts"] for work in works if work.evaluation), None),
-        "samples": request.samples or spec.samples,
-        "draws": spec.bootstrap,
-        "level": 0.95,
-        "bounds": None if bounds is None else {"lo": list(bounds[0]), "hi": list(bounds[1])},
-        **judged,
-        "reported": _reported(works),
-        "failed": [row["label"] for row in judged["rows"] if row["status"] != "done"],
-        "command": _command(request),
-        "environment": environment.capture(),
-        "figure": None,
-        "figures": {},
-        "html": None,
-        "markdown": None,
-        "json": None,
-    }
-    record["verdict"] = verdict.sentences(record)
-    return record
-
-
-def _reported(works: Sequence[Work]) -> list[dict[str, Any]]:
-    """Return the papers' numbers that the recipes quote, each once; they are kept apart from measured numbers."""
-    numbers = [dict(number) for work in works for number in work.reported]
-    return list({json.dumps(number, sort_keys=True): number for number in numbers}.values())
+def _result(
+    request: CompareRequest,
+    runs: Sequence[ComparedRun],
+    card: TaskCard,
+    card_hash: str,
+    requested: Sequence[Preference] | None,
+) -> CompareResult:
+    spec, grid = card.evaluation, requested or preferences.grid_of(len(card.objectives), card.grid)
+    ranked = ranking(entries.entries_of(runs), grid, spec.bootstrap, spec.seed)
+    bounds = next((run.bounds for run in runs if run.bounds is not None), None)
+    # The papers' numbers that the recipes quote, each once; they are kept apart from measured numbers.
+    reported = {json.dumps(number, sort_keys=True): dict(number) for run in runs for number in run.reported}
+    result = CompareResult(
+        task=card.name,
+        description=card.description,
+        card_hash=card_hash,
+        objectives=tuple(card.objective_names),
+        reference_point=tuple(card.reference_point),
+        grid=tuple(grid),
+        prompts=next((run.evaluation.result.prompts for run in runs if run.evaluation), None),
+        samples=request.samples or spec.samples,
+        draws=spec.bootstrap,
+        level=0.95,
+        bounds=None if bounds is None else {"lo": list(bounds[0]), "hi": list(bounds[1])},
+        **dict(ranked),
+        reported=list(reported.values()),
+        failed=[entry.label for entry in ranked.entries if entry.status != "done"],
+        command=_command(request),
+        environment=environment.capture(),
+    )
+    result.verdict = verdict.sentences(result.content)
+    return result
 
 
 def _command(request: CompareRequest) -> str:
     """Return the command that reproduces this comparison."""
-    parts = ["moalign", "compare", *request.runs]
-    if request.task is not None:
-        parts += ["--task", request.task]
-    if request.methods:
-        parts += ["--methods", ",".join(request.methods)]
-    if request.seeds != 1:
-        parts += ["--seeds", str(request.seeds)]
-    if request.grid is not None:
-        parts += ["--grid", str(request.grid)]
-    if request.samples is not None:
-        parts += ["--samples", str(request.samples)]
-    parts += [part for text in request.overrides for part in ("--set", text)]
-    return shlex.join([*parts, "--results", str(request.results)])
+    options = {
+        "--task": request.task,
+        "--methods": ",".join(request.methods or ()) or None,
+        "--seeds": request.seeds if request.seeds != 1 else None,
+        "--grid": request.grid,
+        "--samples": request.samples,
+    }
+    given = [part for option, value in options.items() if value is not None for part in (option, str(value))]
+    given += [part for text in request.overrides for part in ("--set", text)]
+    return shlex.join(["moalign", "compare", *request.runs, *given, "--results", str(request.results)])
 
 
-def _output_paths(request: CompareRequest, works: Sequence[Work], card: TaskCard, card_hash: str) -> OutputPaths:
+def _output_paths(
+    request: CompareRequest, runs: Sequence[ComparedRun], card: TaskCard, card_hash: str, samples: int | None
+) -> OutputPaths:
     """Return the paths of the files, having checked that they can be written."""
-    identity = {"card": card_hash, "runs": sorted(work.folder.name for work in works), "grid": request.grid}
-    samples = _samples(request, card)
+    identity = {"card": card_hash, "runs": sorted(run.folder.name for run in runs), "grid": request.grid}
     if samples is not None:
         identity["samples"] = samples
     folder = request.results / "compare" / f"{card.name}-{stores.identity(identity)[:8]}"

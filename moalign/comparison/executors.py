@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import json
 import os
-import queue
+import select
 import signal
 import subprocess
 import sys
@@ -19,37 +19,25 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
-from moalign.core.errors import WorkError, unknown
+from moalign.core.errors import RequestError, WorkError, unknown
 from moalign.core.progress import Progress, silent
+from moalign.preflight import memory
+from moalign.runs import environment
+from moalign.tasks.task import Task
 
 NAMES = ("local", "ray")
+JOBS = "MOALIGN_JOBS"
+"""Environment variable: how many runs are trained at a time, for comparisons without ``--jobs``."""
 
 GRACE = 5.0
 """Seconds that an interrupted process has to end by itself."""
-_POLL = 0.2
-"""Seconds of a wait for a child: ray cancels a task between two Python instructions, not inside a wait."""
+_POLL = 200
+"""Milliseconds of a wait for a child: ray cancels a task between two Python instructions, not inside a wait."""
 _PASSED_ON = ("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "OMP_NUM_THREADS")
 """Variables, besides ``MOALIGN_*``, that a ray task takes from the machine where the comparison was started: a cluster
 that was already running does not have them."""
-
-
-class Executor(Protocol):
-    """Runs jobs, several at a time from as many threads."""
-
-    def run(self, command: Sequence[str], progress: Progress = silent) -> tuple[int, str]:
-        """Run ``moalign`` with these arguments to its end; return (exit code, stderr).
-
-        ``progress`` receives its progress where that is known, from any thread.
-
-        Raises WorkError when it could not be run at all, or was lost.
-        """
-        ...
-
-    def stop(self) -> None:
-        """Interrupt every job and start no more; their runs can be resumed."""
-        ...
 
 
 def problems(name: str) -> list[str]:
@@ -64,18 +52,43 @@ def problems(name: str) -> list[str]:
     return []
 
 
+def jobs_requested() -> int | None:
+    """Return the value of :data:`JOBS`, None where it is not set; RequestError when it is not a positive number."""
+    value = os.environ.get(JOBS, "")
+    if not value:
+        return None
+    if not value.isdecimal() or int(value) < 1:
+        raise RequestError(f"{JOBS}={value}: allowed: 1 or more")
+    return int(value)
+
+
+def jobs_by_default(task: Task) -> int:
+    """Return how many runs of a task this machine trains at a time: one for each CPU where models are tiny, else one.
+
+    A tiny model is no faster with two threads than with one, so the other CPUs would be idle. A GPU trains one run at a
+    time, whatever its size.
+    """
+    import torch
+
+    from moalign.lm.language_model import TINY
+
+    models, unknown_models = memory.reward_models(task.card)
+    policy = memory.sizes_of(task.base_source()[0])
+    if torch.cuda.is_available() or unknown_models or policy is None:
+        return 1
+    tiny = policy.parameters + sum(sizes.parameters for _, sizes in models) < TINY
+    return environment.usable_cpus() if tiny else 1
+
+
 @contextlib.contextmanager
-def opened(name: str) -> Iterator[Executor]:
+def opened(name: str) -> Iterator[Processes | RayTasks]:
     """Open an executor; ray is started, or its cluster joined, and left at the end.
 
     Raises WorkError when ray cannot be started or reached.
     """
     if name == "local":
-        processes = Processes()
-        try:
+        with contextlib.closing(Processes()) as processes:
             yield processes
-        finally:
-            processes.close()
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else it reports to its makers over the network
     ray: Any = importlib.import_module("ray")
@@ -95,79 +108,83 @@ def opened(name: str) -> Iterator[Executor]:
             ray.shutdown()
 
 
-class Child:
-    """A process that runs commands one after another (:mod:`moalign.cli.jobs`)."""
+def ending(code: int) -> str:
+    """Return how a process ended, in words."""
+    return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
 
-    def __init__(self, folder: str | None, settings: Mapping[str, str]) -> None:
+
+class Child:
+    """A process that answers requests, lines of JSON on its stdin, one after another.
+
+    While it works it writes progress, ``[what, done, total]``, and at the end of each request one other line.
+    """
+
+    def __init__(self, module: str, folder: str | None = None, settings: Mapping[str, str] | None = None) -> None:
         self._messages = tempfile.TemporaryFile("a+", encoding="utf-8", errors="replace")  # noqa: SIM115 - closed with it
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "moalign.cli.jobs"],
+            [sys.executable, "-m", module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._messages,
-            text=True,
-            errors="replace",
+            bufsize=0,
             cwd=folder,
-            env={**os.environ, **settings},
+            env={**os.environ, **(settings or {})},
         )
-        self._answers: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._say: Progress = silent
-        threading.Thread(target=self._listen, daemon=True).start()
 
-    def _listen(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
+    def ask(self, request: Any, progress: Progress) -> tuple[str, str]:
+        """Return the answer to a request and what went to stderr meanwhile; an empty answer when the process ended."""
+        begin = self._messages.seek(0, os.SEEK_END)
+        waiting = select.poll()
+        assert self.process.stdin is not None and self.process.stdout is not None
+        waiting.register(self.process.stdout, select.POLLIN)
+        with contextlib.suppress(BrokenPipeError):  # it has ended: its exit code says how
+            self.process.stdin.write(json.dumps(request).encode() + b"\n")
+        line = "["
+        while line.startswith("["):
+            while not waiting.poll(_POLL):
+                pass
+            line = self.process.stdout.readline().decode(errors="replace")
             if line.startswith("["):
                 with contextlib.suppress(Exception):  # an error while showing progress must not lose the answer
-                    self._say(*json.loads(line))
-            else:
-                self._answers.put(line)
-        self._answers.put("")
-
-    def run(self, command: Sequence[str], progress: Progress) -> tuple[int, str]:
-        """Run ``moalign`` with these arguments; return (exit code, stderr)."""
-        self._say = progress
-        begin = self._messages.seek(0, os.SEEK_END)
-        assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it has ended: its exit code says how
-            self.process.stdin.write(json.dumps([*command, "--json"]) + "\n")
-            self.process.stdin.flush()
-        answer = None
-        while answer is None:
-            with contextlib.suppress(queue.Empty):
-                answer = self._answers.get(timeout=_POLL)
-        code = int(answer) if answer else self.process.wait()
+                    progress(*json.loads(line))
+        if not line.endswith("\n"):  # it has ended, perhaps in the middle of a line
+            line = ""
+            self.process.wait()
         self._messages.seek(begin)
-        # A process that ends without an answer has failed, whatever its exit code.
-        return code or int(not answer), self._messages.read()
+        return line.strip(), self._messages.read()
 
     def close(self) -> None:
-        """End the process, which has no command to run."""
-        with contextlib.suppress(BrokenPipeError):
-            assert self.process.stdin is not None
-            self.process.stdin.close()
+        """End the process, which has no request to answer."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.close()
         try:
             self.process.wait(GRACE)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        self.process.stdout.close()
         self._messages.close()
 
 
 class Processes:
-    """Child processes that are interrupted with this one; one whose command succeeded runs the next one."""
+    """Child processes that are interrupted with this one; one whose command succeeded runs the next one.
+
+    Not a ProcessPoolExecutor: one killed worker breaks the whole pool, and a worker cannot be interrupted.
+    """
 
     def __init__(self, folder: str | None = None, settings: Mapping[str, str] | None = None) -> None:
         """Run in ``folder`` (None: the current one) with ``settings`` added to this process's environment."""
-        self._folder = folder
-        self._settings = dict(settings or {})
+        self._folder, self._settings = folder, settings
         self._lock, self._reporting = threading.Lock(), threading.Lock()
         self._alive: set[Child] = set()
         self._idle: list[Child] = []
         self._stopping = False
 
     def run(self, command: Sequence[str], progress: Progress = silent) -> tuple[int, str]:
-        """Run ``moalign`` with these arguments; return (exit code, stderr)."""
+        """Run ``moalign`` with these arguments to its end; return (exit code, stderr).
+
+        Any number of threads may call it; ``progress`` is called by one at a time.
+        """
 
         def one_at_a_time(what: str, done: int, total: int) -> None:
             with self._reporting:
@@ -176,9 +193,11 @@ class Processes:
         with self._lock:
             if self._stopping:
                 return -signal.SIGINT, ""
-            child = self._idle.pop() if self._idle else Child(self._folder, self._settings)
+            child = self._idle.pop() if self._idle else Child("moalign.cli.jobs", self._folder, self._settings)
             self._alive.add(child)
-        code, messages = child.run(command, one_at_a_time)
+        answer, messages = child.ask([*command, "--json"], one_at_a_time)
+        # A process that ends without an answer has failed, whatever its exit code.
+        code = int(answer) if answer else child.process.wait() or 1
         with self._lock:
             self._alive.discard(child)
             reusable = code == 0 and not self._stopping
@@ -190,10 +209,8 @@ class Processes:
 
     def close(self) -> None:
         """End the children that wait for a command."""
-        with self._lock:
-            idle, self._idle = self._idle, []
-        for child in idle:
-            child.close()
+        while self._idle:
+            self._idle.pop().close()
 
     def stop(self) -> None:
         """Interrupt every child and start no more; their runs can be resumed.
@@ -207,10 +224,10 @@ class Processes:
         for process in alive:
             process.send_signal(signal.SIGINT)
         last = time.monotonic() + GRACE
-        while time.monotonic() < last and any(process.poll() is None for process in alive):
-            time.sleep(0.05)
         for process in alive:
-            if process.poll() is None:
+            try:
+                process.wait(max(0.0, last - time.monotonic()))
+            except subprocess.TimeoutExpired:
                 process.terminate()
 
 
@@ -231,7 +248,10 @@ class RayTasks:
         self._stopping = False
 
     def run(self, command: Sequence[str], progress: Progress = silent) -> tuple[int, str]:
-        """Run ``moalign`` with these arguments as a task; return (exit code, stderr); its progress is not known."""
+        """Run ``moalign`` with these arguments as a task; return (exit code, stderr); its progress is not known.
+
+        Raises WorkError when it could not be run at all, or was lost.
+        """
         with self._lock:
             if self._stopping:
                 return -signal.SIGINT, ""
@@ -265,14 +285,12 @@ def _on_worker(command: Sequence[str], folder: str, settings: Mapping[str, str])
     """Run one job on a ray worker; a cancelled task passes the interruption on to its child."""
     # ray starts its workers with interrupts blocked, and a child would inherit that.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    here = Processes(folder, settings)
-    try:
-        return here.run(command)
-    except BaseException:
-        here.stop()
-        raise
-    finally:
-        here.close()
+    with contextlib.closing(Processes(folder, settings)) as here:
+        try:
+            return here.run(command)
+        except BaseException:
+            here.stop()
+            raise
 
 
 def _settings() -> dict[str, str]:

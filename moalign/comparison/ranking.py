@@ -1,4 +1,4 @@
-"""From the score matrices of several methods to rows, paired differences, a ranking and, if there is one, a winner.
+"""From the score matrices of several methods to entries, paired differences, a ranking and, if there is one, a winner.
 
 Nothing is trained, read or drawn here, and methods are not told apart by name. The unit of resampling is the
 evaluation prompt, which all methods answered: all of them share the same resamples of prompts (the same seed), so that
@@ -13,171 +13,205 @@ import math
 import statistics as plain_statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
+from moalign.comparison.result import (
+    Difference,
+    Entry,
+    HeldOutSummary,
+    Pair,
+    Ranking,
+    RunSummary,
+    Sensitivity,
+    TrainingCost,
+)
+from moalign.core.arrays import Matrix
 from moalign.core.errors import WorkError
+from moalign.core.preferences import Preference
 from moalign.evaluation.evaluate import Evaluation
-from moalign.pareto import front, hypervolume, indicators, statistics
-
-Array = NDArray[np.float64]
-Statistic = Callable[[Array], float]
-"""A number computed from the mean points of all preferences, ``[k, m]``."""
+from moalign.evaluation.result import AnsweringCost, EvalResult, Indicators, Point, Quality
+from moalign.pareto import front, indicators, statistics
+from moalign.pareto.hypervolume import hypervolume
 
 COUNTED = ("tokens_generated", "tokens_trained", "reward_calls", "seconds")
-"""Costs that add up; rows also give the hypervolume per unit of each."""
+"""Costs that add up; entries also have the hypervolume per unit of each."""
 
 
 @dataclass
-class Entry:
-    """One entry of the ranking: a method with one setting, over its training seeds; it becomes a row."""
+class SeedResult:
+    """What one finished run brings to its entry."""
+
+    seed: int
+    evaluation: Evaluation
+    cost: Mapping[str, float]
+    """Of training: tokens, reward calls, seconds, peak memory."""
+    diagnostics: Mapping[str, Any] = field(default_factory=dict)
+    """Of training, by the method's own names."""
+    curves: dict[str, list[list[float]]] = field(default_factory=dict)
+    """Learning curves (:func:`moalign.report.curves.condense`)."""
+
+    @property
+    def means(self) -> Matrix:
+        """Mean points of all preferences, ``[k, m]``."""
+        return np.array([point.mean for point in self.evaluation.result.points], dtype=np.float64)
+
+
+@dataclass
+class EntryRuns:
+    """The runs of one entry: a method with one setting, over its training seeds."""
 
     label: str
     method: str
+    runs: list[RunSummary]
+    """One per requested seed."""
+    finished: list[SeedResult] = field(default_factory=list)
     seeded: bool = True
     """False: nothing in it depends on the training seed, so its one run stands for every seed."""
-    seeds: list[int] = field(default_factory=list)
-    """The seeds that finished, in the order of ``evaluations`` and ``costs``."""
-    evaluations: list[Evaluation] = field(default_factory=list)
-    costs: list[dict[str, float]] = field(default_factory=list)
-    """Cost of training, per seed."""
-    runs: list[dict[str, Any]] = field(default_factory=list)
-    """One per requested seed: run, seed, status, command, error."""
-    diagnostics: list[Mapping[str, Any]] = field(default_factory=list)
-    """Per seed, diagnostics of its training by the method's own names."""
-    curves: list[dict[str, Any]] = field(default_factory=list)
-    """Learning curves of each seed (:func:`moalign.report.curves.condense`)."""
 
     @property
-    def status(self) -> str:
-        """``done``; ``partial`` when some seeds failed; ``failed`` when none finished."""
-        if not self.evaluations:
-            return "failed"
-        return "done" if all(run["status"] == "done" for run in self.runs) else "partial"
+    def seeds(self) -> list[int]:
+        """The seeds that finished."""
+        return [run.seed for run in self.finished]
+
+    @property
+    def results(self) -> list[EvalResult]:
+        """Of the seeds that finished."""
+        return [run.evaluation.result for run in self.finished]
+
+    @property
+    def grid(self) -> list[Preference]:
+        """The preferences that it was evaluated on."""
+        return [point.preference for point in self.results[0].points]
+
+    def observed(self, number: Number, seeds: Sequence[int] | None = None) -> float:
+        """Return a number of the mean points, averaged over the seeds (None: all)."""
+        return _mean([number(self)(run.means) for run in self._chosen(seeds)])
+
+    def resampled(self, number: Number, draws: int, seed: int, seeds: Sequence[int] | None = None) -> Matrix:
+        """Return the same of ``[draws]`` resamples of prompts and training seeds."""
+        scores = [run.evaluation.scores for run in self._chosen(seeds)]
+        return statistics.two_level_bootstrap(scores, number(self), draws, seed)
+
+    def _chosen(self, seeds: Sequence[int] | None) -> list[SeedResult]:
+        return [run for run in self.finished if seeds is None or run.seed in seeds]
 
 
-def ranking(entries: Sequence[Entry], grid: Sequence[Sequence[float]], draws: int, seed: int) -> dict[str, Any]:
-    """Compare the entries; returns ``rows`` (best first, failed ones last), ``pairs``, ``winner`` and more.
+Number = Callable[[EntryRuns], Callable[[Matrix], float]]
+"""A number of the mean points ``[k, m]`` that an entry has at its preferences."""
+
+
+D = TypeVar("D", bound=Difference)
+
+
+def _hypervolume(group: EntryRuns) -> Callable[[Matrix], float]:
+    return functools.partial(hypervolume, ref=group.results[0].reference_point)
+
+
+def _inner_product(group: EntryRuns) -> Callable[[Matrix], float]:
+    return functools.partial(indicators.inner_product, group.grid)
+
+
+def ranking(groups: Sequence[EntryRuns], grid: Sequence[Preference], draws: int, seed: int) -> Ranking:
+    """Compare the entries.
 
     Args:
-        entries: at least one; all evaluated on the same prompts.
+        groups: at least one; all evaluated on the same prompts.
         grid: the comparison's preferences; an entry evaluated on others is marked ``own_preferences``.
         draws: bootstrap resamples.
         seed: of the bootstrap; the task card's, so that intervals agree with those of ``moalign eval``.
 
-    ``winner`` is the label of the entry whose paired difference in hypervolume to every other entry is above 0 with
-    certainty (see :func:`_pair`), or None. An entry that lost a seed can be beaten but cannot win. Pairs evaluated on
-    the same preferences also have their difference in inner product: a hypervolume counts the best points of a front,
-    whichever preferences they answer.
+    The ``winner`` is the entry whose paired difference in hypervolume to every other entry is above 0 with certainty
+    (see :func:`_difference`). An entry that lost a seed can be beaten but cannot win. Pairs evaluated on the same
+    preferences also have their difference in inner product: a hypervolume counts the best points of a front, whichever
+    preferences they answer.
     """
     judged = sorted(
-        (entry for entry in entries if entry.evaluations), key=lambda entry: (-_mean(_volumes(entry)), entry.label)
+        (group for group in groups if group.finished),
+        key=lambda group: (-group.observed(_hypervolume), group.label),
     )
-    _same_prompts(judged)
-    samples = {entry.label: _samples(entry, entry.seeds, draws, seed) for entry in judged}
-    shared = [list(preference) for preference in grid]
-    rows = [
-        {**_row(entry, judged, samples[entry.label], draws, seed), "own_preferences": _grid_of(entry) != shared}
-        for entry in judged
-    ]
-    for row in rows:  # equal hypervolumes share the better rank
-        row["rank"] = 1 + sum(other["hypervolume"] > row["hypervolume"] for other in rows)
-    rows += [_failed(entry) for entry in entries if not entry.evaluations]
-    utilities = {entry.label: _samples(entry, entry.seeds, draws, seed, _utility(entry)) for entry in judged}
-    pairs = [
-        {
-            **_pair(a, b, samples, draws, seed),
-            "inner_product": _pair(a, b, utilities, draws, seed, _utility(a)) if _grid_of(a) == _grid_of(b) else None,
-        }
-        for a, b in itertools.combinations(judged, 2)
-    ]
-    best = _optimum(judged, shared)
-    return {
-        "rows": rows,
-        "pairs": pairs,
-        "winner": _winner(rows, pairs),
-        "sensitivity": _sensitivity(rows, judged),
-        "optimum": best,
-        "igd_plus_to": "optimum" if best is not None else "union front",
-    }
-
-
-def _row(entry: Entry, judged: Sequence[Entry], samples: Array, draws: int, seed: int) -> dict[str, Any]:
-    volumes = _volumes(entry)
-    results = [evaluation.told for evaluation in entry.evaluations]
-    volume, ci = _mean(volumes), statistics.interval(samples)
-    cost = _cost(entry)
-    shares = [result["optimal_share"] for result in results]
-    known = all(share is not None for share in shares)
-    most = results[0]["optimum"]["hypervolume"] if known else None
-    return {
-        "method": entry.method,
-        "label": entry.label,
-        "status": entry.status,
-        "rank": None,
-        "hypervolume": volume,
-        "ci": list(ci),
-        "hypervolume_by_seed": volumes,
-        "hypervolume_median": plain_statistics.median(volumes),
-        "hypervolume_iqm": statistics.interquartile_mean(volumes),
-        "optimal_share": _mean(shares) if known else None,
-        "optimal_share_ci": [bound / most for bound in ci] if most else None,
-        "sensitivity_hypervolume": _mean([result["sensitivity"]["hypervolume"] for result in results]),
-        "indicators": _indicators(entry, judged),
-        "quality": _quality(results),
-        "diagnostics": _diagnostics(entry.diagnostics),
-        "generalisation": _generalisation(results),
-        "gap": _mean([result["gap"] for result in results]) if all("gap" in result for result in results) else None,
-        "curves": entry.curves,
-        "cost": cost,
-        "hypervolume_per_cost": {unit: volume / cost[unit] if cost[unit] else None for unit in COUNTED},
-        "points": _points(entry, draws, seed),
-        "front": _mean([result["front"] for result in results]),
-        "seeded": entry.seeded,
-        "seeds": list(entry.seeds),
-        "runs": entry.runs,
-        "error": next((run["error"] for run in entry.runs if run.get("error")), None),
-    }
-
-
-def _failed(entry: Entry) -> dict[str, Any]:
-    """Return the row of an entry without a finished run: its runs and its error, and None for every number."""
-    empty = (
-        "rank hypervolume ci hypervolume_median hypervolume_iqm optimal_share optimal_share_ci "
-        "sensitivity_hypervolume indicators quality cost hypervolume_per_cost front generalisation gap"
+    _require_same_prompts(judged)
+    samples = {group.label: group.resampled(_hypervolume, draws, seed) for group in judged}
+    entries = [_entry(group, judged, samples[group.label], draws, seed) for group in judged]
+    for entry, group in zip(entries, judged, strict=True):
+        entry.own_preferences = group.grid != list(grid)
+        # Equal hypervolumes share the better rank.
+        entry.rank = 1 + sum(other.observed(_hypervolume) > group.observed(_hypervolume) for other in judged)
+    products = {group.label: group.resampled(_inner_product, draws, seed) for group in judged}
+    pairs = []
+    for a, b in itertools.combinations(judged, 2):
+        pair = _difference(Pair, a, b, _hypervolume, samples, draws, seed)
+        if a.grid == b.grid:
+            pair.inner_product = _difference(Difference, a, b, _inner_product, products, draws, seed)
+        pairs.append(pair)
+    # The optimum for the comparison's own preferences, or else for the first entry's.
+    optima = [group.results[0].optimum for group in sorted(judged, key=lambda group: group.grid != list(grid))]
+    optimum = optima[0] if optima else None
+    return Ranking(
+        entries=entries + [Entry(**_header(group)) for group in groups if not group.finished],
+        pairs=pairs,
+        winner=_winner(entries, pairs),
+        sensitivity=_sensitivity(entries, judged),
+        optimum=optimum,
+        igd_plus_to="optimum" if optimum is not None else "union front",
     )
+
+
+def _entry(group: EntryRuns, judged: Sequence[EntryRuns], samples: Matrix, draws: int, seed: int) -> Entry:
+    results, cost = group.results, _cost(group)
+    volume, (low, high) = group.observed(_hypervolume), statistics.interval(samples)
+    most = results[0].optimum.hypervolume if results[0].optimum else None
+    volumes = [result.hypervolume for result in results]
+    return Entry(
+        **_header(group),
+        hypervolume=volume,
+        interval=(low, high),
+        hypervolume_by_seed=volumes,
+        hypervolume_median=plain_statistics.median(volumes),
+        hypervolume_iqm=statistics.interquartile_mean(volumes),
+        optimal_share=_mean_if_known([result.optimal_share for result in results]),
+        optimal_share_interval=(low / most, high / most) if most else None,
+        sensitivity_hypervolume=_mean([result.sensitivity.hypervolume for result in results]),
+        indicators=_indicators(group, judged),
+        quality=Quality(
+            **{
+                **average([result.quality.model_dump() for result in results]),
+                "kl_bound": any(result.quality.kl_bound for result in results),
+            }
+        ),
+        diagnostics=_diagnostics(group),
+        generalisation=_generalisation(results),
+        gap=_mean_if_known([result.gap for result in results]),
+        curves=[run.curves for run in group.finished],
+        cost=cost,
+        hypervolume_per_cost={unit: volume / spent if (spent := getattr(cost, unit)) else None for unit in COUNTED},
+        points=_points(group, draws, seed),
+        front=_mean([result.front for result in results]),
+    )
+
+
+def _header(group: EntryRuns) -> dict[str, Any]:
+    """Return the fields of an :class:`Entry` that one without a finished run has, too."""
+    complete = all(run.status == "done" for run in group.runs)
     return {
-        "method": entry.method,
-        "label": entry.label,
-        "status": entry.status,
-        **dict.fromkeys(empty.split()),
-        "hypervolume_by_seed": [],
-        "points": [],
-        "diagnostics": {},
-        "curves": [],
-        "own_preferences": False,
-        "seeded": entry.seeded,
-        "seeds": [],
-        "runs": entry.runs,
-        "error": next((run["error"] for run in entry.runs if run.get("error")), None),
+        "method": group.method,
+        "label": group.label,
+        "status": "failed" if not group.finished else "done" if complete else "partial",
+        "seeded": group.seeded,
+        "seeds": group.seeds,
+        "runs": group.runs,
+        "error": next((run.error for run in group.runs if run.error), None),
     }
 
 
-def _pair(
-    a: Entry,
-    b: Entry,
-    samples: Mapping[str, Array],
-    draws: int,
-    seed: int,
-    statistic: Statistic | None = None,
-) -> dict[str, Any]:
-    """Return the paired difference in a statistic of the mean points (None: hypervolume), a minus b.
+def _difference(
+    kind: type[D], a: EntryRuns, b: EntryRuns, number: Number, samples: Mapping[str, Matrix], draws: int, seed: int
+) -> D:
+    """Return the paired difference in a number of the mean points.
 
-    ``samples`` holds its resamples by label, over all seeds. ``ci`` is the percentile interval; ``ci_reflected`` the
-    basic one, which does not mistake the spread that noise alone gives nearly equal points for a front
-    (:func:`moalign.pareto.statistics.basic_interval`). The pair is ``certain`` only when both exclude 0.
+    ``samples`` holds its resamples by label, over all seeds. Two intervals, because the percentile one mistakes the
+    spread that noise alone gives nearly equal points for a front: only where both exclude 0 the pair is ``certain``.
     """
     seeds = None
     if a.seeded and b.seeded and a.seeds != b.seeds:
@@ -185,159 +219,114 @@ def _pair(
     if seeds is None:
         of_a, of_b = samples[a.label], samples[b.label]
     else:
-        of_a, of_b = (_samples(entry, seeds, draws, seed, statistic) for entry in (a, b))
-    observed = _observed(a, seeds, statistic) - _observed(b, seeds, statistic)
+        of_a, of_b = (group.resampled(number, draws, seed, seeds) for group in (a, b))
+    observed = a.observed(number, seeds) - b.observed(number, seeds)
     paired = statistics.paired_difference(of_a, of_b, observed)
     reflected = statistics.basic_interval(of_a - of_b, observed)
-    lo, hi = min(paired["ci"][0], reflected[0]), max(paired["ci"][1], reflected[1])
-    return {
-        "a": a.label,
-        "b": b.label,
-        "difference": paired["difference"],
-        "ci": list(paired["ci"]),
-        "ci_reflected": list(reflected),
-        "p_improve": paired["p_improve"],
-        "certain": lo > 0 or hi < 0,
-        "seeds": seeds if seeds is not None else sorted({*a.seeds, *b.seeds}),
-    }
+    return kind(
+        a=a.label,
+        b=b.label,
+        difference=paired["difference"],
+        interval=paired["ci"],
+        reflected_interval=reflected,
+        p_improve=paired["p_improve"],
+        certain=min(paired["ci"][0], reflected[0]) > 0 or max(paired["ci"][1], reflected[1]) < 0,
+        seeds=seeds if seeds is not None else sorted({*a.seeds, *b.seeds}),
+    )
 
 
-def _winner(rows: Sequence[Mapping[str, Any]], pairs: Sequence[Mapping[str, Any]]) -> str | None:
-    judged = [row for row in rows if row["status"] != "failed"]
-    for row in judged:
-        label = row["label"]
-        won = [
-            pair for pair in pairs if pair["certain"] and (pair["a"] if pair["difference"] > 0 else pair["b"]) == label
-        ]
-        if row["status"] == "done" and len(judged) > 1 and len(won) == len(judged) - 1:
-            return str(label)
+def _winner(judged: Sequence[Entry], pairs: Sequence[Pair]) -> str | None:
+    won = [pair.a if pair.difference > 0 else pair.b for pair in pairs if pair.certain]
+    for entry in judged:
+        if entry.status == "done" and len(judged) > 1 and won.count(entry.label) == len(judged) - 1:
+            return entry.label
     return None
 
 
-def _sensitivity(rows: Sequence[dict[str, Any]], judged: Sequence[Entry]) -> dict[str, Any] | None:
-    """Rank again under the second reference point; ``flipped`` are the pairs that change places."""
+def _sensitivity(entries: Sequence[Entry], judged: Sequence[EntryRuns]) -> Sensitivity | None:
+    """Rank again from the second reference point."""
     if not judged:
         return None
-    ranked = [row for row in rows if row["status"] != "failed"]
-    again = sorted(ranked, key=lambda row: (-row["sensitivity_hypervolume"], row["label"]))
+    volumes = {entry.label: (entry.hypervolume or 0.0, entry.sensitivity_hypervolume or 0.0) for entry in entries}
     flipped = [
-        [a["label"], b["label"]]
-        for a, b in itertools.combinations(ranked, 2)
-        if a["hypervolume"] > b["hypervolume"] and a["sensitivity_hypervolume"] < b["sensitivity_hypervolume"]
+        (a, b)
+        for a, b in itertools.combinations(volumes, 2)
+        if volumes[a][0] > volumes[b][0] and volumes[a][1] < volumes[b][1]
     ]
-    return {
-        "ref": judged[0].evaluations[0].told["sensitivity"]["ref"],
-        "ranking": [row["label"] for row in again],
-        "flips": bool(flipped),
-        "flipped": flipped,
-    }
+    return Sensitivity(
+        reference_point=judged[0].results[0].sensitivity.reference_point,
+        ranking=sorted(volumes, key=lambda label: (-volumes[label][1], label)),
+        flips=bool(flipped),
+        flipped=flipped,
+    )
 
 
 # --- one entry --------------------------------------------------------------------------------------------------
 
 
-def _volumes(entry: Entry, seeds: Sequence[int] | None = None) -> list[float]:
-    return [
-        float(evaluation.told["hypervolume"])
-        for seed, evaluation in zip(entry.seeds, entry.evaluations, strict=True)
-        if seeds is None or seed in seeds
-    ]
-
-
-def _utility(entry: Entry) -> Statistic:
-    """Return the inner product with the preferences that an entry was evaluated on."""
-    return functools.partial(indicators.inner_product, _grid_of(entry))
-
-
-def _observed(entry: Entry, seeds: Sequence[int] | None, statistic: Statistic | None) -> float:
-    """Return a statistic of the mean points (None: hypervolume), averaged over the seeds (None: all)."""
-    if statistic is None:
-        return _mean(_volumes(entry, seeds))
-    pairs = zip(entry.seeds, entry.evaluations, strict=True)
-    return _mean([statistic(_means(evaluation)) for seed, evaluation in pairs if seeds is None or seed in seeds])
-
-
-def _samples(entry: Entry, seeds: Sequence[int], draws: int, seed: int, statistic: Statistic | None = None) -> Array:
-    """Return a resampled statistic (None: hypervolume) ``[draws]``, averaged over resampled training seeds."""
-    if statistic is None:
-        statistic = functools.partial(hypervolume.hypervolume, ref=entry.evaluations[0].told["ref"])
-    chosen = [e.scores for s, e in zip(entry.seeds, entry.evaluations, strict=True) if s in seeds]
-    return statistics.two_level_bootstrap(chosen, statistic, draws, seed)
-
-
-def _points(entry: Entry, draws: int, seed: int) -> list[dict[str, Any]]:
+def _points(group: EntryRuns, draws: int, seed: int) -> list[Point]:
     """Return the mean point of each preference over the seeds, with its interval."""
-    if len(entry.evaluations) == 1:
-        keys = ("prefs", "mean", "ci", "raw")
-        return [{key: point[key] for key in keys} for point in entry.evaluations[0].told["points"]]
-    by_seed = [evaluation.told["points"] for evaluation in entry.evaluations]
-    drawn = statistics.two_level_means([evaluation.scores for evaluation in entry.evaluations], draws, seed)
+    if len(group.finished) == 1:
+        return [Point(**point.model_dump(include=set(Point.model_fields))) for point in group.results[0].points]
+    drawn = statistics.two_level_means([run.evaluation.scores for run in group.finished], draws, seed)
     bounds = statistics.intervals(drawn)
     return [
-        {
-            "prefs": by_seed[0][i]["prefs"],
-            "mean": np.mean([points[i]["mean"] for points in by_seed], axis=0).tolist(),
-            "ci": bounds[:, i].T.tolist(),
-            "raw": np.mean([points[i]["raw"] for points in by_seed], axis=0).tolist(),
-        }
-        for i in range(len(by_seed[0]))
+        Point(
+            preference=points[0].preference,
+            mean=np.mean([point.mean for point in points], axis=0).tolist(),
+            interval=bounds[:, k].T.tolist(),
+            raw=np.mean([point.raw for point in points], axis=0).tolist(),
+        )
+        for k, points in enumerate(zip(*(result.points for result in group.results), strict=True))
     ]
 
 
-def _diagnostics(seeds: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def _diagnostics(group: EntryRuns) -> dict[str, float]:
     """Average the diagnostics over the seeds that have them; values that are not finite numbers are left out."""
     values: dict[str, list[float]] = {}
-    for measured in seeds:
-        for name, value in measured.items():
+    for run in group.finished:
+        for name, value in run.diagnostics.items():
             if isinstance(value, int | float) and math.isfinite(value):
                 values.setdefault(name, []).append(float(value))
     return {name: _mean(numbers) for name, numbers in values.items()}
 
 
-def _generalisation(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | None]] | None:
+def _generalisation(results: Sequence[EvalResult]) -> dict[str, HeldOutSummary] | None:
     """Average over the seeds, separately for preferences that were trained on and for those that were held out."""
-    if not all("generalisation" in result for result in results):
+    separate = [result.generalisation for result in results if result.generalisation is not None]
+    if len(separate) < len(results):
         return None
-    sides: dict[str, dict[str, float | None]] = {}
-    for side in ("trained", "held_out"):
-        parts = [result["generalisation"][side] for result in results]
-        shares = {name: [part.get(name) for part in parts] for name in ("optimal_share", "utility_share")}
-        sides[side] = {
-            "preferences": len(parts[0]["prefs"]),
-            "hypervolume": _mean([part["hypervolume"] for part in parts]),
-            **{name: None if None in values else _mean(values) for name, values in shares.items()},
-            **{name: _mean([part["indicators"][name] for part in parts]) for name in ("tau", "inner_product")},
-        }
-    return sides
+    summaries = {}
+    for name in ("trained", "held_out"):
+        sides = [getattr(both, name) for both in separate]
+        summaries[name] = HeldOutSummary(
+            preferences=len(sides[0].prefs),
+            hypervolume=_mean([side.hypervolume for side in sides]),
+            optimal_share=_mean_if_known([side.optimal_share for side in sides]),
+            utility_share=_mean_if_known([side.utility_share for side in sides]),
+            tau=_mean([side.indicators.tau for side in sides]),
+            inner_product=_mean([side.indicators.inner_product for side in sides]),
+        )
+    return summaries
 
 
-def _indicators(entry: Entry, judged: Sequence[Entry]) -> dict[str, Any]:
+def _indicators(group: EntryRuns, judged: Sequence[EntryRuns]) -> Indicators:
     """Average the indicators over the seeds; IGD+ is to the optimum, or to the best of all methods together."""
-    # Spacing is computed from the points: evaluations of older versions do not hold it.
-    stored = [evaluation.told["indicators"] for evaluation in entry.evaluations]
-    averages = average([{name: value for name, value in record.items() if name != "spacing"} for record in stored])
-    means = [_means(evaluation) for evaluation in entry.evaluations]
-    if "igd_plus" not in averages:
-        union = np.concatenate([_means(e) for other in judged for e in other.evaluations])
+    means = Indicators(**average([result.indicators.model_dump() for result in group.results]))
+    if means.igd_plus is None:
+        union = np.concatenate([run.means for other in judged for run in other.finished])
         union = union[front.nondominated(union)]
-        averages["igd_plus"] = _mean([indicators.igd_plus(points, union) for points in means])
-    averages["spacing"] = _mean([indicators.spacing(points) for points in means])
-    return averages
+        means.igd_plus = _mean([indicators.igd_plus(run.means, union) for run in group.finished])
+    return means
 
 
-def _quality(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Average the quality guards; KL to base is None where a seed lacks it (older versions did not measure it)."""
-    guards = [{"kl": None, **result["quality"]} for result in results]
-    bound = any(result.pop("kl_bound", False) for result in guards)
-    return {**average(guards), "kl_bound": bound}
-
-
-def _cost(entry: Entry) -> dict[str, Any]:
-    """Return the mean cost of training per seed (the largest for memory), and of answering the evaluation."""
-    cost: dict[str, Any] = {unit: _mean([spent[unit] for spent in entry.costs]) for unit in COUNTED}
-    cost["peak_memory_bytes"] = max(int(spent["peak_memory_bytes"]) for spent in entry.costs)
-    cost["answering"] = average([evaluation.told["cost"] for evaluation in entry.evaluations])
-    return cost
+def _cost(group: EntryRuns) -> TrainingCost:
+    spent = [run.cost for run in group.finished]
+    return TrainingCost(
+        **{unit: _mean([cost[unit] for cost in spent]) for unit in COUNTED},
+        peak_memory_bytes=max(int(cost["peak_memory_bytes"]) for cost in spent),
+        answering=AnsweringCost(**average([result.cost.model_dump() for result in group.results])),
+    )
 
 
 def average(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -348,38 +337,25 @@ def average(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             return None
         if isinstance(values[0], Mapping):
             return average(values)
-        if isinstance(values[0], list):
+        if isinstance(values[0], list | tuple):
             return [of(parts) for parts in zip(*values, strict=True)]
         return _mean(values)
 
     return {key: of([row[key] for row in rows]) for key in rows[0]}
 
 
-def _means(evaluation: Evaluation) -> Array:
-    return np.array([point["mean"] for point in evaluation.told["points"]], dtype=np.float64)
-
-
 def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values))
 
 
-# --- all together -----------------------------------------------------------------------------------------------
+def _mean_if_known(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return _mean(known) if len(known) == len(values) else None
 
 
-def _grid_of(entry: Entry) -> list[list[float]]:
-    return [list(point["prefs"]) for point in entry.evaluations[0].told["points"]]
-
-
-def _optimum(judged: Sequence[Entry], grid: list[list[float]]) -> dict[str, Any] | None:
-    """Return the known optimum on the comparison's own preferences, or on the first entry's. None: not known."""
-    optima = [(_grid_of(entry) != grid, entry.evaluations[0].told.get("optimum")) for entry in judged]
-    best: dict[str, Any] | None = min(optima, key=lambda pair: pair[0])[1] if optima else None
-    return best
-
-
-def _same_prompts(judged: Sequence[Entry]) -> None:
+def _require_same_prompts(judged: Sequence[EntryRuns]) -> None:
     """Raise WorkError when entries were evaluated on different numbers of prompts."""
-    counts = {len(e.scores): entry.label for entry in judged for e in entry.evaluations}
+    counts = {len(run.evaluation.scores): group.label for group in judged for run in group.finished}
     if len(counts) > 1:
         answered = ", ".join(f"{label} answered {count}" for count, label in sorted(counts.items()))
         raise WorkError(f"compare: evaluations of different numbers of prompts cannot be paired: {answered}")

@@ -1,87 +1,221 @@
-"""The result of a comparison, typed: what Python callers get for the content of ``compare.json``."""
+"""The result of a comparison, as ``compare.json`` holds it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from moalign.core.preferences import Preference
+from moalign.evaluation.result import (
+    AnsweringCost,
+    Content,
+    Indicators,
+    Interval,
+    Optimum,
+    Point,
+    Quality,
+    StoredResult,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A method with one setting, over its training seeds."""
+class RunSummary(Content):
+    """One run of an entry."""
 
+    run: str
+    """The run's folder."""
+    run_id: str
+    seed: int
+    status: Literal["done", "failed"]
+    command: str
+    """The command that makes the run."""
+    error: str | None = None
+    made: dict[str, Any] | None = None
+    """Where it was trained: commit, versions, CPU, GPUs."""
+
+
+class TrainingCost(Content):
+    """Mean cost of a training over the seeds (of memory the largest), and of answering the evaluation."""
+
+    tokens_generated: float
+    tokens_trained: float
+    reward_calls: float
+    seconds: float
+    peak_memory_bytes: int
+    answering: AnsweringCost
+
+
+class HeldOutSummary(Content):
+    """Means over the seeds for the trained or the held-out preferences."""
+
+    preferences: int
+    hypervolume: float
+    optimal_share: float | None
+    utility_share: float | None
+    tau: float
+    inner_product: float
+
+
+class Entry(Content):
+    """A method with one setting, over its training seeds; None for every number of an entry that failed."""
+
+    method: str
     label: str
     """The method, with its settings where several entries are of one method."""
-    method: str
-    status: str
-    """``done``; ``partial``: some seeds failed; ``failed``: all did."""
-    rank: int | None
-    """1 is best; equal hypervolumes share a rank. None for a failed entry, as all that follows."""
-    hypervolume: float | None
-    interval: tuple[float, float] | None
+    status: Literal["done", "partial", "failed"]
+    """``partial``: some seeds failed; ``failed``: all did."""
+    rank: int | None = None
+    """1 is best; equal hypervolumes share a rank."""
+    hypervolume: float | None = None
+    interval: Interval | None = None
     """Of the hypervolume: 95 % bootstrap over prompts and seeds."""
-    optimal_share: float | None
+    hypervolume_by_seed: list[float] = Field(default_factory=list)
+    hypervolume_median: float | None = None
+    hypervolume_iqm: float | None = None
+    """The interquartile mean."""
+    optimal_share: float | None = None
     """The hypervolume over that of the exact optimum; None where no optimum is known."""
-    cost: Mapping[str, float]
-    """Mean cost of a training: tokens generated and trained, reward calls, seconds, peak memory in bytes."""
-    runs: tuple[str, ...]
-    """The folders of its runs, one per seed."""
+    optimal_share_interval: Interval | None = None
+    sensitivity_hypervolume: float | None = None
+    """From the second reference point."""
+    indicators: Indicators | None = None
+    quality: Quality | None = None
+    diagnostics: dict[str, float] = Field(default_factory=dict)
+    """Of training, by the method's own names."""
+    generalisation: dict[str, HeldOutSummary] | None = None
+    """``trained`` and ``held_out``, where preferences were held out of training."""
+    gap: float | None = None
+    """Hypervolume by the training rewards minus the judge's, where these differ."""
+    curves: list[dict[str, list[list[float]]]] = Field(default_factory=list)
+    """Learning curves of each seed (:func:`moalign.report.curves.condense`)."""
+    cost: TrainingCost | None = None
+    hypervolume_per_cost: dict[str, float | None] | None = None
+    points: list[Point] = Field(default_factory=list)
+    front: float | None = None
+    """Mean number of points on the front."""
+    seeded: bool
+    """False: nothing in it depends on the training seed, so its one run stands for every seed."""
+    seeds: list[int] = Field(default_factory=list)
+    """Those that finished."""
+    runs: list[RunSummary]
+    """One per requested seed."""
+    error: str | None = None
+    """Of the first run that failed."""
+    own_preferences: bool = False
+    """It was evaluated on other preferences than those of the comparison."""
 
 
-@dataclass(frozen=True, repr=False)
-class CompareResult:
+class Difference(Content):
+    """Entry ``a`` minus entry ``b`` in one number, paired over prompts and seeds."""
+
+    a: str
+    b: str
+    difference: float
+    interval: Interval
+    """The percentile interval."""
+    reflected_interval: Interval
+    """The basic one (:func:`moalign.pareto.statistics.basic_interval`)."""
+    p_improve: float
+    """Probability that ``a`` is better."""
+    certain: bool
+    """Both intervals exclude 0."""
+    seeds: list[int]
+
+
+class Pair(Difference):
+    """The difference in hypervolume."""
+
+    inner_product: Difference | None = None
+    """The same for the inner product; None for entries that were evaluated on different preferences."""
+
+
+class Sensitivity(Content):
+    """The ranking from the second reference point."""
+
+    reference_point: tuple[float, ...]
+    ranking: list[str]
+    flips: bool
+    flipped: list[tuple[str, str]]
+    """Pairs of labels that change places."""
+
+
+class Conditions(StoredResult):
+    """What all entries have in common."""
+
+    task: str
+    description: str = ""
+    card_hash: str
+    objectives: tuple[str, ...]
+    reference_point: tuple[float, ...]
+    grid: tuple[Preference, ...]
+    prompts: int | None = None
+    """None where no run finished."""
+    samples: int
+    """Answers to each prompt at each preference."""
+    draws: int
+    """Bootstrap resamples."""
+    level: float
+    """Of every interval."""
+    bounds: dict[Literal["lo", "hi"], list[float]] | None = None
+    """Raw scores that are 0 and 1 in normalised units, ``[objectives]``."""
+
+
+class Ranking(Content):
+    """The entries in order, and what is certain about it."""
+
+    entries: list[Entry]
+    """Best first, failed ones last."""
+    pairs: list[Pair]
+    winner: str | None
+    """The label of the entry that beats every other one with certainty; None without one."""
+    sensitivity: Sensitivity | None
+    optimum: Optimum | None
+    igd_plus_to: str
+    """``optimum`` or ``union front``: what the indicator ``igd_plus`` is the distance to."""
+
+
+class CompareResult(Ranking, Conditions):
     """Which method is best, by how much, and how sure that is."""
 
-    content: Mapping[str, Any]
-    """Everything, as ``moalign compare --json`` prints it: paired differences, indicators, costs, curves."""
-    traces: tuple[str, ...] = ()
-    """Tracebacks of the runs that failed here."""
+    KIND: ClassVar[str] = "a comparison"
+    REMEDY: ClassVar[str] = "write it again with moalign compare"
+
+    reported: list[dict[str, Any]] = Field(default_factory=list)
+    """Numbers of papers that the recipes quote; none of them was measured here."""
+    failed: list[str]
+    """Labels of the entries of which a run failed."""
+    verdict: list[str] = Field(default_factory=list)
+    """The result in sentences, and what speaks against it."""
+    command: str
+    """The command that repeats the comparison."""
+    environment: dict[str, Any] = Field(default_factory=dict)
+    """Of the machine where it was made (:func:`moalign.runs.environment.capture`)."""
+    figure: str | None = None
+    figures: dict[str, str] = Field(default_factory=dict)
+    markdown: str | None = None
+    json_file: str | None = None
+    html: str | None = None
+    traces: list[str] = Field(default=[], exclude=True)
+    """Tracebacks of the runs that failed here; not in the file."""
+
+    @classmethod
+    def migrated(cls, content: dict[str, Any], folder: Path) -> dict[str, Any]:
+        """See :meth:`StoredResult.migrated`."""
+        return {"samples": 1, **content}  # files of version 0 may lack it: there was one answer then
 
     def __repr__(self) -> str:
         ranking = ", ".join(f"{entry.rank} {entry.label}" for entry in self.entries if entry.rank is not None)
         return f"CompareResult({self.task}: {ranking}; winner {self.winner})"
 
     @property
-    def task(self) -> str:
-        """The task's name."""
-        return str(self.content["task"])
-
-    @property
-    def objectives(self) -> tuple[str, ...]:
-        """The names of the task's objectives, in the order of preferences and scores."""
-        return tuple(self.content["objectives"])
-
-    @property
-    def entries(self) -> tuple[Entry, ...]:
-        """The methods, best first, failed ones last."""
-        return tuple(_entry(row) for row in self.content["rows"])
-
-    @property
-    def winner(self) -> str | None:
-        """The label of the entry that beats every other one with certainty (paired differences); None without one."""
-        winner: str | None = self.content["winner"]
-        return winner
-
-    @property
-    def verdict(self) -> tuple[str, ...]:
-        """The same in sentences, and what speaks against it."""
-        return tuple(self.content["verdict"])
-
-    @property
-    def failed(self) -> tuple[str, ...]:
-        """Labels of the entries of which a run failed."""
-        return tuple(self.content["failed"])
-
-    @property
     def files(self) -> dict[str, Path]:
-        """Where ``json``, ``markdown``, ``figure`` and, if it was asked for, ``html`` were written."""
-        names = ("json", "markdown", "figure", "html")
-        return {name: Path(self.content[name]) for name in names if self.content[name] is not None}
+        """Where ``json``, ``markdown``, ``figure`` and, if requested, ``html`` were written."""
+        paths = {"json": self.json_file, "markdown": self.markdown, "figure": self.figure, "html": self.html}
+        return {name: Path(path) for name, path in paths.items() if path is not None}
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row an entry, best first: label, rank, hypervolume with its interval, optimal share, cost."""
@@ -89,28 +223,8 @@ class CompareResult:
 
         rows = []
         for entry in self.entries:
-            low, high = entry.interval or (None, None)
-            row: dict[str, Any] = {
-                "label": entry.label,
-                "method": entry.method,
-                "status": entry.status,
-                "rank": entry.rank,
-            }
-            row |= {"hypervolume": entry.hypervolume, "low": low, "high": high, "optimal_share": entry.optimal_share}
-            rows.append({**row, **entry.cost})
+            row: dict[str, Any] = {name: getattr(entry, name) for name in ("label", "method", "status", "rank")}
+            row["hypervolume"], (row["low"], row["high"]) = entry.hypervolume, entry.interval or (None, None)
+            cost = {} if entry.cost is None else entry.cost.model_dump(exclude={"answering"})
+            rows.append({**row, "optimal_share": entry.optimal_share, **cost})
         return pd.DataFrame(rows)
-
-
-def _entry(row: Mapping[str, Any]) -> Entry:
-    bounds, cost = row.get("ci"), row.get("cost") or {}
-    return Entry(
-        label=row["label"],
-        method=row["method"],
-        status=row["status"],
-        rank=row["rank"],
-        hypervolume=row["hypervolume"],
-        interval=None if bounds is None else (bounds[0], bounds[1]),
-        optimal_share=row.get("optimal_share"),
-        cost={unit: number for unit, number in cost.items() if not isinstance(number, Mapping)},
-        runs=tuple(run["run"] for run in row["runs"]),
-    )

@@ -1,8 +1,7 @@
 """Time one method in a process of its own; ``moalign bench`` starts it as ``python -m moalign.comparison.timed``.
 
-Its only argument is a :class:`TimingRequest` as JSON. The parent reads its stdout: one JSON object per line,
-``{"progress": [what, done, total]}`` while it works and at the end ``{"result": {...}}`` or ``{"error": ..., "trace":
-...}``. Whatever a library prints goes to stderr.
+It is a :class:`~moalign.comparison.executors.Child` that answers one :class:`TimingRequest` by a :class:`Measurement`.
+Whatever a library prints goes to stderr.
 """
 
 from __future__ import annotations
@@ -13,41 +12,36 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from moalign.comparison.jobs import HEAVY
 from moalign.core.errors import MoalignError
+from moalign.core.progress import Progress
+from moalign.evaluation.result import Content
 from moalign.experiment.train import Plan, TrainRequest, plan, train
 from moalign.runs import environment, meter, trackers
 from moalign.runs.run import Run
 
-Write = Callable[[Mapping[str, Any]], None]
 
-
-@dataclass(frozen=True)
-class TimingRequest:
+class TimingRequest(Content):
     """What to measure."""
 
     method: str
     task: str | None
-    prefs: Sequence[str]
-    overrides: Sequence[str]
+    prefs: list[str]
+    overrides: list[str]
     results: str
     """Results folder, deleted afterwards."""
-    started: float
+    started: float = 0.0
     """When the parent started this process, in seconds of ``time.time``."""
     prepare: bool = False
     """Only make what all methods share: the base and the normaliser."""
 
-    def text(self) -> str:
-        """Return the request as the argument of the process."""
-        return json.dumps(asdict(self))
 
-
-class Stamp(TypedDict):
+class Stamp(Content):
     """When one line of ``metrics.jsonl`` was written, and the cost until then; None where the line has none."""
 
     run: str
@@ -55,9 +49,24 @@ class Stamp(TypedDict):
     step: int
     at: float
     """Seconds of ``time.perf_counter``."""
-    tokens_generated: int | None
-    tokens_trained: int | None
-    reward_calls: int | None
+    tokens_generated: int | None = None
+    tokens_trained: int | None = None
+    reward_calls: int | None = None
+
+
+class Measurement(Content):
+    """Times in seconds since the parent started the process, or why there are none."""
+
+    import_seconds: float | None = None
+    start_seconds: float | None = None
+    """Until imports, base and normaliser were there."""
+    seconds: float | None = None
+    stamps: list[Stamp] = []  # noqa: RUF012 - pydantic copies it
+    peak_host_bytes: int | None = None
+    peak_gpu_bytes: int | None = None
+    environment: dict[str, Any] | None = None
+    error: str | None = None
+    trace: str | None = None
 
 
 class LineTimer(trackers.Mirrors):
@@ -70,17 +79,8 @@ class LineTimer(trackers.Mirrors):
 
     def log(self, step: int, phase: str, metrics: Mapping[str, Any]) -> None:
         """Record the time of one line, and the cost so far."""
-        self._stamps.append(
-            {
-                "run": self._run,
-                "phase": phase,
-                "step": step,
-                "at": time.perf_counter(),
-                "tokens_generated": metrics.get("tokens_generated"),
-                "tokens_trained": metrics.get("tokens_trained"),
-                "reward_calls": metrics.get("reward_calls"),
-            }
-        )
+        cost = {name: metrics.get(name) for name in ("tokens_generated", "tokens_trained", "reward_calls")}
+        self._stamps.append(Stamp(run=self._run, phase=phase, step=step, at=time.perf_counter(), **cost))
 
 
 @dataclass
@@ -94,12 +94,8 @@ class TimedPlan(Plan):
         return LineTimer(run, self.stamps)
 
 
-def measure(request: TimingRequest, write: Write) -> dict[str, Any]:
-    """Train as requested; return times (seconds), time stamps, peaks (bytes) and the environment."""
-
-    def progress(what: str, done: int, total: int) -> None:
-        write({"progress": [what, done, total]})
-
+def measure(request: TimingRequest, progress: Progress) -> Measurement:
+    """Train as requested."""
     progress("starting", 0, 1)
     train_request = TrainRequest(
         request.method,
@@ -116,41 +112,38 @@ def measure(request: TimingRequest, write: Write) -> dict[str, Any]:
     _ = planned.task.normaliser
     if request.prepare:
         progress("starting", 1, 1)
-        return {}
+        return Measurement()
     _ = planned.task.language_model
     ready = time.time()
     progress("starting", 1, 1)
     timed = TimedPlan(**{item.name: getattr(planned, item.name) for item in fields(planned)})
     train(timed, progress)
-    return {
-        "import_seconds": imported - request.started,
-        "start_seconds": ready - request.started,
-        "seconds": time.time() - request.started,
-        "stamps": timed.stamps,
-        "peak_host_bytes": meter.process_peak_bytes(),
-        "peak_gpu_bytes": meter.device_peak_bytes() or None,
-        "environment": environment.capture(),
-    }
+    return Measurement(
+        import_seconds=imported - request.started,
+        start_seconds=ready - request.started,
+        seconds=time.time() - request.started,
+        stamps=timed.stamps,
+        peak_host_bytes=meter.process_peak_bytes(),
+        peak_gpu_bytes=meter.device_peak_bytes() or None,
+        environment=environment.capture(),
+    )
 
 
-def main(argument: str) -> int:
-    """Answer one request on stdout; returns the exit code."""
-    sys.stdout.flush()
+def main() -> None:
+    """Answer one request."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
-    def write(value: Mapping[str, Any]) -> None:
-        answers.write(json.dumps(value) + "\n")
-        answers.flush()
+    def progress(what: str, done: int, total: int) -> None:
+        print(json.dumps([what, done, total]), file=answers, flush=True)
 
     try:
-        write({"result": measure(TimingRequest(**json.loads(argument)), write)})
+        measurement = measure(TimingRequest.model_validate_json(sys.stdin.readline()), progress)
     except Exception as error:
         message = str(error) if isinstance(error, MoalignError) else f"{type(error).__name__}: {error}"
-        write({"error": message, "trace": traceback.format_exc()})
-        return 1
-    return 0
+        measurement = Measurement(error=message, trace=traceback.format_exc())
+    print(measurement.model_dump_json(), file=answers, flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    main()

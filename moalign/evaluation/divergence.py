@@ -23,9 +23,9 @@ bound and is marked as one.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -60,22 +60,30 @@ def from_base(
     """Return the KL to base of every policy, ``[policies]``; one forward pass of the base over the distinct answers.
 
     It is None where a policy's tokens are not known or are not the base's, for greedy answers, and where a
-    log-probability is not finite.
-
-    Args:
-        prompts: the bare prompts.
-        answers: of the policies to the prompts.
-        sampling: of the answers.
+    log-probability is not finite. The prompts are bare; ``sampling`` is that of the answers.
     """
+    from moalign.training.reference import log_probs
+
     usable = [trace if sampling.temperature > 0 and _of_base(task, trace) else None for trace in answers.traces]
     if not any(usable):
         return [KlToBase(None) for _ in policies]
     heads = task.language_model.encode([task.renderer.plain(prompt) for prompt in prompts], sampling.max_prompt_tokens)
-    logps = _base(task, heads, [trace for trace in usable if trace is not None], sampling.temperature, progress)
-    return [
-        KlToBase(None) if trace is None else _of_policy(policy, heads, trace, logps)
-        for policy, trace in zip(policies, usable, strict=True)
-    ]
+    rows: dict[Hashable, Row] = {}
+    for trace in usable:
+        for head, ids in zip(heads, trace.ids, strict=True) if trace else ():
+            rows.setdefault((*head, ids.tobytes()), ([*head, *ids.tolist()], len(ids)))
+    log_probabilities = log_probs(
+        task.language_model,
+        list(rows.values()),
+        temperature=sampling.temperature,
+        progress=lambda done, total: progress("KL to base", done, total),
+    )
+    of_base = dict(zip(rows, log_probabilities.tolist(), strict=True))
+    divergences = []
+    for policy, trace in zip(policies, usable, strict=True):
+        base = [of_base[*head, ids.tobytes()] for head, ids in zip(heads, trace.ids, strict=True)] if trace else []
+        divergences.append(_of_policy(policy, trace, base))
+    return divergences
 
 
 def of_choice(samples: int) -> float:
@@ -94,33 +102,10 @@ def _of_base(task: Task, trace: Traces | None) -> bool:
     return trace.vocabulary is own or bool(trace.vocabulary.get_vocab() == own.get_vocab())
 
 
-def _key(head: Sequence[int], ids: Any) -> tuple[tuple[int, ...], bytes]:
-    return tuple(head), ids.tobytes()
-
-
-def _base(
-    task: Task, heads: Sequence[list[int]], traces: Sequence[Traces], temperature: float, progress: Progress
-) -> dict[tuple[tuple[int, ...], bytes], float]:
-    """Return the base's log-probability of every distinct answer, by prompt and answer."""
-    from moalign.training.reference import log_probs
-
-    rows: dict[tuple[tuple[int, ...], bytes], Row] = {}
-    for trace in traces:
-        for head, ids in zip(heads, trace.ids, strict=True):
-            rows.setdefault(_key(head, ids), ([*head, *ids.tolist()], len(ids)))
-    log_probabilities = log_probs(
-        task.language_model,
-        list(rows.values()),
-        temperature=temperature,
-        progress=lambda done, total: progress("KL to base", done, total),
-    )
-    return dict(zip(rows, log_probabilities.tolist(), strict=True))
-
-
-def _of_policy(
-    policy: Policy, heads: Sequence[Sequence[int]], trace: Traces, logps: dict[tuple[tuple[int, ...], bytes], float]
-) -> KlToBase:
-    base = [logps[_key(head, ids)] for head, ids in zip(heads, trace.ids, strict=True)]
+def _of_policy(policy: Policy, trace: Traces | None, base: Sequence[float]) -> KlToBase:
+    """Return the KL of a policy, given the base's log-probabilities of its answers."""
+    if trace is None:
+        return KlToBase(None)
     chooses = policy.choose is not None and policy.samples > 1
     if not np.isfinite([*trace.logps, *base]).all():
         return KlToBase(None, chooses)

@@ -10,7 +10,6 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +21,25 @@ from moalign.core.preferences import Preference, label, same
 from moalign.core.progress import Progress, silent
 from moalign.evaluation import divergence
 from moalign.evaluation.divergence import KlToBase
+from moalign.evaluation.result import (
+    AnsweringCost,
+    EvalResult,
+    EvaluatedPoint,
+    Generalisation,
+    Indicators,
+    Judgement,
+    Optimum,
+    ProxyPoint,
+    ProxyReward,
+    Quality,
+    SecondReference,
+    Side,
+    Volume,
+)
 from moalign.lm import quality
 from moalign.methods.base import Method
-from moalign.pareto import front, hypervolume, indicators, statistics
-from moalign.runs.record import read_evaluation
+from moalign.pareto import front, indicators, statistics
+from moalign.pareto.hypervolume import hypervolume
 from moalign.tasks.task import Task, columns
 from moalign.training.job import RunContext
 
@@ -33,12 +47,11 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-@dataclass
+@dataclass(frozen=True)
 class Evaluation:
-    """Scores of one run on one grid, and the record made from them."""
+    """What :func:`evaluate` returns: the result, and the scores it was made from."""
 
-    told: dict[str, Any]
-    """The content of ``eval.json``."""
+    result: EvalResult
     scores: Matrix
     """Normalised scores ``[prompts, preferences, objectives]``: the unit of every paired comparison."""
 
@@ -49,18 +62,14 @@ def preferences_for(method: Method, context: RunContext, requested: Sequence[Pre
 
     Raises RequestError when such a method is requested to answer for others.
     """
-    if method.capabilities.steerable:
-        return list(requested) if requested else context.task.grid
-    if requested:
-        unseen = [w for w in requested if w not in context.preferences]
-        if unseen:
-            served = "; ".join(label(w) for w in context.preferences)
+    steerable = method.capabilities.steerable
+    for preference in requested or ():
+        if not steerable and preference not in context.preferences:
             raise RequestError(
-                f"--prefs {label(unseen[0])}: {method.name} answers only for the preferences it was trained on: "
-                f"{served}"
+                f"--prefs {label(preference)}: {method.name} answers only for the preferences it was trained on: "
+                f"{'; '.join(label(w) for w in context.preferences)}"
             )
-        return list(requested)
-    return list(context.preferences)
+    return list(requested or (context.task.grid if steerable else context.preferences))
 
 
 def names(task: Task, preferences: Sequence[Preference], samples: int | None = None) -> tuple[str, str]:
@@ -102,44 +111,47 @@ def evaluate(
     file, table_name = names(context.task, preferences, samples)
     path = context.run.path / f"{file}.json"
     if path.is_file():
-        record = read_evaluation(path)
-        if record["card_hash"] == context.task.hash:
-            stored = _scores(context, context.run.read_table(table_name), preferences, samples)
-            return Evaluation({"samples": samples, **record}, stored)  # older records lack it
+        stored = EvalResult.load(path)
+        if stored.card_hash == context.task.hash:
+            return Evaluation(stored, _scores(context, context.run.read_table(table_name), preferences, samples))
     started = time.monotonic()
     table, cost, divergences = respond(method, context, preferences, progress, samples)
     context.run.write_table(table_name, table)
     scores = _scores(context, table, preferences, samples)
-    record = {
-        "run": str(context.run.path),
-        "run_id": context.run.record.run_id,
-        "method": method.name,
-        "task": context.task.card.name,
-        "card_hash": context.task.hash,
-        "seed": context.run.record.seed,
-        "objectives": context.task.names,
-        **judge(context.task, preferences, scores),
-        "samples": samples,
-        **proxy_reward(context, table, preferences),
-        "quality": {**_collapse(context.task, table), **_kl(divergences)},
-        "cost": {**cost, "seconds": round(time.monotonic() - started, 3)},
-    }
-    overlong = context.task.overlong()
-    if overlong:
-        record["overlong"] = overlong
-    for point, kl in zip(record["points"], divergences, strict=True):
-        point.update(kl=kl.nats, kl_bound=kl.bound)
+    judgement = judge(context.task, preferences, scores)
+    for point, kl in zip(judgement.points, divergences, strict=True):
+        point.kl, point.kl_bound = kl.nats, kl.bound
+    proxy = proxy_reward(context, table, preferences)
     held = held_out(context)
-    if held and not all(_has(held, w) for w in preferences):
-        record["generalisation"] = _generalisation(method, context, preferences, scores, held, progress, samples)
+    separate = bool(held) and not all(_has(held, w) for w in preferences)
+    collapse = quality.collapse_report(context.task.tokens(table["response"].tolist()), context.task.short_below)
+    result = EvalResult(
+        run=str(context.run.path),
+        run_id=context.run.record.run_id,
+        method=method.name,
+        task=context.task.card.name,
+        card_hash=context.task.hash,
+        seed=context.run.record.seed,
+        objectives=tuple(context.task.names),
+        **dict(judgement),
+        samples=samples,
+        quality=Quality(**collapse, **_mean_divergence(divergences)),
+        cost=AnsweringCost(**cost, seconds=round(time.monotonic() - started, 3)),
+        proxy_reward=proxy,
+        gap=None if proxy is None else proxy.hypervolume - judgement.hypervolume,
+        overlong=context.task.overlong() or None,
+        generalisation=_generalisation(method, context, preferences, scores, held, progress, samples)
+        if separate
+        else None,
+    )
     from moalign.runs import atomic
 
-    atomic.write_json(path, record)
-    return Evaluation(read_evaluation(path), scores)
+    atomic.write_json(path, result.content)
+    return Evaluation(result, scores)
 
 
 def held_out(context: RunContext) -> list[Preference]:
-    """Return the preferences that were held out of the run's training (its recipe's ``holdout``)."""
+    """Return the preferences that were held out of the run's training."""
     return [tuple(row) for row in context.run.record.recipe.get("holdout") or ()]
 
 
@@ -155,31 +167,30 @@ def _generalisation(
     held: Sequence[Preference],
     progress: Progress,
     samples: int,
-) -> dict[str, Any]:
+) -> Generalisation:
     """Return the numbers of the evaluation separately for trained and for held-out preferences.
 
-    The optimal share of each side is relative to the optimum for its own preferences. To compare the sides use the
-    utility share (mean w.n over that of the optimum), since a hypervolume depends on how close its preferences lie.
     Held-out preferences that are not among ``preferences`` get an evaluation of their own.
     """
+    unseen = [k for k, w in enumerate(preferences) if _has(held, w)]
     if all(_has(preferences, w) for w in held):
-        unseen = [k for k, w in enumerate(preferences) if _has(held, w)]
         others, their_scores = [preferences[k] for k in unseen], scores[:, unseen]
     else:
         others, their_scores = list(held), evaluate(method, context, held, progress, samples).scores
-    seen = [k for k, w in enumerate(preferences) if not _has(held, w)]
-    sides = {}
-    for name, vectors, part in (
-        ("trained", [preferences[k] for k in seen], scores[:, seen]),
-        ("held_out", others, their_scores),
-    ):
-        judged = judge(context.task, vectors, part)
-        keys = ("hypervolume", "hypervolume_ci", "optimal_share", "optimal_share_ci", "indicators")
-        sides[name] = {"prefs": [list(w) for w in vectors], **{key: judged[key] for key in keys if key in judged}}
-        if "optimum" in judged:
-            most = indicators.inner_product(np.array(vectors), judged["optimum"]["points"])
-            sides[name]["utility_share"] = judged["indicators"]["inner_product"] / most
-    return sides
+    seen = [k for k in range(len(preferences)) if k not in unseen]
+
+    def side(vectors: Sequence[Preference], part: Matrix) -> Side:
+        judgement = judge(context.task, vectors, part)
+        share = None
+        if judgement.optimum is not None:
+            most = indicators.inner_product(np.array(vectors), judgement.optimum.points)
+            share = judgement.indicators.inner_product / most
+        volume = {name: getattr(judgement, name) for name in Volume.model_fields}
+        return Side(**volume, prefs=tuple(vectors), utility_share=share)
+
+    return Generalisation(
+        trained=side([preferences[k] for k in seen], scores[:, seen]), held_out=side(others, their_scores)
+    )
 
 
 def respond(
@@ -195,6 +206,7 @@ def respond(
     each preference has moved from the base.
     """
     import pandas as pd
+    import torch
 
     from moalign.policies.policy import respond_all
     from moalign.runs.meter import Meter
@@ -211,7 +223,8 @@ def respond(
         done += count
         progress("answering", min(done, total), total)
 
-    with _generators_restored():
+    # Loading an adapter draws its initial weights: the states of the global generators are restored afterwards.
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         policies = [method.policy(metered, preference) for preference in preferences]
         sampling = context.task.sampling(spec.seed)
         answers = respond_all(policies, prompts, sampling, answered)
@@ -231,106 +244,103 @@ def respond(
     return table, {"tokens_generated": answers.tokens, "reward_calls": meter.reward_calls}, divergences
 
 
-def _collapse(task: Task, table: pd.DataFrame) -> quality.CollapseReport:
-    return quality.collapse_report(task.tokens(table["response"].tolist()), task.short_below)
-
-
-def _kl(divergences: Sequence[KlToBase]) -> dict[str, Any]:
+def _mean_divergence(divergences: Sequence[KlToBase]) -> dict[str, Any]:
     """Return the mean KL to base over the preferences, None where one is not known, and whether it is a bound."""
     known = [kl.nats for kl in divergences if kl.nats is not None]
     mean = float(np.mean(known)) if len(known) == len(divergences) else None
     return {"kl": mean, "kl_bound": any(kl.bound for kl in divergences)}
 
 
-def _generators_restored() -> AbstractContextManager[None]:
-    """Restore the state of torch's global generators afterwards: loading an adapter draws its initial weights."""
-    import torch
-
-    return torch.random.fork_rng(devices=range(torch.cuda.device_count()))
-
-
 def _scores(context: RunContext, table: pd.DataFrame, preferences: Sequence[Preference], samples: int) -> Matrix:
     """Return normalised scores ``[prompts, preferences, objectives]``, several samples of a prompt averaged."""
     raw = table[context.task.names].to_numpy(dtype=np.float64)
     unit = context.task.judge_normaliser.unit(raw).reshape(len(preferences), -1, len(context.task.names))
-    return unit.reshape(len(preferences), -1, samples, unit.shape[-1]).mean(axis=2).transpose(1, 0, 2)
+    means: Matrix = unit.reshape(len(preferences), -1, samples, unit.shape[-1]).mean(axis=2)
+    return means.transpose(1, 0, 2)
 
 
-def judge(task: Task, preferences: Sequence[Preference], scores: Matrix) -> dict[str, Any]:
+def judge(task: Task, preferences: Sequence[Preference], scores: Matrix) -> Judgement:
     """Return points, hypervolume, optimal share and indicators of normalised scores ``[prompts, k, m]``."""
-    spec, grid = task.card.evaluation, np.array(preferences)
-    normaliser = task.judge_normaliser
+    spec, grid, normaliser = task.card.evaluation, np.array(preferences), task.judge_normaliser
     lo, hi = np.array(normaliser.lo), np.array(normaliser.hi)
     ref, second = task.card.reference_point, task.card.sensitivity_point
     means = scores.mean(axis=0)
     drawn = statistics.bootstrap_means(scores, spec.bootstrap, spec.seed)
     bounds = statistics.intervals(drawn)
-    volumes = statistics.each_draw(drawn, lambda m: hypervolume.hypervolume(m, ref))
-    volume = hypervolume.hypervolume(means, ref)
+    volumes = statistics.each_draw(drawn, lambda m: hypervolume(m, ref))
     mask = front.nondominated(means)
-    points = [
-        {
-            "prefs": list(preferences[k]),
-            "mean": means[k].tolist(),
-            "ci": bounds[:, k].T.tolist(),
-            "raw": (lo + means[k] * (hi - lo)).tolist(),
-            "raw_ci": (lo + bounds[:, k] * (hi - lo)).T.tolist(),
-            "nondominated": bool(mask[k]),
-        }
-        for k in range(len(preferences))
-    ]
-    record: dict[str, Any] = {
-        "points": points,
-        "hypervolume": volume,
-        "hypervolume_ci": list(statistics.interval(volumes)),
-        "ref": list(ref),
-        "sensitivity": {"ref": list(second), "hypervolume": hypervolume.hypervolume(means, second)},
-        "front": int(mask.sum()),
-        "prompts": len(scores),
-        "optimal_share": None,
-        "indicators": _indicators(grid, means),
-    }
+    steered = indicators.controllability(grid, means)
+    judgement = Judgement(
+        hypervolume=hypervolume(means, ref),
+        hypervolume_interval=statistics.interval(volumes),
+        indicators=Indicators(
+            tau=steered["tau"],
+            tau_per_objective=tuple(steered["per_objective"]),
+            inner_product=indicators.inner_product(grid, means),
+            expected_utility=indicators.expected_utility(grid, means),
+            spacing=indicators.spacing(means),
+        ),
+        points=tuple(
+            EvaluatedPoint(
+                preference=preference,
+                mean=means[k].tolist(),
+                interval=bounds[:, k].T.tolist(),
+                raw=(lo + means[k] * (hi - lo)).tolist(),
+                raw_interval=(lo + bounds[:, k] * (hi - lo)).T.tolist(),
+                nondominated=bool(mask[k]),
+            )
+            for k, preference in enumerate(preferences)
+        ),
+        reference_point=tuple(ref),
+        sensitivity=SecondReference(reference_point=tuple(second), hypervolume=hypervolume(means, second)),
+        front=int(mask.sum()),
+        prompts=len(scores),
+    )
     best = task.optimum(preferences, task.eval_prompts)
     if best is not None:
         unit = normaliser.unit(best)
-        most = hypervolume.hypervolume(unit, ref)
-        regrets = indicators.regret(grid, means, unit)
-        record["optimal_share"] = volume / most
-        record["optimal_share_ci"] = [value / most for value in record["hypervolume_ci"]]
-        record["indicators"]["regret"] = float(np.mean(regrets))
-        record["indicators"]["igd_plus"] = indicators.igd_plus(means, unit)
-        record["optimum"] = {"hypervolume": most, "points": unit.tolist()}
-    return record
+        judgement.indicators.regret = float(np.mean(indicators.regret(grid, means, unit)))
+        judgement.indicators.igd_plus = indicators.igd_plus(means, unit)
+        _add_optimum(judgement, unit)
+    return judgement
 
 
-def proxy_reward(context: RunContext, table: pd.DataFrame, preferences: Sequence[Preference]) -> dict[str, Any]:
-    """Return the evaluation by the rewards that the method was trained on, where these are not the judge's.
+def _add_optimum(judgement: Judgement, points: Matrix) -> None:
+    """Fill in the optimum, given by its points ``[k, m]``, and the share of it that was reached."""
+    most = hypervolume(points, judgement.reference_point)
+    judgement.optimum = Optimum(hypervolume=most, points=tuple(map(tuple, points.tolist())))
+    # A reference point above the whole optimum leaves no volume to take a share of.
+    low, high = judgement.hypervolume_interval
+    judgement.optimal_share = judgement.hypervolume / most if most > 0 else None
+    judgement.optimal_share_interval = (low / most, high / most) if most > 0 else None
 
-    ``proxy_reward``: points and hypervolume by the training rewards, in their own normalised units; ``gap``: that
-    hypervolume minus the judge's. A gap that grows during training is reward hacking.
+
+def at_reference(evaluation: Evaluation, task: Task, ref: Sequence[float]) -> EvalResult:
+    """Return the result with hypervolume, interval and optimal share from another reference point, ``[objectives]``.
+
+    The interval is of the same resamples. The stored file is not changed.
     """
+    spec = task.card.evaluation
+    drawn = statistics.bootstrap_means(evaluation.scores, spec.bootstrap, spec.seed)
+    changed = evaluation.result.model_copy(
+        update={
+            "hypervolume": hypervolume(evaluation.scores.mean(axis=0), ref),
+            "hypervolume_interval": statistics.interval(statistics.each_draw(drawn, lambda m: hypervolume(m, ref))),
+            "reference_point": tuple(float(number) for number in ref),
+            "generalisation": None,  # its hypervolumes are from the card's own reference point
+        }
+    )
+    if changed.optimum is not None:
+        _add_optimum(changed, np.array(changed.optimum.points))
+    return changed
+
+
+def proxy_reward(context: RunContext, table: pd.DataFrame, preferences: Sequence[Preference]) -> ProxyReward | None:
+    """Return points and hypervolume by the rewards that the method was trained on, where these are not the judge's."""
     task = context.task
     if task.judge_panel is task.panel:
-        return {}
+        return None
     raw = task.panel.score(table["prompt"].tolist(), table["response"].tolist())
     means = task.normaliser.unit(raw).reshape(len(preferences), -1, len(task.names)).mean(axis=1)
-    truth = task.judge_normaliser.unit(table[task.names].to_numpy(dtype=np.float64))
-    judged = truth.reshape(len(preferences), -1, len(task.names)).mean(axis=1)
-    ref = task.card.reference_point
-    volume = hypervolume.hypervolume(means, ref)
-    points = [{"prefs": list(w), "mean": row.tolist()} for w, row in zip(preferences, means, strict=True)]
-    return {
-        "proxy_reward": {"points": points, "hypervolume": volume},
-        "gap": volume - hypervolume.hypervolume(judged, ref),
-    }
-
-
-def _indicators(grid: Matrix, means: Matrix) -> dict[str, Any]:
-    steered = indicators.controllability(grid, means)
-    return {
-        "tau": float(steered["tau"]),
-        "tau_per_objective": [float(t) for t in steered["per_objective"]],
-        "inner_product": indicators.inner_product(grid, means),
-        "expected_utility": indicators.expected_utility(grid, means),
-        "spacing": indicators.spacing(means),
-    }
+    points = [ProxyPoint(preference=w, mean=row) for w, row in zip(preferences, means.tolist(), strict=True)]
+    return ProxyReward(points=tuple(points), hypervolume=hypervolume(means, task.card.reference_point))

@@ -1,82 +1,286 @@
-"""The result of an evaluation, typed: what Python callers get for the content of ``eval.json``."""
+"""The result of an evaluation, as ``eval.json`` holds it, and what every stored result shares: version and loader."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Self
 
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from moalign.core.errors import RequestError
 from moalign.core.preferences import Preference
+from moalign.runs import record
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Interval = tuple[float, float]
-"""Lower and upper bound of a 95 % bootstrap interval over prompts."""
+"""Lower and upper bound of a 95 % bootstrap interval."""
+
+VERSION: Final = 1
+KEYS = {
+    "entries": "rows",
+    "hypervolume_interval": "hypervolume_ci",
+    "interval": "ci",
+    "json_file": "json",
+    "optimal_share_interval": "optimal_share_ci",
+    "preference": "prefs",
+    "raw_interval": "raw_ci",
+    "reference_point": "ref",
+    "reflected_interval": "ci_reflected",
+    "settings": "set",
+}
+"""Keys in JSON of the fields that have another name in Python."""
 
 
-@dataclass(frozen=True)
-class Point:
+class Content(BaseModel):
+    """Part of a stored result; null stands for what is not known."""
+
+    model_config = ConfigDict(alias_generator=lambda name: KEYS.get(name, name), populate_by_name=True, defer_build=True)
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """Everything, as ``--json`` prints it and the file holds it."""
+        return self.model_dump(mode="json", by_alias=True)
+
+
+class StoredResult(Content):
+    """The content of a result's file."""
+
+    KIND: ClassVar[str]
+    REMEDY: ClassVar[str]
+    """What to do about a damaged file; ``{folder}`` is where it lies."""
+
+    version: Literal[1] = VERSION
+    """Of the file's layout."""
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read a file of this version or an older one.
+
+        Raises RequestError for one that is damaged or of a newer version: what is wrong (with line or key), what to do.
+        """
+        remedy = cls.REMEDY.format(folder=path.parent)
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            version = content.get("version", 0)
+            if isinstance(version, int) and version > VERSION:
+                raise RequestError(f"{path}: a newer moalign wrote it (version {version} of the file); update moalign")
+            return cls.model_validate(cls.migrated(content, path.parent))
+        except (OSError, UnicodeDecodeError) as error:
+            raise RequestError(f"{path}: cannot be read: {error}") from error
+        except json.JSONDecodeError as error:
+            raise RequestError(f"{path}:{error.lineno}: not JSON ({error.msg}); {remedy}") from error
+        except ValidationError as error:
+            wrong = [f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()[:3]]
+            raise RequestError(f"{path}: not {cls.KIND} that moalign wrote ({'; '.join(wrong)}); {remedy}") from error
+        except (LookupError, TypeError, AttributeError) as error:  # of the migration, or no JSON object at all
+            raise RequestError(f"{path}: not {cls.KIND} that moalign wrote; {remedy}") from error
+
+    @classmethod
+    def migrated(cls, content: dict[str, Any], folder: Path) -> dict[str, Any]:
+        """Return the content of a file as this version has it; one of version 0 does not say its version.
+
+        What older versions did not measure has a default of "not known" in the fields.
+        """
+        return content
+
+
+class Point(Content):
     """The mean rewards of a run's answers at one preference."""
 
     preference: Preference
     mean: tuple[float, ...]
     """Mean rewards in normalised units, ``[objectives]``; larger is better."""
     interval: tuple[Interval, ...]
-    """Of ``mean``, ``[objectives]``."""
+    """Of ``mean``, ``[objectives]``; over prompts."""
     raw: tuple[float, ...]
     """The same means in the units of the task's scorers, larger is better."""
+
+
+class EvaluatedPoint(Point):
+    """A point of one run."""
+
+    raw_interval: tuple[Interval, ...]
     nondominated: bool
     """Whether no other point of the run is at least as good in every objective and better in one."""
-    kl: float | None
+    kl: float | None = None
     """KL divergence of the policy from the base, in nats per response; None where it is not known."""
+    kl_bound: bool = False
+    """``kl`` is an upper bound."""
 
 
-@dataclass(frozen=True)
-class EvalResult:
+class Indicators(Content):
+    """Numbers beside the hypervolume (:mod:`moalign.pareto.indicators`)."""
+
+    tau: float
+    tau_per_objective: tuple[float, ...]
+    inner_product: float
+    expected_utility: float
+    spacing: float
+    regret: float | None = None
+    """None where no optimum is known."""
+    igd_plus: float | None = None
+
+
+class Quality(Content):
+    """Guards against rewards won by broken text (:mod:`moalign.lm.quality`), and the distance from the base."""
+
+    rate: float
+    causes: dict[str, float]
+    mean_length: float
+    distinct_3: float
+    kl: float | None = None
+    """Mean KL to base over the preferences, in nats per response; None where one is not known."""
+    kl_bound: bool = False
+
+
+class AnsweringCost(Content):
+    """What answering the evaluation took."""
+
+    tokens_generated: int | float
+    reward_calls: int | float
+    """Scores by which a policy chose its answers; those of the judge are not counted."""
+    seconds: float
+
+
+class SecondReference(Content):
+    """The hypervolume from the second reference point of the task card."""
+
+    reference_point: tuple[float, ...]
+    hypervolume: float
+
+
+class Optimum(Content):
+    """The exact optimum for the evaluated preferences."""
+
+    hypervolume: float
+    points: tuple[tuple[float, ...], ...]
+    """Mean rewards in normalised units, ``[preferences][objectives]``."""
+
+
+class Volume(Content):
+    """How good a set of points is as a whole."""
+
+    hypervolume: float
+    """Volume between the points' front and the reference point."""
+    hypervolume_interval: Interval
+    optimal_share: float | None = None
+    """The hypervolume over that of the exact optimum; None where no optimum is known."""
+    optimal_share_interval: Interval | None = None
+    indicators: Indicators
+
+
+class Side(Volume):
+    """The trained or the held-out preferences by themselves; ``optimal_share`` is relative to their own optimum."""
+
+    prefs: tuple[Preference, ...]
+    utility_share: float | None = None
+    """Mean w.n over that of the optimum: unlike a hypervolume it does not depend on how close the preferences lie."""
+
+
+class Generalisation(Content):
+    """The evaluation separately for preferences that were trained on and for those held out of training."""
+
+    trained: Side
+    held_out: Side
+
+
+class ProxyPoint(Content):
+    """Mean training rewards at one preference, in their own normalised units."""
+
+    preference: Preference
+    mean: tuple[float, ...]
+
+
+class ProxyReward(Content):
+    """The evaluation by the rewards that the method was trained on."""
+
+    points: tuple[ProxyPoint, ...]
+    hypervolume: float
+
+
+class Judgement(Volume):
+    """What one judge says of a matrix of scores."""
+
+    points: tuple[EvaluatedPoint, ...]
+    """One for each preference, in the requested order."""
+    reference_point: tuple[float, ...]
+    sensitivity: SecondReference
+    front: int
+    """How many points are not dominated."""
+    prompts: int
+    optimum: Optimum | None = None
+
+
+class EvaluatedRun(StoredResult):
+    """Which run was evaluated."""
+
+    run: str
+    """The run's folder."""
+    run_id: str
+    method: str
+    task: str
+    card_hash: str
+    seed: int
+    objectives: tuple[str, ...]
+
+
+class EvalResult(Judgement, EvaluatedRun):
     """Points, hypervolume and indicators of one run, from one judge.
 
     Rewards are in normalised units, unless they are called raw: 0 and 1 are the 1 % and 99 % quantiles of what the base
     and the data score on the task's calibration split.
     """
 
-    run: str
-    """The run's folder."""
-    method: str
-    task: str
-    seed: int
-    objectives: tuple[str, ...]
-    points: tuple[Point, ...]
-    """One for each preference, in the order in which they were asked for."""
-    reference_point: tuple[float, ...]
-    hypervolume: float
-    """Volume between the points' front and the reference point."""
-    hypervolume_interval: Interval
-    optimal_share: float | None
-    """The hypervolume over that of the exact optimum; None where no optimum is known."""
-    indicators: Mapping[str, Any]
-    """``tau``, ``inner_product``, ``expected_utility``, ``spacing`` and, where the optimum is known, ``regret`` ..."""
-    content: Mapping[str, Any]
-    """Everything, as ``moalign eval --json`` prints it."""
+    KIND: ClassVar[str] = "an evaluation"
+    SPARSE: ClassVar[tuple[str, ...]] = (
+        "optimal_share_ci",
+        "optimum",
+        "proxy_reward",
+        "gap",
+        "overlong",
+        "generalisation",
+    )
+    """Keys that are left out where there is nothing to say."""
+    REMEDY: ClassVar[str] = "remove it and evaluate again: moalign eval {folder}"
+
+    samples: int
+    """Answers to each prompt at each preference."""
+    quality: Quality
+    cost: AnsweringCost
+    proxy_reward: ProxyReward | None = None
+    """None where the judge's rewards are those trained on."""
+    gap: float | None = None
+    """Hypervolume by the training rewards minus the judge's; growth during training is reward hacking."""
+    overlong: dict[str, int] | None = None
+    """How many prompts were cut or dropped, where any was."""
+    generalisation: Generalisation | None = None
+    """Where preferences were held out of training."""
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """See :attr:`Content.content`."""
+        return {key: value for key, value in super().content.items() if value is not None or key not in self.SPARSE}
 
     @classmethod
-    def of(cls, content: Mapping[str, Any]) -> EvalResult:
-        """Return the result that an ``eval.json`` holds."""
-        low, high = content["hypervolume_ci"]
-        return cls(
-            run=content["run"],
-            method=content["method"],
-            task=content["task"],
-            seed=content["seed"],
-            objectives=tuple(content["objectives"]),
-            points=tuple(_point(point) for point in content["points"]),
-            reference_point=tuple(content["ref"]),
-            hypervolume=content["hypervolume"],
-            hypervolume_interval=(low, high),
-            optimal_share=content.get("optimal_share"),
-            indicators=content["indicators"],
-            content=content,
-        )
+    def migrated(cls, content: dict[str, Any], folder: Path) -> dict[str, Any]:
+        """See :meth:`StoredResult.migrated`; ``run`` becomes the folder that the file lies in now."""
+        content = {**content, "run": str(folder)}
+        if "version" in content:
+            return content
+        if "samples" not in content:  # written when there were as many as the card said, and no others
+            card = record.read(folder).recipe.get("card") or {}
+            content["samples"] = (card.get("evaluation") or {}).get("samples", 1)
+        if "spacing" not in content["indicators"]:
+            from moalign.pareto.indicators import spacing
+
+            means = [point["mean"] for point in content["points"]]
+            content["indicators"] = {**content["indicators"], "spacing": spacing(means)}
+        if "believed" in content:
+            content["proxy_reward"] = content.pop("believed")
+        return content
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row a point: ``preference``, mean, bounds (``_low``, ``_high``) and ``_raw`` per objective."""
@@ -90,14 +294,3 @@ class EvalResult:
                 row[f"{name}_raw"] = point.raw[k]
             rows.append({**row, "nondominated": point.nondominated, "kl": point.kl})
         return pd.DataFrame(rows)
-
-
-def _point(content: Mapping[str, Any]) -> Point:
-    return Point(
-        preference=tuple(content["prefs"]),
-        mean=tuple(content["mean"]),
-        interval=tuple((low, high) for low, high in content["ci"]),
-        raw=tuple(content["raw"]),
-        nondominated=content["nondominated"],
-        kl=content.get("kl"),
-    )

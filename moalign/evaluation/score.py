@@ -39,15 +39,15 @@ class Scores:
     scored: list[dict[str, Any]] = field(default_factory=list)
     """Per row prompt, response, ``raw`` and ``normalised``; empty when a file was written."""
 
+    def keep(self, prompts: list[str], responses: list[str], raw: Matrix, unit: Matrix) -> None:
+        """Add rows to ``scored``; raw and normalised scores are ``[n, objectives]``."""
+        for prompt, response, *scores in zip(prompts, responses, raw.tolist(), unit.tolist(), strict=True):
+            by_name = [dict(zip(self.objectives, row, strict=True)) for row in scores]
+            self.scored.append({"prompt": prompt, "response": response, "raw": by_name[0], "normalised": by_name[1]})
+
     def as_dict(self) -> dict[str, Any]:
         """Return everything for ``--json``."""
-        record: dict[str, Any] = {
-            "task": self.task,
-            "objectives": self.objectives,
-            "rows": self.rows,
-            "out": None if self.out is None else str(self.out),
-            "summary": self.summary,
-        }
+        record = {key: getattr(self, key) for key in ("task", "objectives", "rows", "out", "summary")}
         return record if self.out is not None else {**record, "scores": self.scored}
 
 
@@ -84,39 +84,25 @@ def score(
         SourceSpec(path=str(source)), [readers.Field("prompt", blank=False), readers.Field("response")], Path.cwd()
     )
     scores = Scores(loaded.card.name, list(names), out=out)
-    statistics = _RunningStatistics(len(names))
     panel = loaded.panel.with_normaliser(loaded.normaliser)
+    chunks: list[Matrix] = []
     with contextlib.ExitStack() as stack:
-        keep = _memory(scores) if out is None else stack.enter_context(_parquet(out, names))
+        keep = scores.keep if out is None else stack.enter_context(_parquet(out, names))
         while rows_now := list(islice(rows, CHUNK)):
             prompts = [row.values["prompt"] for row in rows_now]
             responses = [row.values["response"] for row in rows_now]
             raw = panel.score(prompts, responses, partial(progress, f"scoring from row {scores.rows + 1}"))
-            statistics.add(raw, panel.unit(raw))
             keep(prompts, responses, raw, panel.unit(raw))
+            chunks.append(raw)
             scores.rows += len(prompts)
-    scores.summary = statistics.summary(names)
+    raw = np.concatenate(chunks)
+    columns = [raw.mean(axis=0), raw.std(axis=0), raw.min(axis=0), raw.max(axis=0), panel.unit(raw).mean(axis=0)]
+    for name, numbers in zip(names, np.transpose(columns).tolist(), strict=True):
+        scores.summary[name] = dict(zip(("mean", "sd", "min", "max", "normalised_mean"), numbers, strict=True))
     return scores
 
 
 Keep = Callable[[list[str], list[str], Matrix, Matrix], None]
-
-
-def _memory(scores: Scores) -> Keep:
-    names = scores.objectives
-
-    def keep(prompts: list[str], responses: list[str], raw: Matrix, unit: Matrix) -> None:
-        scores.scored += [
-            {
-                "prompt": prompt,
-                "response": response,
-                "raw": dict(zip(names, raw_row, strict=True)),
-                "normalised": dict(zip(names, unit_row, strict=True)),
-            }
-            for prompt, response, raw_row, unit_row in zip(prompts, responses, raw.tolist(), unit.tolist(), strict=True)
-        ]
-
-    return keep
 
 
 @contextlib.contextmanager
@@ -138,39 +124,3 @@ def _parquet(path: Path, names: list[str]) -> Iterator[Keep]:
             writer.write_table(pa.table(dict(zip(schema.names, values, strict=True)), schema=schema))
 
         yield keep
-
-
-class _RunningStatistics:
-    """Mean, deviation and extremes of scores that come in chunks (Chan's update, exact for any number of rows)."""
-
-    def __init__(self, objectives: int) -> None:
-        self.count = 0
-        self.mean = np.zeros(objectives)
-        self.squares = np.zeros(objectives)
-        self.low = np.full(objectives, np.inf)
-        self.high = np.full(objectives, -np.inf)
-        self.unit = np.zeros(objectives)
-
-    def add(self, raw: Matrix, unit: Matrix) -> None:
-        count, mean = len(raw), raw.mean(axis=0)
-        total = self.count + count
-        step = mean - self.mean
-        self.squares += ((raw - mean) ** 2).sum(axis=0) + step**2 * self.count * count / total
-        self.mean += step * count / total
-        self.unit += (unit.mean(axis=0) - self.unit) * count / total
-        self.low = np.minimum(self.low, raw.min(axis=0))
-        self.high = np.maximum(self.high, raw.max(axis=0))
-        self.count = total
-
-    def summary(self, names: list[str]) -> dict[str, dict[str, float]]:
-        deviation = np.sqrt(self.squares / self.count)
-        return {
-            name: {
-                "mean": float(self.mean[k]),
-                "sd": float(deviation[k]),
-                "min": float(self.low[k]),
-                "max": float(self.high[k]),
-                "normalised_mean": float(self.unit[k]),
-            }
-            for k, name in enumerate(names)
-        }

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from typing import Any
 
 from moalign.core.preferences import Preference
 from moalign.core.progress import Progress, silent
 from moalign.evaluation import evaluate
+from moalign.evaluation.result import EvalResult
 from moalign.experiment.train import Plan, train
 from moalign.runs.run import Run
 
@@ -20,8 +19,8 @@ class Outcome:
     run: Run
     found: bool
     """The run was finished before; nothing was trained."""
-    evaluation: dict[str, Any] | None
-    """The content of ``eval.json``; None when no evaluation was asked for and none is there."""
+    evaluation: EvalResult | None
+    """None when no evaluation was asked for and none is there."""
 
 
 def complete(made: Plan, progress: Progress = silent, judge: bool = True) -> Outcome:
@@ -31,18 +30,18 @@ def complete(made: Plan, progress: Progress = silent, judge: bool = True) -> Out
     both halves. Raises what :func:`~moalign.experiment.train.train` raises.
     """
     run, found = train(made, progress)
-    told = stored(made, run)
-    if told is None and judge:
+    result = stored(made, run)
+    if result is None and judge:
         made.task.progress = progress
-        told = evaluate.evaluate(made.method, made.context(run), None, progress).told
-    return Outcome(run, found, told)
+        result = evaluate.evaluate(made.method, made.context(run), None, progress).result
+    return Outcome(run, found, result)
 
 
-def stored(made: Plan, run: Run) -> dict[str, Any] | None:
+def stored(made: Plan, run: Run) -> EvalResult | None:
     """Return the run's evaluation if it is there; nothing is loaded."""
     asked: list[Preference] = made.task.grid if made.method.capabilities.steerable else made.preferences
     path = run.path / f"{evaluate.names(made.task, asked)[0]}.json"
     if not path.is_file():
         return None
-    told: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return told if told["card_hash"] == made.task.hash else None
+    result = EvalResult.load(path)
+    return result if result.card_hash == made.task.hash else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,18 +30,6 @@ def find(names: Sequence[str], results: Path) -> list[Run]:
     return list({run.path.resolve(): run for run in found}.values())
 
 
-def read_comparison(file: Path) -> dict[str, Any]:
-    """Return the content of a ``compare.json``; raises RequestError for a file that is no comparison."""
-    try:
-        told = json.loads(file.read_text(encoding="utf-8"))
-        kept: dict[str, Any] = {key: told[key] for key in ("objectives", "rows")}
-        for row in kept["rows"]:
-            _ = row["rank"], row["label"], [(run["run"], run["run_id"], run["status"]) for run in row["runs"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RequestError(f"{file}: it is no comparison that moalign wrote ({type(error).__name__})") from None
-    return kept
-
-
 def best_of(file: Path, comparison: Mapping[str, Any], wanted: Sequence[Preference], results: Path) -> tuple[Run, int]:
     """Return the best-ranked trained run of a comparison that answers for every preference in ``wanted``, and its rank.
 
@@ -51,7 +38,7 @@ def best_of(file: Path, comparison: Mapping[str, Any], wanted: Sequence[Preferen
 
     Args:
         file: the ``compare.json``; runs are looked for where it says, else in the results folder that it lies in.
-        comparison: its content, see :func:`read_comparison`.
+        comparison: its content.
 
     Raises:
         RequestError: no row can answer (why not, row by row), or the run that can is gone or has changed.

@@ -17,7 +17,7 @@ from moalign.experiment.arguments import Vector, vector_text
 from moalign.experiment.generate import checked
 from moalign.methods import registry
 from moalign.methods.base import Method
-from moalign.runs.record import RunRecord, Status, read_evaluation
+from moalign.runs.record import RunRecord, Status
 from moalign.runs.run import Run
 from moalign.training.job import RunContext
 
@@ -109,11 +109,8 @@ class RunHandle:
         path = self.path / f"{self._files()[0]}.json"
         if not path.is_file():
             return None
-        content = read_evaluation(path)
-        # The folder may have been moved since, and an evaluation of another card is not this run's.
-        return (
-            EvalResult.of({**content, "run": str(self.path)}) if content["card_hash"] == self.record.card_hash else None
-        )
+        result = EvalResult.load(path)
+        return result if result.card_hash == self.record.card_hash else None  # of another card it is not this run's
 
     def to_frame(self) -> pd.DataFrame:
         """Return the answers of the stored evaluation, one row a response.

@@ -58,7 +58,7 @@ def judged(trained: Mapping[str, Any], results: Path, samples: int | None) -> tu
 
     method, context = context_of(Run.load(Path(trained["run"])), results)
     evaluation = evaluate(method, context, samples=samples)
-    record = evaluation.told
+    record = evaluation.result.content
     return {
         "run": Path(trained["run"]).name,
         "seed": trained["seed"],

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from moalign.comparison import bench as workflow
+from moalign.comparison.timed import Measurement, Stamp, TimingRequest
 
 
 @pytest.fixture
@@ -66,22 +67,21 @@ def test_a_text_task_is_measured(moalign: Any, random_base: Path, nothing_left: 
     assert sorted(Path().iterdir()) == before and list(nothing_left.iterdir()) == []
 
 
-def answer(ask: Any, prepare: bool, title: str, progress: Any) -> dict[str, Any]:
+def answer(request: TimingRequest, title: str, progress: Any) -> Measurement:
     """Stands in for a process: RiC has two stages, MOC failed, and prompting trains nothing."""
-    if ask.method == "moc":
-        return {"error": "no room", "trace": "Traceback: no room"}
-    if ask.method == "prompting":
-        return {"stamps": [], "start_seconds": 3.0}
-    cost = {"tokens_generated": 0, "reward_calls": 0}
+    if request.method == "moc":
+        return Measurement(error="no room", trace="Traceback: no room")
+    if request.method == "prompting":
+        return Measurement(start_seconds=3.0)
     stamps = [
-        {"run": "a", "phase": phase, "step": step, "at": at, "tokens_trained": 1500 * step, **cost}
+        Stamp(run="a", phase=phase, step=step, at=at, tokens_trained=1500 * step, tokens_generated=0, reward_calls=0)
         for phase, step, at in (("offline", 1, 0.0), ("offline", 2, 0.5), ("round-1", 1, 3.0), ("round-1", 2, 4.0))
     ]
-    return {"stamps": stamps, "start_seconds": 3.2, "peak_host_bytes": 600 * 2**20, "peak_gpu_bytes": None}
+    return Measurement(stamps=stamps, start_seconds=3.2, peak_host_bytes=600 * 2**20)
 
 
 def test_the_table(moalign: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workflow, "_answer", answer)
+    monkeypatch.setattr(workflow, "_measured_apart", answer)
     ended = moalign("bench", "ric", "moc", "prompting")
     assert ended.code == 1
     lines = ended.out.splitlines()
@@ -100,7 +100,7 @@ def test_an_interruption_says_that_nothing_is_kept(moalign: Any, monkeypatch: py
     def interrupted(*_: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(workflow, "_answer", interrupted)
+    monkeypatch.setattr(workflow, "_measured_apart", interrupted)
     ended = moalign("bench", "ric", "--json")
     assert (ended.code, ended.out, ended.err) == (130, "", "interrupted; a bench keeps nothing\n")
 

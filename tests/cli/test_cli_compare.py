@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from moalign.comparison import compare as workflow
+from moalign.comparison.result import CompareResult
 
 
 class Asked:
@@ -19,10 +20,28 @@ class Asked:
         self.failed = failed
         self.request: Any = None
 
-    def __call__(self, request: workflow.CompareRequest, progress: Any) -> workflow.Comparison:
+    def __call__(self, request: workflow.CompareRequest, progress: Any) -> CompareResult:
         self.request = request
         print("chatter")
-        return workflow.Comparison({"task": "sandbox", "failed": ["x"] if self.failed else []}, ["a trace"])
+        return CompareResult(
+            task="sandbox",
+            card_hash="abc",
+            objectives=("a", "b"),
+            reference_point=(0.0, 0.0),
+            grid=(),
+            samples=1,
+            draws=100,
+            level=0.95,
+            entries=[],
+            pairs=[],
+            winner=None,
+            sensitivity=None,
+            optimum=None,
+            igd_plus_to="union front",
+            failed=["x"] if self.failed else [],
+            command="moalign compare",
+            traces=["a trace"],
+        )
 
 
 def test_options_become_one_request(moalign: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,7 +51,8 @@ def test_options_become_one_request(moalign: Any, monkeypatch: pytest.MonkeyPatc
     options += " --executor ray"
     ended = moalign("compare", *options.split(), "--figure", "f.png", "--markdown", "m.md")
     assert ended.code == 0
-    assert json.loads(ended.out) == {"task": "sandbox", "failed": []}
+    printed = json.loads(ended.out)
+    assert (printed["task"], printed["failed"]) == ("sandbox", []) and "traces" not in printed
     request = requested.request
     assert (request.task, tuple(request.methods), request.seeds, request.grid, request.jobs) == (
         "sandbox",

@@ -41,9 +41,10 @@ def test_kl_to_base_and_spacing_are_told_where_they_are_known(
     moalign: Any, run: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     from moalign.cli.outcome import show_summary
+    from moalign.evaluation.result import EvalResult
 
     def shown(**changes: Any) -> str:
-        show_summary({**content, **changes})
+        show_summary(EvalResult.model_validate({**content, **changes}))
         return capsys.readouterr().out
 
     content = json.loads(moalign("eval", run["run_id"], "--json").out)
@@ -63,13 +64,16 @@ def test_kl_to_base_and_spacing_are_told_where_they_are_known(
 def test_an_evaluation_from_before_these_were_kept_is_read(moalign: Any, run: dict[str, Any]) -> None:
     path = Path(run["run"]) / "eval.json"
     content = json.loads(path.read_text())
-    del content["indicators"]["spacing"], content["quality"]["kl"], content["quality"]["kl_bound"]
+    spacing = content["indicators"]["spacing"]
+    del content["version"], content["indicators"]["spacing"], content["quality"]["kl"], content["quality"]["kl_bound"]
     for point in content["points"]:
         del point["kl"], point["kl_bound"]
     path.write_text(json.dumps(content))
     shown = moalign("eval", run["run_id"])
-    assert shown.code == 0 and "collapse rate" in shown.out and "spacing" not in shown.out
-    assert json.loads(moalign("eval", run["run_id"], "--json").out)["quality"] == content["quality"]
+    assert shown.code == 0 and "collapse rate" in shown.out and "KL to base" not in shown.out
+    read = json.loads(moalign("eval", run["run_id"], "--json").out)
+    assert read["quality"] == {**content["quality"], "kl": None, "kl_bound": False}
+    assert read["indicators"]["spacing"] == spacing, "it follows from the points"
 
 
 def test_held_out_preferences_are_told_beside_the_trained_ones(moalign: Any, toys: None) -> None:

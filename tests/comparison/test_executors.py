@@ -37,10 +37,10 @@ def in_thread(work: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
 def until(true: Callable[[], Any], seconds: float = 60) -> Any:
     """Wait for something; return it."""
     last = time.monotonic() + seconds
-    while not (found := true()):
+    while not (value := true()):
         assert time.monotonic() < last, "waited in vain"
         time.sleep(0.02)
-    return found
+    return value
 
 
 # --- names ----------------------------------------------------------------------------------------------------------
@@ -52,16 +52,16 @@ def test_what_stands_against_an_executor(monkeypatch: pytest.MonkeyPatch) -> Non
         "--executor: unknown executor 'lokal'; allowed: local, ray; did you mean 'local'?"
     ]
     monkeypatch.setitem(sys.modules, "ray", None)
-    (said,) = executors.problems("ray")
-    assert "the package ray is not installed" in said and "pip install ray" in said
+    (messages,) = executors.problems("ray")
+    assert "the package ray is not installed" in messages and "pip install ray" in messages
 
 
 # --- processes ------------------------------------------------------------------------------------------------------
 
 
 def test_a_process_says_how_it_ended() -> None:
-    code, said = executors.Processes().run(["train", "rick"])
-    assert code == 2 and "did you mean 'ric'" in said
+    code, messages = executors.Processes().run(["train", "rick"])
+    assert code == 2 and "did you mean 'ric'" in messages
 
 
 ECHO = """
@@ -87,17 +87,17 @@ def echoes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[executor
 
 
 def test_a_process_runs_where_and_with_what_it_is_told(echoes: executors.Processes, tmp_path: Path) -> None:
-    code, said = echoes.run(["train", "ric"])
-    assert code == 0 and said.split()[1:] == [str(tmp_path), "y", "train", "ric", "--json"]
+    code, messages = echoes.run(["train", "ric"])
+    assert code == 0 and messages.split()[1:] == [str(tmp_path), "y", "train", "ric", "--json"]
 
 
 def test_a_process_that_did_well_takes_the_next_command(echoes: executors.Processes) -> None:
-    """One that failed is left, for nobody knows what it holds; what was said belongs to the command that said it."""
+    """One that failed is left, for nobody knows what it holds; its messages belong to the command that wrote them."""
     ended = [echoes.run([word]) for word in ("one", "two", "fail", "four")]
     assert [code for code, _ in ended] == [0, 0, 7, 0]
-    processes = [said.split()[0] for _, said in ended]
+    processes = [messages.split()[0] for _, messages in ended]
     assert processes[0] == processes[1] == processes[2] != processes[3]
-    assert [said.split()[3] for _, said in ended] == ["one", "two", "fail", "four"]
+    assert [messages.split()[3] for _, messages in ended] == ["one", "two", "fail", "four"]
     (idle,) = echoes._idle
     echoes.close()
     assert idle.process.poll() == 0 and not echoes._idle
@@ -105,11 +105,11 @@ def test_a_process_that_did_well_takes_the_next_command(echoes: executors.Proces
 
 def test_progress_is_told_while_a_command_works(echoes: executors.Processes) -> None:
     """Of the command that is being run, and a display that fails does not lose the answer."""
-    told: list[tuple[str, int, int]] = []
-    assert echoes.run(["tell"], lambda *one: told.append(one))[0] == 0
-    assert told == [("online", 1, 2), ("online", 2, 2)]
-    assert echoes.run(["quiet"], lambda *one: told.append(one))[0] == 0
-    assert len(told) == 2
+    reports: list[tuple[str, int, int]] = []
+    assert echoes.run(["tell"], lambda *report: reports.append(report))[0] == 0
+    assert reports == [("online", 1, 2), ("online", 2, 2)]
+    assert echoes.run(["quiet"], lambda *report: reports.append(report))[0] == 0
+    assert len(reports) == 2
 
     def broken(*_: Any) -> None:
         raise OSError("the terminal is gone")
@@ -118,8 +118,8 @@ def test_progress_is_told_while_a_command_works(echoes: executors.Processes) -> 
 
 
 def test_a_process_that_ends_without_an_answer_has_failed(echoes: executors.Processes) -> None:
-    code, said = echoes.run(["die"])
-    assert code == 1 and "die" in said
+    code, messages = echoes.run(["die"])
+    assert code == 1 and "die" in messages
     assert echoes.run(["again"])[0] == 0
 
 
@@ -140,8 +140,8 @@ def test_two_commands_of_one_process_print_nothing_and_are_what_they_would_be_al
     pool = executors.Processes()
     assert pool.run(["eval", "--points", str(table), "--ref", "0,0"]) == (0, "")
     (child,) = pool._idle
-    code, said = pool.run(["eval", "--points", str(table), "--ref", "0"])
-    assert code == 2 and said.startswith("error: ") and child.process.wait(20) == 2
+    code, messages = pool.run(["eval", "--points", str(table), "--ref", "0"])
+    assert code == 2 and messages.startswith("error: ") and child.process.wait(20) == 2
 
 
 def test_an_interruption_reaches_the_processes(waiting: list[str]) -> None:
@@ -174,7 +174,7 @@ class FakeRay(ModuleType):
         super().__init__("ray")
         self.__spec__ = importlib.util.spec_from_loader("ray", None)
         self.exceptions = SimpleNamespace(TaskCancelledError=TaskCancelledError, RayError=Exception)
-        self.told: list[Any] = []
+        self.calls: list[Any] = []
         self.here = False
         self.gpus = 0
         self.cancelled = threading.Event()
@@ -184,25 +184,25 @@ class FakeRay(ModuleType):
         return self.here
 
     def init(self, **options: Any) -> None:
-        self.told.append("init")
+        self.calls.append("init")
         self.here = True
 
     def shutdown(self) -> None:
-        self.told.append("shutdown")
+        self.calls.append("shutdown")
         self.here = False
 
     def cluster_resources(self) -> dict[str, float]:
         return {"CPU": 4.0, **({"GPU": float(self.gpus)} if self.gpus else {})}
 
     def remote(self, **wanted: Any) -> Callable[[Any], Any]:
-        self.told.append(wanted)
+        self.calls.append(wanted)
         return lambda function: SimpleNamespace(remote=lambda *arguments: Ref(arguments))
 
     def get(self, ref: Any) -> Any:
         return self.task(*ref.arguments)
 
     def cancel(self, ref: Any, force: bool = False) -> None:
-        self.told.append(("cancel", ref.arguments[0], force))
+        self.calls.append(("cancel", ref.arguments[0], force))
         self.cancelled.set()
 
     def wait(self, refs: list[Any], num_returns: int, timeout: float) -> tuple[list[Any], list[Any]]:
@@ -225,12 +225,12 @@ def test_ray_is_started_and_left_again(ray: FakeRay) -> None:
     assert executors.problems("ray") == []
     with pytest.raises(ZeroDivisionError), executors.opened("ray"):
         raise ZeroDivisionError
-    assert [one for one in ray.told if isinstance(one, str)] == ["init", "shutdown"]
-    ray.told.clear()
+    assert [call for call in ray.calls if isinstance(call, str)] == ["init", "shutdown"]
+    ray.calls.clear()
     ray.here = True  # a program that uses moalign and ray: its connection stays
     with executors.opened("ray"):
         pass
-    assert "init" not in ray.told and "shutdown" not in ray.told
+    assert "init" not in ray.calls and "shutdown" not in ray.calls
 
 
 def test_ray_that_cannot_be_reached_is_told(ray: FakeRay, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,15 +247,15 @@ def test_ray_that_cannot_be_reached_is_told(ray: FakeRay, monkeypatch: pytest.Mo
 def test_a_task_asks_for_a_cpu_and_where_there_are_gpus_for_one(ray: FakeRay, gpus: int) -> None:
     ray.gpus = gpus
     executors.RayTasks(ray)
-    assert ray.told == [{"num_cpus": 1, "num_gpus": min(gpus, 1), "max_retries": 0}]
+    assert ray.calls == [{"num_cpus": 1, "num_gpus": min(gpus, 1), "max_retries": 0}]
 
 
 def test_a_task_is_the_command_in_the_folder_it_was_asked_for(ray: FakeRay, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOALIGN_CACHE", "/c")
     monkeypatch.setenv("HF_TOKEN", "secret")
     seen: list[Any] = []
-    ray.task = lambda *arguments: (seen.append(arguments), (3, "said"))[1]
-    assert executors.RayTasks(ray).run(("train", "ric")) == (3, "said")
+    ray.task = lambda *arguments: (seen.append(arguments), (3, "messages"))[1]
+    assert executors.RayTasks(ray).run(("train", "ric")) == (3, "messages")
     command, folder, settings = seen[0]
     assert command == ["train", "ric"] and folder == os.getcwd()
     assert settings["MOALIGN_CACHE"] == "/c" and "HF_TOKEN" not in settings
@@ -263,8 +263,8 @@ def test_a_task_is_the_command_in_the_folder_it_was_asked_for(ray: FakeRay, monk
 
 def test_a_worker_runs_the_command(tmp_path: Path) -> None:
     """In the folder that it is told, as a child process like the local ones."""
-    code, said = executors._on_worker(["train", "ric", "--task", "here.yaml"], str(tmp_path), {})
-    assert code == 2 and "here.yaml" in said
+    code, messages = executors._on_worker(["train", "ric", "--task", "here.yaml"], str(tmp_path), {})
+    assert code == 2 and "here.yaml" in messages
 
 
 def test_a_task_that_was_lost_fails_its_run(ray: FakeRay) -> None:
@@ -288,27 +288,27 @@ def test_stopping_cancels_every_task_and_starts_no_more(ray: FakeRay) -> None:
     pool.stop()
     thread.join(timeout=20)
     assert ended == [(-2, "")] and not pool._alive
-    assert [one[2] for one in ray.told if isinstance(one, tuple)] == [False, True], "what does not end is killed"
+    assert [call[2] for call in ray.calls if isinstance(call, tuple)] == [False, True], "what does not end is killed"
     assert pool.run(["more"]) == (-2, "")
 
 
 # --- a comparison's runs --------------------------------------------------------------------------------------------
 
 
-def work(name: str, folder: Path) -> Any:
-    made = jobs.Work(SimpleNamespace(name=name), 0, {}, folder / name, ["train", name])  # type: ignore[arg-type]
-    made.plan = SimpleNamespace(found=None)  # type: ignore[assignment]
-    return made
+def planned(name: str, folder: Path) -> Any:
+    run = jobs.ComparedRun(SimpleNamespace(name=name), 0, {}, folder / name, ["train", name])  # type: ignore[arg-type]
+    run.plan = SimpleNamespace(existing_run=None)  # type: ignore[assignment]
+    return run
 
 
 @pytest.fixture
 def runs(tmp_path: Path, ray: FakeRay, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     """Three planned runs; the ray tasks make them, but for ``bad``, which fails, and ``lost``, whose worker dies."""
-    works = [work(name, tmp_path) for name in ("good", "bad", "lost")]
-    monkeypatch.setattr(jobs, "_prepare", lambda work, progress: None)
+    planned_runs = [planned(name, tmp_path) for name in ("good", "bad", "lost")]
+    monkeypatch.setattr(jobs, "_prepare", lambda run, progress: None)
 
     def task(command: list[str], *_: Any) -> Any:
-        made = next(one for one in works if one.command == command)
+        made = next(run for run in planned_runs if run.command == command)
         if made.method.name == "lost":
             raise Lost("gone")
         if made.method.name == "bad":
@@ -317,17 +317,17 @@ def runs(tmp_path: Path, ray: FakeRay, monkeypatch: pytest.MonkeyPatch) -> Itera
         return 0, ""
 
     ray.task = task
-    yield works
+    yield planned_runs
 
 
 @pytest.mark.parametrize("count", [None, 1, 2])
 def test_runs_are_made_by_ray_and_fail_by_themselves(runs: list[Any], ray: FakeRay, count: int | None) -> None:
-    said: list[str] = []
-    jobs.train_missing(runs, "ray", count, lambda what, done, total: said.append(f"{what} {done}/{total}"))
-    assert [one.error for one in runs] == [None, "the disk is full", "its ray task was lost: Lost: gone"]
+    messages: list[str] = []
+    jobs.train_missing(runs, "ray", count, lambda what, done, total: messages.append(f"{what} {done}/{total}"))
+    assert [run.error for run in runs] == [None, "the disk is full", "its ray task was lost: Lost: gone"]
     assert runs[0].run is not None and runs[0].plan is None
-    assert said[0] == "training 0/3" and said[-1].endswith("3/3")
-    assert ray.told[-1] == "shutdown"
+    assert messages[0] == "training 0/3" and messages[-1].endswith("3/3")
+    assert ray.calls[-1] == "shutdown"
 
 
 def test_jobs_bounds_how_many_tasks_there_are_at_once(
@@ -351,10 +351,10 @@ def test_jobs_bounds_how_many_tasks_there_are_at_once(
 
 
 def test_ray_is_not_started_for_nothing(runs: list[Any], ray: FakeRay) -> None:
-    for one in runs:
-        one.run = SimpleNamespace()
+    for run in runs:
+        run.run = SimpleNamespace()
     jobs.train_missing(runs, "ray", None, lambda *_: None)
-    assert ray.told == []
+    assert ray.calls == []
 
 
 def test_an_interruption_cancels_the_tasks(runs: list[Any], ray: FakeRay) -> None:
@@ -372,8 +372,8 @@ def test_an_interruption_cancels_the_tasks(runs: list[Any], ray: FakeRay) -> Non
     ray.task = task
     with pytest.raises(KeyboardInterrupt):
         jobs.train_missing(runs, "ray", 2, interrupted)
-    assert ray.told[-1] == "shutdown" and ray.cancelled.is_set()
-    assert [one.run for one in runs] == [None] * 3
+    assert ray.calls[-1] == "shutdown" and ray.cancelled.is_set()
+    assert [run.run for run in runs] == [None] * 3
 
 
 # --- ray in earnest -------------------------------------------------------------------------------------------------
@@ -385,8 +385,8 @@ def test_a_ray_cluster_runs_and_interrupts_commands(waiting: list[str], tmp_path
     before = _children()
     with executors.opened("ray") as pool:
         assert pool.run(["ls", "methods"]) == (0, "")
-        code, said = pool.run(["train", "rick"])
-        assert code == 2 and "did you mean 'ric'" in said
+        code, messages = pool.run(["train", "rick"])
+        assert code == 2 and "did you mean 'ric'" in messages
         thread, ended = in_thread(lambda: pool.run(waiting))
         writer = until(lambda: _writer(Path(waiting[2])))  # somebody reads the file
         mine = _children() - before

@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moalign.comparison.ranking import Entry, average, ranking
+from moalign.comparison.ranking import EntryRuns, SeedResult, average, ranking
+from moalign.comparison.result import RunSummary
 from moalign.config.card import EvaluationSpec
 from moalign.core.errors import WorkError
 from moalign.evaluation.evaluate import Evaluation, judge
+from moalign.evaluation.result import AnsweringCost, EvalResult, Generalisation, Quality, Side, Volume
 from moalign.pareto import indicators, statistics
 from moalign.pareto.hypervolume import hypervolume
 
@@ -42,21 +44,43 @@ def scores(means: np.ndarray, seed: int = 0, noise: float = 0.2, prompts: int = 
 
 
 def evaluated(table: np.ndarray, on: Any = None, grid: list[tuple[float, ...]] | None = None) -> Evaluation:
-    record = judge(on or task(), grid or GRID, table)
-    record["quality"] = {"rate": 0.0, "causes": {"short": 0.0}, "mean_length": 20.0, "distinct_3": 1.0}
-    record["cost"] = {"tokens_generated": 500, "reward_calls": 40, "seconds": 1.0}
-    return Evaluation(record, table)
+    result = EvalResult(
+        **dict(judge(on or task(), grid or GRID, table)),
+        run="runs/0123",
+        run_id="0123",
+        method="toy",
+        task="toy",
+        card_hash="abc",
+        seed=0,
+        objectives=("help", "harm"),
+        samples=1,
+        quality=Quality(rate=0.0, causes={"short": 0.0}, mean_length=20.0, distinct_3=1.0),
+        cost=AnsweringCost(tokens_generated=500, reward_calls=40, seconds=1.0),
+    )
+    return Evaluation(result, table)
 
 
-def entry(label: str, *tables: np.ndarray, on: Any = None, seeded: bool = True, failed: int = 0) -> Entry:
-    runs = [{"seed": s, "status": "done", "error": None} for s in range(len(tables))]
-    runs += [{"seed": len(tables) + s, "status": "failed", "error": "ValueError: burst"} for s in range(failed)]
-    evaluations = [evaluated(table, on) for table in tables]
-    return Entry(label, label, seeded, list(range(len(tables))), evaluations, [dict(COST) for _ in tables], runs)
+def summary(seed: int, error: str | None = None) -> RunSummary:
+    status = "done" if error is None else "failed"
+    return RunSummary(run=f"runs/{seed}", run_id=str(seed), seed=seed, status=status, command="moalign", error=error)
 
 
-def ranked(*entries: Entry) -> dict[str, Any]:
-    return ranking(entries, GRID, DRAWS, SEED)
+def entry(
+    label: str,
+    *tables: np.ndarray,
+    on: Any = None,
+    seeded: bool = True,
+    failed: int = 0,
+    grid: list[tuple[float, ...]] | None = None,
+) -> EntryRuns:
+    runs = [summary(seed) for seed in range(len(tables))]
+    runs += [summary(len(tables) + k, "ValueError: burst") for k in range(failed)]
+    finished = [SeedResult(seed, evaluated(table, on, grid), COST) for seed, table in enumerate(tables)]
+    return EntryRuns(label, label, runs, finished, seeded)
+
+
+def ranked(*entries: EntryRuns) -> dict[str, Any]:
+    return ranking(entries, GRID, DRAWS, SEED).content
 
 
 def test_rows_are_ranked_by_hypervolume() -> None:
@@ -66,8 +90,8 @@ def test_rows_are_ranked_by_hypervolume() -> None:
 
 
 def test_the_interval_of_one_seed_is_the_evaluations_own() -> None:
-    one = entry("a", scores(FRONT))
-    assert ranked(one)["rows"][0]["ci"] == one.evaluations[0].told["hypervolume_ci"]
+    group = entry("a", scores(FRONT))
+    assert tuple(ranked(group)["rows"][0]["ci"]) == group.results[0].hypervolume_interval
 
 
 def test_identical_runs_differ_by_exactly_nothing() -> None:
@@ -130,11 +154,8 @@ def test_a_spread_that_is_only_noise_is_not_a_lead() -> None:
         rng = np.random.default_rng(trial)
         spread = rng.normal(0.5, 0.5, (60, 11, 2))
         shared = np.repeat(rng.normal(0.5, 0.5, (60, 1, 2)), 11, axis=1)
-        rows = [
-            Entry(name, name, True, [0], [evaluated(table, grid=grid)], [dict(COST)], [{"status": "done"}])
-            for name, table in (("spread", spread), ("shared", shared))
-        ]
-        record = ranking(rows, grid, DRAWS, SEED)
+        groups = [entry(name, table, grid=grid) for name, table in (("spread", spread), ("shared", shared))]
+        record = ranking(groups, grid, DRAWS, SEED).content
         (pair,) = record["pairs"]
         seen = 1 if pair["a"] == "spread" else -1
         percentile += bool(min(seen * bound for bound in pair["ci"]) > 0)
@@ -148,29 +169,18 @@ def test_alone_there_is_no_winner() -> None:
 
 
 def test_kl_to_base_is_averaged_over_seeds_and_stays_a_bound() -> None:
-    def quality(one: Entry, *record: dict[str, Any]) -> dict[str, Any]:
-        for evaluation, more in zip(one.evaluations, record, strict=True):
-            evaluation.told["quality"].update(more)
-        found: dict[str, Any] = ranked(one)["rows"][0]["quality"]
-        return found
+    def quality(*measured: tuple[float | None, bool]) -> dict[str, Any]:
+        group = entry("a", scores(FRONT), scores(FRONT, 1))
+        for result, (kl, bound) in zip(group.results, measured, strict=True):
+            result.quality.kl, result.quality.kl_bound = kl, bound
+        averages: dict[str, Any] = ranked(group)["rows"][0]["quality"]
+        return averages
 
-    def two() -> Entry:
-        return entry("a", scores(FRONT), scores(FRONT, 1))
-
-    known = quality(two(), {"kl": 1.0, "kl_bound": False}, {"kl": 2.0, "kl_bound": False})
+    known = quality((1.0, False), (2.0, False))
     assert known["kl"] == 1.5 and known["kl_bound"] is False and known["mean_length"] == 20.0
-    assert quality(two(), {"kl": 1.0, "kl_bound": True}, {"kl": 2.0, "kl_bound": True})["kl_bound"] is True
-    for old in (0, 1):  # one of the evaluations is from before it was measured
-        record: list[dict[str, Any]] = [{"kl": 1.0, "kl_bound": False}] * 2
-        record[old] = {}
-        assert quality(two(), *record)["kl"] is None
-
-
-def test_evaluations_from_before_spacing_was_kept_are_read() -> None:
-    one = entry("a", scores(FRONT), scores(FRONT - 0.1, 1))
-    del one.evaluations[1].told["indicators"]["spacing"]
-    wanted = np.mean([indicators.spacing(FRONT), indicators.spacing(FRONT - 0.1)])
-    assert ranked(one)["rows"][0]["indicators"]["spacing"] == pytest.approx(wanted)
+    assert quality((1.0, True), (2.0, True))["kl_bound"] is True
+    # One of the evaluations is from before it was measured.
+    assert quality((None, False), (1.0, False))["kl"] is None and quality((1.0, False), (None, False))["kl"] is None
 
 
 def test_a_failed_method_keeps_its_row() -> None:
@@ -289,7 +299,7 @@ def test_cost_is_told_in_common_units() -> None:
 def test_other_preferences_are_marked() -> None:
     two = [GRID[0], GRID[2]]
     table = scores(FRONT[[0, 2]])
-    own = Entry("own", "own", True, [0], [evaluated(table, grid=two)], [dict(COST)], [{"status": "done"}])
+    own = entry("own", table, grid=two)
     record = ranked(own, entry("a", scores(FRONT)))
     assert {row["label"]: row["own_preferences"] for row in record["rows"]} == {"a": False, "own": True}
 
@@ -305,23 +315,25 @@ def test_average() -> None:
 
 
 def test_diagnostics_are_averaged_over_the_seeds_that_have_them() -> None:
-    one = entry("a", scores(FRONT), scores(FRONT, 1))
-    one.diagnostics = [{"kl": 1.0, "gate": 4}, {"kl": 3.0, "broken": float("nan"), "words": "x"}]
-    row = ranked(one)["rows"][0]
+    group = entry("a", scores(FRONT), scores(FRONT, 1))
+    first, second = group.finished
+    first.diagnostics = {"kl": 1.0, "gate": 4}
+    second.diagnostics = {"kl": 3.0, "broken": float("nan"), "words": "x"}
+    row = ranked(group)["rows"][0]
     assert row["diagnostics"] == {"kl": 2.0, "gate": 4.0}
 
 
 def test_held_out_preferences_and_the_gap_are_averaged_over_seeds() -> None:
-    one = entry("a", scores(FRONT), scores(FRONT, 1))
-    assert ranked(one)["rows"][0]["generalisation"] is None and ranked(one)["rows"][0]["gap"] is None
-    for number, evaluation in enumerate(one.evaluations):
-        side = {"prefs": [[1, 0]], "hypervolume": number, "indicators": {"tau": 0.5, "inner_product": number}}
-        evaluation.told["generalisation"] = {
-            "trained": {**side, "optimal_share": 0.5 + number, "utility_share": 0.75},
-            "held_out": {**side, "optimal_share": None},
-        }
-        evaluation.told["gap"] = 0.1 * number
-    row = ranked(one)["rows"][0]
+    group = entry("a", scores(FRONT), scores(FRONT, 1))
+    row = ranked(group)["rows"][0]
+    assert row["generalisation"] is None and row["gap"] is None
+    for number, result in enumerate(group.results):
+        side = {**result.model_dump(include=set(Volume.model_fields)), "prefs": [(1.0, 0.0)], "hypervolume": number}
+        side["indicators"] |= {"tau": 0.5, "inner_product": number}
+        trained = Side(**{**side, "optimal_share": 0.5 + number, "utility_share": 0.75})
+        result.generalisation = Generalisation(trained=trained, held_out=Side(**{**side, "optimal_share": None}))
+        result.gap = 0.1 * number
+    row = ranked(group)["rows"][0]
     assert row["gap"] == pytest.approx(0.05)
     assert row["generalisation"]["trained"] == {
         "preferences": 1,
@@ -361,7 +373,7 @@ def test_equal_fronts_asked_for_the_wrong_way_round() -> None:
 def test_the_interval_of_what_was_asked_for_is_that_of_a_mean_over_prompts() -> None:
     """The inner product is linear: its interval is that of the mean of each prompt's own difference."""
     of_a, of_b = scores(FRONT + 0.02, seed=1), scores(FRONT, seed=2)
-    (pair,) = ranking([entry("a", of_a), entry("b", of_b)], GRID, 4000, SEED)["pairs"]
+    (pair,) = ranking([entry("a", of_a), entry("b", of_b)], GRID, 4000, SEED).content["pairs"]
     each = ((of_a - of_b) * np.array(GRID)).sum(axis=2).mean(axis=1)
     half = 1.96 * each.std(ddof=1) / np.sqrt(len(each))
     assert pair["inner_product"]["difference"] == pytest.approx(0.02)
@@ -377,7 +389,6 @@ def test_what_was_asked_for_is_compared_over_the_seeds_that_both_have() -> None:
 
 
 def test_those_that_were_asked_other_preferences_are_not_compared_by_it() -> None:
-    own = entry("own", scores(FRONT))
-    own.evaluations = [evaluated(scores(FRONT[:2]), grid=GRID[:2])]
+    own = entry("own", scores(FRONT[:2]), grid=GRID[:2])
     (pair,) = ranked(entry("all", scores(FRONT)), own)["pairs"]
     assert pair["inner_product"] is None and pair["difference"] > 0

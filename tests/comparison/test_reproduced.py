@@ -24,9 +24,9 @@ SHORT = ("steps=2", "batch=4", "max_tokens=48")
 def test_a_rows_command_gives_the_same_record_bit_for_bit(
     small_task: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(drawings, "ALL", {"fronts": lambda told, suffix: b"a figure"})
-    asked = CompareRequest(methods=["sft"], overrides=(*small_task, *SHORT), results=tmp_path / "first")
-    row = compare(asked).told["rows"][0]
+    monkeypatch.setattr(drawings, "ALL", {"fronts": lambda record, suffix: b"a figure"})
+    request = CompareRequest(methods=["sft"], overrides=(*small_task, *SHORT), results=tmp_path / "first")
+    row = compare(request).content["rows"][0]
     words = shlex.split(row["runs"][0]["command"])
     place = words.index("--results") + 1
     assert words[0] == "moalign" and words[place] == str(tmp_path / "first")
@@ -35,9 +35,9 @@ def test_a_rows_command_gives_the_same_record_bit_for_bit(
     again = Path(json.loads(capsys.readouterr().out)["run"])
     first = Path(row["runs"][0]["run"])
     assert again != first and again.name == first.name
-    told = [json.loads((folder / "eval.json").read_text()) for folder in (first, again)]
+    results = [json.loads((folder / "eval.json").read_text()) for folder in (first, again)]
     for key in ("points", "hypervolume", "hypervolume_ci", "optimal_share", "indicators", "quality", "optimum"):
-        assert told[0][key] == told[1][key], key
+        assert results[0][key] == results[1][key], key
     tables = [pd.read_parquet(folder / "responses.parquet") for folder in (first, again)]
     assert tables[0].equals(tables[1])
 
@@ -58,7 +58,7 @@ def test_evaluation_neither_moves_nor_reads_a_global_generator(small_task: tuple
     import torch
 
     run, _ = train(plan(TrainRequest("sft", overrides=(*small_task, *SHORT), results=tmp_path)))
-    found = []
+    evaluations = []
     for seed in (1, 2):
         method, context = context_of(run, tmp_path)
         random.seed(seed)
@@ -67,7 +67,7 @@ def test_evaluation_neither_moves_nor_reads_a_global_generator(small_task: tuple
         before = state()
         for file in run.path.glob("eval*.json"):
             file.unlink()
-        found.append(evaluate(method, context))
+        evaluations.append(evaluate(method, context))
         assert state() == before
-    assert np.array_equal(found[0].scores, found[1].scores)
-    assert found[0].told["hypervolume_ci"] == found[1].told["hypervolume_ci"]
+    assert np.array_equal(evaluations[0].scores, evaluations[1].scores)
+    assert evaluations[0].result.content["hypervolume_ci"] == evaluations[1].result.content["hypervolume_ci"]

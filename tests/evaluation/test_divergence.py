@@ -43,9 +43,8 @@ def opened(small_task: tuple[str, ...], tmp_path: Path) -> Any:
     return make
 
 
-def told(method: Method, context: RunContext) -> dict[str, Any]:
-    found: dict[str, Any] = evaluate(method, context).told
-    return found
+def content(method: Method, context: RunContext) -> dict[str, Any]:
+    return evaluate(method, context).result.content
 
 
 def log_prob(lm: LanguageModel, text: str, ids: Sequence[int], temperature: float = 1.0) -> float:
@@ -59,7 +58,7 @@ def log_prob(lm: LanguageModel, text: str, ids: Sequence[int], temperature: floa
 def ratio(context: RunContext, policy: Policy, traces: Traces, temperature: float = 1.0) -> float:
     """Return the mean over prompts of log pi(y | as asked) - log pi_base(y | bare), answer by answer."""
     task = context.task
-    lm, found = task.language_model, []
+    lm, measured_ = task.language_model, []
     generator = policy.generator
     assert isinstance(generator, ModelGenerator)
     for prompt, ids in zip(task.eval_prompts, traces.ids, strict=True):
@@ -69,8 +68,8 @@ def ratio(context: RunContext, policy: Policy, traces: Traces, temperature: floa
         if generator.adapter is not None:
             lm.model.set_adapter(generator.adapter)
             own = log_prob(lm, policy.render(prompt), ids, temperature)
-        found.append(own - bare)
-    return float(np.mean(found))
+        measured_.append(own - bare)
+    return float(np.mean(measured_))
 
 
 def measured(context: RunContext, policies: Sequence[Policy], **changes: float) -> tuple[list[KlToBase], Any]:
@@ -81,31 +80,31 @@ def measured(context: RunContext, policies: Sequence[Policy], **changes: float) 
 
 
 def test_the_base_asked_with_the_bare_prompt_has_not_moved(opened: Any) -> None:
-    found = told(*opened("sft", "steps=0"))
-    assert [point["kl"] for point in found["points"]] == pytest.approx([0.0] * 3, abs=TOLERANCE)
-    assert found["quality"]["kl"] == pytest.approx(0.0, abs=TOLERANCE)
-    assert found["quality"]["kl_bound"] is False
+    record = content(*opened("sft", "steps=0"))
+    assert [point["kl"] for point in record["points"]] == pytest.approx([0.0] * 3, abs=TOLERANCE)
+    assert record["quality"]["kl"] == pytest.approx(0.0, abs=TOLERANCE)
+    assert record["quality"]["kl_bound"] is False
 
 
 def test_a_preference_in_the_prompt_moves_the_base_by_what_plain_passes_say(opened: Any) -> None:
     method, context = opened("prompting")
-    found = told(method, context)
+    record = content(method, context)
     task = context.task
     policies = [method.policy(context, w) for w in task.grid]
     answers = respond_all(policies, task.eval_prompts, task.sampling(task.card.evaluation.seed))
     wanted = [ratio(context, *pair) for pair in zip(policies, answers.traces, strict=True)]
-    assert [point["kl"] for point in found["points"]] == pytest.approx(wanted, abs=TOLERANCE)
-    assert found["quality"]["kl"] == pytest.approx(float(np.mean(wanted)), abs=TOLERANCE)
+    assert [point["kl"] for point in record["points"]] == pytest.approx(wanted, abs=TOLERANCE)
+    assert record["quality"]["kl"] == pytest.approx(float(np.mean(wanted)), abs=TOLERANCE)
     assert min(wanted) > 0.05 and len(set(wanted)) == 3  # the random base is no expert, but it does read its prompt
-    assert json.loads((context.run.path / "eval.json").read_text()) == found
+    assert json.loads((context.run.path / "eval.json").read_text()) == record
 
 
 def test_an_adapter_s_move_is_that_of_plain_passes_with_and_without_it(opened: Any) -> None:
     method, context = opened("sft", "steps=6", "batch=4", "lr=0.03", "max_tokens=128")
     policy = method.policy(context, (0.5, 0.5))
-    (found,), answers = measured(context, [policy])
-    assert found.nats == pytest.approx(ratio(context, policy, answers.traces[0]), abs=TOLERANCE)
-    assert found.nats is not None and found.nats > 0.1 and not found.bound
+    (measured_,), answers = measured(context, [policy])
+    assert measured_.nats == pytest.approx(ratio(context, policy, answers.traces[0]), abs=TOLERANCE)
+    assert measured_.nats is not None and measured_.nats > 0.1 and not measured_.bound
 
 
 @pytest.mark.parametrize("changes", [{"temperature": 0.7}, {"top_p": 0.6, "temperature": 0.8}])
@@ -116,9 +115,9 @@ def test_temperature_counts_for_both_and_a_nucleus_leaves_the_base_where_it_is(
     generator, renderer = base(context), context.task.renderer
     bare = Policy(generator, renderer.plain)
     asked = Policy(generator, lambda prompt: renderer.preference(prompt, (0.9, 0.1)))
-    found, answers = measured(context, [bare, asked], **changes)
-    assert found[0].nats == pytest.approx(0.0, abs=TOLERANCE)
-    assert found[1].nats == pytest.approx(
+    measured_, answers = measured(context, [bare, asked], **changes)
+    assert measured_[0].nats == pytest.approx(0.0, abs=TOLERANCE)
+    assert measured_[1].nats == pytest.approx(
         ratio(context, asked, answers.traces[1], changes["temperature"]), abs=TOLERANCE
     )
 
@@ -143,9 +142,9 @@ def test_answers_end_at_their_stop_text_for_both(opened: Any) -> None:
     asked = Policy(base(context), lambda prompt: context.task.renderer.preference(prompt, (1.0, 0.0)))
     _, whole = measured(context, [asked])
     word = whole.responses[0][0].split()[1]
-    found, answers = measured(context, [asked], stop=(word,))  # type: ignore[arg-type]
+    measured_, answers = measured(context, [asked], stop=(word,))  # type: ignore[arg-type]
     assert sum(map(len, answers.traces[0].ids)) < sum(map(len, whole.traces[0].ids))
-    assert found[0].nats == pytest.approx(ratio(context, asked, answers.traces[0]), abs=TOLERANCE)
+    assert measured_[0].nats == pytest.approx(ratio(context, asked, answers.traces[0]), abs=TOLERANCE)
 
 
 # -- choosing among samples ------------------------------------------------------------------------------------------
@@ -171,11 +170,11 @@ def test_no_choice_among_samples_moves_further_than_the_bound(n: int) -> None:
 
 
 def test_best_of_n_is_told_as_a_bound(opened: Any) -> None:
-    found = told(*opened("best-of-n", "n=3"))
+    record = content(*opened("best-of-n", "n=3"))
     wanted = math.log(3) - 2 / 3
-    assert [point["kl"] for point in found["points"]] == pytest.approx([wanted] * 3, abs=TOLERANCE)
-    assert found["quality"]["kl"] == pytest.approx(wanted, abs=TOLERANCE)
-    assert [found["quality"]["kl_bound"], *(point["kl_bound"] for point in found["points"])] == [True] * 4
+    assert [point["kl"] for point in record["points"]] == pytest.approx([wanted] * 3, abs=TOLERANCE)
+    assert record["quality"]["kl"] == pytest.approx(wanted, abs=TOLERANCE)
+    assert [record["quality"]["kl_bound"], *(point["kl_bound"] for point in record["points"])] == [True] * 4
 
 
 def test_choosing_comes_on_top_of_where_the_samples_come_from(opened: Any) -> None:
@@ -188,9 +187,9 @@ def test_choosing_comes_on_top_of_where_the_samples_come_from(opened: Any) -> No
         return context.task.renderer.preference(prompt, (0.3, 0.7))
 
     chosen = Policy(base(context), render, samples=4, choose=shortest)
-    found, answers = measured(context, [chosen])
+    measured_, answers = measured(context, [chosen])
     wanted = ratio(context, chosen, answers.traces[0]) + of_choice(4)
-    assert found == [KlToBase(pytest.approx(wanted, abs=TOLERANCE), bound=True)]
+    assert measured_ == [KlToBase(pytest.approx(wanted, abs=TOLERANCE), bound=True)]
     assert measured(context, [Policy(base(context), render, samples=1, choose=shortest)])[0][0].bound is False
 
 
@@ -228,9 +227,9 @@ def test_tokens_that_are_not_told_or_not_the_base_s_give_none(opened: Any) -> No
         Saying(generator, vocabulary=make_tokenizer()),  # another object with the same words
         generator,
     ]
-    found, _ = measured(context, [Policy(source, plain) for source in sources])
-    assert [one.nats is None for one in found] == [True, True, True, False, False]
-    assert found[3].nats == pytest.approx(0.0, abs=TOLERANCE)
+    measured_, _ = measured(context, [Policy(source, plain) for source in sources])
+    assert [one.nats is None for one in measured_] == [True, True, True, False, False]
+    assert measured_[3].nats == pytest.approx(0.0, abs=TOLERANCE)
 
 
 def test_greedy_answers_have_no_estimate_and_ask_the_base_nothing(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,6 +252,6 @@ class HalfKnown(Sft):
 
 def test_a_mean_over_the_grid_needs_every_preference(opened: Any) -> None:
     _, context = opened("sft", "steps=0")
-    found = told(HalfKnown(), context)
-    assert [point["kl"] is None for point in found["points"]] == [True, True, False]
-    assert found["quality"]["kl"] is None
+    record = content(HalfKnown(), context)
+    assert [point["kl"] is None for point in record["points"]] == [True, True, False]
+    assert record["quality"]["kl"] is None

@@ -90,17 +90,17 @@ def test_scores_are_prompts_by_preferences_by_objectives(steered: Opened) -> Non
     wanted = expected(steered[1], steered[1].task.grid)
     assert result.scores.shape == (PROMPTS, 3, 2)
     assert np.allclose(result.scores, wanted)
-    for k, point in enumerate(result.told["points"]):
+    for k, point in enumerate(result.result.content["points"]):
         assert tuple(point["prefs"]) == steered[1].task.grid[k]
         assert point["mean"] == pytest.approx(wanted[:, k].mean(axis=0).tolist())
-    assert len({tuple(point["mean"]) for point in result.told["points"]}) == 3
+    assert len({tuple(point["mean"]) for point in result.result.content["points"]}) == 3
 
 
 def test_what_eval_json_holds(steered: Opened) -> None:
     method, context = steered
-    told = evaluate(method, context).told
+    content = evaluate(method, context).result.content
     promised = {"run", "objectives", "points", "hypervolume", "hypervolume_ci", "ref", "optimal_share", "indicators"}
-    assert promised <= set(told)
+    assert promised <= set(content)
     assert {
         "run_id",
         "method",
@@ -112,31 +112,31 @@ def test_what_eval_json_holds(steered: Opened) -> None:
         "sensitivity",
         "quality",
         "cost",
-    } <= set(told)
-    assert told == json.loads((context.run.path / "eval.json").read_text())
-    assert told["run"] == str(context.run.path)
-    assert told["objectives"] == ["helpfulness", "harmlessness"]
-    assert told["ref"] == list(context.task.card.reference_point)
-    assert told["prompts"] == PROMPTS
+    } <= set(content)
+    assert content == json.loads((context.run.path / "eval.json").read_text())
+    assert content["run"] == str(context.run.path)
+    assert content["objectives"] == ["helpfulness", "harmlessness"]
+    assert content["ref"] == list(context.task.card.reference_point)
+    assert content["prompts"] == PROMPTS
 
-    means = np.array([point["mean"] for point in told["points"]])
-    assert told["hypervolume"] == pytest.approx(hypervolume(means, told["ref"]))
-    low, high = told["hypervolume_ci"]
-    assert low <= told["hypervolume"] <= high
-    for point in told["points"]:
+    means = np.array([point["mean"] for point in content["points"]])
+    assert content["hypervolume"] == pytest.approx(hypervolume(means, content["ref"]))
+    low, high = content["hypervolume_ci"]
+    assert low <= content["hypervolume"] <= high
+    for point in content["points"]:
         assert all(bounds[0] <= mean <= bounds[1] for mean, bounds in zip(point["mean"], point["ci"], strict=True))
         assert context.task.normaliser.unit([point["raw"]])[0].tolist() == pytest.approx(point["mean"])
     best = context.task.optimum(context.task.grid, context.task.eval_prompts)
     assert best is not None
-    most = hypervolume(context.task.normaliser.unit(best), told["ref"])
-    assert told["optimal_share"] == pytest.approx(told["hypervolume"] / most)
-    assert 0 < told["optimal_share"] < 1
-    assert {"tau", "inner_product", "expected_utility", "regret", "igd_plus"} <= set(told["indicators"])
-    assert told["indicators"]["spacing"] == pytest.approx(spacing(means))
-    assert [point["kl"] for point in told["points"]] == [None] * 3  # the speaker tells nothing of its tokens
-    assert told["quality"]["kl"] is None and told["quality"]["kl_bound"] is False
-    assert told["cost"]["tokens_generated"] == PROMPTS * 3 * 10
-    assert told["cost"]["reward_calls"] == 0  # what the judge scores is not the policy's cost
+    most = hypervolume(context.task.normaliser.unit(best), content["ref"])
+    assert content["optimal_share"] == pytest.approx(content["hypervolume"] / most)
+    assert 0 < content["optimal_share"] < 1
+    assert {"tau", "inner_product", "expected_utility", "regret", "igd_plus"} <= set(content["indicators"])
+    assert content["indicators"]["spacing"] == pytest.approx(spacing(means))
+    assert [point["kl"] for point in content["points"]] == [None] * 3  # the speaker tells nothing of its tokens
+    assert content["quality"]["kl"] is None and content["quality"]["kl_bound"] is False
+    assert content["cost"]["tokens_generated"] == PROMPTS * 3 * 10
+    assert content["cost"]["reward_calls"] == 0  # what the judge scores is not the policy's cost
 
 
 def test_collapse_is_judged_by_the_policys_tokens_and_what_short_means_on_the_task(
@@ -145,11 +145,11 @@ def test_collapse_is_judged_by_the_policys_tokens_and_what_short_means_on_the_ta
     method, context = opened(small_task, tmp_path / "a", Steered())
     found = evaluate(method, context)
     tokens = context.task.tokens(context.run.read_table("responses")["response"])
-    assert found.told["quality"]["causes"]["short"] == 0
-    assert found.told["quality"]["mean_length"] == pytest.approx(np.mean([len(ids) for ids in tokens]))
+    assert found.result.quality.causes["short"] == 0
+    assert found.result.quality.mean_length == pytest.approx(np.mean([len(ids) for ids in tokens]))
     longest = max(len(ids) for ids in tokens)
-    asked = opened((*small_task, f"task.quality={{short: {longest + 1}}}"), tmp_path / "b", Steered())
-    assert evaluate(*asked).told["quality"]["causes"]["short"] == 1
+    requested = opened((*small_task, f"task.quality={{short: {longest + 1}}}"), tmp_path / "b", Steered())
+    assert evaluate(*requested).result.quality.causes["short"] == 1
 
 
 def test_the_table_holds_every_answer_with_its_raw_scores(steered: Opened) -> None:
@@ -188,7 +188,7 @@ def test_answers_without_known_tokens_are_finished_texts(steered: Opened) -> Non
 
 
 def assert_equal(left: Evaluation, right: Evaluation) -> None:
-    assert left.told == right.told
+    assert left.result == right.result
     assert np.array_equal(left.scores, right.scores)
 
 
@@ -225,10 +225,10 @@ def test_an_evaluation_of_another_card_is_not_read_back(steered: Opened) -> None
     method, context = steered
     evaluate(method, context)
     path = context.run.path / "eval.json"
-    told = json.loads(path.read_text())
-    path.write_text(json.dumps({**told, "card_hash": "0" * 16, "hypervolume": 99.0}))
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "card_hash": "0" * 16, "hypervolume": 99.0}))
     calls = Speaker.calls
-    assert evaluate(method, context).told["hypervolume"] == told["hypervolume"]
+    assert evaluate(method, context).result.hypervolume == content["hypervolume"]
     assert Speaker.calls > calls
 
 
@@ -237,11 +237,11 @@ def test_other_preferences_go_to_another_file(steered: Opened) -> None:
     own = evaluate(method, context)
     wanted = [(0.3, 0.7), (0.9, 0.1)]
     other = evaluate(method, context, wanted)
-    assert [tuple(point["prefs"]) for point in other.told["points"]] == wanted
+    assert [tuple(point["prefs"]) for point in other.result.content["points"]] == wanted
     assert np.allclose(other.scores, expected(context, wanted))
-    assert json.loads((context.run.path / "eval.json").read_text()) == own.told
+    assert json.loads((context.run.path / "eval.json").read_text()) == own.result.content
     (file,) = context.run.path.glob("eval-*.json")
-    assert json.loads(file.read_text()) == other.told
+    assert json.loads(file.read_text()) == other.result.content
     assert (context.run.path / file.name.replace("eval", "responses").replace("json", "parquet")).is_file()
     calls = Speaker.calls
     assert_equal(evaluate(method, context, wanted), other)
@@ -261,7 +261,7 @@ def test_several_samples_of_a_prompt_are_averaged(small_task: tuple[str, ...], t
     method, context = opened((*small_task, "task.evaluation.samples=2"), tmp_path, Steered())
     result = evaluate(method, context)
     assert result.scores.shape == (PROMPTS, 3, 2)
-    assert result.told["prompts"] == PROMPTS
+    assert result.result.prompts == PROMPTS
     for p, prompt in enumerate(context.task.eval_prompts):
         for k, preference in enumerate(context.task.grid):
             both = [said(str(preference[0]), prompt, sample) for sample in (0, 1)]
@@ -274,18 +274,21 @@ def test_more_samples_than_the_card_asks_for(small_task: tuple[str, ...], tmp_pa
     """As a card with as many would have it; the card's own evaluation stays, and the run is the same."""
     method, context = steered
     own = evaluate(method, context)
-    assert own.told["samples"] == 1
-    asked = evaluate(method, context, samples=2)
-    assert (asked.told["samples"], asked.told["prompts"]) == (2, PROMPTS)
+    assert own.result.samples == 1
+    requested = evaluate(method, context, samples=2)
+    assert (requested.result.samples, requested.result.prompts) == (2, PROMPTS)
     other = evaluate(*opened((*small_task, "task.evaluation.samples=2"), tmp_path / "other", Steered()))
-    assert np.array_equal(asked.scores, other.scores)
-    assert asked.told["points"] == other.told["points"] and asked.told["hypervolume"] == other.told["hypervolume"]
-    assert not np.allclose(asked.scores, own.scores)
-    assert json.loads((context.run.path / "eval.json").read_text()) == own.told
-    assert json.loads((context.run.path / "eval-x2.json").read_text()) == asked.told
+    assert np.array_equal(requested.scores, other.scores)
+    assert (
+        requested.result.content["points"] == other.result.content["points"]
+        and requested.result.hypervolume == other.result.hypervolume
+    )
+    assert not np.allclose(requested.scores, own.scores)
+    assert json.loads((context.run.path / "eval.json").read_text()) == own.result.content
+    assert json.loads((context.run.path / "eval-x2.json").read_text()) == requested.result.content
     assert len(context.run.read_table("responses-x2")) == 2 * len(context.run.read_table("responses"))
     calls = Speaker.calls
-    assert_equal(evaluate(method, context, samples=2), asked)
+    assert_equal(evaluate(method, context, samples=2), requested)
     assert_equal(evaluate(method, context, samples=1), own)  # the card's number spelt out is the card's evaluation
     assert Speaker.calls == calls
 
@@ -303,7 +306,8 @@ def test_an_evaluation_that_does_not_say_how_many_answers_is_of_the_cards_number
     method, context = steered
     own = evaluate(method, context)
     path = context.run.path / "eval.json"
-    path.write_text(json.dumps({key: value for key, value in own.told.items() if key != "samples"}))
+    older = {key: value for key, value in own.result.content.items() if key not in ("samples", "version")}
+    path.write_text(json.dumps(older))
     assert_equal(evaluate(method, context), own)
 
 
@@ -320,9 +324,9 @@ def test_a_method_that_is_not_steerable_answers_for_what_it_was_trained_on(
 
 
 def test_progress_ends_at_the_total(steered: Opened) -> None:
-    told: list[tuple[str, int, int]] = []
-    evaluate(*steered, None, lambda *what: told.append(what))
-    answering = [(done, total) for what, done, total in told if what == "answering"]
+    reports: list[tuple[str, int, int]] = []
+    evaluate(*steered, None, lambda *what: reports.append(what))
+    answering = [(done, total) for what, done, total in reports if what == "answering"]
     assert answering[-1] == (PROMPTS * 3, PROMPTS * 3)
     assert answering == sorted(answering)
 
@@ -339,36 +343,36 @@ def test_held_out_preferences_are_judged_beside_the_trained_ones(small_task: tup
     assert held_out(context) == [(0.5, 0.5)]
     assert list(context.preferences) == [(0.0, 1.0), (1.0, 0.0)]
     result = evaluate(method, context)
-    told = result.told["generalisation"]
-    assert told["trained"]["prefs"] == [[0.0, 1.0], [1.0, 0.0]]
-    assert told["held_out"]["prefs"] == [[0.5, 0.5]]
-    means, ref = result.scores.mean(axis=0), result.told["ref"]
-    best = np.array(result.told["optimum"]["points"])
+    content = result.result.content["generalisation"]
+    assert content["trained"]["prefs"] == [[0.0, 1.0], [1.0, 0.0]]
+    assert content["held_out"]["prefs"] == [[0.5, 0.5]]
+    means, ref = result.scores.mean(axis=0), result.result.content["ref"]
+    best = np.array(result.result.content["optimum"]["points"])
     for side, rows in (("trained", [0, 2]), ("held_out", [1])):
         volume = hypervolume(means[rows], ref)
-        assert told[side]["hypervolume"] == pytest.approx(volume)
-        assert told[side]["optimal_share"] == pytest.approx(volume / hypervolume(best[rows], ref))
-        weights = np.array(told[side]["prefs"])
+        assert content[side]["hypervolume"] == pytest.approx(volume)
+        assert content[side]["optimal_share"] == pytest.approx(volume / hypervolume(best[rows], ref))
+        weights = np.array(content[side]["prefs"])
         utility, most = ((weights * found[rows]).sum(axis=1).mean() for found in (means, best))
-        assert told[side]["utility_share"] == pytest.approx(utility / most)
-    assert json.loads((context.run.path / "eval.json").read_text())["generalisation"] == told
+        assert content[side]["utility_share"] == pytest.approx(utility / most)
+    assert json.loads((context.run.path / "eval.json").read_text())["generalisation"] == content
 
 
 def test_held_out_preferences_off_the_grid_are_answered_too(small_task: tuple[str, ...], tmp_path: Path) -> None:
     method, context = unaware(small_task, tmp_path, "[[0.3, 0.7], [0.9, 0.1]]")
     result = evaluate(method, context)
-    told = result.told["generalisation"]
-    assert [point["prefs"] for point in result.told["points"]] == [list(w) for w in context.task.grid]
-    assert told["trained"]["prefs"] == [list(w) for w in context.task.grid]
-    assert told["held_out"]["prefs"] == [[0.3, 0.7], [0.9, 0.1]]
+    content = result.result.content["generalisation"]
+    assert [point["prefs"] for point in result.result.content["points"]] == [list(w) for w in context.task.grid]
+    assert content["trained"]["prefs"] == [list(w) for w in context.task.grid]
+    assert content["held_out"]["prefs"] == [[0.3, 0.7], [0.9, 0.1]]
     wanted = expected(context, [(0.3, 0.7), (0.9, 0.1)]).mean(axis=0)
-    assert told["held_out"]["hypervolume"] == pytest.approx(hypervolume(wanted, result.told["ref"]))
+    assert content["held_out"]["hypervolume"] == pytest.approx(hypervolume(wanted, result.result.content["ref"]))
     other = evaluate(method, context, [(0.3, 0.7), (0.9, 0.1)])
-    assert "generalisation" not in other.told
+    assert other.result.generalisation is None
 
 
 def test_without_a_holdout_there_is_nothing_to_tell(steered: Opened) -> None:
-    assert "generalisation" not in evaluate(*steered).told
+    assert evaluate(*steered).result.generalisation is None
 
 
 def test_a_holdout_makes_another_run_and_an_old_request_stays_the_same_run(

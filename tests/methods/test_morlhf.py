@@ -57,7 +57,7 @@ def test_every_preference_has_a_training_of_its_own_on_bare_prompts(
     assert {"kl", "kl_coef", "entropy", "clip_fraction", "value_loss/utility"} == set(run.record.notes["diagnostics"])
 
     method, context = context_of(run, tmp_path)
-    told = evaluate.evaluate(method, context).told
+    told = evaluate.evaluate(method, context).result.content
     assert [tuple(point["prefs"]) for point in told["points"]] == [(1.0, 0.0), (0.25, 0.75)]
     with pytest.raises(RequestError, match="preference 0.3,0.7: .* the nearest is 0.25,0.75"):
         method.policy(context, (0.3, 0.7))
@@ -97,7 +97,7 @@ def test_conditioned_is_p_morl(small_task: tuple[str, ...], tmp_path: Path, read
         assert "[helpfulness 0.5 harmlessness 0.5] " in {text[:35] for text in read}
         found[name] = (run.path / "adapter" / "adapter_model.safetensors").read_bytes()
         method, context = context_of(run, tmp_path)
-        told = evaluate.evaluate(method, context).told
+        told = evaluate.evaluate(method, context).result.content
         assert [tuple(point["prefs"]) for point in told["points"]] == context.task.grid
         if name == "morlhf":
             with pytest.raises(RequestError, match="trained on"):

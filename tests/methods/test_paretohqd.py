@@ -214,8 +214,8 @@ def test_each_preference_answers_with_its_own_adapter(whole: Run) -> None:
     method, context = context_of(whole, whole.path.parents[3])
     result = evaluate.evaluate(method, context)
     assert result.scores.shape == (8, 3, 2)
-    assert "collapse" not in result.told["quality"]
-    assert set(result.told["quality"]["causes"]) == {"short", "repetitive", "loop"}
+    assert "collapse" not in result.result.content["quality"]
+    assert set(result.result.quality.causes) == {"short", "repetitive", "loop"}
     with pytest.raises(RequestError, match=r"0\.3,0\.7.*the nearest is 0\.5,0\.5"):
         method.policy(context, (0.3, 0.7))
 

@@ -66,8 +66,8 @@ def assert_close(evaluation: Evaluation, wanted: list[np.ndarray]) -> None:
     The interval resamples prompts, so it also holds the spread between prompts, which the exact value shares: noise
     of sampling alone is several times smaller, and no extra width is needed against chance.
     """
-    for point, mean in zip(evaluation.told["points"], wanted, strict=True):
-        found, bounds = np.array(point["mean"]), np.array(point["ci"])
+    for point, mean in zip(evaluation.result.points, wanted, strict=True):
+        found, bounds = np.array(point.mean), np.array(point.interval)
         half = (bounds[:, 1] - bounds[:, 0]) / 2
         assert (np.abs(found - mean) <= half + BIAS).all(), f"{point['prefs']}: {found} is not {mean} (half {half})"
         assert (half < 0.05).all()
@@ -99,7 +99,7 @@ def test_the_base_obtains_the_corpus_mean(tmp_path: Path) -> None:
     context, evaluation = evaluated("sft", tmp_path, "steps=0")
     grid = context.task.grid
     assert_close(evaluation, [exact(context, preference, 1) for preference in grid])
-    means = [point["mean"] for point in evaluation.told["points"]]
+    means = [point.mean for point in evaluation.result.points]
     assert means[0] == means[1] == means[2]  # unsteered: one sample serves every preference
 
 
@@ -109,8 +109,8 @@ def test_the_best_of_n_obtains_the_expected_maximum(tmp_path: Path, n: int) -> N
     context, evaluation = evaluated("best-of-n", tmp_path, f"n={n}")
     assert_close(evaluation, [exact(context, preference, n) for preference in context.task.grid])
     rows = 128 * 4
-    assert evaluation.told["cost"]["reward_calls"] == 3 * rows * n * 2  # what it scored to choose, not the judge's
-    assert evaluation.told["cost"]["tokens_generated"] > rows * n * 10  # candidates are shared by the preferences
+    assert evaluation.result.cost.reward_calls == 3 * rows * n * 2  # what it scored to choose, not the judge's
+    assert evaluation.result.cost.tokens_generated > rows * n * 10  # candidates are shared by the preferences
 
 
 @pytest.mark.slow

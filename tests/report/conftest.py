@@ -19,43 +19,48 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moalign.comparison.ranking import Entry, ranking
+from moalign.comparison.ranking import EntryRuns, SeedResult, ranking
+from moalign.comparison.result import RunSummary
 from moalign.config.card import EvaluationSpec
 from moalign.core import preferences
 from moalign.evaluation.evaluate import Evaluation, judge
+from moalign.evaluation.result import AnsweringCost, EvalResult, Quality
 from moalign.report import verdict
 
 NAMES = ["helpfulness", "harmlessness", "humor", "brevity"]
 
 
-def _run(label: str, seed: int, status: str, error: str | None, command: str) -> dict[str, Any]:
-    run = {"run": f"results/{label}", "run_id": label, "seed": seed, "status": status, "error": error}
-    return {**run, "command": command, "made": None}
-
-
-def _entry(label: str, gain: float, grid: Any, on: Any, seeds: int, rate: float) -> Entry:
+def _entry(label: str, gain: float, grid: Any, on: Any, seeds: int, rate: float) -> EntryRuns:
     m = len(on.names)
-    runs, evaluations, costs = [], [], []
+    runs, finished = [], []
     for seed in range(seeds):
         noise = np.random.default_rng([seed, m]).normal(0, 0.2, (50, len(grid), m))
         noise -= noise.mean(axis=0)
         table = np.sqrt(np.array(grid)) * (0.6 + gain) + 0.1 + 0.01 * seed + noise
-        record = judge(on, grid, table)
-        record["quality"] = {"rate": rate, "causes": {"short": rate}, "mean_length": 21.0, "distinct_3": 0.99}
-        record["cost"] = {"tokens_generated": 32071, "reward_calls": 2816, "seconds": 1.3}
-        evaluations.append(Evaluation(record, table))
-        costs.append(
-            {
-                "tokens_generated": 45283,
-                "tokens_trained": 1358367,
-                "reward_calls": 4000,
-                "seconds": 60.7,
-                "peak_memory_bytes": 735465472,
-            }
+        result = EvalResult(
+            **dict(judge(on, grid, table)),
+            run=f"results/{label}",
+            run_id=label,
+            method=label,
+            task="toy",
+            card_hash="0123456789abcdef",
+            seed=seed,
+            objectives=tuple(on.names),
+            samples=1,
+            quality=Quality(rate=rate, causes={"short": rate}, mean_length=21.0, distinct_3=0.99),
+            cost=AnsweringCost(tokens_generated=32071, reward_calls=2816, seconds=1.3),
         )
+        cost = {
+            "tokens_generated": 45283,
+            "tokens_trained": 1358367,
+            "reward_calls": 4000,
+            "seconds": 60.7,
+            "peak_memory_bytes": 735465472,
+        }
+        finished.append(SeedResult(seed, Evaluation(result, table), cost))
         command = f"moalign train {label} --task toy --seed {seed}"
-        runs.append(_run(label, seed, "done", None, command))
-    return Entry(label, label, True, list(range(seeds)), evaluations, costs, runs)
+        runs.append(RunSummary(run=f"results/{label}", run_id=label, seed=seed, status="done", command=command))
+    return EntryRuns(label, label, runs, finished)
 
 
 @pytest.fixture(scope="session")
@@ -94,13 +99,14 @@ def _record(
         names=names,
         judge_normaliser=SimpleNamespace(lo=[0.0] * objectives, hi=[1.0] * objectives, unit=np.asarray),
         eval_prompts=[],
-        optimum=lambda requests, prompts: best,
+        optimum=lambda requested, prompts: best,
     )
     rows = [_entry(label, gain, grid, on, seeds, rates.get(label, 0.0)) for label, gain in gains.items()]
     for label in dead:
         command = f"moalign train {label} --task toy --seed 0"
-        run = _run(label, 0, "failed", "WorkError: out of | memory", command)
-        rows.append(Entry(label, label, runs=[run]))
+        error = "WorkError: out of | memory"
+        run = RunSummary(run=label, run_id=label, seed=0, status="failed", error=error, command=command)
+        rows.append(EntryRuns(label, label, [run]))
     record: dict[str, Any] = {
         "task": "toy",
         "description": "made up",
@@ -113,7 +119,7 @@ def _record(
         "draws": 100,
         "level": 0.95,
         "bounds": {"lo": [-5.0] * objectives, "hi": [5.0] * objectives},
-        **ranking(rows, grid, 100, 3),
+        **ranking(rows, grid, 100, 3).content,
         "failed": list(dead),
         "command": "moalign compare --task toy",
         "environment": {"python": "3.11.7", "packages": {"torch": "2.13"}, "commit": "abcdef0123456789", "dirty": True},

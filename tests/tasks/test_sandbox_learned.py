@@ -94,7 +94,7 @@ def test_a_run_on_learned_rewards_is_judged_on_the_truth_and_tells_the_gap(
     made = train.plan(request)
     run, _ = train.train(made)
     context = made.context(run)
-    told = evaluate.evaluate(made.method, context).told
+    told = evaluate.evaluate(made.method, context).result.content
     table = run.read_table("responses")
     texts = table["prompt"].tolist(), table["response"].tolist()
     np.testing.assert_allclose(table[["helpfulness", "harmlessness"]], context.task.judge_panel.score(*texts))
@@ -112,7 +112,7 @@ def test_a_run_on_learned_rewards_is_judged_on_the_truth_and_tells_the_gap(
 def test_exact_runs_tell_no_gap(small_task: tuple[str, ...], tmp_path: Path) -> None:
     made = train.plan(TrainRequest("prompting", overrides=small_task, results=tmp_path))
     run, _ = train.train(made)
-    assert "gap" not in evaluate.evaluate(made.method, made.context(run)).told
+    assert evaluate.evaluate(made.method, made.context(run)).result.gap is None
 
 
 def test_best_of_n_chooses_by_what_it_sees(quick: None, small_task: tuple[str, ...], tmp_path: Path) -> None:
@@ -121,10 +121,10 @@ def test_best_of_n_chooses_by_what_it_sees(quick: None, small_task: tuple[str, .
     run, _ = train.train(made)
     context = made.context(run)
     assert context.panel.scorer_hash == context.task.panel.scorer_hash != context.task.judge_panel.scorer_hash
-    told = evaluate.evaluate(made.method, context).told
+    told = evaluate.evaluate(made.method, context).result.content
     base = train.plan(TrainRequest("prompting", overrides=overrides[:-1], results=tmp_path))
     start, _ = train.train(base)
-    before = evaluate.evaluate(base.method, base.context(start)).told
+    before = evaluate.evaluate(base.method, base.context(start)).result.content
     assert told["proxy_reward"]["hypervolume"] > before["proxy_reward"]["hypervolume"]
 
 

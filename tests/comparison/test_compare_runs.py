@@ -1,0 +1,157 @@
+"""``compare`` of finished runs: what is compared, how entries are called, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from moalign.comparison import compare as workflow
+from moalign.comparison import entries, jobs
+from moalign.comparison.compare import CompareRequest, compare
+from moalign.comparison.result import CompareResult
+from moalign.core.errors import RequestError
+from moalign.methods import registry
+from tests.comparison.conftest import CARD, ask
+
+pytestmark = pytest.mark.usefixtures("_toys")
+
+
+# --- finished runs --------------------------------------------------------------------------------------------------
+
+
+def runs_of(compared: CompareResult) -> list[str]:
+    return [run["run"] for row in compared.content["rows"] for run in row["runs"]]
+
+
+def test_runs_are_compared_by_folder_or_identifier(card: str, results: Path) -> None:
+    first = ask(card, results)
+    folders = runs_of(first)
+    again = compare(CompareRequest(runs=[folders[0], Path(folders[1]).name], results=results))
+    for key in ("rows", "pairs", "winner", "card_hash"):
+        assert again.content[key] == first.content[key]
+
+
+def test_a_run_named_twice_counts_once(card: str, results: Path) -> None:
+    folders = runs_of(ask(card, results))
+    assert len(compare(CompareRequest(runs=[*folders, folders[0]], results=results)).content["rows"]) == 2
+
+
+def test_settings_tell_runs_of_one_method_apart(card: str, results: Path) -> None:
+    folders = [
+        run
+        for gain in (0.1, 0.2)
+        for run in runs_of(ask(card, results, methods=["good"], seeds=2, overrides=[f"gain={gain}"]))
+    ]
+    compared = compare(CompareRequest(runs=folders, results=results))
+    assert [row["label"] for row in compared.content["rows"]] == ["good (gain=0.2)", "good (gain=0.1)"]
+    assert [row["seeds"] for row in compared.content["rows"]] == [[0, 1], [0, 1]]
+    assert compared.content["winner"] == "good (gain=0.2)"
+
+
+def test_runs_of_one_method_that_differ_in_three_settings_have_labels_of_their_own(card: str, results: Path) -> None:
+    """Every setting in which they differ is in the label: no two of six runs look alike."""
+    settings = [
+        f"gain={gain} tuning.rounds={rounds} fail_seed={seed}"
+        for gain, rounds, seed in [(0.3, 4, 7), (0.3, 4, 8), (0.3, 2, 7), (0.2, 2, 7), (0.2, 2, 8), (0.2, 4, 8)]
+    ]
+    folders = [
+        run for texts in settings for run in runs_of(ask(card, results, methods=["good"], overrides=texts.split()))
+    ]
+    compared = compare(CompareRequest(runs=folders, results=results))
+    wanted = {text.replace(" ", ", ") for text in settings}
+    assert {row["label"].removeprefix("good (").removesuffix(")") for row in compared.content["rows"]} == wanted
+
+
+def test_long_values_are_abbreviated_where_labels_stay_apart(card: str, results: Path) -> None:
+    """A value is cut only where what is left tells it apart; numbers get the digits that they need."""
+
+    def labels(*overrides: str) -> set[str]:
+        folders = [run for text in overrides for run in runs_of(ask(card, results, methods=["good"], overrides=[text]))]
+        return {row["label"] for row in compare(CompareRequest(runs=folders, results=results)).content["rows"]}
+
+    assert labels("base=/elsewhere/in-a-long-folder", "base=/models/one") == {
+        "good (base=/elsewhere/in-a…)",
+        "good (base=/models/one)",
+    }
+    assert labels("base=/models/in-one-folder/small", "base=/models/in-one-folder/large") == {
+        "good (base=/models/in-one-folder/small)",
+        "good (base=/models/in-one-folder/large)",
+    }
+    assert labels("gain=0.1", "gain=0.10000001") == {"good (gain=0.1)", "good (gain=0.10000001)"}
+
+
+def test_runs_that_only_their_vectors_tell_apart_have_labels_of_their_own(card: str, results: Path) -> None:
+    vectors = [[[0.125, 0.875], [0.5, 0.5], [0.75, 0.25], [1.0, k / 10]] for k in range(2)]
+    runs = [
+        jobs.ComparedRun(
+            registry.get("own-only"), 0, {"config": {}, "prefs": prefs, "seed": 0}, Path(f"{k}23456789"), []
+        )
+        for k, prefs in enumerate(vectors)
+    ]
+    assert list(entries.grouped(runs)) == [
+        "own-only (prefs=[[0.125, 0.875]…) [023456]",
+        "own-only (prefs=[[0.125, 0.875]…) [123456]",
+    ]
+
+
+def test_a_setting_at_its_default_is_named_with_its_value() -> None:
+    """Also where a run's identity leaves it out, and where it lies deeper."""
+    configs: list[dict[str, Any]] = [{}, {"gain": 0.5}, {"tuning": {"rounds": 9}}]
+    runs = [
+        jobs.ComparedRun(registry.get("good"), 0, {"config": config, "seed": 0}, Path(str(k)), [])
+        for k, config in enumerate(configs)
+    ]
+    assert list(entries.grouped(runs)) == [
+        "good (gain=0, tuning.rounds=4)",
+        "good (gain=0.5, tuning.rounds=4)",
+        "good (gain=0, tuning.rounds=9)",
+    ]
+
+
+def test_task_cards_are_not_mixed(card: str, results: Path, tmp_path: Path) -> None:
+    folders = runs_of(ask(card, results, methods=["good"]))
+    other = tmp_path / "other" / "task.yaml"
+    other.parent.mkdir()
+    other.write_text(CARD.replace("name: toy", "name: toy-2").replace("grid: 3", "grid: 4"), encoding="utf-8")
+    folders += runs_of(ask(str(other), results, methods=["bad"]))
+    with pytest.raises(RequestError) as caught:
+        compare(CompareRequest(runs=folders, results=results))
+    message = str(caught.value)
+    assert "toy (card " in message and "toy-2 (card " in message and "they differ in name, grid" in message
+
+
+def test_options_that_train_do_not_go_with_runs(card: str, results: Path) -> None:
+    folders = runs_of(ask(card, results))
+    with pytest.raises(RequestError) as caught:
+        compare(CompareRequest(runs=folders, results=results, methods=["good"], seeds=2, overrides=["gain=1"]))
+    assert all(option in str(caught.value) for option in ("--methods", "--seeds", "--set"))
+    with pytest.raises(RequestError, match="the runs named are of task toy"):
+        compare(CompareRequest(runs=folders, results=results, task="sandbox-3"))
+
+
+def test_runs_that_are_not_done_or_not_there(card: str, results: Path) -> None:
+    done, failed = runs_of(ask(card, results, overrides=["bad.fail=true"]))
+    with pytest.raises(RequestError) as caught:
+        compare(CompareRequest(runs=[done, failed, "nowhere"], results=results))
+    assert "it is failed, not done" in str(caught.value) and "unknown run 'nowhere'" in str(caught.value)
+
+
+def test_a_card_that_changed_since_is_refused(card: str, results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the card points to counts: every run that it concerns is named, and nothing is compared."""
+    from moalign.tasks.sandbox import base
+
+    folders = runs_of(ask(card, results))
+    monkeypatch.setattr(base, "identity", lambda *_: "another base")
+    with pytest.raises(RequestError) as caught:
+        compare(CompareRequest(runs=folders, results=results))
+    assert str(caught.value).count("its task card has changed since") == 2
+
+
+def test_runs_of_differing_normalisers_are_refused() -> None:
+    runs: Any = [SimpleNamespace(bounds=((0.0,), (hi,)), folder=Path(f"results-{hi}")) for hi in (1.0, 1.0, 2.0)]
+    workflow._require_same_bounds(runs[:2])
+    with pytest.raises(RequestError, match="results-1.0 and results-2.0: their normalisers differ"):
+        workflow._require_same_bounds(runs)
