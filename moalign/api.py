@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moalign.core.errors import RequestError
 from moalign.core.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ def train(
     >>> run.reused, run.record.cost.tokens_trained > 0
     (True, True)
     """
+    from moalign.evaluation import evaluate as evaluation
     from moalign.experiment import arguments
     from moalign.experiment import train as workflow
     from moalign.experiment.handle import RunHandle
@@ -110,10 +112,12 @@ def train(
     )
     if planned is not None:
         planned(plan)
-    from moalign.experiment.complete import complete
-
-    outcome = complete(plan, progress or silent, judge=evaluate)
-    return RunHandle(outcome.run, Path(results), outcome.found)
+    run, reused = workflow.train(plan, progress or silent)
+    handle = RunHandle(run.path, run.record, Path(results), reused)
+    if evaluate and handle.evaluation is None:  # with the plan's task, which has the base loaded already
+        plan.task.progress = progress or silent
+        evaluation.evaluate(plan.method, plan.context(run), None, progress or silent)
+    return handle
 
 
 def load(run: str | Path | None = None, *, results: str | Path = "results") -> RunHandle:
@@ -136,11 +140,9 @@ def load(run: str | Path | None = None, *, results: str | Path = "results") -> R
     >>> len(frame), list(frame.columns)
     (24, ['prompt', 'preference', 'response', 'finished', 'helpfulness', 'harmlessness'])
     """
-    from moalign.experiment import finished
     from moalign.experiment.handle import RunHandle
 
-    names = [] if run is None else [str(run)]
-    return RunHandle.of(finished.find(names, Path(results))[0], Path(results))
+    return RunHandle.find(None if run is None else str(run), Path(results))
 
 
 def evaluate(
@@ -262,9 +264,7 @@ def generate(
     method, context = _handle(run, results).opened(progress or silent)
     names = context.task.names
     requested = arguments.required(arguments.vector_texts(prefs), names)
-    given = [prompts] if isinstance(prompts, str) else prompts
-    rows = workflow.generate(method, context, requested, given, temperature, seed, progress or silent)
-    return [answer for row in rows for answer in row]
+    return workflow.generate(method, context, requested, prompts, temperature, seed, progress or silent)
 
 
 def score(
@@ -423,15 +423,34 @@ def best(
     (1, 'mo-odpo')
     """
     from moalign.comparison.result import CompareResult
-    from moalign.experiment import arguments, finished
+    from moalign.evaluation.evaluate import preferences_for
+    from moalign.experiment import arguments
     from moalign.experiment.handle import Best, RunHandle
+    from moalign.methods import registry
 
     place = comparison.files["json"] if isinstance(comparison, CompareResult) else Path(comparison)
     file = place / "compare.json" if place.is_dir() else place
     result = comparison if isinstance(comparison, CompareResult) else CompareResult.load(file)
     requested = arguments.required(arguments.vector_texts(prefs), result.objectives)
-    run, rank = finished.best_of(file, result.content, requested, Path(results))
-    return Best(RunHandle.of(run, Path(results)), rank, len(result.entries))
+    folders = file.resolve().parents  # runs lie where the record says, else in the results folder that it lies in
+    home = folders[2] if folders[1].name == "compare" else Path(results)
+    refused = []
+    for entry in result.entries:
+        finished = next((run for run in entry.runs if run.status == "done"), None)
+        if entry.rank is None or finished is None:
+            continue
+        run = RunHandle.find(finished.run if Path(finished.run).is_dir() else finished.run_id, home)
+        if not registry.get(entry.method).capabilities.trains:
+            refused.append(f"{entry.label} trains nothing")
+            continue
+        method, context = run.open()
+        try:
+            preferences_for(method, context, requested)
+        except RequestError as error:
+            refused.append(str(error))
+        else:
+            return Best(run, entry.rank, len(result.entries))
+    raise RequestError(f"{file}: no run can be asked: {'; '.join(refused) or 'none is finished'}")
 
 
 def _task_or_runs(

@@ -66,7 +66,9 @@ def train(
     """Train a reward model on preference pairs; it is judged on held-out pairs and usable as an objective."""
     from moalign.experiment import reward as workflow
 
-    request = workflow.Asked(tuple(pairs or ()), task, model, revision, loss, tuple(set_ or ()), seed, results)
+    request = workflow.RewardTrainRequest(
+        tuple(pairs or ()), task, tuple(set_ or ()), results, model, revision, loss, seed
+    )
     with output.working() as progress:
         plan = workflow.plan(request, progress)
     if plan.notice is not None:
@@ -101,11 +103,11 @@ def evaluate(
     """Judge a reward model: accuracy, calibration error, reliability diagram, per data set."""
     from moalign.experiment import reward as workflow
 
-    request = workflow.Asked(tuple(pairs or ()), task, None, revision, None, tuple(set_ or ()), 0, results)
+    request = workflow.PairsRequest(tuple(pairs or ()), task, tuple(set_ or ()), results)
     head = int(label) if label is not None and label.isdigit() else label
-    reading = workflow.Judged(head, template, max_length, minimise, split, out)
+    reading = workflow.Reading(head, template, max_length, minimise, split)
     with output.working() as progress:
-        evaluation = workflow.judge(model, request, reading, progress)
+        evaluation = workflow.judge(model, request, reading, revision, out, progress)
     if as_json:
         output.as_json(evaluation)
     else:

@@ -83,19 +83,19 @@ def _dry_run(request: TrainRequest, as_json: bool) -> None:
     from moalign.preflight import check
 
     resolved = workflow.resolve(request)
-    absent = check.must_be_fetched(resolved.card)
-    content, rows = _before_download(resolved) if absent else _planned(workflow.plan(request))
-    preview = check.preview(resolved)
-    content |= {"memory": preview.memory, "cost": preview.cost} | ({"notes": preview.notes} if absent else {})
+    plan = None if check.must_be_fetched(resolved.card) else workflow.plan(request)
+    preview = check.preview(plan or resolved)
+    content, rows = _planned(plan) if plan else _before_download(resolved)
+    content |= {"memory": preview.memory, "cost": preview.cost}
     if as_json:
-        output.as_json(content)
+        output.as_json(content if plan else {**content, "notes": preview.notes})
         return
     output.pairs([*rows, *preview.checked])
     output.line()
     output.settings(output.sections(content, "config", "policy"))
-    for text in [*preview.notes, *preview.problems] if absent else ():
+    for text in () if plan else [*preview.notes, *preview.problems]:
         output.note(f"note: {text}")
-    output.line(f"dry run: nothing was {'downloaded, ' if absent else ''}trained or written")
+    output.line(f"dry run: nothing was {'' if plan else 'downloaded, '}trained or written")
 
 
 def _before_download(resolved: ResolvedRequest) -> tuple[dict[str, Any], list[tuple[str, str]]]:
@@ -125,8 +125,7 @@ def _planned(plan: Plan) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """Return the plan as JSON and in lines."""
     from moalign.core import preferences
 
-    run, resolved = plan.existing_run, plan.resolved
-    status = run.status if run else None
+    status = plan.existing_run.status if plan.existing_run else None
     content = {
         "dry_run": True,
         "run": str(plan.folder),
@@ -135,14 +134,14 @@ def _planned(plan: Plan) -> tuple[dict[str, Any], list[tuple[str, str]]]:
         "task": plan.task.card.name,
         "seed": plan.seed,
         "status": status,
-        "recipe": resolved.as_given["recipe_file"],
-        "card": str(resolved.card_path),
+        "recipe": plan.as_given["recipe_file"],
+        "card": str(plan.card_path),
         "card_hash": plan.task.hash,
         "objectives": plan.task.names,
         "prefs": [list(row) for row in plan.given] if plan.given else None,
         "holdout": [list(row) for row in plan.holdout] or None,
-        "config": resolved.recipe.config,
-        "policy": resolved.recipe.policy.model_dump(mode="json"),
+        "config": plan.recipe.config,
+        "policy": plan.recipe.policy.model_dump(mode="json"),
         "set": list(plan.request.overrides),
     }
     listed = "  ".join(preferences.label(row) for row in plan.given or ())
@@ -150,7 +149,7 @@ def _planned(plan: Plan) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     state = {None: "does not exist yet", "done": "is finished: the command would only show it"}
     rows = [
         ("method", f"{plan.method.name} ({plan.method.summary})"),
-        ("task", f"{plan.task.card.name} ({resolved.card_path})"),
+        ("task", f"{plan.task.card.name} ({plan.card_path})"),
         ("card hash", plan.task.hash),
         ("objectives", ", ".join(plan.task.names)),
         ("recipe", content["recipe"] or "none; the method's defaults"),

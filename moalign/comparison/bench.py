@@ -136,7 +136,7 @@ def bench(request: BenchRequest, progress: Progress = silent) -> BenchResult:
 def _timing_request(run: ComparedRun, card: TaskCard, steps: int, results: str) -> TimingRequest:
     """Return what a method's process is to do: its recipe with fewer steps, and one preference where each is a run."""
     assert run.plan is not None
-    resolved, count = run.plan.resolved, len(card.objectives)
+    resolved, count = run.plan, len(card.objectives)
     given = [str(text) for text in resolved.as_given["set"]]
     named = {text.partition("=")[0].strip().removeprefix("config.") for text in given}
     limits = {"steps": steps, **dict.fromkeys(SAMPLED, max(LEAST_SAMPLED, 2 * card.generation.batch_size))}

@@ -131,7 +131,7 @@ def plan_all(request: CompareRequest) -> tuple[list[ComparedRun], TaskCard, str]
         raise RequestError(*problems)
     first = runs[0].plan
     assert first is not None
-    return runs, first.resolved.card, first.task.hash
+    return runs, first.card, first.task.hash
 
 
 def _names(request: CompareRequest) -> list[str]:

@@ -100,8 +100,8 @@ class ComparedRun:
 
 def planned(plan: Plan) -> ComparedRun:
     """Return the run of a checked request."""
-    command = arguments(plan.resolved.as_given, plan.seed, plan.given, plan.request.results)
-    reported = [number.model_dump() for number in plan.resolved.recipe.reported]
+    command = arguments(plan.as_given, plan.seed, plan.given, plan.request.results)
+    reported = [number.model_dump() for number in plan.recipe.reported]
     return ComparedRun(plan.method, plan.seed, plan.identity, plan.folder, command, plan=plan, reported=reported)
 
 

@@ -83,7 +83,7 @@ class LineTimer(trackers.Mirrors):
         self._stamps.append(Stamp(run=self._run, phase=phase, step=step, at=time.perf_counter(), **cost))
 
 
-@dataclass
+@dataclass(frozen=True)
 class TimedPlan(Plan):
     """A plan whose run is timed, as are the runs of the experts that it needs."""
 

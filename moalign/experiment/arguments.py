@@ -32,26 +32,17 @@ def vector_texts(vectors: Vector | Iterable[Vector] | None) -> tuple[str, ...]:
     >>> vector_texts((0.3, 0.7)), vector_texts([(0.3, 0.7), (1, 0)])
     (('0.3,0.7',), ('0.3,0.7', '1,0'))
     """
-    if vectors is None:
-        return ()
-    if isinstance(vectors, str):
-        return (vectors,)
+    if vectors is None or isinstance(vectors, str):
+        return () if vectors is None else (vectors,)
     items = _items(vectors)
     if items and not any(isinstance(item, Iterable) for item in items):
         return (vector_text(items),)
     return tuple(vector_text(item) for item in items)
 
 
-def refuse_both(prefs: object, grid: int | None) -> None:
-    """Raise RequestError when preferences are named and a grid is asked for, too."""
-    if prefs and grid is not None:
-        raise RequestError("--prefs and --grid exclude each other: name the vectors, or the size of a grid")
-
-
 def _items(values: Any) -> list[Any]:
     """Return what a sequence or an array holds, arrays as plain numbers."""
-    tolist = getattr(values, "tolist", None)
-    return list(tolist() if tolist is not None else values)
+    return list(values.tolist() if hasattr(values, "tolist") else values)
 
 
 def setting_texts(settings: Settings | None) -> tuple[str, ...]:
@@ -62,10 +53,8 @@ def setting_texts(settings: Settings | None) -> tuple[str, ...]:
     >>> setting_texts({"steps": 2, "task": {"grid": 3, "template.words": None}})
     ('steps=2', 'task.grid=3', 'task.template.words=null')
     """
-    if settings is None:
-        return ()
-    if isinstance(settings, str):
-        return (settings,)
+    if settings is None or isinstance(settings, str):
+        return () if settings is None else (settings,)
     if not isinstance(settings, Mapping):
         return tuple(settings)
     return tuple(f"{key}={_value(key, value)}" for key, value in _flat(settings, ""))
@@ -98,6 +87,12 @@ def _value(key: str, value: Any) -> str:
     return json.dumps(value, default=plain, ensure_ascii=False)
 
 
+def refuse_both(prefs: object, grid: int | None) -> None:
+    """Raise RequestError when preferences are named and a grid is requested, too."""
+    if prefs and grid is not None:
+        raise RequestError("--prefs and --grid exclude each other: name the vectors, or the size of a grid")
+
+
 def requested(vectors: Sequence[str], grid: int | None, objectives: Sequence[str]) -> list[Preference] | None:
     """Return the preferences that were named or make up the grid, each once; None where neither was given."""
     if vectors:
@@ -107,20 +102,18 @@ def requested(vectors: Sequence[str], grid: int | None, objectives: Sequence[str
 
 def required(vectors: Sequence[str], objectives: Sequence[str]) -> list[Preference]:
     """Return the preferences that were named, each once; RequestError where there is none."""
-    texts: Sequence[str | None] = vectors or (None,)
-    return list(dict.fromkeys(preferences.required(text, objectives) for text in texts))
+    return list(dict.fromkeys(preferences.required(text, objectives) for text in vectors or (None,)))
 
 
 def reference_point(text: str, objectives: Sequence[str]) -> tuple[float, ...]:
     """Return a reference point, one number per objective; RequestError for another length or what is no number."""
     from moalign.pareto.points import parse_ref
 
-    corner = parse_ref(text)
-    if len(corner) != len(objectives):
+    corner, count = parse_ref(text), len(objectives)
+    if len(corner) != count:
         raise RequestError(
-            f"--ref {text}: found {len(corner)} number{'s' if len(corner) != 1 else ''}; the task has "
-            f"{len(objectives)} objectives ({', '.join(objectives)}), so give {len(objectives)}, like "
-            f"--ref {','.join(['0'] * len(objectives))}"
+            f"--ref {text}: found {len(corner)} number{'s' if len(corner) != 1 else ''}; the task has {count} "
+            f"objectives ({', '.join(objectives)}), so give {count}, like --ref {','.join(['0'] * count)}"
         )
     return corner
 

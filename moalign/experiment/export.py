@@ -18,6 +18,8 @@ from moalign.core.errors import RequestError
 from moalign.core.preferences import Preference, label
 from moalign.core.progress import Progress, silent
 from moalign.evaluation.evaluate import preferences_for
+from moalign.experiment import init
+from moalign.experiment.templates import render
 from moalign.lm import builtin
 from moalign.methods.base import Method
 from moalign.training.job import RunContext
@@ -29,7 +31,6 @@ if TYPE_CHECKING:
     from moalign.lm.language_model import LanguageModel
     from moalign.policies.policy import Policy
 
-README = "README.md"
 FACTS = "moalign.json"
 """What the README says, for programs."""
 PLACE = "{prompt}"
@@ -85,6 +86,9 @@ def export(
         RequestError: ``out`` holds something, the method cannot serve the preference, or its answers for it are not
             those of one trained model.
     """
+    from transformers import GenerationConfig
+
+    from moalign.lm import adapters
     from moalign.runs import atomic
 
     check_free(out)
@@ -93,24 +97,21 @@ def export(
     policy = method.policy(context, preference)
     model = _model_of(policy, method, preference)
     exported = _describe(method, context, policy, preference, merged)
-    limits = _generation(exported, model.lm.pad)
+    limits = GenerationConfig(**_settings(exported, model.lm.pad))
     with atomic.directory(out) as place:
         if merged:
-            _write_model(context, model, place, limits)
+            _write_whole(context, model, place, limits)
         else:
-            _write_adapter(model, place, limits)
+            adapters.save(model.lm, place, str(model.adapter))
+            limits.save_pretrained(place)
         (place / FACTS).write_text(json.dumps(asdict(exported), indent=2) + "\n", encoding="utf-8")
-        (place / README).write_text(_readme(exported, out, model.lm), encoding="utf-8")
+        (place / "README.md").write_text(_readme(exported, out, model.lm), encoding="utf-8")
     return exported
 
 
 def check_free(out: Path) -> None:
     """Raise RequestError unless ``out`` is missing or an empty folder."""
-    if out.is_dir() and not any(out.iterdir()):
-        return
-    if out.exists():
-        what = "the folder is not empty" if out.is_dir() else "it is not a folder"
-        raise RequestError(f"--out {out}: {what}; name a new one, or move it away")
+    init.check_free(out, f"--out {out}", "; name a new one, or move it away")
 
 
 def _model_of(policy: Policy, method: Method, preference: Preference) -> ModelGenerator:
@@ -155,38 +156,25 @@ def _describe(method: Method, context: RunContext, policy: Policy, preference: P
     )
 
 
-def _trim(render: Callable[[str], str]) -> Literal["", "lstrip", "rstrip", "strip"]:
+def _trim(read: Callable[[str], str]) -> Literal["", "lstrip", "rstrip", "strip"]:
     """Return how a chat template takes white space off a prompt; not where other text stands between."""
-    plain = render(PLACE)
-    left, right = render(f" {PLACE}") == plain, render(f"{PLACE} ") == plain
+    plain = read(PLACE)
+    left, right = read(f" {PLACE}") == plain, read(f"{PLACE} ") == plain
     if left and right:
         return "strip"
     return "lstrip" if left else "rstrip" if right else ""
 
 
-def _generation(told: Exported, pad: int) -> GenerationConfig:
-    """Return the card's sampling, every setting that a base's own config might set otherwise given."""
-    from transformers import GenerationConfig
-
-    return GenerationConfig(**_settings(told, pad))
-
-
-def _settings(told: Exported, pad: int) -> dict[str, Any]:
+def _settings(exported: Exported, pad: int) -> dict[str, Any]:
+    """Return the card's sampling, with every setting that a base's own config might set otherwise."""
     how: dict[str, Any] = {"do_sample": False}
-    if told.temperature > 0:
-        how = {"do_sample": True, "temperature": told.temperature, "top_p": told.top_p, "top_k": 0}
-    ends = {"eos_token_id": told.end_ids, "pad_token_id": pad}
-    return {**how, "repetition_penalty": 1.0, **ends, "max_new_tokens": told.max_new_tokens}
+    if exported.temperature > 0:
+        how = {"do_sample": True, "temperature": exported.temperature, "top_p": exported.top_p, "top_k": 0}
+    ends = {"eos_token_id": exported.end_ids, "pad_token_id": pad}
+    return {**how, "repetition_penalty": 1.0, **ends, "max_new_tokens": exported.max_new_tokens}
 
 
-def _write_adapter(model: ModelGenerator, place: Path, limits: GenerationConfig) -> None:
-    from moalign.lm import adapters
-
-    adapters.save(model.lm, place, str(model.adapter))
-    limits.save_pretrained(place)
-
-
-def _write_model(context: RunContext, model: ModelGenerator, place: Path, limits: GenerationConfig) -> None:
+def _write_whole(context: RunContext, model: ModelGenerator, place: Path, limits: GenerationConfig) -> None:
     model.lm.model.set_adapter(model.adapter)
     whole: Any = model.lm.model.merge_and_unload()
     whole.generation_config = limits
@@ -197,52 +185,6 @@ def _write_model(context: RunContext, model: ModelGenerator, place: Path, limits
     context.cache.clear()
 
 
-_LOAD_ADAPTER = """from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-
-BASE, FOLDER = {base!r}, {folder!r}
-tokenizer = AutoTokenizer.from_pretrained(BASE{revision})
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE{revision}), FOLDER).eval()"""
-
-_LOAD_MODEL = """from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-
-FOLDER = {folder!r}
-tokenizer = AutoTokenizer.from_pretrained(FOLDER)
-model = AutoModelForCausalLM.from_pretrained(FOLDER).eval()"""
-
-_ASK = """
-# What the base's own generation config says would fill every gap, so this one takes its place.
-model.generation_config = GenerationConfig({settings})
-BEFORE, BEHIND = {before!r}, {behind!r}
-LONGEST = {longest}  # tokens that the model reads
-
-
-def read(prompt: str) -> list[int]:
-    ids = tokenizer({around}, add_special_tokens={special})["input_ids"]
-    return ids{less}
-
-
-def fit(prompt: str) -> list[int]:
-    ids = read(prompt)
-    if len(ids) > LONGEST:  # the prompt loses its beginning, what stands around it stays
-        starts = {starts}
-        for start in starts[max(1, len(ids) - LONGEST - 8):]:
-            ids = read(prompt[start:])
-            if len(ids) <= LONGEST:
-                break
-    return ids
-
-
-def ask(prompt: str) -> str:
-    ids = torch.tensor([fit(prompt)])
-    with torch.no_grad():
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=model.generation_config)
-    answer = tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True)
-    for stop in {stop!r}:
-        answer = answer.split(stop)[0]
-    return answer.strip()
-"""
-
 _AROUND = {
     "": "BEFORE + prompt + BEHIND",
     "strip": "BEFORE + prompt.strip() + BEHIND",
@@ -252,47 +194,21 @@ _AROUND = {
 """How the text is put together. A side that is not trimmed has text of the user's turn there, which white space behind
 or before it is trimmed from, too, when the prompt is empty."""
 
-_STARTS = """sorted({start for start, _ in tokenizer(
-            prompt, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]})"""
 
-
-def _code(told: Exported, out: Path, lm: LanguageModel) -> str:
-    """Return the README's program."""
-    revision = "" if told.base_revision is None else f", revision={told.base_revision!r}"
-    load = _LOAD_MODEL if told.kind == "model" else _LOAD_ADAPTER
-    before, _, behind = told.prompt.partition(PLACE)
-    # Plain prompts of a tokenizer that ends every text are read without that end.
-    ended = told.special_tokens and lm.codec.prompt_ids(["a"])[0] != lm.tokenizer("a")["input_ids"]
-    ask = _ASK.format(
-        settings=", ".join(f"{name}={value!r}" for name, value in _settings(told, lm.pad).items()),
+def _readme(exported: Exported, out: Path, lm: LanguageModel) -> str:
+    before, _, behind = exported.prompt.partition(PLACE)
+    return render(
+        "README.md.j2",
+        exported=exported,
+        weights=", ".join(f"{name} {w:g}" for name, w in zip(exported.objectives, exported.preference, strict=True)),
+        whole=exported.kind == "model",
+        folder=str(out),
+        revision="" if exported.base_revision is None else f", revision={exported.base_revision!r}",
+        settings=", ".join(f"{name}={value!r}" for name, value in _settings(exported, lm.pad).items()),
         before=before,
         behind=behind,
-        longest=told.max_prompt_tokens,
-        around=_AROUND[told.trim],
-        special=told.special_tokens,
-        less="[:-1]" if ended else "",
-        starts=_STARTS if lm.tokenizer.is_fast else "range(len(prompt))",
-        stop=told.stop,
-    )
-    return f"import torch\n{load.format(base=told.base, folder=str(out), revision=revision)}\n{ask}"
-
-
-def _readme(told: Exported, out: Path, lm: LanguageModel) -> str:
-    weights = ", ".join(f"{name} {w:g}" for name, w in zip(told.objectives, told.preference, strict=True))
-    asked = (
-        "The preference is written into every prompt; the weights of the model do not depend on it."
-        if told.preference_in_prompt
-        else "Prompts are written as for the base: nothing in them tells the preference."
-    )
-    kind = "a model with the adapter folded in" if told.kind == "model" else "a peft adapter"
-    return (
-        f"# {told.method} at {weights}\n\n"
-        f"This folder holds {kind}, trained by moalign (run {told.run}, task {told.task}) on the base\n"
-        f"`{told.base}` (content {told.base_fingerprint}).\n\n"
-        f"{asked} The model reads\n\n"
-        f"```\n{told.prompt}\n```\n\n"
-        f"with the prompt in the place of `{PLACE}`"
-        f"{', and with the special tokens that the tokenizer itself adds' if told.special_tokens else ''}.\n\n"
-        f"```python\n{_code(told, out, lm)}```\n\n"
-        f"`generation_config.json` holds the sampling settings, `{FACTS}` everything else for programs.\n"
+        around=_AROUND[exported.trim],
+        # Plain prompts of a tokenizer that ends every text are read without that end.
+        ended=exported.special_tokens and lm.codec.prompt_ids(["a"])[0] != lm.tokenizer("a")["input_ids"],
+        offsets=lm.tokenizer.is_fast,
     )

@@ -43,12 +43,12 @@ def generate(
     method: Method,
     context: RunContext,
     wanted: Sequence[Preference],
-    prompts: Sequence[str] | None = None,
+    prompts: str | Sequence[str] | None = None,
     temperature: float | None = None,
     seed: int | None = None,
     progress: Progress = silent,
-) -> list[list[Answer]]:
-    """Answer prompts at every preference wanted, in batched passes, and score the answers ``[preferences][prompts]``.
+) -> list[Answer]:
+    """Answer prompts in batched passes and score the answers: all at the first preference, then all at the next.
 
     A prompt draws from the same random numbers at every preference, those that it has when asked for one alone.
 
@@ -63,34 +63,36 @@ def generate(
     from moalign.policies.policy import respond_all
 
     preferences_for(method, context, wanted)
-    prompts = checked(context.task.eval_prompts[:SHOWN] if prompts is None else prompts)
-    context.task.progress = progress
-    sampling = context.task.sampling(context.task.card.evaluation.seed if seed is None else seed, temperature)
-    progress("answering", 0, len(prompts))
+    task = context.task
+    texts = checked(task.eval_prompts[:SHOWN] if prompts is None else prompts)
+    task.progress = progress
+    sampling = task.sampling(task.card.evaluation.seed if seed is None else seed, temperature)
+    progress("answering", 0, len(texts))
     policies = [method.policy(context, w) for w in wanted]
-    responses = respond_all(policies, prompts, sampling).responses
-    progress("answering", len(prompts), len(prompts))
-    asked, flat = [*prompts] * len(wanted), [text for row in responses for text in row]
-    raw = context.panel.score(asked, flat, lambda done, total: progress("scoring", done, total))
-    unit = context.panel.unit(raw)
-    names, each = context.task.names, [w for w in wanted for _ in prompts]
-    words = [
-        _words(context, policy, w, prompt) for policy, w in zip(policies, wanted, strict=True) for prompt in prompts
+    responses = respond_all(policies, texts, sampling).responses
+    progress("answering", len(texts), len(texts))
+    rows = [
+        (w, policy, prompt, response)
+        for w, policy, of_policy in zip(wanted, policies, responses, strict=True)
+        for prompt, response in zip(texts, of_policy, strict=True)
     ]
-    answers = [
+    raw = context.panel.score(
+        [prompt for _, _, prompt, _ in rows],
+        [response for *_, response in rows],
+        lambda done, total: progress("scoring", done, total),
+    )
+    unit = context.panel.unit(raw)
+    return [
         Answer(
             prompt,
             response,
-            preference,
-            dict(zip(names, raw_row.tolist(), strict=True)),
-            dict(zip(names, unit_row.tolist(), strict=True)),
-            text,
+            w,
+            raw=dict(zip(task.names, raw[row].tolist(), strict=True)),
+            normalised=dict(zip(task.names, unit[row].tolist(), strict=True)),
+            words=_words(context, policy, w, prompt),
         )
-        for prompt, response, preference, raw_row, unit_row, text in zip(
-            asked, flat, each, raw, unit, words, strict=True
-        )
+        for row, (w, policy, prompt, response) in enumerate(rows)
     ]
-    return [answers[start : start + len(prompts)] for start in range(0, len(answers), len(prompts))]
 
 
 def checked(prompts: str | Sequence[str]) -> list[str]:

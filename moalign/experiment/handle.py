@@ -1,4 +1,4 @@
-"""A run as Python callers hold it: its record, its evaluation, its answers, and its policies."""
+"""Finished runs as Python callers hold them: found by name, with their record, evaluation, answers and policies."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from moalign.core.preferences import Preference, label
 from moalign.core.progress import Progress, silent
 from moalign.evaluation import evaluate
 from moalign.evaluation.result import EvalResult
-from moalign.experiment import finished
 from moalign.experiment.arguments import Vector, vector_text
 from moalign.experiment.generate import checked
+from moalign.experiment.train import context_of
 from moalign.methods import registry
 from moalign.methods.base import Method
-from moalign.runs.record import RunRecord, Status
+from moalign.runs.record import RunRecord
 from moalign.runs.run import Run
+from moalign.runs.store import RunStore
 from moalign.training.job import RunContext
 
 if TYPE_CHECKING:
@@ -56,44 +57,30 @@ class SteeredPolicy:
         return self._policy.respond(checked(prompts), sampling)
 
 
-class RunHandle:
+class RunHandle(Run):
     """A run in its folder. What a policy needs (task, base model) is loaded at its first use and kept."""
 
-    def __init__(self, run: Run, results: Path, reused: bool = False) -> None:
-        """Hold ``run``, which belongs to the results folder ``results``."""
-        self.run = run
-        self.results = results
+    def __init__(self, path: Path, record: RunRecord, results: Path = Path("results"), reused: bool = False) -> None:
+        """Hold the run in the folder ``path``.
+
+        ``results`` is its results folder, unless it lies in one: its scores belong to the normaliser there.
+        """
+        super().__init__(path, record)
+        parents = path.resolve().parents
+        self.results = parents[3] if len(parents) > 3 and parents[2].name == RunStore.kind else results
         self.reused = reused
         """Whether :func:`moalign.train` found it finished and trained nothing."""
         self._opened: tuple[Method, RunContext] | None = None
 
     @classmethod
-    def of(cls, run: Run, given: Path) -> RunHandle:
-        """Return the handle of a run that was named by its path, or looked for in the results folder ``given``."""
-        return cls(run, finished.results_of(run, given))
+    def find(cls, name: str | None, results: Path) -> RunHandle:
+        """Return the run of a name (:meth:`RunStore.find`); None: the one that finished last."""
+        store = RunStore(results)
+        run = store.newest_finished() if name is None else store.find(name)
+        return cls(run.path, run.record, results)
 
     def __repr__(self) -> str:
         return f"RunHandle({self.record.method} on {self.record.task}, seed {self.record.seed}, {str(self.path)!r})"
-
-    @property
-    def path(self) -> Path:
-        """The run's folder."""
-        return self.run.path
-
-    @property
-    def run_id(self) -> str:
-        """The run's identifier: 12 hex digits of what was asked for."""
-        return self.run.run_id
-
-    @property
-    def status(self) -> Status:
-        """``done``, ``running``, ``failed`` or ``interrupted``."""
-        return self.run.status
-
-    @property
-    def record(self) -> RunRecord:
-        """The content of ``run.json``: recipe, seed, cost, seconds, environment, status."""
-        return self.run.record
 
     @property
     def objectives(self) -> tuple[str, ...]:
@@ -123,7 +110,7 @@ class RunHandle:
         """
         if self.evaluation is None:
             raise RequestError(f"run {self.path}: it has no evaluation; evaluate it first: moalign eval {self.path}")
-        return self.run.read_table(self._files()[1]).drop(columns="ids", errors="ignore")
+        return self.read_table(self._files()[1]).drop(columns="ids", errors="ignore")
 
     def policy(self, prefs: Vector) -> SteeredPolicy:
         """Return the policy for a preference: one weight per objective, non-negative, summing to 1.
@@ -147,7 +134,7 @@ class RunHandle:
 
     def open(self, progress: Progress = silent) -> tuple[Method, RunContext]:
         """Return the same anew: for one use, so that no model stays in memory after it."""
-        return finished.opened(self.run, self.results, progress)
+        return context_of(self, self.results, progress)
 
     def _files(self) -> tuple[str, str]:
         """Return the names (without suffix) of the run's own evaluation and of its answers."""

@@ -18,7 +18,6 @@ from moalign.core.records import Response
 from moalign.tasks.load import make_task
 
 if TYPE_CHECKING:
-    from moalign.core.preferences import Preference
     from moalign.lm.chat import Codec
 
 STAND_IN = "This is an answer."
@@ -60,21 +59,10 @@ class Preview:
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything for ``--json``."""
+        grouped = {"stop_ids", "stop_texts", "row_ids", "loss", "max_prompt_tokens"}
         return {
-            "task": self.task,
-            "model": self.model,
-            "objectives": self.objectives,
-            "prefs": self.prefs,
-            "prompt": self.prompt,
-            "kept": self.kept,
-            "text": self.text,
-            "ids": self.ids,
-            "tokens": self.tokens,
-            "cut_tokens": self.cut_tokens,
-            "overlong": self.overlong,
+            **{key: value for key, value in vars(self).items() if key not in grouped},
             "stop": {"ids": self.stop_ids, "texts": self.stop_texts},
-            "response": self.response,
-            "response_from": self.response_from,
             "row": {"ids": self.row_ids, "loss": self.loss},
         }
 
@@ -128,25 +116,14 @@ def preview(
         if text is not None and not text.strip():
             raise RequestError(f"{name}: found an empty text; give one, or leave it out")
     codec = codec_of(card)
-    asked = _first_prompt(card) if prompt is None else prompt
-    renderer = Renderer(card.template, tuple(card.objective_names), codec, card.generation.max_prompt_tokens)
-    answer, origin = (Response(response), "given") if response is not None else _response(card, asked)
-    return Seen(_made(card, codec, renderer, asked, weights, answer, origin), codec)
-
-
-def _made(
-    card: TaskCard,
-    codec: Codec,
-    renderer: Any,
-    prompt: str,
-    weights: Preference | None,
-    response: Response,
-    origin: Any,
-) -> Preview:
+    prompt = make_task(card, Path("results"))._all_prompts()[0] if prompt is None else prompt
+    answer, origin = _response(card, prompt, response)
+    limit = card.generation.max_prompt_tokens
+    renderer = Renderer(card.template, tuple(card.objective_names), codec, limit)
     rendered = renderer.plain(prompt) if weights is None else renderer.preference(prompt, weights)
     (ids,) = codec.prompt_ids([rendered])
-    tail = codec.response_ids(rendered, response, ids)
-    return Preview(
+    tail = codec.response_ids(rendered, answer, ids)
+    shown = Preview(
         task=card.name,
         model=codec.source,
         objectives=card.objective_names,
@@ -157,15 +134,16 @@ def _made(
         ids=ids,
         tokens=codec.tokenizer.convert_ids_to_tokens(ids),
         cut_tokens=rendered.cut,
-        max_prompt_tokens=card.generation.max_prompt_tokens,
+        max_prompt_tokens=limit,
         overlong=card.overlong or "cut",
         stop_ids=sorted(codec.ends.ids),
         stop_texts=list(codec.ends.texts),
-        response=response.text,
+        response=answer.text,
         response_from=origin,
         row_ids=[*ids, *tail],
         loss=[*[0] * len(ids), *[1] * len(tail)],
     )
+    return Seen(shown, codec)
 
 
 def _with_special(codec: Codec, rendered: str, ids: Sequence[int]) -> str:
@@ -196,12 +174,13 @@ def codec_of(card: TaskCard) -> Codec:
     return language_model.load_codec(card.model, card.model_revision, card.template)
 
 
-def _first_prompt(card: TaskCard) -> str:
-    return make_task(card, Path("results"))._all_prompts()[0]
+def _response(card: TaskCard, prompt: str, given: str | None) -> tuple[Response, Origin]:
+    """Return the given response, else one that the data has for the prompt, else the stand-in.
 
-
-def _response(card: TaskCard, prompt: str) -> tuple[Response, Origin]:
-    """Return a response that the data has for the prompt, else the stand-in; hub data sets are not looked through."""
+    Hub data sets are not looked through.
+    """
+    if given is not None:
+        return Response(given), "given"
     from moalign.data import load as records
 
     data = card.data
@@ -212,14 +191,15 @@ def _response(card: TaskCard, prompt: str) -> tuple[Response, Origin]:
 
         if prompt in world.prompts():
             return Response(world.draw_responses([prompt], np.random.default_rng(0))[0]), "data"
-    if data is not None and _is_here(data.responses):
+    if data is None:
+        return Response(STAND_IN), "stand-in"
+    if _is_here(data.responses):
         for scored in records.load_responses(data, card.objective_names, Path.cwd()):
             if scored.prompt == prompt:
                 return Response(scored.response, finished=scored.finished), "data"
-    sources = data.pairs if data is not None and isinstance(data.pairs, dict) else {}
-    for objective in [*sources, None]:
-        source = sources[objective] if objective is not None else getattr(data, "pairs", None)
-        if data is not None and isinstance(source, SourceSpec) and _is_here(source):
+    of_objectives = data.pairs if isinstance(data.pairs, dict) else {None: data.pairs}
+    for objective, source in of_objectives.items():
+        if _is_here(source):
             for pair in records.load_pairs(data, Path.cwd(), objective):
                 if pair.prompt == prompt:
                     return Response(pair.chosen), "data"

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moalign.config import load as config
 from moalign.config import overrides, validate
-from moalign.config.card import SourceSpec, TaskCard
+from moalign.config.card import SourceSpec
+from moalign.config.load import load_card
 from moalign.config.objectives import ClassifierObjective
 from moalign.core import errors
 from moalign.core.errors import RequestError
@@ -22,129 +21,66 @@ from moalign.reward_models.settings import RewardSettings
 from moalign.runs import atomic, record
 from moalign.runs.run import Run
 from moalign.tasks.load import make_task
-from moalign.tasks.sandbox.task import SandboxTask
+from moalign.tasks.task import Task
 
-EVALUATION = "eval"
+EVALUATION = "eval.json"
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What the user asked for; the same for training and judging."""
+class PairsRequest:
+    """Which pairs, as the user wrote it."""
 
     pairs: Sequence[str] = ()
     """``[NAME=]FILE`` each."""
     task: str | None = None
     """A task whose pairs (and whose base, as backbone) are used instead."""
-    model: str | None = None
-    revision: str | None = None
-    loss: str | None = None
     overrides: Sequence[str] = ()
-    seed: int = 0
+    """``--set`` texts, of the task's card and of the reward model's settings."""
     results: Path = Path("results")
 
+    def loaded_task(self, progress: Progress) -> Task | None:
+        """Return the task that was named, None without one; RequestError unless either is named, files or a task."""
+        of_card = [text for text in self.overrides if text.startswith("task.")]
+        if self.task is None:
+            if of_card:
+                raise RequestError(f"--set {of_card[0]}: there is no task; name one with --task")
+            if not self.pairs:
+                raise RequestError("no pairs: give --pairs [NAME=]FILE, or --task NAME for a task's own")
+            return None
+        if self.pairs:
+            raise RequestError("--pairs and --task exclude each other: name files, or the task whose pairs are used")
+        return make_task(load_card(self.task, of_card), self.results, progress)
 
-# -- training ------------------------------------------------------------------------------------------------------
+    def pair_sets(self, task: Task | None) -> list[PairSet]:
+        """Return the pairs of the files, or of the task."""
+        return task.pair_sets() if task is not None else pairs.read([_source(text) for text in self.pairs], Path.cwd())
 
-
-def plan(asked: Asked, progress: Progress = silent) -> RewardRequest:
-    """Check a request to train and read its pairs; raises RequestError with every problem."""
-    card, more = _card(asked)
-    settings = _settings(asked, more, card)
-    sets = _sets(asked, card, progress)
-    name = card.name if card is not None else "+".join(one.name for one in sets)
-    return runs.make(
-        _slug(name),
-        settings,
-        _backbone(asked, card, progress),
-        sets,
-        revision=asked.revision if asked.model or card is None else card.model_revision,
-        seed=asked.seed,
-        results=asked.results,
-        as_given={
-            "pairs": [_absolute(text) for text in asked.pairs],
-            "task": asked.task,
-            "model": asked.model,
-            "set": list(asked.overrides),
-        },
-    )
-
-
-def train(
-    request: RewardRequest, progress: Progress = silent, judge: bool = True
-) -> tuple[Run, bool, dict[str, Any] | None]:
-    """Train a reward model, or find it trained, and judge it on its held-out pairs.
-
-    Returns the run, whether it was found, and the content of its ``eval.json`` (None without ``judge``).
-    """
-    run, found = runs.obtain(request, progress)
-    path = run.path / f"{EVALUATION}.json"
-    if path.is_file():
-        told: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return run, found, told
-    if not judge:
-        return run, found, None
-    progress("judging", 0, 1)
-    judged = evaluation.evaluate(runs.objective(run), request.parts["eval"], request.parts["calibration"])
-    return run, found, _finish({**_about(run), "split": "eval", **judged}, run.path, progress)
-
-
-def _card(asked: Asked) -> tuple[TaskCard | None, list[str]]:
-    """Return the task's card and the options that are not for it."""
-    own = [text for text in asked.overrides if text.startswith("task.")]
-    rest = [text for text in asked.overrides if not text.startswith("task.")]
-    if asked.task is None:
-        if own:
-            raise RequestError(f"--set {own[0]}: there is no task; name one with --task")
-        if not asked.pairs:
-            raise RequestError("no pairs: give --pairs [NAME=]FILE, or --task NAME for a task's own")
-        return None, rest
-    if asked.pairs:
-        raise RequestError("--pairs and --task exclude each other: name files, or the task whose pairs are used")
-    return config.load_card(asked.task, own), rest
-
-
-def _settings(asked: Asked, texts: Sequence[str], card: TaskCard | None) -> RewardSettings:
-    data: dict[str, Any] = {}
-    labels: dict[tuple[str, ...], str] = {}
-    if card is not None:
-        data["splits"] = card.splits.model_dump()
-        if card.kind == "sandbox":
-            # Longest text of the world: 76 tokens; a word stands apart from the next.
-            data |= {"template": "{prompt} {response}", "max_tokens": 128}
-    problems: list[str] = []
-    allowed = list(RewardSettings.model_fields)
-    for text in texts:
-        keys, value = overrides.parse(text)
-        if keys[0] not in allowed:
-            problems.append(
-                f"--set {'.'.join(keys)}: unknown setting; allowed: {', '.join(allowed)}"
-                f"{errors.did_you_mean(keys[0], allowed)}"
-            )
-            continue
-        data = overrides.apply(data, [(keys, value)])
-        labels[keys] = f"--set {'.'.join(keys)}"
-    if asked.loss is not None:
-        data["loss"] = asked.loss
-        labels[("loss",)] = "--loss"
-    origin = validate.Origin("reward train", None, (), labels)
-    found, more = validate.check(RewardSettings, data, origin)
-    if problems or more or found is None:
-        raise RequestError(*problems, *more)
-    return found
-
-
-def _sets(asked: Asked, card: TaskCard | None, progress: Progress) -> list[PairSet]:
-    if card is None:
-        return pairs.read([_source(text) for text in asked.pairs], Path.cwd())
-    task = make_task(card, asked.results, progress)
-    if isinstance(task, SandboxTask):
-        return task.labelled_pairs()
-    assert card.data is not None  # the card's own check
-    given = card.data.pairs
-    if given is None:
-        raise RequestError(f"task {card.name}: its card has no data.pairs; give files with --pairs instead")
-    sources = given if isinstance(given, dict) else {card.name: given}
-    return pairs.read(list(sources.items()), Path.cwd())
+    def settings(self, task: Task | None, loss: str | None = None) -> RewardSettings:
+        """Return the checked settings; RequestError with every problem."""
+        data: dict[str, Any] = {}
+        if task is not None:
+            data = {"splits": task.card.splits.model_dump(), **task.reward_settings}
+        labels: dict[tuple[str, ...], str] = {}
+        problems: list[str] = []
+        allowed = list(RewardSettings.model_fields)
+        for text in self.overrides:
+            if text.startswith("task."):
+                continue
+            keys, value = overrides.parse(text)
+            label = f"--set {'.'.join(keys)}"
+            if keys[0] in allowed:
+                data = overrides.apply(data, [(keys, value)])
+                labels[keys] = label
+            else:
+                hint = errors.did_you_mean(keys[0], allowed)
+                problems.append(f"{label}: unknown setting; allowed: {', '.join(allowed)}{hint}")
+        if loss is not None:
+            data["loss"] = loss
+            labels[("loss",)] = "--loss"
+        settings, more = validate.check(RewardSettings, data, validate.Origin("reward train", None, (), labels))
+        if problems or settings is None:
+            raise RequestError(*problems, *more)
+        return settings
 
 
 def _source(text: str) -> tuple[str | None, SourceSpec]:
@@ -157,24 +93,72 @@ def _source(text: str) -> tuple[str | None, SourceSpec]:
     return name, SourceSpec(path=path)
 
 
+# -- training ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RewardTrainRequest(PairsRequest):
+    """What ``moalign reward train`` is to do."""
+
+    model: str | None = None
+    """The backbone; None: the task's base."""
+    revision: str | None = None
+    loss: str | None = None
+    seed: int = 0
+
+
+def plan(request: RewardTrainRequest, progress: Progress = silent) -> RewardRequest:
+    """Check a request to train and read its pairs; raises RequestError with every problem."""
+    task = request.loaded_task(progress)
+    settings = request.settings(task, request.loss)
+    sets = request.pair_sets(task)
+    if request.model is not None:
+        backbone, revision = request.model, request.revision
+    elif task is not None:
+        backbone, revision = task.base_source()
+    else:
+        raise RequestError("--model: missing; a folder or hub id of a causal language model or classifier is needed")
+    return runs.make(
+        _slug(task.card.name if task is not None else "+".join(pair_set.name for pair_set in sets)),
+        settings,
+        backbone,
+        sets,
+        revision=revision,
+        seed=request.seed,
+        results=request.results,
+        as_given={
+            "pairs": [_absolute(text) for text in request.pairs],
+            "task": request.task,
+            "model": request.model,
+            "set": list(request.overrides),
+        },
+    )
+
+
+def train(
+    request: RewardRequest, progress: Progress = silent, judge: bool = True
+) -> tuple[Run, bool, dict[str, Any] | None]:
+    """Train a reward model, or find it trained, and judge it on its held-out pairs.
+
+    Returns the run, whether it was there already, and the content of its ``eval.json`` (None without ``judge``).
+    """
+    run, reused = runs.obtain(request, progress)
+    path = run.path / EVALUATION
+    if path.is_file():
+        return run, reused, atomic.read_json(path, f"remove it and judge again: moalign reward eval {run.path}")
+    if not judge:
+        return run, reused, None
+    progress("judging", 0, 1)
+    content = evaluation.evaluate(runs.objective(run), request.parts["eval"], request.parts["calibration"])
+    return run, reused, _written({**_about(run), "split": "eval", **content}, run.path, progress)
+
+
 def _absolute(text: str) -> str:
     """Return ``[NAME=]FILE`` as it can be read from any folder."""
     name, source = _source(text)
     path = Path(source.path)
     where = str(path.resolve()) if path.exists() else source.path
     return where if name is None else f"{name}={where}"
-
-
-def _backbone(asked: Asked, card: TaskCard | None, progress: Progress) -> str:
-    if asked.model is not None:
-        return asked.model
-    if card is not None:
-        task = make_task(card, asked.results, progress)
-        if isinstance(task, SandboxTask):
-            return task.base_folder
-        if card.model is not None:
-            return card.model
-    raise RequestError("--model: missing; a folder or hub id of a causal language model or classifier is needed")
 
 
 def _slug(name: str) -> str:
@@ -187,8 +171,8 @@ def _slug(name: str) -> str:
 
 
 @dataclass(frozen=True)
-class Judged:
-    """How a given reward model is read."""
+class Reading:
+    """How a reward model is read; nothing of it: as it was trained."""
 
     label: str | int | None = None
     template: str | None = None
@@ -196,74 +180,82 @@ class Judged:
     minimise: bool = False
     split: str = "eval"
     """eval, calibration, train, or all."""
-    out: Path | None = None
-    """Folder for the numbers and figures; None: the run's own, or nowhere."""
+
+    def of(self, objective: ClassifierObjective) -> ClassifierObjective:
+        """Return the objective, read like this."""
+        changed: dict[str, Any] = {"label": self.label, "maximise": not self.minimise}
+        changed |= {"template": self.template} if self.template is not None else {}
+        changed |= {"max_length": self.max_length} if self.max_length is not None else {}
+        return objective.model_copy(update=changed)
 
 
-def judge(model: str, asked: Asked, how: Judged, progress: Progress = silent) -> dict[str, Any]:
+def judge(
+    model: str,
+    request: PairsRequest,
+    reading: Reading,
+    revision: str | None = None,
+    out: Path | None = None,
+    progress: Progress = silent,
+) -> dict[str, Any]:
     """Judge a reward model: a run of ``moalign reward train``, or any classifier's folder or hub id.
 
-    Without pairs a run is judged on its own held-out ones. Raises RequestError for a model or pairs that cannot be
-    read.
+    Without pairs a run is judged on its own held-out ones. Numbers and figures go to the folder ``out``; None: the
+    run's own when it is judged as it was trained, else nowhere.
+
+    Raises RequestError for a model or pairs that cannot be read.
     """
-    run = _run(model, asked.results)
+    run = _run(model, request.results)
+    own = run is not None and not request.pairs and request.task is None
     if run is None:
-        if not asked.pairs and asked.task is None:
+        if not request.pairs and request.task is None:
             raise RequestError(f"{model}: it is no run of moalign reward train, so it has no pairs of its own; --pairs")
-        spec = ClassifierObjective(
-            name="reward", kind="hf-classifier", model=model, revision=asked.revision, label=how.label
-        )
+        objective = ClassifierObjective(name="reward", kind="hf-classifier", model=model, revision=revision)
     else:
         if run.status != "done":
             raise RequestError(f"run {run.path}: it is {run.status}, not done; finish it with the same train command")
-        spec = runs.objective(run).model_copy(update={"label": how.label})
-    changed: dict[str, Any] = {"maximise": not how.minimise}
-    changed |= {"template": how.template} if how.template is not None else {}
-    changed |= {"max_length": how.max_length} if how.max_length is not None else {}
-    spec = spec.model_copy(update=changed)
-    own = run is not None and not asked.pairs and asked.task is None
-    parts = _parts(run if own else None, asked, how, progress)
+        objective = runs.objective(run)
+        if own and reading == Reading():
+            out = out or run.path
+    objective = reading.of(objective)
+    judged_on, calibrated_on = _parts(run if own else None, request, reading.split, progress)
     progress("judging", 0, 1)
-    judged = evaluation.evaluate(spec, parts[0], parts[1])
-    told = {**(_about(run) if run is not None else {"model": model}), "split": how.split, **judged}
-    plain = own and how == Judged(out=how.out)
-    folder = how.out or (run.path if run is not None and plain else None)
-    return _finish(told, folder, progress)
+    content = evaluation.evaluate(objective, judged_on, calibrated_on)
+    about = _about(run) if run is not None else {"model": model}
+    return _written({**about, "split": reading.split, **content}, out, progress)
 
 
 def _run(model: str, results: Path) -> Run | None:
     """Return the run that ``model`` names, None when it is a folder or a hub id."""
     path = Path(model)
-    if (path / record.FILE).is_file():
-        return Run.load(path)
-    if path.name == "model" and (path.parent / record.FILE).is_file():
-        return Run.load(path.parent)
-    if path.is_dir() or "/" in model:
-        return None
-    return RewardStore(results).find(model)
+    for folder in (path, path.parent) if path.name == "model" else (path,):
+        if (folder / record.FILE).is_file():
+            return Run.load(folder)
+    return None if path.is_dir() or "/" in model else RewardStore(results).find(model)
 
 
-def _parts(run: Run | None, asked: Asked, how: Judged, progress: Progress) -> tuple[list[PairSet], list[PairSet]]:
-    """Return the pairs to judge on and those to fit a temperature on."""
+def _parts(
+    run: Run | None, request: PairsRequest, split: str, progress: Progress
+) -> tuple[list[PairSet], list[PairSet]]:
+    """Return the pairs to judge on (of ``run``: its own) and those to fit a temperature on."""
     if run is not None:
         given = run.record.as_given
-        asked = replace(asked, pairs=given.get("pairs", ()), task=given.get("task"), overrides=given.get("set", ()))
-        if asked.task is None and not asked.pairs:
+        request = replace(request, pairs=given.get("pairs", ()), task=given.get("task"), overrides=given.get("set", ()))
+        if request.task is None and not request.pairs:
             raise RequestError(f"run {run.path}: it does not say where its pairs are; name them with --pairs or --task")
-    card, texts = _card(asked)
-    sets = _sets(asked, card, progress)
-    if how.split == "all":
+    task = request.loaded_task(progress)
+    sets = request.pair_sets(task)
+    if split == "all":
         return sets, []
     if run is not None:
         spec = RewardSettings.model_validate(run.record.recipe["settings"]).splits
     else:
-        spec = _settings(asked, texts, card).splits
+        spec = request.settings(task).splits
     parts = pairs.split_all(sets, spec)
-    if how.split not in parts:
-        raise errors.unknown("split", how.split, [*parts, "all"], "--split")
+    if split not in parts:
+        raise errors.unknown("split", split, [*parts, "all"], "--split")
     if run is not None and runs.content(parts) != run.record.card_hash:
         raise RequestError(f"run {run.path}: its pairs have changed since it was trained; name the pairs with --pairs")
-    return parts[how.split], parts["calibration"] if how.split == "eval" else []
+    return parts[split], parts["calibration"] if split == "eval" else []
 
 
 def _about(run: Run) -> dict[str, Any]:
@@ -277,18 +269,18 @@ def _about(run: Run) -> dict[str, Any]:
     }
 
 
-def _finish(told: dict[str, Any], folder: Path | None, progress: Progress) -> dict[str, Any]:
+def _written(content: dict[str, Any], folder: Path | None, progress: Progress) -> dict[str, Any]:
     """Draw one reliability diagram per data set and write the numbers, when there is a folder for them."""
-    told["figures"] = []
+    content["figures"] = []
     if folder is not None:
         from moalign.report.reliability import reliability_figure
 
         folder.mkdir(parents=True, exist_ok=True)
-        for row in told["datasets"]:
+        for row in content["datasets"]:
             path = folder / f"reliability-{_slug(row['name'])}.png"
             title = f"{row['name']}: accuracy {row['accuracy']:.3f}, ECE {row['ece']['10']:.3f}, {row['pairs']} pairs"
             reliability_figure(row["reliability"], title, path)
-            told["figures"].append(str(path))
-        atomic.write_json(folder / f"{EVALUATION}.json", told)
+            content["figures"].append(str(path))
+        atomic.write_json(folder / EVALUATION, content)
     progress("judging", 1, 1)
-    return told
+    return content

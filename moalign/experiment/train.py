@@ -1,12 +1,13 @@
-"""``moalign train``: plan a run, find it finished, resume it or train it."""
+"""``moalign train``: from a request to a plan, and from a plan to its finished run: found, resumed or trained."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -29,15 +30,12 @@ from moalign.tasks.load import make_task
 from moalign.tasks.task import Task
 from moalign.training.job import Job, RunContext
 
-if TYPE_CHECKING:
-    from moalign.runs.record import RunRecord
-
 DEFAULT_TASK = "sandbox"
 
 
 @dataclass(frozen=True)
 class TrainRequest:
-    """What the user asked for."""
+    """A request as the user wrote it."""
 
     method: str
     task: str | None = None
@@ -49,63 +47,69 @@ class TrainRequest:
     results: Path = Path("results")
 
 
-@dataclass
-class Plan:
-    """A checked request: nothing has been written or loaded yet."""
+@dataclass(frozen=True)
+class Plan(ResolvedRequest):
+    """A checked request with its task: nothing has been written or loaded yet."""
 
     request: TrainRequest
     method: Method
-    resolved: ResolvedRequest
     task: Task
     seed: int
-    preferences: list[Preference]
-    """The vectors to train (one policy each) or, for one policy, to draw from when given."""
     given: list[Preference] | None
-    store: RunStore
+    """The vectors that were named; None: the task's distribution."""
     holdout: list[Preference] = field(default_factory=list)
     """Vectors that training must not see."""
-    identity: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def preferences(self) -> list[Preference]:
+        """The vectors to train (one policy each) or, for one policy, to draw from when given."""
+        return self.given or self.task.grid
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What the run's identifier is the hash of. Settings at their default are left out: new ones change nothing."""
+        identity = {
+            "card": self.task.hash,
+            "config": self.config.model_dump(mode="json", exclude_defaults=True),
+            "policy": self.recipe.policy.model_dump(mode="json", exclude_defaults=True),
+            "seed": self.seed,
+            "prefs": self.given,
+        }
+        return {**identity, "holdout": self.holdout} if self.holdout else identity
+
+    @property
+    def store(self) -> RunStore:
+        """The results folder's runs."""
+        return RunStore(self.request.results)
 
     @property
     def folder(self) -> Path:
         """Where the run is or will be."""
-        return self.store.folder(self.method.name, self.task.card.name, self.identity)
+        return self.store.folder(self.method.name, self.card.name, self.identity)
 
     @property
     def existing_run(self) -> Run | None:
-        """The run, when this request was made before."""
-        return self.store.lookup(self.method.name, self.task.card.name, self.identity)
-
-    def identified(self) -> Plan:
-        """Return the plan with its identity: two requests with the same one are the same run."""
-        identity = {
-            "card": self.task.hash,
-            "config": self.resolved.config.model_dump(mode="json"),
-            "policy": self.resolved.recipe.policy.model_dump(mode="json"),
-            "seed": self.seed,
-            "prefs": self.given,
-        }
-        if self.holdout:  # without one the identity is what it was before there were any
-            identity["holdout"] = self.holdout
-        return replace(self, identity=identity)
+        """The run, when this request was made before; RequestError when that was under other defaults."""
+        return self.store.lookup(self.method.name, self.card.name, self.identity, self.recipe.model_dump(mode="json"))
 
     def open(self) -> Run:
-        """Return the run, made now or found as it was left."""
-        recipe = self.resolved.recipe.model_dump(mode="json")
+        """Return the run, made now or as it was left."""
         return self.store.open(
             self.method.name,
-            self.task.card.name,
+            self.card.name,
             self.identity,
             card_hash=self.task.hash,
             seed=self.seed,
             preferences=self.given,
-            recipe={**recipe, "card": self.task.card.model_dump(mode="json")},
-            as_given=self.resolved.as_given,
+            recipe={**self.recipe.model_dump(mode="json"), "card": self.card.model_dump(mode="json")},
+            as_given=self.as_given,
         )
 
     def context(self, run: Run) -> RunContext:
         """Return what a policy of the finished run needs."""
-        return RunContext.of(self.task, run, **self._parts())
+        return RunContext.of(
+            self.task, run, config=self.config, preferences=self.preferences, policy_spec=self.recipe.policy
+        )
 
     def job(self, run: Run, meter: Meter, progress: Progress = silent) -> Job:
         """Return the run as a job to train; what it costs is counted by ``meter``."""
@@ -114,18 +118,20 @@ class Plan:
         def experts(method: str, settings: dict[str, Any], wanted: Sequence[Preference]) -> Run:
             before = meter.seconds
 
-            def told(what: str, done: int, total: int) -> None:
+            def report(what: str, done: int, total: int) -> None:
                 progress(f"experts by {method}: {what}", done, total)
 
-            found, _ = train(expert_plan(self, method, settings, wanted), told, wait=True)
+            expert, _ = train(expert_plan(self, method, settings, wanted), report, wait=True)
             self.task.progress = progress
-            meter.add_run(found.record.cost.model_dump(), found.record.seconds, meter.seconds - before)
-            return found
+            meter.add_run(expert.record.cost.model_dump(), expert.record.seconds, meter.seconds - before)
+            return expert
 
         return Job.of(
             self.task,
             run,
-            **self._parts(),
+            config=self.config,
+            preferences=self.preferences,
+            policy_spec=self.recipe.policy,
             meter=meter,
             seed=self.seed,
             given_preferences=self.given,
@@ -135,31 +141,24 @@ class Plan:
 
     def mirrors(self, run: Run) -> trackers.Mirrors:
         """Return the recipe's trackers, which show the metrics of a run while it trains."""
-        told = {"method": self.method.name, "task": self.task.card.name, "card": self.task.hash, "seed": self.seed}
-        return trackers.Mirrors(self.resolved.recipe.trackers, run.path, {**told, **run.record.recipe["config"]})
+        about = {"method": self.method.name, "task": self.card.name, "card": self.task.hash, "seed": self.seed}
+        return trackers.Mirrors(self.recipe.trackers, run.path, {**about, **run.record.recipe["config"]})
 
-    def _parts(self) -> dict[str, Any]:
-        return {
-            "config": self.resolved.config,
-            "preferences": self.preferences,
-            "policy_spec": self.resolved.recipe.policy,
-        }
+
+# -- planning --------------------------------------------------------------------------------------------------------
 
 
 def resolve(request: TrainRequest) -> ResolvedRequest:
     """Check a request's recipe, settings and card; what they point to (model, data) is not looked at."""
     method = registry.get(request.method)
     recipe = request.recipe
-    if recipe is not None:
-        named = load.recipe_names(recipe)[0]
-        if named != request.method:
-            raise RequestError(
-                f"--recipe {recipe}: it is a recipe of {named}, but the method asked for is {request.method}"
-            )
-    else:
+    if recipe is None:
         recipe = find.find_recipe_file(request.task or DEFAULT_TASK, request.method)
-    task_name = request.task or (None if request.recipe is not None else DEFAULT_TASK)
-    return load.load_recipe(recipe, request.method, task_name, request.overrides, method.Config)
+        return load.load_recipe(recipe, method.name, request.task or DEFAULT_TASK, request.overrides, method.Config)
+    of = load.recipe_names(recipe)[0]
+    if of != request.method:
+        raise RequestError(f"--recipe {recipe}: it is a recipe of {of}, but the method asked for is {request.method}")
+    return load.load_recipe(recipe, method.name, request.task, request.overrides, method.Config)
 
 
 def plan(request: TrainRequest, progress: Progress = silent) -> Plan:
@@ -173,116 +172,87 @@ def plan(request: TrainRequest, progress: Progress = silent) -> Plan:
     seed = resolved.recipe.seed if request.seed is None else request.seed
     holdout = _holdout(method, resolved)
     if holdout:
-        given = _without(given or task.grid, holdout)
-    return Plan(
-        request=request,
-        method=method,
-        resolved=resolved,
-        task=task,
-        seed=seed,
-        preferences=given or task.grid,
-        given=given,
-        store=RunStore(request.results),
-        holdout=holdout,
-    ).identified()
+        given = [w for w in given or task.grid if not any(preferences.same(w, held) for held in holdout)]
+        if not given:
+            raise RequestError("holdout: it holds every preference to train on; leave at least one to be trained")
+    made = Plan(**vars(resolved), request=request, method=method, task=task, seed=seed, given=given, holdout=holdout)
+    _ = made.identity  # a model that is not there is a problem of the request
+    return made
 
 
 def _preferences(request: TrainRequest, resolved: ResolvedRequest) -> list[Preference] | None:
-    """Return the vectors asked for: ``--prefs``, ``--grid``, or the recipe's own; None for the task's distribution."""
+    """Return the vectors of ``--prefs``, ``--grid``, or the recipe; None for the task's distribution."""
     names = resolved.card.objective_names
     refuse_both(request.prefs, request.grid)
     if request.prefs:
-        found = [preferences.parse(text, names) for text in request.prefs]
+        vectors = [preferences.parse(text, names) for text in request.prefs]
     elif request.grid is not None:
-        found = preferences.grid_of(len(names), request.grid)
+        vectors = preferences.grid_of(len(names), request.grid)
     elif resolved.recipe.prefs is not None:
-        found = [preferences.validate(row, names, "recipe: prefs") for row in resolved.recipe.prefs]
+        vectors = [preferences.validate(row, names, "recipe: prefs") for row in resolved.recipe.prefs]
     else:
         return None
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(vectors))
 
 
 def _holdout(method: Method, resolved: ResolvedRequest) -> list[Preference]:
     """Return the recipe's held-out vectors; raises RequestError when the method could not answer for them."""
     names = resolved.card.objective_names
-    found = [preferences.validate(row, names, "recipe: holdout") for row in resolved.recipe.holdout or ()]
-    if found and not (method.capabilities.steerable and method.capabilities.one_policy):
+    vectors = [preferences.validate(row, names, "recipe: holdout") for row in resolved.recipe.holdout or ()]
+    if vectors and not (method.capabilities.steerable and method.capabilities.one_policy):
         raise RequestError(
             f"holdout: {method.name} answers only for preferences that it was trained on, so there is nothing to hold "
             "out; leave holdout away, or train a method with one policy for every preference (moalign ls methods)"
         )
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(vectors))
 
 
-def _without(vectors: Sequence[Preference], holdout: Sequence[Preference]) -> list[Preference]:
-    """Return the vectors to train on; raises RequestError when none are left."""
-    left = [w for w in vectors if not any(preferences.same(w, held) for held in holdout)]
-    if not left:
-        raise RequestError("holdout: it holds every preference to train on; leave at least one to be trained")
-    return left
-
-
-def train(made: Plan, progress: Progress = silent, wait: bool = False) -> tuple[Run, bool]:
-    """Train the planned run, or find it finished; returns (run, whether it was found finished).
-
-    Raises RequestError when another process is training it (``wait``: waits for that process instead); what was done
-    before a failure or an interruption is kept, and the same request goes on from there.
-    """
-    found = made.existing_run
-    if found is not None and found.record.status == "done":
-        return found, True
-    run = made.open()
-    if wait and run.is_locked():
-        progress(f"waiting for {run.path.name}, which another process trains", 0, 1)
-    with run.lock(wait):
-        if run.record.status == "done":
-            return run, True
-        run.mark("running")
-        meter = Meter()
-        try:
-            job = made.job(run, meter, progress)
-            with made.mirrors(run) as run.mirrors:
-                made.method.train(job)
-        except KeyboardInterrupt:
-            run.mark("interrupted")
-            raise
-        except Exception as error:
-            run.mark("failed", error=f"{type(error).__name__}: {error}")
-            raise
-        overlong = made.task.overlong()
-        run.record.notes = {**job.notes, "overlong": overlong} if overlong else job.notes
-        run.mark("done", meter=meter)
-        run.drop_checkpoints()
-    return run, False
-
-
-def expert_plan(made: Plan, name: str, settings: Mapping[str, Any], wanted: Sequence[Preference]) -> Plan:
-    """Return the plan of the run that ``made`` takes its experts from.
+def expert_plan(of: Plan, name: str, settings: Mapping[str, Any], wanted: Sequence[Preference]) -> Plan:
+    """Return the plan of the run that ``of`` takes its experts from.
 
     Same task, base, adapters and seed; ``name`` is a method with one policy per preference, ``settings`` are checked
     by its ``Config``. It is the very run that a user would get by asking for it.
     """
     method = registry.get(name)
-    given = made.resolved.recipe
     try:
         config = method.Config.model_validate(dict(settings))
     except ValidationError as error:
-        told = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}".lstrip(": ") for one in error.errors())
-        raise RequestError(f"experts of {made.method.name}, trained by {name}: {told}") from None
-    plain = config.model_dump(mode="json")
+        details = "; ".join(f"{'.'.join(map(str, at['loc']))}: {at['msg']}".lstrip(": ") for at in error.errors())
+        raise RequestError(f"experts of {of.method.name}, trained by {name}: {details}") from None
+    plain, policy, vectors = config.model_dump(mode="json"), of.recipe.policy, list(wanted)
     recipe = Recipe(
-        method=name, task=given.task, policy=given.policy, config=plain, prefs=list(map(list, wanted)), seed=made.seed
+        method=name, task=of.recipe.task, policy=policy, config=plain, prefs=list(map(list, vectors)), seed=of.seed
     )
-    own = made.resolved.as_given
-    sets = [text for text in own["set"] if str(text).startswith("task.")]
-    sets += [
-        f"policy={given.policy.model_dump_json()}",
-        *(f"{key}={json.dumps(value)}" for key, value in plain.items()),
-    ]
-    as_given = {"method": name, "task": own["task"], "recipe_file": None, "recipe": None, "set": sets}
-    resolved = replace(made.resolved, recipe=recipe, config=config, as_given=as_given, recipe_path=None)
-    vectors = list(wanted)
-    return replace(made, method=method, resolved=resolved, preferences=vectors, given=vectors).identified()
+    sets = [text for text in of.as_given["set"] if str(text).startswith("task.")]
+    sets += [f"policy={policy.model_dump_json()}", *(f"{key}={json.dumps(value)}" for key, value in plain.items())]
+    as_given = {"method": name, "task": of.as_given["task"], "recipe_file": None, "recipe": None, "set": sets}
+    return replace(of, method=method, recipe=recipe, config=config, as_given=as_given, recipe_path=None, given=vectors)
+
+
+# -- training --------------------------------------------------------------------------------------------------------
+
+
+def train(plan: Plan, progress: Progress = silent, wait: bool = False) -> tuple[Run, bool]:
+    """Train the planned run, or find it finished; returns (run, whether it was found finished).
+
+    Raises RequestError when another process is training it (``wait``: waits for that process instead); what was done
+    before a failure or an interruption is kept, and the same request goes on from there.
+    """
+    existing = plan.existing_run
+    if existing is not None and existing.record.status == "done":
+        return existing, True
+    run = plan.open()
+    if wait and run.is_locked():
+        progress(f"waiting for {run.path.name}, which another process trains", 0, 1)
+    with run.training(wait) as meter:
+        if meter is None:
+            return run, True
+        job = plan.job(run, meter, progress)
+        with plan.mirrors(run) as run.mirrors:
+            plan.method.train(job)
+        overlong = plan.task.overlong()
+        run.record.notes = {**job.notes, "overlong": overlong} if overlong else job.notes
+    return run, False
 
 
 def context_of(run: Run, results: Path, progress: Progress = silent) -> tuple[Method, RunContext]:
@@ -295,9 +265,7 @@ def context_of(run: Run, results: Path, progress: Progress = silent) -> tuple[Me
     if run.status != "done":
         raise RequestError(f"run {run.path}: it is {run.status}, not done; finish it with the same train command first")
     method = registry.get(record.method)
-    recipe = dict(record.recipe)
-    card = TaskCard.model_validate(recipe.pop("card"))
-    task = make_task(card, results, progress)
+    task = make_task(TaskCard.model_validate(record.recipe["card"]), results, progress)
     if task.hash != record.card_hash:
         raise RequestError(
             f"run {run.path}: its task card has changed since (hash {record.card_hash} then, {task.hash} now): "
@@ -306,11 +274,7 @@ def context_of(run: Run, results: Path, progress: Progress = silent) -> tuple[Me
     return method, RunContext.of(
         task,
         run,
-        config=method.Config.model_validate(recipe["config"]),
-        preferences=_trained(record, task),
-        policy_spec=PolicySpec.model_validate(recipe["policy"]),
+        config=method.Config.model_validate(record.recipe["config"]),
+        preferences=[tuple(row) for row in record.preferences or task.grid],
+        policy_spec=PolicySpec.model_validate(record.recipe["policy"]),
     )
-
-
-def _trained(record: RunRecord, task: Task) -> list[Preference]:
-    return [tuple(row) for row in record.preferences] if record.preferences else task.grid

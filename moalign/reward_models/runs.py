@@ -22,9 +22,7 @@ from moalign.runs.store import RunStore
 class RewardStore(RunStore):
     """The reward models below a results folder."""
 
-    def __init__(self, results: Path | str = "results") -> None:
-        super().__init__(results)
-        self.root = self.results / "reward-models"
+    kind = "reward-models"
 
 
 @dataclass(frozen=True)
@@ -50,10 +48,10 @@ class RewardRequest:
         return self.parts["train"]
 
     def identity(self) -> dict[str, Any]:
-        """Return what the run's identifier is the hash of."""
+        """Return what the run's identifier is the hash of; settings at their default are left out."""
         folder = model_folder.resolve(self.backbone, self.revision, "--model")
         return {
-            "settings": self.settings.model_dump(mode="json"),
+            "settings": self.settings.model_dump(mode="json", exclude_defaults=True),
             "backbone": model_folder.fingerprint(folder, "--model"),
             "pairs": content(self.parts),
             "seed": self.seed,
@@ -90,7 +88,12 @@ def obtain(request: RewardRequest, progress: Progress = silent, wait: bool = Fal
     """
     identity = request.identity()
     method, store = request.settings.loss, RewardStore(request.results)
-    existing = store.lookup(method, request.name, identity)
+    recipe = {
+        "settings": request.settings.model_dump(mode="json"),
+        "model": request.backbone,
+        "revision": request.revision,
+    }
+    existing = store.lookup(method, request.name, identity, recipe)
     if existing is not None and existing.record.status == "done":
         return existing, True
     run = store.open(
@@ -99,7 +102,7 @@ def obtain(request: RewardRequest, progress: Progress = silent, wait: bool = Fal
         identity,
         card_hash=identity["pairs"],
         seed=request.seed,
-        recipe={"settings": identity["settings"], "model": request.backbone, "revision": request.revision},
+        recipe=recipe,
         as_given=request.as_given,
     )
     with run.lock(wait):

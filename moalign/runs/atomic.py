@@ -1,9 +1,8 @@
 """Atomic writes: files and folders appear complete or not at all.
 
-Everything is written under a hidden name beside its target, flushed to the disk and renamed into
-place: a reader, and a process that continues after ``kill -9``, sees the old content or the new one.
-A folder that cannot be written (read-only, full, over quota) is the request's fault: RequestError
-naming the folder and what to do.
+Everything is written under a hidden name beside its target, flushed to the disk and renamed into place: a reader, and a
+process that continues after ``kill -9``, sees the old content or the new one. A folder that cannot be written
+(read-only, full, over quota) is the request's fault: RequestError naming the folder and what to do.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -28,47 +27,31 @@ from moalign.core.errors import RequestError
 
 REMEDY = "free or unlock it, or choose another folder with --results DIR"
 
-_REFUSALS = {
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.ENAMETOOLONG,
-    errno.ELOOP,
-}
+_REFUSALS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR}
+_REFUSALS |= {errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
 _ABANDONED_AFTER = 24 * 3600.0
 """Seconds after which a leftover of another machine is taken for abandoned."""
 
 
 @contextlib.contextmanager
 def refusals(folder: Path, remedy: str = REMEDY) -> Iterator[None]:
-    """Turn a refused write below ``folder`` into a RequestError; other errors pass unchanged.
-
-    Errors about files elsewhere (a missing input, say) are not ours and pass too.
-    """
+    """Turn a refused write below ``folder`` into a RequestError; other errors pass, and those about other files."""
     try:
         yield
     except Exception as error:
-        code = _refusal(error)
-        if code is None or not _concerns(error, folder):
+        code = _errno(error)
+        if code not in _REFUSALS or not _concerns(error, folder):
             raise
         raise RequestError(f"{folder}: cannot write here: {os.strerror(code)}; {remedy}") from error
 
 
-def _refusal(error: Exception) -> int | None:
-    """Return the error number when the system refused the write, else None."""
-    code: int | None = None
-    if isinstance(error, OSError):
-        code = error.errno
-    elif type(error).__module__.split(".")[0] == "safetensors":
+def _errno(error: Exception) -> int:
+    """Return the number of a system's error, else 0."""
+    if type(error).__module__.split(".")[0] == "safetensors":
         # safetensors reports a full disk as its own error, with the number only in the text.
         match = re.search(r"\(os error (\d+)\)", str(error))
-        code = int(match.group(1)) if match else None
-    return code if code in _REFUSALS else None
+        return int(match[1]) if match else 0
+    return (error.errno or 0) if isinstance(error, OSError) else 0
 
 
 def _concerns(error: Exception, folder: Path) -> bool:
@@ -79,58 +62,99 @@ def _concerns(error: Exception, folder: Path) -> bool:
     return path.is_relative_to(ours) or ours.is_relative_to(path)
 
 
+# -- writing ---------------------------------------------------------------------------------------------------------
+
+
 @contextlib.contextmanager
 def file(path: Path | str, remedy: str = REMEDY) -> Iterator[Path]:
     """Yield a temporary path to write to; it becomes ``path`` when the block ends well.
 
-    The temporary name keeps the suffix (libraries choose a format by it). On any exception the
-    temporary file is removed and ``path`` stays as it was. Missing parent folders are made.
+    The temporary name keeps the suffix (libraries choose a format by it). On any exception the temporary file is
+    removed and ``path`` stays as it was. Missing parent folders are made.
 
     Raises:
         RequestError: the folder is read-only, full, or not a folder; or ``path`` is no regular file.
     """
-    target = Path(os.path.realpath(path))  # a link is written through, as open() would
-    shown = Path(path).parent
-    with refusals(shown, remedy):
-        _make_parents(target, shown, remedy)
-        if target.exists() and not target.is_file():
-            raise RequestError(f"{path}: exists and is not a regular file; choose another name")
-        temporary = _beside(target, "tmp")
-        try:
-            yield temporary
-            _sync(temporary)
-            os.replace(temporary, target)
-            _sync_folder(target.parent)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+    with _temporary(path, Path.is_file, "regular file", remedy) as (target, temporary):
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, target)
+        _sync(target.parent)
 
 
 @contextlib.contextmanager
 def directory(path: Path | str, *, replace: bool = True, remedy: str = REMEDY) -> Iterator[Path]:
     """Yield a temporary folder to fill; it becomes ``path`` when the block ends well.
 
-    An old folder of that name is replaced. With ``replace=False`` an existing one is left alone and
-    FileExistsError is raised: of several processes making the same folder exactly one succeeds.
-    A kill between the two renames of a replacement leaves the old folder under a hidden name, which
-    :func:`sweep` puts back.
+    An old folder of that name is replaced. With ``replace=False`` an existing one is left alone and FileExistsError is
+    raised: of several processes making the same folder exactly one succeeds. A kill between the two renames of a
+    replacement leaves the old folder under a hidden name, which :func:`sweep` puts back.
     """
-    target = Path(os.path.realpath(path))
+    with _temporary(path, Path.is_dir, "folder", remedy) as (target, temporary):
+        temporary.mkdir()
+        yield temporary
+        for written in [*temporary.rglob("*"), temporary]:
+            _sync(written)
+        _swap_in(temporary, target, replace)
+
+
+@contextlib.contextmanager
+def _temporary(path: Path | str, fits: Callable[[Path], bool], noun: str, remedy: str) -> Iterator[tuple[Path, Path]]:
+    """Yield the real path to write and a hidden name beside it, which is removed on any exception."""
+    target = Path(os.path.realpath(path))  # a link is written through, as open() would
     shown = Path(path).parent
     with refusals(shown, remedy):
-        _make_parents(target, shown, remedy)
-        if target.exists() and not target.is_dir():
-            raise RequestError(f"{path}: exists and is not a folder; choose another name")
-        temporary = _beside(target, "tmp")
-        temporary.mkdir()
         try:
-            yield temporary
-            _sync_tree(temporary)
-            _swap_in(temporary, target, replace)
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise RequestError(f"{shown}: cannot write here: not a folder; {remedy}") from None
+        if target.exists() and not fits(target):
+            raise RequestError(f"{path}: exists and is not a {noun}; choose another name")
+        temporary = _beside(target, "tmp")
+        try:
+            yield target, temporary
         except BaseException:
-            if temporary.exists():
-                shutil.rmtree(temporary)
+            _remove(temporary)
             raise
+
+
+def _swap_in(temporary: Path, target: Path, replace: bool) -> None:
+    if not replace:
+        try:
+            os.rename(temporary, target)  # refused by the system when target has content
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from error
+            raise
+        _sync(target.parent)
+        return
+    old = _beside(target, "old") if target.exists() else None
+    if old is not None:
+        os.rename(target, old)
+    try:
+        os.rename(temporary, target)
+    except BaseException:
+        if old is not None:
+            os.rename(old, target)
+        raise
+    _sync(target.parent)
+    if old is not None:
+        shutil.rmtree(old)
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or a folder to the disk."""
+    if not (path.is_file() or path.is_dir()):
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some file systems cannot flush a folder; what was renamed there is renamed.
+        if path.is_file() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def write_bytes(path: Path | str, data: bytes, remedy: str = REMEDY) -> None:
@@ -144,9 +168,22 @@ def write_text(path: Path | str, text: str, remedy: str = REMEDY) -> None:
     write_bytes(path, text.encode("utf-8"), remedy)
 
 
+# -- JSON ------------------------------------------------------------------------------------------------------------
+
+
 def write_json(path: Path | str, value: Any, remedy: str = REMEDY) -> None:
     """Write ``value`` as indented JSON (see :func:`plain`) to ``path`` atomically."""
     write_bytes(path, json_bytes(value, indent=2), remedy)
+
+
+def read_json(path: Path, remedy: str) -> Any:
+    """Return the content of a JSON file; RequestError naming file and line when it cannot be read, with the remedy."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise RequestError(f"{path}:{error.lineno}: not JSON ({error.msg}); {remedy}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"{path}: cannot be read: {error}") from error
 
 
 def json_bytes(value: Any, indent: int | None = None) -> bytes:
@@ -159,8 +196,8 @@ def json_bytes(value: Any, indent: int | None = None) -> bytes:
 def plain(value: Any) -> Any:
     """Return ``value`` made of JSON's types only.
 
-    NaN and infinity become null (JSON has neither), arrays, tensors and numpy numbers become lists
-    and numbers, times ISO text. Raises TypeError for anything else.
+    NaN and infinity become null (JSON has neither), arrays, tensors and numpy numbers become lists and numbers, times
+    ISO text. Raises TypeError for anything else.
     """
     if value is None or isinstance(value, bool | int | str):
         return value
@@ -180,6 +217,9 @@ def plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} cannot be written as JSON: {value!r}")
 
 
+# -- removing --------------------------------------------------------------------------------------------------------
+
+
 def remove_directory(path: Path) -> None:
     """Remove a folder so that nobody sees half of it; nothing happens when it does not exist."""
     if path.exists():
@@ -196,18 +236,19 @@ def sweep(folder: Path) -> None:
     """
     with refusals(folder):
         for old in sorted(folder.rglob(".old-*")):
-            if old.exists() and _abandoned(old):
-                target = old.with_name(old.name.split("-", 4)[4])
-                if target.exists():
-                    shutil.rmtree(old)
-                else:
-                    os.rename(old, target)
-        for leftover in sorted(folder.rglob(".tmp-*")):
-            if leftover.exists() and _abandoned(leftover):
-                if leftover.is_dir():
-                    shutil.rmtree(leftover)
-                else:
-                    leftover.unlink()
+            target = old.with_name(old.name.split("-", 4)[-1])
+            if _abandoned(old) and not target.exists():
+                os.rename(old, target)
+        for leftover in [*sorted(folder.rglob(".old-*")), *sorted(folder.rglob(".tmp-*"))]:
+            if _abandoned(leftover):
+                _remove(leftover)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _host() -> str:
@@ -221,8 +262,8 @@ def _beside(target: Path, kind: str) -> Path:
 
 def _abandoned(path: Path) -> bool:
     parts = path.name.split("-", 4)
-    if len(parts) != 5 or not parts[2].isdigit():
-        return False  # not one of ours
+    if len(parts) != 5 or not parts[2].isdigit() or not path.exists():
+        return False  # not one of ours, or gone with the folder it was in
     if parts[1] == _host() and not _alive(int(parts[2])):
         return True
     return time.time() - path.stat().st_mtime > _ABANDONED_AFTER
@@ -236,60 +277,3 @@ def _alive(pid: int) -> bool:
     except PermissionError:
         return True  # it exists and belongs to someone else
     return True
-
-
-def _make_parents(target: Path, shown: Path, remedy: str) -> None:
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise RequestError(f"{shown}: cannot write here: not a folder; {remedy}") from None
-
-
-def _swap_in(temporary: Path, target: Path, replace: bool) -> None:
-    if not replace:
-        try:
-            os.rename(temporary, target)  # refused by the system when target has content
-        except OSError as error:
-            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from error
-            raise
-        _sync_folder(target.parent)
-        return
-    old = _beside(target, "old") if target.exists() else None
-    if old is not None:
-        os.rename(target, old)
-    try:
-        os.rename(temporary, target)
-    except BaseException:
-        if old is not None:
-            os.rename(old, target)
-        raise
-    _sync_folder(target.parent)
-    if old is not None:
-        shutil.rmtree(old)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync_folder(folder: Path) -> None:
-    try:
-        _sync(folder)
-    except OSError as error:
-        # Some file systems cannot flush a folder; the rename itself is done.
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-
-
-def _sync_tree(folder: Path) -> None:
-    for root, _, names in os.walk(folder):
-        for name in names:
-            path = Path(root, name)
-            if path.is_file():
-                _sync(path)
-        _sync_folder(Path(root))

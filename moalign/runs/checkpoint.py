@@ -46,7 +46,9 @@ def save(folder: Path, step: int, tensors: Mapping[str, torch.Tensor], state: Ma
     """
     if step < 0:
         raise ValueError(f"a checkpoint's step is at least 0; found {step}")
-    content = _canonical(step, state)
+    _check_keys(state, "state")
+    # NaN and infinity are kept: training must continue with the same numbers.
+    content = json.dumps({"step": step, "state": dict(state)}, default=_number)
     target = folder / f"step-{step:08d}"
     with atomic.directory(target) as temporary:
         _write_tensors(tensors, temporary / TENSORS)
@@ -54,7 +56,8 @@ def save(folder: Path, step: int, tensors: Mapping[str, torch.Tensor], state: Ma
         text = f'{{"format": 1, "sha256": {json.dumps(sums)}, "content": {json.dumps(content)}}}\n'
         (temporary / STATE).write_text(text, encoding="utf-8")
     older = [saved for saved in _steps(folder) if saved < step]
-    for stale in [saved for saved in _steps(folder) if saved > step] + older[KEPT - 1 :]:
+    later = [saved for saved in _steps(folder) if saved > step]
+    for stale in later + older[KEPT - 1 :]:
         atomic.remove_directory(folder / f"step-{stale:08d}")
     return target
 
@@ -110,12 +113,6 @@ def _steps(folder: Path) -> list[int]:
     """Return the steps of the checkpoints below ``folder``, newest first."""
     names = [path.name for path in folder.glob("step-*") if path.is_dir()]
     return sorted((int(name[5:]) for name in names if name[5:].isdigit()), reverse=True)
-
-
-def _canonical(step: int, state: Mapping[str, Any]) -> str:
-    """Return the state as JSON text. NaN and infinity are kept: training must continue with the same numbers."""
-    _check_keys(state, "state")
-    return json.dumps({"step": step, "state": dict(state)}, default=_number)
 
 
 def _number(value: Any) -> Any:

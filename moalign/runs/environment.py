@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -20,20 +21,22 @@ PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "n
 def capture() -> dict[str, Any]:
     """Return the environment as plain JSON values; what cannot be known is None.
 
-    Keys: ``python``, ``platform``, ``cpu`` (model name), ``cpus`` (usable by this process), ``threads``
-    (torch's when it is loaded, else OMP_NUM_THREADS), ``memory_bytes``, ``packages``, ``gpus`` (names; empty
-    unless torch is loaded and sees CUDA), ``commit`` and ``dirty`` (of the moalign checkout).
+    ``cpus`` are those usable by this process; ``threads`` are torch's when it is loaded, else OMP_NUM_THREADS; ``gpus``
+    is empty unless torch is loaded and sees CUDA; ``commit`` and ``dirty`` are of the moalign checkout.
     """
     commit, dirty = git_state(CHECKOUT)
+    torch = sys.modules.get("torch")
+    threads = os.environ.get("OMP_NUM_THREADS", "") if torch is None else str(torch.get_num_threads())
+    gpus = range(torch.cuda.device_count()) if torch is not None and torch.cuda.is_available() else ()
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": _cpu_name(),
         "cpus": usable_cpus(),
-        "threads": _threads(),
+        "threads": int(threads) if threads.isdigit() else None,
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "packages": {name: version(name) for name in PACKAGES},
-        "gpus": _gpus(),
+        "gpus": [torch.cuda.get_device_name(index) for index in gpus] if torch is not None else [],
         "commit": commit,
         "dirty": dirty,
     }
@@ -50,8 +53,8 @@ def version(package: str) -> str | None:
 def git_state(checkout: Path) -> tuple[str | None, bool | None]:
     """Return (commit, dirty) of ``checkout``; (None, None) when it is no checkout or git is missing.
 
-    Untracked files count as dirty: a new method file changes what runs. Before the first commit the
-    commit is None and dirty True.
+    Untracked files count as dirty: a new method file changes what runs. Before the first commit the commit is None and
+    dirty True.
     """
     if not (checkout / ".git").exists():  # an installed package inside someone else's repository is not a checkout
         return None, None
@@ -65,15 +68,9 @@ def _git(checkout: Path, *arguments: str) -> str | None:
     # GIT_DIR and its kin are set inside hooks and would point to another repository.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
     environment["GIT_OPTIONAL_LOCKS"] = "0"  # looking must not write to the checkout
+    command = ["git", "-C", str(checkout), *arguments]
     try:
-        result = subprocess.run(
-            ["git", "-C", str(checkout), *arguments],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            env=environment,
-            check=True,
-        )
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, env=environment, check=True)
     except (OSError, subprocess.SubprocessError):
         return None  # no git, not a repository, or not ours to read: the commit is unknown
     return result.stdout.strip()
@@ -91,23 +88,8 @@ def usable_cpus() -> int:
 
 def _cpu_name() -> str | None:
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        content = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return platform.processor() or None
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or None
-
-
-def _threads() -> int | None:
-    torch = sys.modules.get("torch")
-    if torch is not None:
-        return int(torch.get_num_threads())
-    setting = os.environ.get("OMP_NUM_THREADS", "")
-    return int(setting) if setting.isdigit() else None
-
-
-def _gpus() -> list[str]:
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available():
-        return []
-    return [str(torch.cuda.get_device_name(index)) for index in range(torch.cuda.device_count())]
+        content = ""
+    name = re.search(r"^model name\s*:\s*(.*)$", content, re.MULTILINE)
+    return name[1].strip() if name else platform.processor() or None

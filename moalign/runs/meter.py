@@ -12,14 +12,12 @@ from pathlib import Path
 class Meter:
     """Counts tokens, reward calls and seconds, and knows the peak memory.
 
-    Save :meth:`state` with every checkpoint and give it to :meth:`load` on resume: the totals are then those of
-    the work that is in the result. Work lost to a kill (after the last checkpoint) is not counted twice.
+    Save :meth:`state` with every checkpoint and give it to :meth:`load` on resume: the totals are then those of the
+    work that is in the result. Work lost to a kill (after the last checkpoint) is not counted twice.
     """
 
     def __init__(self) -> None:
-        self.tokens_generated = 0
-        self.tokens_trained = 0
-        self.reward_calls = 0
+        self.tokens_generated = self.tokens_trained = self.reward_calls = 0
         self._earlier_seconds = 0.0
         self._earlier_peak = 0
         self._started = time.monotonic()
@@ -37,13 +35,9 @@ class Meter:
         self.reward_calls += _checked(count)
 
     def add_run(self, cost: Mapping[str, float], seconds: float, passed: float = 0.0) -> None:
-        """Count another run's whole cost as this one's.
+        """Count another run's whole cost (its :meth:`cost`, its seconds) as this one's; of the peaks the larger counts.
 
-        Args:
-            cost: what its :meth:`cost` was; peak memory becomes the larger of the two.
-            seconds: how long it took.
-            passed: seconds that passed on this meter's clock while that run was looked up, trained or waited for;
-                ``seconds`` replaces them.
+        ``seconds`` replaces the seconds that ``passed`` on this clock while that run was found, trained or waited for.
         """
         self.add_tokens_generated(int(cost["tokens_generated"]))
         self.add_tokens_trained(int(cost["tokens_trained"]))
@@ -66,12 +60,8 @@ class Meter:
 
     def cost(self) -> dict[str, int]:
         """Return the record's ``cost`` section."""
-        return {
-            "tokens_generated": self.tokens_generated,
-            "tokens_trained": self.tokens_trained,
-            "reward_calls": self.reward_calls,
-            "peak_memory_bytes": self.peak_memory_bytes,
-        }
+        names = ("tokens_generated", "tokens_trained", "reward_calls", "peak_memory_bytes")
+        return {name: getattr(self, name) for name in names}
 
     def state(self) -> dict[str, float]:
         """Return the totals as plain numbers, for a checkpoint."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -73,39 +72,16 @@ def read(folder: Path) -> RunRecord:
 
     Raises RequestError naming the file (and line or key) when it is missing, unreadable, not JSON or not a record.
     """
-    path = folder / FILE
+    path, remedy = folder / FILE, "move the run's folder away to train it again"
+    if not path.exists():
+        raise RequestError(f"{folder}: not a run: it holds no {FILE}")
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise RequestError(f"{folder}: not a run: it holds no {FILE}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{path}: cannot be read: {error}") from error
-    try:
-        return RunRecord.model_validate(json.loads(text))
-    except json.JSONDecodeError as error:
-        raise RequestError(f"{path}:{error.lineno}: not JSON ({error.msg}); {_REMEDY}") from error
+        return RunRecord.model_validate(atomic.read_json(path, remedy))
     except ValidationError as error:
         details = "; ".join(
             f"{'.'.join(map(str, problem['loc'])) or 'the whole file'}: {problem['msg']}" for problem in error.errors()
         )
-        raise RequestError(f"{path}: not a run record of this moalign: {details}; {_REMEDY}") from error
-
-
-def read_evaluation(path: Path) -> dict[str, Any]:
-    """Return the content of a run's ``eval*.json``; RequestError when it is damaged, with what to do about it."""
-    remedy = f"remove it and evaluate again: moalign eval {path.parent}"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{path}: cannot be read: {error}") from error
-    except json.JSONDecodeError as error:
-        raise RequestError(f"{path}:{error.lineno}: not JSON ({error.msg}); {remedy}") from error
-    if not isinstance(content, dict) or not {"card_hash", "points", "hypervolume"} <= set(content):
-        raise RequestError(f"{path}: not an evaluation that moalign wrote; {remedy}")
-    return content
-
-
-_REMEDY = "move the run's folder away to train it again"
+        raise RequestError(f"{path}: not a run record of this moalign: {details}; {remedy}") from error
 
 
 def now() -> datetime:

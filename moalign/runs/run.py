@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +16,13 @@ from moalign.core.errors import RequestError
 from moalign.runs import atomic, checkpoint, environment
 from moalign.runs import record as records
 from moalign.runs.checkpoint import Checkpoint
+from moalign.runs.meter import Meter
 from moalign.runs.record import Cost, RunRecord, Status
 
 if TYPE_CHECKING:
     import pandas as pd
     import torch
 
-    from moalign.runs.meter import Meter
     from moalign.runs.trackers import Mirrors
 
 METRICS = "metrics.jsonl"
@@ -117,6 +117,30 @@ class Run:
             owner.unlink(missing_ok=True)
             lock.release()
 
+    @contextlib.contextmanager
+    def training(self, wait: bool = False) -> Iterator[Meter | None]:
+        """Hold the run while it is trained; yields its meter, or None when it is done already.
+
+        It is ``done`` when the block ends well; else ``failed`` with the error, or ``interrupted``, and its checkpoints
+        stay for the next attempt. Raises what :meth:`lock` raises.
+        """
+        with self.lock(wait):
+            if self.record.status == "done":
+                yield None
+                return
+            self.mark("running")
+            meter = Meter()
+            try:
+                yield meter
+            except KeyboardInterrupt:
+                self.mark("interrupted")
+                raise
+            except Exception as error:
+                self.mark("failed", error=f"{type(error).__name__}: {error}")
+                raise
+            self.mark("done", meter=meter)
+            self.drop_checkpoints()
+
     def is_locked(self) -> bool:
         """Whether any process is writing this run now. Works without write permission."""
         import fcntl
@@ -151,9 +175,8 @@ class Run:
         """Append one line to ``metrics.jsonl``: step, phase and the metrics (NaN and infinity become null)."""
         line = atomic.json_bytes({"step": step, "phase": phase, **metrics})
         path = self.path / METRICS
-        if not self._mended:
-            self._mend_metrics()
-            self._mended = True
+        if not self._mended:  # a new line must not be glued to a half one
+            self._keep_metrics(lambda entry: True)
         with atomic.refusals(self.path), open(path, "ab", buffering=0) as stream:
             end = stream.seek(0, os.SEEK_END)
             try:
@@ -175,10 +198,12 @@ class Run:
 
     def truncate_metrics(self, phase: str, step: int) -> None:
         """Drop the lines of ``phase`` after ``step``: a resume from the checkpoint of ``step`` writes them again."""
-        lines = self._metric_lines()
-        remaining = [raw for raw, entry in lines if entry.get("phase") != phase or entry["step"] <= step]
+        self._keep_metrics(lambda entry: entry.get("phase") != phase or entry["step"] <= step)
+
+    def _keep_metrics(self, keep: Callable[[dict[str, Any]], bool]) -> None:
+        """Drop all other lines, and what is left of a half-written one; nothing is written where nothing changes."""
         path = self.path / METRICS
-        content = b"".join(raw + b"\n" for raw in remaining)
+        content = b"".join(raw + b"\n" for raw, entry in self._metric_lines() if keep(entry))
         if path.exists() and path.read_bytes() != content:
             atomic.write_bytes(path, content)
         self._mended = True
@@ -187,31 +212,18 @@ class Run:
         path = self.path / METRICS
         if not path.exists():
             return []
-        *lines, last = path.read_bytes().split(b"\n")
+        lines = path.read_bytes().split(b"\n")
         entries = []
         for number, raw in enumerate(lines, start=1):
-            entry = _metric(raw)
-            if entry is None:
+            try:
+                entry = json.loads(raw)
+            except ValueError:
+                entry = None
+            if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+                entries.append((raw, entry))
+            elif number < len(lines):  # the last is empty, unless a kill cut its line
                 raise RequestError(f"{path}:{number}: damaged line {raw[:60]!r}; delete it")
-            entries.append((raw, entry))
-        entry = _metric(last)  # empty, unless a kill cut the last line (or only its newline)
-        return [*entries, (last, entry)] if entry is not None else entries
-
-    def _mend_metrics(self) -> None:
-        """Make the file end with a newline, so that a new line is not glued to a half one."""
-        path = self.path / METRICS
-        if not path.exists():
-            return
-        content = path.read_bytes()
-        last = content.rpartition(b"\n")[2]
-        if not last:
-            return
-        with atomic.refusals(self.path), open(path, "r+b") as stream:
-            if _metric(last) is None:
-                stream.truncate(len(content) - len(last))
-            else:
-                stream.seek(0, os.SEEK_END)
-                stream.write(b"\n")
+        return entries
 
     # -- phases and checkpoints ----------------------------------------------------------------------
 
@@ -230,7 +242,7 @@ class Run:
         self.save_record()
 
     def checkpoint_dir(self, phase: str) -> Path:
-        """The folder of the phase's checkpoints (it may not exist yet)."""
+        """The folder of the phase's checkpoints (it may not exist yet); ValueError for what is no folder's name."""
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._,+=-]*", phase):
             raise ValueError(f"a phase's name must do as a folder's name; found {phase!r}")
         return self.path / CHECKPOINTS / phase
@@ -290,12 +302,3 @@ class Run:
         if inside.is_absolute() or ".." in inside.parts:
             raise ValueError(f"a file of a run lies in its folder; found {name!r}")
         return self.path / inside
-
-
-def _metric(raw: bytes) -> dict[str, Any] | None:
-    """Return the line's content, or None when the line is incomplete."""
-    try:
-        entry = json.loads(raw)
-    except ValueError:
-        return None
-    return entry if isinstance(entry, dict) and isinstance(entry.get("step"), int) else None

@@ -6,6 +6,7 @@ being trained by another process.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -21,6 +22,9 @@ from moalign.runs import atomic, environment
 from moalign.runs import record as records
 from moalign.runs.record import RunRecord, Status
 from moalign.runs.run import Run
+
+SETTINGS = ("config", "policy", "settings")
+"""The parts of a recipe of which a request holds only what differs from the defaults."""
 
 _LISTED = 8
 """Runs named in a message."""
@@ -38,26 +42,40 @@ def identity(request: Mapping[str, Any]) -> str:
 class RunStore:
     """All runs below a results folder."""
 
+    kind = "runs"
+    """The folder's name."""
+
     def __init__(self, results: Path | str = "results") -> None:
         self.results = Path(results)
-        self.root = self.results / "runs"
+        self.root = self.results / self.kind
         self._warned: set[Path] = set()
-
-    def run_id(self, method: str, task: str, request: Mapping[str, Any]) -> str:
-        """Return the identifier of the run that ``request`` asks for."""
-        return identity({**request, "method": method, "task": task})
 
     def folder(self, method: str, task: str, request: Mapping[str, Any]) -> Path:
         """Return the folder of the run that ``request`` asks for; it may not exist."""
         for kind, name in (("task", task), ("method", method)):
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
                 raise RequestError(f"{kind} {name!r}: letters, digits, '.', '_' and '-' only: it names a folder")
-        return self.root / task / method / self.run_id(method, task, request)
+        return self.root / task / method / identity({**request, "method": method, "task": task})
 
-    def lookup(self, method: str, task: str, request: Mapping[str, Any]) -> Run | None:
-        """Return the run that ``request`` asks for if it exists; nothing is written."""
+    def lookup(
+        self, method: str, task: str, request: Mapping[str, Any], recipe: Mapping[str, Any] | None = None
+    ) -> Run | None:
+        """Return the run that ``request`` asks for if it exists; nothing is written.
+
+        Raises RequestError when its record is damaged, or holds other settings than ``recipe``: a request leaves out
+        what is at its default, and a default has changed since.
+        """
         folder = self.folder(method, task, request)
-        return Run.load(folder) if folder.exists() else None
+        if not folder.exists():
+            return None
+        run = Run.load(folder)
+        changed = list(_changes(_settings(run.record.recipe), _settings(atomic.plain(recipe or {}))))
+        if changed:
+            raise RequestError(
+                f"{folder}: this run was made when other settings were the default ({', '.join(changed)}), so it is "
+                "not the run asked for; move its folder away to train it again"
+            )
+        return run
 
     def open(
         self,
@@ -77,30 +95,29 @@ class RunStore:
         loads it. Take :meth:`Run.lock` before writing.
 
         Raises:
-            RequestError: the results folder is read-only, full or not a folder; or the existing record is damaged.
+            RequestError: the results folder is read-only, full or not a folder; or as in :meth:`lookup`.
         """
+        existing = self.lookup(method, task, request, recipe)
+        if existing is not None:
+            return existing
         folder = self.folder(method, task, request)
-        if not folder.exists():
-            record = RunRecord(
-                run_id=folder.name,
-                method=method,
-                task=task,
-                card_hash=card_hash,
-                seed=seed,
-                preferences=None if preferences is None else list(preferences),
-                identity=atomic.plain(request),
-                recipe=atomic.plain(recipe or {}),
-                as_given=atomic.plain(as_given or {}),
-                created=records.now(),
-                environment=environment.capture(),
-                moalign_version=environment.version("moalign"),
-            )
-            try:
-                with atomic.directory(folder, replace=False) as temporary:
-                    (temporary / records.FILE).write_bytes(atomic.json_bytes(record.model_dump(), indent=2))
-            except FileExistsError:
-                # Another process made the same run between the two lines above: its record is as good.
-                return Run.load(folder)
+        record = RunRecord(
+            run_id=folder.name,
+            method=method,
+            task=task,
+            card_hash=card_hash,
+            seed=seed,
+            preferences=None if preferences is None else list(preferences),
+            identity=atomic.plain(request),
+            recipe=atomic.plain(recipe or {}),
+            as_given=atomic.plain(as_given or {}),
+            created=records.now(),
+            environment=environment.capture(),
+            moalign_version=environment.version("moalign"),
+        )
+        # If another process made the same run just now, its record is as good.
+        with contextlib.suppress(FileExistsError), atomic.directory(folder, replace=False) as temporary:
+            (temporary / records.FILE).write_bytes(atomic.json_bytes(record.model_dump(), indent=2))
         return Run.load(folder)
 
     def runs(self, task: str | None = None, method: str | None = None, status: Status | None = None) -> list[Run]:
@@ -109,13 +126,17 @@ class RunStore:
         A run whose record is damaged is named once on stderr and left out.
         """
         matching = []
-        for folder in self._folders():
-            if task not in (None, folder.parts[-3]) or method not in (None, folder.parts[-2]):
+        for label in self._labels():
+            of_task, of_method, _ = label.split("/")
+            if task not in (None, of_task) or method not in (None, of_method):
                 continue
+            folder = self.root / label
             try:
                 run = Run.load(folder)
             except RequestError as error:
-                self._warn(folder, str(error))
+                if folder not in self._warned:
+                    self._warned.add(folder)
+                    print(f"warning: run left out: {error}", file=sys.stderr)
                 continue
             if status in (None, run.status):
                 matching.append(run)
@@ -146,52 +167,57 @@ class RunStore:
             return Run.load(path)
         if path.is_dir() and (os.sep in name or name.startswith(".")):
             raise RequestError(f"{name}: not a run: this folder holds no {records.FILE}")
-        folders = list(self._folders())
-        fitting = [folder for folder in folders if self._fits(folder, name)]
-        exact = [folder for folder in fitting if folder.name == name.rpartition("/")[2]]
+        labels = list(self._labels())
+        fitting = [label for label in labels if _fits(label, name)]
+        exact = [label for label in fitting if label.rpartition("/")[2] == name.rpartition("/")[2]]
         candidates = exact or fitting
         if len(candidates) == 1:
-            return Run.load(candidates[0])
+            return Run.load(self.root / candidates[0])
         if candidates:
             raise RequestError(
-                f"run {name!r}: {len(candidates)} runs fit: {self._list(candidates)}; give more of the identifier"
+                f"run {name!r}: {len(candidates)} runs fit: {_listed(candidates)}; give more of the identifier"
             )
-        raise self._unknown(name, folders)
-
-    def _unknown(self, name: str, folders: Sequence[Path]) -> RequestError:
-        if not folders:
-            return RequestError(
+        if not labels:
+            raise RequestError(
                 f"unknown run {name!r}: there are no runs in {self.root}; "
                 "train one: moalign train METHOD, or name another folder with --results DIR"
             )
-        allowed = [folder.name for folder in folders]
+        allowed = [label.rpartition("/")[2] for label in labels]
         if "/" in name:
-            allowed = [self._label(folder) for folder in folders] + [str(folder) for folder in folders]
-        listed = self._list(folders)
-        return RequestError(f"unknown run {name!r}; runs in {self.root}: {listed}{did_you_mean(name, allowed)}")
+            allowed = labels + [str(self.root / label) for label in labels]
+        hint = did_you_mean(name, allowed)
+        raise RequestError(f"unknown run {name!r}; runs in {self.root}: {_listed(labels)}{hint}")
 
-    def _fits(self, folder: Path, name: str) -> bool:
-        *above, last = name.rstrip("/").split("/")
-        parts = folder.relative_to(self.root).parts
-        return bool(last) and folder.name.startswith(last) and list(parts[:-1][len(parts) - 1 - len(above) :]) == above
-
-    def _list(self, folders: Sequence[Path]) -> str:
-        listed = ", ".join(self._label(folder) for folder in folders[:_LISTED])
-        more = len(folders) - _LISTED
-        return f"{listed} and {more} more (moalign ls runs)" if more > 0 else listed
-
-    def _label(self, folder: Path) -> str:
-        return folder.relative_to(self.root).as_posix()
-
-    def _folders(self) -> Iterator[Path]:
-        """Yield the run folders in order of name; hidden ones are being written."""
+    def _labels(self) -> Iterator[str]:
+        """Yield ``task/method/run-id`` of every run in order of name; hidden folders are being written."""
         if self.results.exists() and not self.results.is_dir():
             raise RequestError(f"--results {self.results}: not a folder")
         for folder in sorted(self.root.glob("*/*/*")):
-            if folder.is_dir() and not any(part.startswith(".") for part in folder.relative_to(self.root).parts):
-                yield folder
+            label = folder.relative_to(self.root)
+            if folder.is_dir() and not any(part.startswith(".") for part in label.parts):
+                yield label.as_posix()
 
-    def _warn(self, folder: Path, message: str) -> None:
-        if folder not in self._warned:
-            self._warned.add(folder)
-            print(f"warning: run left out: {message}", file=sys.stderr)
+
+def _fits(label: str, name: str) -> bool:
+    *parents, run_id = label.split("/")
+    *above, start = name.rstrip("/").split("/")
+    return bool(start) and run_id.startswith(start) and parents[len(parents) - len(above) :] == above
+
+
+def _listed(labels: Sequence[str]) -> str:
+    more = len(labels) - _LISTED
+    return ", ".join(labels[:_LISTED]) + (f" and {more} more (moalign ls runs)" if more > 0 else "")
+
+
+def _settings(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: recipe[key] for key in SETTINGS if key in recipe}
+
+
+def _changes(recorded: Any, requested: Any, name: str = "") -> Iterator[str]:
+    """Yield the settings that differ; one that only one side has is newer or older than the run, and no change."""
+    if isinstance(recorded, Mapping) and isinstance(requested, Mapping):
+        for key, value in recorded.items():
+            if key in requested:
+                yield from _changes(value, requested[key], f"{name}.{key}".lstrip("."))
+    elif recorded != requested:
+        yield f"{name}: {recorded} then, {requested} now"

@@ -51,42 +51,39 @@ class Mirrors:
     ) -> None:
         """Name the trackers of the run in ``folder`` (``<results>/runs/<task>/<method>/<run-id>``).
 
-        Args:
-            names: of trackers, from :data:`PACKAGES`.
-            folder: the run's.
-            settings: of the run; passed to trackers that show them.
-            warn: called once for each tracker that fails; default: a line on stderr.
+        ``settings`` are the run's, for trackers that show them; ``warn`` is called once for each tracker that fails
+        (None: a line on stderr).
         """
         self._waiting = list(dict.fromkeys(names))
         self._open: dict[str, Any] = {}
         self._folder = folder
         self._settings = dict(settings)
-        self._warn = warn or _to_stderr
+        self._warn = warn or (lambda text: print(f"warning: {text}", file=sys.stderr, flush=True))
 
     def __enter__(self) -> Mirrors:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.finish()
+        """Close every tracker."""
+        for name, tracker in list(self._open.items()):
+            self._try(name, tracker.finish)
+            self._open.pop(name, None)
 
     def log(self, step: int, phase: str, metrics: Mapping[str, Any]) -> None:
         """Send every tracker one line of ``metrics.jsonl``: numbers only, each as ``phase/name``."""
-        numbers = {f"{phase}/{key}": value for key, value in metrics.items() if _is_number(value)}
+        numbers = {
+            f"{phase}/{key}": value
+            for key, value in metrics.items()
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        }
         while self._waiting:
             name = self._waiting.pop(0)
             self._try(name, self._start, name)
         for name, tracker in list(self._open.items()):
             if name in _STEPS_GROW:
-                values, at = {**numbers, f"{phase}/step": step}, None
+                self._try(name, tracker.log, {**numbers, f"{phase}/step": step}, None)
             else:
-                values, at = numbers, step
-            self._try(name, tracker.log, values, at)
-
-    def finish(self) -> None:
-        """Close every tracker."""
-        for name, tracker in list(self._open.items()):
-            self._try(name, tracker.finish)
-            self._open.pop(name, None)
+                self._try(name, tracker.log, numbers, step)
 
     def _start(self, name: str) -> None:
         from accelerate import PartialState, tracking
@@ -97,15 +94,16 @@ class Mirrors:
         place.mkdir(parents=True, exist_ok=True)
         if name in _STORES:
             os.environ.setdefault(_STORES[name], f"sqlite:///{place}/mlflow.db" if name == "mlflow" else str(place))
-        project, title = "moalign", f"{task}/{method}/{run_id}"
+        project, title, settings = "moalign", f"{task}/{method}/{run_id}", self._settings
         if name == "tensorboard":
             tracker = tracking.TensorBoardTracker(title, place)
         elif name == "wandb":
-            tracker = tracking.WandBTracker(project, name=title, id=run_id, resume="allow", config=self._settings)
+            tracker = tracking.WandBTracker(project, name=title, id=run_id, resume="allow", config=settings)
         elif name == "trackio":
-            tracker = tracking.TrackioTracker(project, name=title, resume="allow", config=self._settings)
+            tracker = tracking.TrackioTracker(project, name=title, resume="allow", config=settings)
         else:
-            tracker = tracking.MLflowTracker(experiment_name=project, run_name=title, tags=_tags(self._settings))
+            tags = {key: str(value)[:500] for key, value in settings.items()}
+            tracker = tracking.MLflowTracker(experiment_name=project, run_name=title, tags=tags)
         tracker.start()
         self._open[name] = tracker
 
@@ -116,15 +114,3 @@ class Mirrors:
             self._open.pop(name, None)
             message = " ".join(str(error).split())
             self._warn(f"{name}: {type(error).__name__}: {message}; it is told no more, metrics.jsonl goes on")
-
-
-def _tags(settings: Mapping[str, Any]) -> dict[str, str]:
-    return {key: str(value)[:500] for key, value in settings.items()}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _to_stderr(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)

@@ -10,11 +10,11 @@ import functools
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from moalign.lm.chat import Codec, Renderer
     from moalign.lm.language_model import LanguageModel
     from moalign.lm.sampler import Sampling
+    from moalign.reward_models.pairs import PairSet
     from moalign.rewards.store import Store
 
 
@@ -378,6 +379,19 @@ class Task:
         table = pd.read_parquet(path)
         prompts, responses = table["prompt"].tolist(), from_columns(table)
         return Scored(prompts, responses, self.panel.score(prompts, shown(responses)), int(table["sampled"].iloc[0]))
+
+    reward_settings: ClassVar[Mapping[str, Any]] = {}
+    """Settings of a reward model for this kind of task, where they differ from the defaults."""
+
+    def pair_sets(self) -> list[PairSet]:
+        """Return the labelled pairs over all splits, for reward models; RequestError where the card names none."""
+        from moalign.reward_models import pairs
+
+        given = self.card.data.pairs if self.card.data is not None else None
+        if given is None:
+            raise RequestError(f"task {self.card.name}: its card has no data.pairs; give files with --pairs instead")
+        sources = given if isinstance(given, dict) else {self.card.name: given}
+        return pairs.read(list(sources.items()), Path.cwd())
 
     def has_pairs(self, objective: int) -> bool:
         """Whether the task's data holds preference labels for an objective."""

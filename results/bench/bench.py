@@ -232,11 +232,11 @@ def grid_ratio(repeats: int) -> dict[str, Any]:
 def inside(grid: Path, single: Path, repeats: int) -> dict[str, Any]:
     """Time answering and scoring for the runs in two results folders, in this process."""
     from moalign.evaluation import evaluate
-    from moalign.experiment import finished
+    from moalign.experiment.handle import RunHandle
 
     opened = {}
     for name, folder in (("grid", grid), ("one", single)):
-        method, context = finished.opened(finished.find([], folder)[0], folder)
+        method, context = RunHandle.find(None, folder).open()
         opened[name] = method, context, (context.task.grid if name == "grid" else [(0.5, 0.5)])
     times: dict[str, list[float]] = {"grid": [], "one": []}
     for _ in range(repeats + 1):  # the first loads the model and warms the allocator

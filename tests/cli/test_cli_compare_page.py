@@ -93,7 +93,7 @@ def test_numbers_of_papers_stand_apart(compare: Compare, monkeypatch: pytest.Mon
     planned = jobs.planned
 
     def with_numbers(plan: Any) -> Any:
-        plan.resolved.recipe.reported.append(paper)
+        plan.recipe.reported.append(paper)
         return planned(plan)
 
     monkeypatch.setattr(jobs, "planned", with_numbers)

@@ -21,6 +21,7 @@ from moalign.evaluation.divergence import KlToBase
 from moalign.methods import registry
 from moalign.methods.base import Capabilities
 from moalign.report import drawings
+from moalign.tasks.task import Task
 from moalign.training.job import Job, RunContext
 
 CARD = """
@@ -93,6 +94,10 @@ def _toys(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(registry, "get", toys.__getitem__)
     monkeypatch.setattr(jobs, "HEAVY", ())
     monkeypatch.setattr(evaluate, "respond", respond)
+    # Without these no tokenizer is loaded, which takes longer than all the rest.
+    monkeypatch.setattr(Task, "overlong", lambda self: {})
+    monkeypatch.setattr(Task, "short_below", 6)
+    monkeypatch.setattr(Task, "tokens", lambda self, texts: [text.split() for text in texts])
     monkeypatch.setattr(drawings, "ALL", {"fronts": lambda record, suffix: FIGURES[suffix]})
     yield
 

@@ -89,7 +89,7 @@ def test_the_experts_run_is_the_one_a_user_would_ask_for(ask: Any, tmp_path: Pat
 
 def test_the_command_that_a_record_of_experts_tells_asks_for_them_again(ask: Any, tmp_path: Path) -> None:
     made = expert_plan(ask("picky-soup", "experts.steps=3"), "picky", {"steps": 3, "lr": 0.5}, CORNERS)
-    told = arguments(made.resolved.as_given, made.seed, made.given, tmp_path / "results")
+    told = arguments(made.as_given, made.seed, made.given, tmp_path / "results")
     assert told[:3] == ["train", "picky", "--task"]
 
     def values(option: str) -> tuple[str, ...]:

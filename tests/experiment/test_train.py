@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 
 from moalign.core import errors
 from moalign.core.errors import RequestError
-from moalign.experiment.train import TrainRequest, context_of, plan, train
+from moalign.experiment.train import Plan, TrainRequest, context_of, plan, train
+from moalign.runs.run import Run
 
 SMALL = ("steps=2", "batch=4", "max_tokens=48")
 
@@ -110,7 +112,7 @@ def test_a_recipe_names_its_task_and_its_preferences(tmp_path: Path, results: Pa
     assert made.task.card.name == "sandbox-3"
     assert made.seed == 4
     assert made.given == [(0.2, 0.3, 0.5), (1.0, 0.0, 0.0)]  # each once
-    assert made.resolved.config.steps == 7
+    assert made.config.steps == 7
     assert plan(TrainRequest("mo-odpo", recipe=recipe, seed=9, results=results)).seed == 9
     asked = plan(TrainRequest("mo-odpo", recipe=recipe, prefs=("0,1,0",), results=results))
     assert asked.given == [(0.0, 1.0, 0.0)]
@@ -155,12 +157,21 @@ def test_the_run_is_the_same_exactly_when_the_request_is(
     assert len({same, *others}) == len(others) + 1
 
 
-def test_a_finished_run_is_found_and_not_trained_again(
-    small_task: tuple[str, ...], results: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    request = TrainRequest("sft", overrides=(*small_task, *SMALL), results=results)
-    run, found = train(plan(request))
+@pytest.fixture(scope="module")
+def finished(small_task: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainRequest, Plan, Run]:
+    """A request, its plan before anything was trained, and the run that it made."""
+    results = tmp_path_factory.mktemp("finished") / "results"
+    request = TrainRequest("sft", overrides=(*small_task, *SMALL), prefs=("0.3,0.7",), seed=5, results=results)
+    made = plan(request)
+    run, found = train(made)
     assert not found
+    return request, made, run
+
+
+def test_a_finished_run_is_found_and_not_trained_again(
+    finished: tuple[TrainRequest, Plan, Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request, _, run = finished
     assert run.record.status == "done"
     written = {path: path.stat().st_mtime_ns for path in run.path.rglob("*") if path.is_file()}
 
@@ -173,17 +184,52 @@ def test_a_finished_run_is_found_and_not_trained_again(
     assert {path: path.stat().st_mtime_ns for path in run.path.rglob("*") if path.is_file()} == written
 
 
-def test_the_record_holds_what_was_asked_for(small_task: tuple[str, ...], results: Path) -> None:
-    request = TrainRequest("sft", overrides=(*small_task, *SMALL), prefs=("0.3,0.7",), seed=5, results=results)
-    made = plan(request)
-    record = train(made)[0].record
+def test_the_record_holds_what_was_asked_for(finished: tuple[TrainRequest, Plan, Run]) -> None:
+    _, made, run = finished
+    record = run.record
     assert (record.method, record.task, record.seed) == ("sft", "sandbox", 5)
     assert record.card_hash == made.task.hash
     assert record.preferences == [(0.3, 0.7)]
     assert record.recipe["config"]["steps"] == 2
     assert record.recipe["config"]["clip"] == 1.0  # a default, resolved
+    assert "clip" not in record.identity["config"]
     assert record.cost.tokens_trained > 0
     assert record.seconds > 0
+
+
+def test_a_new_option_leaves_old_runs_what_they_are(
+    finished: tuple[TrainRequest, Plan, Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request, made, run = finished
+    config: Any = type(made.method).Config
+
+    class Newer(config):  # type: ignore[misc]
+        novelty: float = 0.5
+
+    monkeypatch.setattr(type(made.method), "Config", Newer)
+    newer = plan(request)
+    assert newer.existing_run is not None and newer.folder == run.path
+    changed = plan(replace(request, overrides=(*request.overrides, "novelty=0.6")))
+    assert changed.existing_run is None
+
+
+def test_a_run_under_another_default_does_not_pass_for_one_under_the_new(
+    finished: tuple[TrainRequest, Plan, Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request, made, run = finished
+    config: Any = type(made.method).Config
+
+    class Changed(config):  # type: ignore[misc]
+        clip: float | None = 2.0
+
+    monkeypatch.setattr(type(made.method), "Config", Changed)
+    changed = plan(request)
+    assert changed.folder == run.path
+    for ask in (lambda: changed.existing_run, changed.open, lambda: train(changed)):
+        with pytest.raises(RequestError, match=r"config\.clip: 1\.0 then, 2\.0 now.*move its folder away"):
+            ask()
+    old = plan(replace(request, overrides=(*request.overrides, "clip=1.0")))
+    assert old.folder != run.path and old.existing_run is None
 
 
 def test_a_failure_is_recorded_and_the_same_request_goes_on(
@@ -209,7 +255,7 @@ def test_a_failure_is_recorded_and_the_same_request_goes_on(
 def test_a_run_that_another_process_trains_is_refused(small_task: tuple[str, ...], results: Path) -> None:
     request = TrainRequest("sft", overrides=(*small_task, *SMALL), results=results)
     made = plan(request)
-    run = made.store.open("sft", "sandbox", made.identity, card_hash=made.task.hash, seed=0)
+    run = made.open()
     with run.lock(), pytest.raises(RequestError, match=f"pid {os.getpid()}"):
         train(plan(request))
 
@@ -217,13 +263,12 @@ def test_a_run_that_another_process_trains_is_refused(small_task: tuple[str, ...
 # -- reopening -------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_is_reopened_from_its_record_alone(small_task: tuple[str, ...], results: Path) -> None:
-    made = plan(TrainRequest("sft", overrides=(*small_task, *SMALL), prefs=("0.3,0.7",), results=results))
-    run, _ = train(made)
-    method, context = context_of(run, results)
+def test_a_run_is_reopened_from_its_record_alone(finished: tuple[TrainRequest, Plan, Run]) -> None:
+    request, made, run = finished
+    method, context = context_of(run, request.results)
     assert method.name == "sft"
-    assert context.config == made.resolved.config
-    assert context.policy_spec == made.resolved.recipe.policy
+    assert context.config == made.config
+    assert context.policy_spec == made.recipe.policy
     assert context.task.hash == made.task.hash
     assert context.task.normaliser == made.task.normaliser
     assert list(context.preferences) == [(0.3, 0.7)]
@@ -232,7 +277,7 @@ def test_a_run_is_reopened_from_its_record_alone(small_task: tuple[str, ...], re
 @pytest.mark.parametrize("status", ["failed", "interrupted"])
 def test_an_unfinished_run_is_not_reopened(small_task: tuple[str, ...], results: Path, status: Any) -> None:
     made = plan(TrainRequest("sft", overrides=(*small_task, "steps=0"), results=results))
-    run = made.store.open("sft", "sandbox", made.identity, card_hash=made.task.hash, seed=0)
+    run = made.open()
     run.mark(status)
     with pytest.raises(RequestError, match=f"it is {status}, not done; finish it with the same train command"):
         context_of(run, results)

@@ -70,7 +70,7 @@ def test_experts_of_rewarded_soups_are_the_corners_of_morlhf(ask: Any) -> None:
     assert expert.record.preferences == [(1.0, 0.0), (0.0, 1.0)]
     asked = ask("morlhf", "batch=8", "groups=8", prefs=("1,0", "0,1"))
     same = {**registry.get("rewarded-soups").quick["experts"], "batch": 8}
-    assert {key: asked.resolved.config.model_dump()[key] for key in same} == same
+    assert {key: asked.config.model_dump()[key] for key in same} == same
     assert asked.folder == expert.path
     assert soup.record.cost.reward_calls == expert.record.cost.reward_calls > 0
 

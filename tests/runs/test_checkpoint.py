@@ -190,7 +190,7 @@ import torch
 from moalign.runs import atomic, checkpoint
 folder = Path(sys.argv[1])
 checkpoint.save(folder, 10, {"weight": torch.ones(3)}, {"at": 10})
-atomic._sync_tree = lambda path: os.kill(os.getpid(), signal.SIGKILL)  # tensors and state written, not yet renamed
+atomic._swap_in = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)  # tensors and state written, not yet renamed
 checkpoint.save(folder, 20, {"weight": torch.zeros(3)}, {"at": 20})
 """
     done = subprocess.run(

@@ -71,7 +71,7 @@ def make_job(small_task: tuple[str, ...], tmp_path: Path) -> MakeJob:
         job = made.job(made.open(), Meter())
         for name, value in changes.items():
             setattr(job, name, value)
-        adapters.attach(made.task.language_model, made.resolved.recipe.policy.lora, made.seed)
+        adapters.attach(made.task.language_model, made.recipe.policy.lora, made.seed)
         return job
 
     return make

@@ -39,7 +39,7 @@ def request(task: SandboxTask) -> RewardRequest:
     from moalign.reward_models import runs
 
     settings = SETTINGS.model_copy(update={"splits": task.card.splits})
-    name, pairs = task.card.name, task.labelled_pairs()
+    name, pairs = task.card.name, task.pair_sets()
     return runs.make(name, settings, task.base_folder, pairs, seed=task.annotators.seed, results=task.results)
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -58,7 +58,10 @@ class SandboxTask(Task):
         """Who labels pairs."""
         return self._spec.annotators or AnnotatorSpec()
 
-    def labelled_pairs(self) -> list[PairSet]:
+    reward_settings: ClassVar[Mapping[str, Any]] = {"template": "{prompt} {response}", "max_tokens": 128}
+    """The longest text of the world has 76 tokens; a word stands apart from the next."""
+
+    def pair_sets(self) -> list[PairSet]:
         """Return the annotators' pairs over all splits, one data set per group, with their true probabilities."""
         from moalign.tasks.sandbox.annotators import groups_of, label
 
