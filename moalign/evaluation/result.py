@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Self
 
@@ -10,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from moalign.core.errors import RequestError
 from moalign.core.preferences import Preference
-from moalign.runs import record
+from moalign.runs import atomic, record
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,7 +36,9 @@ KEYS = {
 class Content(BaseModel):
     """Part of a stored result; null stands for what is not known."""
 
-    model_config = ConfigDict(alias_generator=lambda name: KEYS.get(name, name), populate_by_name=True, defer_build=True)
+    model_config = ConfigDict(
+        alias_generator=lambda name: KEYS.get(name, name), populate_by_name=True, defer_build=True
+    )
 
     @property
     def content(self) -> dict[str, Any]:
@@ -62,16 +63,12 @@ class StoredResult(Content):
         Raises RequestError for one that is damaged or of a newer version: what is wrong (with line or key), what to do.
         """
         remedy = cls.REMEDY.format(folder=path.parent)
+        content = atomic.read_json(path, remedy)
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
             version = content.get("version", 0)
             if isinstance(version, int) and version > VERSION:
                 raise RequestError(f"{path}: a newer moalign wrote it (version {version} of the file); update moalign")
             return cls.model_validate(cls.migrated(content, path.parent))
-        except (OSError, UnicodeDecodeError) as error:
-            raise RequestError(f"{path}: cannot be read: {error}") from error
-        except json.JSONDecodeError as error:
-            raise RequestError(f"{path}:{error.lineno}: not JSON ({error.msg}); {remedy}") from error
         except ValidationError as error:
             wrong = [f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()[:3]]
             raise RequestError(f"{path}: not {cls.KIND} that moalign wrote ({'; '.join(wrong)}); {remedy}") from error

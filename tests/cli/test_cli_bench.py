@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from moalign.comparison import bench as workflow
-from moalign.comparison.timed import Measurement, Stamp, TimingRequest
+from moalign.comparison.timed import Stamp, Timing, TimingRequest, measured
 
 
 @pytest.fixture
@@ -67,21 +67,22 @@ def test_a_text_task_is_measured(moalign: Any, random_base: Path, nothing_left: 
     assert sorted(Path().iterdir()) == before and list(nothing_left.iterdir()) == []
 
 
-def answer(request: TimingRequest, title: str, progress: Any) -> Measurement:
+def answer(request: TimingRequest, title: str, progress: Any) -> Timing:
     """Stands in for a process: RiC has two stages, MOC failed, and prompting trains nothing."""
     if request.method == "moc":
-        return Measurement(error="no room", trace="Traceback: no room")
+        return Timing(row=request.row(status="failed", error="no room"), trace="Traceback: no room")
     if request.method == "prompting":
-        return Measurement(start_seconds=3.0)
+        return Timing(row=request.row(status="done", start_seconds=3.0))
     stamps = [
         Stamp(run="a", phase=phase, step=step, at=at, tokens_trained=1500 * step, tokens_generated=0, reward_calls=0)
         for phase, step, at in (("offline", 1, 0.0), ("offline", 2, 0.5), ("round-1", 1, 3.0), ("round-1", 2, 4.0))
     ]
-    return Measurement(stamps=stamps, start_seconds=3.2, peak_host_bytes=600 * 2**20)
+    row = request.row(status="done", **measured(stamps, 2), start_seconds=3.2, peak_host_bytes=600 * 2**20)
+    return Timing(row=row)
 
 
 def test_the_table(moalign: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workflow, "_measured_apart", answer)
+    monkeypatch.setattr(workflow, "_timed_apart", answer)
     ended = moalign("bench", "ric", "moc", "prompting")
     assert ended.code == 1
     lines = ended.out.splitlines()
@@ -100,7 +101,7 @@ def test_an_interruption_says_that_nothing_is_kept(moalign: Any, monkeypatch: py
     def interrupted(*_: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(workflow, "_measured_apart", interrupted)
+    monkeypatch.setattr(workflow, "_timed_apart", interrupted)
     ended = moalign("bench", "ric", "--json")
     assert (ended.code, ended.out, ended.err) == (130, "", "interrupted; a bench keeps nothing\n")
 

@@ -12,8 +12,8 @@ import pytest
 
 from moalign.comparison import bench as workflow
 from moalign.comparison import executors
-from moalign.comparison.bench import BenchRequest, bench, measured, shortened
-from moalign.comparison.timed import Measurement, Stamp, TimingRequest
+from moalign.comparison.bench import BenchRequest, bench, shortened
+from moalign.comparison.timed import BenchRow, Stamp, Timing, TimingRequest, measured
 from moalign.config.strict import Strict
 from moalign.core.errors import RequestError
 from moalign.methods import registry
@@ -90,12 +90,12 @@ def requests(*methods: str, **more: Any) -> list[TimingRequest]:
     """What the processes of a bench are asked, the first one (which prepares) included."""
     seen: list[TimingRequest] = []
 
-    def answer(request: TimingRequest, title: str, progress: Any) -> Measurement:
+    def answer(request: TimingRequest, title: str, progress: Any) -> Timing:
         seen.append(request)
-        return Measurement()
+        return Timing(row=request.row(status="done"))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workflow, "_measured_apart", answer)
+        patch.setattr(workflow, "_timed_apart", answer)
         assert bench(BenchRequest(methods=methods, **more)).failed == []
     assert [request.prepare for request in seen] == [True, *[False] * (len(seen) - 1)]
     return seen
@@ -136,7 +136,7 @@ def test_without_methods_the_suite_is_measured_but_for_what_trains_nothing() -> 
 def test_wrong_requests_start_nothing(
     request_: BenchRequest, words: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workflow, "_measured_apart", lambda *_: pytest.fail("a process was started"))
+    monkeypatch.setattr(workflow, "_timed_apart", lambda *_: pytest.fail("a process was started"))
     with pytest.raises(RequestError) as caught:
         bench(request_)
     assert all(word in str(caught.value) for word in words)
@@ -161,21 +161,21 @@ def speaking(monkeypatch: pytest.MonkeyPatch, code: str) -> list[subprocess.Pope
     return started
 
 
-def measurement(reports: list[str] | None = None) -> Measurement:
+def answered(reports: list[str] | None = None) -> BenchRow:
     shown = [] if reports is None else reports
-    return workflow._measured_apart(REQUEST, "ric", lambda what, done, total: shown.append(f"{what} {done}/{total}"))
+    return workflow._timed_apart(REQUEST, "ric", lambda *report: shown.append("{} {}/{}".format(*report))).row
 
 
 def test_a_process_tells_its_progress_and_then_its_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    speaking(monkeypatch, """print('["online", 1, 4]'); print('{"seconds": 2}')""")
+    timing = Timing(row=REQUEST.row(status="done", seconds=2)).model_dump_json()
+    speaking(monkeypatch, f"""print('["online", 1, 4]'); print({timing!r})""")
     reports: list[str] = []
-    assert measurement(reports).seconds == 2 and reports == ["ric: online 1/4"]
+    assert answered(reports).seconds == 2 and reports == ["ric: online 1/4"]
 
 
 @pytest.mark.parametrize(
     ("code", "error"),
     [
-        ("""print('{"error": "no room", "trace": "t"}')""", "no room"),
         ("""print('["a", 1, 2]'); print('{"half a li', end="")""", "its process ended early (exit code 0)"),
         ("import sys; sys.exit('the disk is full')", "its process ended early (exit code 1): the disk is full"),
         ("import os; os.kill(os.getpid(), 9)", "its process ended early (killed by signal 9)"),
@@ -183,7 +183,7 @@ def test_a_process_tells_its_progress_and_then_its_numbers(monkeypatch: pytest.M
 )
 def test_a_process_that_fails_says_why(monkeypatch: pytest.MonkeyPatch, code: str, error: str) -> None:
     speaking(monkeypatch, code)
-    assert measurement().error == error
+    assert answered().error == error
 
 
 def test_an_interruption_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,7 +194,7 @@ def test_an_interruption_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> No
 
     before = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        workflow._measured_apart(REQUEST, "ric", interrupted)
+        workflow._timed_apart(REQUEST, "ric", interrupted)
     assert started[0].poll() is not None and time.monotonic() - before < 30
 
 
@@ -202,15 +202,17 @@ def test_one_that_fails_leaves_the_others_and_nothing_on_disk(monkeypatch: pytes
     monkeypatch.setattr(workflow.tempfile, "tempdir", str(tmp_path))
     left: list[bool] = []
 
-    def answer(request: TimingRequest, title: str, progress: Any) -> Measurement:
+    def answer(request: TimingRequest, title: str, progress: Any) -> Timing:
         if request.prepare:
-            return Measurement()
+            return Timing(row=request.row(status="done"))
         runs = Path(request.results) / "runs"
         left.append(runs.exists())
         runs.mkdir(parents=True)
-        return Measurement(error="it broke", trace="where") if request.method == "ric" else Measurement(seconds=1.0)
+        if request.method == "ric":
+            return Timing(row=request.row(status="failed", error="it broke"), trace="where")
+        return Timing(row=request.row(status="done", seconds=1.0))
 
-    monkeypatch.setattr(workflow, "_measured_apart", answer)
+    monkeypatch.setattr(workflow, "_timed_apart", answer)
     made = bench(BenchRequest(["ric", "sft", "moc"]))
     assert [row.status for row in made.rows] == ["failed", "done", "done"]
     assert made.failed == ["ric"] and made.traces == ["where"] and "traces" not in made.content
