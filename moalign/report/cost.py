@@ -19,17 +19,7 @@ UNITS = {
     "reward_calls": "reward calls in training",
     "seconds": "time of training",
 }
-_CLOCK = {
-    0: "0",
-    0.1: "0.1 s",
-    1: "1 s",
-    10: "10 s",
-    60: "1 min",
-    600: "10 min",
-    3600: "1 h",
-    36_000: "10 h",
-    360_000: "100 h",
-}
+_CLOCK = {0: "0", 0.1: "0.1 s", 1: "1 s", 10: "10 s", 60: "1 min", 600: "10 min", 3600: "1 h", 36_000: "10 h"}
 """Seconds that read well on an axis."""
 
 

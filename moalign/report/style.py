@@ -85,11 +85,10 @@ class Look:
 
     def marks(self, size: float, line: float) -> dict[str, Any]:
         """Return the arguments of ``Axes.plot`` and ``errorbar``: markers of ``size``, a line ``line`` wide or none."""
-        style: Any = "none" if not line else (0, self.dashes) if self.dashes else "solid"
+        style: Any = (0, self.dashes) if self.dashes else "solid"
         return {
             "color": self.colour,
-            "linestyle": style,
-            "linewidth": line,
+            **({"linestyle": style, "linewidth": line} if line else {"linestyle": "none"}),
             "marker": self.marker,
             "markersize": size,
             "markerfacecolor": self.paper if self.hollow else self.colour,
@@ -129,8 +128,9 @@ def panels(figure: Figure, count: int, columns: int, **shared: Any) -> list[Axes
 
 
 def content(figure: Figure, title: str, suffix: str) -> bytes:
-    """Return the figure with its title, as the content of a file; ``suffix`` is one of :data:`FORMATS`."""
-    figure.suptitle(title, x=0.01, ha="left", fontsize=10)
+    """Return the figure with a title, if any, as the content of a file; ``suffix`` is one of :data:`FORMATS`."""
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=10)
     buffer = io.BytesIO()
     figure.savefig(buffer, format=suffix.removeprefix("."), dpi=DPI, metadata=_METADATA[suffix])
     return buffer.getvalue()

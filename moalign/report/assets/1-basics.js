@@ -1,13 +1,12 @@
 "use strict";
-// The comparison page. Everything shown comes from two JSON blocks and is written as text (textContent): a response may
-// hold anything, and nothing of it is ever read as HTML.
+// The chart, the answers and the sorting of tables. All that is written here comes from two JSON blocks and is written
+// as text (textContent): a response may hold anything, and nothing of it is ever read as HTML.
 
 const record = JSON.parse(document.getElementById("data").textContent);
 const two = record.objectives.length === 2;
 const judged = record.rows.filter((row) => row.points.length);
 const state = { preference: Math.floor(record.grid.length / 2), prompt: 0, x: 0, y: 1, hidden: new Set() };
 let answers = null;
-
 
 const $ = (id) => document.getElementById(id);
 const NONE = "–";
