@@ -209,7 +209,9 @@ def _collect(run: ComparedRun, code: int, messages: str) -> None:
     if code == 0:
         raise WorkError(f"its process ended well, but left no finished run in {run.folder}; did a file of its change?")
     lines = [line.strip() for line in messages.splitlines() if line.strip()]
-    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")] or lines[-1:]
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    if not errors and code > 0:  # what a killed process wrote last says nothing of its end
+        errors = lines[-1:]
     if left is not None and left.record.error:
         errors = [left.record.error]
     raise WorkError("; ".join(errors) if errors else f"its process ended without a word ({executors.ending(code)})")

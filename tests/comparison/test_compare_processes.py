@@ -50,6 +50,7 @@ def test_jobs_are_trained_in_processes(card: str, results: Path, monkeypatch: py
         (2, "step 3\nerror: the disk is full\n", "the disk is full"),
         (1, "Traceback\nValueError: burst", "ValueError: burst"),
         (-9, "", "its process ended without a word (killed by signal 9)"),
+        (-9, "training ric on sandbox, seed 0", "its process ended without a word (killed by signal 9)"),
     ],
 )
 def test_a_process_that_fails_fails_its_run(
