@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import quote
 
 from moalign.core.errors import MoalignError, RequestError
-from moalign.report import drawings, markdown, tables
+from moalign.report import figures, markdown, tables
 from moalign.report.record import Row, judged
 from moalign.report.tables import METHODS, Column, select
 from moalign.report.templates import render
@@ -34,11 +34,11 @@ def make(records: Path, page: Path) -> list[Path]:
         raise RequestError(f"{records}: no record; each is a file NAME/compare.json, as moalign compare writes it")
     written: list[Path] = []
     for path, record in by_path.items():
-        figures = _draw(record, path.parent)
-        light = {name: str(files[0]) for name, files in figures.items()}
+        drawn = _draw(record, path.parent)
+        light = {name: str(files[0]) for name, files in drawn.items()}
         text = markdown.page({**record, "figure": light.get("fronts"), "figures": light, "html": None}, path.parent)
         atomic.write_text(path.with_suffix(".md"), text)
-        written += [*(file for files in figures.values() for file in files), path.with_suffix(".md")]
+        written += [*(file for files in drawn.values() for file in files), path.with_suffix(".md")]
     atomic.write_text(page, leaderboard(by_path, page.parent))
     return [*written, page]
 
@@ -56,15 +56,15 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _draw(record: Row, folder: Path) -> dict[str, list[Path]]:
     """Draw every figure that applies, light and dark, beside the record; return its files by name."""
-    figures: dict[str, list[Path]] = {}
-    for name, draw in drawings.ALL.items() if judged(record) else ():
+    drawn: dict[str, list[Path]] = {}
+    for name, draw in figures.ALL.items() if judged(record) else ():
         for suffix, theme in (("", "light"), ("-dark", "dark")):
             content = draw(record, ".png", theme)
             if content is not None:
                 path = folder / f"{name}{suffix}.png"
                 atomic.write_bytes(path, content)
-                figures.setdefault(name, []).append(path)
-    return figures
+                drawn.setdefault(name, []).append(path)
+    return drawn
 
 
 def leaderboard(records: Mapping[Path, Row], folder: Path) -> str:

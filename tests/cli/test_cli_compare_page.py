@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from moalign.report import drawings
+from moalign.report import figures
 from moalign.runs.run import Run
 
 SMALL = ["--set", "task.evaluation.bootstrap=100", "--set", "task.evaluation.prompts=6", "--set", "task.grid=3"]
@@ -23,7 +23,7 @@ Compare = Callable[..., Any]
 @pytest.fixture
 def compare(moalign: Any, toys: None, monkeypatch: pytest.MonkeyPatch) -> Compare:
     """``compare()`` the two toys, or whatever is asked; one figure of no cost stands for all."""
-    monkeypatch.setattr(drawings, "ALL", {"fronts": lambda record, suffix: b"\x89PNG a figure"})
+    monkeypatch.setattr(figures, "ALL", {"fronts": lambda record, suffix: b"\x89PNG a figure"})
     return lambda *more: moalign(*TWO, *more)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from moalign.core.errors import RequestError
-from moalign.report import drawings, leaderboard
+from moalign.report import figures, leaderboard
 
 Build = Callable[..., dict[str, Any]]
 
@@ -19,7 +19,7 @@ Build = Callable[..., dict[str, Any]]
 def records(compared: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Two records; drawings stand in for themselves by their name and theme."""
     monkeypatch.setattr(
-        drawings,
+        figures,
         "ALL",
         {name: lambda record, suffix, theme, name=name: f"{name} {theme}".encode() for name in ("fronts", "cost")}
         | {"curves": lambda record, suffix, theme: None},
