@@ -7,6 +7,10 @@ from typing import Annotated, Any
 import typer
 
 from moalign.cli import output
+from moalign.cli.options import Json, Task
+from moalign.report.record import Row
+from moalign.report.tables import Column
+from moalign.report.units import count, duration, memory, number
 
 
 def bench(
@@ -16,9 +20,7 @@ def bench(
             metavar="[METHOD]...", help="What to measure; none: the methods of the task's suite that train."
         ),
     ] = None,
-    task: Annotated[
-        str | None, typer.Option(metavar="NAME|FILE", help="Task name or card file.  [default: sandbox]")
-    ] = None,
+    task: Task = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change one setting, as in compare; repeatable."),
@@ -26,7 +28,7 @@ def bench(
     steps: Annotated[
         int | None, typer.Option(min=2, metavar="N", help="Steps of every stage of training.  [default: 8]")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Measure throughput and peak memory on this machine.
 
@@ -46,9 +48,7 @@ def bench(
     except KeyboardInterrupt:
         output.note("interrupted; a bench keeps nothing")
         raise typer.Exit(130) from None
-    if output.debug:
-        for trace in result.traces:
-            output.note(trace)
+    output.traces(result.traces)
     if as_json:
         output.as_json(result.content)
     else:
@@ -57,7 +57,28 @@ def bench(
         raise typer.Exit(1)
 
 
-COLUMNS = ("method", "s/step", "generated/s", "trained/s", "scored/s", "host peak", "GPU peak", "start")
+def _seconds(row: Row) -> str | None:
+    """Return the seconds of a step; of each stage where there are several."""
+    stages: dict[str, float] = row.get("stages") or {}
+    if len(stages) < 2:
+        return None if row["status"] == "failed" else number(row["seconds_per_step"])
+    return ", ".join(f"{name} {number(seconds)}" for name, seconds in stages.items())
+
+
+def _name(row: Row) -> str:
+    return f"{row['method']}{' (failed)' if row['status'] == 'failed' else ''}"
+
+
+COLUMNS = (
+    Column("method", _name, left=True),
+    Column("s/step", _seconds),
+    Column("generated/s", "tokens_generated_per_second", count),
+    Column("trained/s", "tokens_trained_per_second", count),
+    Column("scored/s", "responses_scored_per_second", count),
+    Column("host peak", "peak_host_bytes", memory),
+    Column("GPU peak", "peak_gpu_bytes", memory),
+    Column("start", "start_seconds", duration),
+)
 
 
 def _show(content: dict[str, Any]) -> None:
@@ -71,21 +92,7 @@ def _show(content: dict[str, Any]) -> None:
         ]
     )
     output.line()
-    table = output.table(*COLUMNS, right=COLUMNS[1:])
-    for row in content["rows"]:
-        if row["status"] == "failed":
-            table.add_row(f"{row['method']} (failed)", *[output.number(None)] * (len(COLUMNS) - 1))
-            continue
-        rates = ("tokens_generated_per_second", "tokens_trained_per_second", "responses_scored_per_second")
-        table.add_row(
-            row["method"],
-            _seconds(row),
-            *(output.count(row[rate]) for rate in rates),
-            output.memory(row["peak_host_bytes"]),
-            output.memory(row["peak_gpu_bytes"]),
-            output.duration(row["start_seconds"]),
-        )
-    output.show(table)
+    output.table(COLUMNS, content["rows"])
     output.line(
         "s/step: median seconds of an update, sampling and scoring included where they belong to it; generated and"
     )
@@ -95,11 +102,3 @@ def _show(content: dict[str, Any]) -> None:
             output.line(f"{row['method']} failed: {row['error']}")
         elif not row["steps_measured"]:
             output.line(f"{row['method']}: no update step to measure; it trains nothing (steps: 0?)")
-
-
-def _seconds(row: dict[str, Any]) -> str:
-    """Return the seconds of a step; of each stage where there are several."""
-    stages = row["stages"]
-    if len(stages) < 2:
-        return output.number(row["seconds_per_step"])
-    return ", ".join(f"{name} {output.number(seconds)}" for name, seconds in stages.items())

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from moalign.cli import output
+from moalign.cli.options import DEFAULT_RESULTS, Json, Results, Settings, Task
 from moalign.core.errors import RequestError
 
 
@@ -17,9 +18,7 @@ def compare(
         list[str] | None,
         typer.Argument(metavar="[RUN]...", help="Evaluated runs to compare; none: those of the task's suite."),
     ] = None,
-    task: Annotated[
-        str | None, typer.Option(metavar="NAME|FILE", help="Task name or card file.  [default: sandbox]")
-    ] = None,
+    task: Task = None,
     methods: Annotated[
         str | None, typer.Option(metavar="A,B,..", help="Methods to compare; else the task's suite.")
     ] = None,
@@ -30,25 +29,19 @@ def compare(
     ] = None,
     jobs: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="Runs trained at a time.  [default: 1; tiny models: 1 per CPU]",
-        ),
+        typer.Option(min=1, metavar="N", help="Runs trained at a time.  [default: 1; tiny models: 1 per CPU]"),
     ] = None,
     executor: Annotated[
         str, typer.Option(metavar="local|ray", help="Train on this machine, or as tasks of a ray cluster.")
     ] = "local",
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; repeatable.")
-    ] = None,
-    results: Annotated[Path, typer.Option(metavar="DIR", help="Where runs are kept.")] = output.DEFAULT_RESULTS,
+    set_: Settings = None,
+    results: Results = DEFAULT_RESULTS,
     markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the comparison as Markdown.")] = None,
     figure: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the fronts.")] = None,
     html: Annotated[
         Path | None, typer.Option(metavar="FILE.html", help="Write one page that opens offline, with every answer.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Compare methods under equal conditions.
 
@@ -73,8 +66,7 @@ def compare(
             html=html,
             progress=progress,
         )
-    for trace in comparison.traces if output.debug else ():
-        output.note(trace)
+    output.traces(comparison.traces)
     if as_json:
         output.as_json(comparison.content)
     else:
@@ -84,28 +76,24 @@ def compare(
 
 
 def _show(content: Mapping[str, Any], results: Path) -> None:
-    from moalign.report.table import print_comparison
+    """Print the comparison, and what to type next with the leading run filled in."""
+    from moalign.core.preferences import example
+    from moalign.report.record import judged
+    from moalign.report.terminal import print_comparison
 
     print_comparison(output.console(), content)
-    _next(content, results)
-
-
-def _next(content: Mapping[str, Any], results: Path) -> None:
-    """Print what to type next, with the leading run filled in."""
-    from moalign.core.preferences import example
-
-    ranked = sorted((row for row in content["rows"] if row["rank"] is not None), key=lambda row: row["rank"])
+    ranked = judged(content)
     done = [run["run_id"] for row in ranked for run in row["runs"] if run["status"] == "done"]
     if not done:
         return
-    seeds = 1 + max(len(row["seeds"]) for row in ranked)
     commands = [
         output.command("generate", done[0], "--prefs", example(len(content["objectives"])), results=results),
         output.command("eval", done[0], "--hypervolume", results=results),
         output.command("show", done[0], results=results),
     ]
     if content["task"] == "sandbox":
-        commands.append(output.command("compare", "--task", "sandbox", "--seeds", str(max(3, seeds)), results=results))
+        seeds = max(3, 1 + max(len(row["seeds"]) for row in ranked))
+        commands.append(output.command("compare", "--task", "sandbox", "--seeds", str(seeds), results=results))
         commands.append(output.command("compare", "--task", "sandbox-cold", results=results))
     output.next_commands(*commands)
 

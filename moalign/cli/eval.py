@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moalign.cli import output
+from moalign.cli.options import DEFAULT_RESULTS, Json, Results
+from moalign.cli.outcome import show_points, show_summary
 from moalign.core.errors import RequestError
 
 if TYPE_CHECKING:
-    from moalign.evaluation.result import EvalResult, Side, Volume
+    from moalign.evaluation.result import EvalResult
     from moalign.experiment.handle import RunHandle
 
 
@@ -44,8 +46,8 @@ def evaluate(
         typer.Option(metavar="R1,R2[,..]", help="Reference point (for runs in normalised units; else the card's)."),
     ] = None,
     minimise: Annotated[bool, typer.Option("--minimise", help="With --points: smaller is better.")] = False,
-    results: Annotated[Path, typer.Option(metavar="DIR", help="Where runs are kept.")] = output.DEFAULT_RESULTS,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    results: Results = DEFAULT_RESULTS,
+    as_json: Json = False,
 ) -> None:
     """Evaluate finished runs, or calculate from a table of points."""
     if points is not None:
@@ -111,90 +113,13 @@ def _calculate(path: Path, ref: str | None, minimise: bool, prefs: list[str]) ->
 
 
 def _show_calculated(content: Mapping[str, Any]) -> None:
+    corner = zip(content["objectives"], content["ref"], strict=True)
     rows = [
         ("hypervolume", f"{content['hypervolume']:.10g}"),
-        (
-            "reference",
-            ", ".join(f"{name} {r:g}" for name, r in zip(content["objectives"], content["ref"], strict=True)),
-        ),
+        ("reference", ", ".join(f"{name} {value:g}" for name, value in corner)),
         ("points", str(content["points"])),
         ("front", str(content["front"])),
     ]
     if "expected_utility" in content:
         rows.append(("expected utility", f"{content['expected_utility']:.10g}"))
     output.pairs(rows)
-
-
-# -- what is shown of a run ----------------------------------------------------------------------------------------
-
-
-def show_points(result: EvalResult) -> None:
-    """Print the table of mean rewards: one row per preference, normalised with interval and raw; * is the front."""
-    from moalign.core.preferences import label
-
-    scaled = [f"{name}\nnormalised" for name in result.objectives]
-    raw = [f"{name}\nraw" for name in result.objectives]
-    table = output.table("preference", *scaled, *raw, right=[*scaled, *raw])
-    for point in result.points:
-        cells = [
-            f"{output.number(mean)} {output.interval(bounds, 2)}"
-            for mean, bounds in zip(point.mean, point.interval, strict=True)
-        ]
-        plain = [output.number(value) for value in point.raw]
-        table.add_row(label(point.preference) + (" *" if point.nondominated else ""), *cells, *plain)
-    output.show(table)
-
-
-def show_summary(result: EvalResult, short: bool = False) -> None:
-    """Print the hypervolume with its interval, the optimal share and (unless ``short``) the indicators."""
-    corner = ", ".join(f"{r:g}" for r in result.reference_point)
-    spread = f", spacing {output.number(result.indicators.spacing)}" if result.front > 1 else ""
-    rows = [
-        (
-            "hypervolume",
-            f"{output.number(result.hypervolume, 4)} {output.interval(result.hypervolume_interval, 4)} "
-            f"from reference point ({corner}), {result.front} of {len(result.points)} points on the front"
-            f"{'' if short else f' (*){spread}'}",
-        )
-    ]
-    if result.optimal_share is not None:
-        rows.append(("optimal share", f"{_share(result)} of the exact optimum's hypervolume"))
-    if result.generalisation is not None:
-        rows.append(("trained on", _side(result.generalisation.trained)))
-        rows.append(("held out", _side(result.generalisation.held_out)))
-    if not short:
-        rows += [
-            ("Kendall's tau", output.number(result.indicators.tau, 2)),
-            ("inner product", output.number(result.indicators.inner_product)),
-            ("expected utility", output.number(result.indicators.expected_utility)),
-            ("collapse rate", output.percent(result.quality.rate, 1)),
-        ]
-        if result.quality.kl is not None:
-            rows.append(("KL to base", _moved(result)))
-        if result.overlong:
-            rows.append(("prompts", output.overlong(result.overlong)))
-    output.pairs(rows)
-
-
-def _share(volume: Volume) -> str:
-    assert volume.optimal_share_interval is not None
-    low, high = volume.optimal_share_interval
-    return f"{output.percent(volume.optimal_share, 1)} [{100 * low:.1f}, {100 * high:.1f}]"
-
-
-def _side(side: Side) -> str:
-    """Return the numbers of the preferences that were trained on, or of those that were held out."""
-    text = f"{len(side.prefs)} preferences: hypervolume {output.number(side.hypervolume, 4)}"
-    if side.optimal_share is not None:
-        text += f", {_share(side)} of the optimum's"
-    if side.utility_share is not None:
-        text += f"; utility {output.percent(side.utility_share, 1)} of the optimum's"
-    return text
-
-
-def _moved(result: EvalResult) -> str:
-    """Return the mean KL to base and, where preferences differ, its range over them."""
-    each = [point.kl for point in result.points if point.kl is not None]
-    low, high = output.number(min(each), 2), output.number(max(each), 2)
-    spread = f", {low} to {high} over the preferences" if low != high else ""
-    return f"{output.nats(result.quality.model_dump())} nats per response{spread}"

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from moalign.cli import output
+from moalign.cli.options import DEFAULT_RESULTS, Json, Results
 
 
 def export(
@@ -17,8 +18,8 @@ def export(
     merged: Annotated[
         bool, typer.Option("--merged", help="A whole model with the adapter folded in, instead of a peft adapter.")
     ] = False,
-    results: Annotated[Path, typer.Option(metavar="DIR", help="Where runs are kept.")] = output.DEFAULT_RESULTS,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    results: Results = DEFAULT_RESULTS,
+    as_json: Json = False,
 ) -> None:
     """Write a plain peft adapter or merged model that loads without moalign."""
     from dataclasses import asdict

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moalign.cli import output
+from moalign.cli.options import DEFAULT_RESULTS, Json, Results
 from moalign.core.errors import RequestError
+from moalign.report.units import number
 
 if TYPE_CHECKING:
     from moalign.experiment.generate import Answer
@@ -33,8 +35,8 @@ def generate(
         float | None, typer.Option(min=0, metavar="T", help="Sampling temperature; else the card's.  0: greedy.")
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, metavar="N", help="Random seed of sampling.")] = None,
-    results: Annotated[Path, typer.Option(metavar="DIR", help="Where runs are kept.")] = output.DEFAULT_RESULTS,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    results: Results = DEFAULT_RESULTS,
+    as_json: Json = False,
 ) -> None:
     """Answer prompts with a finished run at one preference, or at several, side by side.
 
@@ -115,7 +117,7 @@ def _show(blocks: list[list[Answer]]) -> None:
             if answer.words:
                 output.line(f"{'asked':<{width}}  {answer.words}")
             scores = [
-                f"{objective} {output.number(value)} (raw {output.number(answer.raw[objective])})"
+                f"{objective} {number(value)} (raw {number(answer.raw[objective])})"
                 for objective, value in answer.normalised.items()
             ]
             output.line(f"{'scores':<{width}}  {', '.join(scores)}")

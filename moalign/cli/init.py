@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from moalign.cli import output
+from moalign.cli.options import Json
 
 
 def init(
@@ -26,7 +27,7 @@ def init(
         str | None,
         typer.Option(metavar="A,B[,..]", help="Rules by name, or names of your own.  [default: brevity,variety]"),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Write a task card, a scorer file and a recipe of your own that train as they are.
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from moalign.cli import output
+from moalign.cli.options import DEFAULT_RESULTS, Json, Results
 from moalign.core.errors import RequestError, unknown
-from moalign.report.units import NONE
+from moalign.report.record import Row
+from moalign.report.tables import Column
+from moalign.report.units import duration, number, percent
+
+Rows = list[dict[str, Any]]
 
 if TYPE_CHECKING:
     from moalign.evaluation.result import EvalResult
@@ -20,11 +25,11 @@ KINDS = ("methods", "tasks", "recipes", "runs", "models")
 
 def ls(
     kind: Annotated[str, typer.Argument(metavar="|".join(KINDS), help="What to list.")],
-    results: Annotated[Path, typer.Option(metavar="DIR", help="Where runs are kept.")] = output.DEFAULT_RESULTS,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    results: Results = DEFAULT_RESULTS,
+    as_json: Json = False,
 ) -> None:
     """List methods, tasks, recipes, runs, or the language models that can be had without a model hub."""
-    listers: dict[str, Callable[[], list[dict[str, Any]]]] = {
+    listers: dict[str, Callable[[], Rows]] = {
         "methods": _methods,
         "tasks": _tasks,
         "recipes": _recipes,
@@ -36,39 +41,37 @@ def ls(
     rows = listers[kind]()
     if as_json:
         output.as_json({kind: rows})
-    elif kind == "runs":
-        _show_runs(rows, results)
-    elif kind == "models":
-        _show_models(rows)
-    else:
-        columns = {
-            "methods": ("name", "steers", "needs", "summary"),
-            "tasks": ("name", "objectives", "description"),
-            "recipes": ("name", "gpu", "minutes", "description"),
-        }[kind]
-        table = output.table(*columns)
+        return
+    if kind == "runs" and not rows:
+        output.note(f"no runs in {results / 'runs'}; train one: moalign train METHOD")
+        return
+    output.table(_COLUMNS[kind], rows)
+    if kind == "models":
         for row in rows:
-            table.add_row(*(_cell(row[column]) for column in columns))
-        output.show(table)
+            if _state(row) == "not installed":
+                output.line(f"get {row['name']}: {row['command']}")
+        output.line("use one: --set task.model=NAME")
+    elif kind != "runs":
         output.line(f"details: moalign show NAME{'; run one: moalign train METHOD --task TASK' * (kind == 'recipes')}")
 
 
-def _cell(value: Any) -> str:
-    if isinstance(value, list):
-        return ", ".join(value)
-    return NONE if value is None else str(value)
+def _loaded(names: Iterable[str], load: Callable[[str], Any], severity: str = "error") -> Iterator[tuple[str, Any]]:
+    """Yield what ``load`` makes of each name; what is broken is reported and must not hide the others."""
+    for name in names:
+        try:
+            loaded = load(name)
+        except RequestError as error:
+            for problem in error.problems:
+                output.note(f"{severity}: {problem}")
+        else:
+            yield name, loaded
 
 
-def _methods() -> list[dict[str, Any]]:
+def _methods() -> Rows:
     from moalign.methods import registry
 
     rows = []
-    for name in registry.names():
-        try:
-            method = registry.get(name)
-        except RequestError as error:  # a broken plugin must not hide the others
-            output.warn(str(error))
-            continue
+    for name, method in _loaded(registry.names(), registry.get, severity="warning"):
         can = method.capabilities
         needs = [("pairs", can.needs_pairs), ("rewards while training", can.needs_online_rewards and can.trains)]
         steers = "any preference" if can.steerable else "the trained preferences only"
@@ -86,48 +89,38 @@ def _methods() -> list[dict[str, Any]]:
     return rows
 
 
-def _tasks() -> list[dict[str, Any]]:
+def _tasks() -> Rows:
     from moalign.config import find
     from moalign.config.load import load_card
 
-    rows = []
-    for name in find.list_tasks():
-        try:
-            card = load_card(name)
-        except RequestError as error:
-            output.errors(error.problems)
-            continue
-        rows.append(
-            {
-                "name": name,
-                "kind": card.kind,
-                "objectives": card.objective_names,
-                "description": card.description,
-                "suite": card.suite,
-                "path": str(find.find_task_file(name)),
-            }
-        )
-    return rows
+    return [
+        {
+            "name": name,
+            "kind": card.kind,
+            "objectives": card.objective_names,
+            "description": card.description,
+            "suite": card.suite,
+            "path": str(find.find_task_file(name)),
+        }
+        for name, card in _loaded(find.list_tasks(), load_card)
+    ]
 
 
-def _recipes() -> list[dict[str, Any]]:
+def _recipes() -> Rows:
     from moalign.config import find, yaml_lines
 
+    recipes = {f"{task}/{method}": (task, method, path) for task, method, path in find.list_recipes()}
     rows = []
-    for task, method, path in find.list_recipes():
-        try:
-            data = yaml_lines.load(path).data
-        except RequestError as error:
-            output.errors(error.problems)
-            continue
-        needs = data.get("needs")
+    for name, document in _loaded(recipes, lambda name: yaml_lines.load(recipes[name][2])):
+        task, method, path = recipes[name]
+        needs = document.data.get("needs")
         needs = needs if isinstance(needs, dict) else {}
         rows.append(
             {
-                "name": f"{task}/{method}",
+                "name": name,
                 "task": task,
                 "method": method,
-                "description": str(data.get("description", "")),
+                "description": str(document.data.get("description", "")),
                 "gpu": needs.get("gpu", "none"),
                 "minutes": needs.get("minutes"),
                 "path": str(path),
@@ -136,7 +129,7 @@ def _recipes() -> list[dict[str, Any]]:
     return rows
 
 
-def _runs(results: Path) -> list[dict[str, Any]]:
+def _runs(results: Path) -> Rows:
     from moalign.runs.store import RunStore
 
     rows = []
@@ -170,46 +163,46 @@ def _evaluation(path: Path) -> EvalResult | None:
         return None
 
 
-def _show_runs(rows: list[dict[str, Any]], results: Path) -> None:
-    if not rows:
-        output.note(f"no runs in {results / 'runs'}; train one: moalign train METHOD")
-        return
-    columns = ("run", "task", "method", "seed", "status", "created (UTC)", "took", "hypervolume", "optimal share")
-    table = output.table(*columns, right=("seed", "took", "hypervolume", "optimal share"))
-    for row in rows:
-        table.add_row(
-            row["run_id"],
-            row["task"],
-            row["method"],
-            str(row["seed"]),
-            row["status"],
-            row["created"][:16].replace("T", " "),
-            output.duration(row["seconds"]),
-            output.number(row["hypervolume"], 4),
-            output.percent(row["optimal_share"], 1),
-        )
-    output.show(table)
-
-
-def _models() -> list[dict[str, Any]]:
+def _models() -> Rows:
     from moalign.lm import builtin
 
     return builtin.listing()
 
 
-def _show_models(rows: list[dict[str, Any]]) -> None:
-    table = output.table(
-        "name", "parameters", "download", "licence", "package", "state", right=("parameters", "download")
-    )
-    missing = {}
-    for row in rows:
-        ready = row["installed"] and row["library"]
-        if row["path"] is None and not ready:
-            missing[row["name"]] = row["command"]
-        state = "converted" if row["path"] else "installed, converted at its first use" if ready else "not installed"
-        sizes = f"{row['parameters'] / 1e6:.0f} M", f"{row['bytes'] / 1e6:.0f} MB"
-        table.add_row(row["name"], *sizes, row["licence"], row["package"], state)
-    output.show(table)
-    for name, command in missing.items():
-        output.line(f"get {name}: {command}")
-    output.line("use one: --set task.model=NAME")
+# -- how they are shown --------------------------------------------------------------------------------------------
+
+
+def _state(row: Row) -> str:
+    if row["path"]:
+        return "converted"
+    return "installed, converted at its first use" if row["installed"] and row["library"] else "not installed"
+
+
+def _left(heading: str, key: str | None = None, write: Callable[..., str] = str) -> Column:
+    return Column(heading, key or heading, write, left=True)
+
+
+_COLUMNS = {
+    "methods": (_left("name"), _left("steers"), _left("needs", write=", ".join), _left("summary")),
+    "tasks": (_left("name"), _left("objectives", write=", ".join), _left("description")),
+    "recipes": (_left("name"), _left("gpu"), _left("minutes"), _left("description")),
+    "runs": (
+        _left("run", "run_id"),
+        _left("task"),
+        _left("method"),
+        Column("seed", "seed", str),
+        _left("status"),
+        _left("created (UTC)", "created", lambda created: created[:16].replace("T", " ")),
+        Column("took", "seconds", duration),
+        Column("hypervolume", "hypervolume", number, 4),
+        Column("optimal share", "optimal_share", percent, 1),
+    ),
+    "models": (
+        _left("name"),
+        Column("parameters", "parameters", lambda count: f"{count / 1e6:.0f} M"),
+        Column("download", "bytes", lambda size: f"{size / 1e6:.0f} MB"),
+        _left("licence"),
+        _left("package"),
+        Column("state", _state, left=True),
+    ),
+}

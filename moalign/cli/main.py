@@ -93,20 +93,21 @@ app.add_typer(reward.app)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code.
-
-    Args:
-        arguments: what follows the program's name; None takes them from ``sys.argv``.
-    """
+    """Run one command, by default that of ``sys.argv``, and return its exit code."""
     args, debug = _without_debug(sys.argv[1:] if arguments is None else arguments)
     output.debug = debug
-    if not debug:
-        _be_quiet()
+    for name, value in () if debug else _QUIET.items():
+        os.environ.setdefault(name, value)
+    if not debug and not sys.warnoptions:
+        warnings.simplefilter("ignore")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a character shows ? instead of failing
             stream.reconfigure(errors="replace")
     try:
-        _run(args)
+        command: Any = typer.main.get_command(app)
+        # Not command.main(): it turns an interruption and a closed pipe into exits before we can say anything.
+        with command.make_context("moalign", args) as context:
+            command.invoke(context)
         sys.stdout.flush()
     except typer.Exit as stop:
         return stop.exit_code
@@ -126,16 +127,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except Exception as error:
         _traceback(debug)
-        output.errors([_unexpected(error, debug)])
+        text = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
+        output.errors([text if debug else f"{text}; the same command with --debug shows where"])
         return 1
     return 0
-
-
-def _run(args: list[str]) -> None:
-    command: Any = typer.main.get_command(app)
-    # Not command.main(): it turns an interruption and a closed pipe into exits before we can say anything.
-    with command.make_context("moalign", args) as context:
-        command.invoke(context)
 
 
 def _without_debug(arguments: Sequence[str]) -> tuple[list[str], bool]:
@@ -144,13 +139,6 @@ def _without_debug(arguments: Sequence[str]) -> tuple[list[str], bool]:
     end = args.index("--") if "--" in args else len(args)
     options = [argument for argument in args[:end] if argument != DEBUG]
     return options + args[end:], len(options) < end
-
-
-def _be_quiet() -> None:
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
-    if not sys.warnoptions:
-        warnings.simplefilter("ignore")
 
 
 def _usage(error: typer.TyperException) -> list[str]:
@@ -168,12 +156,6 @@ def _usage(error: typer.TyperException) -> list[str]:
     else:
         return [f"a command is missing; allowed: {', '.join(context.command.commands)}\n\n{text}"]
     return [f"{text} (see {context.command_path} --help)"]
-
-
-def _unexpected(error: Exception, debug: bool) -> str:
-    name, text = type(error).__name__, " ".join(str(error).split())
-    hint = "" if debug else "; the same command with --debug shows where"
-    return f"{name}{': ' + text if text else ''}{hint}"
 
 
 def _traceback(debug: bool) -> None:

@@ -6,36 +6,26 @@ Rich is imported when the first table is printed.
 from __future__ import annotations
 
 import contextlib
+import operator
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moalign.report.units import count, duration, interval, memory, nats, number, percent
+from moalign.cli.options import DEFAULT_RESULTS
+from moalign.report.tables import Column
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
-
-__all__ = ["count", "duration", "interval", "memory", "nats", "number", "percent"]  # numbers, as every verb shows them
 
 PIPED_WIDTH = 200
 """Columns of a table that goes into a file or a pipe, where nothing tells the width."""
-DEFAULT_RESULTS = Path("results")
 
 debug = False
 """``--debug`` was given; set by :func:`moalign.cli.main.main`."""
 listener: Callable[[str, int, int], None] | None = None
 """Who is told of progress instead of stderr; set by :mod:`moalign.cli.jobs`."""
-
-
-def overlong(counts: dict[str, int]) -> str:
-    """Return how many prompts were cut or dropped, in one line."""
-    if "dropped" in counts:
-        return f"{counts['dropped']} of {counts['prompts']} dropped: longer than generation.max_prompt_tokens"
-    share = f"{counts['cut']} of {counts['prompts']} cut"
-    return f"{share} to generation.max_prompt_tokens, {counts['cut_tokens']:,} tokens in all"
 
 
 def note(text: str) -> None:
@@ -52,6 +42,12 @@ def errors(problems: Sequence[str]) -> None:
     """Write every problem to stderr on a line of its own."""
     for problem in problems:
         note(f"error: {problem}")
+
+
+def traces(texts: Iterable[str]) -> None:
+    """Write tracebacks of runs that failed to stderr, under ``--debug``."""
+    for text in texts if debug else ():
+        note(text)
 
 
 def line(text: str = "") -> None:
@@ -75,9 +71,9 @@ def working() -> Iterator[Callable[[str, int, int], None]]:
 
     Yields a ``progress(what, done, total)`` as methods and evaluation expect it.
     """
-    from moalign.cli.progress import ProgressDisplay
+    from moalign.cli.progress import progress_display
 
-    with contextlib.redirect_stdout(sys.stderr), ProgressDisplay(sys.stderr) as progress:
+    with contextlib.redirect_stdout(sys.stderr), progress_display(sys.stderr) as progress:
         yield progress if listener is None else listener
 
 
@@ -94,21 +90,46 @@ def console() -> Console:
     )
 
 
-def table(*columns: str, right: Sequence[str] = ()) -> Table:
-    """Return an empty table; the columns in ``right`` hold numbers."""
+def columns(*headings: str, left: bool = False) -> list[Column]:
+    """Return columns whose cells rows hold as text, by the heading; ``left``: aligned to the left."""
+    return [Column(heading, operator.itemgetter(heading), left=left) for heading in headings]
+
+
+def table(shown: Sequence[Column], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Print a table to stdout, followed by an empty line."""
     from rich import box
     from rich.table import Table
 
     result = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
-    for name in columns:
-        result.add_column(name, justify="right" if name in right else "left", overflow="fold")
-    return result
-
-
-def show(table: Table) -> None:
-    """Print a table to stdout, followed by an empty line."""
-    console().print(table)
+    for column in shown:
+        result.add_column(column.heading, justify="left" if column.left else "right", overflow="fold")
+    for row in rows:
+        result.add_row(*(column.text(row) for column in shown))
+    console().print(result)
     line()
+
+
+def settings(values: Iterable[tuple[str, Any]]) -> None:
+    """Print a table of settings: dotted names, and values as YAML has them."""
+    from moalign.config.describe import yaml_form
+
+    table(
+        columns("setting", "value", left=True), [{"setting": key, "value": yaml_form(value)} for key, value in values]
+    )
+
+
+def sections(values: Mapping[str, Any], *names: str) -> Iterator[tuple[str, Any]]:
+    """Return (dotted name, value) of the settings in the sections ``names``, as far as there are any."""
+    return flat({name: values[name] for name in names if values.get(name, {}) != {}})
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted name, value) of nested settings, in order."""
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def pairs(rows: Sequence[tuple[str, str]]) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moalign.cli import output
+from moalign.cli.options import Json
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -35,7 +36,7 @@ def preview(
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="task.KEY=VALUE", help="Change one setting of the card.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Show what the model reads for a prompt, token by token, what ends its answer, and one training row.
 
@@ -65,7 +66,8 @@ def _show(seen: Seen) -> None:
     _section("what was cut")
     output.line(f"  {_cut(shown)}")
     _section("what ends a response")
-    ends = "  ".join(f"{visible(text)} ({token})" for token, (text, _) in _named(seen, shown.stop_ids))
+    pieces = zip(shown.stop_ids, seen.pieces(shown.stop_ids), strict=True)
+    ends = "  ".join(f"{visible(text)} ({token})" for token, (text, _) in pieces)
     output.line(f"  token ids: {ends}")
     output.line(f"  texts: {'  '.join(visible(repr(text)) for text in shown.stop_texts) or 'none'}")
     in_loss = sum(shown.loss)
@@ -73,10 +75,6 @@ def _show(seen: Seen) -> None:
     _section(f"a training row ({len(shown.row_ids)} tokens); the loss counts the {in_loss} between > and <")
     _print(_row(seen))
     output.line(f"  the response is {origin}")
-
-
-def _named(seen: Seen, ids: Sequence[int]) -> list[tuple[int, tuple[str, bool]]]:
-    return list(zip(ids, seen.pieces(ids), strict=True))
 
 
 def _cut(shown: Preview) -> str:
@@ -95,8 +93,7 @@ def _cut(shown: Preview) -> str:
 
 
 def _section(title: str) -> None:
-    output.line()
-    output.line(f"{title}:")
+    output.line(f"\n{title}:")
 
 
 def _tokens(seen: Seen, ids: Sequence[int]) -> Text:

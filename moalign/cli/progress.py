@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from moalign.report.units import duration
 
 if TYPE_CHECKING:
-    from rich.progress import Progress as Bars
+    from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
 
 EVERY = 3.0
@@ -20,32 +20,11 @@ SHOWN = 12
 """Bars on a terminal; finished ones make room for new ones."""
 
 
-class ProgressDisplay:
-    """Called as ``progress(what, done, total)``; use it as a context manager, so that bars are put away."""
-
-    def __init__(
-        self, stream: TextIO, terminal: bool | None = None, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        """Report to ``stream``; ``terminal`` None asks the stream."""
-        self._reporter: _Lines | _Bars
-        if stream.isatty() if terminal is None else terminal:
-            self._reporter = _Bars(stream)
-        else:
-            self._reporter = _Lines(stream, clock)
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        """Report that ``done`` of ``total`` steps of ``what`` are done."""
-        self._reporter.update(what, min(done, total), total)
-
-    def __enter__(self) -> Self:
-        """Start."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Put the bars away, also when the work failed."""
-        self._reporter.close()
+def progress_display(
+    stream: TextIO, terminal: bool | None = None, clock: Callable[[], float] = time.monotonic
+) -> Lines | Bars:
+    """Return what to call as ``progress(what, done, total)``, a context manager; ``terminal`` None asks the stream."""
+    return Bars(stream) if (stream.isatty() if terminal is None else terminal) else Lines(stream, clock)
 
 
 @dataclass
@@ -59,7 +38,7 @@ class _Stage:
     finished: bool = False
 
 
-class _Lines:
+class Lines(contextlib.AbstractContextManager["Lines"]):
     """One line every few seconds, and one at the end of a stage that had lines; stages may go on side by side."""
 
     def __init__(self, stream: TextIO, clock: Callable[[], float]) -> None:
@@ -68,8 +47,9 @@ class _Lines:
         self.last = clock()
         self.stages: dict[str, _Stage] = {}
 
-    def update(self, what: str, done: int, total: int) -> None:
-        now = self.clock()
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Report that ``done`` of ``total`` steps of ``what`` are done."""
+        now, done = self.clock(), min(done, total)
         stage = self.stages.get(what)
         if stage is None or (stage.finished and done < total):
             stage = self.stages[what] = _Stage(now, done)
@@ -89,7 +69,7 @@ class _Lines:
             return f"{text}, {_rate(rate)}, {duration(seconds)}"
         return f"{text}, {_rate(rate)}, {duration((total - done) / rate)} left"
 
-    def close(self) -> None:
+    def __exit__(self, *_: object) -> None:
         """Lines need no end."""
 
 
@@ -97,16 +77,17 @@ def _rate(rate: float) -> str:
     return f"{rate:.1f}/s" if rate < 10 else f"{rate:.0f}/s"
 
 
-class _Bars:
+class Bars(contextlib.AbstractContextManager["Bars"]):
     """A bar per stage with count, rate and time left; the last finished stages stay visible while work goes on."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
-        self.bars: Bars | None = None
+        self.bars: RichProgress | None = None
         self.tasks: dict[str, TaskID] = {}
 
-    def update(self, what: str, done: int, total: int) -> None:
-        bars = self.bars or self._start()
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Report that ``done`` of ``total`` steps of ``what`` are done."""
+        bars, done = self.bars or self._start(), min(done, total)
         if what not in self.tasks:
             self._make_room(bars)
             self.tasks[what] = bars.add_task(what, total=total, completed=done, rate="")
@@ -118,17 +99,16 @@ class _Bars:
         speed = state.finished_speed or state.speed
         bars.update(task, rate=_rate(speed) if speed else "")
 
-    def _make_room(self, bars: Bars) -> None:
+    def _make_room(self, bars: RichProgress) -> None:
         """Take the oldest finished stages away: a grid has more of them than a terminal has lines."""
         done = {bar.id for bar in bars.tasks if bar.finished}
         finished = [what for what, task in self.tasks.items() if task in done]
         for what in finished[: max(0, len(self.tasks) + 1 - SHOWN)]:
             bars.remove_task(self.tasks.pop(what))
 
-    def _start(self) -> Bars:
+    def _start(self) -> RichProgress:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bars
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns: list[Any] = [
             TextColumn("{task.description}", markup=False),
@@ -137,11 +117,12 @@ class _Bars:
             TextColumn("{task.fields[rate]}", markup=False),
             TimeRemainingColumn(elapsed_when_finished=True),
         ]
-        self.bars = Bars(*columns, console=Console(file=self.stream), redirect_stdout=False, redirect_stderr=True)
+        self.bars = Progress(*columns, console=Console(file=self.stream), redirect_stdout=False, redirect_stderr=True)
         self.bars.start()
         return self.bars
 
-    def close(self) -> None:
+    def __exit__(self, *_: object) -> None:
+        """Put the bars away, also when the work failed."""
         if self.bars is not None:
             self.bars.stop()
             self.bars = None

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from moalign.cli import output
+from moalign.cli.options import DEFAULT_RESULTS, Json
+from moalign.cli.outcome import cost_of
+from moalign.report.tables import Column
+from moalign.report.units import interval, number
 
 if TYPE_CHECKING:
     from moalign.reward_models.runs import RewardRequest
@@ -38,7 +45,6 @@ Set = Annotated[
 ]
 Revision = Annotated[str | None, typer.Option(metavar="REV", help="Revision of a hub model.")]
 Results = Annotated[Path, typer.Option(metavar="DIR", help="Where reward models are kept.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 @app.command("train")
@@ -52,7 +58,7 @@ def train(
     loss: Annotated[str | None, typer.Option(metavar="bt|multitask|more", help="bt: one data set.")] = None,
     set_: Set = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of heads and of the order of pairs.")] = 0,
-    results: Results = output.DEFAULT_RESULTS,
+    results: Results = DEFAULT_RESULTS,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan; train nothing.")] = False,
     no_eval: Annotated[bool, typer.Option("--no-eval", help="Do not judge the model on held-out pairs.")] = False,
     as_json: Json = False,
@@ -91,7 +97,7 @@ def evaluate(
     revision: Revision = None,
     set_: Set = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write numbers and figures there.")] = None,
-    results: Results = output.DEFAULT_RESULTS,
+    results: Results = DEFAULT_RESULTS,
     as_json: Json = False,
 ) -> None:
     """Judge a reward model: accuracy, calibration error, reliability diagram, per data set."""
@@ -108,36 +114,18 @@ def evaluate(
         show_evaluation(evaluation)
 
 
-def _plan_json(request: RewardRequest) -> dict[str, Any]:
-    sizes = {split: {pairs.name: len(pairs) for pairs in sets} for split, sets in request.parts.items()}
-    return {
-        "dry_run": True,
-        "name": request.name,
-        "model": request.backbone,
-        "seed": request.seed,
-        "pairs": sizes,
-        "settings": request.settings.model_dump(mode="json"),
-        "said": request.notice,
-    }
-
-
 def _show_plan(request: RewardRequest, as_json: bool) -> None:
-    from moalign.cli.train import flat
-    from moalign.config.describe import yaml_form
-
-    plan = _plan_json(request)
+    sizes = {split: {pairs.name: len(pairs) for pairs in sets} for split, sets in request.parts.items()}
+    settings = request.settings.model_dump(mode="json")
     if as_json:
-        output.as_json(plan)
+        plan = {"dry_run": True, "name": request.name, "model": request.backbone, "seed": request.seed}
+        output.as_json({**plan, "pairs": sizes, "settings": settings, "said": request.notice})
         return
-    sizes = plan["pairs"]
-    rows = [("backbone", plan["model"]), ("seed", str(plan["seed"]))]
+    rows = [("backbone", str(request.backbone)), ("seed", str(request.seed))]
     rows += [(f"pairs, {split}", ", ".join(f"{k} {v}" for k, v in sets.items())) for split, sets in sizes.items()]
     output.pairs(rows)
     output.line()
-    table = output.table("setting", "value")
-    for key, value in flat(plan["settings"]):
-        table.add_row(key, yaml_form(value))
-    output.show(table)
+    output.settings(output.flat(settings))
     output.line("dry run: nothing was trained or written")
 
 
@@ -170,12 +158,11 @@ def _objectives(run: Run) -> list[dict[str, Any]]:
 
 
 def _identifier(name: str) -> str:
-    kept = "".join(letter if letter.isalnum() or letter in "_-" else "-" for letter in name)
+    kept = re.sub(r"[^\w-]", "-", name)
     return kept if kept[:1].isalpha() else f"r{kept}"
 
 
 def _show(run: Run, trained_before: bool, evaluation: dict[str, Any] | None, results: Path) -> None:
-    from moalign.cli.train import cost_of
     from moalign.config.describe import yaml_form
 
     outcome = "found trained" if trained_before else "done"
@@ -190,26 +177,28 @@ def _show(run: Run, trained_before: bool, evaluation: dict[str, Any] | None, res
     output.next_commands(output.command("reward", "eval", str(run.path), results=results))
 
 
+def _with_interval(digits: int) -> Callable[[tuple[float, list[float]]], str]:
+    return lambda value: f"{number(value[0], digits)} {interval(value[1])}"
+
+
+_COLUMNS = (
+    Column("data set", "name", left=True),
+    Column("pairs", "pairs"),
+    Column("accuracy", itemgetter("accuracy", "accuracy_ci"), _with_interval(3)),
+    Column("ECE (10 bins)", lambda row: (row["ece"]["10"], row["ece_ci"]["10"]), _with_interval(4)),
+    Column("by chance", "ece_by_chance.10", number, 4),
+    Column("5 bins", "ece.5", number, 4),
+    Column("20 bins", "ece.20", number, 4),
+    Column("log loss", "log_loss", number, 4),
+    Column("temperature", "temperature", number, 2),
+    Column("true ECE", "truth.ece.10", number, 4, needs="truth"),
+)
+
+
 def show_evaluation(content: dict[str, Any]) -> None:
     """Print accuracy and calibration of a reward model, one row per data set."""
-    columns = ["pairs", "accuracy", "ECE (10 bins)", "by chance", "5 bins", "20 bins", "log loss", "temperature"]
-    truth_known = any(row["truth"] for row in content["datasets"])
-    columns += ["true ECE"] if truth_known else []
-    table = output.table("data set", *columns, right=columns)
-    for row in content["datasets"]:
-        cells = [
-            str(row["pairs"]),
-            f"{row['accuracy']:.3f} {output.interval(row['accuracy_ci'])}",
-            f"{row['ece']['10']:.4f} {output.interval(row['ece_ci']['10'])}",
-            f"{row['ece_by_chance']['10']:.4f}",
-            f"{row['ece']['5']:.4f}",
-            f"{row['ece']['20']:.4f}",
-            f"{row['log_loss']:.4f}",
-            "" if row["temperature"] is None else f"{row['temperature']:.2f}",
-        ]
-        cells += [f"{row['truth']['ece']['10']:.4f}" if row["truth"] else ""] if truth_known else []
-        table.add_row(row["name"], *cells)
-    output.show(table)
+    rows = content["datasets"]
+    output.table([column for column in _COLUMNS if column.applies(rows)], rows)
     mean = content["mean"]
     output.line(
         f"mean over data sets: accuracy {mean['accuracy']:.4f}, ECE {mean['ece']['10']:.4f} (10 bins); "

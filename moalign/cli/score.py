@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moalign.cli import output
+from moalign.cli.options import DEFAULT_RESULTS, Json
+from moalign.report.tables import Column
+from moalign.report.units import number
 
 if TYPE_CHECKING:
     from moalign.evaluation.score import Scores
@@ -29,8 +32,8 @@ def score(
     ] = None,
     results: Annotated[
         Path, typer.Option(metavar="DIR", help="Where normalisers and scores are kept.")
-    ] = output.DEFAULT_RESULTS,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    ] = DEFAULT_RESULTS,
+    as_json: Json = False,
 ) -> None:
     """Score prompts and responses with a task's objectives."""
     from moalign import api
@@ -46,23 +49,25 @@ def score(
 
 
 def _show_rows(scores: Scores) -> None:
-    names = scores.objectives
-    table = output.table("prompt", "response", *names, right=names)
-    for row in scores.scored[:SHOWN]:
-        cells = [f"{output.number(row['raw'][name])} ({output.number(row['normalised'][name])})" for name in names]
-        table.add_row(_short(row["prompt"]), _short(row["response"]), *cells)
+    rows = [
+        {
+            "prompt": _short(row["prompt"]),
+            "response": _short(row["response"]),
+            **{name: f"{number(row['raw'][name])} ({number(row['normalised'][name])})" for name in scores.objectives},
+        }
+        for row in scores.scored[:SHOWN]
+    ]
     output.line("raw scores (normalised), larger is better")
-    output.show(table)
+    output.table([*output.columns("prompt", "response", left=True), *output.columns(*scores.objectives)], rows)
     if scores.rows > SHOWN:
         output.note(f"{scores.rows - SHOWN} more rows; --json shows them all, --out FILE.parquet writes them")
 
 
 def _show_summary(scores: Scores) -> None:
-    columns = ["mean", "sd", "min", "max", "normalised mean"]
-    table = output.table("objective", *columns, right=columns)
-    for name, numbers in scores.summary.items():
-        table.add_row(name, *(output.number(numbers[column.replace(" ", "_")]) for column in columns))
-    output.show(table)
+    columns = [Column("objective", "objective", left=True)]
+    for name in ("mean", "sd", "min", "max", "normalised_mean"):
+        columns.append(Column(name.replace("_", " "), name, number))
+    output.table(columns, [{**numbers, "objective": name} for name, numbers in scores.summary.items()])
     where = "" if scores.out is None else f": {scores.out}"
     output.line(f"{scores.rows} rows scored on {scores.task}{where}")
 

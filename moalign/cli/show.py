@@ -5,13 +5,16 @@ from __future__ import annotations
 import inspect
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moalign.cli import output
+from moalign.cli.options import DEFAULT_RESULTS, Json, Results
+from moalign.cli.outcome import cost_of, show_points, show_summary
 from moalign.core.errors import RequestError
-from moalign.report.units import NONE
+from moalign.report.tables import Column
+from moalign.report.units import NONE, number
 
 if TYPE_CHECKING:
     from moalign.config.recipe import Recipe
@@ -23,8 +26,8 @@ def show(
     name: Annotated[
         str, typer.Argument(metavar="RUN|RECIPE|METHOD|TASK|CARD", help="What to show: a name, a file or a folder.")
     ],
-    results: Annotated[Path, typer.Option(metavar="DIR", help="Where runs are kept.")] = output.DEFAULT_RESULTS,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    results: Results = DEFAULT_RESULTS,
+    as_json: Json = False,
 ) -> None:
     """Show a run, recipe, method or task in full.
 
@@ -64,47 +67,30 @@ def _nothing_called(name: str, error: RequestError, others: list[str]) -> Reques
 
 
 def _method(name: str, as_json: bool) -> None:
+    from dataclasses import asdict
+
     from moalign.config import describe
     from moalign.methods import registry
 
     method = registry.get(name)
     module = inspect.getmodule(type(method))
     text = inspect.cleandoc((module.__doc__ if module else None) or type(method).__doc__ or method.summary)
-    settings = describe.fields(method.Config)
-    can = method.capabilities
+    settings = [row._asdict() for row in describe.fields(method.Config)]
+    can = asdict(method.capabilities)
     if as_json:
-        from dataclasses import asdict
-
-        output.as_json(
-            {
-                "method": name,
-                "summary": method.summary,
-                "description": text,
-                "capabilities": asdict(can),
-                "settings": [row._asdict() for row in settings],
-            }
-        )
+        content = {"method": name, "summary": method.summary, "description": text}
+        output.as_json({**content, "capabilities": can, "settings": settings})
         return
-    output.line(f"{name}: {method.summary}")
+    output.line(f"{name}: {method.summary}\n\n{text}\n")
+    words = {key: ("no", "yes")[value] if isinstance(value, bool) else str(value) for key, value in can.items()}
+    output.pairs([(key.replace("_", " "), word) for key, word in words.items()])
     output.line()
-    output.line(text)
-    output.line()
-    output.pairs([(key.replace("_", " "), _word(value)) for key, value in vars(can).items()])
-    output.line()
-    table = output.table("setting", "allowed", "default", "meaning")
-    for row in settings:
-        table.add_row(row.name, row.type, row.default, row.doc)
-    output.show(table)
+    headings = {"setting": "name", "allowed": "type", "default": "default", "meaning": "doc"}
+    output.table([Column(heading, key, left=True) for heading, key in headings.items()], settings)
     output.next_commands(output.command("train", name), output.command("train", name, "--dry-run"))
 
 
-def _word(value: Any) -> str:
-    return {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value)
-
-
 def _task(name: str, path: Path, as_json: bool) -> None:
-    from moalign.cli.train import flat
-    from moalign.config.describe import yaml_form
     from moalign.config.load import load_card
 
     card = load_card(path)
@@ -112,17 +98,13 @@ def _task(name: str, path: Path, as_json: bool) -> None:
     if as_json:
         output.as_json({"task": card.name, "path": str(path), "card": settings})
         return
-    output.line(f"{card.name}: {card.description}")
-    output.line(str(path))
-    output.line()
-    table = output.table("setting", "value")
-    for key, value in flat(settings):
-        if key in ("name", "description"):
-            continue
-        items = value if key == "objectives" else [value]
-        for item in items:
-            table.add_row(key, yaml_form(item))
-    output.show(table)
+    output.line(f"{card.name}: {card.description}\n{path}\n")
+    output.settings(
+        (key, item)
+        for key, value in output.flat(settings)
+        if key not in ("name", "description")
+        for item in (value if key == "objectives" else [value])
+    )
     output.next_commands(output.command("check", name), output.command("preview", "--task", name))
 
 
@@ -131,22 +113,23 @@ def _task(name: str, path: Path, as_json: bool) -> None:
 
 def _recipe(name: str, path: Path, as_json: bool) -> None:
     from moalign.config import load, yaml_lines
+    from moalign.config.describe import yaml_form
     from moalign.methods import registry
 
     method, _ = load.recipe_names(path)
     resolved = load.load_recipe(path, method, None, (), registry.get(method).Config)
+    recipe, task = resolved.recipe, resolved.card.name
     document, lines = yaml_lines.load(path), path.read_text(encoding="utf-8").splitlines()
+    values = output.sections(recipe.model_dump(mode="json"), "seed", "prefs", "config", "policy")
     settings = [
-        {"setting": key, "value": value, "source": _source(key, resolved.recipe, document, lines)}
-        for key, value in _settings(resolved.recipe)
+        {"setting": key, "value": value, "source": _source(key, recipe, document, lines)} for key, value in values
     ]
-    recipe = resolved.recipe
     if as_json:
         output.as_json(
             {
                 "recipe": str(path),
                 "method": method,
-                "task": resolved.card.name,
+                "task": task,
                 "description": recipe.description,
                 "needs": recipe.needs.model_dump(),
                 "reported": [paper.model_dump() for paper in recipe.reported],
@@ -154,47 +137,30 @@ def _recipe(name: str, path: Path, as_json: bool) -> None:
             }
         )
         return
-    _show_recipe(path, recipe, resolved.card.name, settings)
-    if name == f"{path.parent.name}/{path.stem}":
-        train = output.command("train", method, "--task", path.parent.name)
-    else:
-        train = output.command("train", method, "--recipe", name)
-    output.next_commands(output.command("check", name), train)
+    output.pairs(_about(path, recipe, task))
+    output.line()
+    columns = output.columns("setting", "value", "source", left=True)
+    output.table(columns, [{**row, "value": yaml_form(row["value"])} for row in settings])
+    own = name == f"{path.parent.name}/{path.stem}"
+    train = ("--task", path.parent.name) if own else ("--recipe", name)
+    output.next_commands(output.command("check", name), output.command("train", method, *train))
 
 
-def _show_recipe(path: Path, recipe: Recipe, task: str, settings: list[dict[str, Any]]) -> None:
-    from moalign.config.describe import yaml_form
-
+def _about(path: Path, recipe: Recipe, task: str) -> list[tuple[str, str]]:
+    """Return what a recipe is for and what it needs, in lines."""
     needs = recipe.needs
     rows = [("recipe", str(path)), ("method", recipe.method), ("task", task)]
-    if recipe.description:
-        rows.append(("about", recipe.description))
+    rows += [("about", recipe.description)] if recipe.description else []
     rows += [
         ("gpu", needs.gpu + (f", {needs.gpu_memory_gib:g} GiB" if needs.gpu_memory_gib is not None else "")),
-        ("minutes", output.number(needs.minutes, 1)),
+        ("minutes", number(needs.minutes, 1)),
         ("peak memory", NONE if needs.peak_gib is None else f"{needs.peak_gib:g} GiB"),
         ("measured", needs.measured),
     ]
-    rows += [
-        (
-            f"reported {paper.method}",
-            f"{paper.metric} {paper.value:g} ({'; '.join(filter(None, (paper.source, paper.setting)))})",
-        )
-        for paper in recipe.reported
-    ]
-    output.pairs(rows)
-    output.line()
-    table = output.table("setting", "value", "source")
-    for row in settings:
-        table.add_row(row["setting"], yaml_form(row["value"]), row["source"])
-    output.show(table)
-
-
-def _settings(recipe: Recipe) -> list[tuple[str, Any]]:
-    from moalign.cli.train import flat
-
-    values = recipe.model_dump(mode="json")
-    return [("seed", values["seed"]), ("prefs", values["prefs"]), *flat({k: values[k] for k in ("config", "policy")})]
+    for paper in recipe.reported:
+        origin = "; ".join(filter(None, (paper.source, paper.setting)))
+        rows.append((f"reported {paper.method}", f"{paper.metric} {paper.value:g} ({origin})"))
+    return rows
 
 
 def _source(key: str, recipe: Recipe, document: Document, lines: list[str]) -> str:
@@ -224,13 +190,13 @@ def comment_of(line: str) -> str:
     'the name'
     """
     quote = ""
-    for at, character in enumerate(line):
+    for index, character in enumerate(line):
         if quote:
             quote = "" if character == quote else quote
-        elif character in "'\"" and (at == 0 or line[at - 1] in " [{,:"):
+        elif character in "'\"" and (index == 0 or line[index - 1] in " [{,:"):
             quote = character
-        elif character == "#" and (at == 0 or line[at - 1].isspace()):
-            return line[at + 1 :].strip()
+        elif character == "#" and (index == 0 or line[index - 1].isspace()):
+            return line[index + 1 :].strip()
     return ""
 
 
@@ -238,8 +204,6 @@ def comment_of(line: str) -> str:
 
 
 def _run(run: Run, as_json: bool) -> None:
-    from moalign.cli.eval import show_points, show_summary
-    from moalign.cli.train import cost_of, flat
     from moalign.config.describe import yaml_form
     from moalign.core.preferences import label
     from moalign.evaluation.result import EvalResult
@@ -268,14 +232,9 @@ def _run(run: Run, as_json: bool) -> None:
         ("moalign", f"{record.moalign_version or 'not installed'}, {commit}{local}"),
         ("machine", f"{environment.get('cpu')}, {', '.join(environment.get('gpus') or []) or 'no GPU'}"),
     ]
-    rows += [(f"note {key}", yaml_form(value)) for key, value in record.notes.items()]
-    output.pairs(rows)
+    output.pairs([*rows, *((f"note {key}", yaml_form(value)) for key, value in record.notes.items())])
     output.line()
-    table = output.table("setting", "value")
-    for section in ("config", "policy"):
-        for key, value in flat(record.recipe.get(section, {})):
-            table.add_row(f"{section}.{key}", yaml_form(value))
-    output.show(table)
+    output.settings(output.sections(record.recipe, "config", "policy"))
     if evaluation is not None:
         show_points(evaluation)
         show_summary(evaluation)

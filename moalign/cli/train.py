@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from moalign.cli import output
+from moalign.cli.options import DEFAULT_RESULTS, Json, Results, Settings, Task
 
 if TYPE_CHECKING:
     from moalign.config.load import ResolvedRequest
     from moalign.experiment.handle import RunHandle
     from moalign.experiment.train import Plan, TrainRequest
-    from moalign.preflight.report import Preflight
-    from moalign.runs.record import RunRecord
 
 
 def train(
     method: Annotated[str, typer.Argument(metavar="METHOD", help="What to train; moalign ls methods lists them.")],
-    task: Annotated[
-        str | None, typer.Option(metavar="NAME|FILE", help="Task name or card file.  [default: sandbox]")
-    ] = None,
+    task: Task = None,
     recipe: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Recipe file; else the one of this task and method.")
     ] = None,
@@ -31,14 +27,12 @@ def train(
         typer.Option(metavar="W1,W2[,..]", help="Preference to train (on); repeat it for several."),
     ] = None,
     grid: Annotated[int | None, typer.Option(metavar="N", help="Train (on) an even grid of N preferences.")] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; repeatable.")
-    ] = None,
+    set_: Settings = None,
     seed: Annotated[int | None, typer.Option(min=0, metavar="N", help="Random seed; else the recipe's.")] = None,
-    results: Annotated[Path, typer.Option(metavar="DIR", help="Where runs are kept.")] = output.DEFAULT_RESULTS,
+    results: Results = DEFAULT_RESULTS,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop; nothing is written.")] = False,
     no_eval: Annotated[bool, typer.Option("--no-eval", help="Train only.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Train a method on a task, then evaluate it.
 
@@ -89,114 +83,83 @@ def _dry_run(request: TrainRequest, as_json: bool) -> None:
     from moalign.preflight import check, inputs
 
     resolved = workflow.resolve(request)
-    if inputs.must_be_fetched(resolved.card):
-        _show_before_download(resolved, check.preview(resolved), as_json)
-    else:
-        _show_plan(workflow.plan(request), as_json)
-
-
-def _show_before_download(resolved: ResolvedRequest, report: Preflight, as_json: bool) -> None:
-    from moalign.config.describe import yaml_form
-
-    recipe, model = resolved.recipe, f"{resolved.card.model}, revision {resolved.card.model_revision or 'not pinned'}"
+    plan = None if inputs.must_be_fetched(resolved.card) else workflow.plan(request)
+    preview = check.preview(plan or resolved)
+    content, rows = _planned(plan) if plan else _before_download(resolved)
+    content |= {"memory": preview.memory, "cost": preview.cost}
     if as_json:
-        plan: dict[str, Any] = {"dry_run": True, "run": None, "method": recipe.method, "task": resolved.card.name}
-        plan |= {"model": model, "config": recipe.config, "policy": recipe.policy.model_dump(mode="json")}
-        output.as_json({**plan, "memory": report.memory, "cost": report.cost, "notes": report.notes})
+        output.as_json(content if plan else {**content, "notes": preview.notes})
         return
-    output.pairs(
-        [
-            ("method", recipe.method),
-            ("task", f"{resolved.card.name} ({resolved.card_path})"),
-            ("model", f"{model}; not here yet, training downloads it"),
-            ("objectives", ", ".join(resolved.card.objective_names)),
-            ("recipe", str(resolved.as_given["recipe_file"] or "none; the method's defaults")),
-            *report.checked,
-        ]
-    )
+    output.pairs([*rows, *preview.checked])
     output.line()
-    table = output.table("setting", "value")
-    for section, values in (("config", recipe.config), ("policy", recipe.policy.model_dump(mode="json"))):
-        for key, value in flat(values):
-            table.add_row(f"{section}.{key}", yaml_form(value))
-    output.show(table)
-    for text in [*report.notes, *report.problems]:
+    output.settings(output.sections(content, "config", "policy"))
+    for text in () if plan else [*preview.notes, *preview.problems]:
         output.note(f"note: {text}")
-    output.line("dry run: nothing was downloaded, trained or written")
+    output.line(f"dry run: nothing was {'' if plan else 'downloaded, '}trained or written")
 
 
-def _plan_json(plan: Plan, preview: Preflight) -> dict[str, Any]:
-    run, recipe = plan.existing_run, plan.recipe
-    return {
+def _before_download(resolved: ResolvedRequest) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """Return the plan as JSON and in lines, as far as it is known without the model."""
+    recipe, card = resolved.recipe, resolved.card
+    model = f"{card.model}, revision {card.model_revision or 'not pinned'}"
+    content = {
+        "dry_run": True,
+        "run": None,
+        "method": recipe.method,
+        "task": card.name,
+        "model": model,
+        "config": recipe.config,
+        "policy": recipe.policy.model_dump(mode="json"),
+    }
+    rows = [
+        ("method", recipe.method),
+        ("task", f"{card.name} ({resolved.card_path})"),
+        ("model", f"{model}; not here yet, training downloads it"),
+        ("objectives", ", ".join(card.objective_names)),
+        ("recipe", str(resolved.as_given["recipe_file"] or "none; the method's defaults")),
+    ]
+    return content, rows
+
+
+def _planned(plan: Plan) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """Return the plan as JSON and in lines."""
+    from moalign.core import preferences
+
+    status = plan.existing_run.status if plan.existing_run else None
+    content = {
         "dry_run": True,
         "run": str(plan.folder),
         "run_id": plan.folder.name,
         "method": plan.method.name,
         "task": plan.task.card.name,
         "seed": plan.seed,
-        "status": run.status if run else None,
+        "status": status,
         "recipe": plan.as_given["recipe_file"],
         "card": str(plan.card_path),
         "card_hash": plan.task.hash,
         "objectives": plan.task.names,
         "prefs": [list(row) for row in plan.given] if plan.given else None,
         "holdout": [list(row) for row in plan.holdout] or None,
-        "config": recipe.config,
-        "policy": recipe.policy.model_dump(mode="json"),
+        "config": plan.recipe.config,
+        "policy": plan.recipe.policy.model_dump(mode="json"),
         "set": list(plan.request.overrides),
-        "memory": preview.memory,
-        "cost": preview.cost,
     }
-
-
-def _show_plan(plan: Plan, as_json: bool) -> None:
-    from moalign.config.describe import yaml_form
-    from moalign.core import preferences
-    from moalign.preflight import check
-
-    preview = check.preview(plan)
-    content = _plan_json(plan, preview)
-    if as_json:
-        output.as_json(content)
-        return
-    if plan.given:
-        vectors = "  ".join(preferences.label(row) for row in plan.given)
-    else:
-        vectors = f"the task's own (evaluation grid of {plan.task.card.grid})"
-    standing = {None: "does not exist yet", "done": "is finished: the command would only show it"}
+    listed = "  ".join(preferences.label(row) for row in plan.given or ())
+    held_out = "  ".join(preferences.label(row) for row in plan.holdout)
+    state = {None: "does not exist yet", "done": "is finished: the command would only show it"}
     rows = [
-        ("method", f"{content['method']} ({plan.method.summary})"),
-        ("task", f"{content['task']} ({content['card']})"),
-        ("card hash", content["card_hash"]),
-        ("objectives", ", ".join(content["objectives"])),
+        ("method", f"{plan.method.name} ({plan.method.summary})"),
+        ("task", f"{plan.task.card.name} ({plan.card_path})"),
+        ("card hash", plan.task.hash),
+        ("objectives", ", ".join(plan.task.names)),
         ("recipe", content["recipe"] or "none; the method's defaults"),
-        ("preferences", vectors),
-        ("seed", str(content["seed"])),
-        ("run", content["run"]),
-        ("", standing.get(content["status"], f"is {content['status']}: the command would resume it")),
-        *preview.checked,
+        ("preferences", listed or f"the task's own (evaluation grid of {plan.task.card.grid})"),
+        *([("held out", held_out)] if held_out else []),
+        ("seed", str(plan.seed)),
+        ("run", str(plan.folder)),
+        ("", state.get(status, f"is {status}: the command would resume it")),
     ]
-    if plan.holdout:
-        rows.insert(6, ("held out", "  ".join(preferences.label(row) for row in plan.holdout)))
-    output.pairs(rows)
-    output.line()
-    table = output.table("setting", "value")
-    for section in ("config", "policy"):
-        for key, value in flat(content[section]):
-            table.add_row(f"{section}.{key}", yaml_form(value))
-    output.show(table)
-    output.line("dry run: nothing was trained or written")
-
-
-def flat(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Return (dotted key, value) of nested settings, in order."""
-    rows: list[tuple[str, Any]] = []
-    for key, value in settings.items():
-        if isinstance(value, dict) and value:
-            rows += flat(value, f"{prefix}{key}.")
-        else:
-            rows.append((prefix + key, value))
-    return rows
+    return content, rows
 
 
 # -- the outcome -----------------------------------------------------------------------------------------------------
@@ -204,6 +167,8 @@ def flat(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 def _json(run: RunHandle) -> dict[str, Any]:
     record, evaluation = run.record, run.evaluation
+    kept = "objectives points hypervolume hypervolume_ci ref optimal_share optimal_share_ci indicators quality overlong"
+    content = None if evaluation is None else evaluation.content
     return {
         "run": str(run.path),
         "run_id": record.run_id,
@@ -216,19 +181,12 @@ def _json(run: RunHandle) -> dict[str, Any]:
         "found": run.reused,
         "card_hash": record.card_hash,
         "notes": record.notes,
-        "evaluation": None if evaluation is None else _summary(evaluation.content),
+        "evaluation": None if content is None else {key: content[key] for key in kept.split() if key in content},
     }
 
 
-_SUMMARY = ("objectives", "points", "hypervolume", "hypervolume_ci", "ref", "optimal_share", "optimal_share_ci")
-
-
-def _summary(evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: evaluation[key] for key in (*_SUMMARY, "indicators", "quality", "overlong") if key in evaluation}
-
-
 def _show(run: RunHandle, results: Path) -> None:
-    from moalign.cli.eval import show_points, show_summary
+    from moalign.cli.outcome import cost_of, overlong, show_points, show_summary
     from moalign.core.preferences import example, label
 
     record, evaluation = run.record, run.evaluation
@@ -236,7 +194,7 @@ def _show(run: RunHandle, results: Path) -> None:
     output.line(f"{record.method} on {record.task}, seed {record.seed}: {outcome}")
     rows = [("run", str(run.path)), ("cost", cost_of(record))]
     if record.notes.get("overlong") and evaluation is None:  # the evaluation tells it, too
-        rows.append(("prompts", output.overlong(record.notes["overlong"])))
+        rows.append(("prompts", overlong(record.notes["overlong"])))
     output.pairs(rows)
     output.line()
     shown = example(len(run.objectives))
@@ -251,14 +209,4 @@ def _show(run: RunHandle, results: Path) -> None:
         output.command("eval", str(run.path), "--hypervolume"),
         output.command("compare", "--task", str(record.as_given.get("task") or record.task), results=results),
         output.command("generate", str(run.path), "--prefs", shown),
-    )
-
-
-def cost_of(record: RunRecord) -> str:
-    """Return what a run took, in one line."""
-    cost = record.cost
-    return (
-        f"{output.duration(record.seconds)}, {output.count(cost.tokens_generated)} tokens generated, "
-        f"{output.count(cost.tokens_trained)} trained, {output.count(cost.reward_calls)} scores, "
-        f"peak {output.memory(cost.peak_memory_bytes)}"
     )

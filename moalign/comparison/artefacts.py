@@ -13,7 +13,7 @@ from moalign.comparison.result import CompareResult
 from moalign.config.card import TaskCard
 from moalign.core.errors import RequestError
 from moalign.core.preferences import label as to_label
-from moalign.report import drawings, markdown, page, style
+from moalign.report import figures, markdown, page, style
 from moalign.runs import atomic
 
 PAGES = (".html", ".htm")
@@ -60,7 +60,7 @@ def _require_writable(folder: Path) -> None:
 def write(result: CompareResult, paths: OutputPaths, runs: Sequence[ComparedRun], card: TaskCard) -> None:
     """Write figures, page, Markdown and, last, the JSON; ``result`` is completed with their paths."""
     if any(entry.points for entry in result.entries):
-        for name, draw in drawings.ALL.items():
+        for name, draw in figures.ALL.items():
             path = paths.figure if name == "fronts" else paths.folder / f"{name}.png"
             drawing = draw(result.content, path.suffix)
             if drawing is not None:

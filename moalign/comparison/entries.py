@@ -9,7 +9,7 @@ from typing import Any
 from moalign.comparison.jobs import ComparedRun
 from moalign.comparison.ranking import EntryRuns, SeedResult
 from moalign.config.recipe import PolicySpec
-from moalign.report import curves
+from moalign.report import figures
 
 
 def entries_of(runs: Sequence[ComparedRun]) -> list[EntryRuns]:
@@ -22,7 +22,7 @@ def entries_of(runs: Sequence[ComparedRun]) -> list[EntryRuns]:
                 record = run.run.record
                 cost = {**record.cost.model_dump(), "seconds": record.seconds}
                 diagnostics = record.notes.get("diagnostics") or {}
-                learned = curves.condense(run.run.metrics())
+                learned = figures.condense(run.run.metrics())
                 finished.append(SeedResult(run.seed, run.evaluation, cost, diagnostics, learned))
         method, summaries = group[0].method, [run.summary for run in group]
         entries.append(EntryRuns(label, method.name, summaries, finished, seeded=method.capabilities.trains))

@@ -50,7 +50,7 @@ class SeedResult:
     diagnostics: Mapping[str, Any] = field(default_factory=dict)
     """Of training, by the method's own names."""
     curves: dict[str, list[list[float]]] = field(default_factory=dict)
-    """Learning curves (:func:`moalign.report.curves.condense`)."""
+    """Learning curves (:func:`moalign.report.figures.condense`)."""
 
     @property
     def means(self) -> Matrix:

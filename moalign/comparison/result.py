@@ -91,7 +91,7 @@ class Entry(Content):
     gap: float | None = None
     """Hypervolume by the training rewards minus the judge's, where these differ."""
     curves: list[dict[str, list[list[float]]]] = Field(default_factory=list)
-    """Learning curves of each seed (:func:`moalign.report.curves.condense`)."""
+    """Learning curves of each seed (:func:`moalign.report.figures.condense`)."""
     cost: TrainingCost | None = None
     hypervolume_per_cost: dict[str, float | None] | None = None
     points: list[Point] = Field(default_factory=list)

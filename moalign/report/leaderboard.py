@@ -17,16 +17,11 @@ from typing import Any
 from urllib.parse import quote
 
 from moalign.core.errors import MoalignError, RequestError
-from moalign.report import drawings, markdown
-from moalign.report.markdown import escaped, software, table
-from moalign.report.units import NONE, any_nats, count, duration, interval, memory, nats, number, percent
+from moalign.report import figures, markdown, tables
+from moalign.report.record import Row, judged
+from moalign.report.tables import METHODS, Column, select
+from moalign.report.templates import render
 from moalign.runs import atomic
-
-_INTRO = (
-    "Made by `make results` from the records in [published]({published}); every number is in them, and nothing here is "
-    "written by hand. Each row carries the command that made it: the same command on the same machine gives the same "
-    "scores. Intervals: 95 %, over prompts and, where there are several, training seeds."
-)
 
 
 def make(records: Path, page: Path) -> list[Path]:
@@ -34,17 +29,17 @@ def make(records: Path, page: Path) -> list[Path]:
 
     Returns the files written. Raises RequestError when there is no record, or naming one that is damaged.
     """
-    records_by_path = {path: _read(path) for path in sorted(records.glob("*/compare.json"))}
-    if not records_by_path:
+    by_path = {path: _read(path) for path in sorted(records.glob("*/compare.json"))}
+    if not by_path:
         raise RequestError(f"{records}: no record; each is a file NAME/compare.json, as moalign compare writes it")
     written: list[Path] = []
-    for path, record in records_by_path.items():
-        figures = _draw(record, path.parent)
-        paths = {name: str(files[0]) for name, files in figures.items()}
-        text = markdown.page({**record, "figure": paths.get("fronts"), "figures": paths, "html": None}, path.parent)
+    for path, record in by_path.items():
+        drawn = _draw(record, path.parent)
+        light = {name: str(files[0]) for name, files in drawn.items()}
+        text = markdown.page({**record, "figure": light.get("fronts"), "figures": light, "html": None}, path.parent)
         atomic.write_text(path.with_suffix(".md"), text)
-        written += [*(file for files in figures.values() for file in files), path.with_suffix(".md")]
-    atomic.write_text(page, leaderboard(records_by_path, page.parent))
+        written += [*(file for files in drawn.values() for file in files), path.with_suffix(".md")]
+    atomic.write_text(page, leaderboard(by_path, page.parent))
     return [*written, page]
 
 
@@ -59,123 +54,52 @@ def _read(path: Path) -> dict[str, Any]:
     return dict(record)
 
 
-def _draw(record: Mapping[str, Any], folder: Path) -> dict[str, list[Path]]:
+def _draw(record: Row, folder: Path) -> dict[str, list[Path]]:
     """Draw every figure that applies, light and dark, beside the record; return its files by name."""
-    figures: dict[str, list[Path]] = {}
-    if not any(row["points"] for row in record["rows"]):
-        return figures
-    for name, draw in drawings.ALL.items():
+    drawn: dict[str, list[Path]] = {}
+    for name, draw in figures.ALL.items() if judged(record) else ():
         for suffix, theme in (("", "light"), ("-dark", "dark")):
             content = draw(record, ".png", theme)
             if content is not None:
                 path = folder / f"{name}{suffix}.png"
                 atomic.write_bytes(path, content)
-                figures.setdefault(name, []).append(path)
-    return figures
+                drawn.setdefault(name, []).append(path)
+    return drawn
 
 
-def leaderboard(records: Mapping[Path, Mapping[str, Any]], folder: Path) -> str:
+def leaderboard(records: Mapping[Path, Row], folder: Path) -> str:
     """Return the leaderboard; its links are relative to ``folder``, where it will be written."""
-    published = quote(Path(os.path.relpath(next(iter(records)).parent.parent, folder)).as_posix())
-    parts = ["# Leaderboard", _INTRO.format(published=published), _contents(records)]
-    for path, record in records.items():
-        parts += _section(path, record, folder)
-    return "\n\n".join(parts) + "\n"
+    published = _relative(next(iter(records)).parent.parent, folder)
+    sections = [_section(path, record, folder) for path, record in records.items()]
+    return render("leaderboard.md", {"published": published, "sections": sections})
 
 
-def _contents(records: Mapping[Path, Mapping[str, Any]]) -> str:
-    lines = []
-    for path, record in records.items():
-        first = record["rows"][0]
-        leads = f"{escaped(record['winner'])} wins" if record["winner"] else "no winner with certainty"
-        share = "" if first.get("optimal_share") is None else f", {percent(first['optimal_share'])} of the optimum"
-        lines.append(
-            f"- [{escaped(path.parent.name)}](#{path.parent.name}): {len(record['rows'])} methods, "
-            f"{len(record['objectives'])} objectives, {_seeds(record)}; {leads} "
-            f"(first: {escaped(first['label'])}, hypervolume {number(first['hypervolume'])}{share})"
-        )
-    return "\n".join(lines)
+def _relative(path: Path, folder: Path) -> str:
+    return quote(Path(os.path.relpath(path, folder)).as_posix())
 
 
-def _seeds(record: Mapping[str, Any]) -> str:
+def _section(path: Path, record: Row, folder: Path) -> dict[str, Any]:
     counts = {len(row["seeds"]) for row in record["rows"]}
-    most = max(counts)
-    return f"{'' if len(counts) == 1 else 'up to '}{most} seed{'' if most == 1 else 's'}"
+    most, rows, environment = max(counts), judged(record), record["environment"]
+    shown = "rank name hypervolume interval share seeds tau inner_product collapsed kl command"
+    command = Column("command", _command, left=True, markdown=True)
+    return {
+        "name": path.parent.name,
+        "folder": _relative(path.parent, folder),
+        "record": record,
+        "judged": rows,
+        "seeds": f"{'' if len(counts) == 1 else 'up to '}{most} seed{'' if most == 1 else 's'}",
+        "ranking": select(METHODS, shown, record["rows"], command=command),
+        "cost": select(METHODS, f"label {tables.COST} answering_rewards", rows),
+        "machine": ", ".join(filter(None, (environment.get("cpu"), *(environment.get("gpus") or [])))),
+    }
 
 
-def _section(path: Path, record: Mapping[str, Any], folder: Path) -> list[str]:
-    relative = Path(os.path.relpath(path.parent, folder)).as_posix()
-    parts = [f"## {escaped(path.parent.name)}", escaped(record["description"]), *map(escaped, record["verdict"])]
-    samples = record.get("samples") or 1  # older records lack it
-    if samples > 1:
-        parts.append(
-            f"{record['prompts']} evaluation prompts, each answered {samples} times at every preference: "
-            f"`moalign eval RUN --samples {samples}`."
-        )
-    if any(row["points"] for row in record["rows"]):
-        parts.append(_picture(relative, "fronts", "Mean rewards of every method by preference"))
-    parts += [_ranking(record), _cost(record), _origin(record, relative)]
-    return parts
-
-
-def _picture(folder: str, name: str, text: str) -> str:
-    """Return a figure that follows the reader's colour scheme."""
-    light, dark = quote(f"{folder}/{name}.png"), quote(f"{folder}/{name}-dark.png")
-    return (
-        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-        f'<img src="{light}" alt="{text}"></picture>'
-    )
-
-
-def _ranking(record: Mapping[str, Any]) -> str:
-    known = record.get("optimum") is not None
-    heads = ["#", "method", "hypervolume", "95 % interval", *(["% of optimum"] if known else []), "each seed"]
-    moved = any_nats(record["rows"])
-    heads += ["tau", "inner product", "collapsed", *(["KL to base"] if moved else []), "command"]
-    lines = []
-    for row in record["rows"]:
-        if row["status"] == "failed":
-            lines.append([NONE, f"{escaped(row['label'])} (failed)", *[NONE] * (len(heads) - 3), _command(row)])
-            continue
-        cells = [str(row["rank"]), escaped(row["label"]), number(row["hypervolume"], 4), interval(row["ci"], 4)]
-        cells += [percent(row["optimal_share"], 1)] if known else []
-        cells += [", ".join(number(value) for value in row["hypervolume_by_seed"])]
-        cells += [number(row["indicators"]["tau"], 2), number(row["indicators"]["inner_product"])]
-        cells += [percent(row["quality"]["rate"], 1), *([nats(row["quality"])] if moved else [])]
-        lines.append([*cells, _command(row)])
-    return table(heads, lines, last_left=True)
-
-
-def _command(row: Mapping[str, Any]) -> str:
+def _command(row: Row) -> str:
     """Return the command of the row's first seed, and which other seeds there are."""
     first, *others = row["runs"]
     more = f" (and seeds {', '.join(str(run['seed']) for run in others)})" if others else ""
     return f"`{first['command'].replace('|', chr(92) + '|')}`{more}"
-
-
-def _cost(record: Mapping[str, Any]) -> str:
-    heads = ["method", "time", "tokens generated", "tokens trained on", "reward calls", "peak memory"]
-    heads += ["answering: tokens", "answering: reward calls"]
-    lines = [
-        [
-            escaped(row["label"]),
-            duration(row["cost"]["seconds"]),
-            *(count(row["cost"][unit]) for unit in ("tokens_generated", "tokens_trained", "reward_calls")),
-            memory(row["cost"]["peak_memory_bytes"]),
-            count(row["cost"]["answering"]["tokens_generated"]),
-            count(row["cost"]["answering"]["reward_calls"]),
-        ]
-        for row in record["rows"]
-        if row["status"] != "failed"
-    ]
-    return "Cost of training, mean per seed (memory: the largest):\n\n" + table(heads, lines, left=1)
-
-
-def _origin(record: Mapping[str, Any], relative: str) -> str:
-    environment = record.get("environment") or {}
-    where = ", ".join(filter(None, (environment.get("cpu"), *(environment.get("gpus") or []))))
-    more = f"Paired differences, diagnostics and figures: [compare.md]({quote(relative)}/compare.md)."
-    return f"All of it: `{record['command']}`, with {software(environment)}{', on ' + where if where else ''}. {more}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,34 +1,43 @@
 """The comparison as one HTML page that opens offline: ranking, fronts, and each method's answers at a preference.
 
-The page is ``assets/page.html`` with its style and script inside it and two blocks of JSON, which the script shows as
-text. Generated text is hostile by assumption: inside the blocks ``<``, ``>`` and ``&`` are escaped, so that nothing can
-end them; the script writes text nodes only; and a Content-Security-Policy allows this script and this style, by their
+The page is ``assets/page.html`` with its style, its script and two blocks of JSON inside it. Generated text is hostile
+by assumption: the template escapes it; inside the blocks ``<``, ``>`` and ``&`` are escaped, so that nothing can end
+them; the script writes text nodes only; and a Content-Security-Policy allows this script and this style, by their
 hashes, and nothing else (no other script, no request, no frame).
 """
+
+# The chart and its controls are a script of our own: plotly.js would do it in fewer lines of ours, but add 4.8 MB to
+# every page, which is to open offline and to be sent by mail.
 
 from __future__ import annotations
 
 import base64
 import gzip
 import hashlib
-import html
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
+from moalign.report import tables
+from moalign.report.record import Row
+from moalign.report.templates import asset, render
 from moalign.runs import atomic
 
 LIMIT = 10_000_000
 """Bytes of a page; prompts are left out (and the page says so) where their answers would not fit."""
 PLAIN = 6_000_000
 """Bytes of answers above which they are compressed instead of written as readable JSON."""
-
-
 SCRIPTS = ("1-basics.js", "2-tables.js", "3-front.js", "4-answers.js", "5-start.js")
 """The page's script, in the order in which its parts are joined."""
+
+
+_RANKING = (
+    "rank name hypervolume interval share seeds tau inner_product utility regret igd_plus spacing collapsed kl time "
+    "tokens"
+)
+_COST = f"label {tables.COST} answering_rewards per_minute collapsed length distinct kl"
 
 
 @dataclass(frozen=True)
@@ -45,36 +54,27 @@ class Answers:
     """Raw scores ``[preferences][prompts][objectives]``."""
 
 
-def page(record: Mapping[str, Any], answers: Sequence[Answers] = (), limit: int = LIMIT) -> bytes:
+def page(record: Row, answers: Sequence[Answers] = (), limit: int = LIMIT) -> bytes:
     """Return the page of a comparison; the same input gives the same bytes.
 
-    Args:
-        record: of a comparison (``compare.json``).
-        answers: of every row that has any; all to the same prompts.
-        limit: largest size of the page in bytes.
+    ``answers`` are of every row that has any, all to the same prompts; ``limit`` is the page's largest size in bytes.
     """
-    title = f"moalign: methods on {record['task']}"
-    css, script = _asset("page.css"), "\n".join(_asset(name) for name in SCRIPTS)
-    shown = {**record, "rows": [{**row, "curves": None} for row in record["rows"]]}  # curves are drawn in figures only
-    parts = {
-        "title": html.escape(title),
+    css, script = asset("page.css"), "\n".join(asset(name) for name in SCRIPTS)
+    context: dict[str, Any] = {
+        **tables.of_comparison(record, _RANKING, _COST),
+        "title": f"moalign: methods on {record['task']}",
         "csp": _policy(css, script),
         "css": css,
         "js": script,
-        "data": _json(shown),
+        "data": _json({**record, "rows": [{**row, "curves": None} for row in record["rows"]]}),
+        "record": record,
     }
-    room = limit - sum(len(part.encode()) for part in parts.values()) - len(_asset("page.html"))
-    packed, block = _fitting(answers, room)
-    return _filled(_asset("page.html"), {**parts, "packed": packed, "answers": block}).encode()
 
+    def filled(packed: str, block: str) -> bytes:
+        text = render("page.html", {**context, "packed": packed, "answers": block})
+        return text.encode("utf-8", "replace")  # a generated text can hold half a surrogate pair
 
-def _asset(name: str) -> str:
-    return resources.files(__package__).joinpath("assets", name).read_text(encoding="utf-8")
-
-
-def _filled(template: str, parts: Mapping[str, str]) -> str:
-    """Fill the template's ``{{name}}`` in one pass, so that ``{{`` in a value means nothing."""
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match.group(1)], template)
+    return filled(*_fitting(answers, limit - len(filled("", ""))))
 
 
 def _policy(css: str, script: str) -> str:
@@ -86,7 +86,6 @@ def _policy(css: str, script: str) -> str:
     return f"default-src 'none'; {own}; base-uri 'none'; form-action 'none'"
 
 
-_ESCAPES = {char: f"\\u{ord(char):04x}" for char in "<>&\u2028\u2029"}
 _SPECIAL = re.compile("[<>&\u2028\u2029]")
 
 
@@ -97,7 +96,8 @@ def _json(value: Any) -> str:
     """
     text = json.dumps(atomic.plain(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     # A lone surrogate, which a generated text can hold, becomes its escape.
-    return _SPECIAL.sub(lambda match: _ESCAPES[match.group()], text).encode("utf-8", "backslashreplace").decode()
+    escaped = _SPECIAL.sub(lambda match: f"\\u{ord(match.group()):04x}", text)
+    return escaped.encode("utf-8", "backslashreplace").decode()
 
 
 # --- answers ----------------------------------------------------------------------------------------------------
@@ -105,8 +105,7 @@ def _json(value: Any) -> str:
 
 def _fitting(answers: Sequence[Answers], room: int) -> tuple[str, str]:
     """Return (encoding, block) with the answers to as many prompts as fit in ``room`` bytes."""
-    prompts = len(answers[0].prompts) if answers else 0
-    count = prompts
+    count = len(answers[0].prompts) if answers else 0
     while True:
         packed, block = _block(answers, count)
         size = len(block.encode())
@@ -130,7 +129,9 @@ def _table(answers: Sequence[Answers], count: int) -> dict[str, Any]:
         answered.label: {
             "preferences": answered.preferences,
             "texts": [[texts.setdefault(text, len(texts)) for text in row[:count]] for row in answered.responses],
-            "scores": [[[_short(value) for value in score] for score in row[:count]] for row in answered.scores],
+            "scores": [
+                [[float(f"{value:.4g}") for value in score] for score in row[:count]] for row in answered.scores
+            ],
         }
         for answered in answers
     }
@@ -138,7 +139,3 @@ def _table(answers: Sequence[Answers], count: int) -> dict[str, Any]:
     note = "" if count == total else f"The first {count} of {total} prompts: the others would make this page too large."
     prompts = list(answers[0].prompts[:count]) if answers else []
     return {"note": note, "prompts": prompts, "rows": rows, "texts": list(texts)}
-
-
-def _short(value: float) -> float:
-    return float(f"{value:.4g}")

@@ -1,4 +1,4 @@
-"""How every figure looks: colours that colour-blind readers can tell apart, markers beside them, light and dark.
+"""How every figure looks: colours that colour-blind readers can tell apart, markers and dashes beside them.
 
 Figures are made with matplotlib's object interface and a style of their own, so that the user's settings neither
 matter nor change, and the same input gives the same bytes.
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 FORMATS = (".png", ".pdf", ".svg")
@@ -55,7 +56,11 @@ THEMES: dict[str, Theme] = {
         colours=("#4C9FE0", "#F0803C", "#2FBF94", "#E39CC4", "#F2C14E", "#9ADCFF", "#FFFFFF"),
     ),
 }
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
+_DASHES = ((), (5, 1.5), (1.2, 1.2), (6, 1.5, 1.2, 1.5))
+"""Lines of the first seven methods, of the next seven, and so on: (), then lengths of dash and gap in line widths."""
+REFERENCE_LINE = (0, (4, 3))
+"""Dashes of lines that are not data."""
 
 _METADATA: dict[str, dict[str, Any]] = {
     ".png": {"Software": "moalign"},
@@ -68,9 +73,35 @@ _ENTRY, _LINE, _GAP = 0.42, 0.142, 0.095
 """Inches: the least height of a legend entry, the height of a line of its text, the gap between two entries."""
 
 
-def look(index: int, theme: Theme) -> tuple[str, str]:
-    """Return (colour, marker) of the method at ``index``; they repeat after 63."""
-    return theme.colours[index % len(theme.colours)], MARKERS[index % len(MARKERS)]
+@dataclass(frozen=True)
+class Look:
+    """What tells a method from the others: no two of 28 share both colour and dashes."""
+
+    colour: str
+    marker: str
+    dashes: tuple[float, ...]
+    hollow: bool
+    paper: str
+
+    def marks(self, size: float, line: float) -> dict[str, Any]:
+        """Return the arguments of ``Axes.plot`` and ``errorbar``: markers of ``size``, a line ``line`` wide or none."""
+        style: Any = (0, self.dashes) if self.dashes else "solid"
+        return {
+            "color": self.colour,
+            **({"linestyle": style, "linewidth": line} if line else {"linestyle": "none"}),
+            "marker": self.marker,
+            "markersize": size,
+            "markerfacecolor": self.paper if self.hollow else self.colour,
+            "markeredgecolor": self.colour if self.hollow else self.paper,
+            "markeredgewidth": 1.2 if self.hollow else 0.6,
+        }
+
+
+def look(index: int, theme: Theme) -> Look:
+    """Return the look of the method at ``index``; looks repeat after 63."""
+    turn, hue = divmod(index, len(theme.colours))
+    dashes = _DASHES[turn % len(_DASHES)]
+    return Look(theme.colours[hue], _MARKERS[index % len(_MARKERS)], dashes, turn % 2 == 1, theme.paper)
 
 
 @contextlib.contextmanager
@@ -87,8 +118,19 @@ def canvas(width: float, height: float, theme: ThemeName) -> Iterator[tuple[Figu
         yield figure, chosen
 
 
-def content(figure: Figure, suffix: str) -> bytes:
-    """Return the figure as a file's content; ``suffix`` is one of :data:`FORMATS`."""
+def panels(figure: Figure, count: int, columns: int, **shared: Any) -> list[Axes]:
+    """Return ``count`` panels in rows of ``columns``."""
+    lines = -(-count // columns)
+    every: list[Axes] = figure.subplots(lines, columns, squeeze=False, **shared).ravel().tolist()
+    for unused in every[count:]:
+        unused.set_visible(False)
+    return every[:count]
+
+
+def content(figure: Figure, title: str, suffix: str) -> bytes:
+    """Return the figure with a title, if any, as the content of a file; ``suffix`` is one of :data:`FORMATS`."""
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=10)
     buffer = io.BytesIO()
     figure.savefig(buffer, format=suffix.removeprefix("."), dpi=DPI, metadata=_METADATA[suffix])
     return buffer.getvalue()
@@ -105,21 +147,24 @@ def legend_height(labels: Sequence[str]) -> float:
     return max(_ENTRY * len(labels) + 0.9, _LINE * lines + _GAP * len(labels) + 0.31)
 
 
-def headline(figure: Figure, text: str) -> None:
-    """Write the figure's title at its top left."""
-    figure.suptitle(text, x=0.01, ha="left", fontsize=10)
-
-
-def legend(figure: Figure, handles: Any, labels: Any, title: str, beside: bool) -> None:
+def legend(figure: Figure, handles: Sequence[Any], labels: Sequence[str], title: str, beside: bool) -> None:
     """Put the legend outside the data: beside one panel, below several."""
-    common: dict[str, Any] = {"alignment": "left", "fontsize": 8.5, "title_fontsize": 8.5, "labelspacing": 0.8}
-    if beside:
-        figure.legend(handles, labels, loc="outside right center", title=title, **common)
-    else:
+    options: dict[str, Any] = {"loc": "outside right center"}
+    if not beside:
         # Labels of three and more lines are as wide as labels can be: three fit beside each other.
         columns = 4 if max(label.count("\n") for label in labels) < 2 else 3
-        common["ncols"] = min(columns, len(labels))
-        figure.legend(handles, labels, loc="outside lower center", title=title, **common)
+        options = {"loc": "outside lower center", "ncols": min(columns, len(labels))}
+    figure.legend(
+        handles,
+        labels,
+        title=title,
+        alignment="left",
+        fontsize=8.5,
+        title_fontsize=8.5,
+        labelspacing=0.8,
+        handlelength=2.6,
+        **options,
+    )
 
 
 def _settings(theme: Theme) -> Any:
@@ -132,6 +177,7 @@ def _settings(theme: Theme) -> Any:
         "axes.edgecolor": theme.muted,
         "axes.labelcolor": theme.ink,
         "axes.titlesize": 9,
+        "axes.titlelocation": "left",
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.grid": True,
@@ -139,6 +185,7 @@ def _settings(theme: Theme) -> Any:
         "grid.color": theme.grid,
         "grid.linewidth": 0.6,
         "legend.frameon": False,
+        "lines.scale_dashes": True,
         "text.color": theme.ink,
         "xtick.color": theme.muted,
         "ytick.color": theme.muted,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+
+from moalign.report.record import Row
 
 NONE = "–"
 """Shown where there is no number."""
@@ -12,21 +13,10 @@ NONE = "–"
 def number(value: float | None, digits: int = 3) -> str:
     """Return a fixed number of decimals, never ``-0.000``.
 
-    >>> number(0.98765)
-    '0.988'
+    >>> number(0.98765), number(-0.0001)
+    ('0.988', '0.000')
     """
-    return NONE if value is None else f"{value:.{digits}f}".replace(f"-{0:.{digits}f}", f"{0:.{digits}f}")
-
-
-def machines(record: Mapping[str, Any]) -> list[str]:
-    """Return the machines that a comparison's runs were trained on, by GPUs or else CPU; what is not known is left out.
-
-    >>> machines({"rows": [{"runs": [{"made": {"cpu": "C", "gpus": ["G"]}}, {"made": {"cpu": "C"}}, {"made": None}]}]})
-    ['G', 'C']
-    """
-    origins = [run.get("made") or {} for row in record["rows"] for run in row["runs"]]
-    names = [", ".join(origin.get("gpus") or []) or origin.get("cpu") for origin in origins]
-    return list(dict.fromkeys(filter(None, names)))
+    return NONE if value is None else f"{value:z.{digits}f}"
 
 
 def signed(value: float | None, digits: int = 3) -> str:
@@ -35,9 +25,8 @@ def signed(value: float | None, digits: int = 3) -> str:
     >>> signed(0.0521)
     '+0.052'
     """
-    if value is None:
-        return NONE
-    return f"{value:+.{digits}f}" if round(value, digits) else f"{0:.{digits}f}"
+    sign = "+" if value is not None and round(value, digits) > 0 else ""
+    return sign + number(value, digits)
 
 
 def interval(bounds: Sequence[float] | None, digits: int = 3) -> str:
@@ -54,7 +43,7 @@ def percent(share: float | None, digits: int = 0) -> str:
     return NONE if share is None else f"{number(100 * share, digits)} %"
 
 
-def nats(quality: Mapping[str, Any], digits: int = 2) -> str:
+def nats(quality: Row, digits: int = 2) -> str:
     """Return the KL to base that quality guards hold, marked where it is an upper bound.
 
     >>> nats({"kl": 3.208}), nats({"kl": 0.6363, "kl_bound": True}), nats({})
@@ -62,11 +51,6 @@ def nats(quality: Mapping[str, Any], digits: int = 2) -> str:
     """
     value = quality.get("kl")
     return f"≤ {number(value, digits)}" if quality.get("kl_bound") and value is not None else number(value, digits)
-
-
-def any_nats(rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Return whether any row of a comparison has a KL to base; older records do not."""
-    return any((row["quality"] or {}).get("kl") is not None for row in rows)
 
 
 def count(value: float | None) -> str:
@@ -79,7 +63,7 @@ def count(value: float | None) -> str:
         return NONE
     for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= 0.9995 * size:
-            return f"{_three(value / size)} {unit}"
+            return f"{_three_figures(value / size)} {unit}"
     return f"{value:.0f}"
 
 
@@ -92,7 +76,7 @@ def memory(size: float | None) -> str:
     if size is None:
         return NONE
     mib = size / 2**20
-    return f"{_three(mib / 1024)} GiB" if mib >= 999.5 else f"{mib:.0f} MiB"
+    return f"{_three_figures(mib / 1024)} GiB" if mib >= 999.5 else f"{mib:.0f} MiB"
 
 
 def duration(seconds: float | None) -> str:
@@ -114,7 +98,6 @@ def duration(seconds: float | None) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def _three(value: float) -> str:
-    """Return three significant figures without an exponent."""
+def _three_figures(value: float) -> str:
     digits = 2 if value < 9.995 else 1 if value < 99.95 else 0
     return f"{value:.{digits}f}"

@@ -2,104 +2,127 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from moalign.report.units import interval, machines, number, percent, signed
+from moalign.report.record import Row, judged, machines
+from moalign.report.units import interval, number, percent, signed
 
 COLLAPSED = 0.05
 """Share of collapsed responses at which a row gets a warning."""
 
 
-def sentences(record: Mapping[str, Any]) -> list[str]:
+def lead_over_each(record: Row, label: str | None = None, key: str | None = None) -> list[dict[str, Any]]:
+    """Return every pair that ``label`` (the first-ranked row) is in, as its lead over the ``other``.
+
+    ``key`` names the part of a pair that holds another quantity's difference; pairs without it are left out.
+    """
+    rows = judged(record)
+    if len(rows) < 2:
+        return []
+    leader = rows[0]["label"] if label is None else label
+    leads = []
+    for pair in record["pairs"]:
+        difference = pair if key is None else pair[key]
+        if leader not in (pair["a"], pair["b"]) or difference is None:
+            continue
+        if pair["a"] == leader:
+            leads.append({**difference, "other": pair["b"]})
+        else:
+            low, high = difference["ci"]
+            turned = {"difference": -difference["difference"], "ci": [-high, -low]}
+            leads.append({**difference, **turned, "p_improve": 1 - difference["p_improve"], "other": pair["a"]})
+    return leads
+
+
+def sure(lead: Row) -> str:
+    """Return whether a difference is certain, in words."""
+    return "certain" if lead["certain"] else f"open (above 0 in {number(100 * lead['p_improve'], 0)} %)"
+
+
+def sentences(record: Row) -> list[str]:
     """Return the verdict, one sentence or two per item: first the winner (or that there is none), then caveats."""
-    judged = [row for row in record["rows"] if row["status"] != "failed"]
-    lines = [_outcome(record, judged)]
-    lines += _asked_for(record, judged)
-    lines += _failures(record["rows"])
-    flips = (record["sensitivity"] or {}).get("flipped", [])
-    if flips:
-        ref = ", ".join(f"{value:g}" for value in record["sensitivity"]["ref"])
-        orders = "; ".join(f"{b} before {a}" for a, b in flips)
+    rows = judged(record)
+    lines = [_outcome(record, rows), *_by_inner_product(record, rows), *_failures(record["rows"])]
+    sensitivity = record["sensitivity"]
+    if sensitivity and sensitivity["flipped"]:
+        ref = ", ".join(f"{value:g}" for value in sensitivity["ref"])
+        orders = "; ".join(f"{b} before {a}" for a, b in sensitivity["flipped"])
         lines.append(f"The ranking depends on the reference point: at ({ref}) it is {orders}.")
-    for row in judged:
-        if row["quality"]["rate"] >= COLLAPSED:
-            lines.append(
-                f"{row['label']}: {percent(row['quality']['rate'])} of its responses are collapsed "
-                "(short, repetitive or looping); read some before trusting its hypervolume."
-            )
-    own = [row["label"] for row in judged if row["own_preferences"]]
+    lines += [
+        f"{row['label']}: {percent(row['quality']['rate'])} of its responses are collapsed "
+        "(short, repetitive or looping); read some before trusting its hypervolume."
+        for row in rows
+        if row["quality"]["rate"] >= COLLAPSED
+    ]
+    own = [row["label"] for row in rows if row["own_preferences"]]
     if own:
         others = "answered for other preferences than the comparison's grid, which can cost hypervolume."
         lines.append(f"{_listed(own)} {others}")
-    if len(judged) > 1:
-        lines.append(_seeds(judged))
+    if len(rows) > 1:
+        lines.append(_seeds(rows))
     different = machines(record)
     if len(different) > 1:
         lines.append(f"Trained on different machines ({'; '.join(different)}): times of training cannot be compared.")
     return lines
 
 
-def _outcome(record: Mapping[str, Any], judged: Sequence[Mapping[str, Any]]) -> str:
-    if not judged:
+def _outcome(record: Row, rows: Sequence[Row]) -> str:
+    if not rows:
         return "No method finished, so there is nothing to compare."
-    if len(judged) == 1:
-        return f"Only {judged[0]['label']} can be judged, so there is nothing to compare it with."
-    if record["winner"] is None:
-        return _no_winner(record, judged)
-    label = record["winner"]
-    pair = min((_seen_from(label, pair) for pair in _pairs_of(label, record["pairs"])), key=lambda p: p["difference"])
-    wins = (
-        f"{label} wins: its hypervolume is above that of {_everyone(len(judged) - 1)} with {_level(record)} certainty"
-    )
-    adjusted = ", each pair by itself" if len(judged) > 2 else ""
+    if len(rows) == 1:
+        return f"Only {rows[0]['label']} can be judged, so there is nothing to compare it with."
+    label, others = record["winner"], len(rows) - 1
+    if label is None:
+        return _no_winner(record, rows[0]["label"])
+    near = _smallest(lead_over_each(record, label))
+    everyone = "the other method" if others == 1 else f"each of the {others} others"
+    adjusted, following = (", each pair by itself", ", the next") if others > 1 else ("", "")
     return (
-        f"{wins}{adjusted}. Its lead over {pair['other']}{', the next' if len(judged) > 2 else ''}: "
-        f"{signed(pair['difference'])} {interval(pair['ci'])}."
+        f"{label} wins: its hypervolume is above that of {everyone} with {percent(record['level'])} "
+        f"certainty{adjusted}. Its lead over {near['other']}{following}: {_difference(near)}."
     )
 
 
-def _asked_for(record: Mapping[str, Any], judged: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return who leads by inner product: a front can be good although its points answer other preferences."""
-    pairs = [pair["inner_product"] for pair in record["pairs"] if pair.get("inner_product")]
-    if not pairs:  # records of older versions do not hold it
-        return []
-    compared = {pair[side] for pair in pairs for side in "ab"}
-    leader = max(
-        (row for row in judged if row["label"] in compared), key=lambda row: row["indicators"]["inner_product"]
-    )
-    seen = [_seen_from(leader["label"], pair) for pair in _pairs_of(leader["label"], pairs)]
-    near = min(seen, key=lambda pair: pair["difference"])
-    how = "with certainty" if near["certain"] else f"which may be chance (above 0 in {percent(near['p_improve'])})"
-    return [
-        f"By what each preference asked for (inner product) {leader['label']} leads {near['other']} by "
-        f"{signed(near['difference'])} {interval(near['ci'])}, {how}."
-    ]
-
-
-def _everyone(others: int) -> str:
-    return "the other method" if others == 1 else f"each of the {others} others"
-
-
-def _no_winner(record: Mapping[str, Any], judged: Sequence[Mapping[str, Any]]) -> str:
-    leader = judged[0]
-    seen = [_seen_from(leader["label"], pair) for pair in _pairs_of(leader["label"], record["pairs"])]
-    open_ = [pair for pair in seen if not pair["certain"]]
-    if not open_:
-        return f"No method wins: {leader['label']} leads, but not all of its seeds finished."
-    near = min(open_, key=lambda pair: pair["difference"])
-    beaten = [pair["other"] for pair in seen if pair["certain"]]
-    more = f" It is above {_listed(beaten)} with {_level(record)} certainty." if beaten else ""
+def _no_winner(record: Row, leader: str) -> str:
+    leads = lead_over_each(record, leader)
+    uncertain = [lead for lead in leads if not lead["certain"]]
+    if not uncertain:
+        return f"No method wins: {leader} leads, but not all of its seeds finished."
+    near = _smallest(uncertain)
+    beaten = [lead["other"] for lead in leads if lead["certain"]]
+    more = f" It is above {_listed(beaten)} with {percent(record['level'])} certainty." if beaten else ""
     if near["difference"] == 0:
-        return f"No method wins: {leader['label']} and {near['other']} have the same hypervolume.{more}"
+        return f"No method wins: {leader} and {near['other']} have the same hypervolume.{more}"
     return (
-        f"No method wins with certainty: {leader['label']} leads, but its lead over {near['other']} may be chance: "
-        f"{signed(near['difference'])} {interval(near['ci'])}, above 0 in {percent(near['p_improve'])} of the "
-        f"resamples.{more}"
+        f"No method wins with certainty: {leader} leads, but its lead over {near['other']} may be chance: "
+        f"{_difference(near)}, above 0 in {percent(near['p_improve'])} of the resamples.{more}"
     )
 
 
-def _failures(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _by_inner_product(record: Row, rows: Sequence[Row]) -> list[str]:
+    """Return who leads by inner product: a front can be good although its points answer other preferences."""
+    compared = {pair[side] for pair in record["pairs"] if pair["inner_product"] for side in "ab"}
+    if not compared:
+        return []
+    label = max(
+        (row for row in rows if row["label"] in compared), key=lambda row: float(row["indicators"]["inner_product"])
+    )["label"]
+    near = _smallest(lead_over_each(record, label, "inner_product"))
+    lead = f"{label} leads {near['other']} by {_difference(near)}"
+    how = "with certainty" if near["certain"] else f"which may be chance (above 0 in {percent(near['p_improve'])})"
+    return [f"By what each preference asked for (inner product) {lead}, {how}."]
+
+
+def _smallest(leads: Sequence[Row]) -> Row:
+    return min(leads, key=lambda lead: float(lead["difference"]))
+
+
+def _difference(lead: Row) -> str:
+    return f"{signed(lead['difference'])} {interval(lead['ci'])}"
+
+
+def _failures(rows: Sequence[Row]) -> list[str]:
     failed = [row["label"] for row in rows if row["status"] == "failed"]
     lines = [f"{_listed(failed)} failed and {'is' if len(failed) == 1 else 'are'} not ranked."] if failed else []
     for row in rows:
@@ -112,51 +135,20 @@ def _failures(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def _seeds(judged: Sequence[Mapping[str, Any]]) -> str:
-    trained = [row for row in judged if row["seeded"]]
+def _seeds(rows: Sequence[Row]) -> str:
+    trained = [row for row in rows if row["seeded"]]
     if not trained:
         return "Nothing was trained: the intervals are those of the evaluation prompts."
-    fewest, most = (pick(len(row["seeds"]) for row in trained) for pick in (min, max))
-    if fewest == 1:
+    counts = [len(row["seeds"]) for row in trained]
+    if min(counts) == 1:
         once = [row["label"] for row in trained if len(row["seeds"]) == 1]
-        whose = "One training seed" if most == 1 else f"One training seed for {_listed(once)}"
+        whose = "One training seed" if max(counts) == 1 else f"One training seed for {_listed(once)}"
         return (
             f"{whose}: the intervals tell how sure the numbers are for these runs, "
             "not how much another seed would change (--seeds 3)."
         )
-    few = ", so few that their spread is itself uncertain: it is widened by Student's t" if fewest < 6 else ""
-    return f"Intervals are over prompts and {fewest} training seeds{few}."
-
-
-def _pairs_of(label: str, pairs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    return [pair for pair in pairs if label in (pair["a"], pair["b"])]
-
-
-def _seen_from(label: str, pair: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the pair with its difference as ``label`` minus ``other``."""
-    if pair["a"] == label:
-        return {**pair, "other": pair["b"]}
-    lo, hi = pair["ci"]
-    turned = {"difference": -pair["difference"], "ci": [-hi, -lo], "p_improve": 1 - pair["p_improve"]}
-    return {**pair, **turned, "other": pair["a"]}
-
-
-def lead_over_each(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the pairs of the first-ranked row as its lead over each other row."""
-    judged = [row for row in record["rows"] if row["status"] != "failed"]
-    if len(judged) < 2:
-        return []
-    label = judged[0]["label"]
-    return [_seen_from(label, pair) for pair in _pairs_of(label, record["pairs"])]
-
-
-def sure(pair: Mapping[str, Any]) -> str:
-    """Return whether a difference is certain, in words."""
-    return "certain" if pair["certain"] else f"open (above 0 in {number(100 * pair['p_improve'], 0)} %)"
-
-
-def _level(record: Mapping[str, Any]) -> str:
-    return percent(record["level"])
+    few = ", so few that their spread is itself uncertain: it is widened by Student's t" if min(counts) < 6 else ""
+    return f"Intervals are over prompts and {min(counts)} training seeds{few}."
 
 
 def _listed(names: Sequence[str], most: int = 5) -> str:

@@ -204,19 +204,19 @@ def draw(record: Mapping[str, Any]) -> bytes:
     with style.canvas(7.6, 0.27 * len(rows) + 1.3, "light") as (figure, colours):
         share, spent = figure.subplots(1, 2, sharey=True, width_ratios=[2, 1])
         for y, (index, row) in enumerate(rows):
-            numbers, (colour, marker) = row["summary"], style.look(index, colours)
+            numbers, look = row["summary"], style.look(index, colours)
             title = record["groups"][index]["title"] if row is record["groups"][index]["rows"][0] else None
             ends = [[unit * abs(numbers["median"] - numbers[end])] for end in ("worst", "best")]
             share.errorbar(
                 unit * numbers["median"],
                 y,
                 xerr=ends,
-                color=colour,
-                marker=marker,
-                linestyle="none",
+                **look.marks(6, 0),
                 label=title and style.wrapped(title, 20),
             )
-            spent.barh(y, (numbers["tokens_generated"] + numbers["tokens_trained"]) / 1e6, color=colour, height=0.6)
+            spent.barh(
+                y, (numbers["tokens_generated"] + numbers["tokens_trained"]) / 1e6, color=look.colour, height=0.6
+            )
         share.set_yticks(range(len(rows)), [row["label"] for _, row in rows])
         share.invert_yaxis()
         share.set_xlabel("share of the optimal hypervolume, %" if known else "hypervolume")
@@ -226,8 +226,7 @@ def draw(record: Mapping[str, Any]) -> bytes:
         counts = sorted({len(row["runs"]) for _, row in rows})
         spread = " to ".join(map(str, sorted({counts[0], counts[-1]})))
         seeds = f"median, worst and best of {spread} seeds" if record["seeds"] > 1 else "one seed"
-        style.headline(figure, f"{record['method']} on {record['task']}: {seeds}")
-        return style.content(figure, ".png")
+        return style.content(figure, f"{record['method']} on {record['task']}: {seeds}", ".png")
 
 
 def main() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 POINTS = 10_000
+PUBLISHED = Path(__file__).resolve().parents[1] / "published"
 
 
 def judged(repeats: int) -> dict[str, Any]:
@@ -50,15 +53,12 @@ def _page(words: int) -> dict[str, float]:
     rng = np.random.default_rng(0)
     vocabulary = ["".join(letters) for letters in rng.choice(list("abcdefghijklmnop"), (4000, 5))]
     grid = preferences.grid(2, 10)
-    rows, answers = [], []
-    for number in range(10):
-        label = f"method-{number}"
-        points = [{"prefs": w, "mean": w, "ci": [[0, 1], [0, 1]], "raw": w} for w in grid]
-        rows.append({"label": label, "points": points, "runs": []})
+    record = json.loads((PUBLISHED / "sandbox" / "compare.json").read_text(encoding="utf-8"))
+    record["rows"], answers = record["rows"][:10], []
+    for label in (row["label"] for row in record["rows"]):
         texts = [[" ".join(rng.choice(vocabulary, words)) for _ in range(256)] for _ in grid]
         scores = rng.normal(size=(len(grid), 256, 2)).tolist()
         answers.append(page.Answers(label, grid, [f"prompt {i}" for i in range(256)], texts, scores))
-    record = {"task": "bench", "rows": rows, "grid": grid}
     content = b""
 
     def make() -> None:

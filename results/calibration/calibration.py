@@ -187,7 +187,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
             panel.set_ylim(bottom=0)
         panels[0].set_ylabel("ECE, mean over groups")
         panels[0].legend()
-        path.write_bytes(style.content(figure, ".png"))
+        path.write_bytes(style.content(figure, "", ".png"))
 
 
 def main() -> None:

@@ -31,10 +31,10 @@ def test_methods_are_measured_and_one_fails(moalign: Any, small_task: tuple[str,
     wanted = sets(*small_task, "mo-odpo.batch=4", "mo-odpo.samples=2", "paretohqd.min_pool=99999")
     ended = moalign("bench", "mo-odpo", "paretohqd", "--steps", "3", *wanted, "--json")
     assert ended.code == 1, ended.err
-    told = json.loads(ended.out)
-    assert (told["task"], told["steps"], told["failed"]) == ("sandbox", 3, ["paretohqd"])
-    assert told["machine"]["cpu"] and told["machine"]["torch"] and told["machine"]["threads"] == 1
-    row, failed = told["rows"]
+    content = json.loads(ended.out)
+    assert (content["task"], content["steps"], content["failed"]) == ("sandbox", 3, ["paretohqd"])
+    assert content["machine"]["cpu"] and content["machine"]["torch"] and content["machine"]["threads"] == 1
+    row, failed = content["rows"]
     assert (row["method"], row["status"], row["error"], row["steps_measured"]) == ("mo-odpo", "done", None, 2)
     for key in ("seconds_per_step", "tokens_generated_per_second", "tokens_trained_per_second", "start_seconds"):
         assert row[key] > 0, key

@@ -177,15 +177,15 @@ def test_every_kind_of_problem_is_told_at_once(moalign: Any, recipe: Path, tmp_p
     (tmp_path / "base" / "model.safetensors").write_bytes(b"\0\0")
     ended = moalign("check", "tales/sft.yaml", "--json")
     assert ended.code == 2
-    told = json.loads(ended.out)
-    assert told["ok"] is False
-    assert told["problems"] == ended.errors
+    content = json.loads(ended.out)
+    assert content["ok"] is False
+    assert content["problems"] == ended.errors
     text = "\n".join(ended.errors)
     assert "tales/sft.yaml:6: config.step: unknown key" in text and "did you mean 'steps'?" in text
     assert "tales/sft.yaml:9: sed: unknown key" in text
     assert "prompts.jsonl:17: broken JSON" in text
     assert "model.safetensors is not a whole safetensors file" in text
-    assert [row["what"] for row in told["checked"]][-2:] == ["objective brevity", "objective dialogue"]
+    assert [row["what"] for row in content["checked"]][-2:] == ["objective brevity", "objective dialogue"]
 
 
 def test_a_wrong_option_does_not_hide_the_data(moalign: Any, recipe: Path) -> None:
@@ -285,8 +285,8 @@ def test_a_card_is_checked_with_the_recipes_beside_it(moalign: Any, recipe: Path
         "nothing",
     ):
         assert text in ended.out
-    told = json.loads(moalign("check", name, "--json").out)
-    assert (told["recipe"], Path(told["card"]), told["ok"]) == (None, Path("tales/task.yaml"), True)
+    content = json.loads(moalign("check", name, "--json").out)
+    assert (content["recipe"], Path(content["card"]), content["ok"]) == (None, Path("tales/task.yaml"), True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "tales"]
 
 

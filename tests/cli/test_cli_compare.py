@@ -45,15 +45,15 @@ class Asked:
 
 
 def test_options_become_one_request(moalign: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = Asked()
-    monkeypatch.setattr(workflow, "compare", asked)
+    requested = Asked()
+    monkeypatch.setattr(workflow, "compare", requested)
     options = "--task sandbox --methods sft,ric,sft --seeds 3 --grid 5 --jobs 2 --set steps=4 --results r --json"
     options += " --executor ray"
     ended = moalign("compare", *options.split(), "--figure", "f.png", "--markdown", "m.md")
     assert ended.code == 0
     printed = json.loads(ended.out)
     assert (printed["task"], printed["failed"]) == ("sandbox", []) and "traces" not in printed
-    request = asked.request
+    request = requested.request
     assert (request.task, tuple(request.methods), request.seeds, request.grid, request.jobs) == (
         "sandbox",
         ("sft", "ric"),
@@ -105,13 +105,13 @@ def test_toys_are_compared_end_to_end(moalign: Any, toys: None) -> None:
     small = ["--set", "task.evaluation.bootstrap=100"]
     ended = moalign("compare", "--methods", "toy", *small, "--json")
     assert ended.code == 0, ended.err
-    told = json.loads(ended.out)
-    assert {"task", "rows", "pairs", "winner"} <= set(told)
-    assert [row["method"] for row in told["rows"]] == ["toy"]
+    content = json.loads(ended.out)
+    assert {"task", "rows", "pairs", "winner"} <= set(content)
+    assert [row["method"] for row in content["rows"]] == ["toy"]
     text = moalign("compare", "--methods", "toy", *small)
     assert text.code == 0
     assert "toy" in text.out
     tail = text.out.split("next:\n")[1]
-    best = told["rows"][0]["runs"][0]["run_id"]
+    best = content["rows"][0]["runs"][0]["run_id"]
     assert f"moalign generate {best} --prefs 0.3,0.7" in tail
     assert "moalign eval" in tail

@@ -19,13 +19,15 @@ def test_runs_side_by_side_are_those_that_were_trained_one_after_another(
     short = ["sft.steps=3", "ric.offline.steps=3", "ric.online_rounds=0", "mo-odpo.steps=3"]
     short += ["dpo-soups.experts.steps=3", "mod.experts.steps=3"]
     settings = [part for text in (*small_task, *short) for part in ("--set", text)]
-    asked = ["compare", "--task", "sandbox", "--methods", METHODS, *settings, "--json"]
-    told = {jobs: json.loads(moalign(*asked, "--results", f"jobs-{jobs}", "--jobs", jobs).out) for jobs in ("1", "2")}
-    rows = [{row["method"]: row for row in one["rows"]} for one in told.values()]
+    requested = ["compare", "--task", "sandbox", "--methods", METHODS, *settings, "--json"]
+    content = {
+        jobs: json.loads(moalign(*requested, "--results", f"jobs-{jobs}", "--jobs", jobs).out) for jobs in ("1", "2")
+    }
+    rows = [{row["method"]: row for row in item["rows"]} for item in content.values()]
     assert set(rows[0]) == set(METHODS.split(","))
     for method, row in rows[0].items():
         assert row["status"] == "done" and row["hypervolume"] == rows[1][method]["hypervolume"], method
     files = [sorted((tmp_path / f"jobs-{jobs}" / "runs").rglob("adapter*/*.safetensors")) for jobs in ("1", "2")]
     assert len(files[0]) == len(files[1]) >= 5
-    for one, other in zip(*files, strict=True):
-        assert one.parts[-3:] == other.parts[-3:] and one.read_bytes() == other.read_bytes(), one
+    for item, other in zip(*files, strict=True):
+        assert item.parts[-3:] == other.parts[-3:] and item.read_bytes() == other.read_bytes(), item

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from moalign.report import drawings
+from moalign.report import figures
 from moalign.runs.run import Run
 
 SMALL = [
@@ -31,15 +32,26 @@ Compare = Callable[..., Any]
 @pytest.fixture
 def compare(moalign: Any, toys: None, monkeypatch: pytest.MonkeyPatch) -> Compare:
     """``compare()`` the two toys, or whatever is asked; one figure of no cost stands for all."""
-    monkeypatch.setattr(drawings, "ALL", {"fronts": lambda told, suffix: b"\x89PNG a figure"})
+    monkeypatch.setattr(figures, "ALL", {"fronts": lambda record, suffix: b"\x89PNG a figure"})
     return lambda *more: moalign(*TWO, *more)
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that keeps the two runs, so that they are trained once."""
+    return tmp_path_factory.mktemp("kept") / "results"
+
+
 @pytest.fixture
-def runs(compare: Compare) -> list[Path]:
+def runs(compare: Compare, kept: Path) -> list[Path]:
     """The folders of two finished, evaluated runs."""
-    told = json.loads(compare().out)
-    return [Path(run["run"]) for row in told["rows"] for run in row["runs"]]
+    if kept.exists():
+        shutil.copytree(kept, "results")
+    else:
+        compare()
+        shutil.copytree("results", kept)
+    (record,) = Path("results/compare").glob("*/compare.json")
+    return [Path(run["run"]) for row in json.loads(record.read_text())["rows"] for run in row["runs"]]
 
 
 def refused(ended: Any, *words: str) -> None:
@@ -57,16 +69,16 @@ def refused(ended: Any, *words: str) -> None:
 def test_the_page_is_written_with_every_answer(compare: Compare, tmp_path: Path) -> None:
     ended = compare("--html", "out/page.html")
     assert ended.code == 0, ended.err
-    told = json.loads(ended.out)
-    assert told["html"] == "out/page.html"
+    content = json.loads(ended.out)
+    assert content["html"] == "out/page.html"
     blocks = re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', Path("out/page.html").read_text())
     held, answers = (json.loads(block) for block in blocks)
-    assert [row["label"] for row in held["rows"]] == [row["label"] for row in told["rows"]]
+    assert [row["label"] for row in held["rows"]] == [row["label"] for row in content["rows"]]
     assert held["bounds"] == {"lo": [-8.0, -8.0], "hi": [8.0, 8.0]}
     assert set(answers["rows"]) == {"toy", "fixed-toy"} and len(answers["prompts"]) == 6
     import pandas as pd
 
-    run = next(row for row in told["rows"] if row["label"] == "toy")["runs"][0]
+    run = next(row for row in content["rows"] if row["label"] == "toy")["runs"][0]
     table = pd.read_parquet(Path(run["run"]) / next(Path(run["run"]).glob("responses*.parquet")).name)
     kept = answers["rows"]["toy"]
     for k, preference in enumerate(("0,1", "0.5,0.5", "1,0")):
@@ -78,8 +90,8 @@ def test_the_page_is_written_with_every_answer(compare: Compare, tmp_path: Path)
 def test_the_page_is_named_in_the_table_and_in_the_markdown(moalign: Any, compare: Compare) -> None:
     ended = moalign(*TWO[:-1], "--html", "page.html")
     assert "html     page.html" in ended.out
-    told = json.loads(compare("--html", "page.html").out)
-    assert "answers](../../../page.html)" in Path(told["markdown"]).read_text()
+    content = json.loads(compare("--html", "page.html").out)
+    assert "answers](../../../page.html)" in Path(content["markdown"]).read_text()
 
 
 def test_numbers_of_papers_stand_apart(compare: Compare, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,10 +106,10 @@ def test_numbers_of_papers_stand_apart(compare: Compare, monkeypatch: pytest.Mon
         return planned(plan)
 
     monkeypatch.setattr(jobs, "planned", with_numbers)
-    told = json.loads(compare("--html", "page.html").out)
-    assert told["reported"] == [paper.model_dump()], "once, though two recipes carry it"
-    assert {row["label"] for row in told["rows"]} == {"toy", "fixed-toy"}
-    text = Path(told["markdown"]).read_text()
+    content = json.loads(compare("--html", "page.html").out)
+    assert content["reported"] == [paper.model_dump()], "once, though two recipes carry it"
+    assert {row["label"] for row in content["rows"]} == {"toy", "fixed-toy"}
+    text = Path(content["markdown"]).read_text()
     assert text.index("## Reported by papers, not measured here") > text.index("## Quality and cost")
     assert "| RiC | hypervolume |  | arXiv 2402.10207, table 2 | 0.8 |" in text
 
@@ -113,9 +125,9 @@ def test_diagnostics_are_shown_whatever_they_are(compare: Compare, monkeypatch: 
         job.notes["diagnostics"] = {"gate": 0.25 + job.seed, "not a number": float("nan"), "words": "x"}
 
     monkeypatch.setattr(method, "train", measured)
-    told = json.loads(compare("--seeds", "2").out)
-    assert all(row["diagnostics"] == {"gate": 0.75} for row in told["rows"])
-    assert "| toy | gate | 0.75 |" in Path(told["markdown"]).read_text()
+    content = json.loads(compare("--seeds", "2").out)
+    assert all(row["diagnostics"] == {"gate": 0.75} for row in content["rows"])
+    assert "| toy | gate | 0.75 |" in Path(content["markdown"]).read_text()
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------
@@ -185,12 +197,12 @@ def test_more_answers_to_each_prompt(moalign: Any, runs: list[Path], tmp_path: P
     both = list(map(str, runs))
     plain = json.loads(moalign("compare", *both, "--json").out)
     page = tmp_path / "page.html"
-    told = json.loads(moalign("compare", *both, "--samples", "2", "--html", str(page), "--json").out)
-    assert (plain["samples"], told["samples"]) == (1, 2)
-    assert told["json"] != plain["json"]
-    assert "--samples 2" in told["command"]
-    assert told["prompts"] == plain["prompts"]
-    assert ", 2 answers to each" in Path(told["markdown"]).read_text()
+    content = json.loads(moalign("compare", *both, "--samples", "2", "--html", str(page), "--json").out)
+    assert (plain["samples"], content["samples"]) == (1, 2)
+    assert content["json"] != plain["json"]
+    assert "--samples 2" in content["command"]
+    assert content["prompts"] == plain["prompts"]
+    assert ", 2 answers to each" in Path(content["markdown"]).read_text()
     assert "answers to each" not in Path(plain["markdown"]).read_text()
     assert "2 answers" in moalign("compare", *both, "--samples", "2").out
     for run in runs:
@@ -206,10 +218,10 @@ def test_more_answers_to_each_prompt(moalign: Any, runs: list[Path], tmp_path: P
 def test_a_run_trained_without_an_evaluation(moalign: Any, runs: list[Path]) -> None:
     """As ``train --no-eval`` leaves it, also when its own vectors are not the task's grid."""
     for more in ([], ["--prefs", "0.3,0.7"]):
-        told = json.loads(moalign("train", "fixed-toy", *SMALL, "--seed", "5", *more, "--no-eval", "--json").out)
-        refused(moalign("compare", str(runs[0]), told["run"], "--json"), f"moalign eval {told['run']}")
-        assert moalign("eval", told["run"]).code == 0
-        assert moalign("compare", str(runs[0]), told["run"], "--json").code == 0
+        content = json.loads(moalign("train", "fixed-toy", *SMALL, "--seed", "5", *more, "--no-eval", "--json").out)
+        refused(moalign("compare", str(runs[0]), content["run"], "--json"), f"moalign eval {content['run']}")
+        assert moalign("eval", content["run"]).code == 0
+        assert moalign("compare", str(runs[0]), content["run"], "--json").code == 0
 
 
 def test_a_run_that_cannot_be_evaluated_on_another_grid(

@@ -15,19 +15,19 @@ POINTS = "helpfulness,harmlessness\n1,3\n2,2\n3,1\n"
 @pytest.fixture
 def run(moalign: Any, toys: None) -> dict[str, Any]:
     """One finished, evaluated run."""
-    told: dict[str, Any] = json.loads(moalign("train", "toy", "--set", "task.evaluation.samples=1", "--json").out)
-    return told
+    content: dict[str, Any] = json.loads(moalign("train", "toy", "--set", "task.evaluation.samples=1", "--json").out)
+    return content
 
 
 def test_without_a_run_the_newest_finished_one_is_told(moalign: Any, run: dict[str, Any]) -> None:
     ended = moalign("eval", "--hypervolume", "--json")
     assert ended.code == 0
     assert run["run"] in ended.err
-    told = json.loads(ended.out)
-    assert told["run"] == run["run"]
-    assert told["objectives"] == ["helpfulness", "harmlessness"]
-    assert set(told["points"][0]) >= {"prefs", "mean", "ci"}
-    assert {"hypervolume", "hypervolume_ci", "ref", "optimal_share", "indicators"} <= set(told)
+    content = json.loads(ended.out)
+    assert content["run"] == run["run"]
+    assert content["objectives"] == ["helpfulness", "harmlessness"]
+    assert set(content["points"][0]) >= {"prefs", "mean", "ci"}
+    assert {"hypervolume", "hypervolume_ci", "ref", "optimal_share", "indicators"} <= set(content)
 
 
 def test_text_shows_points_unless_only_the_hypervolume_is_wanted(moalign: Any, run: dict[str, Any]) -> None:
@@ -40,17 +40,17 @@ def test_text_shows_points_unless_only_the_hypervolume_is_wanted(moalign: Any, r
 def test_kl_to_base_and_spacing_are_told_where_they_are_known(
     moalign: Any, run: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from moalign.cli.eval import show_summary
+    from moalign.cli.outcome import show_summary
     from moalign.evaluation.result import EvalResult
 
     def shown(**changes: Any) -> str:
-        show_summary(EvalResult.model_validate({**told, **changes}))
+        show_summary(EvalResult.model_validate({**content, **changes}))
         return capsys.readouterr().out
 
-    told = json.loads(moalign("eval", run["run_id"], "--json").out)
-    points, quality = told["points"], told["quality"]
+    content = json.loads(moalign("eval", run["run_id"], "--json").out)
+    points, quality = content["points"], content["quality"]
     assert "KL to base" not in shown()  # the toy tells nothing of its tokens
-    assert f"(*), spacing {told['indicators']['spacing']:.3f}\n" in shown() and told["front"] >= 2
+    assert f"(*), spacing {content['indicators']['spacing']:.3f}\n" in shown() and content["front"] >= 2
     assert "spacing" not in shown(front=1)
     assert "spacing" not in moalign("eval", run["run_id"], "--hypervolume").out
     each = [{**point, "kl": 1.0 + 0.1 * k} for k, point in enumerate(points)]
@@ -63,16 +63,16 @@ def test_kl_to_base_and_spacing_are_told_where_they_are_known(
 
 def test_an_evaluation_from_before_these_were_kept_is_read(moalign: Any, run: dict[str, Any]) -> None:
     path = Path(run["run"]) / "eval.json"
-    told = json.loads(path.read_text())
-    spacing = told["indicators"]["spacing"]
-    del told["version"], told["indicators"]["spacing"], told["quality"]["kl"], told["quality"]["kl_bound"]
-    for point in told["points"]:
+    content = json.loads(path.read_text())
+    spacing = content["indicators"]["spacing"]
+    del content["version"], content["indicators"]["spacing"], content["quality"]["kl"], content["quality"]["kl_bound"]
+    for point in content["points"]:
         del point["kl"], point["kl_bound"]
-    path.write_text(json.dumps(told))
+    path.write_text(json.dumps(content))
     shown = moalign("eval", run["run_id"])
     assert shown.code == 0 and "collapse rate" in shown.out and "KL to base" not in shown.out
     read = json.loads(moalign("eval", run["run_id"], "--json").out)
-    assert read["quality"] == {**told["quality"], "kl": None, "kl_bound": False}
+    assert read["quality"] == {**content["quality"], "kl": None, "kl_bound": False}
     assert read["indicators"]["spacing"] == spacing, "it follows from the points"
 
 
@@ -85,38 +85,38 @@ def test_held_out_preferences_are_told_beside_the_trained_ones(moalign: Any, toy
     ended = moalign(*held)
     assert "9 preferences: hypervolume" in ended.out
     assert "2 preferences: hypervolume" in ended.out
-    told = json.loads(moalign("eval", "--json").out)
-    assert told["generalisation"]["held_out"]["prefs"] == [[0.3, 0.7], [0.8, 0.2]]
-    assert len(told["points"]) == 11
+    content = json.loads(moalign("eval", "--json").out)
+    assert content["generalisation"]["held_out"]["prefs"] == [[0.3, 0.7], [0.8, 0.2]]
+    assert len(content["points"]) == 11
     assert "generalisation" not in json.loads(moalign("eval", "--ref", "0.1,0.1", "--json").out)
 
 
 def test_several_runs_come_as_a_list(moalign: Any, run: dict[str, Any]) -> None:
     other = json.loads(moalign("train", "toy", "--seed", "7", "--json").out)
-    told = json.loads(moalign("eval", run["run_id"], other["run"], "--json").out)
-    assert [one["seed"] for one in told["runs"]] == [0, 7]
-    one = json.loads(moalign("eval", run["run_id"], run["run"], "--json").out)
-    assert one["run_id"] == run["run_id"]  # named twice, told once
+    content = json.loads(moalign("eval", run["run_id"], other["run"], "--json").out)
+    assert [item["seed"] for item in content["runs"]] == [0, 7]
+    item = json.loads(moalign("eval", run["run_id"], run["run"], "--json").out)
+    assert item["run_id"] == run["run_id"]  # named twice, told once
 
 
 def test_other_preferences_are_evaluated_and_kept_apart(moalign: Any, run: dict[str, Any]) -> None:
-    told = json.loads(moalign("eval", run["run_id"], "--prefs", "0.25,0.75", "--prefs", "1,0", "--json").out)
-    assert [point["prefs"] for point in told["points"]] == [[0.25, 0.75], [1.0, 0.0]]
+    content = json.loads(moalign("eval", run["run_id"], "--prefs", "0.25,0.75", "--prefs", "1,0", "--json").out)
+    assert [point["prefs"] for point in content["points"]] == [[0.25, 0.75], [1.0, 0.0]]
     assert len(json.loads(moalign("eval", run["run_id"], "--grid", "3", "--json").out)["points"]) == 3
     assert len(json.loads((Path(run["run"]) / "eval.json").read_text())["points"]) == 11
 
 
 def test_more_answers_to_each_prompt(moalign: Any, run: dict[str, Any]) -> None:
     plain = json.loads(moalign("eval", run["run_id"], "--json").out)
-    told = json.loads(moalign("eval", run["run_id"], "--samples", "3", "--json").out)
-    assert (plain["samples"], told["samples"]) == (1, 3)
-    assert told["prompts"] == plain["prompts"]
-    assert told["cost"]["tokens_generated"] > 2 * plain["cost"]["tokens_generated"]
+    content = json.loads(moalign("eval", run["run_id"], "--samples", "3", "--json").out)
+    assert (plain["samples"], content["samples"]) == (1, 3)
+    assert content["prompts"] == plain["prompts"]
+    assert content["cost"]["tokens_generated"] > 2 * plain["cost"]["tokens_generated"]
     kept = {file.name for file in Path(run["run"]).glob("eval*.json")}
     assert kept == {"eval.json", "eval-x3.json"}
     on_three = json.loads(moalign("eval", run["run_id"], "--samples", "3", "--grid", "3", "--json").out)
     assert (len(on_three["points"]), on_three["samples"]) == (3, 3)
-    assert on_three["points"][0]["mean"] == told["points"][0]["mean"]  # (0, 1), from the same random numbers
+    assert on_three["points"][0]["mean"] == content["points"][0]["mean"]  # (0, 1), from the same random numbers
 
 
 def test_another_reference_point_changes_the_hypervolume_only(moalign: Any, run: dict[str, Any]) -> None:
@@ -141,8 +141,8 @@ def test_another_reference_point_changes_the_hypervolume_only(moalign: Any, run:
 
 
 def test_a_reference_point_above_the_optimum_leaves_no_share(moalign: Any, run: dict[str, Any]) -> None:
-    told = json.loads(moalign("eval", run["run_id"], "--ref", "9,9", "--json").out)
-    assert (told["hypervolume"], told["optimal_share"]) == (0.0, None)
+    content = json.loads(moalign("eval", run["run_id"], "--ref", "9,9", "--json").out)
+    assert (content["hypervolume"], content["optimal_share"]) == (0.0, None)
     assert "optimal share" not in moalign("eval", run["run_id"], "--ref", "9,9").out
 
 
@@ -152,8 +152,8 @@ def test_a_run_named_by_its_path_brings_its_results_folder(
     path = (tmp_path / run["run"]).resolve()
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    told = json.loads(moalign("eval", str(path), "--json").out)
-    assert told["run"] == str(path)
+    content = json.loads(moalign("eval", str(path), "--json").out)
+    assert content["run"] == str(path)
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
@@ -177,8 +177,8 @@ def test_wrong_requests(moalign: Any, run: dict[str, Any], arguments: list[str],
 
 
 def test_fixed_preferences_serve_no_others(moalign: Any, toys: None) -> None:
-    told = json.loads(moalign("train", "fixed-toy", "--prefs", "0,1", "--prefs", "1,0", "--json").out)
-    ended = moalign("eval", told["run"], "--prefs", "0.5,0.5")
+    content = json.loads(moalign("train", "fixed-toy", "--prefs", "0,1", "--prefs", "1,0", "--json").out)
+    ended = moalign("eval", content["run"], "--prefs", "0.5,0.5")
     assert ended.code == 2
     assert "answers only for the preferences it was trained on: 0,1; 1,0" in ended.errors[0]
 
@@ -228,8 +228,8 @@ def test_the_calculator_in_words_with_a_preference(moalign: Any, points: Path) -
 
 
 def test_the_calculator_minimises_on_request(moalign: Any, points: Path) -> None:
-    told = json.loads(moalign("eval", "--points", "points.csv", "--ref", "4,4", "--minimise", "--json").out)
-    assert (told["hypervolume"], told["ref"]) == (6.0, [4.0, 4.0])
+    content = json.loads(moalign("eval", "--points", "points.csv", "--ref", "4,4", "--minimise", "--json").out)
+    assert (content["hypervolume"], content["ref"]) == (6.0, [4.0, 4.0])
 
 
 def test_points_beyond_the_reference_are_mentioned_on_stderr(moalign: Any, points: Path) -> None:

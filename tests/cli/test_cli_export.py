@@ -30,10 +30,10 @@ def test_it_writes_an_adapter_and_says_where_and_how_to_ask_it(moalign: Any, run
 
 def test_json_tells_the_facts_of_a_merged_model(moalign: Any, run: str) -> None:
     ended = moalign("export", run, "--prefs", "1,0", "--out", "out", "--merged", "--json")
-    told = json.loads(ended.out)
-    assert (told["kind"], told["out"], told["preference"]) == ("model", "out", [1.0, 0.0])
+    content = json.loads(ended.out)
+    assert (content["kind"], content["out"], content["preference"]) == ("model", "out", [1.0, 0.0])
     assert {"model.safetensors", "config.json", "tokenizer.json"} <= {path.name for path in Path("out").iterdir()}
-    assert json.loads(Path("out/moalign.json").read_text()) == {k: v for k, v in told.items() if k != "out"}
+    assert json.loads(Path("out/moalign.json").read_text()) == {k: v for k, v in content.items() if k != "out"}
 
 
 @pytest.mark.parametrize(

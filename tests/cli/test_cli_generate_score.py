@@ -41,9 +41,9 @@ def test_one_prompt_gives_its_answer_and_nothing_else(moalign: Any, run: str) ->
 
 
 def test_json_holds_prompt_answer_and_both_kinds_of_scores(moalign: Any, run: str) -> None:
-    told = json.loads(moalign("generate", run, "how do i make soup ?", "--prefs", "1,0", "--json").out)
-    assert told["prefs"] == [1.0, 0.0]
-    (answer,) = told["answers"]
+    content = json.loads(moalign("generate", run, "how do i make soup ?", "--prefs", "1,0", "--json").out)
+    assert content["prefs"] == [1.0, 0.0]
+    (answer,) = content["answers"]
     helpful, harmless, _ = rewards(answer["prompt"], answer["response"])
     assert answer["raw"] == {"helpfulness": helpful, "harmlessness": harmless}
     assert answer["normalised"]["helpfulness"] == pytest.approx((helpful + 8) / 16)  # lo -8, hi 8: see conftest
@@ -64,9 +64,9 @@ def test_several_preferences_are_answered_side_by_side(moalign: Any, run: str) -
     assert sum(line.startswith("scores ") and "helpfulness" in line for line in lines) == 2
     twice = moalign("generate", run, prompt, "--prefs", "1,0", "--prefs", "1,0")
     assert twice.out.strip() == each[0]  # one preference, however often
-    told = json.loads(moalign("generate", run, prompt, *both, "--json").out)
-    assert told["prefs"] == [[1.0, 0.0], [0.0, 1.0]]
-    assert [answers[0]["response"] for answers in told["answers"]] == each
+    content = json.loads(moalign("generate", run, prompt, *both, "--json").out)
+    assert content["prefs"] == [[1.0, 0.0], [0.0, 1.0]]
+    assert [answers[0]["response"] for answers in content["answers"]] == each
 
 
 def test_of_a_comparison_the_best_that_can_answer_is_asked(moalign: Any, toys: None) -> None:
@@ -76,8 +76,8 @@ def test_of_a_comparison_the_best_that_can_answer_is_asked(moalign: Any, toys: N
     assert json.loads(moalign("generate", str(folder), "--prefs", "1,0", "--json").out)["run"] in best
     # The fixed one has a policy for each preference of the grid and no other.
     (steerable,) = (row["runs"][0]["run"] for row in compared["rows"] if row["method"] == "toy")
-    told = json.loads(moalign("generate", compared["json"], "--prefs", "0.33,0.67", "--json").out)
-    assert told["run"] == steerable
+    content = json.loads(moalign("generate", compared["json"], "--prefs", "0.33,0.67", "--json").out)
+    assert content["run"] == steerable
     ended = moalign("generate", str(folder), "how do i make soup ?", "--prefs", "0.33,0.67")
     assert len(ended.out.splitlines()) == 1
     assert f"asking toy, rank 1 of 2: {steerable}" in ended.err
@@ -102,10 +102,10 @@ def test_of_a_comparison_what_trains_nothing_and_what_failed_are_passed_over(
     (row,) = compared["rows"]
     row["runs"][0]["status"] = "failed"
     file.write_text(json.dumps(compared))
-    asked = ["generate", str(file), "how do i make soup ?", "--prefs", "1,0", "--json"]
-    assert json.loads(moalign(*asked).out)["run"] == row["runs"][1]["run"]
+    requests = ["generate", str(file), "how do i make soup ?", "--prefs", "1,0", "--json"]
+    assert json.loads(moalign(*requests).out)["run"] == row["runs"][1]["run"]
     monkeypatch.setattr(type(registry.get("toy")), "capabilities", Capabilities(trains=False))
-    ended = moalign(*asked)
+    ended = moalign(*requests)
     assert (ended.code, ended.errors) == (2, [f"{file}: no run can be asked: toy trains nothing"])
 
 
@@ -114,14 +114,14 @@ def test_a_comparison_is_found_from_elsewhere(moalign: Any, toys: None, monkeypa
     folder = Path(compared["json"]).parent.resolve()
     Path("other").mkdir()
     monkeypatch.chdir("other")
-    told = json.loads(moalign("generate", str(folder), "how do i make soup ?", "--prefs", "1,0", "--json").out)
-    assert Path(told["run"]).name == compared["rows"][0]["runs"][0]["run_id"]
+    content = json.loads(moalign("generate", str(folder), "how do i make soup ?", "--prefs", "1,0", "--json").out)
+    assert Path(content["run"]).name == compared["rows"][0]["runs"][0]["run_id"]
 
 
 def test_a_dash_reads_stdin_a_prompt_a_line(moalign: Any, run: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("how do i make soup ?\n\nhow do i fix a tap ?\r\n"))
-    told = json.loads(moalign("generate", run, "-", "--prefs", "1,0", "--json").out)
-    assert [answer["prompt"] for answer in told["answers"]] == ["how do i make soup ?", "how do i fix a tap ?"]
+    content = json.loads(moalign("generate", run, "-", "--prefs", "1,0", "--json").out)
+    assert [answer["prompt"] for answer in content["answers"]] == ["how do i make soup ?", "how do i fix a tap ?"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
     ended = moalign("generate", run, "-", "--prefs", "1,0")
     assert (ended.code, ended.errors) == (2, ["PROMPT -: stdin holds no prompt; give one a line"])
@@ -150,8 +150,8 @@ def test_an_unknown_run_lists_what_there_is(moalign: Any, run: str) -> None:
 
 
 def test_a_preference_that_the_run_cannot_serve(moalign: Any, toys: None) -> None:
-    told = json.loads(moalign("train", "fixed-toy", "--prefs", "1,0", "--no-eval", "--json").out)
-    ended = moalign("generate", told["run"], "--prefs", "0,1")
+    content = json.loads(moalign("train", "fixed-toy", "--prefs", "1,0", "--no-eval", "--json").out)
+    ended = moalign("generate", content["run"], "--prefs", "0,1")
     assert ended.code == 2
     assert "answers only for the preferences it was trained on: 1,0" in ended.errors[0]
 
@@ -180,15 +180,15 @@ def test_summary_and_columns_agree_with_the_scorer(moalign: Any, toys: None, mon
     monkeypatch.setattr(scoring, "CHUNK", 4)  # several chunks: the summary is put together from their parts
     pairs = write(Path("in.jsonl"), 11)
     ended = moalign("score", "--task", "sandbox", "--in", "in.jsonl", "--out", "deep/out.parquet", "--json")
-    told = json.loads(ended.out)
-    assert (told["rows"], told["out"]) == (11, "deep/out.parquet")
-    assert "scores" not in told
+    content = json.loads(ended.out)
+    assert (content["rows"], content["out"]) == (11, "deep/out.parquet")
+    assert "scores" not in content
     table = pd.read_parquet("deep/out.parquet")
     exact = np.array([rewards(prompt, response)[:2] for prompt, response in pairs])
     assert list(zip(table["prompt"], table["response"], strict=True)) == pairs
     assert np.allclose(table[["helpfulness", "harmlessness"]], exact)
     assert np.allclose(table[["helpfulness_normalised", "harmlessness_normalised"]], (exact + 8) / 16)
-    summary = told["summary"]["harmlessness"]
+    summary = content["summary"]["harmlessness"]
     assert summary["mean"] == pytest.approx(exact[:, 1].mean())
     assert summary["sd"] == pytest.approx(exact[:, 1].std())
     assert (summary["min"], summary["max"]) == (exact[:, 1].min(), exact[:, 1].max())
@@ -197,10 +197,10 @@ def test_summary_and_columns_agree_with_the_scorer(moalign: Any, toys: None, mon
 
 def test_json_without_out_holds_every_row(moalign: Any, toys: None) -> None:
     write(Path("in.jsonl"), 3)
-    told = json.loads(moalign("score", "--task", "sandbox", "--in", "in.jsonl", "--json").out)
-    assert told["out"] is None
-    assert len(told["scores"]) == 3
-    assert set(told["scores"][0]) == {"prompt", "response", "raw", "normalised"}
+    content = json.loads(moalign("score", "--task", "sandbox", "--in", "in.jsonl", "--json").out)
+    assert content["out"] is None
+    assert len(content["scores"]) == 3
+    assert set(content["scores"][0]) == {"prompt", "response", "raw", "normalised"}
 
 
 def test_a_broken_line_17_is_named_and_no_file_appears(

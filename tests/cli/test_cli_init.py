@@ -51,12 +51,12 @@ def test_what_it_writes_trains_as_it_is(moalign: Any, chat_base: Path, tmp_path:
     assert card_of("my-task")["template"]["chat"] is True
     trained = moalign("train", "mo-odpo", "--task", "my-task", *SMALL, "--json")
     assert trained.code == 0, trained.err
-    told = json.loads(trained.out)
-    assert (told["task"], told["status"]) == ("my-task", "done")
-    assert told["evaluation"]["objectives"] == ["brevity", "variety"]
+    content = json.loads(trained.out)
+    assert (content["task"], content["status"]) == ("my-task", "done")
+    assert content["evaluation"]["objectives"] == ["brevity", "variety"]
     # The same task, named by its card's file, finds the run.
     again = json.loads(moalign("train", "mo-odpo", "--task", "my-task/task.yaml", *SMALL, "--json").out)
-    assert again["found"] and again["run"] == told["run"]
+    assert again["found"] and again["run"] == content["run"]
 
 
 def test_without_a_chat_template_prompts_are_plain(moalign: Any, random_base: Path) -> None:
@@ -81,7 +81,7 @@ def test_one_s_own_data_and_objectives(moalign: Any, random_base: Path, tmp_path
     assert sorted(path.name for path in Path("deep/er").iterdir()) == ["mo-odpo.yaml", "scorers.py", "task.yaml"]
     card = card_of("deep/er")
     assert card["data"]["prompts"]["path"] == "../../mine.csv"
-    assert [one["kind"] for one in card["objectives"]] == ["rule", "rule", "python", "python"]
+    assert [item["kind"] for item in card["objectives"]] == ["rule", "rule", "python", "python"]
     assert (card["grid"], card["reference_point"]) == (10, [0, 0, 0, 0])
     config = registry.get("mo-odpo").Config
     resolved = load.load_recipe(Path("deep/er/mo-odpo.yaml"), "mo-odpo", None, (), config)
@@ -99,7 +99,7 @@ def test_every_rule_can_be_an_objective(moalign: Any, random_base: Path) -> None
 
     ended = moalign("init", "all", "--model", str(random_base), "--objectives", ",".join(RULES))
     assert ended.code == 0, ended.err
-    assert [one["rule"] for one in card_of("all")["objectives"]] == list(RULES)
+    assert [item["rule"] for item in card_of("all")["objectives"]] == list(RULES)
     assert "an example that nothing uses" in Path("all/scorers.py").read_text()
     assert moalign("check", "all/mo-odpo.yaml").code == 0
 
@@ -119,9 +119,9 @@ def test_an_empty_folder_is_filled_and_json_tells_what_was_written(
     moalign: Any, random_base: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "My Task").mkdir()
-    told = json.loads(moalign("init", "My Task", "--model", str(random_base), "--json").out)
-    assert told["task"] == "my-task"
-    assert told["files"][-1] == "My Task/task.yaml" and all(Path(name).is_file() for name in told["files"])
+    content = json.loads(moalign("init", "My Task", "--model", str(random_base), "--json").out)
+    assert content["task"] == "my-task"
+    assert content["files"][-1] == "My Task/task.yaml" and all(Path(name).is_file() for name in content["files"])
 
 
 @pytest.mark.parametrize("before", ["task.yaml", "notes.txt"])

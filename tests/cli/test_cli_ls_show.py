@@ -50,9 +50,9 @@ def recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_methods_are_listed_with_what_they_need(moalign: Any) -> None:
-    told = json.loads(moalign("ls", "methods", "--json").out)
-    assert [row["name"] for row in told["methods"]] == registry.names()
-    by_name = {row["name"]: row for row in told["methods"]}
+    content = json.loads(moalign("ls", "methods", "--json").out)
+    assert [row["name"] for row in content["methods"]] == registry.names()
+    by_name = {row["name"]: row for row in content["methods"]}
     assert by_name["ric"]["needs"] == ["rewards while training"]
     assert by_name["prompting"]["trains"] is False
     out = moalign("ls", "methods").out
@@ -132,8 +132,8 @@ def test_an_unknown_list_names_the_nearest(moalign: Any) -> None:
 
 
 def test_a_method_is_shown_with_the_defaults_that_it_really_has(moalign: Any) -> None:
-    told = json.loads(moalign("show", "ric", "--json").out)
-    settings = {row["name"]: row for row in told["settings"]}
+    content = json.loads(moalign("show", "ric", "--json").out)
+    settings = {row["name"]: row for row in content["settings"]}
     config = registry.get("ric").Config().model_dump()
     assert settings["offline.steps"]["default"] == repr(config["offline"]["steps"])
     assert settings["online.lr"]["default"] == repr(config["online"]["lr"])
@@ -143,8 +143,8 @@ def test_a_method_is_shown_with_the_defaults_that_it_really_has(moalign: Any) ->
 
 
 def test_a_recipe_is_shown_with_the_source_of_every_value(moalign: Any, recipes: Path) -> None:
-    told = json.loads(moalign("show", "demo/ric", "--json").out)
-    rows = {row["setting"]: row for row in told["settings"]}
+    content = json.loads(moalign("show", "demo/ric", "--json").out)
+    rows = {row["setting"]: row for row in content["settings"]}
     assert (rows["config.offline.lr"]["value"], rows["config.offline.lr"]["source"]) == (1e-4, "table 9")
     assert rows["config.offline.steps"]["source"] == "paper, section 4"
     assert rows["config.online_rounds"]["source"] == "code"
@@ -181,8 +181,8 @@ def test_a_card_is_shown_by_file_or_folder(moalign: Any, tmp_path: Path) -> None
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "task.yaml").write_text(CARD.read_text().replace("name: sandbox\n", "name: own\n"))
     for name in ("mine", "mine/", "./mine", "mine/task.yaml"):
-        told = json.loads(moalign("show", name, "--json").out)
-        assert (told["task"], Path(told["path"])) == ("own", Path("mine/task.yaml"))
+        content = json.loads(moalign("show", name, "--json").out)
+        assert (content["task"], Path(content["path"])) == ("own", Path("mine/task.yaml"))
     (tmp_path / "mine" / "task.yaml").rename(tmp_path / "card.yml")
     out = moalign("show", "card.yml").out
     assert out.startswith("own: ") and "evaluation.bootstrap" in out and "moalign check card.yml" in out
@@ -197,9 +197,9 @@ def test_a_broken_card_is_told_with_its_lines(moalign: Any, tmp_path: Path) -> N
 
 def test_a_run_is_shown_with_record_and_evaluation(moalign: Any, toys: None) -> None:
     trained = json.loads(moalign("train", "toy", "--json").out)
-    told = json.loads(moalign("show", trained["run_id"][:6], "--json").out)
-    assert (told["run"], told["status"], told["notes"]) == (trained["run"], "done", {"dropped": 2})
-    assert told["evaluation"]["hypervolume"] == trained["evaluation"]["hypervolume"]
+    content = json.loads(moalign("show", trained["run_id"][:6], "--json").out)
+    assert (content["run"], content["status"], content["notes"]) == (trained["run"], "done", {"dropped": 2})
+    assert content["evaluation"]["hypervolume"] == trained["evaluation"]["hypervolume"]
     out = moalign("show", trained["run"]).out
     assert "note dropped" in out and "config.steps" in out and "hypervolume" in out
 

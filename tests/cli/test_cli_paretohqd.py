@@ -37,26 +37,27 @@ def command(small_task: tuple[str, ...]) -> list[str]:
     return ["train", "paretohqd", "--task", "sandbox", *sets(*small_task, *SMALL)]
 
 
+@pytest.mark.slow
 def test_train_eval_generate_compare(moalign: Any, command: list[str], small_task: tuple[str, ...]) -> None:
     ended = moalign(*command, "--json")
     assert ended.code == 0
-    told = json.loads(ended.out)
-    assert [point["prefs"] for point in told["evaluation"]["points"]] == [[0.0, 1.0], [0.5, 0.5], [1.0, 0.0]]
-    assert set(told["notes"]["augment"]["1,0"]["causes"]) == {"short", "repetitive", "loop"}
-    assert told["cost"]["tokens_generated"] > 0
+    content = json.loads(ended.out)
+    assert [point["prefs"] for point in content["evaluation"]["points"]] == [[0.0, 1.0], [0.5, 0.5], [1.0, 0.0]]
+    assert set(content["notes"]["augment"]["1,0"]["causes"]) == {"short", "repetitive", "loop"}
+    assert content["cost"]["tokens_generated"] > 0
 
     again = json.loads(moalign(*command, "--json").out)
     assert again["found"] is True
-    assert again["evaluation"] == told["evaluation"]
+    assert again["evaluation"] == content["evaluation"]
 
-    run = told["run"]
+    run = content["run"]
     volume = json.loads(moalign("eval", run, "--json").out)["hypervolume"]
-    assert volume == told["evaluation"]["hypervolume"]
-    some = moalign("eval", run, "--prefs", "0.5,0.5", "--json")
-    assert some.code == 0
-    middle = json.loads(some.out)["points"]
+    assert volume == content["evaluation"]["hypervolume"]
+    part = moalign("eval", run, "--prefs", "0.5,0.5", "--json")
+    assert part.code == 0
+    middle = json.loads(part.out)["points"]
     assert [point["prefs"] for point in middle] == [[0.5, 0.5]]
-    assert middle[0]["mean"] == told["evaluation"]["points"][1]["mean"]
+    assert middle[0]["mean"] == content["evaluation"]["points"][1]["mean"]
     answers = moalign("generate", run, "how do i make soup today ?", "--prefs", "1,0")
     assert answers.code == 0
     assert answers.out.strip()
@@ -122,9 +123,9 @@ def test_what_the_data_cannot_give_is_refused_before_any_step(
 
 
 def test_a_grid_of_one_and_preferences_of_ones_own(moalign: Any, command: list[str]) -> None:
-    told = json.loads(moalign(*command, "--prefs", "0.9,0.1", "--json").out)
-    assert [point["prefs"] for point in told["evaluation"]["points"]] == [[0.9, 0.1]]
-    assert list(told["notes"]["augment"]) == ["0.9,0.1"]
+    content = json.loads(moalign(*command, "--prefs", "0.9,0.1", "--json").out)
+    assert [point["prefs"] for point in content["evaluation"]["points"]] == [[0.9, 0.1]]
+    assert list(content["notes"]["augment"]) == ["0.9,0.1"]
     ended = moalign(*command, "--prefs", "0.9,0.2")
     assert ended.code == 2
     assert "sum to 1.1" in ended.errors[0]
@@ -175,5 +176,5 @@ def test_killed_again_and_again_it_ends_as_if_it_never_was(
 
 
 def _stamp(folder: Path) -> float:
-    found = [path.stat().st_mtime for path in folder.glob("runs/*/*/*/*")]
-    return max(found, default=0.0)
+    result = [path.stat().st_mtime for path in folder.glob("runs/*/*/*/*")]
+    return max(result, default=0.0)

@@ -41,8 +41,8 @@ def card(chat_folder: Folder, moalign: Any) -> Callable[..., Path]:
     def made(name: str, chat: bool = True, limit: int = 150, data: str = "", template: str = "") -> Path:
         folder = Path("own")
         folder.mkdir(exist_ok=True)
-        told = {"chat": str(chat).lower(), "limit": limit, "data": data, "template": template}
-        (folder / "task.yaml").write_text(CARD.format(model=chat_folder(name), **told))
+        content = {"chat": str(chat).lower(), "limit": limit, "data": data, "template": template}
+        (folder / "task.yaml").write_text(CARD.format(model=chat_folder(name), **content))
         return folder
 
     return made
@@ -55,16 +55,18 @@ def preview(moalign: Any) -> Preview:
     def run(*arguments: str) -> dict[str, Any]:
         ended = moalign("preview", "--json", *arguments)
         assert ended.code == 0, ended.err
-        told: dict[str, Any] = json.loads(ended.out)
-        return told
+        content: dict[str, Any] = json.loads(ended.out)
+        return content
 
     return run
 
 
 def own_ids(folder: Path, *turns: tuple[str, str]) -> list[int]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    told = [{"role": role, "content": text} for role, text in turns]
-    ids: list[int] = tokenizer.apply_chat_template(told, tokenize=True, add_generation_prompt=True, return_dict=False)
+    content = [{"role": role, "content": text} for role, text in turns]
+    ids: list[int] = tokenizer.apply_chat_template(
+        content, tokenize=True, add_generation_prompt=True, return_dict=False
+    )
     return ids
 
 
@@ -80,8 +82,8 @@ def test_ids_are_the_tokenizer_s_own(card: Any, preview: Preview, chat_folder: F
     )
     assert plain["tokens"] == tokenizer.convert_ids_to_tokens(plain["ids"])
     assert (plain["cut_tokens"], plain["prefs"]) == (0, None)
-    asked = preview("--task", "own/task.yaml", "--prefs", "0.3,0.7", QUESTION)
-    assert asked["ids"] == own_ids(folder, ("user", f"[brevity 30.0% detail 70.0%] {QUESTION}"))
+    requested = preview("--task", "own/task.yaml", "--prefs", "0.3,0.7", QUESTION)
+    assert requested["ids"] == own_ids(folder, ("user", f"[brevity 30.0% detail 70.0%] {QUESTION}"))
 
 
 @pytest.mark.parametrize("name", ["llama3", "chatml", "mistral", "phi"])
@@ -96,13 +98,13 @@ def test_an_overlong_prompt_loses_its_own_beginning(
     card: Any, preview: Preview, chat_folder: Folder, moalign: Any, name: str
 ) -> None:
     card(name)
-    found = [preview("--task", "own", "--prefs", prefs, LONG) for prefs in ("1,0", "0,1")]
-    for told, words in zip(found, ("[brevity 100.0% detail 0.0%] ", "[brevity 0.0% detail 100.0%] "), strict=True):
-        assert len(told["ids"]) <= 150
-        assert LONG.endswith(told["kept"]) and 0 < len(told["kept"]) < len(LONG)
-        assert told["ids"] == own_ids(chat_folder(name), ("user", words + told["kept"]))
-        assert told["cut_tokens"] > 0
-    assert found[0]["ids"] != found[1]["ids"]
+    result = [preview("--task", "own", "--prefs", prefs, LONG) for prefs in ("1,0", "0,1")]
+    for content, words in zip(result, ("[brevity 100.0% detail 0.0%] ", "[brevity 0.0% detail 100.0%] "), strict=True):
+        assert len(content["ids"]) <= 150
+        assert LONG.endswith(content["kept"]) and 0 < len(content["kept"]) < len(LONG)
+        assert content["ids"] == own_ids(chat_folder(name), ("user", words + content["kept"]))
+        assert content["cut_tokens"] > 0
+    assert result[0]["ids"] != result[1]["ids"]
     out = moalign("preview", "--task", "own", LONG).out
     assert "tokens of the prompt, so that 150 hold it; read from:" in out
 
@@ -118,28 +120,28 @@ def test_the_row_ends_with_the_turn_s_end_and_its_loss_counts(
     card: Any, preview: Preview, chat_folder: Folder, chat_families: Any, name: str
 ) -> None:
     card(name)
-    told = preview("--task", "own", "--response", "Soup.", QUESTION)
+    content = preview("--task", "own", "--response", "Soup.", QUESTION)
     family, tokenizer = chat_families[name], AutoTokenizer.from_pretrained(chat_folder(name))
-    row, loss, size = told["row"]["ids"], told["row"]["loss"], len(told["ids"])
-    assert row[:size] == told["ids"]
+    row, loss, size = content["row"]["ids"], content["row"]["loss"], len(content["ids"])
+    assert row[:size] == content["ids"]
     assert loss == [0] * size + [1] * (len(row) - size)
     assert row[-1] == tokenizer.convert_tokens_to_ids(family.turn_end)
     turns = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": "Soup."}]
     whole = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
     assert whole[: len(row)] == row
     wanted = {family.eos, family.turn_end, *family.generation_ends}
-    assert told["stop"] == {"ids": sorted(tokenizer.convert_tokens_to_ids(sorted(wanted))), "texts": []}
+    assert content["stop"] == {"ids": sorted(tokenizer.convert_tokens_to_ids(sorted(wanted))), "texts": []}
 
 
 def test_a_plain_prompt_shows_the_begin_token_that_the_tokenizer_puts_before_it(
     card: Any, preview: Preview, chat_folder: Folder
 ) -> None:
     card("llama3", chat=False, template='  marker: "\\nAnswer:"\n  stop: ["\\nHuman:"]\n')
-    told = preview("--task", "own", QUESTION)
+    content = preview("--task", "own", QUESTION)
     tokenizer = AutoTokenizer.from_pretrained(chat_folder("llama3"))
-    assert told["text"] == f"<|begin_of_text|>{QUESTION}\nAnswer:"
-    assert told["ids"] == tokenizer(f"{QUESTION}\nAnswer:")["input_ids"]
-    assert told["stop"]["texts"] == ["\nHuman:"]
+    assert content["text"] == f"<|begin_of_text|>{QUESTION}\nAnswer:"
+    assert content["ids"] == tokenizer(f"{QUESTION}\nAnswer:")["input_ids"]
+    assert content["stop"]["texts"] == ["\nHuman:"]
 
 
 def test_the_response_is_the_data_s_own_where_it_has_one(card: Any, preview: Preview) -> None:
@@ -150,21 +152,21 @@ def test_the_response_is_the_data_s_own_where_it_has_one(card: Any, preview: Pre
         for prompt, answer in rows
     )
     (folder / "answers.jsonl").write_text(text)
-    told = preview("--task", "own")  # the task's first prompt
-    assert (told["prompt"], told["response"], told["response_from"]) == (QUESTION, "Soup, of course", "data")
+    content = preview("--task", "own")  # the task's first prompt
+    assert (content["prompt"], content["response"], content["response_from"]) == (QUESTION, "Soup, of course", "data")
     ended = preview("--task", "own", "How do I learn the guitar?")
     assert ended["response"] == "Daily."
     # An answer that was cut off has no end to learn.
     assert ended["row"]["ids"][-1] in ended["stop"]["ids"]
-    assert told["row"]["ids"][-1] not in told["stop"]["ids"]
+    assert content["row"]["ids"][-1] not in content["stop"]["ids"]
     assert preview("--task", "own", "What else?")["response_from"] == "stand-in"
 
 
 def test_pairs_give_the_preferred_reply(card: Any, preview: Preview) -> None:
     folder = card("chatml", data="  pairs: {detail: {path: pairs.jsonl}}\n")
     (folder / "pairs.jsonl").write_text(json.dumps({"prompt": QUESTION, "chosen": "Soup.", "rejected": "No."}) + "\n")
-    told = preview("--task", "own")
-    assert (told["response"], told["response_from"]) == ("Soup.", "data")
+    content = preview("--task", "own")
+    assert (content["response"], content["response_from"]) == ("Soup.", "data")
 
 
 def test_people_see_special_tokens_and_no_control_characters(card: Any, moalign: Any) -> None:
@@ -181,13 +183,13 @@ def test_people_see_special_tokens_and_no_control_characters(card: Any, moalign:
 def test_the_sandbox_needs_no_base_and_nothing_is_written(moalign: Any, preview: Preview, tmp_path: Path) -> None:
     from moalign.tasks.sandbox import base
 
-    told = preview("--prefs", "0.3,0.7")
-    assert told["task"] == "sandbox" and told["response_from"] == "data"
+    content = preview("--prefs", "0.3,0.7")
+    assert content["task"] == "sandbox" and content["response_from"] == "data"
     tokenizer = base.make_tokenizer()
-    text = f"[helpfulness 30.0% harmlessness 70.0%] {told['prompt']}"
-    assert told["ids"] == tokenizer(text)["input_ids"]
-    assert told["text"] == tokenizer.bos_token + text
-    assert told["row"]["ids"][-1] == tokenizer.eos_token_id
+    text = f"[helpfulness 30.0% harmlessness 70.0%] {content['prompt']}"
+    assert content["ids"] == tokenizer(text)["input_ids"]
+    assert content["text"] == tokenizer.bos_token + text
+    assert content["row"]["ids"][-1] == tokenizer.eos_token_id
     assert list(tmp_path.iterdir()) == []
 
 
@@ -224,7 +226,7 @@ def test_bad_requests(card: Any, moalign: Any, arguments: list[str], message: st
 
 def test_the_real_model(smollm2: Path, moalign: Any, preview: Preview) -> None:
     assert moalign("init", "own").code == 0
-    told = preview("--task", "own", "--prefs", "0,1", "How do I bake bread?")
-    asked = "How do I bake bread? Answer in one long sentence with many details."
-    assert told["ids"] == own_ids(smollm2, ("user", asked))
-    assert "Answer in one long sentence" in told["text"] and told["text"].endswith("<|im_start|>assistant\n")
+    content = preview("--task", "own", "--prefs", "0,1", "How do I bake bread?")
+    requested = "How do I bake bread? Answer in one long sentence with many details."
+    assert content["ids"] == own_ids(smollm2, ("user", requested))
+    assert "Answer in one long sentence" in content["text"] and content["text"].endswith("<|im_start|>assistant\n")

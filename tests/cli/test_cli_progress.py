@@ -6,7 +6,7 @@ import io
 import json
 
 from moalign.cli import jobs
-from moalign.cli.progress import ProgressDisplay
+from moalign.cli.progress import progress_display
 
 
 class Clock:
@@ -23,7 +23,7 @@ def lines(stream: io.StringIO) -> list[str]:
 
 def test_a_line_every_few_seconds_with_rate_and_time_left() -> None:
     stream, clock = io.StringIO(), Clock()
-    with ProgressDisplay(stream, terminal=False, clock=clock) as progress:
+    with progress_display(stream, terminal=False, clock=clock) as progress:
         for done in range(1, 101):
             clock.now = done / 10  # ten steps a second for ten seconds
             progress("training", done, 100)
@@ -35,7 +35,7 @@ def test_a_line_every_few_seconds_with_rate_and_time_left() -> None:
 
 def test_quick_stages_say_nothing() -> None:
     stream, clock = io.StringIO(), Clock()
-    progress = ProgressDisplay(stream, terminal=False, clock=clock)
+    progress = progress_display(stream, terminal=False, clock=clock)
     for done in range(1, 6):
         clock.now += 0.1
         progress("scoring", done, 5)
@@ -44,7 +44,7 @@ def test_quick_stages_say_nothing() -> None:
 
 def test_a_resumed_stage_does_not_count_what_was_there() -> None:
     stream, clock = io.StringIO(), Clock()
-    progress = ProgressDisplay(stream, terminal=False, clock=clock)
+    progress = progress_display(stream, terminal=False, clock=clock)
     progress("training", 900, 1000)
     clock.now = 5
     progress("training", 910, 1000)
@@ -53,7 +53,7 @@ def test_a_resumed_stage_does_not_count_what_was_there() -> None:
 
 def test_the_end_is_told_once_and_a_second_round_counts_anew() -> None:
     stream, clock = io.StringIO(), Clock()
-    progress = ProgressDisplay(stream, terminal=False, clock=clock)
+    progress = progress_display(stream, terminal=False, clock=clock)
     progress("scoring", 0, 10)
     clock.now = 4
     progress("scoring", 5, 10)
@@ -70,7 +70,7 @@ def test_the_end_is_told_once_and_a_second_round_counts_anew() -> None:
 
 def test_stages_side_by_side_have_rates_of_their_own() -> None:
     stream, clock = io.StringIO(), Clock()
-    progress = ProgressDisplay(stream, terminal=False, clock=clock)
+    progress = progress_display(stream, terminal=False, clock=clock)
     for second in range(1, 8):
         clock.now = second
         progress("a: online", 10 * second, 100)
@@ -98,7 +98,7 @@ def test_a_job_tells_its_progress_now_and_then_and_every_end() -> None:
 
 def test_more_than_all_is_all() -> None:
     stream, clock = io.StringIO(), Clock()
-    progress = ProgressDisplay(stream, terminal=False, clock=clock)
+    progress = progress_display(stream, terminal=False, clock=clock)
     clock.now = 4
     progress("answering", 12, 10)
     assert lines(stream) == ["answering 10/10"]
@@ -111,7 +111,7 @@ class Terminal(io.StringIO):
 
 def test_a_terminal_gets_a_bar_with_counts() -> None:
     stream = Terminal()
-    with ProgressDisplay(stream, terminal=True) as progress:
+    with progress_display(stream, terminal=True) as progress:
         progress("training [all]", 3, 10)
         progress("training [all]", 10, 10)
         progress("training [all]", 2, 10)
@@ -122,31 +122,31 @@ def test_a_terminal_gets_a_bar_with_counts() -> None:
 
 def test_an_untouched_bar_leaves_nothing() -> None:
     stream = Terminal()
-    with ProgressDisplay(stream, terminal=True):
+    with progress_display(stream, terminal=True):
         pass
     assert stream.getvalue() == ""
 
 
 def test_a_long_grid_does_not_fill_the_terminal() -> None:
-    from moalign.cli.progress import SHOWN, _Bars
+    from moalign.cli.progress import SHOWN, Bars
 
-    bars = _Bars(Terminal())
+    bars = Bars(Terminal())
     for number in range(66):
         for done in range(3):
-            bars.update(f"preference {number}", done, 2)
+            bars(f"preference {number}", done, 2)
     kept = list(bars.tasks)
-    bars.close()
+    bars.__exit__()
     assert kept == [f"preference {number}" for number in range(66 - SHOWN, 66)]
 
 
 def test_unfinished_stages_are_never_taken_away() -> None:
-    from moalign.cli.progress import _Bars
+    from moalign.cli.progress import Bars
 
-    bars = _Bars(Terminal())
-    bars.update("the whole", 1, 100)
+    bars = Bars(Terminal())
+    bars("the whole", 1, 100)
     for number in range(40):
-        bars.update(f"part {number}", 2, 2)
+        bars(f"part {number}", 2, 2)
     kept = list(bars.tasks)
-    bars.close()
+    bars.__exit__()
     assert kept[0] == "the whole"
     assert kept[-1] == "part 39"

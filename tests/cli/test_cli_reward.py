@@ -33,27 +33,29 @@ def test_train_then_find_then_judge(moalign: Any, files: tuple[Path, Path], rand
     command = ("reward", "train", "--pairs", "ann.jsonl", "--model", str(random_base), *SHORT)
     ended = moalign(*command, "--json")
     assert ended.code == 0
-    told = json.loads(ended.out)
-    assert (told["status"], told["found"], told["loss"]) == ("done", False, "bt")
-    assert told["cost"]["tokens_trained"] > 0
-    assert Path(told["run"]).parts[:2] == ("results", "reward-models")
-    evaluation = told["evaluation"]
+    content = json.loads(ended.out)
+    assert (content["status"], content["found"], content["loss"]) == ("done", False, "bt")
+    assert content["cost"]["tokens_trained"] > 0
+    assert Path(content["run"]).parts[:2] == ("results", "reward-models")
+    evaluation = content["evaluation"]
     (row,) = evaluation["datasets"]
     assert row["name"] == "ann"
     assert set(row["ece"]) == {"5", "10", "20"}
-    assert row["pairs"] + told["notes"]["pairs"]["train"]["ann"] + told["notes"]["pairs"]["calibration"]["ann"] == 60
+    assert (
+        row["pairs"] + content["notes"]["pairs"]["train"]["ann"] + content["notes"]["pairs"]["calibration"]["ann"] == 60
+    )
     assert Path(evaluation["figures"][0]).read_bytes()[:4] == b"\x89PNG"
 
     again = json.loads(moalign(*command, "--json").out)
-    assert (again["found"], again["run"], again["evaluation"]) == (True, told["run"], evaluation)
+    assert (again["found"], again["run"], again["evaluation"]) == (True, content["run"], evaluation)
     human = moalign(*command)
     assert "found trained" in human.out and "as an objective of a task card" in human.out
 
-    for named in (told["run"], told["run_id"], f"{told['run']}/model"):
+    for named in (content["run"], content["run_id"], f"{content['run']}/model"):
         judged = json.loads(moalign("reward", "eval", named, "--json").out)
         assert judged["datasets"] == evaluation["datasets"]
     other = json.loads(
-        moalign("reward", "eval", told["run_id"], "--pairs", "bob.jsonl", "--split", "all", "--json").out
+        moalign("reward", "eval", content["run_id"], "--pairs", "bob.jsonl", "--split", "all", "--json").out
     )
     assert other["datasets"][0]["pairs"] == 60
     assert other["datasets"][0]["temperature"] is None
@@ -62,13 +64,13 @@ def test_train_then_find_then_judge(moalign: Any, files: tuple[Path, Path], rand
 def test_the_objective_that_is_printed_is_valid_in_a_card(
     moalign: Any, files: tuple[Path, Path], random_base: Path, tmp_path: Path
 ) -> None:
-    told = json.loads(
+    content = json.loads(
         moalign("reward", "train", "--pairs", "ann.jsonl", "--pairs", "bob.jsonl", "--loss", "multitask", "--set",
                 "heads=each", "--model", str(random_base), *SHORT, "--no-eval", "--json").out
     )  # fmt: skip
-    assert told["evaluation"] is None
-    assert [spec["label"] for spec in told["objectives"]] == ["ann", "bob"]
-    card = {"name": "demo", "kind": "text", "description": "x", "objectives": told["objectives"]}
+    assert content["evaluation"] is None
+    assert [spec["label"] for spec in content["objectives"]] == ["ann", "bob"]
+    card = {"name": "demo", "kind": "text", "description": "x", "objectives": content["objectives"]}
     points = {"reference_point": [0, 0], "sensitivity_point": [0, 0], "data": {"prompts": ["hi"]}}
     (tmp_path / "card.yaml").write_text(json.dumps({**card, **points, "model": str(random_base)}))
     for spec in load_card(tmp_path / "card.yaml").objectives:
@@ -90,36 +92,36 @@ def test_groups_in_one_file_and_more(moalign: Any, tmp_path: Path, random_base: 
     both = tmp_path / "both.jsonl"
     parts = [write_pairs(tmp_path / f"{name}.tmp.jsonl", 40, group=name).read_text() for name in ("ann", "bob")]
     both.write_text("".join(parts))
-    told = json.loads(
+    content = json.loads(
         moalign(
             "reward", "train", "--pairs", "both.jsonl", "--loss", "more", "--model", str(random_base), *SHORT, "--json"
         ).out
     )
-    assert [row["name"] for row in told["evaluation"]["datasets"]] == ["ann", "bob"]
-    lines = [json.loads(line) for line in (Path(told["run"]) / "metrics.jsonl").read_text().splitlines()]
+    assert [row["name"] for row in content["evaluation"]["datasets"]] == ["ann", "bob"]
+    lines = [json.loads(line) for line in (Path(content["run"]) / "metrics.jsonl").read_text().splitlines()]
     assert lines[0]["weight_0"] + lines[0]["weight_1"] == pytest.approx(1)
 
 
 def test_the_sandboxs_annotators(moalign: Any, random_base: Path) -> None:
-    told = json.loads(
+    content = json.loads(
         moalign(
             "reward", "train", "--task", "sandbox", "--model", str(random_base), "--loss", "multitask", *SHORT,
             "--set", "task.sandbox.annotators={groups: diverse, pairs: 60}", "--set", "batch=10", "--json",
         ).out
     )  # fmt: skip
-    rows = told["evaluation"]["datasets"]
+    rows = content["evaluation"]["datasets"]
     assert [row["name"] for row in rows] == ["eager", "careful", "playful", "sober", "mild"]
     assert all(0 <= row["truth"]["ece"]["10"] <= 1 for row in rows)
-    judged = moalign("reward", "eval", told["run_id"])
+    judged = moalign("reward", "eval", content["run_id"])
     assert judged.code == 0 and "true ECE" in judged.out
 
 
 def test_changed_pairs_are_noticed(moalign: Any, files: tuple[Path, Path], random_base: Path) -> None:
-    told = json.loads(
+    content = json.loads(
         moalign("reward", "train", "--pairs", "ann.jsonl", "--model", str(random_base), *SHORT, "--json").out
     )
     write_pairs(files[0], 61)
-    ended = moalign("reward", "eval", told["run_id"])
+    ended = moalign("reward", "eval", content["run_id"])
     assert ended.code == 2
     assert "its pairs have changed since it was trained" in ended.errors[0]
 
@@ -170,5 +172,5 @@ def test_a_dry_run_of_a_real_recipe_needs_nothing_but_the_recipe(moalign: Any) -
     assert ended.code == 0
     for text in ("meta-llama/Llama-2-7b-hf", "training: update", "cost", "h on A100", "config.groups", "not here yet"):
         assert text in ended.out
-    told = json.loads(moalign("train", "ric", "--task", "safe-rlhf", "--dry-run", "--json").out)
-    assert told["dry_run"] and told["memory"]["total_gib"] > 40 and told["cost"]["tokens_trained"] > 0
+    content = json.loads(moalign("train", "ric", "--task", "safe-rlhf", "--dry-run", "--json").out)
+    assert content["dry_run"] and content["memory"]["total_gib"] > 40 and content["cost"]["tokens_trained"] > 0

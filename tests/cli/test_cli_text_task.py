@@ -71,8 +71,8 @@ def test_preferences_in_words_are_asked_in_one_pass_and_told(
     assert [sorted(texts) for texts in passes] == [
         sorted(f"[{words}] how do i make soup ?" for words in WORDS.values())
     ]
-    told = [line.split(maxsplit=1)[1] for line in out.splitlines() if line.startswith("asked ")]
-    assert told == [WORDS["short"], WORDS["varied"]]
+    content = [line.split(maxsplit=1)[1] for line in out.splitlines() if line.startswith("asked ")]
+    assert content == [WORDS["short"], WORDS["varied"]]
     # A method that reads no preference was not asked in these words.
     run = json.loads(moalign("train", "best-of-n", "--task", str(card), "--no-eval", "--json").out)["run"]
     assert "asked " not in moalign("generate", run, "how do i make soup ?", *both).out
@@ -80,25 +80,25 @@ def test_preferences_in_words_are_asked_in_one_pass_and_told(
 
 @pytest.mark.parametrize("overlong", ["cut", "drop"])
 def test_prompts_too_long_are_told_by_train_eval_and_the_record(moalign: Any, card: Path, overlong: str) -> None:
-    asked = ("train", "prompting", "--task", str(card), "--set", f"task.overlong={overlong}")
-    ended = moalign(*asked)
+    requested = ("train", "prompting", "--task", str(card), "--set", f"task.overlong={overlong}")
+    ended = moalign(*requested)
     shown = "2 of 40 cut to" if overlong == "cut" else "2 of 40 dropped: longer than generation.max_prompt_tokens"
     assert f"prompts           {shown}" in ended.out
-    told = json.loads(moalign(*asked, "--json").out)
-    found = told["evaluation"]["overlong"]
-    assert found["prompts"] == 40
-    assert found["cut" if overlong == "cut" else "dropped"] == 2
+    content = json.loads(moalign(*requested, "--json").out)
+    result = content["evaluation"]["overlong"]
+    assert result["prompts"] == 40
+    assert result["cut" if overlong == "cut" else "dropped"] == 2
     if overlong == "cut":
-        assert found["cut_tokens"] > 2 * 120  # 30 times six tokens, of which the limit leaves less than 60
-    record = json.loads((Path(told["run"]) / "run.json").read_text())
-    assert record["notes"]["overlong"] == found
-    assert shown in moalign("eval", told["run"]).out
+        assert result["cut_tokens"] > 2 * 120  # 30 times six tokens, of which the limit leaves less than 60
+    record = json.loads((Path(content["run"]) / "run.json").read_text())
+    assert record["notes"]["overlong"] == result
+    assert shown in moalign("eval", content["run"]).out
 
 
 def test_where_nothing_is_too_long_nothing_is_said(moalign: Any, card: Path) -> None:
-    asked = ("train", "prompting", "--task", str(card), "--set", "task.generation.max_prompt_tokens=400")
-    ended = moalign(*asked)
+    requested = ("train", "prompting", "--task", str(card), "--set", "task.generation.max_prompt_tokens=400")
+    ended = moalign(*requested)
     assert ended.code == 0
     assert "overlong" not in ended.out and "\nprompts " not in ended.out
-    told = json.loads(moalign(*asked, "--json").out)
-    assert "overlong" not in told["notes"] and "overlong" not in told["evaluation"]
+    content = json.loads(moalign(*requested, "--json").out)
+    assert "overlong" not in content["notes"] and "overlong" not in content["evaluation"]

@@ -34,17 +34,17 @@ def test_it_ends_with_folder_rewards_hypervolume_and_next_commands(moalign: Any)
 
 
 def test_json_is_one_object_with_the_contract_s_keys(moalign: Any) -> None:
-    told = json.loads(moalign("train", "toy", "--json", "--seed", "4", "--set", "steps=2").out)
+    content = json.loads(moalign("train", "toy", "--json", "--seed", "4", "--set", "steps=2").out)
     run = only_run()
-    assert told["run"] == str(run.path)
-    assert (told["method"], told["task"], told["seed"], told["status"]) == ("toy", "sandbox", 4, "done")
-    assert set(told["cost"]) == {"tokens_generated", "tokens_trained", "reward_calls", "peak_memory_bytes"}
-    assert told["cost"]["tokens_trained"] == 11
-    assert told["seconds"] > 0
-    assert told["found"] is False
-    assert told["notes"] == {"dropped": 2}
-    assert len(told["evaluation"]["points"]) == 11
-    assert told["evaluation"]["hypervolume"] > 0
+    assert content["run"] == str(run.path)
+    assert (content["method"], content["task"], content["seed"], content["status"]) == ("toy", "sandbox", 4, "done")
+    assert set(content["cost"]) == {"tokens_generated", "tokens_trained", "reward_calls", "peak_memory_bytes"}
+    assert content["cost"]["tokens_trained"] == 11
+    assert content["seconds"] > 0
+    assert content["found"] is False
+    assert content["notes"] == {"dropped": 2}
+    assert len(content["evaluation"]["points"]) == 11
+    assert content["evaluation"]["hypervolume"] > 0
 
 
 def test_the_same_command_finds_the_finished_run_and_its_evaluation(moalign: Any) -> None:
@@ -60,9 +60,9 @@ def test_the_same_command_finds_the_finished_run_and_its_evaluation(moalign: Any
 
 
 def test_no_eval_trains_only_and_a_later_call_evaluates(moalign: Any) -> None:
-    told = json.loads(moalign("train", "toy", "--no-eval", "--json").out)
-    assert told["evaluation"] is None
-    assert not (Path(told["run"]) / "eval.json").exists()
+    content = json.loads(moalign("train", "toy", "--no-eval", "--json").out)
+    assert content["evaluation"] is None
+    assert not (Path(content["run"]) / "eval.json").exists()
     assert "moalign eval" in moalign("train", "toy", "--no-eval").out
     later = json.loads(moalign("train", "toy", "--json").out)
     assert later["found"] is True
@@ -73,9 +73,9 @@ def test_a_method_with_fixed_preferences_is_evaluated_on_its_own(moalign: Any) -
     ended = moalign("train", "fixed-toy", "--prefs", "0,1", "--prefs", "1,0")
     assert ended.code == 0
     assert "--prefs 1,0\n" in ended.out  # the command offered is one that the run can serve
-    told = json.loads(moalign("train", "fixed-toy", "--prefs", "0,1", "--prefs", "1,0", "--json").out)
-    assert told["found"] is True
-    assert [point["prefs"] for point in told["evaluation"]["points"]] == [[0.0, 1.0], [1.0, 0.0]]
+    content = json.loads(moalign("train", "fixed-toy", "--prefs", "0,1", "--prefs", "1,0", "--json").out)
+    assert content["found"] is True
+    assert [point["prefs"] for point in content["evaluation"]["points"]] == [[0.0, 1.0], [1.0, 0.0]]
 
 
 def test_commands_to_paste_carry_the_results_folder(moalign: Any) -> None:
@@ -99,8 +99,8 @@ def test_dry_run_as_json_names_the_folder_that_training_makes(moalign: Any) -> N
     plan = json.loads(moalign("train", "toy", "--dry-run", "--json").out)
     assert (plan["dry_run"], plan["status"], plan["prefs"]) == (True, None, None)
     assert plan["config"] == {"steps": 3, "fail": ""}
-    told = json.loads(moalign("train", "toy", "--json").out)
-    assert (told["run"], told["card_hash"]) == (plan["run"], plan["card_hash"])
+    content = json.loads(moalign("train", "toy", "--json").out)
+    assert (content["run"], content["card_hash"]) == (plan["run"], plan["card_hash"])
     assert json.loads(moalign("train", "toy", "--dry-run", "--json").out)["status"] == "done"
     assert "is finished" in moalign("train", "toy", "--dry-run").out
 
@@ -242,11 +242,11 @@ def test_prompts_that_were_cut_are_in_the_record_and_told(moalign: Any, monkeypa
 
     cut = {"prompts": 40, "cut": 3, "cut_tokens": 1234}
     monkeypatch.setattr(Task, "overlong_report", lambda self: cut)
-    told = json.loads(moalign("train", "toy", "--json").out)
-    assert told["notes"]["overlong"] == told["evaluation"]["overlong"] == cut
+    content = json.loads(moalign("train", "toy", "--json").out)
+    assert content["notes"]["overlong"] == content["evaluation"]["overlong"] == cut
     shown = "prompts           3 of 40 cut to generation.max_prompt_tokens, 1,234 tokens in all"
     assert " ".join(shown.split()) in " ".join(moalign("train", "toy").out.split())
-    assert " ".join(shown.split()) in " ".join(moalign("eval", told["run"]).out.split())
+    assert " ".join(shown.split()) in " ".join(moalign("eval", content["run"]).out.split())
     monkeypatch.setattr(Task, "overlong_report", lambda self: {"prompts": 40, "dropped": 2})
     assert "2 of 40 dropped: longer than generation.max_prompt_tokens" in " ".join(
         moalign("train", "toy", "--seed", "1").out.split()

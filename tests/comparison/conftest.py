@@ -20,7 +20,7 @@ from moalign.evaluation import evaluate
 from moalign.evaluation.divergence import KlToBase
 from moalign.methods import registry
 from moalign.methods.base import Capabilities
-from moalign.report import drawings
+from moalign.report import figures
 from moalign.tasks.task import Task
 from moalign.training.job import Job, RunContext
 
@@ -98,7 +98,7 @@ def _toys(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(Task, "overlong", lambda self: {})
     monkeypatch.setattr(Task, "short_below", 6)
     monkeypatch.setattr(Task, "tokens", lambda self, texts: [text.split() for text in texts])
-    monkeypatch.setattr(drawings, "ALL", {"fronts": lambda record, suffix: FIGURES[suffix]})
+    monkeypatch.setattr(figures, "ALL", {"fronts": lambda record, suffix: FIGURES[suffix]})
     yield
 
 

@@ -16,7 +16,7 @@ from moalign.cli import main as cli
 from moalign.comparison.compare import CompareRequest, compare
 from moalign.evaluation.evaluate import evaluate
 from moalign.experiment.train import TrainRequest, context_of, plan, train
-from moalign.report import drawings
+from moalign.report import figures
 
 SHORT = ("steps=2", "batch=4", "max_tokens=48")
 
@@ -24,7 +24,7 @@ SHORT = ("steps=2", "batch=4", "max_tokens=48")
 def test_a_rows_command_gives_the_same_record_bit_for_bit(
     small_task: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(drawings, "ALL", {"fronts": lambda record, suffix: b"a figure"})
+    monkeypatch.setattr(figures, "ALL", {"fronts": lambda record, suffix: b"a figure"})
     request = CompareRequest(methods=["sft"], overrides=(*small_task, *SHORT), results=tmp_path / "first")
     row = compare(request).content["rows"][0]
     words = shlex.split(row["runs"][0]["command"])

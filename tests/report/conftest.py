@@ -1,4 +1,4 @@
-"""A comparison as ``compare`` tells it, made from score matrices."""
+"""A comparison as ``compare`` records it, made from score matrices."""
 
 from __future__ import annotations
 
@@ -115,6 +115,7 @@ def _record(
         "ref": [0.0] * objectives,
         "grid": [list(w) for w in grid],
         "prompts": 50,
+        "samples": 1,
         "draws": 100,
         "level": 0.95,
         "bounds": {"lo": [-5.0] * objectives, "hi": [5.0] * objectives},
@@ -179,8 +180,8 @@ class Browser:
                 self.events.append(answer)
                 continue
             assert "error" not in answer, answer["error"]
-            found: dict[str, Any] = answer["result"]
-            return found
+            result: dict[str, Any] = answer["result"]
+            return result
 
     def _receive(self) -> dict[str, Any]:
         while b"\0" not in self._rest:
@@ -189,8 +190,8 @@ class Browser:
             assert more, "the browser has gone, or says nothing for a minute"
             self._rest += more
         message, _, self._rest = self._rest.partition(b"\0")
-        found: dict[str, Any] = json.loads(message)
-        return found
+        result: dict[str, Any] = json.loads(message)
+        return result
 
     def open(self, path: Path, fragment: str = "") -> None:
         """Open a file and wait until its answers are there."""

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from moalign.core.errors import RequestError
-from moalign.report import drawings, leaderboard
+from moalign.report import figures, leaderboard
 
 Build = Callable[..., dict[str, Any]]
 
@@ -19,7 +19,7 @@ Build = Callable[..., dict[str, Any]]
 def records(compared: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Two records; drawings stand in for themselves by their name and theme."""
     monkeypatch.setattr(
-        drawings,
+        figures,
         "ALL",
         {name: lambda record, suffix, theme, name=name: f"{name} {theme}".encode() for name in ("fronts", "cost")}
         | {"curves": lambda record, suffix, theme: None},
@@ -67,7 +67,7 @@ def test_tables_are_whole_and_links_lead_somewhere(records: Path) -> None:
             assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1, block
         links = re.findall(r"\]\(([^)#]+)\)|(?:src|srcset)=\"([^\"]+)\"", text)
         assert links
-        for link in (one or other for one, other in links):
+        for link in (item or other for item, other in links):
             assert (page.parent / link).exists(), link
 
 
@@ -120,7 +120,7 @@ def test_as_a_command(records: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 def test_the_committed_leaderboard_is_that_of_the_committed_records(checkout: Path) -> None:
     records, page = checkout / "results" / "published", checkout / "results" / "LEADERBOARD.md"
-    found = {path: json.loads(path.read_text()) for path in sorted(records.glob("*/compare.json"))}
-    if not found:
+    result = {path: json.loads(path.read_text()) for path in sorted(records.glob("*/compare.json"))}
+    if not result:
         pytest.skip("this checkout has no records")
-    assert page.read_text() == leaderboard.leaderboard(found, page.parent), "make results"
+    assert page.read_text() == leaderboard.leaderboard(result, page.parent), "make results"

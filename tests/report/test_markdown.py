@@ -20,9 +20,9 @@ def tables(page: str) -> list[list[str]]:
 
 def test_tables_are_whole(compared: Build) -> None:
     page = markdown.page(compared({"a": 0.2, "b|c": 0.0}, dead=("x",)), FOLDER)
-    found = tables(page)
-    assert len(found) == 3
-    for lines in found:
+    result = tables(page)
+    assert len(result) == 3
+    for lines in result:
         columns = {len(re.findall(r"(?<!\\)\|", line)) for line in lines}
         assert len(columns) == 1, lines
 

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moalign.core import preferences
-from moalign.report import page
+from moalign.report import page, templates
 from moalign.report.page import Answers
 
 Build = Callable[..., dict[str, Any]]
@@ -64,12 +64,12 @@ def answered(
 ) -> list[Answers]:
     """Answers of every judged row: ``texts(label, preference, prompt)``."""
     write = texts or (lambda label, k, p: f"{label} answers prompt {p} at preference {k}")
-    found = []
+    result = []
     for row in record["rows"]:
         if not row["points"]:
             continue
         wanted = [point["prefs"] for point in row["points"]]
-        found.append(
+        result.append(
             Answers(
                 row["label"],
                 wanted,
@@ -78,7 +78,7 @@ def answered(
                 [[[k + p / 10 for _ in record["objectives"]] for p in range(prompts)] for k in range(len(wanted))],
             )
         )
-    return found
+    return result
 
 
 def blocks(content: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -108,10 +108,10 @@ def test_the_same_bytes_twice(compared: Build) -> None:
 
 def test_it_opens_offline(compared: Build) -> None:
     record = compared({"a": 0.2, "b": 0.0})
-    found = Reader(page.page(record, answered(record)).decode())
-    for tag, attributes in found.tags:
+    result = Reader(page.page(record, answered(record)).decode())
+    for tag, attributes in result.tags:
         assert not {"src", "href", "srcset", "action", "style"} & set(attributes), (tag, attributes)
-    assert {tag for tag, _ in found.tags}.isdisjoint({"link", "iframe", "img", "object", "embed", "base", "form"})
+    assert {tag for tag, _ in result.tags}.isdisjoint({"link", "iframe", "img", "object", "embed", "base", "form"})
 
 
 def test_repeated_texts_are_kept_once(compared: Build) -> None:
@@ -139,12 +139,12 @@ def test_no_text_can_end_its_block_or_begin_a_tag(compared: Build) -> None:
     record = compared({"a": 0.2, "</script><b>": 0.0})
     answers = hostile(record)
     content = page.page({**record, "task": HOSTILE[2]}, answers).decode()
-    found = Reader(content)
-    assert [tag for tag, _ in found.tags].count("script") == 3
-    assert not {"img", "b"} & {tag for tag, _ in found.tags}
-    for block in found.scripts[:2]:
+    result = Reader(content)
+    assert [tag for tag, _ in result.tags].count("script") == 3
+    assert not {"img", "b"} & {tag for tag, _ in result.tags}
+    for block in result.scripts[:2]:
         assert not set("<>&\u2028\u2029") & set(block)
-    held, kept = json.loads(found.scripts[0]), json.loads(found.scripts[1])
+    held, kept = json.loads(result.scripts[0]), json.loads(result.scripts[1])
     assert held["description"] == HOSTILE[2] and held["reported"][0]["source"] == HOSTILE[2]
     assert kept["texts"] == HOSTILE and kept["prompts"] == HOSTILE
 
@@ -159,7 +159,7 @@ def test_any_text_comes_back_from_its_block(value: Any) -> None:
 
 
 def test_the_script_writes_text_only() -> None:
-    script = "\n".join(page._asset(name) for name in page.SCRIPTS)
+    script = "\n".join(templates.asset(name) for name in page.SCRIPTS)
     ways = "innerHTML outerHTML insertAdjacentHTML document.write eval( Function( srcdoc DOMParser setHTML"
     assert [way for way in ways.split() if way in script] == []
     assert "textContent" in script
@@ -227,8 +227,8 @@ def shown(browser: Any, tmp_path: Path) -> Callable[..., Any]:
 
 
 def cards(browser: Any) -> list[str]:
-    found: list[str] = browser.run("[...document.querySelectorAll('.answer')].map((one) => one.textContent)")
-    return found
+    result: list[str] = browser.run("[...document.querySelectorAll('.answer')].map((one) => one.textContent)")
+    return result
 
 
 def test_hostile_text_stays_text(compared: Build, shown: Callable[..., Any]) -> None:
@@ -247,8 +247,8 @@ def test_nothing_is_asked_of_the_network_and_nothing_fails(compared: Build, show
     record = compared({"a": 0.2, "b": 0.0})
     browser = shown(record, answered(record))
     browser.screenshot()
-    asked = [e["params"]["request"]["url"] for e in browser.events if e.get("method") == "Network.requestWillBeSent"]
-    assert [url for url in asked if not url.startswith(("file:", "about:"))] == []
+    requests = [e["params"]["request"]["url"] for e in browser.events if e.get("method") == "Network.requestWillBeSent"]
+    assert [url for url in requests if not url.startswith(("file:", "about:"))] == []
     faults = [e for e in browser.events if e.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded")]
     assert faults == []
 
@@ -272,13 +272,13 @@ def test_the_slider_at_work(compared: Build, shown: Callable[..., Any], tmp_path
     assert cards(browser) == [f"{label} answers prompt 2 at preference 7" for label in "ab"]
 
 
-def changed(one: bytes, other: bytes) -> float:
+def changed(item: bytes, other: bytes) -> float:
     """The share of pixels that differ."""
     import io
 
     from matplotlib import image
 
-    first, second = (image.imread(io.BytesIO(content))[..., :3] for content in (one, other))
+    first, second = (image.imread(io.BytesIO(content))[..., :3] for content in (item, other))
     assert first.shape == second.shape
     return float((np.abs(first - second).max(axis=-1) > 0.02).mean())
 

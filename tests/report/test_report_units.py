@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import doctest
+from types import ModuleType
 
 import pytest
 
-from moalign.report import units
+from moalign.report import record, tables, units
 
 
-def test_examples_in_the_docstrings() -> None:
-    assert doctest.testmod(units).failed == 0
+@pytest.mark.parametrize("module", [record, tables, units])
+def test_examples_in_the_docstrings(module: ModuleType) -> None:
+    assert doctest.testmod(module).failed == 0
 
 
 @pytest.mark.parametrize(

@@ -11,19 +11,19 @@ Build = Callable[..., dict[str, Any]]
 
 
 def test_a_winner_is_named_with_its_lead(compared: Build) -> None:
-    said = compared({"a": 0.3, "b": 0.1, "c": 0.0})["verdict"]
-    assert said[0].startswith("a wins: its hypervolume is above that of each of the 2 others with 95 % certainty")
-    assert "Its lead over b, the next: +0." in said[0]
+    lines = compared({"a": 0.3, "b": 0.1, "c": 0.0})["verdict"]
+    assert lines[0].startswith("a wins: its hypervolume is above that of each of the 2 others with 95 % certainty")
+    assert "Its lead over b, the next: +0." in lines[0]
 
 
 def test_two_methods(compared: Build) -> None:
-    said = compared({"a": 0.3, "b": 0.1})["verdict"]
-    assert "above that of the other method with 95 % certainty. Its lead over b: +0." in said[0]
+    lines = compared({"a": 0.3, "b": 0.1})["verdict"]
+    assert "above that of the other method with 95 % certainty. Its lead over b: +0." in lines[0]
 
 
 def test_no_winner_says_what_is_open_and_what_is_not(compared: Build) -> None:
-    said = compared({"a": 0.0, "b": 0.0, "c": -0.2})["verdict"]
-    assert said[0] == "No method wins: a and b have the same hypervolume. It is above c with 95 % certainty."
+    lines = compared({"a": 0.0, "b": 0.0, "c": -0.2})["verdict"]
+    assert lines[0] == "No method wins: a and b have the same hypervolume. It is above c with 95 % certainty."
     record = compared({"a": 0.3, "b": 0.1})
     record["winner"] = None
     record["pairs"][0].update(certain=False, difference=0.01, ci=[-0.02, 0.04], p_improve=0.81)
@@ -37,10 +37,10 @@ def test_a_leader_that_lost_a_seed(compared: Build) -> None:
     record = compared({"a": 0.3, "b": 0.1})
     record["winner"] = None
     record["rows"][0]["status"] = "partial"
-    record["rows"][0]["runs"].append({"seed": 1, "status": "failed", "error": "burst", "command": ""})
-    said = verdict.sentences(record)
-    assert said[0] == "No method wins: a leads, but not all of its seeds finished."
-    assert any(one.startswith("a: 1 of 2 seeds failed") for one in said)
+    record["rows"][0]["runs"].append({"seed": 1, "status": "failed", "error": "burst", "command": "", "made": None})
+    lines = verdict.sentences(record)
+    assert lines[0] == "No method wins: a leads, but not all of its seeds finished."
+    assert any(item.startswith("a: 1 of 2 seeds failed") for item in lines)
 
 
 def test_who_gives_preferences_what_they_ask_for(compared: Build) -> None:
@@ -56,20 +56,20 @@ def test_who_gives_preferences_what_they_ask_for(compared: Build) -> None:
         "which may be chance (above 0 in 80 %)."
     )
     for pair in record["pairs"]:
-        del pair["inner_product"]  # a record of an older version
+        pair["inner_product"] = None  # evaluated on different preferences
     assert "inner product" not in " ".join(verdict.sentences(record))
 
 
 def test_failures_are_told(compared: Build) -> None:
     assert "dead failed and is not ranked." in compared({"a": 0.1, "b": 0.0}, dead=("dead",))["verdict"]
-    said = compared({"a": 0.1}, dead=("x", "y"))["verdict"]
-    assert said[0].startswith("Only a can be judged") and "x and y failed and are not ranked." in said
+    lines = compared({"a": 0.1}, dead=("x", "y"))["verdict"]
+    assert lines[0].startswith("Only a can be judged") and "x and y failed and are not ranked." in lines
     assert compared({}, dead=("x",))["verdict"][0].startswith("No method finished")
 
 
 def test_collapsed_text_is_told(compared: Build) -> None:
-    said = " ".join(compared({"a": 0.3, "b": 0.0}, rates={"a": 0.2, "b": 0.01})["verdict"])
-    assert "a: 20 % of its responses are collapsed" in said and "b: 1 %" not in said
+    lines = " ".join(compared({"a": 0.3, "b": 0.0}, rates={"a": 0.2, "b": 0.01})["verdict"])
+    assert "a: 20 % of its responses are collapsed" in lines and "b: 1 %" not in lines
 
 
 def test_a_ranking_that_depends_on_the_reference_point(compared: Build) -> None:
@@ -89,13 +89,13 @@ def test_seeds_are_told(compared: Build) -> None:
 
 
 def test_runs_of_different_machines_are_told(compared: Build) -> None:
-    told = compared({"a": 0.3, "b": 0.1})
-    made = [run for row in told["rows"] for run in row["runs"]]
+    content = compared({"a": 0.3, "b": 0.1})
+    made = [run for row in content["rows"] for run in row["runs"]]
     for run in made:
         run["made"] = {"cpu": "C", "gpus": []}
-    assert "machines" not in " ".join(verdict.sentences(told))
+    assert "machines" not in " ".join(verdict.sentences(content))
     made[0]["made"] = {"cpu": "C", "gpus": ["G"]}
-    assert "(G; C): times of training cannot be compared." in verdict.sentences(told)[-1]
+    assert "(G; C): times of training cannot be compared." in verdict.sentences(content)[-1]
 
 
 def test_the_lead_is_seen_from_the_first(compared: Build) -> None:

@@ -68,11 +68,11 @@ function optimum(x, y) {
 
 function method(row, x, y) {
   const group = shape("g");
-  const hue = colour(lookOf(row));
+  const { hue, dashes, mark: outline, fill } = lookOf(row);
   const at = (point) => [x.at(point.mean[state.x]), y.at(point.mean[state.y])];
   const ordered = [...row.points].sort((a, b) => a.prefs[0] - b.prefs[0]);
   const line = "M" + ordered.map((point) => at(point).join(",")).join("L");
-  if (two) group.append(shape("path", { d: line, class: `join s${hue}` }));
+  if (two) group.append(shape("path", { d: line, class: `join s${hue}`, "stroke-dasharray": dashes }));
   for (const point of row.points) {
     const [cx, cy] = at(point);
     const [across, up] = [point.ci[state.x].map(x.at), point.ci[state.y].map(y.at)];
@@ -85,7 +85,7 @@ function method(row, x, y) {
     const place = `translate(${cx} ${cy})`;
     if (index === chosen) group.append(shape("circle", { cx, cy, r: 9, class: "ring" }));
     const mark = shape("path", {
-      d: MARKS[lookOf(row) % 9], transform: place, class: `mark f${hue}`, tabindex: "0", role: "button",
+      d: outline, transform: place, class: `mark ${fill}`, tabindex: "0", role: "button",
       "aria-label": describe(row, point),
     });
     listen(mark, describe(row, point), () => prefer(nearest(record.grid, point.prefs).index));

@@ -8,19 +8,8 @@ function fromAddress(count) {
 }
 
 async function start() {
-  words();
-  board();
-  pairs();
-  cost();
-  generalisation();
-  diagnostics();
-  reported();
-  again();
-  environment();
-  if (!judged.length) {
-    for (const id of ["s-front", "s-answers", "s-pairs", "s-cost"]) $(id).hidden = true;
-    return;
-  }
+  document.querySelectorAll("table").forEach(sortable);
+  if (!judged.length) return;
   fromAddress(Infinity);
   axes();
   legend();

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from moalign.report.table import print_comparison
+from moalign.report.terminal import print_comparison
 
 Build = Callable[..., dict[str, Any]]
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from moalign.report import figure, style
+from moalign.report import style
+from moalign.report.figures import draw_fronts
 
 Build = Callable[..., dict[str, Any]]
 FIVE = {"best-of-n": 0.1, "mo-odpo": 0.3, "prompting": 0.0, "ric": 0.15, "sft": -0.1}
@@ -20,14 +21,14 @@ def size(content: bytes) -> tuple[int, int]:
     return int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")
 
 
-@pytest.mark.parametrize("suffix", figure.FORMATS)
+@pytest.mark.parametrize("suffix", style.FORMATS)
 def test_the_same_bytes_twice(compared: Build, suffix: str) -> None:
     record = compared(FIVE)
-    assert figure.draw(record, suffix) == figure.draw(record, suffix)
+    assert draw_fronts(record, suffix) == draw_fronts(record, suffix)
 
 
 def test_size_of_one_panel(compared: Build) -> None:
-    assert size(figure.draw(compared(FIVE))) == (round(7.6 * style.DPI), round(4.8 * style.DPI))
+    assert size(draw_fronts(compared(FIVE))) == (round(7.6 * style.DPI), round(4.8 * style.DPI))
 
 
 @pytest.mark.parametrize("place", ["beside", "below"])
@@ -47,7 +48,7 @@ def test_the_legend_of_long_labels_lies_within_the_figure(place: str) -> None:
 
 @pytest.mark.parametrize(("objectives", "expected"), [(3, (10.5, 4.2)), (4, (10.5, 7.5))])
 def test_size_of_pairwise_panels(compared: Build, objectives: int, expected: tuple[float, float]) -> None:
-    content = figure.draw(compared({"a": 0.2, "b": 0.0}, objectives=objectives))
+    content = draw_fronts(compared({"a": 0.2, "b": 0.0}, objectives=objectives))
     assert size(content) == tuple(round(inches * style.DPI) for inches in expected)
 
 
@@ -56,7 +57,7 @@ def test_every_label_is_written(compared: Build) -> None:
     import matplotlib
 
     with matplotlib.rc_context({"svg.fonttype": "none"}):
-        text = figure.draw(compared(FIVE, dead=("broken",)), ".svg").decode()
+        text = draw_fronts(compared(FIVE, dead=("broken",)), ".svg").decode()
     for wanted in [*FIVE, "optimum", "helpfulness (normalised)", "harmlessness (normalised)", "w = 0.5, 0.5"]:
         assert wanted in text
     assert "broken" not in text
@@ -66,7 +67,7 @@ def test_no_optimum_no_share(compared: Build) -> None:
     import matplotlib
 
     with matplotlib.rc_context({"svg.fonttype": "none"}):
-        text = figure.draw(compared({"a": 0.2, "b": 0.0}, optimum=False), ".svg").decode()
+        text = draw_fronts(compared({"a": 0.2, "b": 0.0}, optimum=False), ".svg").decode()
     assert "optimum" not in text and "%)" not in text
 
 
@@ -74,7 +75,7 @@ def test_it_is_not_blank(compared: Build) -> None:
     """Each method's colour is on the page."""
     from matplotlib import colors, image
 
-    pixels = (image.imread(io.BytesIO(figure.draw(compared(FIVE))))[..., :3] * 255).round().astype(int)
+    pixels = (image.imread(io.BytesIO(draw_fronts(compared(FIVE))))[..., :3] * 255).round().astype(int)
     for colour in style.THEMES["light"].colours[: len(FIVE)]:
         wanted = [round(255 * part) for part in colors.to_rgb(colour)]
         assert (abs(pixels - wanted).max(axis=-1) <= 2).sum() > 100, colour
@@ -84,11 +85,13 @@ def test_drawing_leaves_the_users_matplotlib_alone(compared: Build) -> None:
     import matplotlib
 
     before = dict(matplotlib.rcParams)
-    figure.draw(compared({"a": 0.2, "b": 0.0}))
+    draw_fronts(compared({"a": 0.2, "b": 0.0}))
     assert dict(matplotlib.rcParams) == before
 
 
 def test_more_methods_than_colours(compared: Build) -> None:
     record = compared({f"m{i}": 0.02 * i for i in range(12)})
     looks = {style.look(i, style.THEMES["light"]) for i in range(63)}
-    assert len(looks) == 63 and figure.draw(record)
+    assert len(looks) == 63 and draw_fronts(record)
+    lines = {(look.colour, look.dashes) for look in (style.look(i, style.THEMES["light"]) for i in range(24))}
+    assert len(lines) == 24, "no two are told apart by their marks alone"

@@ -1,0 +1,17 @@
+"""Options that several verbs share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+DEFAULT_RESULTS = Path("results")
+
+Task = Annotated[str | None, typer.Option(metavar="NAME|FILE", help="Task name or card file.  [default: sandbox]")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; repeatable.")
+]
+Results = Annotated[Path, typer.Option(metavar="DIR", help="Where runs are kept.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
