@@ -127,7 +127,7 @@ def test_bad_points_are_refused_and_named(points: object, words: list[str]) -> N
 )
 def test_a_bad_reference_point_is_refused(ref: object, words: list[str]) -> None:
     with pytest.raises(RequestError) as caught:
-        check_points([[1, 2]], ref=ref)  # type: ignore[arg-type]
+        check_ref(ref, 2)  # type: ignore[arg-type]
     for word in ["reference point", *words]:
         assert word in str(caught.value)
     with pytest.raises(RequestError, match="--ref 1"):
