@@ -27,7 +27,7 @@ from moalign.core.seeds import derive
 from moalign.lm import adapters
 from moalign.lm.language_model import LanguageModel, token_outputs
 from moalign.losses import ppo
-from moalign.training.checkpoints import resume, save_checkpoint
+from moalign.training import checkpoints
 from moalign.training.dropout import without_dropout
 from moalign.training.preference_draws import Draw
 from moalign.training.rollout import (
@@ -124,7 +124,7 @@ class OnlineTrainer:
         """
         config, run, names = self.config, self.job.run, self.job.task.names
         try:
-            for done in range(resume(self) + 1, config.steps + 1):
+            for done in range(self._resume() + 1, config.steps + 1):
                 torch.manual_seed(derive(self.job.seed, self.phase, done - 1))
                 self._rollout = rollout = self.sample(done - 1)
                 self._metrics, self._sums = None, {}
@@ -139,7 +139,7 @@ class OnlineTrainer:
                     )
                 self.job.progress(self.phase, done, config.steps)
                 if done % config.checkpoint_every == 0 and done < config.steps:
-                    save_checkpoint(self, done)
+                    self._save_checkpoint(done)
         finally:
             if self.own_reference:
                 adapters.drop(self.lm, REFERENCE)
@@ -213,6 +213,28 @@ class OnlineTrainer:
         """Return the rollout's log-probabilities under the policy as it is now ``[rows, T]``, without gradient."""
         assert self._rollout is not None, "there is no rollout in hand"
         return response_logps(self.lm, self._rollout.samples, self.config)
+
+    def _save_checkpoint(self, step: int) -> None:
+        modules: dict[str, Mapping[str, Tensor]] = {}
+        if self.own_reference:
+            modules["reference"] = adapters.tensors(self.lm, REFERENCE)
+        if self.value_heads is not None:
+            modules["values"] = self.value_heads.state_dict()
+        state = {"counts": self.counts, "method": self.state}
+        checkpoints.save_checkpoint(self.job, self.lm, self.optimizer, self.phase, step, modules, **state)
+
+    def _resume(self) -> int:
+        """Restore all from the phase's checkpoint; returns the number of steps already done."""
+        checkpoint = checkpoints.resume(self.job, self.lm, self.optimizer, self.phase)
+        if checkpoint is None:
+            return 0
+        if self.own_reference:
+            adapters.set_tensors(self.lm, checkpoints.module(checkpoint, "reference"), name=REFERENCE)
+        if self.value_heads is not None:
+            self.value_heads.load_state_dict(checkpoints.module(checkpoint, "values"))
+        self.counts.update(checkpoint.state["counts"])
+        self.state.update(checkpoint.state["method"])
+        return checkpoint.step
 
     def _sync_reference(self) -> None:
         adapters.set_tensors(self.lm, adapters.tensors(self.lm), name=REFERENCE)
