@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 
     from moalign.lm.language_model import LanguageModel
     from moalign.policies.policy import Policy
-    from moalign.training.online import Part, Rollout
+    from moalign.training.online import Part
+    from moalign.training.rollout import Rollout
 
 Pairing = Literal["weighted", "per_objective"]
 

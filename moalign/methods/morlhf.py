@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from moalign.lm.language_model import LanguageModel
     from moalign.policies.policy import Policy
-    from moalign.training.online import Rollout
+    from moalign.training.rollout import Rollout
 
 HEAD = "utility"
 """Name of the one value head."""

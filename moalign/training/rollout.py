@@ -25,7 +25,6 @@ from moalign.training.settings import OnlineConfig
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from moalign.lm.chat import Renderer
     from moalign.training.job import Job
 
 Style = Literal["percent", "fraction", "plain"]
@@ -126,7 +125,11 @@ def sample_rollout(
     chosen = rng.choice(len(prompts), size=config.batch, replace=len(prompts) < config.batch)
     bare = [prompts[i] for i in chosen]
     preferences = draw(rng, len(bare))
-    encoded = lm.encode(rendered(job.task.renderer, bare, preferences, style), generation.max_prompt_tokens)
+    if style == "plain":
+        texts = [job.task.renderer.plain(prompt) for prompt in bare]
+    else:
+        texts = [job.task.renderer.preference(p, w, style) for p, w in zip(bare, preferences, strict=True)]
+    encoded = lm.encode(texts, generation.max_prompt_tokens)
     numbers = torch.from_numpy(rng.random((len(encoded) * config.samples, generation.max_new_tokens)))
     lm.model.eval()
     with torch.no_grad(), adapters.merged(lm):
@@ -139,27 +142,20 @@ def sample_rollout(
         # Token by token, with a cache, half precision rounds differently from the one pass that is trained on
         # (measured: .04 nats a token, .8 % of PPO's ratios outside the clip before any update).
         samples = replace(samples, logps=response_logps(lm, samples, config))
-    texts = responses(lm, samples, stop)
-    raw = job.panel.score([prompt for prompt in bare for _ in range(config.samples)], texts)
+    answers = responses(lm, samples, stop)
+    raw = job.panel.score([prompt for prompt in bare for _ in range(config.samples)], answers)
     return Rollout(
         prompts=bare,
         preferences=preferences,
         per_prompt=config.samples,
         samples=samples,
-        responses=texts,
+        responses=answers,
         raw=raw,
         z=job.panel.z(raw),
         score_reference=lambda rows: reference_logps(lm, samples, config, rows),
         step=step,
         values=values,
     )
-
-
-def rendered(renderer: Renderer, prompts: list[str], preferences: NDArray[np.float64], style: Style) -> list[str]:
-    """Return the prompts as the policy reads them."""
-    if style == "plain":
-        return [renderer.plain(prompt) for prompt in prompts]
-    return [renderer.preference(p, w, style) for p, w in zip(prompts, preferences, strict=True)]
 
 
 @torch.no_grad()
@@ -169,20 +165,15 @@ def response_logps(lm: LanguageModel, samples: Samples, config: OnlineConfig, ro
     By the very pass that is trained on: the adapter is not folded into the weights, which rounds.
     """
     parts = []
-    for chosen in (torch.arange(len(samples.input_ids)) if rows is None else rows).split(config.micro_batch):
+    for chosen in torch.split(torch.arange(len(samples.input_ids)) if rows is None else rows, config.micro_batch):
         tokens = (samples.input_ids[chosen], samples.attention_mask[chosen], samples.response_mask[chosen])
         parts.append(token_outputs(lm.model, *tokens, temperature=config.temperature).logps)
     return torch.cat(parts)
 
 
-def has_own_reference(config: OnlineConfig) -> bool:
-    """Whether the reference is a frozen copy of the adapter instead of the base."""
-    return config.reference == "start" or config.ref_sync_steps is not None
-
-
 def reference_logps(lm: LanguageModel, samples: Samples, config: OnlineConfig, rows: Tensor) -> Tensor:
     """Return the reference's log-probabilities of some rows, ``[rows, T]``."""
-    if not has_own_reference(config):
+    if not config.own_reference:
         with reference_mode(lm):
             return response_logps(lm, samples, config, rows)
     lm.model.set_adapter(REFERENCE)
