@@ -118,7 +118,7 @@ def random_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def small_task(random_base: Path) -> tuple[str, ...]:
     """Overrides (``--set`` texts) that make the sandbox a task of seconds, on :func:`random_base`."""
     return (

@@ -81,7 +81,7 @@ class Modpo:
         gaps = {}
         for k, own in pairs.items():
             sharing = [w for w in job.preferences if roles[w] == k]
-            gaps[k] = implicit_gaps(job, lm, own.rows, folders, sharing, k) if own.gaps is None else own.gaps
+            gaps[k] = implicit_gaps(job, lm, own, folders, sharing, k) if own.gaps is None else own.gaps
         job.notes["roles"] = {label(w): job.task.names[k] for w, k in roles.items()}
 
         for _, w, stage in each_preference(job):
@@ -90,7 +90,7 @@ class Modpo:
                 adapters.set_tensors(lm, load_file(folders[w.index(1.0)] / "adapter_model.safetensors"))
                 continue
             margin = margin_of(w, k, gaps[k])
-            job.notes["diagnostics"] = train_dpo(job, lm, pairs[k].rows, config, stage, margin)
+            job.notes["diagnostics"] = train_dpo(job, lm, pairs[k], config, stage, margin)
 
     def policy(self, context: RunContext, preference: Preference) -> Policy:
         """Return the policy trained for a preference; raises RequestError for one that was not trained."""

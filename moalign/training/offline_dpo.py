@@ -9,7 +9,7 @@ reference's log-probabilities are computed before (:mod:`.reference`): the train
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -80,24 +80,17 @@ class PairRows:
     """Probability that the chosen response is preferred, ``[pairs]``."""
     kept: NDArray[np.intp]
     """Indices of these pairs among the given ones: those that differ in a token after cutting."""
+    gaps: Matrix | None = None
+    """Normalised scores of the chosen responses less those of the rejected, ``[pairs, objectives]``, if requested."""
 
     def __len__(self) -> int:
         """Return the number of pairs."""
         return len(self.chosen)
 
 
-@dataclass(frozen=True)
-class ObjectivePairs:
-    """The pairs labelled for one objective."""
-
-    rows: PairRows
-    gaps: Matrix | None
-    """Normalised scores of the chosen responses less those of the rejected, ``[pairs, objectives]``, if requested."""
-
-
 def objective_pairs(
     job: Job, lm: LanguageModel, config: DpoConfig, objectives: Sequence[int], scores: bool = False
-) -> dict[int, ObjectivePairs]:
+) -> dict[int, PairRows]:
     """Return the pairs of some objectives (indices); call it before any stage, so that their cost counts once.
 
     With ``scores`` both responses of every pair are scored on every objective. ``job.notes["pairs"]`` gets how many
@@ -112,14 +105,13 @@ def objective_pairs(
         pairs = job.task.pairs(k, config.pairs, config.per_prompt, config.labels, scored)
         texts = [job.task.renderer.plain(prompt) for prompt in pairs.prompts]
         rows = encode_pairs(job, lm, texts, pairs.chosen, pairs.rejected, config.max_tokens, pairs.chance)
-        gaps = None
         if scores:
             better, worse = pairs.raw or (
                 job.panel.score(pairs.prompts, [response.shown for response in responses])
                 for responses in (pairs.chosen, pairs.rejected)
             )
-            gaps = (job.panel.z(better) - job.panel.z(worse))[rows.kept]
-        result[k] = ObjectivePairs(rows, gaps)
+            rows = replace(rows, gaps=(job.panel.z(better) - job.panel.z(worse))[rows.kept])
+        result[k] = rows
         counts[job.task.names[k]] = {"pairs": len(rows), **pairs.dropped, "alike": len(pairs) - len(rows)}
     job.notes["pairs"] = counts
     return result

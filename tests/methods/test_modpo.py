@@ -131,6 +131,7 @@ def test_each_preference_is_a_stage_on_its_role_s_pairs(
     assert len(asked) == 2
 
 
+@pytest.mark.slow
 def test_an_interrupted_grid_goes_on_at_its_vector_bit_for_bit(small_task: tuple[str, ...], tmp_path: Path) -> None:
     whole = trained(small_task, tmp_path / "whole")
     stages = sorted(path.name for path in whole.path.glob("adapter-*"))
