@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moalign.core.arrays import Matrix
 from moalign.core.seeds import derive
 from moalign.lm import adapters
 from moalign.lm.language_model import LanguageModel, reference_mode, token_outputs
@@ -23,8 +24,6 @@ from moalign.training.preference_draws import Draw
 from moalign.training.settings import OnlineConfig
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from moalign.training.job import Job
 
 Style = Literal["percent", "fraction", "plain"]
@@ -40,15 +39,15 @@ class Rollout:
 
     prompts: list[str]
     """Bare prompts, ``[prompts]``."""
-    preferences: NDArray[np.float64]
+    preferences: Matrix
     """``[prompts, objectives]``."""
     per_prompt: int
     samples: Samples
     """Token tensors, ``[rows, ...]``."""
     responses: list[str]
-    raw: NDArray[np.float64]
+    raw: Matrix
     """Raw rewards, larger is better, ``[rows, objectives]``."""
-    z: NDArray[np.float64]
+    z: Matrix
     """Normalised rewards (task's frozen mean and standard deviation), ``[rows, objectives]``."""
     score_reference: Callable[[Tensor], Tensor]
     """Row numbers -> reference log-probabilities ``[those rows, T]``."""
@@ -58,11 +57,15 @@ class Rollout:
     """Value heads' outputs as the responses were sampled, ``[rows, T, heads]``, when the trainer has them."""
     _reference: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
-    def ref_logps(self, rows: Tensor | None = None) -> Tensor:
-        """Return the reference's log-probability of each token of some rows (None: all), ``[rows, T]``.
+    @property
+    def utility(self) -> Matrix:
+        """``w . z`` of every response with its own preference, ``[rows]``."""
+        return np.asarray((self.z * np.repeat(self.preferences, self.per_prompt, axis=0)).sum(axis=1))
 
-        0 outside the response. Computed when first needed: a method that trains on two of eight samples pays for
-        two.
+    def ref_logps(self, rows: Tensor | None = None) -> Tensor:
+        """Return the reference's log-probability of each token of some rows (None: all), ``[rows, T]``; 0 outside.
+
+        Computed when first needed: a method that trains on two of eight samples pays for two.
         """
         requested = list(range(len(self.responses))) if rows is None else rows.tolist()
         missing = [row for row in dict.fromkeys(requested) if row not in self._reference]
@@ -79,14 +82,13 @@ def rollout_metrics(rollout: Rollout, names: Sequence[str]) -> dict[str, float]:
     lengths = samples.response_mask.sum(-1)
     # One response of each prompt: an unbiased estimate, also when the update chose best and worst.
     first = torch.arange(0, len(lengths), rollout.per_prompt)
-    utility = (rollout.z * np.repeat(rollout.preferences, rollout.per_prompt, axis=0)).sum(axis=1)
     rewards = zip(names, rollout.z.mean(axis=0), strict=True)
     return {
         "kl": float((samples.logps[first] - rollout.ref_logps(first)).sum(-1).mean()),
         "length": float(lengths.float().mean()),
         "unfinished": float((~samples.finished).float().mean()),
         **{f"reward/{name}": float(value) for name, value in rewards},
-        "utility": float(utility.mean()),
+        "utility": float(rollout.utility.mean()),
     }
 
 

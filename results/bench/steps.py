@@ -43,7 +43,7 @@ def inside_updates(repeats: int) -> dict[str, Any]:
 
         def update(trainer: PpoTrainer, rollout: Any) -> None:
             alone = len(trainer.heads) == 1
-            experience = trainer.experience(morlhf.utility(rollout) if alone else rollout.z)
+            experience = trainer.experience(rollout.utility[:, None] if alone else rollout.z)
             for epoch in range(config.epochs):
                 if alone:
                     trainer.update(experience, experience.advantages[..., 0])
