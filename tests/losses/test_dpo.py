@@ -285,17 +285,17 @@ def test_the_supervised_term_is_a_mean_over_tokens_of_the_chosen_or_of_both() ->
 
 
 def test_three_pairs_by_hand_one_of_them_undecided() -> None:
-    """One token each, a reference of 0, beta 1/2: differences of -1 - -1, -2 - -3, -3 - -2 make 0, .5 and -.5.
+    """One token each, a reference of 0, beta 1/2: differences of -1 - -1, -2 - -3, -3 - -4 make 0, .5 and .5.
 
-    Of the last pair the rejected response has no token; it is as likely as nothing can be.
+    Then the last rejected response has no token: a mean over none of them is 0.
     """
-    logps = torch.tensor([[-1.0], [-2.0], [-3.0], [-1.0], [-3.0], [-2.0]])
+    logps = torch.tensor([[-1.0], [-2.0], [-3.0], [-1.0], [-3.0], [-4.0]])
     mask, no_margins, ones = torch.ones(6, 1), torch.zeros(3, 0), torch.ones(3)
     given: dict[str, Any] = {"margin_weights": torch.zeros(0), "share": 1.0, "beta": 0.5}
     loss, metrics = modpo_loss(logps, torch.zeros(3, 2), mask, no_margins, ones, ones, **given)
-    wanted = (math.log(2) + nll_of_sigmoid(0.5) + nll_of_sigmoid(-0.5)) / 3
+    wanted = (math.log(2) + 2 * nll_of_sigmoid(0.5)) / 3
     assert float(loss) == pytest.approx(wanted, abs=1e-6)
-    assert float(metrics["accuracy"]) == pytest.approx(1 / 3)  # a tie is not right
+    assert float(metrics["accuracy"]) == pytest.approx(2 / 3)  # a tie is not right
     assert float(metrics["preference"]) == pytest.approx(1 / 3)
     assert float(metrics["chosen_log_ratio"]) == pytest.approx(-2.0)
 

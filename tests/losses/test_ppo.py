@@ -81,6 +81,8 @@ def test_whitening() -> None:
     scaled = whitened(advantages, MASK, "scale")[MASK]
     torch.testing.assert_close(scaled[:, 0], inside[:, 0] / np.sqrt(5.0))  # of 1, 3, 5, 7
     torch.testing.assert_close(scaled[:, 1], inside[:, 1])  # a constant has no spread to divide by
+    small = whitened(0.01 * advantages, MASK, "scale")[MASK]
+    torch.testing.assert_close(small[:, 0], inside[:, 0] / np.sqrt(5.0))  # whatever the unit of the rewards
     full = whitened(advantages, MASK, "full")[MASK]
     torch.testing.assert_close(full.mean(dim=0), torch.zeros(2), atol=1e-6, rtol=0)
     assert full[:, 0].std(unbiased=False).item() == pytest.approx(1)
