@@ -21,6 +21,7 @@ left out; LoRA and learning rate are RiC's.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -132,7 +133,6 @@ class ParetoHqd:
         from moalign.lm.adapters import ADAPTER
         from moalign.lm.generator import ModelGenerator
         from moalign.lm.quality import collapse, collapse_report
-        from moalign.lm.sampler import Sampling
         from moalign.pareto.directions import representatives
         from moalign.policies.policy import Policy, respond_all
         from moalign.tasks.task import columns
@@ -143,8 +143,8 @@ class ParetoHqd:
         pool = job.task.prompts["train"]
         drawn = order(len(pool), config.augment_prompts, 1, derive(job.seed, "paretohqd", "prompts"))
         prompts = [pool[i] for i in drawn]
-        limits: Sampling = job.task.sampling(derive(job.seed, "paretohqd", "answers"), config.temperature)
-        limits = Sampling(**{**vars(limits), "top_p": config.top_p})
+        limits = job.task.sampling(derive(job.seed, "paretohqd", "answers"), config.temperature)
+        limits = replace(limits, top_p=config.top_p)
         policy = Policy(ModelGenerator(lm, ADAPTER), job.task.renderer.plain)
         parts, causes, done = [], {}, 0
 

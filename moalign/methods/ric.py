@@ -21,6 +21,7 @@ its bounds; standardisation uses the task's frozen normaliser instead of the tra
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -149,7 +150,6 @@ class Ric:
         from moalign.core.seeds import derive
         from moalign.lm.generator import ModelGenerator
         from moalign.lm.quality import collapse
-        from moalign.lm.sampler import Sampling
         from moalign.policies.policy import Policy, respond_all
         from moalign.tasks.task import columns
 
@@ -162,8 +162,8 @@ class Ric:
         prompts = [pool[i] for i in rng.integers(len(pool), size=config.online_prompts)]
         targets = boundary_targets(rng, job.task.normaliser.z_bounds(), len(prompts))
         texts = [job.task.renderer.scores(p, t) for p, t in zip(prompts, targets, strict=True)]
-        limits: Sampling = job.task.sampling(derive(job.seed, "ric", number, "samples"), config.temperature)
-        limits = Sampling(**{**vars(limits), "top_p": config.top_p})
+        limits = job.task.sampling(derive(job.seed, "ric", number, "samples"), config.temperature)
+        limits = replace(limits, top_p=config.top_p)
         done = 0
 
         def advance(count: int) -> None:
