@@ -215,6 +215,12 @@ def test_what_is_no_gram_matrix_is_refused() -> None:
         min_norm(np.diag([1.0, -1.0]))
 
 
+def test_rounding_of_products_near_zero_is_no_asymmetry() -> None:
+    g = np.eye(2)
+    g[0, 1], g[1, 0] = 1e-10, -1e-10
+    assert min_norm(g).tolist() == [0.5, 0.5]
+
+
 # -- against other ways ------------------------------------------------------------------------------------------------
 
 
