@@ -9,11 +9,10 @@ crawls when the point lies on a face, this ends after a few rounds at machine pr
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from moalign.core.arrays import Matrix
 from moalign.core.errors import WorkError
-
-Vector = NDArray[np.float64]
 
 GAP = 1e-12
 """Largest duality gap left, relative to the largest squared length."""
@@ -22,19 +21,14 @@ TRIVIAL = 1e-14
 """Weights below this are zero."""
 
 
-def min_norm(gram: ArrayLike) -> Vector:
-    """Return the weights of the min-norm point.
+def min_norm(gram: ArrayLike) -> Matrix:
+    """Return the weights ``[m]`` of the min-norm point, non-negative, summing to 1.
 
-    Args:
-        gram: inner products of the vectors, ``[m, m]``, symmetric; any scale.
+    ``gram`` ``[m, m]`` holds the inner products of the vectors, of any scale. A zero vector gets all the weight, since
+    it is the nearest point; when all are zero, or two are the same, the weights are even.
 
-    Returns:
-        Weights ``[m]``, non-negative, summing to 1. A zero vector gets all the weight, since it is the nearest point;
-        when all are zero, or two are the same, the weights are even.
-
-    Raises:
-        WorkError: an entry is NaN or infinite (training diverged, or a reward is not finite).
-        ValueError: not a Gram matrix.
+    Raises WorkError when an entry is NaN or infinite (training diverged, or a reward is not finite), ValueError for
+    what is no Gram matrix.
     """
     g = _checked(np.asarray(gram, dtype=np.float64))
     size, scale = len(g), float(np.diag(g).max())
@@ -44,7 +38,7 @@ def min_norm(gram: ArrayLike) -> Vector:
     return _two(g) if size == 2 else _many(g)
 
 
-def _checked(g: NDArray[np.float64]) -> NDArray[np.float64]:
+def _checked(g: Matrix) -> Matrix:
     if g.ndim != 2 or g.shape[0] != g.shape[1] or len(g) == 0:
         raise ValueError(f"a Gram matrix is square and not empty; found the shape {g.shape}")
     if not np.isfinite(g).all():
@@ -63,14 +57,14 @@ def _checked(g: NDArray[np.float64]) -> NDArray[np.float64]:
     return (g + g.T) / 2
 
 
-def _two(g: NDArray[np.float64]) -> Vector:
+def _two(g: Matrix) -> Matrix:
     """``c_1 = clip(<q2, q2 - q1> / ||q1 - q2||^2, 0, 1)``."""
     apart = g[0, 0] + g[1, 1] - 2 * g[0, 1]
     first = 0.5 if apart <= 0 else float(np.clip((g[1, 1] - g[0, 1]) / apart, 0.0, 1.0))
     return np.array([first, 1 - first])
 
 
-def _many(g: NDArray[np.float64]) -> Vector:
+def _many(g: Matrix) -> Matrix:
     size = len(g)
     c = np.zeros(size)
     c[int(np.argmin(np.diag(g)))] = 1.0
@@ -83,10 +77,10 @@ def _many(g: NDArray[np.float64]) -> Vector:
         c = _optimum_in_use(g, c, enters)
         if c @ g @ c >= before:  # no progress is left in double precision
             break
-    return c / c.sum()
+    return np.asarray(c / c.sum())
 
 
-def _optimum_in_use(g: NDArray[np.float64], c: Vector, enters: int) -> Vector:
+def _optimum_in_use(g: Matrix, c: Matrix, enters: int) -> Matrix:
     """Return the min-norm weights over the vectors in use and ``enters``, by dropping those that would be negative."""
     used = sorted({*np.flatnonzero(c > 0).tolist(), enters})
     while True:
@@ -107,7 +101,7 @@ def _optimum_in_use(g: NDArray[np.float64], c: Vector, enters: int) -> Vector:
             return alone
 
 
-def _affine(part: NDArray[np.float64]) -> Vector:
+def _affine(part: Matrix) -> Matrix:
     """Return weights that sum to 1 and make all slopes equal: the min-norm point of the plane through some vectors."""
     size = len(part)
     kkt = np.ones((size + 1, size + 1))

@@ -9,13 +9,13 @@ are those of Ziegler et al., arXiv 1909.08593.
     loss = -mean_t min(u A, clip(u, 1 - eps, 1 + eps) A) + vf_coef * sum_i mean_t (V_i - (A_i + V_i,old))^2
     u = pi / pi_old
 
-With ``kl_apart`` the KL cost is no part of the heads' rewards but a stream with a head of its own. The head foresees
-the cost to come: without it GAE would forget the cost of tokens 20 steps ahead (lambda^20 = .36), and what all
-responses cost alike would push every sampled token down. Its advantage A_kl is added, with weight 1, to the one
-advantage that the method makes of the others. ``kl_coef`` is in units of the normalised reward, so A_kl is not divided
-by its own deviation; where the others are divided by theirs (``whiten``), equal weights 1 / m maximise
-``s * (a weighted mean of the rewards)``, s the mean of ``1 / sd_i``, and A_kl is multiplied by this s. It does not
-depend on how the method weighs the objectives: weights that sum to 0 must not switch the cost off.
+With ``kl_apart`` the KL cost is no part of the heads' rewards but a stream with a head of its own, which foresees the
+cost to come: without it GAE would forget the cost of tokens 20 steps ahead (lambda^20 = .36), and what all responses
+cost alike would push every sampled token down. Its advantage A_kl is added, with weight 1, to the one that the method
+makes of the others. ``kl_coef`` is in units of the normalised reward; where the others are divided by their deviations
+(``whiten``), equal weights 1 / m maximise ``s * (a weighted mean of the rewards)``, s the mean of ``1 / sd_i``: A_kl is
+multiplied by this s, not divided by its own deviation. It does not depend on how the method weighs the objectives:
+weights that sum to 0 must not switch the cost off.
 """
 
 from __future__ import annotations
@@ -48,14 +48,12 @@ class Experience:
     """Advantages of the KL cost where it is apart, on the scale of the others, ``[rows, T]``."""
 
     def tensors(self, combined: Tensor) -> dict[str, Tensor]:
-        """Return the ``tensors`` of :func:`loss`; ``combined`` is the one advantage of the update, ``[rows, T]``.
-
-        Sums over a row times ``per_token``, averaged over rows, are means over the batch's tokens.
-        """
+        """Return the ``tensors`` of :func:`loss`; ``combined`` is the one advantage of the update, ``[rows, T]``."""
         rows, tokens = len(self.mask), float(self.mask.sum())
         return {
             "advantages": combined if self.kl is None else combined + self.kl,
             "returns": self.returns,
+            # Sums over a row times this, averaged over rows, are means over the batch's tokens.
             "per_token": torch.full((rows,), rows / tokens, device=combined.device),
         }
 
@@ -73,16 +71,14 @@ def experience(
     whiten: str,
     kl_apart: bool = False,
 ) -> Experience:
-    """Return advantages and returns of a rollout.
+    """Return advantages and returns of a rollout; see :func:`token_rewards`, :func:`gae` and :func:`whitened`.
 
     Args:
         rewards: reward of each response, ``[rows, rewards]``.
         values: of the heads as the responses were sampled, ``[rows, T, rewards]``; with ``kl_apart`` one more head.
         old_logps, ref_logps: of the policy that sampled and of the reference, ``[rows, T]``.
-        mask: response tokens, bool ``[rows, T]``.
         kl_coef: cost of a nat of every token's log ratio to the reference.
-        gamma, gae_lambda: see :func:`gae`.
-        whiten: none, scale or full; see :func:`whitened`.
+        whiten: none, scale or full.
     """
     log_ratio = old_logps - ref_logps
     streams = token_rewards(rewards, log_ratio, mask, 0.0 if kl_apart else kl_coef)
@@ -113,9 +109,7 @@ def loss(
         logps, entropy, old_logps: of the policy now and of the one that sampled, ``[rows, T]``.
         values: of the heads, ``[rows, T, heads]``.
         tensors: these rows of :meth:`Experience.tensors`.
-        heads: a name for every head.
-        clip_range: a ratio outside ``1 - clip_range .. 1 + clip_range`` is not pushed further out.
-        vf_coef: weight of the heads' squared errors.
+        heads: a name for every head, for the metrics.
     """
 
     def mean(tokens: Tensor) -> Tensor:
@@ -137,10 +131,8 @@ def loss(
 def token_rewards(terminal: Tensor, log_ratio: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
     """Return each token's reward per head, ``[rows, T, heads]``; 0 outside the mask.
 
-    Args:
-        terminal: reward of each response, ``[rows, heads]``; it comes with the last token.
-        log_ratio: log pi_old - log pi_ref, ``[rows, T]``.
-        mask: response tokens, bool ``[rows, T]``, without gaps from the first column on.
+    ``terminal`` ``[rows, heads]`` comes with the last token; ``log_ratio`` is log pi_old - log pi_ref, ``[rows, T]``;
+    ``mask`` ``[rows, T]`` has no gaps from the first column on.
     """
     cost = torch.where(mask, -kl_coef * log_ratio, torch.zeros_like(log_ratio))
     rewards = cost.unsqueeze(-1).repeat(1, 1, terminal.shape[1])

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from moalign.config.strict import Strict
+from moalign.core.arrays import Matrix
 from moalign.core.errors import RequestError
 from moalign.core.preferences import Preference
 from moalign.core.records import Labels
@@ -36,8 +37,10 @@ from moalign.training.job import Job, RunContext
 from moalign.training.settings import DpoStage, SftConfig
 
 if TYPE_CHECKING:
+    from moalign.lm.language_model import LanguageModel
     from moalign.policies.policy import Policy
     from moalign.tasks.responses import Scored
+    from moalign.training.offline_dpo import PairRows
 
 LEVELS = 5
 Ints = NDArray[np.int64]
@@ -74,27 +77,27 @@ class Cpo:
 
     def train(self, job: Job) -> None:
         """Train both stages; resumes at the stage and step that an interruption left."""
-        from moalign.lm import adapters
+        from moalign.training.grid import one_adapter
+        from moalign.training.offline_dpo import train_dpo
         from moalign.training.sft import train_sft
 
         config: Config = job.config
         weights = importances(config, job.task.names)
         scored = job.scored()
         levels = levels_of(scored.raw, self._edges(job))
-        lm = job.task.language_model
-        adapters.attach(lm, job.policy_spec.lora, job.seed)
-        if not job.stage_done("cpsft", lm):
-            shown = controlled(np.random.default_rng([job.seed, 1]), len(levels), levels.shape[1], config.uncontrolled)
-            texts = [
-                job.task.renderer.beside(prompt, tags(row, job.task.names, which))
-                for prompt, row, which in zip(scored.prompts, levels, shown, strict=True)
-            ]
-            train_sft(job, lm, texts, scored.responses, config.cpsft, "cpsft")
-            job.finish_stage("cpsft", lm)
-        if config.cdpo.steps:
-            self._cdpo(job, lm, scored, levels, weights)
-        adapters.save(lm, job.run.path / "adapter")
-        adapters.drop(lm)
+        with one_adapter(job) as lm:
+            if not job.stage_done("cpsft", lm):
+                rng = np.random.default_rng([job.seed, 1])
+                shown = controlled(rng, len(levels), levels.shape[1], config.uncontrolled)
+                texts = [
+                    job.task.renderer.beside(prompt, tags(row, job.task.names, which))
+                    for prompt, row, which in zip(scored.prompts, levels, shown, strict=True)
+                ]
+                train_sft(job, lm, texts, scored.responses, config.cpsft, "cpsft")
+                job.finish_stage("cpsft", lm)
+            if config.cdpo.steps:
+                rows = cdpo_rows(job, lm, scored, levels, weights)
+                job.notes["diagnostics"] = train_dpo(job, lm, rows, config.cdpo, "cdpo")
 
     def policy(self, context: RunContext, preference: Preference) -> Policy:
         """Return the trained model asked for the levels that the preference maps to."""
@@ -104,7 +107,7 @@ class Cpo:
         condition = tags(desired_levels(preference), context.task.names)
         return Policy(trained(context), lambda prompt: context.task.renderer.beside(prompt, condition))
 
-    def _edges(self, job: Job) -> NDArray[np.float64]:
+    def _edges(self, job: Job) -> Matrix:
         """Return the quintiles of the calibration split's raw scores, ``[4, objectives]``; kept with the run."""
         if not job.stage_done("levels"):
             calibration = job.task.calibration()
@@ -115,35 +118,37 @@ class Cpo:
             job.finish_stage("levels")
         return np.array(job.notes["level_edges"], dtype=np.float64)
 
-    def _cdpo(self, job: Job, lm: Any, scored: Scored, levels: Ints, weights: NDArray[np.float64]) -> None:
-        """Train on pairs, with the policy as it is (after CPSFT) as reference."""
-        from moalign.training.offline_dpo import encode_pairs, train_dpo
 
-        config: Config = job.config
-        pairs, left_out = conditioned_pairs(scored, levels, weights, config, job.seed)
-        if not pairs:
-            raise RequestError(
-                f"cdpo: no pair of responses differs in value ({left_out['ties']} ties, {left_out['identical']} "
-                "identical texts); it needs prompts with at least two different scored responses"
-            )
-        job.notes["cdpo_pairs"] = {"pairs": len(pairs), **left_out}
-        names = job.task.names
-        texts = [job.task.renderer.beside(scored.prompts[a], tags(c, names, which)) for a, _, c, which, _ in pairs]
-        gaps = np.array([gap for *_, gap in pairs])
-        rows = encode_pairs(
-            job,
-            lm,
-            texts,
-            [scored.responses[a] for a, *_ in pairs],
-            [scored.responses[b] for _, b, *_ in pairs],
-            config.cdpo.max_tokens,
-            chance=None if config.labels == "order" else 1 / (1 + np.exp(-gaps)),
-            own_reference=True,
+def cdpo_rows(job: Job, lm: LanguageModel, scored: Scored, levels: Ints, weights: Matrix) -> PairRows:
+    """Return CDPO's pairs as tokens, with the policy as it is (after CPSFT) as reference."""
+    from moalign.training.offline_dpo import encode_pairs
+
+    config, names = job.config, job.task.names
+    pairs, left_out = conditioned_pairs(scored, levels, weights, config, job.seed)
+    if not pairs:
+        raise RequestError(
+            f"cdpo: no pair of responses differs in value ({left_out['ties']} ties, {left_out['identical']} "
+            "identical texts); it needs prompts with at least two different scored responses"
         )
-        job.notes["diagnostics"] = train_dpo(job, lm, rows, config.cdpo, "cdpo")
+    job.notes["cdpo_pairs"] = {"pairs": len(pairs), **left_out}
+    chosen, rejected, conditions, shown, gaps = zip(*pairs, strict=True)
+    texts = [
+        job.task.renderer.beside(scored.prompts[a], tags(c, names, which))
+        for a, c, which in zip(chosen, conditions, shown, strict=True)
+    ]
+    return encode_pairs(
+        job,
+        lm,
+        texts,
+        [scored.responses[a] for a in chosen],
+        [scored.responses[b] for b in rejected],
+        config.cdpo.max_tokens,
+        chance=None if config.labels == "order" else 1 / (1 + np.exp(-np.array(gaps))),
+        own_reference=True,
+    )
 
 
-def levels_of(raw: NDArray[np.float64], edges: NDArray[np.float64]) -> Ints:
+def levels_of(raw: Matrix, edges: Matrix) -> Ints:
     """Return levels 1..5, ``[samples, objectives]``: one more for each edge ``[4, objectives]`` that a score passes."""
     return np.asarray(1 + (raw[:, None, :] > edges[None]).sum(axis=1), dtype=np.int64)
 
@@ -154,7 +159,7 @@ def tags(levels: Ints, names: Sequence[str], shown: NDArray[np.bool_] | None = N
     return " ".join(f"<{name}:{int(level)}>" for name, level, on in zip(names, levels, which, strict=True) if on)
 
 
-def value(levels: Ints, condition: Ints, shown: NDArray[np.bool_], weights: NDArray[np.float64]) -> float:
+def value(levels: Ints, condition: Ints, shown: NDArray[np.bool_], weights: Matrix) -> float:
     """Return R(y|c) of a response with ``levels`` ``[objectives]``; an exact match on all that is controlled adds 0."""
     terms = np.where(shown, -np.abs(levels - condition), levels)
     return float(weights @ terms)
@@ -163,10 +168,10 @@ def value(levels: Ints, condition: Ints, shown: NDArray[np.bool_], weights: NDAr
 def desired_levels(preference: Sequence[float]) -> Ints:
     """Map a preference to levels ``[objectives]``: ``1 + 4 w_i / ||w||_2``, rounded."""
     w = np.asarray(preference, dtype=np.float64)
-    return np.rint(1 + (LEVELS - 1) * w / np.linalg.norm(w)).astype(np.int64)
+    return np.asarray(np.rint(1 + (LEVELS - 1) * w / np.linalg.norm(w)), dtype=np.int64)
 
 
-def importances(config: Config, names: Sequence[str]) -> NDArray[np.float64]:
+def importances(config: Config, names: Sequence[str]) -> Matrix:
     """Return lambda ``[objectives]``; raises RequestError for a name that is no objective, or a negative number."""
     from moalign.core.errors import unknown
 
@@ -191,7 +196,7 @@ the chosen one's value is higher."""
 
 
 def conditioned_pairs(
-    scored: Scored, levels: Ints, weights: NDArray[np.float64], config: Config, seed: int
+    scored: Scored, levels: Ints, weights: Matrix, config: Config, seed: int
 ) -> tuple[list[Conditioned], dict[str, int]]:
     """Return CDPO's pairs and what was left out (ties, identical texts)."""
     from moalign.tasks.pairs import matches

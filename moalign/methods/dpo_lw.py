@@ -50,7 +50,7 @@ class DpoLw:
 
         for _, w, stage in each_preference(job):
             parts = [k for k in range(len(w)) if w[k] > 0]
-            rows = [pairs[k].rows for k in parts]
+            rows = [pairs[k] for k in parts]
             seed = derive(job.seed, stage, "order")
             places, counts = even_order([len(part) for part in rows], config.steps, config.batch, seed)
             # The mean over the batch of these times the losses is sum_i w_i (mean loss of objective i's pairs).

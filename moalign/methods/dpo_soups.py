@@ -24,12 +24,9 @@ from moalign.training.settings import DpoConfig
 if TYPE_CHECKING:
     from moalign.policies.policy import Policy
 
-EXPERTS = "modpo"
-"""The method that trains the experts."""
-
 
 class Config(Strict):
-    """Settings of DPO soups."""
+    """Settings of DPO soups and of MOD."""
 
     experts: DpoConfig = DpoConfig()
     """How each expert is trained: the settings of ``modpo``, of which every corner of the simplex is one run."""
@@ -48,7 +45,7 @@ class DpoSoups:
         """Obtain the experts, trained or found; nothing else is trained."""
         from moalign.training.experts import bring_experts
 
-        bring_experts(job, EXPERTS, job.config.experts.model_dump(mode="json"))
+        bring_experts(job, "modpo", job.config.experts.model_dump(mode="json"))
 
     def policy(self, context: RunContext, preference: Preference) -> Policy:
         """Return the model whose weights are the experts' interpolated at the preference."""

@@ -6,8 +6,10 @@ already show what to answer at each preference.
 
 1. Pool: n scored responses per training prompt.
 2. Distil: supervised training on the best of n for drawn preferences (:mod:`moalign.training.distil`).
-3. Online: MO-ODPO from there (:func:`moalign.methods.mo_odpo.learn_from_pairs`); the reference is the base
-   (``reference: base``) or the distilled policy (``reference: start``).
+3. Online: MO-ODPO from there; the reference is the base (``reference: base``) or the distilled policy
+   (``reference: start``).
+
+So it is MO-ODPO with its ``warm_start`` always on (:meth:`moalign.methods.mo_odpo.MoOdpo.train`).
 
 ``steps: 0`` leaves the online part out: a preference-conditioned distillation of best-of-n, an offline method. The
 parts are known (best-of-n distillation, hindsight relabelling, online DPO). What each of them is worth is measured in
@@ -21,17 +23,11 @@ three as MO-ODPO's it does as well as that. ``steps: 0`` moves least from the ba
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from moalign.core.preferences import Preference
 from moalign.methods import mo_odpo
-from moalign.methods.base import Capabilities
-from moalign.training.job import Job, RunContext
-
-if TYPE_CHECKING:
-    from moalign.policies.policy import Policy
 
 
 class Config(mo_odpo.Config):
@@ -42,12 +38,11 @@ class Config(mo_odpo.Config):
     """As ``distil.resolution``."""
 
 
-class Hindsight:
+class Hindsight(mo_odpo.MoOdpo):
     """One policy for every preference: first taught what a preference means, then trained online."""
 
     name: ClassVar[str] = "hindsight"
     summary: ClassVar[str] = "best of n distilled for every preference, then online DPO (ours)"
-    capabilities: ClassVar[Capabilities] = Capabilities(needs_online_rewards=True)
     Config: ClassVar[type[Config]] = Config
     quick: ClassVar[dict[str, Any]] = {
         "distil": {"steps": 2, "batch": 4, "n": 2, "max_tokens": 128},
@@ -55,18 +50,3 @@ class Hindsight:
         "batch": 4,
         "warmup": 0,
     }
-
-    def train(self, job: Job) -> None:
-        """Train both stages; resumes at the stage and step that an interruption left."""
-        from moalign.training.distil import distil
-        from moalign.training.grid import one_adapter
-
-        with one_adapter(job) as lm:
-            distil(job, lm, job.config.distil)
-            mo_odpo.learn_from_pairs(job, lm, job.config)
-
-    def policy(self, context: RunContext, preference: Preference) -> Policy:
-        """Return the trained policy asked with the preference in its prompt."""
-        from moalign.policies.prompted import conditioned
-
-        return conditioned(context, preference)

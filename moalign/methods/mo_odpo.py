@@ -20,8 +20,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
+from moalign.core.arrays import Matrix
 from moalign.core.preferences import Preference
 from moalign.methods.base import Capabilities
 from moalign.training.job import Job, RunContext
@@ -30,13 +33,12 @@ from moalign.training.settings import OnlineConfig, WarmStart
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import numpy as np
-    from numpy.typing import NDArray
     from torch import Tensor
 
     from moalign.lm.language_model import LanguageModel
     from moalign.policies.policy import Policy
-    from moalign.training.online import Part, Rollout
+    from moalign.training.online import Part
+    from moalign.training.rollout import Rollout
 
 Pairing = Literal["weighted", "per_objective"]
 
@@ -126,7 +128,6 @@ class Pairs:
 
 def paired(rollout: Rollout, pairing: Pairing) -> Pairs:
     """Pair the responses of every prompt and leave out what teaches nothing; see :func:`best_against_worst`."""
-    import numpy as np
     import torch
 
     rows, labels = best_against_worst(rollout.z, rollout.preferences, rollout.per_prompt, rollout.responses, pairing)
@@ -143,25 +144,13 @@ def paired(rollout: Rollout, pairing: Pairing) -> Pairs:
 
 
 def best_against_worst(
-    z: NDArray[np.float64],
-    preferences: NDArray[np.float64],
-    per_prompt: int,
-    responses: Sequence[str],
-    pairing: Pairing,
-) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
-    """Pair the responses of every prompt.
+    z: Matrix, preferences: Matrix, per_prompt: int, responses: Sequence[str], pairing: Pairing
+) -> tuple[NDArray[np.intp], Matrix]:
+    """Pair the responses of every prompt by their normalised rewards z ``[prompts * per_prompt, objectives]``.
 
-    Args:
-        z: normalised rewards ``[prompts * per_prompt, objectives]``.
-        preferences: ``[prompts, objectives]``.
-        responses: ``[prompts * per_prompt]``; identical texts make no pair.
-
-    Returns:
-        Row numbers ``[prompts, 2]`` and labels ``[prompts, 1]`` (weighted; the first row is the better one) or
-        ``[prompts, objectives]`` (+1 or -1 per objective); a label of 0 is a tie.
+    Returns row numbers ``[prompts, 2]`` and labels ``[prompts, 1]`` (weighted; the first row is the better one) or
+    ``[prompts, objectives]`` (+1 or -1 per objective); a label of 0 is a tie, and identical texts are one.
     """
-    import numpy as np
-
     count = len(preferences)
     grouped = z.reshape(count, per_prompt, -1)
     scores = np.einsum("nsm,nm->ns", grouped, preferences)

@@ -40,6 +40,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from moalign.core.arrays import Matrix
 from moalign.core.preferences import Preference
 from moalign.losses.min_norm import min_norm
 from moalign.methods.base import Capabilities
@@ -53,20 +54,18 @@ if TYPE_CHECKING:
 
     from moalign.losses.ppo import Experience
     from moalign.policies.policy import Policy
-    from moalign.training.online import Rollout
+    from moalign.training.rollout import Rollout
 
-Vector = NDArray[np.float64]
 DIAGNOSTICS = ("kl", "entropy", "clip_fraction", "active", "psi", "c/", "omega/", "e/", "value_loss/")
 
 Mode = Literal["soft", "switch", "stacked"]
-ControlMap = Literal["simplex", "raw_mse"]
 
 
 class Config(ConditionedPpoConfig):
     """Settings of MOC; those of PPO and the engine are inherited."""
 
     mode: Mode = "soft"
-    control: ControlMap = "simplex"
+    control: Literal["simplex", "raw_mse"] = "simplex"
     kl: Literal["inside", "outside"] = "inside"
     """Where the KL cost is: in every objective's reward, weighed as they are; or beside them, with weight 1."""
     phi: float = Field(default=1e-3, ge=0, le=1)
@@ -130,19 +129,17 @@ def combined(
     group = np.repeat(of_prompt.reshape(-1), rollout.per_prompt)
     lam = ramp(config, rollout.step)
     grams = policy_grams(experience, ratios, group, config.clip_range)
-    omega, of_groups = np.zeros_like(preferences), []
+    c, omega, e = (np.zeros_like(preferences) for _ in range(3))
+    psi = np.zeros(len(preferences))
     for g, p in enumerate(preferences):
         z = rollout.z[group == g]
         speaks = np.ptp(z, axis=0) > 1e-9
-        e = control_error(p, z.mean(axis=0), config.control)
-        psi = float(np.mean(e**2))
-        active = psi > config.phi
-        omega[g], c = weights(grams[g], e if active else None, lam, config.mode, speaks)
-        of_groups.append({"c": c, "omega": omega[g], "e": np.abs(e), "psi": psi, "active": float(active)})
-    metrics = {key: float(np.mean([numbers[key] for numbers in of_groups])) for key in ("psi", "active")}
-    for key in ("c", "omega", "e"):
-        for name, value in zip(names, np.mean([numbers[key] for numbers in of_groups], axis=0), strict=True):
-            metrics[f"{key}/{name}"] = float(value)
+        e[g] = control_error(p, z.mean(axis=0), config.control)
+        psi[g] = np.mean(e[g] ** 2)
+        omega[g], c[g] = weights(grams[g], e[g] if psi[g] > config.phi else None, lam, config.mode, speaks)
+    metrics = {"psi": float(psi.mean()), "active": float((psi > config.phi).mean())}
+    for key, values in (("c", c), ("omega", omega), ("e", np.abs(e))):
+        metrics.update({f"{key}/{n}": float(v) for n, v in zip(names, values.mean(axis=0), strict=True)})
     share = torch.as_tensor(omega[group], dtype=experience.advantages.dtype, device=experience.advantages.device)
     return (experience.advantages * share[:, None, :]).sum(-1), {**metrics, "lam": lam}
 
@@ -154,7 +151,7 @@ def ramp(config: Config, step: int) -> float:
     return config.lam_start + done * (config.lam - config.lam_start)
 
 
-def control_error(preference: Vector, reward: Vector, control: ControlMap) -> Vector:
+def control_error(preference: Matrix, reward: Matrix, control: str) -> Matrix:
     """Return ``e = p - s(R)``, ``[objectives]``; ``reward`` is the group's mean normalised reward."""
     if control == "raw_mse":
         return preference - reward
@@ -162,10 +159,10 @@ def control_error(preference: Vector, reward: Vector, control: ControlMap) -> Ve
     return np.asarray(preference - likes / likes.sum())
 
 
-def policy_grams(experience: Experience, ratios: Tensor, group: NDArray[np.intp], clip_range: float) -> Vector:
+def policy_grams(experience: Experience, ratios: Tensor, group: NDArray[np.intp], clip_range: float) -> Matrix:
     """Return the Gram matrices of the vectors ``v_i = gate(u) u A_i`` of each group, ``[groups, m, m]``.
 
-    ``ratios`` are u, ``[rows, T]``; ``group`` is the number of each row's group, ``[rows]``.
+    ``ratios`` are u, ``[rows, T]``; ``group`` numbers each row's group.
     """
     import torch
 
@@ -183,14 +180,12 @@ def policy_grams(experience: Experience, ratios: Tensor, group: NDArray[np.intp]
 
 
 def weights(
-    gram: Vector, error: Vector | None, lam: float, mode: Mode, speaks: NDArray[np.bool_] | None = None
-) -> tuple[Vector, Vector]:
-    """Return ``(omega, c)`` of one group, ``[objectives]`` each.
+    gram: Matrix, error: Matrix | None, lam: float, mode: Mode, speaks: NDArray[np.bool_] | None = None
+) -> tuple[Matrix, Matrix]:
+    """Return ``(omega, c)`` of one group, ``[m]`` each, from the Gram matrix of the vectors v_i.
 
-    Args:
-        gram: of the vectors v_i, ``[m, m]``.
-        error: the control error e, ``[m]``; None while the constraint is inactive.
-        speaks: which objectives vary in the group; the others get weight 0. When none does, all count.
+    ``error`` is e, None while the constraint is inactive. An objective that does not vary in the group (``speaks``)
+    gets weight 0; when none does, all count.
     """
     size = len(gram)
     live = np.flatnonzero(speaks) if speaks is not None and speaks.any() else np.arange(size)

@@ -29,9 +29,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from moalign.core import preferences
+from moalign.core.arrays import Matrix
 from moalign.core.errors import RequestError, unknown
-from moalign.core.preferences import Preference, label
+from moalign.core.preferences import Preference, corner, label
 from moalign.methods.base import Capabilities
 from moalign.training.job import Job, RunContext
 from moalign.training.settings import DpoConfig
@@ -39,11 +39,9 @@ from moalign.training.settings import DpoConfig
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from numpy.typing import NDArray
-
     from moalign.lm.language_model import LanguageModel
     from moalign.policies.policy import Policy
-    from moalign.training.offline_dpo import Margin, ObjectivePairs
+    from moalign.training.offline_dpo import Margin, PairRows
 
 LEAST_SHARE = 0.05
 """A smaller w_k is refused: the gradient grows with 1 / w_k."""
@@ -68,6 +66,9 @@ class Modpo:
 
     def train(self, job: Job) -> None:
         """Train an adapter for every preference; resumes at the preference and step of an interruption."""
+        from safetensors.torch import load_file
+
+        from moalign.lm import adapters
         from moalign.training.grid import each_preference
         from moalign.training.offline_dpo import objective_pairs, train_dpo
 
@@ -77,19 +78,19 @@ class Modpo:
         folders = self._experts(job, roles) if config.margin == "implicit" else []
         used = sorted({k for w, k in roles.items() if w[k] > 0})
         pairs = objective_pairs(job, lm, config, used, scores=config.margin == "reward")
-        gaps = {
-            k: self._implicit(job, lm, own, folders, k, roles) if own.gaps is None else own.gaps
-            for k, own in pairs.items()
-        }
+        gaps = {}
+        for k, own in pairs.items():
+            sharing = [w for w in job.preferences if roles[w] == k]
+            gaps[k] = implicit_gaps(job, lm, own, folders, sharing, k) if own.gaps is None else own.gaps
         job.notes["roles"] = {label(w): job.task.names[k] for w, k in roles.items()}
 
         for _, w, stage in each_preference(job):
             k = roles[w]
             if w[k] == 0:
-                _take(lm, folders[w.index(1.0)])
+                adapters.set_tensors(lm, load_file(folders[w.index(1.0)] / "adapter_model.safetensors"))
                 continue
             margin = margin_of(w, k, gaps[k])
-            job.notes["diagnostics"] = train_dpo(job, lm, pairs[k].rows, config, stage, margin)
+            job.notes["diagnostics"] = train_dpo(job, lm, pairs[k], config, stage, margin)
 
     def policy(self, context: RunContext, preference: Preference) -> Policy:
         """Return the policy trained for a preference; raises RequestError for one that was not trained."""
@@ -106,34 +107,30 @@ class Modpo:
         names = set(DpoConfig.model_fields)
         settings = {name: value for name, value in job.config.model_dump(mode="json").items() if name in names}
         count = len(job.task.names)
-        run = job.experts(self.name, settings, [preferences.corner(count, index) for index in range(count)])
+        run = job.experts(self.name, settings, [corner(count, index) for index in range(count)])
         job.notes["experts"] = {"method": self.name, "run_id": run.record.run_id}
         return [run.path / adapter_of(index) for index in range(count)]
 
-    def _implicit(
-        self,
-        job: Job,
-        lm: LanguageModel,
-        pairs: ObjectivePairs,
-        folders: list[Path],
-        k: int,
-        roles: dict[Preference, int],
-    ) -> NDArray[np.float64]:
-        """Return ``mu_j(y_w) - mu_j(y_l)`` of the experts, ``[pairs, objectives]``; 0 where no preference needs it."""
-        from moalign.lm import adapters
-        from moalign.training.reference import reference_log_probs
 
-        rows = pairs.rows
-        gaps = np.zeros((len(rows), len(job.task.names)))
-        for j in range(len(job.task.names)):
-            if j == k or not any(w[j] > 0 and role == k for w, role in roles.items()):
-                continue
-            adapters.load(lm, folders[j])
+def implicit_gaps(
+    job: Job, lm: LanguageModel, rows: PairRows, experts: list[Path], preferences: list[Preference], k: int
+) -> Matrix:
+    """Return ``mu_j(y_w) - mu_j(y_l)`` of the experts on pairs of objective k, ``[pairs, objectives]``.
+
+    0 where none of ``preferences`` needs it.
+    """
+    from moalign.lm import adapters
+    from moalign.training.reference import reference_log_probs
+
+    gaps = np.zeros((len(rows), len(job.task.names)))
+    for j, folder in enumerate(experts):
+        if j != k and any(w[j] > 0 for w in preferences):
+            adapters.load(lm, folder)
             logps = reference_log_probs(job, lm, [*rows.chosen, *rows.rejected], own=True)
             ratio = logps.reshape(2, -1).T.astype(np.float64) - rows.reference
             gaps[:, j] = job.config.beta * (ratio[:, 0] - ratio[:, 1])
             adapters.drop(lm)
-        return gaps
+    return gaps
 
 
 def role_of(w: Preference, config: Config, names: Sequence[str]) -> int:
@@ -163,18 +160,9 @@ def role_of(w: Preference, config: Config, names: Sequence[str]) -> int:
     return k
 
 
-def margin_of(w: Preference, k: int, gaps: NDArray[np.float64]) -> Margin:
+def margin_of(w: Preference, k: int, gaps: Matrix) -> Margin:
     """Return the other objectives' margins on the pairs of objective k; ``gaps`` are ``[pairs, objectives]``."""
     from moalign.training.offline_dpo import Margin
 
     others = [j for j in range(len(w)) if j != k]
     return Margin(gaps[:, others], [w[j] for j in others], w[k])
-
-
-def _take(lm: LanguageModel, folder: Path) -> None:
-    """Put an expert's weights into the active adapter."""
-    from safetensors.torch import load_file
-
-    from moalign.lm import adapters
-
-    adapters.set_tensors(lm, load_file(folder / "adapter_model.safetensors"))

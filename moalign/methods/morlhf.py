@@ -26,12 +26,8 @@ from moalign.training.settings import ConditionedPpoConfig, CostHints
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import numpy as np
-    from numpy.typing import NDArray
-
     from moalign.lm.language_model import LanguageModel
     from moalign.policies.policy import Policy
-    from moalign.training.online import Rollout
 
 HEAD = "utility"
 """Name of the one value head."""
@@ -113,16 +109,7 @@ def learn(
     draw = grouped(preferences, min(config.groups, len(preferences)))
     trainer = PpoTrainer(job, lm, config, draw, [HEAD], phase, style)
     for rollout in trainer.rollouts():
-        experience = trainer.experience(utility(rollout))
+        experience = trainer.experience(rollout.utility[:, None])
         for _ in range(config.epochs):
             trainer.update(experience, experience.advantages[..., 0])
     job.notes["diagnostics"] = at_the_end(job.run.metrics(), phase, config.steps, DIAGNOSTICS)
-
-
-def utility(rollout: Rollout) -> NDArray[np.float64]:
-    """Return ``w . r`` of every response with its own preference, ``[rows, 1]``."""
-    import numpy as np
-
-    preferences = np.repeat(rollout.preferences, rollout.per_prompt, axis=0)
-    utilities: NDArray[np.float64] = (rollout.z * preferences).sum(axis=1, keepdims=True)
-    return utilities

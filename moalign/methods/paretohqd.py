@@ -21,6 +21,7 @@ left out; LoRA and learning rate are RiC's.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -35,8 +36,9 @@ from moalign.training.settings import CostHints, SftConfig
 if TYPE_CHECKING:
     import pandas as pd
 
+    from moalign.core.arrays import Matrix
     from moalign.lm.language_model import LanguageModel
-    from moalign.pareto.directions import Pool
+    from moalign.pareto.directions import Pool, Rows
     from moalign.policies.policy import Policy
     from moalign.tasks.responses import Scored
 
@@ -79,6 +81,7 @@ class ParetoHqd:
 
     def train(self, job: Job) -> None:
         """Train both stages of every preference; resumes at the stage, preference and step of an interruption."""
+        from moalign.pareto.directions import nearest
         from moalign.runs import atomic
         from moalign.training.grid import adapter_of, each_preference
 
@@ -88,7 +91,7 @@ class ParetoHqd:
         _check(job, scored)
         first = pool_of(job, scored, config.k, FIRST)
         for lm, w, stage in each_preference(job, FIRST):
-            _train(job, lm, _set(scored, first, w, config.k), config.first, stage, FIRST)
+            _train(job, lm, scored, nearest(first, w, config.k), config.first, stage, FIRST)
         answers, second = scored, first
         if config.second.steps:
             answers = self._augment(job, lm)
@@ -96,7 +99,7 @@ class ParetoHqd:
         for lm, w, stage in each_preference(job):
             _put_first(job, lm, list(job.preferences).index(w))
             if config.second.steps:
-                _train(job, lm, _set(answers, second, w, config.k // 2), config.second, stage, SECOND)
+                _train(job, lm, answers, nearest(second, w, config.k // 2), config.second, stage, SECOND)
         for index in range(len(job.preferences)):  # only the second stage needed them
             atomic.remove_directory(job.run.path / adapter_of(index, FIRST))
 
@@ -109,6 +112,7 @@ class ParetoHqd:
     def _augment(self, job: Job, lm: LanguageModel) -> Scored:
         """Return the scored answers of the representative stage-1 models; sampled once and kept in the run."""
         from moalign.lm import adapters
+        from moalign.tasks.responses import Scored, from_columns
 
         if not job.stage_done(AUGMENT):
             adapters.attach(lm, job.policy_spec.lora, job.seed)
@@ -117,7 +121,9 @@ class ParetoHqd:
             job.notes[AUGMENT] = causes
             job.run.write_table(AUGMENT, table)
             job.finish_stage(AUGMENT)
-        return _scored(job.run.read_table(AUGMENT), job.task.names)
+        table = job.run.read_table(AUGMENT)
+        raw = table[[f"raw:{name}" for name in job.task.names]].to_numpy(dtype=np.float64)
+        return Scored(table["prompt"].tolist(), from_columns(table), raw)
 
     def _answers(self, job: Job, lm: LanguageModel) -> tuple[pd.DataFrame, dict[str, Any]]:
         """Let the representatives answer; returns what did not collapse, with raw scores, and what did, by cause."""
@@ -127,16 +133,18 @@ class ParetoHqd:
         from moalign.lm.adapters import ADAPTER
         from moalign.lm.generator import ModelGenerator
         from moalign.lm.quality import collapse, collapse_report
-        from moalign.lm.sampler import Sampling
         from moalign.pareto.directions import representatives
         from moalign.policies.policy import Policy, respond_all
         from moalign.tasks.responses import columns
+        from moalign.training.callbacks import order
 
         config: Config = job.config
         chosen = representatives(job.preferences)
-        prompts = _drawn(job.task.prompts["train"], config.augment_prompts, derive(job.seed, "paretohqd", "prompts"))
-        limits: Sampling = job.task.sampling(derive(job.seed, "paretohqd", "answers"), config.temperature)
-        limits = Sampling(**{**vars(limits), "top_p": config.top_p})
+        pool = job.task.prompts["train"]
+        drawn = order(len(pool), config.augment_prompts, 1, derive(job.seed, "paretohqd", "prompts"))
+        prompts = [pool[i] for i in drawn]
+        limits = job.task.sampling(derive(job.seed, "paretohqd", "answers"), config.temperature)
+        limits = replace(limits, top_p=config.top_p)
         policy = Policy(ModelGenerator(lm, ADAPTER), job.task.renderer.plain)
         parts, causes, done = [], {}, 0
 
@@ -180,28 +188,24 @@ def pool_of(job: Job, scored: Scored, k: int, stage: str) -> Pool:
     return pool
 
 
-def _set(scored: Scored, pool: Pool, w: Preference, k: int) -> tuple[Scored, float]:
-    """Return the k responses of a pool nearest to a preference's ray, and their mean distance to it."""
-    from moalign.pareto.directions import nearest
-    from moalign.tasks.responses import Scored
-
-    rows, apart = nearest(pool, w, k)
-    chosen = Scored([scored.prompts[i] for i in rows], [scored.responses[i] for i in rows], scored.raw[rows])
-    return chosen, float(apart.mean())
-
-
 def _train(
-    job: Job, lm: LanguageModel, chosen: tuple[Scored, float], settings: SftConfig, stage: str, part: str
+    job: Job, lm: LanguageModel, scored: Scored, chosen: tuple[Rows, Matrix], settings: SftConfig, stage: str, part: str
 ) -> None:
-    """Train the active adapter on a set; notes the last losses, and what rewards the set itself obtained."""
+    """Train the active adapter on some rows of ``scored``, ``chosen`` with their distances to the preference's ray.
+
+    Notes the mean loss over the last tenth of the logged steps, and what rewards the set itself obtained.
+    """
     from moalign.training.sft import train_sft
 
     rows, apart = chosen
-    train_sft(job, lm, [job.task.renderer.plain(prompt) for prompt in rows.prompts], rows.responses, settings, stage)
-    means = job.panel.unit(rows.raw).mean(axis=0)
+    texts = [job.task.renderer.plain(scored.prompts[i]) for i in rows]
+    train_sft(job, lm, texts, [scored.responses[i] for i in rows], settings, stage)
+    losses = [float(line["loss"]) for line in job.run.metrics() if line["phase"] == stage and line.get("loss")]
+    last = losses[-max(1, len(losses) // 10) :]
+    means = job.panel.unit(scored.raw[rows]).mean(axis=0)
     job.notes["diagnostics"] = {
-        **_last_losses(job, stage, part),
-        f"{part}_distance": apart,
+        **({f"{part}_loss": sum(last) / len(last)} if last else {}),
+        f"{part}_distance": float(apart.mean()),
         **{f"{part}_set/{name}": float(mean) for name, mean in zip(job.task.names, means, strict=True)},
     }
 
@@ -229,24 +233,3 @@ def _put_first(job: Job, lm: LanguageModel, index: int) -> None:
     from moalign.training.grid import adapter_of
 
     adapters.set_tensors(lm, job.run.load_tensors(f"{adapter_of(index, FIRST)}/adapter_model"))
-
-
-def _drawn(prompts: list[str], count: int, seed: int) -> list[str]:
-    """Return ``count`` prompts: shuffled passes over all of them."""
-    from moalign.training.callbacks import order
-
-    return [prompts[i] for i in order(len(prompts), count, 1, seed).tolist()]
-
-
-def _scored(table: pd.DataFrame, names: list[str]) -> Scored:
-    from moalign.tasks.responses import Scored, from_columns
-
-    raw = table[[f"raw:{name}" for name in names]].to_numpy(dtype=np.float64)
-    return Scored(table["prompt"].tolist(), from_columns(table), raw)
-
-
-def _last_losses(job: Job, stage: str, part: str) -> dict[str, float]:
-    """Return the mean loss over the last tenth of a stage's logged steps."""
-    losses = [float(line["loss"]) for line in job.run.metrics() if line["phase"] == stage and line.get("loss")]
-    last = losses[-max(1, len(losses) // 10) :]
-    return {f"{part}_loss": sum(last) / len(last)} if last else {}

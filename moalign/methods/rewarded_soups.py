@@ -25,9 +25,6 @@ from moalign.training.settings import ConditionedPpoConfig, PpoConfig
 if TYPE_CHECKING:
     from moalign.policies.policy import Policy
 
-EXPERTS = "morlhf"
-"""The method that trains the experts."""
-
 
 class Config(Strict):
     """Settings of rewarded soups."""
@@ -52,7 +49,7 @@ class RewardedSoups:
         experts: PpoConfig = job.config.experts
         # Of no effect on a policy for one preference, but it may not exceed the batch.
         groups = min(ConditionedPpoConfig.model_fields["groups"].default, experts.batch)
-        bring_experts(job, EXPERTS, {**experts.model_dump(mode="json"), "groups": groups})
+        bring_experts(job, "morlhf", {**experts.model_dump(mode="json"), "groups": groups})
 
     def policy(self, context: RunContext, preference: Preference) -> Policy:
         """Return the model whose weights are the experts' interpolated at the preference."""

@@ -21,6 +21,7 @@ its bounds; standardisation uses the task's frozen normaliser instead of the tra
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -80,26 +81,22 @@ class Ric:
 
     def train(self, job: Job) -> None:
         """Train both stages; resumes at the stage and step that an interruption left."""
-        from moalign.lm import adapters
+        from moalign.training.grid import one_adapter
         from moalign.training.sft import train_sft
 
         config: Config = job.config
         scored = job.scored()
         z = job.panel.z(scored.raw)
-        lm = job.task.language_model
-        adapters.attach(lm, job.policy_spec.lora, job.seed)
-        stages = [f"round-{number}" for number in range(1, config.online_rounds + 1)]
-        if not job.stage_done("offline", lm):
-            texts = [job.task.renderer.scores(p, s) for p, s in zip(scored.prompts, z, strict=True)]
-            train_sft(job, lm, texts, scored.responses, config.offline, "offline")
-            job.finish_stage("offline", lm)
-        for number, stage in enumerate(stages):
-            if job.stage_done(stage, lm):
-                continue
-            train_sft(job, lm, *self._round_rows(job, lm, scored, z, number), config.online, stage)
-            job.finish_stage(stage, lm)
-        adapters.save(lm, job.run.path / "adapter")
-        adapters.drop(lm)
+        with one_adapter(job) as lm:
+            if not job.stage_done("offline", lm):
+                texts = [job.task.renderer.scores(p, s) for p, s in zip(scored.prompts, z, strict=True)]
+                train_sft(job, lm, texts, scored.responses, config.offline, "offline")
+                job.finish_stage("offline", lm)
+            for number in range(config.online_rounds):
+                stage = f"round-{number + 1}"
+                if not job.stage_done(stage, lm):
+                    train_sft(job, lm, *self._round_rows(job, lm, scored, z, number), config.online, stage)
+                    job.finish_stage(stage, lm)
 
     def policy(self, context: RunContext, preference: Preference) -> Policy:
         """Return the trained model asked for the rewards that the preference maps to."""
@@ -122,30 +119,29 @@ class Ric:
 
         config: Config = job.config
         columns = [f"z:{name}" for name in job.task.names]
-        prompts: list[str] = []
+        render = job.task.renderer.scores
+        texts: list[str] = []
         responses: list[Response] = []
-        obtained: list[list[float]] = []
-        notes = {"samples": 0, "kept": 0, "offline_passed": 0, "offline_kept": 0, "collapsed": 0}
+        samples = collapsed = 0
         for earlier in range(number + 1):
             table = self._samples(job, lm, earlier)
+            samples, collapsed = samples + len(table), collapsed + int(table["collapsed"].iloc[0])
             own = table[columns].to_numpy()
-            rows = np.flatnonzero(keep(own, config))
-            prompts += table["prompt"].iloc[rows].tolist()
-            responses += from_columns(table.iloc[rows])
-            obtained += own[rows].tolist()
-            notes["samples"] += len(own)
-            notes["kept"] += len(rows)
-            notes["collapsed"] += int(table["collapsed"].iloc[0])
-        passed = np.flatnonzero(keep(z, config))
+            passed = keep(own, config)
+            texts += [render(p, s) for p, s in zip(table["prompt"][passed], own[passed], strict=True)]
+            responses += from_columns(table[passed])
+        fit = np.flatnonzero(keep(z, config))
         rng = np.random.default_rng(derive(job.seed, "ric", number, "offline part"))
-        mixed = rng.permutation(passed)[: config.offline_part].tolist()
-        notes["offline_passed"], notes["offline_kept"] = len(passed), len(mixed)
-        job.notes[f"round-{number + 1}"] = notes
-        prompts += [scored.prompts[i] for i in mixed]
-        responses += [scored.responses[i] for i in mixed]
-        obtained += z[mixed].tolist()
-        render = job.task.renderer.scores
-        return [render(prompt, scores) for prompt, scores in zip(prompts, obtained, strict=True)], responses
+        mixed = rng.permutation(fit)[: config.offline_part].tolist()
+        job.notes[f"round-{number + 1}"] = {
+            "samples": samples,
+            "kept": len(texts),
+            "offline_passed": len(fit),
+            "offline_kept": len(mixed),
+            "collapsed": collapsed,
+        }
+        texts += [render(scored.prompts[i], z[i]) for i in mixed]
+        return texts, responses + [scored.responses[i] for i in mixed]
 
     def _samples(self, job: Job, lm: Any, number: int) -> Any:
         """Return a round's own samples with the scores they obtained; sampled once and kept in the run."""
@@ -154,7 +150,6 @@ class Ric:
         from moalign.core.seeds import derive
         from moalign.lm.generator import ModelGenerator
         from moalign.lm.quality import collapse
-        from moalign.lm.sampler import Sampling
         from moalign.policies.policy import Policy, respond_all
         from moalign.tasks.responses import columns
 
@@ -167,8 +162,8 @@ class Ric:
         prompts = [pool[i] for i in rng.integers(len(pool), size=config.online_prompts)]
         targets = boundary_targets(rng, job.task.normaliser.z_bounds(), len(prompts))
         texts = [job.task.renderer.scores(p, t) for p, t in zip(prompts, targets, strict=True)]
-        limits: Sampling = job.task.sampling(derive(job.seed, "ric", number, "samples"), config.temperature)
-        limits = Sampling(**{**vars(limits), "top_p": config.top_p})
+        limits = job.task.sampling(derive(job.seed, "ric", number, "samples"), config.temperature)
+        limits = replace(limits, top_p=config.top_p)
         done = 0
 
         def advance(count: int) -> None:

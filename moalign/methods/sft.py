@@ -35,18 +35,15 @@ class Sft:
 
     def train(self, job: Job) -> None:
         """Fine-tune on every scored response of the training split, as it is."""
-        from moalign.lm import adapters
+        from moalign.training.grid import one_adapter
         from moalign.training.sft import train_sft
 
         _ = job.task.normaliser
         if job.config.steps == 0:
             return
         scored, render = job.task.scored(), job.task.renderer.plain
-        lm = job.task.language_model
-        adapters.attach(lm, job.policy_spec.lora, job.seed)
-        train_sft(job, lm, [render(prompt) for prompt in scored.prompts], scored.responses, job.config, "sft")
-        adapters.save(lm, job.run.path / "adapter")
-        adapters.drop(lm)
+        with one_adapter(job) as lm:
+            train_sft(job, lm, [render(prompt) for prompt in scored.prompts], scored.responses, job.config, "sft")
 
     def policy(self, context: RunContext, preference: Preference) -> Policy:
         """Return the policy, whatever the preference."""

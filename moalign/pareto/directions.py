@@ -4,10 +4,6 @@ A preference w is the ray that starts at the ideal point r_max and goes through 
 ``W = r_min + w * (r_max - r_min)``. Points are first put into the unit square (cube, ...) of their bounds, where the
 ideal point is (1, ..., 1) and W is w itself.
 
-* :class:`Pool`: the first non-dominated layers of scored responses, normalised.
-* :func:`nearest`: the k points of a pool that are nearest to a preference's ray, one per prompt.
-* :func:`representatives`: which preferences of a grid stand for its corners and its middle.
-
 Choices of ours (the paper gives none): the bounds are the 0.1 % and 99.9 % quantiles, and a point beyond one counts as
 on it, so that no outlier moves the ideal point or is far from the ray for being too good; of equal distances the point
 nearer to the ideal one goes first.
@@ -21,17 +17,17 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from moalign.core.arrays import Matrix
 from moalign.core.errors import RequestError
 from moalign.pareto.front import check_points, layers
 
-Array = NDArray[np.float64]
 Rows = NDArray[np.intp]
 
 BOUND_QUANTILES = (0.001, 0.999)
 """What counts as componentwise worst and best."""
 
 
-def unit_box(points: ArrayLike, names: Sequence[str] | None = None, what: str = "points") -> Array:
+def unit_box(points: ArrayLike, names: Sequence[str] | None = None, what: str = "points") -> Matrix:
     """Return ``points`` ``[n, m]`` with their bounds at 0 and 1 in every objective, clipped to them.
 
     Raises RequestError for bad points, or naming an objective (``names``, else its number) that does not vary between
@@ -49,11 +45,10 @@ def unit_box(points: ArrayLike, names: Sequence[str] | None = None, what: str = 
                 f"{len(table)} points are both {high[column]:g}; no direction can be drawn along it, so remove it "
                 "from the task or change its scorer"
             )
-    clipped: Array = np.clip((table - low) / (high - low), 0.0, 1.0)
-    return clipped
+    return np.asarray(np.clip((table - low) / (high - low), 0.0, 1.0))
 
 
-def direction(preference: Sequence[float]) -> Array:
+def direction(preference: Sequence[float]) -> Matrix:
     """Return the unit vector ``[m]`` from the ideal point to the compromise point, in the unit box.
 
     With a single objective the two coincide and the vector is 0: distances are then those to the ideal point.
@@ -63,17 +58,11 @@ def direction(preference: Sequence[float]) -> Array:
     return towards / length if length > 0 else towards
 
 
-def ray_distances(unit: ArrayLike, preference: Sequence[float]) -> tuple[Array, Array]:
+def ray_distances(unit: ArrayLike, preference: Sequence[float]) -> tuple[Matrix, Matrix]:
     """Return each point's distance to the preference's ray, and how far along the ray its nearest point lies.
 
-    ``v = r - r_max``, ``t = max(0, v . u)``, ``d = ||v - t u||``.
-
-    Args:
-        unit: points ``[n, m]`` in the unit box.
-        preference: ``[m]``.
-
-    Returns:
-        ``(d, t)``, each ``[n]``. Raises RequestError when the preference has another length than the points.
+    ``v = r - r_max``, ``t = max(0, v . u)``, ``d = ||v - t u||``; returns ``(d, t)``, each ``[n]``, of the points
+    ``unit`` ``[n, m]`` in the unit box. Raises RequestError when the preference has another length than the points.
     """
     points = check_points(unit)
     if points.shape[1] != len(preference):
@@ -90,9 +79,9 @@ class Pool:
 
     rows: Rows
     """Which of the given points are in the pool, ``[pool]``."""
-    unit: Array
+    unit: Matrix
     """The pool's points in the unit box of all given points, ``[pool, objectives]``."""
-    groups: NDArray[np.intp]
+    groups: Rows
     """Index of the prompt that each point answers, ``[pool]``."""
     layers: int
     """How many layers the pool holds."""
@@ -109,16 +98,11 @@ class Pool:
     ) -> Pool:
         """Take whole layers until they hold ``at_least`` points (or all there are) of at least k prompts.
 
-        Args:
-            points: scores, larger is better, ``[n, m]``.
-            prompts: the prompt that each point answers, ``[n]``.
-            k: how many points of different prompts a set will need.
-            at_least: the pool's least size; one layer is far too few (a dozen of 100,000 random points).
-            names: the objectives, for messages.
-            what: how a message calls the points.
+        One layer is far too few: a dozen of 100,000 random points. ``points`` ``[n, m]`` answer ``prompts`` ``[n]``;
+        ``names`` of objectives and ``what`` are for messages.
 
-        Raises:
-            RequestError: points that are no table of finite numbers, fewer than k prompts, or a constant objective.
+        Raises RequestError for points that are no table of finite numbers, fewer than k prompts, or a constant
+        objective.
         """
         table = check_points(points, what=what)
         numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
@@ -132,9 +116,8 @@ class Pool:
             )
         unit = unit_box(table, names, what)
         layer = layers(table)
-        order = np.argsort(layer, kind="stable")
         # The layer in which the pool is full, and the one in which the k-th prompt first appears.
-        full = layer[order[min(at_least, len(table)) - 1]]
+        full = np.sort(layer)[min(at_least, len(table)) - 1]
         first_seen = np.full(len(numbers), np.iinfo(np.int64).max)
         np.minimum.at(first_seen, groups, layer)
         last = max(int(full), int(np.sort(first_seen)[k - 1]))
@@ -142,12 +125,11 @@ class Pool:
         return cls(rows, unit[rows], groups[rows], last + 1)
 
 
-def nearest(pool: Pool, preference: Sequence[float], k: int) -> tuple[Rows, Array]:
+def nearest(pool: Pool, preference: Sequence[float], k: int) -> tuple[Rows, Matrix]:
     """Return the k points nearest to the preference's ray, at most one of each prompt, nearest first.
 
-    Returns:
-        Row numbers into the points that the pool was made of, ``[k]``, and their distances ``[k]``. Raises
-        RequestError when the pool has fewer than k prompts.
+    They are row numbers into the points that the pool was made of, ``[k]``; with their distances ``[k]``. Raises
+    RequestError when the pool has fewer than k prompts.
     """
     apart, along = ray_distances(pool.unit, preference)
     order = np.lexsort((along, apart))

@@ -1,7 +1,7 @@
 """Checked points, the non-dominated set, and layers. Larger is better in every objective.
 
-moocore minimises by default and accepts NaN silently (a NaN row is ranked 0), so every function
-of this package checks its points here first.
+moocore minimises by default and accepts NaN silently (a NaN row is ranked 0), so every function of this package checks
+its points here first.
 """
 
 from __future__ import annotations
@@ -10,24 +10,14 @@ import moocore  # type: ignore[import-untyped,unused-ignore]
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from moalign.core.arrays import Matrix
 from moalign.core.errors import RequestError
 
-Array = NDArray[np.float64]
 
-_NUMERIC_KINDS = "biuf"
+def check_points(points: ArrayLike, what: str = "points") -> Matrix:
+    """Return a copy of ``points`` ``[n, m]``, n >= 1 and m >= 1, all finite; ``what`` is how a message calls them.
 
-
-def check_points(points: ArrayLike, ref: ArrayLike | None = None, what: str = "points") -> Array:
-    """Return a float64 copy of ``points`` ``[n, m]``, n >= 1 and m >= 1, all finite.
-
-    Args:
-        points: one row per point, one column per objective.
-        ref: when given, also checked: ``[m]`` finite numbers (see :func:`check_ref`).
-        what: how a message calls the points.
-
-    Raises:
-        RequestError: not a table of numbers, no rows or columns, or NaN or infinity (names the
-            first bad row, counted from 1).
+    Raises RequestError for what is no such table of numbers; NaN and infinity with their row, counted from 1.
     """
     table = _numbers(points, what)
     if table.ndim != 2:
@@ -38,13 +28,11 @@ def check_points(points: ArrayLike, ref: ArrayLike | None = None, what: str = "p
             f"{what}: empty ({table.shape[0]} rows, {table.shape[1]} columns); at least one of each is needed"
         )
     refuse_unless_finite(table, what)
-    if ref is not None:
-        check_ref(ref, table.shape[1])
     return table
 
 
-def check_ref(ref: ArrayLike, objectives: int, where: str = "the reference point") -> Array:
-    """Return a float64 copy of the reference point ``[objectives]``, or raise RequestError naming ``where``."""
+def check_ref(ref: ArrayLike, objectives: int, where: str = "the reference point") -> Matrix:
+    """Return a copy of the reference point ``[objectives]``, or raise RequestError naming ``where``."""
     numbers = _numbers(ref, where)
     if numbers.shape != (objectives,):
         shown = f"{numbers.size} number{'s' if numbers.size != 1 else ''}" if numbers.ndim == 1 else "no plain list"
@@ -54,7 +42,7 @@ def check_ref(ref: ArrayLike, objectives: int, where: str = "the reference point
     return numbers
 
 
-def refuse_unless_finite(table: Array, what: str) -> None:
+def refuse_unless_finite(table: Matrix, what: str) -> None:
     """Raise RequestError naming the first row (from 1) of ``table`` ``[n, ...]`` with NaN or infinity."""
     if np.isfinite(table).all():  # at once: row by row only to name the first bad one
         return
@@ -78,19 +66,20 @@ def layers(points: ArrayLike) -> NDArray[np.int64]:
 
     Equal points share a layer.
     """
+    # pymoo's NonDominatedSorting is this call, with the points of each front listed one by one after it.
     return np.asarray(moocore.pareto_rank(check_points(points), maximise=True), dtype=np.int64)
 
 
-def _numbers(values: ArrayLike, what: str) -> Array:
+def _numbers(values: ArrayLike, what: str) -> Matrix:
     try:
         array = np.asarray(values)
     except ValueError:
         raise RequestError(f"{what}: rows of different lengths; every row needs one number per objective") from None
-    if array.size and array.dtype.kind not in _NUMERIC_KINDS:
+    if array.size and array.dtype.kind not in "biuf":
         raise RequestError(f"{what}: found values of type {array.dtype}; needed: numbers")
     return np.array(array, dtype=np.float64)
 
 
-def _row_text(row: Array) -> str:
+def _row_text(row: Matrix) -> str:
     shown = ", ".join(f"{value:g}" for value in row[:6])
     return f"({shown}{', ...' if len(row) > 6 else ''})"

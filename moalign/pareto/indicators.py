@@ -1,7 +1,7 @@
 """Indicators beside the hypervolume: how well the policies obey, how useful and how even the front is.
 
-Shapes throughout: k preferences, m objectives. Row i of ``means`` is the mean (normalised) reward
-vector of the policy conditioned on row i of ``preferences``. Larger is better.
+Shapes throughout: k preferences, m objectives. Row i of ``means`` is the mean (normalised) reward vector of the policy
+conditioned on row i of ``preferences``. Larger is better.
 """
 
 from __future__ import annotations
@@ -11,16 +11,14 @@ from typing import TypedDict
 
 import moocore  # type: ignore[import-untyped,unused-ignore]
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from moalign.core.arrays import Matrix
 from moalign.core.errors import RequestError
-from moalign.pareto.front import Array, check_points, nondominated, refuse_unless_finite
+from moalign.pareto.front import check_points, nondominated, refuse_unless_finite
 
 _ROUNDING = 1e-12
 """Means that differ by less than this, relative to the largest of the objective, are tied."""
-
-_PAIR_BLOCK = 1024
-"""Rows of the pair matrix held in memory at once."""
 
 
 class Controllability(TypedDict):
@@ -36,16 +34,21 @@ def kendall_tau(x: ArrayLike, y: ArrayLike, tolerance: float = 0.0) -> float:
     tau-b = sum over pairs of sign(dx) sign(dy) / sqrt(untied pairs of x * untied pairs of y)
     (Kendall 1945). Values of ``y`` that differ by at most ``tolerance`` are tied.
     """
-    first, second = _vector(x, "x"), _vector(y, "y")
+    # scipy.stats.kendalltau agrees (tests hold it), but knows no tolerance, and half a second goes into its import.
+    first, second = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    for values, name in ((first, "x"), (second, "y")):
+        if values.ndim != 1 or not values.size:
+            raise RequestError(f"Kendall's tau: {name} has shape {values.shape}; a plain list of numbers is needed")
+        refuse_unless_finite(values, f"Kendall's tau: {name}")
     if len(first) != len(second):
         raise RequestError(
             f"Kendall's tau: x has {len(first)} values and y has {len(second)}; as many of each are needed"
         )
     agreement = untied_x = untied_y = 0
-    for start in range(0, len(first), _PAIR_BLOCK):
-        rows = slice(start, start + _PAIR_BLOCK)
-        sign_x, sign_y = _signs(first[rows], first, 0.0), _signs(second[rows], second, tolerance)
-        agreement += int((sign_x * sign_y).sum(dtype=np.int64))
+    for at_x, at_y in zip(first, second, strict=True):  # in rows: the matrix of all pairs need not fit into memory
+        sign_x = (at_x > first).astype(np.int64) - (at_x < first)
+        sign_y = (at_y > second + tolerance).astype(np.int64) - (second > at_y + tolerance)
+        agreement += int(sign_x @ sign_y)
         untied_x += int(np.count_nonzero(sign_x))
         untied_y += int(np.count_nonzero(sign_y))
     if not untied_x or not untied_y:
@@ -54,12 +57,9 @@ def kendall_tau(x: ArrayLike, y: ArrayLike, tolerance: float = 0.0) -> float:
 
 
 def controllability(preferences: ArrayLike, means: ArrayLike) -> Controllability:
-    """Return Kendall's tau-b between w_i and mean n_i over the grid, per objective and averaged.
+    """Return Kendall's tau-b between w_i and mean n_i over the grid (both ``[k, m]``), per objective and averaged.
 
-    Args:
-        preferences: ``[k, m]``.
-        means: ``[k, m]``. Differences within floating-point rounding count as ties, so that a policy
-            that ignores its preference scores 0.
+    Differences within floating-point rounding count as ties, so that a policy that ignores its preference scores 0.
     """
     weights, achieved = _paired(preferences, means)
     taus = [
@@ -85,7 +85,7 @@ def expected_utility(preferences: ArrayLike, means: ArrayLike) -> float:
     return float((weights @ achieved.T).max(axis=1).mean())
 
 
-def regret(preferences: ArrayLike, means: ArrayLike, optimum_means: ArrayLike) -> Array:
+def regret(preferences: ArrayLike, means: ArrayLike, optimum_means: ArrayLike) -> Matrix:
     """Return, per preference ``[k]``, w.(optimum - achieved); all three arguments are ``[k, m]``.
 
     Row i of ``optimum_means`` is the best mean reward vector for preference i. Sampling noise can
@@ -115,7 +115,7 @@ def spacing(points: ArrayLike) -> float:
     0 means evenly spread. With fewer than two non-dominated points it is 0 and says nothing, so
     show it only beside hypervolume and the size of the front.
     """
-    front = _front(points)
+    front = check_points(points)[nondominated(points)]
     if len(front) < 2:
         return 0.0
     gaps = np.abs(front[:, None, :] - front[None, :, :]).sum(axis=2)
@@ -128,33 +128,13 @@ def sparsity(points: ArrayLike) -> float:
 
     Xu et al. 2020 (PGMORL). Lower is denser; a single point scores 0, so show it only beside hypervolume.
     """
-    front = _front(points)
+    front = check_points(points)[nondominated(points)]
     if len(front) < 2:
         return 0.0
     return float((np.diff(np.sort(front, axis=0), axis=0) ** 2).sum() / (len(front) - 1))
 
 
-def _front(points: ArrayLike) -> Array:
-    table = check_points(points)
-    return table[nondominated(table)]
-
-
-def _signs(rows: Array, columns: Array, tolerance: float) -> NDArray[np.int8]:
-    left, right = rows[:, None], columns[None, :]
-    if tolerance:
-        return (left > right + tolerance).astype(np.int8) - (right > left + tolerance).astype(np.int8)
-    return (left > right).astype(np.int8) - (left < right).astype(np.int8)
-
-
-def _vector(values: ArrayLike, name: str) -> Array:
-    vector = np.asarray(values, dtype=np.float64)
-    if vector.ndim != 1 or not vector.size:
-        raise RequestError(f"Kendall's tau: {name} has shape {vector.shape}; a plain list of numbers is needed")
-    refuse_unless_finite(vector, f"Kendall's tau: {name}")
-    return vector
-
-
-def _paired(preferences: ArrayLike, means: ArrayLike) -> tuple[Array, Array]:
+def _paired(preferences: ArrayLike, means: ArrayLike) -> tuple[Matrix, Matrix]:
     weights, achieved = check_points(preferences, what="preferences"), check_points(means, what="means")
     if weights.shape != achieved.shape:
         raise RequestError(
@@ -164,7 +144,7 @@ def _paired(preferences: ArrayLike, means: ArrayLike) -> tuple[Array, Array]:
     return weights, achieved
 
 
-def _same_objectives(first: Array, second: Array, first_name: str, second_name: str) -> None:
+def _same_objectives(first: Matrix, second: Matrix, first_name: str, second_name: str) -> None:
     if first.shape[1] != second.shape[1]:
         counts = f"{first_name} have {first.shape[1]} objectives and {second_name} {second.shape[1]}"
         raise RequestError(f"{counts}; needed: the same number")

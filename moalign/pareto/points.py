@@ -8,52 +8,52 @@ from __future__ import annotations
 import csv
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from moalign.core import preferences as prefs
+from moalign.core.arrays import Matrix
 from moalign.core.errors import RequestError
-from moalign.pareto.front import Array, check_ref, nondominated
+from moalign.pareto.front import check_ref, nondominated
 from moalign.pareto.hypervolume import adds_nothing, hypervolume
 from moalign.pareto.indicators import expected_utility
 
-Row = tuple[int, list[str]]
-"""Line number (from 1) and the cells on it."""
 
-
-def read_points(path: str | os.PathLike[str]) -> tuple[list[str], Array]:
+def read_points(path: str | os.PathLike[str]) -> tuple[list[str], Matrix]:
     """Read a CSV table whose header row names the objectives: names ``[m]``, points ``[n, m]``.
 
-    Raises:
-        RequestError: no such file, not UTF-8, no or a faulty header, no rows, a missing or extra
-            value, text, NaN or infinity; every message names the file and, where there is one, the
-            line and the row (rows are counted from 1 after the header, blank lines are skipped).
-            All faulty rows are reported at once, the first ten in full.
+    Raises RequestError for no such file, not UTF-8, no or a faulty header, no rows, a missing or extra value, text, NaN
+    or infinity; every message names the file and, where there is one, the line and the row (rows are counted from 1
+    after the header, blank lines are skipped). All faulty rows are reported at once, the first ten in full.
     """
-    source = str(path)
-    rows = _rows(Path(path), source)
+    rows = _rows(path)
     if not rows:
-        raise RequestError(f"{source}: empty file; needed: a header row of objective names, then one row per point")
-    names = _names(rows[0], source)
+        raise RequestError(f"{path}: empty file; needed: a header row of objective names, then one row per point")
+    line, names = rows[0]
+    _check_names(names, f"{path}:{line}: header")
     values: list[list[float]] = []
     problems: list[str] = []
     for number, (line, cells) in enumerate(rows[1:], start=1):
-        where = f"{source}:{line}: row {number}"
+        where = f"{path}:{line}: row {number}"
         if len(cells) != len(names):
             problems.append(f"{where}: found {_count(len(cells), 'value')}; needed: {len(names)} ({', '.join(names)})")
             continue
-        row_problems = [fault for name, cell in zip(names, cells, strict=True) if (fault := _fault(cell, where, name))]
-        problems.extend(row_problems)
-        if not row_problems:
-            values.append([float(cell) for cell in cells])
+        numbers = [_number(cell) for cell in cells]
+        values.append([math.nan if value is None else value for value in numbers])
+        for name, cell, value in zip(names, cells, numbers, strict=True):
+            if value is None:
+                shown = repr(cell) if cell else "an empty cell"
+                problems.append(f"{where}, column {name}: found {shown}; needed: a finite number")
+            elif not math.isfinite(value):
+                problems.append(f"{where}, column {name}: found {cell}; NaN and infinity are not allowed")
     if problems:
-        more = [f"{source}: {len(problems) - 10} more problems"] if len(problems) > 10 else []
+        more = [f"{path}: {len(problems) - 10} more problems"] if len(problems) > 10 else []
         raise RequestError(*problems[:10], *more)
     if not values:
-        raise RequestError(f"{source}: no rows after the header ({', '.join(names)}); at least one point is needed")
+        raise RequestError(f"{path}: no rows after the header ({', '.join(names)}); at least one point is needed")
     return names, np.array(values, dtype=np.float64)
 
 
@@ -83,17 +83,12 @@ def calculate(
 ) -> dict[str, Any]:
     """Return what ``moalign eval --points`` prints: hypervolume, number of points, size of the front.
 
-    Args:
-        path: CSV table (:func:`read_points`).
-        ref: one number per objective, in the table's order and sign.
-        minimise: smaller is better; table and ``ref`` are both negated.
-        preferences: when given, their expected utility is added (of the negated table with
-            ``minimise``).
-        notify: called with one sentence when points add nothing because of ``ref``.
+    ``ref`` has one number per objective, in the table's order and sign. With ``minimise`` smaller is better: table and
+    ``ref`` are both negated. Of ``preferences`` the expected utility is added. ``notify`` gets one sentence when points
+    add nothing because of ``ref``.
 
-    Raises:
-        RequestError: a faulty table, ``ref`` missing, of wrong length or not finite (names ``--ref``),
-            or a wrong preference (names ``--prefs``).
+    Raises RequestError for a faulty table, a ``ref`` that is missing, of wrong length or not finite (names ``--ref``),
+    or a wrong preference (names ``--prefs``).
     """
     names, points = read_points(path)
     example = ",".join(["0"] * len(names))
@@ -128,32 +123,28 @@ def calculate(
     return result
 
 
-def _rows(path: Path, source: str) -> list[Row]:
+def _rows(path: str | os.PathLike[str]) -> list[tuple[int, list[str]]]:
+    """Return line number (from 1) and stripped cells of every row that is not blank."""
+    rows = []
     try:
-        with path.open(encoding="utf-8-sig", newline="") as handle:
-            return list(_filled(handle, source))
-    except FileNotFoundError:
-        raise RequestError(f"{source}: no such file; --points needs a CSV table with a header row") from None
-    except UnicodeDecodeError as error:
-        raise RequestError(f"{source}: not UTF-8 text ({error.reason}); save the table as CSV in UTF-8") from None
-    except OSError as error:
-        raise RequestError(f"{source}: cannot be read ({error.strerror}); --points needs a CSV table") from None
-
-
-def _filled(handle: Iterator[str], source: str) -> Iterator[Row]:
-    reader = csv.reader(handle, strict=True, skipinitialspace=True)
-    try:
-        for cells in reader:
-            stripped = [cell.strip() for cell in cells]
-            if len(stripped) > 1 or any(stripped):
-                yield reader.line_num, stripped
+        with Path(path).open(encoding="utf-8-sig", newline="") as handle:
+            reader = csv.reader(handle, strict=True, skipinitialspace=True)
+            for cells in reader:
+                stripped = [cell.strip() for cell in cells]
+                if len(stripped) > 1 or any(stripped):
+                    rows.append((reader.line_num, stripped))
     except csv.Error as error:
-        raise RequestError(f"{source}:{reader.line_num}: broken CSV ({error})") from None
+        raise RequestError(f"{path}:{reader.line_num}: broken CSV ({error})") from None
+    except FileNotFoundError:
+        raise RequestError(f"{path}: no such file; --points needs a CSV table with a header row") from None
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{path}: not UTF-8 text ({error.reason}); save the table as CSV in UTF-8") from None
+    except OSError as error:
+        raise RequestError(f"{path}: cannot be read ({error.strerror}); --points needs a CSV table") from None
+    return rows
 
 
-def _names(header: Row, source: str) -> list[str]:
-    line, names = header
-    where = f"{source}:{line}: header"
+def _check_names(names: list[str], where: str) -> None:
     if all(_number(name) is not None for name in names):
         raise RequestError(f"{where}: found only numbers ({', '.join(names)}); the first row must name the objectives")
     if len(names) == 1 and any(mark in names[0] for mark in ";\t"):
@@ -166,17 +157,6 @@ def _names(header: Row, source: str) -> list[str]:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise RequestError(f"{where}: found {', '.join(twice)} more than once; every column needs its own name")
-    return names
-
-
-def _fault(cell: str, where: str, name: str) -> str | None:
-    number = _number(cell)
-    if number is None:
-        shown = repr(cell) if cell else "an empty cell"
-        return f"{where}, column {name}: found {shown}; needed: a finite number"
-    if not math.isfinite(number):
-        return f"{where}, column {name}: found {cell}; NaN and infinity are not allowed"
-    return None
 
 
 def _number(text: str) -> float | None:

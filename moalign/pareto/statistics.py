@@ -15,11 +15,11 @@ from collections.abc import Callable, Sequence
 from typing import Literal, TypedDict
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from moalign.core.arrays import Matrix
 from moalign.core.errors import RequestError
-from moalign.pareto.front import Array, check_ref, refuse_unless_finite
-from moalign.pareto.hypervolume import hypervolume
+from moalign.pareto.front import refuse_unless_finite
 
 DRAWS = 1000
 
@@ -35,7 +35,7 @@ class PairedDifference(TypedDict):
     p_improve: float
 
 
-def bootstrap_means(scores: ArrayLike, draws: int = DRAWS, seed: int = 0) -> Array:
+def bootstrap_means(scores: ArrayLike, draws: int = DRAWS, seed: int = 0) -> Matrix:
     """Return resampled means ``[draws, k, m]`` of ``scores`` ``[prompts, k, m]``.
 
     Each draw resamples the prompts with replacement, the same for all preferences and objectives.
@@ -52,11 +52,14 @@ def bootstrap_means(scores: ArrayLike, draws: int = DRAWS, seed: int = 0) -> Arr
     means = np.empty((draws, flat.shape[1]))
     for start in range(0, draws, step):
         size = min(step, draws - start)
-        means[start : start + size] = _counts(rng, prompts, size) @ flat / prompts
+        picks = rng.integers(prompts, size=(size, prompts)) + prompts * np.arange(size)[:, None]
+        # How often each draw took each prompt, [size, prompts]: each row sums to ``prompts``.
+        counts = np.bincount(picks.ravel(), minlength=size * prompts).reshape(size, prompts).astype(np.float64)
+        means[start : start + size] = counts @ flat / prompts
     return means.reshape(draws, *table.shape[1:])
 
 
-def each_draw(samples: ArrayLike, statistic: Callable[[Array], float]) -> Array:
+def each_draw(samples: ArrayLike, statistic: Callable[[Matrix], float]) -> Matrix:
     """Apply ``statistic`` (means ``[k, m]`` -> number) to every draw of ``samples`` ``[draws, k, m]``: ``[draws]``."""
     return np.array([statistic(means) for means in np.asarray(samples, dtype=np.float64)], dtype=np.float64)
 
@@ -70,7 +73,7 @@ def interval(samples: ArrayLike, level: float = 0.95) -> tuple[float, float]:
     return float(lo), float(hi)
 
 
-def intervals(samples: ArrayLike, level: float = 0.95) -> Array:
+def intervals(samples: ArrayLike, level: float = 0.95) -> Matrix:
     """Return percentile intervals over the first axis: ``[draws, ...]`` -> ``[2, ...]`` (lo, hi)."""
     values = np.asarray(samples, dtype=np.float64)
     if not 0 < level < 1:
@@ -94,26 +97,14 @@ def basic_interval(samples: ArrayLike, observed: float, level: float = 0.95) -> 
     return 2 * observed - hi, 2 * observed - lo
 
 
-def hypervolume_samples(scores: ArrayLike, ref: ArrayLike, draws: int = DRAWS, seed: int = 0) -> Array:
-    """Return the hypervolume ``[draws]`` of each resampled set of means (:func:`bootstrap_means`)."""
-    table = _scores(scores)
-    corner = check_ref(ref, table.shape[2])
-    return each_draw(bootstrap_means(table, draws, seed), lambda means: hypervolume(means, corner))
-
-
 def paired_difference(
     stat_a: ArrayLike, stat_b: ArrayLike, observed: float | None = None, level: float = 0.95
 ) -> PairedDifference:
-    """Compare two statistics ``[draws]`` draw by draw; positive means that a is larger.
+    """Compare two statistics ``[draws]`` of the same draws (same seed, same prompts); positive: a is larger.
 
-    Args:
-        stat_a: one number per draw.
-        stat_b: the same draws (same seed, same prompts) of the other method.
-        observed: the difference on the unresampled scores; the mean over the draws when not given.
-        level: of the interval.
+    ``observed`` is the difference on the unresampled scores; the mean over the draws when not given.
 
-    Raises:
-        RequestError: different numbers of draws, none, NaN or infinity.
+    Raises RequestError for different numbers of draws, none, NaN or infinity.
     """
     first, second = np.asarray(stat_a, dtype=np.float64), np.asarray(stat_b, dtype=np.float64)
     if first.ndim != 1 or first.shape != second.shape:
@@ -128,11 +119,11 @@ def paired_difference(
 
 def two_level_bootstrap(
     scores_by_seed: Sequence[ArrayLike],
-    statistic: Callable[[Array], float],
+    statistic: Callable[[Matrix], float],
     draws: int = DRAWS,
     seed: int = 0,
     aggregate: Literal["mean", "iqm"] = "mean",
-) -> Array:
+) -> Matrix:
     """Resample training seeds, then prompts; return the aggregated statistic of each draw ``[draws]``.
 
     All seeds answer the same prompts, so one resample of prompts serves all seeds of a draw (seeds and
@@ -143,30 +134,19 @@ def two_level_bootstrap(
     n new ones would: without it the 95 % interval of three seeds covers the truth in 72 to 96 % of simulated
     comparisons, with it in 94 to 99 %.
 
-    Args:
-        scores_by_seed: one ``[prompts, k, m]`` array per training seed, all of one shape.
-        statistic: means ``[k, m]`` -> number, such as the hypervolume.
-        draws: number of resamples.
-        seed: of this function's own generator.
-        aggregate: over the resampled seeds: mean or interquartile mean.
+    ``scores_by_seed`` holds one ``[prompts, k, m]`` array per training seed, all of one shape; ``statistic`` makes a
+    number of means ``[k, m]``; ``aggregate`` over the resampled seeds is their mean or interquartile mean.
     """
     if aggregate not in ("mean", "iqm"):
         raise RequestError(f"two-level bootstrap: unknown aggregate {aggregate!r}; allowed: mean, iqm")
     samples = _by_seed(scores_by_seed, draws, seed)
-    seeds = samples.shape[1]
-    values = each_draw(samples.reshape(-1, *samples.shape[2:]), statistic).reshape(-1, seeds)
-    picked = np.take_along_axis(values, _picks(seeds, len(values), seed), axis=1)
-    centre, drawn = (_interquartile(v) if aggregate == "iqm" else v.mean(axis=1) for v in (values, picked))
-    return np.asarray(centre + widening(seeds) * (drawn - centre), dtype=np.float64)
+    values = each_draw(samples.reshape(-1, *samples.shape[2:]), statistic).reshape(samples.shape[:2])
+    return _over_seeds(values, seed, _interquartile if aggregate == "iqm" else _mean)
 
 
-def two_level_means(scores_by_seed: Sequence[ArrayLike], draws: int = DRAWS, seed: int = 0) -> Array:
+def two_level_means(scores_by_seed: Sequence[ArrayLike], draws: int = DRAWS, seed: int = 0) -> Matrix:
     """Return means ``[draws, k, m]`` over resampled seeds and prompts: :func:`two_level_bootstrap` of each mean."""
-    samples = _by_seed(scores_by_seed, draws, seed)
-    seeds = samples.shape[1]
-    picks = _picks(seeds, len(samples), seed)[:, :, None, None]
-    centre, drawn = samples.mean(axis=1), np.take_along_axis(samples, picks, axis=1).mean(axis=1)
-    return np.asarray(centre + widening(seeds) * (drawn - centre), dtype=np.float64)
+    return _over_seeds(_by_seed(scores_by_seed, draws, seed), seed, _mean)
 
 
 def widening(seeds: int) -> float:
@@ -178,24 +158,12 @@ def widening(seeds: int) -> float:
     """
     if seeds < 2:
         return 1.0
-    return math.sqrt(seeds / (seeds - 1)) * _student(seeds - 1) / _NORMAL
+    from scipy.special import ndtri, stdtrit  # type: ignore[import-untyped,unused-ignore]
+
+    return math.sqrt(seeds / (seeds - 1)) * float(stdtrit(seeds - 1, 0.975) / ndtri(0.975))
 
 
-_NORMAL = 1.959963985
-"""97.5 % quantile of the normal distribution."""
-_STUDENT = (12.706205, 4.302653, 3.182446, 2.776445, 2.570582, 2.446912, 2.364624, 2.306004, 2.262157)
-"""97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom."""
-
-
-def _student(freedom: int) -> float:
-    if freedom <= len(_STUDENT):
-        return _STUDENT[freedom - 1]
-    z, v = _NORMAL, freedom  # Cornish-Fisher: off by less than 1e-4 from 10 degrees of freedom on
-    first, second = (z**3 + z) / (4 * v), (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
-    return z + first + second + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
-
-
-def _by_seed(scores_by_seed: Sequence[ArrayLike], draws: int, seed: int) -> Array:
+def _by_seed(scores_by_seed: Sequence[ArrayLike], draws: int, seed: int) -> Matrix:
     """Return resampled means ``[draws, seeds, k, m]``, the same prompts for all seeds of a draw."""
     if not len(scores_by_seed):
         raise RequestError("two-level bootstrap: no seeds; at least one array of scores is needed")
@@ -208,10 +176,17 @@ def _by_seed(scores_by_seed: Sequence[ArrayLike], draws: int, seed: int) -> Arra
     return bootstrap_means(side_by_side, draws, seed).reshape(-1, len(tables), k, m)
 
 
-def _picks(seeds: int, draws: int, seed: int) -> NDArray[np.int64]:
-    """Return which seeds each draw takes, ``[draws, seeds]``, from a stream of its own: the prompts drawn do not
-    depend on the number of seeds."""
-    return np.asarray(_generator(seed, 1).integers(seeds, size=(draws, seeds)), dtype=np.int64)
+def _over_seeds(values: Matrix, seed: int, mean: Callable[[Matrix], Matrix]) -> Matrix:
+    """Return the widened means ``[draws, ...]`` over resampled seeds of ``values`` ``[draws, seeds, ...]``."""
+    draws, seeds = values.shape[:2]
+    # From a stream of its own: the prompts drawn do not depend on the number of seeds.
+    picks = _generator(seed, 1).integers(seeds, size=(draws, seeds))
+    centre, drawn = mean(values), mean(values[np.arange(draws)[:, None], picks])
+    return np.asarray(centre + widening(seeds) * (drawn - centre), dtype=np.float64)
+
+
+def _mean(values: Matrix) -> Matrix:
+    return np.asarray(values.mean(axis=1), dtype=np.float64)
 
 
 def interquartile_mean(values: ArrayLike) -> float:
@@ -227,20 +202,14 @@ def interquartile_mean(values: ArrayLike) -> float:
     return float(_interquartile(numbers[None, :])[0])
 
 
-def _interquartile(values: Array) -> Array:
+def _interquartile(values: Matrix) -> Matrix:
+    # scipy's trim_mean cuts whole values off only: of three seeds none.
     n = values.shape[1]
     edges = np.clip(np.arange(n + 1), n / 4, 3 * n / 4)
     return np.asarray(np.sort(values, axis=1) @ np.diff(edges) / (n / 2), dtype=np.float64)
 
 
-def _counts(rng: np.random.Generator, prompts: int, draws: int) -> Array:
-    """How often each prompt was drawn, ``[draws, prompts]``; multinomial, each row sums to ``prompts``."""
-    picks = rng.integers(prompts, size=(draws, prompts))
-    picks += prompts * np.arange(draws)[:, None]
-    return np.bincount(picks.ravel(), minlength=draws * prompts).reshape(draws, prompts).astype(np.float64)
-
-
-def _scores(scores: ArrayLike) -> Array:
+def _scores(scores: ArrayLike) -> Matrix:
     table = np.asarray(scores, dtype=np.float64)
     if table.ndim != 3 or not table.size:
         raise RequestError(

@@ -1,7 +1,7 @@
 """What moalign gives to every trainer of trl: one callback, and the order of rows, optimizer, schedule and settings.
 
-Only public hooks are used here. A resumed run is a trainer over the remaining rows, with the optimizer as it was;
-checkpoints are safetensors, and the result equals the uninterrupted run's bit for bit.
+Only public hooks are used here. A resumed run is a trainer over the remaining rows, with the optimizer as it was: the
+result equals the uninterrupted run's bit for bit.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from transformers import TrainerCallback
 
 from moalign.core.schedule import factor
 from moalign.core.seeds import derive
-from moalign.lm import adapters
-from moalign.lm.optimizer_state import pack_optimizer, unpack_optimizer
-from moalign.lm.trainers import checkpointing_option
+from moalign.lm.trainers import checkpointing_option, quiet_libraries, run_trainer
+from moalign.training.checkpoints import resume, save_checkpoint
 from moalign.training.settings import SftConfig
 
 if TYPE_CHECKING:
@@ -36,31 +35,38 @@ def order(rows: int, steps: int, batch: int, seed: int) -> np.ndarray:
     return np.concatenate([rng.permutation(rows) for _ in range(passes)])[: steps * batch]
 
 
-def make_optimizer(lm: LanguageModel, config: SftConfig) -> torch.optim.Optimizer:
-    """Return AdamW over the trainable weights of ``lm``."""
-    parameters = [p for p in lm.model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
+def train_rows(
+    job: Job, lm: LanguageModel, config: SftConfig, phase: str, tokens: Sequence[int], make: Callable[..., Any]
+) -> None:
+    """Train the active adapter of ``lm`` by a trainer of trl; resumes from the phase's checkpoint.
 
-
-def make_scheduler(optimizer: torch.optim.Optimizer, config: SftConfig, start: int) -> Any:
-    """Return the learning-rate schedule of a run that continues at step ``start``."""
-    return torch.optim.lr_scheduler.LambdaLR(
+    Args:
+        phase: name of the stage in the run's record, metrics and checkpoints.
+        tokens: length of the row at each place of each batch, ``[steps * batch]``.
+        make: ``make(start, settings, **arguments)`` returns the trainer for the places from ``start`` on; what its
+            ``mean_metrics()`` returns, if it has one, goes into each line of the log.
+    """
+    optimizer = torch.optim.AdamW(
+        [p for p in lm.model.parameters() if p.requires_grad], lr=config.lr, weight_decay=config.weight_decay
+    )
+    checkpoint = resume(job, lm, optimizer, phase)
+    start = 0 if checkpoint is None else checkpoint.step
+    if start >= config.steps:
+        return
+    schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: factor(config.schedule, start + step, config.steps, config.warmup)
     )
-
-
-def resume(job: Job, lm: LanguageModel, optimizer: torch.optim.Optimizer, phase: str) -> int:
-    """Restore adapter, optimizer and meter from the phase's checkpoint; returns the number of steps already done."""
-    checkpoint = job.run.load_checkpoint(phase)
-    job.run.truncate_metrics(phase, 0 if checkpoint is None else checkpoint.step)
-    if checkpoint is None:
-        return 0
-    prefix = "adapter."
-    adapter = {key[len(prefix) :]: value for key, value in checkpoint.tensors.items() if key.startswith(prefix)}
-    adapters.set_tensors(lm, adapter)
-    unpack_optimizer(optimizer, checkpoint.tensors, checkpoint.state["optimizer"])
-    job.meter.load(checkpoint.state["meter"])
-    return checkpoint.step
+    with quiet_libraries(), trainable(lm):
+        trainer = make(
+            start * config.batch,
+            trainer_settings(job, lm, config, config.steps - start, phase),
+            model=lm.model,
+            processing_class=lm.tokenizer,
+            optimizers=(optimizer, schedule),
+        )
+        metrics = getattr(trainer, "mean_metrics", dict)
+        trainer.add_callback(RunCallback(job, lm, optimizer, config, phase, start, tokens, metrics))
+        run_trainer(trainer)
 
 
 def trainer_settings(job: Job, lm: LanguageModel, config: SftConfig, steps: int, phase: str) -> dict[str, Any]:
@@ -87,7 +93,7 @@ def trainer_settings(job: Job, lm: LanguageModel, config: SftConfig, steps: int,
     }
 
 
-class RunCallback(TrainerCallback):
+class RunCallback(TrainerCallback):  # type: ignore[misc,unused-ignore]
     """Seeds every step, counts tokens, writes the log, reports progress and saves checkpoints."""
 
     def __init__(
@@ -99,15 +105,9 @@ class RunCallback(TrainerCallback):
         phase: str,
         start: int,
         tokens: Sequence[int],
-        metrics: Callable[[], dict[str, float]] = dict,
+        metrics: Callable[[], dict[str, float]],
     ) -> None:
-        """Prepare the callback.
-
-        Args:
-            start: steps done before.
-            tokens: length of each row, in the order of training from ``start`` on, ``[steps left * batch]``.
-            metrics: returns further metrics of a line of the log; called once for each.
-        """
+        """``tokens`` are the lengths of all rows in their order; ``metrics`` is called once for a line of the log."""
         self.job, self.lm, self.optimizer, self.config = job, lm, optimizer, config
         self.phase, self.start, self.tokens, self.metrics = phase, start, tokens, metrics
 
@@ -118,8 +118,7 @@ class RunCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count the step's tokens and decide whether it is logged."""
         config, step = self.config, self.start + state.global_step
-        rows = slice((state.global_step - 1) * config.batch, state.global_step * config.batch)
-        self.job.meter.add_tokens_trained(sum(self.tokens[rows]))
+        self.job.meter.add_tokens_trained(sum(self.tokens[(step - 1) * config.batch : step * config.batch]))
         # At checkpoints, too: a line is a mean since the last one, and a resume must not need what came before it.
         control.should_log = step == config.steps or 0 in (step % config.log_every, step % config.checkpoint_every)
         self.job.progress(self.phase, step, config.steps)
@@ -135,11 +134,8 @@ class RunCallback(TrainerCallback):
             self._save_checkpoint(step)  # after its line: a kill between the two must not lose the line
 
     def _save_checkpoint(self, step: int) -> None:
-        if step % self.config.checkpoint_every or step >= self.config.steps:
-            return
-        tensors, plain = pack_optimizer(self.optimizer)
-        tensors.update({f"adapter.{key}": value for key, value in adapters.tensors(self.lm).items()})
-        self.job.run.save_checkpoint(self.phase, step, tensors, {"optimizer": plain, "meter": self.job.meter.state()})
+        if step % self.config.checkpoint_every == 0 and step < self.config.steps:
+            save_checkpoint(self.job, self.lm, self.optimizer, self.phase, step)
 
 
 @contextlib.contextmanager

@@ -7,13 +7,10 @@ from typing import Any
 
 
 def at_the_end(lines: Iterable[Mapping[str, Any]], phase: str, steps: int, names: Sequence[str]) -> dict[str, float]:
-    """Return mean metrics over the lines of the last tenth of a phase (at least its last line).
+    """Return means over the lines of ``metrics.jsonl`` of the last tenth of a phase (at least its last line).
 
-    Args:
-        lines: of ``metrics.jsonl``, in order.
-        steps: length of the phase.
-        names: metrics to average; ``kl`` takes ``kl``, ``e/`` takes every metric that begins so. Metrics that no line
-            has are left out, and so are values that were not finite.
+    Of ``names`` ``kl`` takes ``kl``, ``e/`` every metric that begins so. Metrics that no line has are left out, and so
+    are values that were not finite.
     """
     own = [line for line in lines if line["phase"] == phase]
     last = [line for line in own if line["step"] > 0.9 * steps] or own[-1:]

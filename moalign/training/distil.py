@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from moalign.core.arrays import Matrix
 from moalign.core.errors import RequestError
 from moalign.training.settings import DistilConfig, WarmStart
 
@@ -49,9 +50,7 @@ def distil(job: Job, lm: LanguageModel, config: DistilConfig, style: Style = "pe
     from moalign.training.preference_draws import independent
     from moalign.training.sft import train_sft
 
-    if job.stage_done(PHASE, lm):
-        return
-    if config.steps == 0:
+    if job.stage_done(PHASE, lm) or config.steps == 0:
         return
     prompts, responses, z = pools(job, config.n)
     rng = np.random.default_rng(derive(job.seed, PHASE, "rows"))
@@ -71,7 +70,7 @@ def distil(job: Job, lm: LanguageModel, config: DistilConfig, style: Style = "pe
     job.finish_stage(PHASE, lm)
 
 
-def pools(job: Job, n: int) -> tuple[list[str], list[list[Response]], NDArray[np.float64]]:
+def pools(job: Job, n: int) -> tuple[list[str], list[list[Response]], Matrix]:
     """Return prompts, their first ``n`` scored responses ``[prompts][n]`` and normalised scores ``[prompts, n, m]``.
 
     Raises RequestError when no prompt has that many.
@@ -92,11 +91,10 @@ def pools(job: Job, n: int) -> tuple[list[str], list[list[Response]], NDArray[np
     return list(complete), [[scored.responses[i] for i in indices] for indices in complete.values()], z
 
 
-def best_of(z: NDArray[np.float64], preferences: NDArray[np.float64] | Sequence[Sequence[float]]) -> NDArray[np.intp]:
+def best_of(z: Matrix, preferences: Matrix | Sequence[Sequence[float]]) -> NDArray[np.intp]:
     """Return which of each row's ``n`` responses has the largest ``w . z``, ``[rows]``; of equals the first.
 
-    Args:
-        z: normalised scores ``[rows, n, objectives]``.
-        preferences: ``[rows, objectives]``.
+    From normalised scores ``[rows, n, objectives]`` and ``preferences`` ``[rows, objectives]``.
     """
-    return np.einsum("rnm,rm->rn", z, np.asarray(preferences, dtype=np.float64)).argmax(axis=1)
+    utility: Matrix = np.einsum("rnm,rm->rn", z, np.asarray(preferences, dtype=np.float64))
+    return np.asarray(utility.argmax(axis=1))

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 from moalign.core.preferences import Preference, label
+from moalign.core.progress import Progress
 
 if TYPE_CHECKING:
     from moalign.lm.language_model import LanguageModel
@@ -18,7 +20,6 @@ if TYPE_CHECKING:
 
 PER_PREFERENCE = "per_preference"
 """Key of ``job.notes`` under which the notes of each vector stand."""
-
 
 LAST = "pref"
 """Name of the walk over the grid whose adapters answer; a method may walk it before under other names."""
@@ -50,26 +51,28 @@ def each_preference(job: Job, walk: str = LAST) -> Iterator[tuple[LanguageModel,
     """Yield ``(lm, preference, stage)`` for each vector of ``job.preferences``; resumes at the vector in flight.
 
     The base has a fresh adapter for each, whose first weights depend on ``job.seed`` alone; what the loop's body has
-    made of it is saved. The body's phases (checkpoints, metrics, seeds) are named ``stage`` or ``stage-<part>``. What
-    it puts into ``job.notes["diagnostics"]`` (floats) is kept by vector under ``job.notes["per_preference"]`` and
-    averaged at the end.
+    made of it is saved. The body's phases (checkpoints, metrics, seeds) are named ``stage`` or ``stage-<part>``;
+    progress names the vector instead. What it puts into ``job.notes["diagnostics"]`` (floats) is kept by vector under
+    ``job.notes["per_preference"]`` and averaged at the end.
 
-    Args:
-        walk: a method that walks the grid several times (stage 1 of every vector before stage 2 of any) names each
-            walk; its stages and adapters are ``<walk>-<index>``. Policies answer with those of the walk ``pref``.
+    A method that walks the grid several times (stage 1 of every vector before stage 2 of any) names each ``walk``; its
+    stages and adapters are ``<walk>-<index>``. Policies answer with those of the walk ``pref``.
     """
     from moalign.lm import adapters
 
-    lm, total = job.task.language_model, len(job.preferences)
+    lm, total, progress = job.task.language_model, len(job.preferences), job.progress
     for index, preference in enumerate(job.preferences):
         stage = stage_of(index, walk)
         if job.stage_done(stage):
             continue
         adapters.attach(lm, job.policy_spec.lora, job.seed)
         job.notes.pop("diagnostics", None)
-        title = f"preference {label(preference)} ({index + 1}/{total})"
-        with _naming(job, stage, title if walk == LAST else f"{walk}: {title}"):
+        title = f"{'' if walk == LAST else f'{walk}: '}preference {label(preference)} ({index + 1}/{total})"
+        job.progress = partial(_named, progress, title, stage)
+        try:
             yield lm, preference, stage
+        finally:
+            job.progress = progress
         diagnostics = job.notes.pop("diagnostics", None)
         if diagnostics:
             of_vectors = job.notes.get(PER_PREFERENCE, {})
@@ -79,29 +82,14 @@ def each_preference(job: Job, walk: str = LAST) -> Iterator[tuple[LanguageModel,
         job.finish_stage(stage)
         job.run.drop_checkpoints(stage)
     adapters.drop(lm)
-    _average(job)
-
-
-def _average(job: Job) -> None:
-    """Put the mean of the vectors' diagnostics where those of a single policy stand."""
-    rows = list(job.notes.get(PER_PREFERENCE, {}).values())
-    names = dict.fromkeys(name for row in rows for name in row)
-    values_of = {name: [row[name] for row in rows if name in row] for name in names}
+    values_of: dict[str, list[float]] = {}
+    for row in job.notes.get(PER_PREFERENCE, {}).values():
+        for name, value in row.items():
+            values_of.setdefault(name, []).append(value)
     if values_of:
         job.notes["diagnostics"] = {name: sum(values) / len(values) for name, values in values_of.items()}
 
 
-@contextmanager
-def _naming(job: Job, stage: str, title: str) -> Iterator[None]:
-    """Within the block progress names the vector instead of the stage; parts of the stage are named behind it."""
-    plain = job.progress
-
-    def progress(phase: str, done: int, total: int) -> None:
-        part = phase.removeprefix(stage).lstrip("-")
-        plain(f"{title} {part}".rstrip(), done, total)
-
-    job.progress = progress
-    try:
-        yield
-    finally:
-        job.progress = plain
+def _named(progress: Progress, title: str, stage: str, phase: str, done: int, total: int) -> None:
+    part = phase.removeprefix(stage).lstrip("-")
+    progress(f"{title} {part}".rstrip(), done, total)

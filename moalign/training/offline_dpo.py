@@ -1,18 +1,16 @@
 """DPO on fixed pairs by trl's DPOTrainer, with margins, shares and soft labels: MODPO and its special cases.
 
 From a task's preference pairs (:func:`objective_pairs`) through tokens (:func:`encode_pairs`) to training
-(:func:`train_dpo`); the loss is :func:`moalign.losses.dpo.modpo_loss`.
-
-The trainer is given our rows, order, optimizer, schedule and callback (:mod:`moalign.training.callbacks`), a collator
-and, by the public hook ``compute_loss``, the loss. One private hook is overridden, ``_prepare_dataset``, since the
-trainer takes no tokenised pairs. The reference's log-probabilities are computed before (:mod:`.reference`): the trainer
-holds no reference model.
+(:func:`train_dpo`); the loss is :func:`moalign.losses.dpo.modpo_loss`, given to the trainer by the public hook
+``compute_loss``. One private hook is overridden, ``_prepare_dataset``, since the trainer takes no tokenised pairs. The
+reference's log-probabilities are computed before (:mod:`.reference`): the trainer holds no reference model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,17 +25,8 @@ from moalign.core.errors import RequestError
 from moalign.core.records import Response
 from moalign.core.seeds import derive
 from moalign.lm.chat import pair_row
-from moalign.lm.trainers import quiet_libraries, run_trainer
 from moalign.losses.dpo import modpo_loss
-from moalign.training.callbacks import (
-    RunCallback,
-    make_optimizer,
-    make_scheduler,
-    order,
-    resume,
-    trainable,
-    trainer_settings,
-)
+from moalign.training.callbacks import order, train_rows
 from moalign.training.diagnostics import at_the_end
 from moalign.training.dropout import without_dropout
 from moalign.training.reference import Row, pad_rows, reference_log_probs
@@ -45,7 +34,6 @@ from moalign.training.settings import DpoConfig, DpoStage
 
 if TYPE_CHECKING:
     from moalign.lm.language_model import LanguageModel
-    from moalign.tasks.pairs import Pairs
     from moalign.training.job import Job
 
 
@@ -92,34 +80,23 @@ class PairRows:
     """Probability that the chosen response is preferred, ``[pairs]``."""
     kept: NDArray[np.intp]
     """Indices of these pairs among the given ones: those that differ in a token after cutting."""
+    gaps: Matrix | None = None
+    """Normalised scores of the chosen responses less those of the rejected, ``[pairs, objectives]``, if requested."""
 
     def __len__(self) -> int:
         """Return the number of pairs."""
         return len(self.chosen)
 
 
-@dataclass(frozen=True)
-class ObjectivePairs:
-    """The pairs labelled for one objective."""
-
-    rows: PairRows
-    gaps: Matrix | None
-    """Normalised scores of the chosen responses less those of the rejected, ``[pairs, objectives]``, if requested."""
-
-
 def objective_pairs(
     job: Job, lm: LanguageModel, config: DpoConfig, objectives: Sequence[int], scores: bool = False
-) -> dict[int, ObjectivePairs]:
-    """Return the pairs of some objectives; call it before any stage, so that their cost counts once.
+) -> dict[int, PairRows]:
+    """Return the pairs of some objectives (indices); call it before any stage, so that their cost counts once.
 
-    ``job.notes["pairs"]`` gets how many were built and left out.
+    With ``scores`` both responses of every pair are scored on every objective. ``job.notes["pairs"]`` gets how many
+    pairs were built and left out.
 
-    Args:
-        objectives: their indices.
-        scores: also score both responses of every pair on every objective.
-
-    Raises:
-        RequestError: no pairs, or pairs that cannot be used (:meth:`moalign.tasks.task.Task.pairs`).
+    Raises RequestError for no pairs, or pairs that cannot be used (:meth:`moalign.tasks.task.Task.pairs`).
     """
     build = config.pairs == "scored" or not all(job.task.has_pairs(k) for k in objectives)
     scored = job.scored() if build and config.pairs != "data" else None
@@ -128,20 +105,16 @@ def objective_pairs(
         pairs = job.task.pairs(k, config.pairs, config.per_prompt, config.labels, scored)
         texts = [job.task.renderer.plain(prompt) for prompt in pairs.prompts]
         rows = encode_pairs(job, lm, texts, pairs.chosen, pairs.rejected, config.max_tokens, pairs.chance)
-        result[k] = ObjectivePairs(rows, _gaps(job, pairs)[rows.kept] if scores else None)
+        if scores:
+            better, worse = pairs.raw or (
+                job.panel.score(pairs.prompts, [response.shown for response in responses])
+                for responses in (pairs.chosen, pairs.rejected)
+            )
+            rows = replace(rows, gaps=(job.panel.z(better) - job.panel.z(worse))[rows.kept])
+        result[k] = rows
         counts[job.task.names[k]] = {"pairs": len(rows), **pairs.dropped, "alike": len(pairs) - len(rows)}
     job.notes["pairs"] = counts
     return result
-
-
-def _gaps(job: Job, pairs: Pairs) -> Matrix:
-    raw = pairs.raw
-    if raw is None:
-        raw = (
-            job.panel.score(pairs.prompts, [response.shown for response in pairs.chosen]),
-            job.panel.score(pairs.prompts, [response.shown for response in pairs.rejected]),
-        )
-    return np.asarray(job.panel.z(raw[0]) - job.panel.z(raw[1]))
 
 
 def encode_pairs(
@@ -156,24 +129,20 @@ def encode_pairs(
 ) -> PairRows:
     """Tokenise pairs and look up the reference; pairs whose responses are the same tokens are left out.
 
-    Chosen and rejected share one prompt, cut so that the longer of them fits.
+    Chosen and rejected share one rendered prompt of ``texts``, cut so that the longer of them fits. ``chance``
+    ``[pairs]`` is the probability that the chosen response is preferred; None: 1. The reference is the base, or with
+    ``own_reference`` the active adapter of ``lm`` as it is now.
 
-    Args:
-        texts: rendered prompts, ``[pairs]``.
-        chance: probability that the chosen response is preferred, ``[pairs]``; None: 1.
-        own_reference: the reference is the active adapter of ``lm`` as it is now; else the base.
-
-    Raises:
-        RequestError: no pair is left, or a response without tokens.
+    Raises RequestError when no pair is left, or for a response without tokens.
     """
     if not texts:
         raise RequestError(f"{job.task.card.name}: no pairs to train on")
     count = len(texts)
-    both = [
+    cut = [
         pair_row(lm.codec, text, [Response.of(better), Response.of(worse)], max_tokens)
         for text, better, worse in zip(texts, chosen, rejected, strict=True)
     ]
-    rows = [(head + tail, len(tail)) for which in (0, 1) for head, tail in (pair[which] for pair in both)]
+    rows = [(head + tail, len(tail)) for which in (0, 1) for head, tail in (pair[which] for pair in cut)]
     empty = next((at for at, (_, length) in enumerate(rows) if not length), None)
     if empty is not None:
         which = "chosen" if empty < count else "rejected"
@@ -184,21 +153,17 @@ def encode_pairs(
             f"{job.task.card.name}: chosen and rejected are the same text in all {count} pairs (after cutting to "
             f"max_tokens = {max_tokens}); a pair needs two different responses"
         )
-    distinct = {_key(rows[at]): None for pair in differing for at in (pair, count + pair)}
-    places = {key: number for number, key in enumerate(distinct)}
-    logps = reference_log_probs(job, lm, [(list(ids), length) for ids, length in distinct], own_reference)
-    reference = [[logps[places[_key(rows[at])]], logps[places[_key(rows[count + at])]]] for at in differing]
+    both = [(rows[at], rows[count + at]) for at in differing]
+    keys = [[(tuple(ids), length) for ids, length in pair] for pair in both]
+    places = {key: number for number, key in enumerate(dict.fromkeys(key for pair in keys for key in pair))}
+    logps = reference_log_probs(job, lm, [(list(ids), length) for ids, length in places], own_reference)
     return PairRows(
-        chosen=[rows[at] for at in differing],
-        rejected=[rows[count + at] for at in differing],
-        reference=np.array(reference, dtype=np.float32),
+        chosen=[chosen for chosen, _ in both],
+        rejected=[rejected for _, rejected in both],
+        reference=logps[[[places[key] for key in pair] for pair in keys]],
         chance=np.ones(len(differing)) if chance is None else np.asarray(chance, dtype=np.float64)[differing],
         kept=np.array(differing, dtype=np.intp),
     )
-
-
-def _key(row: Row) -> tuple[tuple[int, ...], int]:
-    return tuple(row[0]), row[1]
 
 
 def joined(parts: Sequence[PairRows]) -> PairRows:
@@ -237,19 +202,13 @@ def train_dpo(
     places: np.ndarray | None = None,
     weights: np.ndarray | None = None,
 ) -> dict[str, float]:
-    """Train the active adapter of ``lm`` on pairs; resumes from the phase's checkpoint.
+    """Train the active adapter of ``lm`` on pairs, and return means of :data:`METRICS` over the last tenth; resumes.
 
     Args:
         phase: name of the stage in the run's record, metrics and checkpoints.
-        margin: the other objectives' margins; None: plain DPO.
+        margin: the other objectives' margins; None: plain DPO. RequestError when they do not fit the pairs.
         places: which pair each place of each batch takes, ``[steps * batch]``; None: reshuffled passes.
         weights: of the places' losses, ``[steps * batch]``; None: 1. A step's loss is the mean of weight times loss.
-
-    Returns:
-        Means over the last tenth of training of :data:`METRICS`.
-
-    Raises:
-        RequestError: margins that do not fit the pairs.
     """
     if margin is None:
         margin = Margin(np.zeros((len(pairs), 0)), [], 1.0)
@@ -260,13 +219,8 @@ def train_dpo(
         places = order(len(pairs), config.steps, config.batch, derive(job.seed, phase, "order"))
     if weights is None:
         weights = np.ones(len(places))
-    optimizer = make_optimizer(lm, config)
-    start = resume(job, lm, optimizer, phase)
-    if start < config.steps:
-        left = slice(start * config.batch, None)
-        batches = Batches(pairs, margin, places[left], weights[left], lm.pad)
-        with quiet_libraries(), trainable(lm):
-            run_trainer(make_trainer(job, lm, config, phase, batches, optimizer, start))
+    batches = Batches(pairs, margin, places, weights, lm.pad)
+    train_rows(job, lm, config, phase, batches.tokens(), partial(PairTrainer, config, batches))
     return at_the_end(job.run.metrics(), phase, config.steps, METRICS)
 
 
@@ -298,13 +252,35 @@ class Batches:
         }
 
 
-class PairTrainer(DPOTrainer):
+class NoReference(torch.nn.Module):
+    """Stands where the trainer wants a reference model: the reference's log-probabilities are in the batch."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse."""
+        raise AssertionError("the trainer asked for a reference model")
+
+
+class PairTrainer(DPOTrainer):  # type: ignore[misc,unused-ignore]
     """trl's DPOTrainer on tokenised pairs, with our loss."""
 
-    def __init__(self, stage: DpoStage, margin: Margin, **arguments: Any) -> None:
-        """Prepare the trainer; ``arguments`` are those of DPOTrainer."""
-        super().__init__(**arguments)
-        self.stage, self.margin = stage, margin
+    def __init__(
+        self, stage: DpoStage, batches: Batches, start: int, settings: dict[str, Any], model: Any, **arguments: Any
+    ) -> None:
+        """Prepare to train on the places of ``batches`` from ``start`` on, as :func:`train_rows` asks for it."""
+        super().__init__(
+            model=model,
+            ref_model=NoReference(model.config),
+            # Dropout would be disabled for good, that is, also for what runs after us; see compute_loss.
+            args=DPOConfig(beta=stage.beta, disable_dropout=False, **settings),
+            train_dataset=Dataset.from_dict({"place": list(range(start, len(batches.places)))}),
+            data_collator=batches,
+            **arguments,
+        )
+        self.stage, self.margin = stage, batches.margin
         self.seen: list[dict[str, Tensor]] = []
         """Metrics of the batches since the last line of the log."""
 
@@ -352,45 +328,3 @@ class PairTrainer(DPOTrainer):
         if means["preference"] > 0:
             means["margin_ratio"] = means["margin"] / means["preference"]
         return means
-
-
-class NoReference(torch.nn.Module):
-    """Stands where the trainer wants a reference model: the reference's log-probabilities are in the batch."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__()
-        self.config = config
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse."""
-        raise AssertionError("the trainer asked for a reference model")
-
-
-def make_trainer(
-    job: Job,
-    lm: LanguageModel,
-    config: DpoStage,
-    phase: str,
-    batches: Batches,
-    optimizer: torch.optim.Optimizer,
-    start: int,
-) -> PairTrainer:
-    """Return the trainer for the batches that are left after ``start`` steps."""
-    settings = DPOConfig(
-        beta=config.beta,
-        disable_dropout=False,  # for good, that is, also for what runs after us; see compute_loss
-        **trainer_settings(job, lm, config, len(batches.places) // config.batch, phase),
-    )
-    trainer = PairTrainer(
-        config,
-        batches.margin,
-        model=lm.model,
-        ref_model=NoReference(lm.model.config),
-        args=settings,
-        train_dataset=Dataset.from_dict({"place": list(range(len(batches.places)))}),
-        data_collator=batches,
-        processing_class=lm.tokenizer,
-        optimizers=(optimizer, make_scheduler(optimizer, config, start)),
-    )
-    trainer.add_callback(RunCallback(job, lm, optimizer, config, phase, start, batches.tokens(), trainer.mean_metrics))
-    return trainer

@@ -28,7 +28,7 @@ from moalign.lm import adapters
 from moalign.lm.language_model import LanguageModel
 from moalign.lm.log_probs import token_outputs
 from moalign.losses import ppo
-from moalign.training.checkpoints import resume, save_checkpoint
+from moalign.training import checkpoints
 from moalign.training.dropout import without_dropout
 from moalign.training.preference_draws import Draw
 from moalign.training.rollout import (
@@ -36,7 +36,6 @@ from moalign.training.rollout import (
     Rollout,
     Style,
     ValueHeads,
-    has_own_reference,
     response_logps,
     rollout_metrics,
     sample_rollout,
@@ -60,8 +59,7 @@ class Part:
     response_mask: Tensor
     """``[rows, T]``."""
     old_logps: Tensor
-    """Log-probabilities under the policy that sampled, ``[rows, T]``: the sampler's own in float32, where they agree
-    with a pass over whole rows to 1e-4; else of such a pass."""
+    """Log-probabilities under the policy that sampled, ``[rows, T]``; in float32 they agree with ours to 1e-4."""
     ref_logps: Tensor
     """``[rows, T]``."""
     tensors: dict[str, Tensor]
@@ -84,15 +82,11 @@ class OnlineTrainer:
         value_heads: int = 0,
         value_lr: float | None = None,
     ) -> None:
-        """Prepare the trainer.
+        """Prepare to train the active adapter of ``lm``; ``phase`` names record, metrics and checkpoints.
 
-        Args:
-            lm: a language model with its trainable adapter active.
-            draw: draws the preferences that prompts are conditioned on.
-            phase: name in the record, metrics and checkpoints.
-            style: how preferences are written into prompts; ``plain``: they are not.
-            value_heads: number of value heads, trained along and kept as ``value_heads-<phase>.safetensors``.
-            value_lr: their learning rate, on the same schedule; None: the policy's.
+        ``draw`` and ``style`` say which preferences prompts are conditioned on, and how they are written.
+        ``value_heads`` heads are trained along and kept as ``value_heads-<phase>.safetensors``, with the learning rate
+        ``value_lr`` (None: the policy's) on the same schedule.
         """
         self.job, self.lm, self.config, self.draw, self.phase, self.style = job, lm, config, draw, phase, style
         self.value_heads = ValueHeads(lm.model.config.hidden_size, value_heads).to(lm.device) if value_heads else None
@@ -103,7 +97,6 @@ class OnlineTrainer:
             self.parameters += self.value_heads.parameters()
             groups += [{"params": list(self.value_heads.parameters()), "peak": value_lr or config.lr}]
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
-        self.own_reference = has_own_reference(config)
         self.counts = {"updates_skipped": 0}
         """Go to the run's notes at the end."""
         self.state: dict[str, float] = {}
@@ -112,7 +105,7 @@ class OnlineTrainer:
         self._metrics: dict[str, float] | None = None
         self._sums: dict[str, float] = {}
         self._share = 0.0
-        if self.own_reference:
+        if self.config.own_reference:
             adapters.attach(lm, job.policy_spec.lora, seed=0, name=REFERENCE)
             self._sync_reference()
 
@@ -125,7 +118,7 @@ class OnlineTrainer:
         """
         config, run, names = self.config, self.job.run, self.job.task.names
         try:
-            for done in range(resume(self) + 1, config.steps + 1):
+            for done in range(self._resume() + 1, config.steps + 1):
                 torch.manual_seed(derive(self.job.seed, self.phase, done - 1))
                 self._rollout = rollout = self.sample(done - 1)
                 self._metrics, self._sums = None, {}
@@ -140,9 +133,9 @@ class OnlineTrainer:
                     )
                 self.job.progress(self.phase, done, config.steps)
                 if done % config.checkpoint_every == 0 and done < config.steps:
-                    save_checkpoint(self, done)
+                    self._save_checkpoint(done)
         finally:
-            if self.own_reference:
+            if self.config.own_reference:
                 adapters.drop(self.lm, REFERENCE)
         self._rollout = None
         self.job.notes.update(self.counts)
@@ -154,12 +147,9 @@ class OnlineTrainer:
         return sample_rollout(self.job, self.lm, self.config, self.draw, self.phase, self.style, step, self.value_heads)
 
     def parts(self, rows: NDArray[np.intp], group: int = 1, *, tensors: Mapping[str, Tensor]) -> Iterator[Part]:
-        """Yield micro-batches of some rows, for one update; each weighs as many groups as it holds.
+        """Yield micro-batches of some rows of the rollout, for one update; each weighs as many groups as it holds.
 
-        Args:
-            rows: row numbers of the rollout; consecutive ``group`` of them belong together.
-            group: rows that a micro-batch must not tear apart (2 for pairs).
-            tensors: what the loss needs per group, ``[groups, ...]``.
+        Consecutive ``group`` rows belong together (2 for pairs); ``tensors`` ``[groups, ...]`` go along with them.
         """
         assert self._rollout is not None, "parts belong to the rollout in hand"
         rollout, samples, groups, config = self._rollout, self._rollout.samples, len(rows) // group, self.config
@@ -206,7 +196,7 @@ class OnlineTrainer:
         self._metrics, self._sums = {**(metrics or {}), **self._sums, "grad_norm": norm}, {}
 
     def skip(self, metrics: Mapping[str, float] | None = None) -> None:
-        """Say that the rollout has nothing to learn from (all ties, say): counted, and training goes on."""
+        """Count a rollout that has nothing to learn from (all ties), and go on."""
         self.counts["updates_skipped"] += 1
         self._metrics = {**(metrics or {}), "skipped": 1.0}
 
@@ -214,6 +204,26 @@ class OnlineTrainer:
         """Return the rollout's log-probabilities under the policy as it is now ``[rows, T]``, without gradient."""
         assert self._rollout is not None, "there is no rollout in hand"
         return response_logps(self.lm, self._rollout.samples, self.config)
+
+    def _save_checkpoint(self, step: int) -> None:
+        modules = {"reference": adapters.tensors(self.lm, REFERENCE)} if self.config.own_reference else {}
+        if self.value_heads is not None:
+            modules["values"] = self.value_heads.state_dict()
+        state = {"counts": self.counts, "method": self.state}
+        checkpoints.save_checkpoint(self.job, self.lm, self.optimizer, self.phase, step, modules, **state)
+
+    def _resume(self) -> int:
+        """Restore all from the phase's checkpoint; returns the number of steps already done."""
+        checkpoint = checkpoints.resume(self.job, self.lm, self.optimizer, self.phase)
+        if checkpoint is None:
+            return 0
+        if self.config.own_reference:
+            adapters.set_tensors(self.lm, checkpoints.module(checkpoint, "reference"), name=REFERENCE)
+        if self.value_heads is not None:
+            self.value_heads.load_state_dict(checkpoints.module(checkpoint, "values"))
+        self.counts.update(checkpoint.state["counts"])
+        self.state.update(checkpoint.state["method"])
+        return checkpoint.step
 
     def _sync_reference(self) -> None:
         adapters.set_tensors(self.lm, adapters.tensors(self.lm), name=REFERENCE)
@@ -243,9 +253,8 @@ class PpoTrainer(OnlineTrainer):
     def experience(self, rewards: NDArray[np.float64], kl_apart: bool = False) -> ppo.Experience:
         """Return advantages and returns of the rollout in hand, then adapt the KL coefficient to what it shows.
 
-        Args:
-            rewards: what the heads are trained on, for every response, ``[rows, rewards]``.
-            kl_apart: the KL cost is a stream of its own with the last head, and no part of the rewards.
+        The heads are trained on ``rewards`` ``[rows, rewards]``; with ``kl_apart`` the KL cost is no part of them but a
+        stream of its own with the last head.
         """
         assert self._rollout is not None and self._rollout.values is not None
         samples, ref_logps, config = self._rollout.samples, self._rollout.ref_logps(), self.config
@@ -263,17 +272,19 @@ class PpoTrainer(OnlineTrainer):
         )
         if config.kl_target is not None:
             nats, responses = float((samples.logps - ref_logps).sum(-1).mean()), len(samples.logps)
-            coef = ppo.adapted(self.state["kl_coef"], nats, config.kl_target, responses, config.kl_horizon)
-            self.state["kl_coef"] = coef
+            self.state["kl_coef"] = ppo.adapted(
+                self.state["kl_coef"], nats, config.kl_target, responses, config.kl_horizon
+            )
         return experience
 
     def update(
         self, experience: ppo.Experience, advantages: Tensor, metrics: Mapping[str, float] | None = None
     ) -> None:
         """Make one update with the one advantage of each token, ``[rows, T]``."""
+        config = self.config
         for part in self.parts(np.arange(len(advantages)), tensors=experience.tensors(advantages)):
             assert part.values is not None
             tokens = (part.logps, part.entropy, part.values, part.old_logps, part.response_mask)
-            clip_range, vf_coef = self.config.clip_range, self.config.vf_coef
-            self.backward(*ppo.loss(*tokens, part.tensors, self.heads, clip_range=clip_range, vf_coef=vf_coef))
+            loss = ppo.loss(*tokens, part.tensors, self.heads, clip_range=config.clip_range, vf_coef=config.vf_coef)
+            self.backward(*loss)
         self.step({**(metrics or {}), "kl_coef": self.state["kl_coef"]})

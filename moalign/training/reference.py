@@ -32,9 +32,7 @@ Row = tuple[list[int], int]
 def reference_log_probs(job: Job, lm: LanguageModel, rows: Sequence[Row], own: bool = False) -> NDArray[np.float32]:
     """Return ``log pi_ref`` of each row's response, ``[rows]``, computed now or read from the store.
 
-    Args:
-        rows: token ids and response lengths.
-        own: the reference is the active adapter of ``lm`` as it is now, not the base.
+    The reference is the base, or with ``own`` the active adapter of ``lm`` as it is now.
     """
     from filelock import FileLock
 
@@ -82,16 +80,14 @@ def log_probs(
 ) -> torch.Tensor:
     """Return ``log pi`` of each row's response in nats, ``[rows]`` on the CPU; batches of about equal length.
 
-    Args:
-        rows: token ids and response lengths.
-        own: by the active adapter of ``lm`` as it is now; else by the base.
-        temperature: above 0; the distribution that a sampler would draw from at it.
-        half: compute in bfloat16 where the model's operations allow it.
-        progress: ``progress(done, total)``, called after every batch.
+    By the base, or with ``own`` by the active adapter of ``lm`` as it is now; of the distribution that a sampler would
+    draw from at a ``temperature`` above 0; with ``half`` in bfloat16 where the model's operations allow it.
+    ``progress(done, total)`` is called after every batch.
     """
     import torch
 
     from moalign.lm.language_model import reference_mode
+    from moalign.lm.log_probs import token_outputs
 
     lm.model.eval()
     logps = torch.zeros(len(rows))
@@ -101,22 +97,17 @@ def log_probs(
     with torch.no_grad(), contextlib.nullcontext() if own else reference_mode(lm), precision:
         while done < len(rows):
             count = max(1, BATCH_TOKENS // len(rows[longest_first[done]][0]))
-            batch = longest_first[done : done + count]
-            logps[batch] = _score(lm, [rows[row] for row in batch], temperature)
-            done += len(batch)
+            numbers = longest_first[done : done + count]
+            chosen = [rows[number] for number in numbers]
+            batch = pad_rows(chosen, lm.pad, lm.device)
+            width = batch["input_ids"].shape[1] - min(len(ids) - length for ids, length in chosen)
+            response = batch["completion_mask"][:, -width:].bool()
+            out = token_outputs(lm.model, batch["input_ids"], batch["attention_mask"], response, temperature)
+            logps[numbers] = out.logps.sum(-1).float().cpu()
+            done += len(numbers)
             if progress is not None:
                 progress(done, len(rows))
     return logps
-
-
-def _score(lm: LanguageModel, rows: Sequence[Row], temperature: float = 1.0) -> torch.Tensor:
-    from moalign.lm.log_probs import token_outputs
-
-    batch = pad_rows(rows, lm.pad, lm.device)
-    width = batch["input_ids"].shape[1] - min(len(ids) - length for ids, length in rows)
-    response = batch["completion_mask"][:, -width:].bool()
-    out = token_outputs(lm.model, batch["input_ids"], batch["attention_mask"], response, temperature)
-    return out.logps.sum(-1).float().cpu()
 
 
 def pad_rows(rows: Sequence[Row], pad: int, device: Any = None) -> dict[str, torch.Tensor]:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moalign.core.arrays import Matrix
 from moalign.core.seeds import derive
 from moalign.lm import adapters
 from moalign.lm.language_model import LanguageModel, reference_mode
@@ -23,9 +24,6 @@ from moalign.training.preference_draws import Draw
 from moalign.training.settings import OnlineConfig
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from moalign.lm.chat import Renderer
     from moalign.training.job import Job
 
 Style = Literal["percent", "fraction", "plain"]
@@ -41,15 +39,15 @@ class Rollout:
 
     prompts: list[str]
     """Bare prompts, ``[prompts]``."""
-    preferences: NDArray[np.float64]
+    preferences: Matrix
     """``[prompts, objectives]``."""
     per_prompt: int
     samples: Samples
     """Token tensors, ``[rows, ...]``."""
     responses: list[str]
-    raw: NDArray[np.float64]
+    raw: Matrix
     """Raw rewards, larger is better, ``[rows, objectives]``."""
-    z: NDArray[np.float64]
+    z: Matrix
     """Normalised rewards (task's frozen mean and standard deviation), ``[rows, objectives]``."""
     score_reference: Callable[[Tensor], Tensor]
     """Row numbers -> reference log-probabilities ``[those rows, T]``."""
@@ -59,11 +57,15 @@ class Rollout:
     """Value heads' outputs as the responses were sampled, ``[rows, T, heads]``, when the trainer has them."""
     _reference: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
-    def ref_logps(self, rows: Tensor | None = None) -> Tensor:
-        """Return the reference's log-probability of each token of some rows (None: all), ``[rows, T]``.
+    @property
+    def utility(self) -> Matrix:
+        """``w . z`` of every response with its own preference, ``[rows]``."""
+        return np.asarray((self.z * np.repeat(self.preferences, self.per_prompt, axis=0)).sum(axis=1))
 
-        0 outside the response. Computed when first needed: a method that trains on two of eight samples pays for
-        two.
+    def ref_logps(self, rows: Tensor | None = None) -> Tensor:
+        """Return the reference's log-probability of each token of some rows (None: all), ``[rows, T]``; 0 outside.
+
+        Computed when first needed: a method that trains on two of eight samples pays for two.
         """
         requested = list(range(len(self.responses))) if rows is None else rows.tolist()
         missing = [row for row in dict.fromkeys(requested) if row not in self._reference]
@@ -80,14 +82,13 @@ def rollout_metrics(rollout: Rollout, names: Sequence[str]) -> dict[str, float]:
     lengths = samples.response_mask.sum(-1)
     # One response of each prompt: an unbiased estimate, also when the update chose best and worst.
     first = torch.arange(0, len(lengths), rollout.per_prompt)
-    utility = (rollout.z * np.repeat(rollout.preferences, rollout.per_prompt, axis=0)).sum(axis=1)
     rewards = zip(names, rollout.z.mean(axis=0), strict=True)
     return {
         "kl": float((samples.logps[first] - rollout.ref_logps(first)).sum(-1).mean()),
         "length": float(lengths.float().mean()),
         "unfinished": float((~samples.finished).float().mean()),
         **{f"reward/{name}": float(value) for name, value in rewards},
-        "utility": float(utility.mean()),
+        "utility": float(rollout.utility.mean()),
     }
 
 
@@ -126,7 +127,11 @@ def sample_rollout(
     chosen = rng.choice(len(prompts), size=config.batch, replace=len(prompts) < config.batch)
     bare = [prompts[i] for i in chosen]
     preferences = draw(rng, len(bare))
-    encoded = lm.encode(rendered(job.task.renderer, bare, preferences, style), generation.max_prompt_tokens)
+    if style == "plain":
+        texts = [job.task.renderer.plain(prompt) for prompt in bare]
+    else:
+        texts = [job.task.renderer.preference(p, w, style) for p, w in zip(bare, preferences, strict=True)]
+    encoded = lm.encode(texts, generation.max_prompt_tokens)
     numbers = torch.from_numpy(rng.random((len(encoded) * config.samples, generation.max_new_tokens)))
     lm.model.eval()
     with torch.no_grad(), adapters.merged(lm):
@@ -139,27 +144,20 @@ def sample_rollout(
         # Token by token, with a cache, half precision rounds differently from the one pass that is trained on
         # (measured: .04 nats a token, .8 % of PPO's ratios outside the clip before any update).
         samples = replace(samples, logps=response_logps(lm, samples, config))
-    texts = responses(lm, samples, stop)
-    raw = job.panel.score([prompt for prompt in bare for _ in range(config.samples)], texts)
+    answers = responses(lm, samples, stop)
+    raw = job.panel.score([prompt for prompt in bare for _ in range(config.samples)], answers)
     return Rollout(
         prompts=bare,
         preferences=preferences,
         per_prompt=config.samples,
         samples=samples,
-        responses=texts,
+        responses=answers,
         raw=raw,
         z=job.panel.z(raw),
         score_reference=lambda rows: reference_logps(lm, samples, config, rows),
         step=step,
         values=values,
     )
-
-
-def rendered(renderer: Renderer, prompts: list[str], preferences: NDArray[np.float64], style: Style) -> list[str]:
-    """Return the prompts as the policy reads them."""
-    if style == "plain":
-        return [renderer.plain(prompt) for prompt in prompts]
-    return [renderer.preference(p, w, style) for p, w in zip(prompts, preferences, strict=True)]
 
 
 @torch.no_grad()
@@ -169,20 +167,15 @@ def response_logps(lm: LanguageModel, samples: Samples, config: OnlineConfig, ro
     By the very pass that is trained on: the adapter is not folded into the weights, which rounds.
     """
     parts = []
-    for chosen in (torch.arange(len(samples.input_ids)) if rows is None else rows).split(config.micro_batch):
+    for chosen in torch.split(torch.arange(len(samples.input_ids)) if rows is None else rows, config.micro_batch):
         tokens = (samples.input_ids[chosen], samples.attention_mask[chosen], samples.response_mask[chosen])
         parts.append(token_outputs(lm.model, *tokens, temperature=config.temperature).logps)
     return torch.cat(parts)
 
 
-def has_own_reference(config: OnlineConfig) -> bool:
-    """Whether the reference is a frozen copy of the adapter instead of the base."""
-    return config.reference == "start" or config.ref_sync_steps is not None
-
-
 def reference_logps(lm: LanguageModel, samples: Samples, config: OnlineConfig, rows: Tensor) -> Tensor:
     """Return the reference's log-probabilities of some rows, ``[rows, T]``."""
-    if not has_own_reference(config):
+    if not config.own_reference:
         with reference_mode(lm):
             return response_logps(lm, samples, config, rows)
     lm.model.set_adapter(REFERENCE)

@@ -106,6 +106,11 @@ class OnlineConfig(Strict):
     checkpoint_every: int = Field(default=50, ge=1)
     log_every: int = Field(default=5, ge=1)
 
+    @property
+    def own_reference(self) -> bool:
+        """Whether the reference is a frozen copy of the adapter instead of the base."""
+        return self.reference == "start" or self.ref_sync_steps is not None
+
 
 class PpoConfig(OnlineConfig):
     """Settings of clipped PPO with value heads, shared by MOC, MORLHF and the experts trained with it.

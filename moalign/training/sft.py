@@ -1,14 +1,9 @@
-"""Supervised fine-tuning on rendered (prompt, response) rows, by trl's SFTTrainer.
-
-Only public hooks of the trainer are used: the order of the rows, the optimizer, the schedule and the checkpoints
-are given to it. A resumed run is a trainer over the remaining rows, with the optimizer as it was; checkpoints are
-safetensors, and the result equals the uninterrupted run's bit for bit.
-"""
+"""Supervised fine-tuning on rendered (prompt, response) rows, by trl's SFTTrainer."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
@@ -17,16 +12,7 @@ from moalign.core.errors import RequestError
 from moalign.core.records import Response
 from moalign.core.seeds import derive
 from moalign.lm.chat import training_row
-from moalign.lm.trainers import quiet_libraries, run_trainer
-from moalign.training.callbacks import (
-    RunCallback,
-    make_optimizer,
-    make_scheduler,
-    order,
-    resume,
-    trainable,
-    trainer_settings,
-)
+from moalign.training.callbacks import order, train_rows
 from moalign.training.settings import SftConfig
 
 if TYPE_CHECKING:
@@ -62,15 +48,11 @@ def train_sft(
     config: SftConfig,
     phase: str,
 ) -> None:
-    """Train the active adapter of ``lm`` on rows; resumes from the phase's checkpoint.
+    """Train the active adapter of ``lm`` on rendered prompts and their responses, ``[rows]``; resumes.
 
-    Args:
-        texts: rendered prompts, ``[rows]``.
-        responses: their responses, ``[rows]``; sampled ones keep their tokens.
-        phase: name of the stage in the run's record, metrics and checkpoints.
+    Sampled responses keep their tokens; ``phase`` names the stage in the run's record, metrics and checkpoints.
 
-    Raises:
-        RequestError: no rows, or a row whose response is empty.
+    Raises RequestError for no rows, or a row whose response is empty.
     """
     if not texts:
         raise RequestError(f"{job.task.card.name}: no rows to train on in stage {phase}")
@@ -78,24 +60,11 @@ def train_sft(
         return
     inputs, labels = encode_rows(lm, texts, responses, config.max_tokens)
     places = order(len(inputs), config.steps, config.batch, derive(job.seed, phase, "order"))
-    optimizer = make_optimizer(lm, config)
-    start = resume(job, lm, optimizer, phase)
-    if start >= config.steps:
-        return
-    rows = places[start * config.batch :]
-    tokens = [len(inputs[row]) for row in rows]
-    with quiet_libraries(), trainable(lm):
-        data = Dataset.from_dict({"input_ids": [inputs[row] for row in rows], "labels": [labels[row] for row in rows]})
-        settings = SFTConfig(
-            dataset_kwargs={"skip_prepare_dataset": True},
-            **trainer_settings(job, lm, config, len(rows) // config.batch, phase),
-        )
-        trainer = SFTTrainer(
-            model=lm.model,
-            args=settings,
-            train_dataset=data,
-            processing_class=lm.tokenizer,
-            optimizers=(optimizer, make_scheduler(optimizer, config, start)),
-            callbacks=[RunCallback(job, lm, optimizer, config, phase, start, tokens)],
-        )
-        run_trainer(trainer)
+
+    def make(start: int, settings: dict[str, Any], **arguments: Any) -> SFTTrainer:
+        rows = places[start:]
+        data = {"input_ids": [inputs[row] for row in rows], "labels": [labels[row] for row in rows]}
+        options = SFTConfig(dataset_kwargs={"skip_prepare_dataset": True}, **settings)
+        return SFTTrainer(args=options, train_dataset=Dataset.from_dict(data), **arguments)
+
+    train_rows(job, lm, config, phase, [len(inputs[row]) for row in places], make)

@@ -43,7 +43,7 @@ def inside_updates(repeats: int) -> dict[str, Any]:
 
         def update(trainer: PpoTrainer, rollout: Any) -> None:
             alone = len(trainer.heads) == 1
-            experience = trainer.experience(morlhf.utility(rollout) if alone else rollout.z)
+            experience = trainer.experience(rollout.utility[:, None] if alone else rollout.z)
             for epoch in range(config.epochs):
                 if alone:
                     trainer.update(experience, experience.advantages[..., 0])
@@ -113,7 +113,7 @@ def inside_dpo(repeats: int) -> dict[str, Any]:
                 adapters.attach(lm, job.policy_spec.lora, job.seed)
                 stamps.clear()
                 offline_dpo.PairTrainer = Unchanged if name == "trl" else own
-                offline_dpo.train_dpo(job, lm, pairs.rows, config, f"bench-{name}-{repeat}", margin)
+                offline_dpo.train_dpo(job, lm, pairs, config, f"bench-{name}-{repeat}", margin)
                 if repeat:
                     times[name] += [after - before for before, after in itertools.pairwise(stamps)]
         seconds = {name: round(statistics.median(durations), 5) for name, durations in times.items()}

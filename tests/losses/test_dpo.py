@@ -282,3 +282,24 @@ def test_the_supervised_term_is_a_mean_over_tokens_of_the_chosen_or_of_both() ->
     both, _ = batch_loss(sft_coef=0.1, sft_on="both")
     assert chosen - plain == pytest.approx(0.1 * (1.5 + 5) / 2, abs=1e-6)
     assert both - plain == pytest.approx(0.1 * ((1.5 + 6) / 2 + (5 + 1) / 2) / 2, abs=1e-6)
+
+
+def test_three_pairs_by_hand_one_of_them_undecided() -> None:
+    """One token each, a reference of 0, beta 1/2: differences of -1 - -1, -2 - -3, -3 - -4 make 0, .5 and .5.
+
+    Then the last rejected response has no token: a mean over none of them is 0.
+    """
+    logps = torch.tensor([[-1.0], [-2.0], [-3.0], [-1.0], [-3.0], [-4.0]])
+    mask, no_margins, ones = torch.ones(6, 1), torch.zeros(3, 0), torch.ones(3)
+    given: dict[str, Any] = {"margin_weights": torch.zeros(0), "share": 1.0, "beta": 0.5}
+    loss, metrics = modpo_loss(logps, torch.zeros(3, 2), mask, no_margins, ones, ones, **given)
+    wanted = (math.log(2) + 2 * nll_of_sigmoid(0.5)) / 3
+    assert float(loss) == pytest.approx(wanted, abs=1e-6)
+    assert float(metrics["accuracy"]) == pytest.approx(2 / 3)  # a tie is not right
+    assert float(metrics["preference"]) == pytest.approx(1 / 3)
+    assert float(metrics["chosen_log_ratio"]) == pytest.approx(-2.0)
+
+    logps[5] = mask[5] = 0.0
+    plain, _ = modpo_loss(logps, torch.zeros(3, 2), mask, no_margins, ones, ones, **given)
+    both, _ = modpo_loss(logps, torch.zeros(3, 2), mask, no_margins, ones, ones, **given, sft_coef=0.1, sft_on="both")
+    assert float(both - plain) == pytest.approx(0.1 * (1 + 2.5 + 1.5) / 3, abs=1e-6)

@@ -195,12 +195,30 @@ def test_what_is_not_finite_is_refused_by_name(bad: float, size: int) -> None:
         min_norm(g)
 
 
+def test_the_vector_that_is_named_is_the_one_whose_own_length_is_not_finite() -> None:
+    """Products with it are bad, too, in the rows of the others; without one the first row is named."""
+    g = np.eye(3)
+    g[2, :] = g[:, 2] = np.nan
+    with pytest.raises(WorkError, match=r"vector 3 of 3 has an inner product of nan"):
+        min_norm(g)
+    g = np.eye(3)
+    g[1, 2] = g[2, 1] = np.inf
+    with pytest.raises(WorkError, match=r"vector 2 of 3 has an inner product of inf"):
+        min_norm(g)
+
+
 def test_what_is_no_gram_matrix_is_refused() -> None:
     for wrong in (np.ones(3), np.ones((2, 3)), np.zeros((0, 0)), np.array([[1.0, 2.0], [0.0, 1.0]])):
         with pytest.raises(ValueError, match="Gram matrix"):
             min_norm(wrong)
     with pytest.raises(ValueError, match="negative"):
         min_norm(np.diag([1.0, -1.0]))
+
+
+def test_rounding_of_products_near_zero_is_no_asymmetry() -> None:
+    g = np.eye(2)
+    g[0, 1], g[1, 0] = 1e-10, -1e-10
+    assert min_norm(g).tolist() == [0.5, 0.5]
 
 
 # -- against other ways ------------------------------------------------------------------------------------------------

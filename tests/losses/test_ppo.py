@@ -81,6 +81,8 @@ def test_whitening() -> None:
     scaled = whitened(advantages, MASK, "scale")[MASK]
     torch.testing.assert_close(scaled[:, 0], inside[:, 0] / np.sqrt(5.0))  # of 1, 3, 5, 7
     torch.testing.assert_close(scaled[:, 1], inside[:, 1])  # a constant has no spread to divide by
+    small = whitened(0.01 * advantages, MASK, "scale")[MASK]
+    torch.testing.assert_close(small[:, 0], inside[:, 0] / np.sqrt(5.0))  # whatever the unit of the rewards
     full = whitened(advantages, MASK, "full")[MASK]
     torch.testing.assert_close(full.mean(dim=0), torch.zeros(2), atol=1e-6, rtol=0)
     assert full[:, 0].std(unbiased=False).item() == pytest.approx(1)
@@ -100,6 +102,10 @@ def test_whitening() -> None:
         (0.5, 2.0, -1.0, -2.0),
         (0.5, -2.0, 1.6, 0.0),  # less of what was bad, beyond the range
         (1.5, -2.0, 3.0, 2.0),
+        (1.5, 0.5, -0.6, 0.0),  # small advantages count as much
+        (0.5, 0.5, -0.25, -0.5),
+        (0.5, -0.5, 0.4, 0.0),
+        (1.5, -0.5, 0.75, 0.5),
     ],
 )
 def test_the_clipped_objective_and_its_gate(ratio: float, advantage: float, loss: float, slope: float) -> None:
@@ -177,6 +183,8 @@ def test_it_is_on_the_scale_of_the_others() -> None:
     assert torch.equal(beside(advantages, MASK, "none")[MASK], cost)
     torch.testing.assert_close(beside(advantages, MASK, "scale")[MASK], cost * 0.75 / np.sqrt(5.0))
     torch.testing.assert_close(beside(advantages, MASK, "full")[MASK], (cost + 1) * 0.75 / np.sqrt(5.0))
+    constant_first = advantages[..., [2, 0, 1, 3]]
+    torch.testing.assert_close(beside(constant_first, MASK, "scale")[MASK], cost * 0.75 / np.sqrt(5.0))
     constant = advantages[..., [2, 3]]
     assert torch.equal(beside(constant, MASK, "scale")[MASK], cost)
 
@@ -203,6 +211,10 @@ def test_the_loss_of_a_part_by_hand() -> None:
     assert found.item() == pytest.approx(-2.275 + 0.1 * (3.25 + 0.8125))
     assert metrics["clip_fraction"] == pytest.approx(0.25)
     assert metrics["entropy"] == pytest.approx(2.0)
+    # Value heads that say 1/2: errors (3 * 1.5^2 + 1.5^2) / 4 and (3 * .5^2 + 0) / 4.
+    _, metrics = loss_of(slice(0, 2), logps, torch.full((2, 3, 2), 0.5))
+    assert metrics["value_loss/r0"] == pytest.approx(2.25)
+    assert metrics["value_loss/r1"] == pytest.approx(0.1875)
 
 
 def test_parts_add_up_whatever_their_lengths() -> None:

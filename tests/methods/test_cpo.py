@@ -16,7 +16,6 @@ from moalign.experiment.train import TrainRequest, context_of, plan, train
 from moalign.methods import cpo
 from moalign.methods.cpo import (
     Config,
-    Cpo,
     conditioned_pairs,
     controlled,
     desired_levels,
@@ -122,11 +121,10 @@ def test_labels_are_certain_or_as_likely_as_the_values_say(
     pairs = [(0, 1, np.array([5, 1]), both, 1.0), (1, 0, np.array([1, 5]), both, 4.0)]
     monkeypatch.setattr(cpo, "conditioned_pairs", lambda *_: (pairs, {}))
     monkeypatch.setattr(offline_dpo, "encode_pairs", lambda *_, **named: seen.update(named))
-    monkeypatch.setattr(offline_dpo, "train_dpo", lambda *_: {})
     renderer = SimpleNamespace(beside=lambda prompt, told: f"{told} {prompt}")
     task = SimpleNamespace(names=["one", "two"], renderer=renderer)
     job = SimpleNamespace(config=Config(labels=labels), task=task, seed=0, notes={})
-    Cpo()._cdpo(job, None, scored([("p", "a"), ("p", "b")]), np.ones((2, 2), dtype=int), ONES)
+    cpo.cdpo_rows(job, None, scored([("p", "a"), ("p", "b")]), np.ones((2, 2), dtype=int), ONES)
     assert seen["own_reference"]
     if expected is None:
         assert seen["chance"] is None

@@ -165,6 +165,25 @@ def test_the_loss_of_a_part_by_hand() -> None:
     assert value.item() == pytest.approx(0.704355 + 0.2 * 0.25, abs=1e-5)
 
 
+def test_what_is_undecided_is_not_right_and_no_one_s_favourite_has_no_entropy() -> None:
+    """Three pairs at ratios of 0, .5 and -.5 in favour of the better response; all weigh the first objective most."""
+    logps = torch.tensor([[0.0], [0.0], [0.5], [0.0], [0.0], [0.5]])
+    part = Part(
+        logps=logps,
+        entropy=torch.ones(6, 1),
+        response_mask=torch.ones(6, 1, dtype=torch.bool),
+        old_logps=logps,
+        ref_logps=torch.zeros(6, 1),
+        tensors={
+            "labels": torch.ones(3, 1),
+            "weights": torch.ones(3, 1),
+            "preferences": torch.tensor([[1.0, 0.0], [0.8, 0.2], [0.6, 0.4]]),
+        },
+    )
+    _, metrics = loss(part, Config(), ["one", "two"])
+    assert metrics == {"accuracy": pytest.approx(1 / 3), "entropy": 1.0, "entropy/one": 1.0}
+
+
 # -- preferences -----------------------------------------------------------------------------------------------------
 
 

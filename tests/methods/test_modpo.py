@@ -131,6 +131,7 @@ def test_each_preference_is_a_stage_on_its_role_s_pairs(
     assert len(asked) == 2
 
 
+@pytest.mark.slow
 def test_an_interrupted_grid_goes_on_at_its_vector_bit_for_bit(small_task: tuple[str, ...], tmp_path: Path) -> None:
     whole = trained(small_task, tmp_path / "whole")
     stages = sorted(path.name for path in whole.path.glob("adapter-*"))
@@ -183,7 +184,7 @@ def test_implicit_margins_are_the_experts_log_ratios(
     adapters.load(lm, experts.path / "adapter-pref-1")
     with torch.no_grad():
         ratio = [
-            reference._score(lm, some[:5]).numpy() - rows.reference[:5, side]
+            reference.log_probs(lm, some[:5], own=True).numpy() - rows.reference[:5, side]
             for side, some in enumerate((rows.chosen, rows.rejected))
         ]
     np.testing.assert_allclose(margin.values[:5, 0], 0.2 * (ratio[0] - ratio[1]), atol=1e-4)

@@ -14,8 +14,7 @@ from moalign.evaluation import evaluate
 from moalign.experiment.train import TrainRequest, context_of, plan, train
 from moalign.lm.language_model import LanguageModel
 from moalign.methods import registry
-from moalign.methods.morlhf import utility
-from moalign.training.online import Rollout
+from moalign.training.rollout import Rollout
 
 FEW = ("steps=3", "batch=6", "groups=3", "log_every=1", "lr=0.01", "policy.lora={r: 4, alpha: 8, dropout: 0.0}")
 
@@ -24,7 +23,7 @@ def test_the_reward_is_the_response_s_own_preference_times_its_rewards() -> None
     nothing: Any = None
     z = np.array([[1.0, 2.0], [3.0, -1.0], [4.0, 4.0], [0.0, 8.0]])
     rollout = Rollout([], np.array([[0.25, 0.75], [1.0, 0.0]]), 2, nothing, [], z, z, nothing)
-    assert utility(rollout)[:, 0].tolist() == [1.75, 0.0, 4.0, 0.0]
+    assert rollout.utility.tolist() == [1.75, 0.0, 4.0, 0.0]
 
 
 @pytest.fixture

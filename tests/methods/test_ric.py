@@ -12,6 +12,7 @@ import pytest
 from moalign.config.card import TemplateSpec
 from moalign.core.errors import RequestError
 from moalign.core.records import Response
+from moalign.core.seeds import derive
 from moalign.experiment.train import TrainRequest, context_of, plan, train
 from moalign.lm import adapters
 from moalign.lm.chat import Renderer
@@ -178,9 +179,13 @@ def test_the_targets_are_what_the_samples_were_asked_for(
     seen: list[Any] = []
     respond_all = policy.respond_all
     monkeypatch.setattr(policy, "respond_all", lambda *given: (seen.append(given), respond_all(*given))[1])
+    steps: list[tuple[str, int, int]] = []
+    job.progress = lambda *step: steps.append(step)
     Ric()._samples(job, job.task.language_model, 0)
     _, texts, limits, _ = seen[0]
     assert (limits.top_p, limits.temperature) == (0.8, 0.6)
+    assert limits.seed == derive(job.seed, "ric", 0, "samples")  # of this round, whatever else is drawn
+    assert steps[-1] == ("sampling-1", 9, 9)
     bounds = job.task.normaliser.z_bounds()
     top = [f"<rm{i}_score> {bounds[i - 1, 1]:.1f}" for i in (1, 2)]
     assert all(top[0] in text or top[1] in text for text in texts)

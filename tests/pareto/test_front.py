@@ -101,9 +101,13 @@ def test_lists_integers_and_float32_become_float64(kind: object) -> None:
     ("points", "words"),
     [
         ([[0, 1], [float("nan"), 1]], ["row 2 of 2", "nan"]),
+        ([[0, 1], [float("nan"), 1], [0, 2]], ["points: row 2 of 3 is (nan, 1); only"]),
         ([[0, float("inf")], [0, 1], [-float("inf"), 1]], ["row 1 of 3", "inf", "1 more"]),
-        ([1.0, 2.0], ["1 dimensions"]),
-        (3.0, ["0 dimensions"]),
+        ([[0] * 5 + [float("inf")]], ["is (0, 0, 0, 0, 0, inf);"]),
+        ([[0] * 6 + [float("inf")]], ["is (0, 0, 0, 0, 0, 0, ...);"]),
+        ([1.0, 2.0], ["1 dimensions (2)"]),
+        (np.zeros((2, 3, 4)), ["3 dimensions (2x3x4)"]),
+        (3.0, ["0 dimensions (a single number)"]),
         ([], ["dimensions"]),
         (np.empty((0, 2)), ["empty", "0 rows"]),
         (np.empty((2, 0)), ["empty", "0 columns"]),
@@ -127,7 +131,7 @@ def test_bad_points_are_refused_and_named(points: object, words: list[str]) -> N
 )
 def test_a_bad_reference_point_is_refused(ref: object, words: list[str]) -> None:
     with pytest.raises(RequestError) as caught:
-        check_points([[1, 2]], ref=ref)  # type: ignore[arg-type]
+        check_ref(ref, 2)  # type: ignore[arg-type]
     for word in ["reference point", *words]:
         assert word in str(caught.value)
     with pytest.raises(RequestError, match="--ref 1"):

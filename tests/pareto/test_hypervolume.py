@@ -144,7 +144,13 @@ def test_a_point_that_only_touches_the_reference_adds_nothing() -> None:
     assert adds_nothing([[5, 0], [1, 1], [-1, 7]], [0, 0]) == 2
 
 
+def test_points_that_add_nothing_are_counted() -> None:
+    assert adds_nothing([[0, 1], [0, 2], [0, 3], [1, 1]], [0, 0]) == 3
+    assert adds_nothing([[1, 1], [2, 2]], [0, 0]) == 0
+
+
 def test_optimal_share() -> None:
+    assert optimal_share([[0.5, 0.5]], [[0.5, 1.0]], [0, 0]) == 0.5
     assert optimal_share([[1, 1]], [[2, 2]], [0, 0]) == 0.25
     assert optimal_share([[-1, 1]], [[2, 2]], [0, 0]) == 0.0
     with pytest.raises(RequestError, match="optimum"):

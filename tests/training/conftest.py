@@ -56,12 +56,21 @@ MakeJob = Callable[..., Job]
 
 @pytest.fixture
 def make_job(small_task: tuple[str, ...], tmp_path: Path) -> MakeJob:
-    """``make_job(method, *overrides, where=..., say=...)``: a job with its run opened and a fresh adapter attached.
+    """``make_job(method, *overrides, where=...)``: a job with its run opened and a fresh adapter attached.
 
     Settings are the method's defaults, not those of the task's recipe. The same ``where`` gives the same run folder,
     with a model and a meter of its own: what a new process would have.
     """
+    return _maker(small_task, tmp_path)
 
+
+@pytest.fixture(scope="module")
+def make_shared_job(small_task: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> MakeJob:
+    """The same for jobs that several tests of a module look at."""
+    return _maker(small_task, tmp_path_factory.mktemp("shared"))
+
+
+def _maker(small_task: tuple[str, ...], tmp_path: Path) -> MakeJob:
     def make(method: str, *overrides: str, where: str = "a", lora: str = LORA, **changes: Any) -> Job:
         recipe = tmp_path / f"{method}.yaml"
         recipe.write_text(f"method: {method}\ntask: sandbox\n")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,29 @@ def train(job: Job, seen: list[Preference] | None = None) -> None:
         job.notes["diagnostics"] = {"first weight": preference[0]}
 
 
+@dataclass
+class Whole:
+    """A grid that was trained without interruption."""
+
+    job: Job
+    seen: list[tuple[str, int]]
+    on_model: dict[str, Any]
+    """Adapters on the model after training."""
+
+
+@pytest.fixture(scope="module")
+def whole(make_shared_job: MakeJob) -> Whole:
+    seen: list[tuple[str, int]] = []
+
+    def progress(phase: str, done: int, total: int) -> None:
+        seen.append((phase, done))
+
+    job = make_shared_job("sft", preferences=GRID, progress=progress)
+    train(job)
+    assert job.progress is progress
+    return Whole(job, seen, dict(job.task.language_model.model.peft_config))
+
+
 def adapters_of(job: Job) -> list[dict[str, Any]]:
     from safetensors.torch import load_file
 
@@ -58,35 +82,30 @@ def differ(left: dict[str, Any], right: dict[str, Any]) -> bool:
     return any(not bool((left[name] == right[name]).all()) for name in left)
 
 
-def test_every_vector_gets_an_adapter_of_its_own_and_the_base_stays(make_job: MakeJob) -> None:
-    job = make_job("sft", preferences=GRID)
-    train(job)
+def test_every_vector_gets_an_adapter_of_its_own_and_the_base_stays(whole: Whole) -> None:
+    job = whole.job
     first, _, last = adapters_of(job)
     assert differ(first, last)
-    assert job.task.language_model.model.peft_config == {}
+    assert whole.on_model == {}
     assert [name for name in job.run.record.phases if name.startswith("pref-")] == ["pref-0", "pref-1", "pref-2"]
     assert not list((job.run.path / "checkpoints").glob("pref-*"))
 
 
-def test_a_vector_does_not_depend_on_those_before_it(make_job: MakeJob, assert_same: Callable[..., None]) -> None:
-    whole = make_job("sft", preferences=GRID)
-    train(whole)
+def test_a_vector_does_not_depend_on_those_before_it(
+    whole: Whole, make_job: MakeJob, assert_same: Callable[..., None]
+) -> None:
     # The stage's name seeds the order of rows, so the vector keeps its place; what stood before it is another one.
     other = make_job("sft", preferences=[GRID[2], GRID[1], GRID[2]], where="b")
     train(other)
-    assert_same(adapters_of(whole)[1], adapters_of(other)[1])
+    assert_same(adapters_of(whole.job)[1], adapters_of(other)[1])
 
 
-def test_progress_names_the_vector_and_its_place(make_job: MakeJob, stop: Any) -> None:
-    said = stop("none", 0)
-    job = make_job("sft", preferences=GRID, progress=said)
-    train(job)
-    assert {phase for phase, _ in said.seen if "preference" in phase} == {
+def test_progress_names_the_vector_and_its_place(whole: Whole) -> None:
+    assert {phase for phase, _ in whole.seen if "preference" in phase} == {
         "preference 0,1 (1/3)",
         "preference 0.5,0.5 (2/3)",
         "preference 1,0 (3/3)",
     }
-    assert job.progress is said
 
 
 def test_a_part_of_a_stage_is_named_behind_the_vector(make_job: MakeJob, stop: Any) -> None:
@@ -113,11 +132,8 @@ def test_progress_is_the_job_s_own_again_when_a_vector_fails(make_job: MakeJob, 
 
 @pytest.mark.slow  # in one process: test_resume, test_experts
 def test_a_crash_in_the_second_vector_loses_only_what_it_did_since_its_checkpoint(
-    make_job: MakeJob, assert_same: Callable[..., None], stop: Any, interrupted: type[Exception]
+    whole: Whole, make_job: MakeJob, assert_same: Callable[..., None], stop: Any, interrupted: type[Exception]
 ) -> None:
-    whole = make_job("sft", preferences=GRID)
-    train(whole)
-
     job = make_job("sft", preferences=GRID, where="b", progress=stop("preference 0.5,0.5 (2/3)", 3))
     begun: list[Preference] = []
     with pytest.raises(interrupted):
@@ -133,16 +149,15 @@ def test_a_crash_in_the_second_vector_loses_only_what_it_did_since_its_checkpoin
     assert resumed == GRID[1:]
     # Two steps were in the checkpoint; the third, in flight, is made once more.
     assert [done for phase, done in after.seen if "(2/3)" in phase] == [3, 4]
-    for left, right in zip(adapters_of(whole), adapters_of(again), strict=True):
+    for left, right in zip(adapters_of(whole.job), adapters_of(again), strict=True):
         assert_same(left, right)
-    assert again.meter.tokens_trained == whole.meter.tokens_trained
-    assert [line["phase"] for line in again.run.metrics()] == [line["phase"] for line in whole.run.metrics()]
-    assert again.notes == whole.notes
+    assert again.meter.tokens_trained == whole.job.meter.tokens_trained
+    assert [line["phase"] for line in again.run.metrics()] == [line["phase"] for line in whole.job.run.metrics()]
+    assert again.notes == whole.job.notes
 
 
-def test_diagnostics_are_kept_by_vector_and_averaged(make_job: MakeJob) -> None:
-    job = make_job("sft", preferences=GRID)
-    train(job)
+def test_diagnostics_are_kept_by_vector_and_averaged(whole: Whole) -> None:
+    job = whole.job
     assert job.notes["per_preference"]["0.5,0.5"]["first weight"] == 0.5
     assert job.notes["diagnostics"]["first weight"] == pytest.approx(0.5)
     assert set(job.notes["per_preference"]) == {"0,1", "0.5,0.5", "1,0"}
@@ -151,9 +166,10 @@ def test_diagnostics_are_kept_by_vector_and_averaged(make_job: MakeJob) -> None:
 # -- answering -------------------------------------------------------------------------------------------------------
 
 
-def test_each_vector_answers_with_its_own_adapter_and_only_one_lies_on_the_model(make_job: MakeJob) -> None:
-    job = make_job("sft", preferences=GRID)
-    train(job)
+def test_each_vector_answers_with_its_own_adapter_and_only_one_lies_on_the_model(
+    whole: Whole, make_job: MakeJob
+) -> None:
+    job = whole.job
     lm, prompts = job.task.language_model, job.task.eval_prompts[:6]
     limits = job.task.sampling(3, temperature=1.0)
     policies = [per_preference.trained_for(job, w) for w in GRID]

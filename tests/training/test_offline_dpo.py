@@ -23,16 +23,16 @@ from moalign.tasks.sandbox import world
 from moalign.tasks.sandbox.base import z_scale
 from moalign.tasks.sandbox.optimum import all_rewards, corpus_log_probs
 from moalign.training import reference
-from moalign.training.callbacks import make_optimizer, order, trainable
+from moalign.training.callbacks import order, trainable, trainer_settings
 from moalign.training.dropout import without_dropout
 from moalign.training.job import Job
 from moalign.training.offline_dpo import (
     Batches,
     Margin,
     PairRows,
+    PairTrainer,
     encode_pairs,
     even_order,
-    make_trainer,
     train_dpo,
 )
 from moalign.training.settings import DpoStage, SftConfig
@@ -179,7 +179,8 @@ class Opened:
         lm = job.task.language_model
         rows = encoded(job)
         self.batches = Batches(rows, margin or NO_MARGIN, np.arange(3), np.ones(3), lm.pad)
-        self.trainer = make_trainer(job, lm, config, "here", self.batches, make_optimizer(lm, config), 0)
+        options = trainer_settings(job, lm, config, 1, "here")
+        self.trainer = PairTrainer(config, self.batches, 0, options, model=lm.model, processing_class=lm.tokenizer)
         self.batch = self.batches([{"place": 0}, {"place": 1}, {"place": 2}])
 
     def own(self) -> torch.Tensor:

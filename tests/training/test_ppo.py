@@ -110,7 +110,7 @@ def test_the_policy_as_it_is_now_is_the_one_that_the_next_update_starts_from(
     job = make_job("moc", *FEW, "steps=1")
     trainer = ppo_trainer(job)
     for rollout in trainer.rollouts():
-        experience = trainer.experience(morlhf.utility(rollout))
+        experience = trainer.experience(rollout.utility[:, None])
         trainer.update(experience, experience.advantages[..., 0])
         now = trainer.policy_logps()
         assert not now.requires_grad
@@ -152,7 +152,7 @@ def test_the_gradient_does_not_depend_on_the_micro_batch(
         torch.manual_seed(0)
         torch.nn.init.normal_(trainer.value_heads.linear.weight)
         monkeypatch.setattr(trainer, "step", lambda metrics: None)  # which clips
-        experience = trainer.experience(morlhf.utility(next(trainer.rollouts())))
+        experience = trainer.experience(next(trainer.rollouts()).utility[:, None])
         trainer.update(experience, experience.advantages[..., 0])
         named = [*job.task.language_model.model.named_parameters(), *trainer.value_heads.named_parameters()]
         gradients.append({name: p.grad.clone() for name, p in named if p.grad is not None})
@@ -179,7 +179,7 @@ def test_heads_learn_at_their_own_rate(make_job: MakeJob) -> None:
     job = make_job("moc", *FEW, "value_lr=0.5", "schedule=linear")
     trainer = ppo_trainer(job)
     for rollout in trainer.rollouts():
-        experience = trainer.experience(morlhf.utility(rollout))
+        experience = trainer.experience(rollout.utility[:, None])
         trainer.update(experience, experience.advantages[..., 0])
     assert [group["lr"] for group in trainer.optimizer.param_groups] == pytest.approx([0.01 / 4, 0.5 / 4])
 
