@@ -107,6 +107,7 @@ def test_pairs_follow_the_value_under_a_response_s_own_levels() -> None:
     pairs, dropped = conditioned_pairs(told, levels, ONES, Config(per_prompt=6), seed=3)
     assert len(pairs) + dropped["ties"] == 6
     assert len(pairs) >= 3
+    assert [(a, b) for a, b, *_ in pairs] == [(3, 0), (1, 2), (0, 2), (3, 1), (0, 1), (2, 3)]  # by the seed alone
     for a, b, c, shown, gap in pairs:
         assert c.tolist() in levels.tolist()
         assert value(levels[a], c, shown, ONES) - value(levels[b], c, shown, ONES) == gap > 0

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from moalign.core.errors import RequestError
-from moalign.experiment.train import TrainRequest, plan, train
+from moalign.core.seeds import derive
+from moalign.experiment.train import TrainRequest, context_of, plan, train
 from moalign.training import offline_dpo
 
 QUICK = ("steps=3", "batch=5", "lr=0.01", "max_tokens=64", "per_prompt=1", "policy.lora={r: 4, alpha: 8}")
@@ -37,9 +38,17 @@ def test_batches_and_weights_follow_the_preference(
     first = run.record.notes["pairs"]["helpfulness"]["pairs"]
     assert len(both["pairs"]) == first + run.record.notes["pairs"]["harmlessness"]["pairs"]
     assert ((both["places"] < first).reshape(3, 5) == [True, True, True, False, False]).all()
+    wanted = offline_dpo.even_order(
+        [first, len(both["pairs"]) - first], 3, 5, derive(run.record.seed, "pref-1", "order")
+    )
+    assert both["places"].tolist() == wanted[0].tolist()
     np.testing.assert_allclose(both["weights"].reshape(3, 5), [[0.7 * 5 / 3] * 3 + [0.3 * 5 / 2] * 2] * 3)
     assert len(list(run.path.glob("adapter-pref-*"))) == 2
     assert {"loss", "accuracy"} <= set(run.record.notes["diagnostics"])
+    method, context = context_of(run, tmp_path)
+    assert method.policy(context, (0.7, 0.3)).render("hi") == context.task.renderer.plain("hi")
+    with pytest.raises(RequestError, match="the nearest is 0.7,0.3"):
+        method.policy(context, (0.5, 0.5))
 
 
 def test_a_batch_too_small_for_the_objectives(small_task: tuple[str, ...], tmp_path: Path) -> None:
@@ -48,3 +57,16 @@ def test_a_batch_too_small_for_the_objectives(small_task: tuple[str, ...], tmp_p
         RequestError, match="batch 1: every batch holds pairs of each of 2 objectives; allowed: at least"
     ):
         train(plan(request))
+
+
+@pytest.mark.parametrize(("prefs", "batch"), [(("0.5,0.5",), 2), (("1,0", "0,1"), 1)])
+def test_a_pair_of_each_objective_that_counts_is_enough(
+    small_task: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefs: tuple[str, ...], batch: int
+) -> None:
+    def reached(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(offline_dpo, "objective_pairs", reached)
+    overrides = (*small_task, *QUICK, f"batch={batch}")
+    with pytest.raises(ZeroDivisionError):
+        train(plan(TrainRequest("dpo-lw", prefs=prefs, overrides=overrides, results=tmp_path)))

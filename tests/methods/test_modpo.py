@@ -204,3 +204,21 @@ def test_at_no_share_the_expert_itself_answers(small_task: tuple[str, ...], tmp_
     wanted = load_file(expert / "adapter-pref-1" / "adapter_model.safetensors")
     assert all((found[name] == wanted[name]).all() for name in wanted)
     assert modpo.LEAST_SHARE == 0.05
+
+
+def test_pairs_are_made_only_of_objectives_that_are_trained_on(
+    small_task: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At no share the answer is an expert: no pair of the role's is needed."""
+    objectives: list[list[int]] = []
+
+    def reached(job: Any, lm: Any, config: Any, of: list[int], **_: Any) -> None:
+        objectives.append(of)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(modpo.Modpo, "_experts", lambda *_: [])
+    monkeypatch.setattr(offline_dpo, "objective_pairs", reached)
+    for prefs in (("0,1",), ("0,1", "0.5,0.5")):
+        with pytest.raises(ZeroDivisionError):
+            trained(small_task, tmp_path, "margin=implicit", "role=helpfulness", prefs=prefs)
+    assert objectives == [[], [0]]

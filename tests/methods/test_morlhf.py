@@ -14,6 +14,7 @@ from moalign.evaluation import evaluate
 from moalign.experiment.train import TrainRequest, context_of, plan, train
 from moalign.lm.language_model import LanguageModel
 from moalign.methods import registry
+from moalign.methods.morlhf import Config
 from moalign.training.rollout import Rollout
 
 FEW = ("steps=3", "batch=6", "groups=3", "log_every=1", "lr=0.01", "policy.lora={r: 4, alpha: 8, dropout: 0.0}")
@@ -120,3 +121,9 @@ def test_what_they_can() -> None:
 def test_holding_out_what_is_never_asked_for_is_refused(small_task: tuple[str, ...], tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="holdout: morlhf answers only for preferences that it was trained on"):
         plan(TrainRequest("morlhf", overrides=(*small_task, "holdout=[[0.5, 0.5]]"), results=tmp_path))
+
+
+def test_a_warm_start_needs_a_policy_that_reads_its_preference() -> None:
+    with pytest.raises(ValueError, match="warm_start teaches to read a preference: it needs conditioned: true"):
+        Config(warm_start="hindsight")
+    assert Config(warm_start="hindsight", conditioned=True).warm_start == "hindsight"

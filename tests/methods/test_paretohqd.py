@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -94,11 +95,31 @@ def kept() -> dict[str, Any]:
 def whole(kept: dict[str, Any], small_task: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Run:
     """An uninterrupted run of three preferences."""
     if not kept:
-        with watching() as calls:
-            kept["run"] = trained(small_task, tmp_path_factory.mktemp("whole"))
-        kept["calls"] = calls
+        steps: list[tuple[str, int, int]] = []
+        with watching() as calls, watching_answers() as answering:
+            results = tmp_path_factory.mktemp("whole")
+            kept["run"] = trained(small_task, results, progress=lambda *step: steps.append(step))
+        kept.update(calls=calls, answering=answering, steps=steps)
     run: Run = kept["run"]
     return run
+
+
+@contextlib.contextmanager
+def watching_answers() -> Iterator[list[dict[str, torch.Tensor]]]:
+    """Record the adapter that answers at every call of ``respond_all`` within the block."""
+    from moalign.lm import adapters
+    from moalign.policies import policy
+
+    weights: list[dict[str, torch.Tensor]] = []
+    respond_all = policy.respond_all
+
+    def watched(policies: Any, *rest: Any) -> Any:
+        weights.append(adapters.tensors(policies[0].generator.lm))
+        return respond_all(policies, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(policy, "respond_all", watched)
+        yield weights
 
 
 @pytest.fixture
@@ -144,6 +165,13 @@ def test_stage_1_starts_at_the_base_and_stage_2_where_stage_1_ended(whole: Run, 
         saved = whole.load_tensors(f"adapter-pref-{index}/adapter_model")
         assert all(torch.equal(saved[name], second.after[name]) for name in saved)
     assert not list(whole.path.glob("adapter-stage1*"))  # only the last ones answer
+
+
+def test_the_representatives_answer_as_stage_1_left_them(calls: list[Training], kept: dict[str, Any]) -> None:
+    assert len(kept["answering"]) == 3
+    for weights, call in zip(kept["answering"], calls, strict=False):
+        assert all(torch.equal(weights[name], call.after[name]) for name in call.after)
+    assert [step for step in kept["steps"] if step[0] == ANSWERS][-1] == (ANSWERS, 3 * 40, 3 * 40)
 
 
 def test_the_augmentation_is_scored_whole_and_counted_by_cause(whole: Run) -> None:
@@ -342,6 +370,13 @@ def test_what_cannot_be_selected_is_refused_before_training(
     for word in words:
         assert word in str(caught.value)
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_as_many_answers_as_a_second_set_needs_are_enough() -> None:
+    task = SimpleNamespace(prompts={"train": [str(number) for number in range(60)]})
+    job: Any = SimpleNamespace(config=paretohqd.Config(k=99, augment_prompts=49), task=task)
+    scored: Any = SimpleNamespace(prompts=["p"] * 99)
+    paretohqd._check(job, scored)
 
 
 @pytest.mark.parametrize(
