@@ -16,7 +16,7 @@ PYTEST  := $(BIN)/python -m pytest -q
 test test-slow check: export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup llm demo llm-demo test test-slow check results bench clean
+.PHONY: help setup llm demo llm-demo test test-slow mutants check results bench clean
 
 help:  ## show this
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -55,6 +55,9 @@ test: $(STAMP)  ## the quick tests
 
 test-slow: $(STAMP)  ## the slow tests: training to the end, resume after a kill, the wheel
 	@$(PYTEST) -m "slow and not gpu"
+
+mutants: $(STAMP)  ## change the losses, one place at a time: how many changes the tests notice (tests/mutation.py)
+	@$(BIN)/python tests/mutation.py moalign/losses/dpo.py moalign/losses/ppo.py --sample 40
 
 check: $(STAMP)  ## ruff and mypy
 	@$(BIN)/ruff check .
