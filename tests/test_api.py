@@ -56,6 +56,7 @@ def test_the_examples_of_every_function_run(examples: dict[str, Any]) -> None:
     assert examples["run"].status == "done"
 
 
+@pytest.mark.slow
 def test_the_readme_s_block_runs(examples: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """As it stands there, but for the settings: fewer steps, and the examples' small card."""
     section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## From Python\n")[2].partition("\n## ")[0]
@@ -271,6 +272,7 @@ def test_the_stored_answers_are_those_that_were_scored(trained: Any) -> None:
     assert scored == pytest.approx(frame[list(trained.objectives)].to_numpy())
 
 
+@pytest.mark.slow
 def test_generate_policy_and_command_give_the_same_answers(trained: Any, capsys: Any) -> None:
     prompts = ["how do i fix the roof today ?", "how do i clean the oven tonight ?"]
     answers = moalign.generate(trained, prompts, [(1, 0), (0.3, 0.7), (1, 0)], seed=5)

@@ -94,6 +94,7 @@ def test_ls_methods_shows_it_beside_our_own(installed: list[str], tmp_path: Path
     assert "mo-odpo" in done.stdout
 
 
+@pytest.mark.slow
 def test_its_own_test_passes(installed: list[str], tmp_path: Path) -> None:
     tests = str(PACKAGE / "tests")
     done = run(installed, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, tests, cwd=tmp_path)
@@ -110,6 +111,7 @@ def test_it_keeps_the_contract() -> None:
     assert method.Config().model_dump() == {"temperature": 0.5}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("plugin")
 def test_it_trains_and_evaluates_like_any_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     where = ["--results", str(tmp_path / "results"), "--json"]

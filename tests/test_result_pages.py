@@ -36,6 +36,7 @@ def test_there_are_lists() -> None:
     assert {path.stem for path in ABLATIONS} >= {"moc", "hindsight"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ABLATIONS, ids=lambda path: path.stem)
 def test_an_ablations_page_is_made_of_its_record(path: Path) -> None:
     ablate = script("ablations/ablate.py")
@@ -44,6 +45,7 @@ def test_an_ablations_page_is_made_of_its_record(path: Path) -> None:
     assert ablate.draw(told).startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ABLATIONS, ids=lambda path: path.stem)
 def test_an_ablations_rows_are_those_of_its_list_and_can_be_asked_for(
     path: Path, tmp_path: Path, request: pytest.FixtureRequest

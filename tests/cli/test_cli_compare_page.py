@@ -66,6 +66,7 @@ def refused(ended: Any, *words: str) -> None:
 # --- the page -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_page_is_written_with_every_answer(compare: Compare, tmp_path: Path) -> None:
     ended = compare("--html", "out/page.html")
     assert ended.code == 0, ended.err
@@ -87,6 +88,7 @@ def test_the_page_is_written_with_every_answer(compare: Compare, tmp_path: Path)
         assert kept["scores"][k] == pytest.approx(part[["helpfulness", "harmlessness"]].to_numpy(), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_page_is_named_in_the_table_and_in_the_markdown(moalign: Any, compare: Compare) -> None:
     ended = moalign(*TWO[:-1], "--html", "page.html")
     assert "html     page.html" in ended.out
@@ -114,6 +116,7 @@ def test_numbers_of_papers_stand_apart(compare: Compare, monkeypatch: pytest.Mon
     assert "| RiC | hypervolume |  | arXiv 2402.10207, table 2 | 0.8 |" in text
 
 
+@pytest.mark.slow
 def test_diagnostics_are_shown_whatever_they_are(compare: Compare, monkeypatch: pytest.MonkeyPatch, toys: None) -> None:
     from moalign.methods import registry
 
@@ -166,6 +169,7 @@ def test_damaged_answers(moalign: Any, runs: list[Path]) -> None:
     refused(moalign("compare", *map(str, runs), "--json"), str(damaged), "truncated")
 
 
+@pytest.mark.slow
 def test_runs_without_an_evaluation(moalign: Any, compare: Compare, runs: list[Path]) -> None:
     """All are named in one message, whose command is the remedy; what compare trains itself is still evaluated."""
     both = list(map(str, runs))
@@ -192,6 +196,7 @@ def test_runs_without_an_evaluation(moalign: Any, compare: Compare, runs: list[P
     assert {path.parent for run in runs for path in run.glob("eval*.json")} == set(before)
 
 
+@pytest.mark.slow
 def test_more_answers_to_each_prompt(moalign: Any, runs: list[Path], tmp_path: Path) -> None:
     """The comparison is one of its own, of answers generated for it; the page shows the first to each prompt."""
     both = list(map(str, runs))
@@ -215,6 +220,7 @@ def test_more_answers_to_each_prompt(moalign: Any, runs: list[Path], tmp_path: P
     assert moalign("compare", *both, "--json").code == 0
 
 
+@pytest.mark.slow
 def test_a_run_trained_without_an_evaluation(moalign: Any, runs: list[Path]) -> None:
     """As ``train --no-eval`` leaves it, also when its own vectors are not the task's grid."""
     for more in ([], ["--prefs", "0.3,0.7"]):

@@ -76,6 +76,7 @@ def test_an_evaluation_from_before_these_were_kept_is_read(moalign: Any, run: di
     assert read["indicators"]["spacing"] == spacing, "it follows from the points"
 
 
+@pytest.mark.slow
 def test_held_out_preferences_are_told_beside_the_trained_ones(moalign: Any, toys: None) -> None:
     held = ("train", "toy", "--set", "holdout=[[0.3, 0.7], [0.8, 0.2]]")
     dry = json.loads(moalign(*held, "--dry-run", "--json").out)

@@ -69,6 +69,7 @@ def test_several_preferences_are_answered_side_by_side(moalign: Any, run: str) -
     assert [answers[0]["response"] for answers in content["answers"]] == each
 
 
+@pytest.mark.slow
 def test_of_a_comparison_the_best_that_can_answer_is_asked(moalign: Any, toys: None) -> None:
     compared = json.loads(moalign("compare", "--methods", "toy,fixed-toy", "--json").out)
     folder = Path(compared["json"]).parent
@@ -94,6 +95,7 @@ def test_of_a_comparison_the_best_that_can_answer_is_asked(moalign: Any, toys: N
         assert f"{file}:" in ended.errors[0] and "write it again with moalign compare" in ended.errors[0]
 
 
+@pytest.mark.slow
 def test_of_a_comparison_what_trains_nothing_and_what_failed_are_passed_over(
     moalign: Any, toys: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,6 +111,7 @@ def test_of_a_comparison_what_trains_nothing_and_what_failed_are_passed_over(
     assert (ended.code, ended.errors) == (2, [f"{file}: no run can be asked: toy trains nothing"])
 
 
+@pytest.mark.slow
 def test_a_comparison_is_found_from_elsewhere(moalign: Any, toys: None, monkeypatch: pytest.MonkeyPatch) -> None:
     compared = json.loads(moalign("compare", "--methods", "toy", "--json").out)
     folder = Path(compared["json"]).parent.resolve()

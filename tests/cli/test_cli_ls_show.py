@@ -91,6 +91,7 @@ def test_a_broken_card_is_told_and_the_others_are_listed(moalign: Any, recipes: 
     assert "task.yaml" in ended.errors[0]
 
 
+@pytest.mark.slow
 def test_runs_are_listed_newest_first_with_their_hypervolume(moalign: Any, toys: None) -> None:
     first = json.loads(moalign("train", "toy", "--json").out)
     moalign("train", "toy", "--seed", "1", "--set", "fail=interrupt")

@@ -47,6 +47,7 @@ def test_help_and_version_import_nothing_heavy(arguments: list[str], tmp_path: P
     assert names.isdisjoint(HEAVY)
 
 
+@pytest.mark.slow
 def test_a_dry_run_imports_neither_torch_nor_pandas(tmp_path: Path) -> None:
     code, names = imported("train", "ric", "--dry-run", cwd=tmp_path)
     assert code == 0
@@ -61,6 +62,7 @@ def test_the_calculator_imports_neither_torch_nor_pandas(tmp_path: Path) -> None
     assert names.isdisjoint({"torch", "transformers", "pandas", "datasets"})
 
 
+@pytest.mark.slow
 def test_python_dash_m_names_the_program_and_ends_with_the_code(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "moalign", "train", "ric", "--prefs", "3,7"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -70,6 +72,7 @@ def test_python_dash_m_names_the_program_and_ends_with_the_code(tmp_path: Path) 
     assert ended.stderr == "error: --prefs 3,7: the weights sum to 10, not 1; did you mean --prefs 0.3,0.7?\n"
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_gets_no_traceback(tmp_path: Path) -> None:
     code = "import sys; from moalign.cli.main import main; sys.exit(main(['show', 'ric']))"
     reading, writing = os.pipe()
@@ -171,6 +174,7 @@ def test_an_interruption_is_130_and_says_how_to_go_on(moalign: Any, monkeypatch:
     assert ended.err.splitlines() == ["interrupted; finished work is kept: the same command resumes from there"]
 
 
+@pytest.mark.slow
 def test_libraries_are_told_to_be_quiet_unless_debugging(moalign: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in cli._QUIET:
         monkeypatch.delenv(name, raising=False)

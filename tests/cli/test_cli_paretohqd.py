@@ -122,6 +122,7 @@ def test_what_the_data_cannot_give_is_refused_before_any_step(
     assert run.metrics() == []
 
 
+@pytest.mark.slow
 def test_a_grid_of_one_and_preferences_of_ones_own(moalign: Any, command: list[str]) -> None:
     content = json.loads(moalign(*command, "--prefs", "0.9,0.1", "--json").out)
     assert [point["prefs"] for point in content["evaluation"]["points"]] == [[0.9, 0.1]]

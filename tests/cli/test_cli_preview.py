@@ -224,6 +224,7 @@ def test_bad_requests(card: Any, moalign: Any, arguments: list[str], message: st
     assert message in ended.errors[0]
 
 
+@pytest.mark.slow
 def test_the_real_model(smollm2: Path, moalign: Any, preview: Preview) -> None:
     assert moalign("init", "own").code == 0
     content = preview("--task", "own", "--prefs", "0,1", "How do I bake bread?")

@@ -29,6 +29,7 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
     return write_pairs(tmp_path / "ann.jsonl"), write_pairs(tmp_path / "bob.jsonl")
 
 
+@pytest.mark.slow
 def test_train_then_find_then_judge(moalign: Any, files: tuple[Path, Path], random_base: Path) -> None:
     command = ("reward", "train", "--pairs", "ann.jsonl", "--model", str(random_base), *SHORT)
     ended = moalign(*command, "--json")
@@ -88,6 +89,7 @@ def test_more_with_one_group_says_that_it_is_plain(moalign: Any, files: tuple[Pa
     assert not Path("results").exists()
 
 
+@pytest.mark.slow
 def test_groups_in_one_file_and_more(moalign: Any, tmp_path: Path, random_base: Path) -> None:
     both = tmp_path / "both.jsonl"
     parts = [write_pairs(tmp_path / f"{name}.tmp.jsonl", 40, group=name).read_text() for name in ("ann", "bob")]
@@ -102,6 +104,7 @@ def test_groups_in_one_file_and_more(moalign: Any, tmp_path: Path, random_base: 
     assert lines[0]["weight_0"] + lines[0]["weight_1"] == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_the_sandboxs_annotators(moalign: Any, random_base: Path) -> None:
     content = json.loads(
         moalign(
@@ -157,6 +160,7 @@ def test_wrong_requests(
     assert not (tmp_path / "results").exists()
 
 
+@pytest.mark.slow
 def test_a_wrong_split_and_label(moalign: Any, files: tuple[Path, Path], random_base: Path) -> None:
     run = json.loads(
         moalign("reward", "train", "--pairs", "ann.jsonl", "--model", str(random_base), *SHORT, "--json").out

@@ -47,6 +47,7 @@ def test_json_is_one_object_with_the_contract_s_keys(moalign: Any) -> None:
     assert content["evaluation"]["hypervolume"] > 0
 
 
+@pytest.mark.slow
 def test_the_same_command_finds_the_finished_run_and_its_evaluation(moalign: Any) -> None:
     first = json.loads(moalign("train", "toy", "--json").out)
     (Path(first["run"]) / "responses.parquet").unlink()  # a second evaluation would need it or make it again
@@ -59,6 +60,7 @@ def test_the_same_command_finds_the_finished_run_and_its_evaluation(moalign: Any
     assert not (Path(first["run"]) / "responses.parquet").exists()
 
 
+@pytest.mark.slow
 def test_no_eval_trains_only_and_a_later_call_evaluates(moalign: Any) -> None:
     content = json.loads(moalign("train", "toy", "--no-eval", "--json").out)
     assert content["evaluation"] is None
@@ -95,6 +97,7 @@ def test_dry_run_tells_everything_and_writes_nothing(moalign: Any, tmp_path: Pat
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_dry_run_as_json_names_the_folder_that_training_makes(moalign: Any) -> None:
     plan = json.loads(moalign("train", "toy", "--dry-run", "--json").out)
     assert (plan["dry_run"], plan["status"], plan["prefs"]) == (True, None, None)
@@ -237,6 +240,7 @@ def test_a_real_method_end_to_end(moalign: Any) -> None:
     assert "Loading weights" not in ended.err and "Warning" not in ended.err
 
 
+@pytest.mark.slow
 def test_prompts_that_were_cut_are_in_the_record_and_told(moalign: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from moalign.tasks.task import Task
 

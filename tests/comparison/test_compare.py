@@ -68,6 +68,7 @@ def test_the_same_comparison_again_trains_nothing(card: str, results: Path) -> N
     assert again.content == first.content
 
 
+@pytest.mark.slow
 def test_no_torch_is_needed_to_compare_what_is_there(card: str, results: Path) -> None:
     """The modules that compare uses do not import torch by themselves."""
     import subprocess

@@ -52,6 +52,7 @@ def test_settings_tell_runs_of_one_method_apart(card: str, results: Path) -> Non
     assert compared.content["winner"] == "good (gain=0.2)"
 
 
+@pytest.mark.slow
 def test_runs_of_one_method_that_differ_in_three_settings_have_labels_of_their_own(card: str, results: Path) -> None:
     """Every setting in which they differ is in the label: no two of six runs look alike."""
     settings = [
@@ -81,6 +82,7 @@ def test_defaults_that_an_identity_leaves_out_are_named_where_others_differ() ->
     ]
 
 
+@pytest.mark.slow
 def test_long_values_are_abbreviated_where_labels_stay_apart(card: str, results: Path) -> None:
     """A value is cut only where what is left tells it apart; numbers get the digits that they need."""
 

@@ -59,6 +59,7 @@ def test_what_stands_against_an_executor(monkeypatch: pytest.MonkeyPatch) -> Non
 # --- processes ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_process_says_how_it_ended() -> None:
     code, messages = executors.Processes().run(["train", "rick"])
     assert code == 2 and "did you mean 'ric'" in messages
@@ -133,6 +134,7 @@ def test_a_killed_process_says_by_what(waiting: list[str]) -> None:
     assert ended[0][0] == -9
 
 
+@pytest.mark.slow
 def test_two_commands_of_one_process_print_nothing_and_are_what_they_would_be_alone(tmp_path: Path) -> None:
     """In earnest: the second command begins with the first one's imports, and neither reaches the answers' pipe."""
     table = tmp_path / "points.csv"
@@ -144,6 +146,7 @@ def test_two_commands_of_one_process_print_nothing_and_are_what_they_would_be_al
     assert code == 2 and messages.startswith("error: ") and child.process.wait(20) == 2
 
 
+@pytest.mark.slow
 def test_an_interruption_reaches_the_processes(waiting: list[str]) -> None:
     """A child that would wait for ever is gone soon after ``stop``, and none is started after it."""
     pool = executors.Processes()
@@ -261,6 +264,7 @@ def test_a_task_is_the_command_in_the_folder_it_was_asked_for(ray: FakeRay, monk
     assert settings["MOALIGN_CACHE"] == "/c" and "HF_TOKEN" not in settings
 
 
+@pytest.mark.slow
 def test_a_worker_runs_the_command(tmp_path: Path) -> None:
     """In the folder that it is told, as a child process like the local ones."""
     code, messages = executors._on_worker(["train", "ric", "--task", "here.yaml"], str(tmp_path), {})

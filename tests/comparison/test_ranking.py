@@ -143,6 +143,7 @@ def test_a_winner_beats_every_other_one() -> None:
     assert ranked(low, mid, top)["winner"] == "top"
 
 
+@pytest.mark.slow
 def test_a_spread_that_is_only_noise_is_not_a_lead() -> None:
     """Equal policies: one sampled anew for every preference (noise spreads its points), one sampled once.
 
@@ -370,6 +371,7 @@ def test_equal_fronts_asked_for_the_wrong_way_round() -> None:
     assert inner["ci"] == pytest.approx([inner["difference"]] * 2)  # the prompts' noise is shared and cancels
 
 
+@pytest.mark.slow
 def test_the_interval_of_what_was_asked_for_is_that_of_a_mean_over_prompts() -> None:
     """The inner product is linear: its interval is that of the mean of each prompt's own difference."""
     of_a, of_b = scores(FRONT + 0.02, seed=1), scores(FRONT, seed=2)

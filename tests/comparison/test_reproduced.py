@@ -21,6 +21,7 @@ from moalign.report import figures
 SHORT = ("steps=2", "batch=4", "max_tokens=48")
 
 
+@pytest.mark.slow
 def test_a_rows_command_gives_the_same_record_bit_for_bit(
     small_task: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -54,6 +55,7 @@ def state() -> list[Any]:
     ]
 
 
+@pytest.mark.slow
 def test_evaluation_neither_moves_nor_reads_a_global_generator(small_task: tuple[str, ...], tmp_path: Path) -> None:
     import torch
 

@@ -49,6 +49,7 @@ def test_inherited_settings_keep_their_text() -> None:
     assert rows["more"] == FieldRow("more", "true or false", "true", "Its own.")
 
 
+@pytest.mark.slow
 def test_the_real_card_and_recipe_can_be_described() -> None:
     rows = {row.name: row for row in fields(TaskCard) + fields(Recipe)}
     assert rows["policy.lora.r"].type == "a whole number >= 1"

@@ -251,6 +251,7 @@ def written(value: Any, keys: tuple[str | int, ...], rows: list[str], lines: dic
         rows.append(f"{indent}{value}")
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=100)
 @given(data=st.dictionaries(names, shapes, min_size=1, max_size=4))
 def test_the_line_of_every_key_is_the_one_it_was_written_on(data: dict[str, Any]) -> None:

@@ -159,6 +159,7 @@ def test_the_vectors_of_a_grid_keep_every_bit_and_their_order(objectives: int, s
     assert hashlib.sha256(repr(preferences.grid(objectives, steps)).encode()).hexdigest()[:16] == digest
 
 
+@pytest.mark.slow
 def test_between_the_even_grids_of_many_objectives_points_are_spread() -> None:
     points = preferences.grid_of(4, 6)
     assert points == sorted(set(points)) and len(points) == 6

@@ -143,6 +143,7 @@ print(json.dumps(told))
 """
 
 
+@pytest.mark.slow
 def test_hub_ids_while_offline(write_jsonl: WriteJsonl, tmp_path: Path) -> None:
     folder = write_jsonl(RECORDS, "train.jsonl").parent
     home = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "HF_DATASETS_CACHE": str(tmp_path / "home" / "d")}

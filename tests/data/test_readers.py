@@ -124,6 +124,7 @@ def test_paths_are_relative_to_the_base_folder(write_jsonl: WriteJsonl, monkeypa
 # Streaming
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["big.jsonl", "big.jsonl.gz", "big.csv"])
 def test_a_large_file_is_never_held_in_memory(tmp_path: Path, name: str) -> None:
     path, count = tmp_path / name, 10_000

@@ -86,6 +86,7 @@ def test_the_base_asked_with_the_bare_prompt_has_not_moved(opened: Any) -> None:
     assert record["quality"]["kl_bound"] is False
 
 
+@pytest.mark.slow
 def test_a_preference_in_the_prompt_moves_the_base_by_what_plain_passes_say(opened: Any) -> None:
     method, context = opened("prompting")
     record = content(method, context)
@@ -99,6 +100,7 @@ def test_a_preference_in_the_prompt_moves_the_base_by_what_plain_passes_say(open
     assert json.loads((context.run.path / "eval.json").read_text()) == record
 
 
+@pytest.mark.slow
 def test_an_adapter_s_move_is_that_of_plain_passes_with_and_without_it(opened: Any) -> None:
     method, context = opened("sft", "steps=6", "batch=4", "lr=0.03", "max_tokens=128")
     policy = method.policy(context, (0.5, 0.5))

@@ -201,6 +201,7 @@ def test_what_was_evaluated_before_is_read_back(steered: Opened, monkeypatch: py
     assert Speaker.calls == calls
 
 
+@pytest.mark.slow
 def test_reading_back_loads_no_model(
     small_task: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,6 +214,7 @@ def test_reading_back_loads_no_model(
     assert_equal(evaluate(*context_of(run, tmp_path)), first)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_answers(small_task: tuple[str, ...], tmp_path: Path) -> None:
     found = []
     for where in ("a", "b"):

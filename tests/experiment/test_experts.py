@@ -114,6 +114,7 @@ def test_the_command_that_a_record_of_experts_tells_asks_for_them_again(ask: Any
     assert again.folder == made.folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", ["weights", "logits"])
 def test_corners_answer_as_the_experts_and_between_they_do_not(ask: Any, shared: Path, by: str) -> None:
     soup, _ = train(ask("picky-soup", f"by={by}", where=shared))
@@ -144,6 +145,7 @@ def test_memory_does_not_grow_with_the_number_of_preferences(ask: Any, shared: P
     assert (RESIDENT in context.cache) == (by == "weights")
 
 
+@pytest.mark.slow
 def test_an_interruption_among_the_experts_loses_nothing_that_was_saved(ask: Any, tmp_path: Path) -> None:
     def cut(what: str, done: int, total: int) -> None:
         if "preference 0,1 (2/2)" in what and done == 3:

@@ -81,6 +81,7 @@ def plain_logits(told: Exported, folder: Path) -> torch.Tensor:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merged", [False, True], ids=["adapter", "merged"])
 @pytest.mark.parametrize(("name", "preference"), [("mo-odpo", (0.3, 0.7)), ("picky", (0.5, 0.5)),
                                                   ("picky-soup", (0.3, 0.7)), ("ric", (0.3, 0.7))])  # fmt: skip
@@ -125,6 +126,7 @@ def test_the_code_of_the_readme_runs(finished: Any, tmp_path: Path, merged: bool
     assert len(answer.split()) <= context.task.card.generation.max_new_tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merged", [False, True], ids=["adapter", "merged"])
 def test_nothing_is_inherited_from_the_base_s_generation_config(
     random_base: Path, small_task: tuple[str, ...], tmp_path: Path, merged: bool
@@ -151,6 +153,7 @@ def test_nothing_is_inherited_from_the_base_s_generation_config(
 LONG = " ".join(f"Question {number}: what should I cook?" for number in range(60))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "chat"),
     [("llama3", True), ("gemma", True), ("chatml", True), ("mistral", True), ("llama3", False), ("mistral", False)],

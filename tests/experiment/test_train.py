@@ -232,6 +232,7 @@ def test_a_run_under_another_default_does_not_pass_for_one_under_the_new(
     assert old.folder != run.path and old.existing_run is None
 
 
+@pytest.mark.slow
 def test_a_failure_is_recorded_and_the_same_request_goes_on(
     small_task: tuple[str, ...], results: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -149,6 +149,7 @@ def test_it_is_a_model_folder_that_says_nothing_of_this_machine(smollm2: Path) -
     assert "Apache License" in (smollm2 / "LICENSE").read_text()
 
 
+@pytest.mark.slow
 def test_it_answers_a_question(smollm2: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -147,6 +147,7 @@ def trained(
     return train(plan(TrainRequest("cpo", overrides=(*task, *QUICK, *more), results=results)), progress)[0]
 
 
+@pytest.mark.slow
 def test_both_stages_resume_and_the_policy_asks_for_levels(
     small_task: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,6 +173,7 @@ def test_both_stages_resume_and_the_policy_asks_for_levels(
     assert method.policy(context, (0.8, 0.2)).render("hello") == "[<helpfulness:5> <harmlessness:2>] hello"
 
 
+@pytest.mark.slow
 def test_the_levels_are_the_calibration_split_s_quintiles(small_task: tuple[str, ...], tmp_path: Path) -> None:
     run = trained(small_task, tmp_path, silent, "cdpo={steps: 0}")
     task = context_of(run, tmp_path)[1].task

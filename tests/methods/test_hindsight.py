@@ -22,6 +22,7 @@ def test_it_always_distils() -> None:
     assert Config().warm_start == "hindsight"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["mo-odpo", "moc", "p-morl"])
 def test_the_conditioned_online_methods_can_be_warmed_up(
     method: str, small_task: tuple[str, ...], tmp_path: Path

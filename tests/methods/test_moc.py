@@ -103,6 +103,7 @@ def best() -> float:
 SHORT: dict[str, Any] = {"steps": 150}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["soft", "switch"])
 def test_it_steers_along_a_concave_front(best: float, mode: Any) -> None:
     points = Table(front()).train(Config(mode=mode, **SHORT))
@@ -110,6 +111,7 @@ def test_it_steers_along_a_concave_front(best: float, mode: Any) -> None:
     assert hypervolume(points, (0, 0)) >= 0.98 * best
 
 
+@pytest.mark.slow
 def test_without_control_the_min_norm_step_answers_every_preference_alike(best: float) -> None:
     """``phi: 1`` is never exceeded, so the constraint is never active."""
     points = Table(front()).train(Config(phi=1.0, **SHORT))
@@ -118,6 +120,7 @@ def test_without_control_the_min_norm_step_answers_every_preference_alike(best: 
     assert hypervolume(points, (0, 0)) < 0.8 * best
 
 
+@pytest.mark.slow
 def test_comparing_preferences_with_rewards_themselves_pins_the_rewards(best: float) -> None:
     """Why ``control: simplex`` is the default."""
     raw, own = (Table(front()).train(Config(control=how, **SHORT)) for how in ("raw_mse", "simplex"))
@@ -347,6 +350,7 @@ def test_one_backward_pass_per_update_whatever_the_number_of_objectives(
     assert run.load_tensors("value_heads-online")["linear.weight"].shape == (len(names), 16)
 
 
+@pytest.mark.slow
 def test_training_draws_from_the_grid_and_from_what_is_given(
     small_task: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

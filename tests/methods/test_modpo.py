@@ -100,6 +100,7 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return seen
 
 
+@pytest.mark.slow
 def test_each_preference_is_a_stage_on_its_role_s_pairs(
     small_task: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,6 +171,7 @@ def test_three_objectives(small_task: tuple[str, ...], tmp_path: Path, monkeypat
 # -- implicit margins ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_implicit_margins_are_the_experts_log_ratios(
     small_task: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,6 +197,7 @@ def _expert(run: Run) -> str:
     return str(run.record.notes["experts"]["run_id"])
 
 
+@pytest.mark.slow
 def test_at_no_share_the_expert_itself_answers(small_task: tuple[str, ...], tmp_path: Path) -> None:
     run = trained(small_task, tmp_path, "margin=implicit", "role=helpfulness", prefs=("0,1", "0.5,0.5"))
     expert = next(path for path in run.path.parent.iterdir() if path.name == _expert(run))

@@ -41,6 +41,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return texts
 
 
+@pytest.mark.slow
 def test_every_preference_has_a_training_of_its_own_on_bare_prompts(
     small_task: tuple[str, ...], tmp_path: Path, read: list[str]
 ) -> None:
@@ -85,6 +86,7 @@ SAME = (
 """What the two methods' recipes may set differently."""
 
 
+@pytest.mark.slow
 def test_conditioned_is_p_morl(small_task: tuple[str, ...], tmp_path: Path, read: list[str]) -> None:
     """The same adapter, bit for bit; under the name morlhf it is judged at the vectors that it was trained on."""
     found = {}

@@ -229,6 +229,7 @@ def test_without_stage_2_nothing_is_sampled(small_task: tuple[str, ...], tmp_pat
         assert all(torch.equal(saved[name], calls[index].after[name]) for name in saved)
 
 
+@pytest.mark.slow
 def test_a_loss_that_falls_shows_that_the_responses_are_learnt(small_task: tuple[str, ...], tmp_path: Path) -> None:
     longer = "first={steps: 40, batch: 8, lr: 0.02, max_tokens: 64, log_every: 1}"
     run = trained(small_task, tmp_path, longer, "second.steps=0", "policy.lora={r: 8, alpha: 16}", prefs=("1,0",))
@@ -249,6 +250,7 @@ def test_each_preference_answers_with_its_own_adapter(whole: Run) -> None:
         method.policy(context, (0.3, 0.7))
 
 
+@pytest.mark.slow
 def test_a_single_preference_is_its_own_representative(small_task: tuple[str, ...], tmp_path: Path) -> None:
     run = trained(small_task, tmp_path, prefs=("0.3,0.7",))
     assert list(run.record.notes["augment"]) == ["0.3,0.7"]
@@ -287,6 +289,7 @@ def assert_same_run(run: Run, whole: Run) -> None:
     assert not (run.path / "checkpoints").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("phase", "step"),
     [
@@ -407,6 +410,7 @@ def test_a_constant_objective_is_refused_by_name(
         trained(small_task, tmp_path)
 
 
+@pytest.mark.slow
 def test_when_all_answers_collapse_it_says_so(small_task: tuple[str, ...], tmp_path: Path) -> None:
     short = "task.generation.max_new_tokens=3"  # fewer than five tokens are a collapsed answer
     with pytest.raises(RequestError, match=r"all answers of the stage-1 models collapsed .*first\.steps"):

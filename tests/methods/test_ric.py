@@ -261,6 +261,7 @@ def test_a_round_samples_again_and_keeps_the_rounds_before(small_task: tuple[str
     assert job.run.read_table("samples-1")["response"].tolist() != job.run.read_table("samples-2")["response"].tolist()
 
 
+@pytest.mark.slow
 def test_when_all_samples_collapse_it_says_so(small_task: tuple[str, ...], tmp_path: Path) -> None:
     short = "task.generation.max_new_tokens=3"  # fewer than five tokens are a collapsed sample
     request = TrainRequest("ric", overrides=(*small_task, *QUICK, "online_prompts=6", short), results=tmp_path)
@@ -278,6 +279,7 @@ def test_what_is_short_is_the_tasks_to_say(small_task: tuple[str, ...], tmp_path
     assert len(table) + table["collapsed"].iloc[0] == 12
 
 
+@pytest.mark.slow
 def test_a_preference_is_asked_for_as_desired_rewards(small_task: tuple[str, ...], tmp_path: Path) -> None:
     request = TrainRequest(
         "ric", overrides=(*small_task, *QUICK, "online_rounds=0", "preference_map=linf"), results=tmp_path

@@ -158,6 +158,7 @@ def test_best_of_one_is_the_base(small_task: tuple[str, ...], tmp_path: Path) ->
     assert answers("best-of-n", "n=1") == answers("sft", "steps=0")
 
 
+@pytest.mark.slow
 def test_sft_trains_on_the_bare_prompts(
     small_task: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -55,6 +55,7 @@ def test_recipes_ask_for_experts_as_the_method_that_trains_them_is_set(task: str
     assert soup.recipe.policy == expert.recipe.policy
 
 
+@pytest.mark.slow
 def test_dpo_soups_and_mod_share_their_experts(ask: Any) -> None:
     soup, _ = train(ask("dpo-soups"))
     mixed, _ = train(ask("mod"))
@@ -64,6 +65,7 @@ def test_dpo_soups_and_mod_share_their_experts(ask: Any) -> None:
     assert soup.record.cost.tokens_trained == mixed.record.cost.tokens_trained == expert.record.cost.tokens_trained > 0
 
 
+@pytest.mark.slow
 def test_experts_of_rewarded_soups_are_the_corners_of_morlhf(ask: Any) -> None:
     soup, _ = train(ask("rewarded-soups", "experts.batch=8"))
     (expert,) = ask("rewarded-soups").store.runs(method="morlhf")
@@ -85,6 +87,7 @@ def test_other_settings_are_other_experts(ask: Any, method: str) -> None:
 # -- answers ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "learn"),
     [("rewarded-soups", "experts.lr=0.05"), ("dpo-soups", "experts.lr=0.02"), ("mod", "experts.lr=0.02")],
@@ -106,6 +109,7 @@ def test_a_corner_is_the_expert_and_any_other_vector_is_served(
     assert len({tuple(first), tuple(second), tuple(between)}) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["dpo-soups", pytest.param("mod", marks=pytest.mark.slow)])
 def test_three_objectives_have_three_experts(ask: Any, tmp_path: Path, method: str) -> None:
     made = ask(method, task="sandbox-3")
@@ -119,6 +123,7 @@ def test_three_objectives_have_three_experts(ask: Any, tmp_path: Path, method: s
 # -- the command line ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_train_eval_generate_and_export_as_typed(
     small_task: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -133,6 +133,7 @@ def test_layers_agree_with_pymoos_sorting(rows: int, objectives: int, seed: int,
     assert layers(points).tolist() == expected.tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("correlation", [0.0, 0.9])
 def test_a_hundred_thousand_points_of_three_objectives_are_sorted(correlation: float) -> None:
     """Each point of a sample is dominated from the layer above, and from no point of its own or a later layer."""

@@ -41,6 +41,7 @@ def tables(columns: int, rows: int = 8) -> st.SearchStrategy[np.ndarray]:
     return st.integers(1, rows).flatmap(lambda n: arrays(np.float64, (n, columns), elements=small))
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(pairs_of_lists())
 def test_tau_is_scipys_tau_b_and_zero_where_that_is_undefined(lists: tuple[np.ndarray, np.ndarray]) -> None:
@@ -82,6 +83,7 @@ def test_a_policy_that_ignores_its_preference_scores_zero_despite_rounding() -> 
     assert controllability(preferences, means)["per_objective"] == [0.0, 0.0]
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(st.integers(2, 4), st.data())
 def test_controllability_does_not_depend_on_order_or_positive_scale(objectives: int, data: st.DataObject) -> None:
@@ -124,6 +126,7 @@ def test_igd_plus_is_the_mean_missing_distance(points: np.ndarray, front: np.nda
     assert igd_plus(points, front) == pytest.approx(brute, rel=1e-9, abs=1e-12)
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(st.integers(2, 5), st.data())
 def test_every_indicator_agrees_with_loops_in_two_to_five_objectives(objectives: int, data: st.DataObject) -> None:

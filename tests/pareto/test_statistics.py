@@ -187,6 +187,7 @@ def test_the_interval_over_seeds_covers_the_truth(seeds: int, between: float) ->
     assert 0.93 <= covered(trial) <= 0.97
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("between", [0.0, 0.1])
 def test_where_seeds_hardly_differ_three_of_them_err_on_the_wide_side(between: float) -> None:
     def trial(number: int, rng: np.random.Generator) -> bool:
@@ -197,6 +198,7 @@ def test_where_seeds_hardly_differ_three_of_them_err_on_the_wide_side(between: f
     assert covered(trial) >= 0.95
 
 
+@pytest.mark.slow
 def test_noise_spreads_equal_policies_into_a_front_and_the_basic_interval_says_so_less() -> None:
     rng = np.random.default_rng(9)
     percentile = basic = 0

@@ -170,6 +170,7 @@ def test_an_interpolated_adapter_is_saved_and_loaded_alike(make_lm: Make, tmp_pa
     assert all(torch.equal(value, soup.weights[key]) for key, value in back.weights.items())
 
 
+@pytest.mark.slow
 def test_generators_that_take_turns_leave_one_adapter_on_the_model(make_lm: Make) -> None:
     lm = make_lm()
     experts = [expert(lm, 0), expert(lm, 1)]
@@ -243,6 +244,7 @@ def test_every_token_is_drawn_from_the_mixture(make_lm: Make, monkeypatch: pytes
     assert float((parts[0] - parts[1]).abs().max()) > 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [1.0, 0.0], ids=["sampling", "greedy"])
 @pytest.mark.parametrize("small", [True, False], ids=["folded", "switched"])
 def test_one_hot_and_identical_experts_give_the_expert(
@@ -268,6 +270,7 @@ def test_one_hot_and_identical_experts_give_the_expert(
     assert answers(MixedGenerator(lm, NAMES, (0.5, 0.5))) == between  # and nothing was left behind
 
 
+@pytest.mark.slow
 def test_what_a_mixture_says_of_its_answers_is_the_mixture_s_own(make_lm: Make) -> None:
     """Each expert reads the answer alone; their log-probabilities are combined and normalised at every token."""
     lm, weights = make_lm(), (0.3, 0.7)
@@ -307,6 +310,7 @@ def test_greedy_takes_the_likeliest_token_of_the_mixture(make_lm: Make) -> None:
     assert drawn.input_ids[:, -1].tolist() == wanted.tolist()
 
 
+@pytest.mark.slow
 def test_a_sample_does_not_depend_on_its_batch_and_shares_random_numbers(make_lm: Make) -> None:
     lm = make_lm()
     on_model(lm)

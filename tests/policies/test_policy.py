@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
+import pytest
 import torch
 
 from moalign.config.card import TemplateSpec
@@ -149,6 +150,7 @@ def test_progress_tells_every_sampled_response_in_chunks() -> None:
     assert done == echo.calls == [8, 8, 8]  # four batches of two
 
 
+@pytest.mark.slow
 def test_generators_switch_between_base_and_adapters(make_lm: Callable[..., LanguageModel]) -> None:
     """Whatever ran before, a generator answers with its own adapter, and the base with none."""
     bare = ModelGenerator(make_lm())

@@ -21,6 +21,7 @@ def online(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "method", "path"), find.list_recipes(), ids=lambda value: getattr(value, "stem", value)
 )

@@ -87,6 +87,7 @@ def test_known_models_have_their_published_size(name: str, count: int) -> None:
     assert architecture.KNOWN[name].parameters == count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kind", "more"),
     [

@@ -22,6 +22,7 @@ BINS = [
 ]
 
 
+@pytest.mark.slow
 def test_times_of_different_machines_are_marked(record: dict[str, Any]) -> None:
     assert "not comparable" not in texts(figures.draw_cost, record)
     record["rows"][0]["runs"][0]["made"] = {"cpu": "C", "gpus": ["G"]}
@@ -50,6 +51,7 @@ def texts(draw: Callable[..., bytes | None], record: dict[str, Any]) -> str:
     return content.decode()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("name", list(figures.ALL))
 def test_the_same_bytes_twice_on_the_papers_colour(record: dict[str, Any], name: str, theme: str) -> None:
@@ -148,6 +150,7 @@ def test_curves_are_condensed_by_means_over_tokens() -> None:
     assert figures.condense(lines[:1]) == {}, "one line is no curve"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", style.FORMATS)
 def test_a_reliability_diagram_is_written(tmp_path: Path, suffix: str) -> None:
     place = tmp_path / f"reliability{suffix}"

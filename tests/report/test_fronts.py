@@ -21,6 +21,7 @@ def size(content: bytes) -> tuple[int, int]:
     return int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", style.FORMATS)
 def test_the_same_bytes_twice(compared: Build, suffix: str) -> None:
     record = compared(FIVE)
@@ -46,6 +47,7 @@ def test_the_legend_of_long_labels_lies_within_the_figure(place: str) -> None:
         assert page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("objectives", "expected"), [(3, (10.5, 4.2)), (4, (10.5, 7.5))])
 def test_size_of_pairwise_panels(compared: Build, objectives: int, expected: tuple[float, float]) -> None:
     content = draw_fronts(compared({"a": 0.2, "b": 0.0}, objectives=objectives))
@@ -89,6 +91,7 @@ def test_drawing_leaves_the_users_matplotlib_alone(compared: Build) -> None:
     assert dict(matplotlib.rcParams) == before
 
 
+@pytest.mark.slow
 def test_more_methods_than_colours(compared: Build) -> None:
     record = compared({f"m{i}": 0.02 * i for i in range(12)})
     looks = {style.look(i, style.THEMES["light"]) for i in range(63)}

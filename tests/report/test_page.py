@@ -149,6 +149,7 @@ def test_no_text_can_end_its_block_or_begin_a_tag(compared: Build) -> None:
     assert kept["texts"] == HOSTILE and kept["prompts"] == HOSTILE
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(st.recursive(st.text() | st.none(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
 def test_any_text_comes_back_from_its_block(value: Any) -> None:
@@ -190,6 +191,7 @@ def many(record: dict[str, Any], words: int, prompts: int = 256) -> list[Answers
     return answered(record, text, prompts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("words", "packed"), [(22, ""), (90, "gzip")])
 def test_ten_methods_by_eleven_preferences_by_256_prompts_fit(compared: Build, words: int, packed: str) -> None:
     record = compared({f"method-{i}": 0.02 * i for i in range(10)})
@@ -231,6 +233,7 @@ def cards(browser: Any) -> list[str]:
     return result
 
 
+@pytest.mark.slow
 def test_hostile_text_stays_text(compared: Build, shown: Callable[..., Any]) -> None:
     record = compared({"a": 0.2, "</script><b>": 0.0})
     browser = shown(record, hostile(record))
@@ -308,6 +311,7 @@ def test_the_leaderboard_sorts(compared: Build, shown: Callable[..., Any]) -> No
     assert browser.run("document.querySelector('#board th:nth-child(3)').ariaSort") == "ascending"
 
 
+@pytest.mark.slow
 def test_kl_to_base_has_a_column_where_a_row_has_it(compared: Build, shown: Callable[..., Any]) -> None:
     record = compared({"a": 0.2, "b": 0.1, "c": 0.0}, dead=("x",))
     record["rows"][1]["front"] = 1.0
@@ -352,6 +356,7 @@ def test_a_method_of_other_preferences_says_so(compared: Build, shown: Callable[
     assert notes == ["it answers for its nearest preference, 1, 0"]
 
 
+@pytest.mark.slow
 def test_a_packed_page_opens_and_dark_is_dark(compared: Build, shown: Callable[..., Any]) -> None:
     import io
 

@@ -145,6 +145,7 @@ def test_every_part_of_a_step_holds_as_many_pairs_of_every_data_set(parts: int) 
 # -- runs ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("groups", "settings"),
     [

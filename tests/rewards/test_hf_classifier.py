@@ -437,6 +437,7 @@ def test_half_precision_stays_near(models: Path) -> None:
     assert half != exact
 
 
+@pytest.mark.slow
 def test_hub_id_while_offline_and_no_torch_at_construction(models: Path) -> None:
     code = """
         import sys

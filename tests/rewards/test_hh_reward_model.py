@@ -41,6 +41,7 @@ def test_real_pairs_split_by_their_prompt(hh: list[PairSet]) -> None:
     assert not set(parts["train"].prompts) & set(parts["eval"].prompts)
 
 
+@pytest.mark.slow
 def test_real_dialogues_train_and_resume(hh: list[PairSet], stories: Path, tmp_path: Path) -> None:
     """A few steps on the longest dialogues: cut on the left to what the model reads, answers whole."""
     (pair_set,) = hh

@@ -184,6 +184,7 @@ CASES: list[tuple[str, str, str, int, int, Callable[[str, str], tuple[str, ...]]
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "name", "family", "labels", "label", "texts"), CASES, ids=[f"{c[0]}-{c[1]}" for c in CASES]
 )

@@ -158,6 +158,7 @@ def test_several_processes_create_and_write_at_once(tmp_path: Path) -> None:
         assert store.get_many("a", [("p2059", "r"), ("shared7", "r")]) == [2059.0, 7.0]
 
 
+@pytest.mark.slow
 def test_several_processes_open_fresh_files_at_the_same_moment(tmp_path: Path) -> None:
     code = """
         import sys, time

@@ -185,6 +185,7 @@ except RequestError as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bytes", "tensors", "table"])
 def test_a_write_that_the_system_stops_halfway(tmp_path: Path, kind: str) -> None:
     """A file-size limit stops the real write after 4096 bytes, as a full disk does."""

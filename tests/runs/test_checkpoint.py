@@ -182,6 +182,7 @@ def test_loaded_tensors_survive_the_pruning_of_their_file(tmp_path: Path) -> Non
     found += 1  # ours to change
 
 
+@pytest.mark.slow
 def test_sigkill_while_saving_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
     code = """
 import os, signal, sys

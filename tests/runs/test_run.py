@@ -64,6 +64,7 @@ def holder(run: Run) -> subprocess.Popen[str]:
     return process
 
 
+@pytest.mark.slow
 def test_a_second_process_is_refused_and_told_who_holds_the_run(run: Run) -> None:
     process = holder(run)
     try:
@@ -96,6 +97,7 @@ def test_the_lock_of_a_killed_process_does_not_block(run: Run) -> None:
     assert not (run.path / runs.OWNER).exists()
 
 
+@pytest.mark.slow
 def test_a_lock_that_is_waited_for_is_taken_when_the_other_process_ends(run: Run) -> None:
     process = holder(run)
     threading.Timer(0.8, process.kill).start()

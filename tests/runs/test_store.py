@@ -192,6 +192,7 @@ def test_another_process_that_makes_the_run_first(store: RunStore, monkeypatch: 
     assert not [path for path in first[0].path.parent.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.slow
 def test_processes_that_open_the_same_run_at_once(store: RunStore) -> None:
     code = """
 import sys

@@ -23,6 +23,7 @@ def test_the_true_probability_by_hand() -> None:
         assert chance == pytest.approx(1 / (1 + np.exp(-2.0 * utility)))
 
 
+@pytest.mark.slow
 def test_labels_are_drawn_with_that_probability() -> None:
     (one,) = annotators.label([annotators.DIVERSE[0]], PROMPTS, 20_000, seed=1)
     chance = np.array(one.chance)

@@ -222,6 +222,7 @@ def test_corpus_loss_is_the_distance_from_the_corpus(monkeypatch: pytest.MonkeyP
 # -- what the trained bases promise --------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_base_stays_below_45_percent_of_the_optimal_hypervolume(name: str, sandbox: Get, answers: Scores) -> None:
     task = sandbox(name)

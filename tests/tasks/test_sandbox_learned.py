@@ -46,6 +46,7 @@ def test_exact_is_the_default_and_changes_no_hash(small_task: tuple[str, ...], t
     assert len({plain.hash, other.hash, more.hash}) == 3
 
 
+@pytest.mark.slow
 def test_methods_see_the_reward_models_and_the_judge_the_truth(
     quick: None, small_task: tuple[str, ...], tmp_path: Path
 ) -> None:
@@ -83,6 +84,7 @@ def test_the_reward_model_is_trained_once_and_is_an_ordinary_run(
     assert set(run.record.notes["pairs"]["train"]) == {"helpfulness", "harmlessness"}
 
 
+@pytest.mark.slow
 def test_a_run_on_learned_rewards_is_judged_on_the_truth_and_tells_the_gap(
     quick: None, small_task: tuple[str, ...], tmp_path: Path
 ) -> None:
@@ -115,6 +117,7 @@ def test_exact_runs_tell_no_gap(small_task: tuple[str, ...], tmp_path: Path) -> 
     assert evaluate.evaluate(made.method, made.context(run)).result.gap is None
 
 
+@pytest.mark.slow
 def test_best_of_n_chooses_by_what_it_sees(quick: None, small_task: tuple[str, ...], tmp_path: Path) -> None:
     overrides = (*small_task, "task.rewards=learned", FEW, "n=4")
     made = train.plan(TrainRequest("best-of-n", overrides=overrides, results=tmp_path))

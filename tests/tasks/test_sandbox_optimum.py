@@ -222,6 +222,7 @@ def test_no_text_whatever_beats_the_optimum(pieces: list[str], prompt: str, weig
     assert utility(prompt, " ".join(pieces), weights, THREE) <= best_utility(prompt, weights, THREE) + 1e-9
 
 
+@pytest.mark.slow
 @given(
     choice=st.tuples(*[st.integers(-1, 4)] * 6),
     strays=st.lists(st.sampled_from(WORDS), max_size=4),

@@ -91,6 +91,7 @@ def test_every_vector_gets_an_adapter_of_its_own_and_the_base_stays(whole: Whole
     assert not list((job.run.path / "checkpoints").glob("pref-*"))
 
 
+@pytest.mark.slow
 def test_a_vector_does_not_depend_on_those_before_it(
     whole: Whole, make_job: MakeJob, assert_same: Callable[..., None]
 ) -> None:

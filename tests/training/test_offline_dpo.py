@@ -266,6 +266,7 @@ def by_hand(job: Job, config: DpoStage, margin: Margin) -> dict[str, torch.Tenso
     return weights(job)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -357,6 +358,7 @@ def test_no_steps_change_nothing(job: Job, assert_same: Callable[..., None]) -> 
     assert_same(weights(job), before)
 
 
+@pytest.mark.slow
 def test_an_interrupted_stage_ends_bit_for_bit_as_a_whole_one(
     make_job: MakeJob, stop: Callable[..., Any], interrupted: type[Exception], assert_same: Callable[..., None]
 ) -> None:
@@ -411,6 +413,7 @@ def test_weights_make_the_weighted_sum_of_mean_losses(job: Job) -> None:
 # -- the optimum -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("w", "beta"), [((0.6, 0.4, 0.0), 0.5), ((1.0, 0.0, 0.0), 0.5), ((0.3, 0.2, 0.5), 0.3), ((0.05, 0.95, 0.0), 0.5)]
 )

@@ -69,6 +69,7 @@ def warm_up(job: Job) -> None:
 # -- gradients -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pairing", ["weighted", "per_objective"])
 def test_the_gradient_does_not_depend_on_the_micro_batch(make_job: MakeJob, assert_same: Same, pairing: str) -> None:
     """8 prompts, 16 rows, in parts of 4, of 6 (which does not divide 16), and in one."""
@@ -355,6 +356,7 @@ def with_critics(job: Job) -> dict[str, torch.Tensor]:
     return job.run.load_tensors("value_heads-critic")
 
 
+@pytest.mark.slow
 def test_value_heads_are_trained_along(make_job: MakeJob) -> None:
     job = make_job("mo-odpo", *CRITIC)
     start = weights(job)
@@ -366,6 +368,7 @@ def test_value_heads_are_trained_along(make_job: MakeJob) -> None:
     assert all("value_error" in line for line in job.run.metrics())
 
 
+@pytest.mark.slow
 def test_value_heads_are_kept_in_checkpoints_and_restored(
     make_job: MakeJob, assert_same: Same, stop: Callable[..., Any], interrupted: type[Exception]
 ) -> None:
@@ -384,6 +387,7 @@ def test_value_heads_are_kept_in_checkpoints_and_restored(
 # -- resume and log -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -462,6 +466,7 @@ def test_a_line_has_what_the_loop_says_by_name_whatever_the_order(make_job: Make
     assert (left["update"], left["mine"], left["other"], left["grad_norm"]) == (2.0, 20.0, 1.0, 0.0)
 
 
+@pytest.mark.slow
 def test_a_rollout_is_fixed_by_seed_and_step(make_job: MakeJob) -> None:
     def drawn(where: str, step: int, **changes: Any) -> Rollout:
         job = make_job("mo-odpo", *FEW, where=where, **changes)

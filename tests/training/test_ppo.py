@@ -141,6 +141,7 @@ def test_every_row_is_trained_on_and_every_update_pays_for_the_distance(make_job
     assert {"value_loss/one", "value_loss/two", "value_loss/kl"} <= set(job.run.metrics()[0])
 
 
+@pytest.mark.slow
 def test_the_gradient_does_not_depend_on_the_micro_batch(
     make_job: MakeJob, assert_same: Same, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -218,6 +219,7 @@ def test_the_coefficient_that_is_logged_is_the_adapted_one(make_job: MakeJob) ->
 # -- resume and record -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

@@ -79,6 +79,7 @@ def whole(
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "phase", "step"),
     [
@@ -137,6 +138,7 @@ def test_it_may_be_interrupted_again_and_again(
     assert_same_run(trained("ric", small_task, tmp_path), whole("ric"))
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_an_interrupted_run_that_goes_on(
     whole: Callable[[str], Run], small_task: tuple[str, ...], tmp_path: Path
 ) -> None:

@@ -212,6 +212,7 @@ def test_the_trainer_does_what_a_plain_loop_does(
     assert_same(found, wanted, rtol=0.0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_guard_would_see_another_order_and_other_labels(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the guard above tells apart does differ by more than its tolerance."""
     config = settings(schedule="constant")
@@ -221,6 +222,7 @@ def test_the_guard_would_see_another_order_and_other_labels(make_job: MakeJob, m
     assert max(float((plain[name] - other[name]).abs().max()) for name in plain) > 1e-4
 
 
+@pytest.mark.slow
 def test_two_parts_of_a_batch_are_the_whole_batch(make_job: MakeJob, assert_same: Callable[..., None]) -> None:
     found = []
     for where, parts in (("a", 1), ("b", 2), ("c", 4)):
@@ -245,6 +247,7 @@ def test_it_counts_logs_and_reports(make_job: MakeJob) -> None:
     assert all(line["loss"] > 0 and line["grad_norm"] > 0 for line in lines)
 
 
+@pytest.mark.slow
 def test_the_log_is_the_same_after_a_resume(
     make_job: MakeJob, stop: Callable[..., Any], interrupted: type[Exception]
 ) -> None:
