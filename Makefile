@@ -54,7 +54,7 @@ test: $(STAMP)  ## the quick tests
 	@$(PYTEST) -n $(JOBS) --dist loadfile
 
 test-slow: $(STAMP)  ## the slow tests: training to the end, resume after a kill, the wheel
-	@$(PYTEST) -n $(JOBS) --dist loadfile -m "slow and not gpu"
+	@$(PYTEST) -n $(JOBS) --dist worksteal -m "slow and not gpu"
 
 mutants: $(STAMP)  ## change the losses, one place at a time: how many changes the tests notice (tests/mutation.py)
 	@$(BIN)/python tests/mutation.py moalign/losses/dpo.py moalign/losses/ppo.py --sample 40
