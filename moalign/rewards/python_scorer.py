@@ -133,12 +133,15 @@ def _import_file(file: Path, where: str) -> Any:
     module = importlib.util.module_from_spec(spec)
     _add_to_path(path.parent)
     sys.modules[name] = module  # before it runs: dataclasses look their module up
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # the folder is the user's: no __pycache__ in it
     try:
         with _explained(f"{where}: running {file} failed", path):
             spec.loader.exec_module(module)
     except RequestError:
         del sys.modules[name]
         raise
+    finally:
+        sys.dont_write_bytecode = before
     return module
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,12 @@ SMALL = [
     *("--set", "task.pool.calibration_per_prompt=2", "--set", "task.evaluation.bootstrap=100"),
     *("--set", "steps=2", "--set", "batch=2", "--set", "samples=2"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def byte_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Python is started by default: what is imported may leave a ``__pycache__``."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
 
 
 @pytest.fixture(scope="module")
