@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,62 +113,50 @@ def place(lm: LanguageModel, adapter: Adapter, name: str) -> None:
 
 
 @contextlib.contextmanager
-def turns(lm: LanguageModel, names: Sequence[str]) -> Iterator[Callable[[int], None]]:
-    """Within the block several adapters of one model take turns: ``use(i)`` lets ``names[i]`` answer; begins with 0.
+def merged(lm: LanguageModel) -> Iterator[None]:
+    """Within the block the active adapter of a small model is folded into a copy of its weights: as fast as the base.
 
-    The layers of a large model are switched, and nothing is copied. A small one has each adapter folded into a copy of
-    its weights, which samples as fast as the base; the base's own tensors are put back untouched, so nothing drifts.
+    The base's own tensors are put back untouched, so nothing drifts. Large models are left as they are.
     """
-    layers = _lora_layers(lm)
-    if lm.model.num_parameters() > MERGE_BELOW:
-
-        def use(index: int) -> None:
-            for layer in layers:
-                # Not set_adapter(): it also visits every parameter, at 224 layers 17 ms a token instead of 1.
-                layer._active_adapter = [names[index]]
-
-        use(0)
-        yield use
+    layers = lora_layers(lm)
+    active = layers[0].active_adapters if layers else []
+    if not active or lm.model.num_parameters() > MERGE_BELOW:
+        yield
         return
-
     weights = [layer.get_base_layer().weight for layer in layers]
     base = [weight.data for weight in weights]
-    folded = [[_with_adapter(layer, name) for layer in layers] for name in names]
-
-    def put(tensors: Sequence[Tensor]) -> None:
-        for weight, data in zip(weights, tensors, strict=True):
-            weight.data = data
-
+    folded = [with_change(layer, active[0]) for layer in layers]
     with reference_mode(lm):
-        put(folded[0])
         try:
-            yield lambda index: put(folded[index])
+            _put(weights, folded)
+            yield
         finally:
-            put(base)
+            _put(weights, base)
 
 
-@contextlib.contextmanager
-def merged(lm: LanguageModel) -> Iterator[None]:
-    """Within the block the active adapter is folded into the weights of a small model; see :func:`turns`."""
-    layers = _lora_layers(lm)
-    active = layers[0].active_adapters if layers else []
-    with turns(lm, active[:1]) if active else contextlib.nullcontext():
-        yield
+def _put(weights: Sequence[Any], tensors: Sequence[Tensor]) -> None:
+    for weight, data in zip(weights, tensors, strict=True):
+        weight.data = data
 
 
-def _lora_layers(lm: LanguageModel) -> list[Any]:
+def lora_layers(lm: LanguageModel) -> list[Any]:
+    """Return the layers that adapters change."""
     from peft.tuners.lora import LoraLayer
 
     modules = lm.model.modules() if hasattr(lm.model, "peft_config") else []
     return [module for module in modules if isinstance(module, LoraLayer)]
 
 
-def _with_adapter(layer: Any, name: str) -> Tensor:
+def changes(layer: Any, name: str) -> bool:
+    """Return whether an adapter changes a layer."""
+    return name in layer.lora_A or name in layer.lora_embedding_A
+
+
+def with_change(layer: Any, name: str) -> Tensor:
     """Return a layer's weight with an adapter folded in; its own where the adapter does not change it."""
     weight: Tensor = layer.get_base_layer().weight.data
-    changes = name in layer.lora_A or name in layer.lora_embedding_A
     # Adapters are kept in single precision on a base of half precision: the sum is rounded once.
-    return (weight.float() + layer.get_delta_weight(name).float()).to(weight.dtype) if changes else weight
+    return (weight.float() + layer.get_delta_weight(name).float()).to(weight.dtype) if changes(layer, name) else weight
 
 
 def tensors(lm: LanguageModel, name: str = ADAPTER) -> dict[str, Tensor]:

@@ -369,12 +369,12 @@ def generate(
     texts: Sequence[str],
     rows: Sequence[int],
     sampling: Sampling,
-    source: Callable[[], NextToken] | None = None,
+    source: Callable[[Sequence[int]], NextToken] | None = None,
 ) -> Generated:
     """Sample a response for every rendered prompt in length-sorted batches; returned in the order of ``texts``.
 
-    ``rows`` fix each response's randomness (see :func:`uniforms`); ``source`` makes each batch's next-token
-    distributions, None: those of the model as it stands.
+    ``rows`` fix each response's randomness (see :func:`uniforms`); ``source(places)`` makes the next-token
+    distributions of a batch of ``texts[places]``, None: those of the model as it stands.
     """
     lm.model.eval()
     encoded, count = lm.encode(texts, sampling.max_prompt_tokens), len(texts)
@@ -389,7 +389,7 @@ def generate(
             uniforms(sampling.seed, [rows[i] for i in part], sampling.max_new_tokens),
             sampling.temperature,
             sampling.top_p,
-            source=None if source is None else source(),
+            source=None if source is None else source(part),
         )
         generated.tokens += drawn.tokens
         ids, logps = _tokens(drawn), drawn.logps.cpu().double().numpy()

@@ -7,24 +7,26 @@ Both give an expert itself for its one-hot preference.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from moalign.core.errors import RequestError
 from moalign.core.preferences import Preference
 from moalign.lm import adapters
 from moalign.lm.generator import LazyGenerator, ModelGenerator
 from moalign.lm.language_model import LanguageModel
+from moalign.lm.mixture import Constant, Mixture, Space
 from moalign.lm.sampler import Generated, NextToken, Sampling, generate
+from moalign.lm.side_by_side import SideBySide
 from moalign.policies.policy import Policy, adapter_name
 from moalign.training.experts import expert_folder
 
 if TYPE_CHECKING:
+    from moalign.policies.control import Control
     from moalign.training.job import RunContext
 
 
@@ -46,21 +48,38 @@ def interpolated(context: RunContext, preference: Preference) -> Policy:
 
 
 def mixed(context: RunContext, preference: Preference) -> Policy:
-    """Return the policy that mixes the experts' next-token distributions, given the bare prompt.
+    """Return the policy that mixes the experts' next-token distributions, given the bare prompt."""
+    names = experts_on_model(context)
+    return Policy(MixedGenerator(context.task.language_model, names, preference), context.task.renderer.plain)
 
-    The experts lie on the model together and are shared by every preference.
-    """
+
+def experts_on_model(context: RunContext) -> list[str]:
+    """Return the names of the adapters of the run's experts, which lie on the model together from then on."""
     lm, cache = context.task.language_model, context.cache
     if "experts on the model" not in cache:
         experts = {adapter_name(context, f"expert_{index}"): folder for index, folder in enumerate(_folders(context))}
         for name, folder in experts.items():
             adapters.load(lm, folder, name)
         cache["experts on the model"] = list(experts)
-    return Policy(MixedGenerator(lm, cache["experts on the model"], preference), context.task.renderer.plain)
+    on_model: list[str] = cache["experts on the model"]
+    return on_model
 
 
 def _folders(context: RunContext) -> list[Path]:
     return [context.run.path / expert_folder(index) for index in range(len(context.task.names))]
+
+
+@dataclass(frozen=True)
+class MixtureParts:
+    """What a mixture is made of, for ``moalign export``."""
+
+    lm: LanguageModel
+    experts: list[str]
+    """The names of their adapters on ``lm``."""
+    space: Space
+    weights: list[float]
+    """Constant weights, one for each expert; with a control model, the preference."""
+    control: Control | None = None
 
 
 class MixedGenerator:
@@ -82,8 +101,17 @@ class MixedGenerator:
     def generate(self, texts: Sequence[str], rows: Sequence[int], sampling: Sampling) -> Generated:
         if self.weights == [1.0]:
             return self.as_model().generate(texts, rows, sampling)
-        with adapters.turns(self.lm, self.experts) as use:
-            return generate(self.lm, texts, rows, sampling, partial(Mixture, self.lm, use, self.weights))
+        together, n = SideBySide(self.lm, self.experts), len(self.experts)
+        weights = torch.tensor(self.weights, device=self.lm.device)
+
+        def of_batch(places: Sequence[int]) -> Mixture:
+            return Mixture(NextToken(together), n, Constant(weights.expand(len(places), n)), "logit")
+
+        return generate(self.lm, texts, rows, sampling, of_batch)
+
+    def as_mixture(self, preference: Preference) -> MixtureParts:
+        """Return what it is made of, at its own weights."""
+        return MixtureParts(self.lm, self.experts, "logit", self.weights)
 
     def as_model(self) -> ModelGenerator:
         """Return the expert itself for a one-hot vector; RequestError for any other: no one model says that."""
@@ -93,41 +121,3 @@ class MixedGenerator:
             f"its answers come from {len(self.experts)} experts that sample every token together; "
             "no adapter and no single model has that distribution"
         )
-
-
-class Mixture(NextToken):
-    """The next token as several adapters of one model see it together."""
-
-    def __init__(self, lm: LanguageModel, use: Callable[[int], None], weights: Sequence[float]) -> None:
-        """Begin a batch; ``use(i)`` lets the adapter of ``weights[i]`` answer (:func:`~moalign.lm.adapters.turns`)."""
-        self.use = use
-        self.weights = weights
-        self.sources = [NextToken(lm.model) for _ in weights]
-
-    def read(self, ids: Tensor, mask: Tensor, place: Tensor) -> Tensor:
-        """Return ``sum_i w_i log pi_i``, ``[rows, vocabulary]``; it is normalised by whoever draws from it."""
-        parts = []
-        for index, source in enumerate(self.sources):
-            self.use(index)
-            parts.append(source.read(ids, mask, place))
-        return mix_logits(parts, self.weights)
-
-    def repeat(self, times: int) -> None:
-        for source in self.sources:
-            source.repeat(times)
-
-    def keep(self, rows: Tensor) -> None:
-        for source in self.sources:
-            source.keep(rows)
-
-
-def mix_logits(logits: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Return ``sum_i w_i log softmax(logits_i)``, the log of the mixture up to a constant (arXiv 2406.18853).
-
-    It is the policy that stays closest to the experts in reverse KL. Of p1 = (.7, .2, .1) and p2 = (.1, .2, .7) at
-    w = (.5, .5) it makes (.3629, .2743, .3629).
-    """
-    total = torch.zeros_like(logits[0], dtype=torch.float32)
-    for part, weight in zip(logits, weights, strict=True):
-        total = total + weight * torch.log_softmax(part.float(), dim=-1)
-    return total

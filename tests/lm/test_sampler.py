@@ -432,7 +432,7 @@ def test_a_log_probability_by_hand(lm: LanguageModel, monkeypatch: pytest.Monkey
     """5, 6, end: 1/2 * 1/4 * 1/4. The second row ends at once: 1/4. The third is cut by the limit."""
     numbers = torch.tensor([[0.5, 0.9, 0.1, 0.5], [0.2, 0.5, 0.5, 0.5], [0.3, 0.74, 0.76, 0.5]])
     monkeypatch.setattr(sampler, "uniforms", lambda *given: numbers)
-    made = generate(lm, ["go"] * 3, range(3), SAMPLING, source=ThreeTokens)
+    made = generate(lm, ["go"] * 3, range(3), SAMPLING, source=lambda places: ThreeTokens())
     assert [ids.tolist() for ids in traced(made).ids] == [[5, 6, 2], [2], [5, 5, 6, 5]]
     assert traced(made).logps == pytest.approx(np.log([1 / 32, 1 / 4, 1 / 32]).tolist())
     assert traced(made).finished == [True, True, False]

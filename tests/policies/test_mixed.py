@@ -14,12 +14,14 @@ from torch import Tensor
 
 from moalign.config.recipe import LoraSpec
 from moalign.core.errors import RequestError
-from moalign.lm import adapters, sampler
+from moalign.lm import adapters, sampler, side_by_side
 from moalign.lm.adapters import Adapter
 from moalign.lm.generator import LazyGenerator, ModelGenerator
 from moalign.lm.language_model import LanguageModel, reference_mode
-from moalign.lm.sampler import Samples, Sampling, generate, pad_left, sample, uniforms
-from moalign.policies.mixed import MixedGenerator, Mixture, mix_logits
+from moalign.lm.mixture import Constant, Mixture
+from moalign.lm.sampler import NextToken, Samples, Sampling, generate, pad_left, sample, uniforms
+from moalign.lm.side_by_side import SideBySide
+from moalign.policies.mixed import MixedGenerator
 from moalign.policies.policy import Policy, respond_all
 
 Make = Callable[..., LanguageModel]
@@ -205,31 +207,22 @@ def on_model(lm: LanguageModel) -> list[ModelGenerator]:
     return [ModelGenerator(lm, name) for name in NAMES]
 
 
-def test_three_tokens_of_the_specification() -> None:
-    """methods/baselines.md: p1 = (.7, .2, .1), p2 = (.1, .2, .7), w = .5 gives (.3629, .2743, .3629)."""
-    p1, p2 = torch.tensor([[0.7, 0.2, 0.1]]).log(), torch.tensor([[0.1, 0.2, 0.7]]).log()
-    result = mix_logits([p1 + 3.0, p2 - 1.0], (0.5, 0.5)).softmax(-1)  # logits are known up to a constant
-    torch.testing.assert_close(result, torch.tensor([[0.3629, 0.2743, 0.3629]]), rtol=0, atol=5e-5)
-
-
-def test_a_token_that_one_expert_rules_out_stays_out_without_nan() -> None:
-    never = torch.tensor([[0.0, -torch.inf, 1.0]])
-    result = mix_logits([never, torch.zeros(1, 3)], (0.4, 0.6)).softmax(-1)
-    assert float(result[0, 1]) == 0.0
-    assert bool(torch.isfinite(result).all())
+def mixture_of(lm: LanguageModel, weights: tuple[float, ...], rows: int) -> Mixture:
+    """Return a fresh source of MOD's mixture for a batch of so many prompts."""
+    constant = Constant(torch.tensor([weights]).repeat(rows, 1))
+    return Mixture(NextToken(SideBySide(lm, NAMES)), len(NAMES), constant, "logit")
 
 
 @pytest.mark.parametrize("small", [True, False], ids=["folded", "switched"])
 def test_every_token_is_drawn_from_the_mixture(make_lm: Make, monkeypatch: pytest.MonkeyPatch, small: bool) -> None:
     """Teacher forcing without caches, one expert at a time, must give the log-probabilities of the sampler."""
     if not small:
-        monkeypatch.setattr(adapters, "MERGE_BELOW", 10)
+        monkeypatch.setattr(side_by_side, "MERGE_BELOW", 10)
     lm, weights = make_lm(), (0.3, 0.7)
     experts = on_model(lm)
     prompts = lm.encode(PROMPTS)
     numbers = uniforms(3, range(len(PROMPTS)), 8)
-    with adapters.turns(lm, ["expert0", "expert1"]) as taking_turns:
-        drawn = sample(lm, prompts, numbers, temperature=0.8, source=Mixture(lm, taking_turns, weights))
+    drawn = sample(lm, prompts, numbers, temperature=0.8, source=mixture_of(lm, weights, len(prompts)))
     width = drawn.response_mask.shape[1]
     place = (drawn.attention_mask.cumsum(-1) - 1).clamp_min(0)
     parts = []
@@ -251,7 +244,7 @@ def test_one_hot_and_identical_experts_give_the_expert(
     make_lm: Make, monkeypatch: pytest.MonkeyPatch, small: bool, temperature: float
 ) -> None:
     if not small:
-        monkeypatch.setattr(adapters, "MERGE_BELOW", 10)
+        monkeypatch.setattr(side_by_side, "MERGE_BELOW", 10)
     lm = make_lm()
     first, second = on_model(lm)
     limits = Sampling(max_new_tokens=10, seed=5, batch_size=3, temperature=temperature)
@@ -304,9 +297,8 @@ def test_greedy_takes_the_likeliest_token_of_the_mixture(make_lm: Make) -> None:
             place = (mask.cumsum(-1) - 1).clamp_min(0)
             parts.append(lm.model(input_ids=ids, attention_mask=mask, position_ids=place).logits[:, -1].log_softmax(-1))
     wanted = (0.5 * parts[0] + 0.5 * parts[1]).argmax(-1)
-    with adapters.turns(lm, ["expert0", "expert1"]) as taking_turns:
-        numbers = uniforms(0, range(len(PROMPTS)), 1)
-        drawn = sample(lm, lm.encode(PROMPTS), numbers, 0.0, source=Mixture(lm, taking_turns, weights))
+    numbers = uniforms(0, range(len(PROMPTS)), 1)
+    drawn = sample(lm, lm.encode(PROMPTS), numbers, 0.0, source=mixture_of(lm, weights, len(PROMPTS)))
     assert drawn.input_ids[:, -1].tolist() == wanted.tolist()
 
 
@@ -332,17 +324,15 @@ def test_a_sample_does_not_depend_on_its_batch_and_shares_random_numbers(make_lm
 def test_rows_that_have_ended_leave_every_expert_of_a_mixture(make_lm: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = make_lm()
     on_model(lm)
-    names = list(lm.model.peft_config)[:2]
 
     def made(above: float) -> tuple[Samples, int]:
         monkeypatch.setattr(sampler, "KEEP_ABOVE", above)
-        with adapters.turns(lm, names) as taking_turns:
-            source = Mixture(lm, taking_turns, (0.4, 0.6))
-            drawn = sample(lm, lm.encode(PROMPTS), uniforms(0, range(40), 10), repeat=10, source=source)
-        return drawn, source.sources[1].cache.layers[0].keys.shape[0]
+        source = mixture_of(lm, (0.4, 0.6), len(PROMPTS))
+        drawn = sample(lm, lm.encode(PROMPTS), uniforms(0, range(40), 10), repeat=10, source=source)
+        return drawn, source.source.cache.layers[0].keys.shape[0]
 
     (stay, all_rows), (leave, rows) = made(0.0), made(0.999)
-    assert rows < all_rows == 40
+    assert rows < all_rows == 80
     assert torch.equal(stay.input_ids, leave.input_ids) and torch.equal(stay.finished, leave.finished)
     torch.testing.assert_close(leave.logps, stay.logps, atol=1e-6, rtol=0)
 
@@ -362,20 +352,16 @@ def test_repeated_rows_read_the_prompt_once(make_lm: Make) -> None:
     lm = make_lm()
     on_model(lm)
     prompts, numbers = lm.encode(PROMPTS[:2]), uniforms(1, range(4), 6)
-    with adapters.turns(lm, ["expert0", "expert1"]) as taking_turns:
-        once = sample(lm, prompts, numbers, repeat=2, source=Mixture(lm, taking_turns, (0.5, 0.5)))
-        twice = sample(
-            lm, [prompts[0], prompts[0], prompts[1], prompts[1]], numbers, source=Mixture(lm, taking_turns, (0.5, 0.5))
-        )
+    once = sample(lm, prompts, numbers, repeat=2, source=mixture_of(lm, (0.5, 0.5), 2))
+    repeated = [prompts[0], prompts[0], prompts[1], prompts[1]]
+    twice = sample(lm, repeated, numbers, source=mixture_of(lm, (0.5, 0.5), 4))
     torch.testing.assert_close(once.logps, twice.logps)
     assert torch.equal(once.input_ids, twice.input_ids)
 
 
 def test_the_plain_path_is_the_direct_source(make_lm: Make) -> None:
     lm = make_lm()
-    from moalign.lm.sampler import NextToken
-
-    given = generate(lm, PROMPTS, range(4), SAMPLING, source=lambda: NextToken(lm.model))
+    given = generate(lm, PROMPTS, range(4), SAMPLING, source=lambda places: NextToken(lm.model))
     plain = generate(lm, PROMPTS, range(4), SAMPLING)
     assert given.responses == plain.responses and given.tokens == plain.tokens
     assert given.traces is not None and plain.traces is not None and given.traces.logps == plain.traces.logps
