@@ -194,6 +194,7 @@ MOST_FILES, MOST_LINES = 3, 700
 
 BESIDE = {
     "methods.base",  # the contract of all methods
+    "training.actor",  # what samples and scores: the adapter and its reference, or a control model of experts
     "training.callbacks",  # order of rows, optimizer, log, checkpoints of trl's trainers
     "training.checkpoints",
     "training.diagnostics",  # means of the log's last lines

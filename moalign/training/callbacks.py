@@ -16,8 +16,9 @@ from transformers import TrainerCallback
 
 from moalign.core.schedule import factor
 from moalign.core.seeds import derive
+from moalign.lm import adapters
 from moalign.lm.trainers import checkpointing_option, quiet_libraries, run_trainer
-from moalign.training.checkpoints import resume, save_checkpoint
+from moalign.training.checkpoints import modules, resume, save_checkpoint
 from moalign.training.settings import SftConfig
 
 if TYPE_CHECKING:
@@ -49,8 +50,11 @@ def train_rows(
     optimizer = torch.optim.AdamW(
         [p for p in lm.model.parameters() if p.requires_grad], lr=config.lr, weight_decay=config.weight_decay
     )
-    checkpoint = resume(job, lm, optimizer, phase)
-    start = 0 if checkpoint is None else checkpoint.step
+    checkpoint = resume(job, optimizer, phase)
+    start = 0
+    if checkpoint is not None:
+        start = checkpoint.step
+        adapters.set_tensors(lm, modules(checkpoint)["adapter"])
     if start >= config.steps:
         return
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -135,18 +139,18 @@ class RunCallback(TrainerCallback):  # type: ignore[misc,unused-ignore]
 
     def _save_checkpoint(self, step: int) -> None:
         if step % self.config.checkpoint_every == 0 and step < self.config.steps:
-            save_checkpoint(self.job, self.lm, self.optimizer, self.phase, step)
+            save_checkpoint(self.job, {"adapter": adapters.tensors(self.lm)}, self.optimizer, self.phase, step)
 
 
 @contextlib.contextmanager
 def trainable(lm: LanguageModel) -> Iterator[None]:
     """Within the block trainers may patch the model's forward pass; afterwards it is what it was, and in eval mode."""
-    modules = [lm.model, *([lm.model.get_base_model()] if hasattr(lm.model, "get_base_model") else [])]
-    before = [{name: vars(module)[name] for name in _PATCHED if name in vars(module)} for module in modules]
+    models = [lm.model, *([lm.model.get_base_model()] if hasattr(lm.model, "get_base_model") else [])]
+    before = [{name: vars(module)[name] for name in _PATCHED if name in vars(module)} for module in models]
     try:
         yield
     finally:
-        for module, attributes in zip(modules, before, strict=True):
+        for module, attributes in zip(models, before, strict=True):
             for name in _PATCHED:
                 vars(module).pop(name, None)
             vars(module).update(attributes)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from moalign.core import preferences
 from moalign.core.errors import RequestError
 from moalign.training.grid import adapter_of
+from moalign.training.settings import ConditionedPpoConfig, PpoConfig
 
 if TYPE_CHECKING:
     from moalign.training.job import Job
@@ -18,6 +19,13 @@ STAGE = "experts"
 def expert_folder(index: int) -> str:
     """Return the folder (inside a run) of the adapter of the expert for objective ``index``."""
     return f"adapter-expert-{index}"
+
+
+def rl_settings(experts: PpoConfig) -> dict[str, Any]:
+    """Return the settings of ``morlhf`` for experts that are trained by RL."""
+    # Of no effect on a policy for one preference, but it may not exceed the batch.
+    groups = min(ConditionedPpoConfig.model_fields["groups"].default, experts.batch)
+    return {**experts.model_dump(mode="json"), "groups": groups}
 
 
 def bring_experts(job: Job, method: str, settings: dict[str, Any]) -> None:

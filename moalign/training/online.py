@@ -6,9 +6,9 @@
             trainer.backward(*loss_of(part))
         trainer.step()                                  # or trainer.skip(): nothing to learn from
 
-The trainer owns sampling and scoring (:mod:`moalign.training.rollout`), reference log-probabilities (the adapter
-switched off, or a frozen copy of it; never a second base), value heads, the optimizer, the log, checkpoints and resume.
-Dropout is off in all of it: every loss here is made of ratios of probabilities.
+The trainer owns sampling and scoring (:mod:`moalign.training.rollout`), value heads, the optimizer, the log,
+checkpoints and resume. What it trains, and what that is compared with, is an actor (:mod:`moalign.training.actor`): the
+active adapter and its reference, unless another is given.
 """
 
 from __future__ import annotations
@@ -24,22 +24,12 @@ from torch import Tensor
 
 from moalign.core.schedule import factor
 from moalign.core.seeds import derive
-from moalign.lm import adapters
 from moalign.lm.language_model import LanguageModel
-from moalign.lm.log_probs import token_outputs
 from moalign.losses import ppo
 from moalign.training import checkpoints
-from moalign.training.dropout import without_dropout
+from moalign.training.actor import Actor, AdapterActor, Style
 from moalign.training.preference_draws import Draw
-from moalign.training.rollout import (
-    REFERENCE,
-    Rollout,
-    Style,
-    ValueHeads,
-    response_logps,
-    rollout_metrics,
-    sample_rollout,
-)
+from moalign.training.rollout import Rollout, ValueHeads, policy_logps, rollout_metrics, sample_rollout
 from moalign.training.settings import OnlineConfig, PpoConfig
 
 if TYPE_CHECKING:
@@ -81,17 +71,19 @@ class OnlineTrainer:
         style: Style = "percent",
         value_heads: int = 0,
         value_lr: float | None = None,
+        actor: Actor | None = None,
     ) -> None:
-        """Prepare to train the active adapter of ``lm``; ``phase`` names record, metrics and checkpoints.
+        """Prepare to train ``actor`` (None: the active adapter of ``lm``); ``phase`` names record and checkpoints.
 
         ``draw`` and ``style`` say which preferences prompts are conditioned on, and how they are written.
         ``value_heads`` heads are trained along and kept as ``value_heads-<phase>.safetensors``, with the learning rate
         ``value_lr`` (None: the policy's) on the same schedule.
         """
-        self.job, self.lm, self.config, self.draw, self.phase, self.style = job, lm, config, draw, phase, style
-        self.value_heads = ValueHeads(lm.model.config.hidden_size, value_heads).to(lm.device) if value_heads else None
+        self.job, self.lm, self.config, self.draw, self.phase = job, lm, config, draw, phase
+        self.actor = AdapterActor(job, lm, config, style) if actor is None else actor
+        self.value_heads = ValueHeads(self.actor.width, value_heads).to(lm.device) if value_heads else None
         self.accelerator = Accelerator(cpu=lm.device.type == "cpu")
-        self.parameters = [p for p in lm.model.parameters() if p.requires_grad]
+        self.parameters = list(self.actor.parameters)
         groups = [{"params": list(self.parameters), "peak": config.lr}]
         if self.value_heads is not None:
             self.parameters += self.value_heads.parameters()
@@ -105,9 +97,6 @@ class OnlineTrainer:
         self._metrics: dict[str, float] | None = None
         self._sums: dict[str, float] = {}
         self._share = 0.0
-        if self.config.own_reference:
-            adapters.attach(lm, job.policy_spec.lora, seed=0, name=REFERENCE)
-            self._sync_reference()
 
     def rollouts(self) -> Iterator[Rollout]:
         """Yield a rollout for every step that is left, going on from the phase's checkpoint.
@@ -126,7 +115,7 @@ class OnlineTrainer:
                 if self._metrics is None:
                     raise RuntimeError(f"{self.phase}: step {done} ended without trainer.step() or trainer.skip()")
                 if config.ref_sync_steps and done % config.ref_sync_steps == 0:
-                    self._sync_reference()
+                    self.actor.sync_reference()
                 if done % config.log_every == 0 or done == config.steps:
                     run.log(
                         done, self.phase, **self._metrics, **rollout_metrics(rollout, names), **self.job.meter.cost()
@@ -135,8 +124,7 @@ class OnlineTrainer:
                 if done % config.checkpoint_every == 0 and done < config.steps:
                     self._save_checkpoint(done)
         finally:
-            if self.config.own_reference:
-                adapters.drop(self.lm, REFERENCE)
+            self.actor.close()
         self._rollout = None
         self.job.notes.update(self.counts)
         if self.value_heads is not None:
@@ -144,7 +132,7 @@ class OnlineTrainer:
 
     def sample(self, step: int) -> Rollout:
         """Return the rollout of a step, from 0."""
-        return sample_rollout(self.job, self.lm, self.config, self.draw, self.phase, self.style, step, self.value_heads)
+        return sample_rollout(self.job, self.lm, self.actor, self.config, self.draw, self.phase, step, self.value_heads)
 
     def parts(self, rows: NDArray[np.intp], group: int = 1, *, tensors: Mapping[str, Tensor]) -> Iterator[Part]:
         """Yield micro-batches of some rows of the rollout, for one update; each weighs as many groups as it holds.
@@ -158,13 +146,12 @@ class OnlineTrainer:
         self.optimizer.zero_grad(set_to_none=True)
         self._sums = {}
         size = max(1, config.micro_batch // group)
-        without_dropout(self.lm.model)
+        self.actor.learning(True)
         for first in range(0, groups, size):
             last = min(first + size, groups)
             chosen = torch.as_tensor(rows[first * group : last * group]).cpu()
             mask, heads = samples.response_mask[chosen], self.value_heads
-            tokens = (samples.input_ids[chosen], samples.attention_mask[chosen], mask)
-            outputs = token_outputs(self.lm.model, *tokens, config.temperature, hidden=heads is not None)
+            outputs = self.actor.outputs(samples, chosen, hidden=heads is not None)
             self._share = (last - first) / groups
             yield Part(
                 logps=outputs.logps,
@@ -176,7 +163,7 @@ class OnlineTrainer:
                 values=None if heads is None else heads(outputs.hidden),
             )
             self.job.meter.add_tokens_trained(int(samples.attention_mask[chosen].sum()))
-        self.lm.model.eval()
+        self.actor.learning(False)
 
     def backward(self, loss: Tensor, metrics: Mapping[str, float] | None = None) -> None:
         """Add the gradient of a part's mean loss over its groups (a scalar); metrics are averaged over parts."""
@@ -203,31 +190,27 @@ class OnlineTrainer:
     def policy_logps(self) -> Tensor:
         """Return the rollout's log-probabilities under the policy as it is now ``[rows, T]``, without gradient."""
         assert self._rollout is not None, "there is no rollout in hand"
-        return response_logps(self.lm, self._rollout.samples, self.config)
+        return policy_logps(self.actor, self._rollout.samples, self.config)
 
     def _save_checkpoint(self, step: int) -> None:
-        modules = {"reference": adapters.tensors(self.lm, REFERENCE)} if self.config.own_reference else {}
+        modules = dict(self.actor.modules())
         if self.value_heads is not None:
             modules["values"] = self.value_heads.state_dict()
         state = {"counts": self.counts, "method": self.state}
-        checkpoints.save_checkpoint(self.job, self.lm, self.optimizer, self.phase, step, modules, **state)
+        checkpoints.save_checkpoint(self.job, modules, self.optimizer, self.phase, step, **state)
 
     def _resume(self) -> int:
         """Restore all from the phase's checkpoint; returns the number of steps already done."""
-        checkpoint = checkpoints.resume(self.job, self.lm, self.optimizer, self.phase)
+        checkpoint = checkpoints.resume(self.job, self.optimizer, self.phase)
         if checkpoint is None:
             return 0
-        if self.config.own_reference:
-            adapters.set_tensors(self.lm, checkpoints.module(checkpoint, "reference"), name=REFERENCE)
+        modules = checkpoints.modules(checkpoint)
+        self.actor.load(modules)
         if self.value_heads is not None:
-            self.value_heads.load_state_dict(checkpoints.module(checkpoint, "values"))
+            self.value_heads.load_state_dict(modules["values"])
         self.counts.update(checkpoint.state["counts"])
         self.state.update(checkpoint.state["method"])
         return checkpoint.step
-
-    def _sync_reference(self) -> None:
-        adapters.set_tensors(self.lm, adapters.tensors(self.lm), name=REFERENCE)
-        self.lm.model.set_adapter(adapters.ADAPTER)
 
 
 class PpoTrainer(OnlineTrainer):
@@ -244,9 +227,10 @@ class PpoTrainer(OnlineTrainer):
         heads: Sequence[str],
         phase: str = "online",
         style: Style = "fraction",
+        actor: Actor | None = None,
     ) -> None:
         """Prepare the trainer; ``heads`` name the value heads in the metrics."""
-        super().__init__(job, lm, config, draw, phase, style, len(heads), config.value_lr)
+        super().__init__(job, lm, config, draw, phase, style, len(heads), config.value_lr, actor)
         self.heads = list(heads)
         self.state["kl_coef"] = config.kl_coef
 

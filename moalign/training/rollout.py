@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,21 +17,14 @@ from torch import Tensor
 
 from moalign.core.arrays import Matrix
 from moalign.core.seeds import derive
-from moalign.lm import adapters
-from moalign.lm.language_model import LanguageModel, reference_mode
-from moalign.lm.log_probs import token_outputs
-from moalign.lm.sampler import Samples, responses, sample, trim
+from moalign.lm.language_model import LanguageModel
+from moalign.lm.sampler import Samples, responses, trim
+from moalign.training.actor import Actor
 from moalign.training.preference_draws import Draw
 from moalign.training.settings import OnlineConfig
 
 if TYPE_CHECKING:
     from moalign.training.job import Job
-
-Style = Literal["percent", "fraction", "plain"]
-"""How preferences are written into prompts; plain: they are not."""
-
-REFERENCE = "reference"
-"""Name of the frozen adapter when the reference is not the base itself."""
 
 
 @dataclass
@@ -114,36 +108,28 @@ class ValueHeads(torch.nn.Module):
 def sample_rollout(
     job: Job,
     lm: LanguageModel,
+    actor: Actor,
     config: OnlineConfig,
     draw: Draw,
     phase: str,
-    style: Style,
     step: int,
     value_heads: ValueHeads | None = None,
 ) -> Rollout:
     """Sample and score responses for a step's prompts and preferences; the scorers see the bare prompts."""
-    prompts, generation, stop = job.task.prompts["train"], job.task.card.generation, job.task.card.template.stop
-    rng = np.random.default_rng(derive(job.seed, phase, step, "prompts"))
-    chosen = rng.choice(len(prompts), size=config.batch, replace=len(prompts) < config.batch)
-    bare = [prompts[i] for i in chosen]
+    generation, stop = job.task.card.generation, job.task.card.template.stop
+    rng, bare = drawn_prompts(job, config, phase, step)
     preferences = draw(rng, len(bare))
-    if style == "plain":
-        texts = [job.task.renderer.plain(prompt) for prompt in bare]
-    else:
-        texts = [job.task.renderer.preference(p, w, style) for p, w in zip(bare, preferences, strict=True)]
-    encoded = lm.encode(texts, generation.max_prompt_tokens)
-    numbers = torch.from_numpy(rng.random((len(encoded) * config.samples, generation.max_new_tokens)))
+    numbers = torch.from_numpy(rng.random((len(bare) * config.samples, generation.max_new_tokens)))
     lm.model.eval()
-    with torch.no_grad(), adapters.merged(lm):
-        hidden = value_heads is not None
-        samples = sample(lm, encoded, numbers, config.temperature, repeat=config.samples, hidden=hidden)
+    with torch.no_grad():
+        samples = actor.sample(bare, preferences, numbers, config.samples, value_heads is not None)
         values = None if value_heads is None else value_heads(samples.hidden)
     job.meter.add_tokens_generated(samples.tokens)
     samples = trim(lm, samples, stop)
     if lm.model.dtype != torch.float32:
         # Token by token, with a cache, half precision rounds differently from the one pass that is trained on
         # (measured: .04 nats a token, .8 % of PPO's ratios outside the clip before any update).
-        samples = replace(samples, logps=response_logps(lm, samples, config))
+        samples = replace(samples, logps=policy_logps(actor, samples, config))
     answers = responses(lm, samples, stop)
     raw = job.panel.score([prompt for prompt in bare for _ in range(config.samples)], answers)
     return Rollout(
@@ -154,32 +140,25 @@ def sample_rollout(
         responses=answers,
         raw=raw,
         z=job.panel.z(raw),
-        score_reference=lambda rows: reference_logps(lm, samples, config, rows),
+        score_reference=lambda rows: _in_parts(partial(actor.reference_logps, samples), rows, config),
         step=step,
         values=values,
     )
 
 
+def drawn_prompts(job: Job, config: OnlineConfig, phase: str, step: int) -> tuple[np.random.Generator, list[str]]:
+    """Return the bare prompts of a step, and the generator of what else is drawn for it."""
+    prompts = job.task.prompts["train"]
+    rng = np.random.default_rng(derive(job.seed, phase, step, "prompts"))
+    chosen = rng.choice(len(prompts), size=config.batch, replace=len(prompts) < config.batch)
+    return rng, [prompts[i] for i in chosen]
+
+
+def policy_logps(actor: Actor, samples: Samples, config: OnlineConfig) -> Tensor:
+    """Return the samples' log-probabilities under the policy as it is now, ``[rows, T]``, without gradient."""
+    return _in_parts(lambda rows: actor.outputs(samples, rows).logps, torch.arange(len(samples.input_ids)), config)
+
+
 @torch.no_grad()
-def response_logps(lm: LanguageModel, samples: Samples, config: OnlineConfig, rows: Tensor | None = None) -> Tensor:
-    """Return log-probabilities of some rows (None: all) under the model as it is set, ``[rows, T]``, in micro-batches.
-
-    By the very pass that is trained on: the adapter is not folded into the weights, which rounds.
-    """
-    parts = []
-    for chosen in torch.split(torch.arange(len(samples.input_ids)) if rows is None else rows, config.micro_batch):
-        tokens = (samples.input_ids[chosen], samples.attention_mask[chosen], samples.response_mask[chosen])
-        parts.append(token_outputs(lm.model, *tokens, temperature=config.temperature).logps)
-    return torch.cat(parts)
-
-
-def reference_logps(lm: LanguageModel, samples: Samples, config: OnlineConfig, rows: Tensor) -> Tensor:
-    """Return the reference's log-probabilities of some rows, ``[rows, T]``."""
-    if not config.own_reference:
-        with reference_mode(lm):
-            return response_logps(lm, samples, config, rows)
-    lm.model.set_adapter(REFERENCE)
-    try:
-        return response_logps(lm, samples, config, rows)
-    finally:
-        lm.model.set_adapter(adapters.ADAPTER)
+def _in_parts(logps: Callable[[Tensor], Tensor], rows: Tensor, config: OnlineConfig) -> Tensor:
+    return torch.cat([logps(part) for part in torch.split(rows, config.micro_batch)])

@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 
 from moalign.lm import adapters
 from moalign.methods import mo_odpo
-from moalign.training import rollout as rollouts
+from moalign.training import actor
+from moalign.training.actor import REFERENCE
 from moalign.training.job import Job
 from moalign.training.online import OnlineTrainer, Part
 from moalign.training.preference_draws import independent
-from moalign.training.rollout import REFERENCE, Rollout
+from moalign.training.rollout import Rollout
 
 MakeJob = Callable[..., Job]
 Same = Callable[..., None]
@@ -131,10 +132,8 @@ def test_half_precision_is_scored_again_as_it_is_trained_on(make_job: MakeJob, m
     """What the sampler says of its own tokens rounds otherwise; in float32 it is kept (to 1e-4, above)."""
     monkeypatch.setattr(adapters, "MERGE_BELOW", 0)
     drawn: list[torch.Tensor] = []
-    plain = rollouts.sample
-    monkeypatch.setattr(
-        rollouts, "sample", lambda *a, **k: [made := plain(*a, **k), drawn.append(made.logps.clone())][0]
-    )
+    plain = actor.sample
+    monkeypatch.setattr(actor, "sample", lambda *a, **k: [made := plain(*a, **k), drawn.append(made.logps.clone())][0])
     job = make_job("mo-odpo", *FEW, "steps=1", "micro_batch=8", "task.dtype=bfloat16")
     warm_up(job)
     trainer = trainer_of(job)
