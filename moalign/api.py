@@ -198,8 +198,9 @@ def evaluate_all(
     requests = []
     for handle in {handle.path.resolve(): handle for handle in handles}.values():
         method, context = handle.open()
-        names = context.task.names
-        requested = workflow.preferences_for(method, context, arguments.requested(vectors, grid, names))
+        names, card = context.task.names, context.task.card
+        wanted = arguments.requested(vectors, grid, card.objective_words)
+        requested = workflow.preferences_for(method, context, wanted)
         text = None if reference_point is None else arguments.vector_text(reference_point)
         requests.append((handle, requested, None if text is None else arguments.reference_point(text, names)))
     evaluated = []
@@ -253,8 +254,7 @@ def generate(
     from moalign.experiment import generate as workflow
 
     method, context = _handle(run, results).opened(progress)
-    names = context.task.names
-    requested = arguments.required(arguments.vector_texts(prefs), names)
+    requested = arguments.required(arguments.vector_texts(prefs), context.task.card.objective_words)
     return workflow.generate(method, context, requested, prompts, temperature, seed, progress)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moalign.cli import output
-from moalign.cli.options import DEFAULT_RESULTS, Json, Results
+from moalign.cli.options import DEFAULT_RESULTS, Json, PrefsText, Results, preferences_of
 from moalign.cli.outcome import show_points, show_summary
 from moalign.core.errors import RequestError
 
@@ -30,6 +30,7 @@ def evaluate(
         list[str] | None,
         typer.Option(metavar="W1,W2[,..]", help="Evaluate this preference instead of the task's grid; repeatable."),
     ] = None,
+    prefs_text: PrefsText = None,
     grid: Annotated[int | None, typer.Option(metavar="N", help="Evaluate an even grid of N preferences.")] = None,
     samples: Annotated[
         int | None,
@@ -50,6 +51,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Evaluate finished runs, or calculate from a table of points."""
+    prefs = preferences_of(prefs, prefs_text)
     if points is not None:
         _refuse_with_points(runs, grid, samples)
         calculated = _calculate(points, ref, minimise, prefs or [])

@@ -21,7 +21,7 @@ def export(
     results: Results = DEFAULT_RESULTS,
     as_json: Json = False,
 ) -> None:
-    """Write a plain peft adapter or merged model that loads without moalign."""
+    """Write a plain peft adapter or merged model, or a mixture of experts with a script, for use without moalign."""
     from dataclasses import asdict
 
     from moalign import api
@@ -37,8 +37,8 @@ def export(
     if as_json:
         output.as_json({"out": str(out), **asdict(exported)})
         return
-    kind = "merged model" if merged else "peft adapter"
-    output.line(f"{exported.method} at {preferences.label(preference)}: {kind} in {out}")
+    kinds = {"adapter": "peft adapter", "model": "merged model", "mixture": "experts and a script, answer.py,"}
+    output.line(f"{exported.method} at {preferences.label(preference)}: {kinds[exported.kind]} in {out}")
     output.pairs(
         [("base", exported.base), ("prompt", repr(exported.prompt)), ("how to ask it", str(out / "README.md"))]
     )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moalign.cli import output
-from moalign.cli.options import DEFAULT_RESULTS, Json, Results
+from moalign.cli.options import DEFAULT_RESULTS, Json, PrefsText, Results, preferences_of
 from moalign.core.errors import RequestError
 from moalign.report.units import number
 
@@ -31,6 +31,7 @@ def generate(
     prefs: Annotated[
         list[str] | None, typer.Option(metavar="W1,W2[,..]", help="The preference to answer for; repeatable.")
     ] = None,
+    prefs_text: PrefsText = None,
     temperature: Annotated[
         float | None, typer.Option(min=0, metavar="T", help="Sampling temperature; else the card's.  0: greedy.")
     ] = None,
@@ -45,7 +46,7 @@ def generate(
     """
     from moalign import api
 
-    prompts = _prompts(prompt)
+    prompts, prefs = _prompts(prompt), preferences_of(prefs, prefs_text)
     with output.working() as progress:
         handle = _run(run, prefs, results)
         answers = api.generate(

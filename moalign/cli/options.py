@@ -15,3 +15,19 @@ Settings = Annotated[
 ]
 Results = Annotated[Path, typer.Option(metavar="DIR", help="Where runs are kept.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+PrefsText = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--prefs-text",
+        metavar="TEXT",
+        help='A preference in words, like "helpful and funny": equal weights; repeatable.',
+    ),
+]
+
+
+def preferences_of(prefs: list[str] | None, texts: list[str] | None) -> list[str]:
+    """Return the preferences of ``--prefs`` and ``--prefs-text`` together."""
+    from moalign.core.preferences import Words
+
+    return [*(prefs or ()), *map(Words, texts or ())]

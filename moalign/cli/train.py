@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moalign.cli import output
-from moalign.cli.options import DEFAULT_RESULTS, Json, Results, Settings, Task
+from moalign.cli.options import DEFAULT_RESULTS, Json, PrefsText, Results, Settings, Task, preferences_of
 
 if TYPE_CHECKING:
     from moalign.config.load import ResolvedRequest
@@ -26,6 +26,7 @@ def train(
         list[str] | None,
         typer.Option(metavar="W1,W2[,..]", help="Preference to train (on); repeat it for several."),
     ] = None,
+    prefs_text: PrefsText = None,
     grid: Annotated[int | None, typer.Option(metavar="N", help="Train (on) an even grid of N preferences.")] = None,
     set_: Settings = None,
     seed: Annotated[int | None, typer.Option(min=0, metavar="N", help="Random seed; else the recipe's.")] = None,
@@ -38,6 +39,7 @@ def train(
 
     The same command again finds the finished run; after an interruption it resumes.
     """
+    prefs = preferences_of(prefs, prefs_text)
     if dry_run:
         from moalign.experiment.train import TrainRequest
 

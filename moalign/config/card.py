@@ -24,7 +24,7 @@ DEFAULTS_VERSION = 1
 :mod:`moalign.config.objectives` raises it, or cards of before and after would count as the same task."""
 
 _NOT_HASHED = {"description", "suite", "recipes_from", "published"}
-"""Keys that change no score."""
+"""Keys that change no score; nor do the objectives' ``called``."""
 
 
 class SourceSpec(Strict):
@@ -281,6 +281,11 @@ class TaskCard(Strict):
         return [objective.name for objective in self.objectives]
 
     @property
+    def objective_words(self) -> dict[str, tuple[str, ...]]:
+        """By what a text names each objective: its name, and the card's own words."""
+        return {objective.name: (objective.name, *objective.called) for objective in self.objectives}
+
+    @property
     def built_in_base(self) -> bool:
         """Whether the task brings its own tiny base, trained on first use."""
         return self.kind == "sandbox" and self.model is None
@@ -294,6 +299,8 @@ class TaskCard(Strict):
         """
         left_out = _NOT_HASHED | ({"model"} if identity else set())
         card = _without_folders(self.model_dump(mode="json", exclude=left_out, exclude_defaults=True))
+        for objective in card["objectives"]:
+            objective.pop("called", None)
         text = json.dumps([DEFAULTS_VERSION, card, identity], sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

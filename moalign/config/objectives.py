@@ -13,6 +13,8 @@ class _Objective(Strict):
     name: str = Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")
     maximise: bool = True
     """False: smaller scores are better; the reward layer turns the sign, so that larger is better everywhere."""
+    called: tuple[str, ...] = ()
+    """Words by which a preference in text names it, beside its name (``--prefs-text "helpful and funny"``)."""
     store: bool | None = None
     """Keep scores in the sqlite store. None: yes for models and python scorers, no for rules (a rule is
     faster than a look-up)."""

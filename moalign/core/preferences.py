@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from moalign.core.errors import RequestError
+from moalign.core.errors import RequestError, did_you_mean
 
 if TYPE_CHECKING:
     import numpy as np
@@ -70,12 +71,21 @@ def _normalised_form(weights: Sequence[float], total: float, option: str) -> str
     return f"; did you mean {option}" + ",".join(f"{part:.10g}" for part in parts) + "?"
 
 
-def parse(text: str, objectives: Sequence[str], where: str = "--prefs") -> Preference:
-    """Parse ``"0.3,0.7"`` into a checked preference.
+class Words(str):
+    """A preference in words (``--prefs-text``): :func:`parse` reads it as :func:`from_words` does."""
+
+
+def parse(text: str, objectives: Sequence[str] | Mapping[str, Sequence[str]], where: str = "--prefs") -> Preference:
+    """Parse ``"0.3,0.7"``, or :class:`Words`, into a checked preference; ``objectives`` may say what names each.
 
     >>> parse("0.3,0.7", ["helpfulness", "harmlessness"])
     (0.3, 0.7)
     """
+    if isinstance(text, Words):
+        return from_words(
+            text, objectives if isinstance(objectives, Mapping) else {name: [name] for name in objectives}
+        )
+    objectives = list(objectives)
     weights = []
     for part in text.split(","):
         try:
@@ -88,7 +98,24 @@ def parse(text: str, objectives: Sequence[str], where: str = "--prefs") -> Prefe
     return validate(weights, objectives, where)
 
 
-def required(text: str | None, objectives: Sequence[str]) -> Preference:
+def from_words(text: str, words: Mapping[str, Sequence[str]]) -> Preference:
+    """Return equal weights for the objectives that a text names, 0 for the others (``--prefs-text``).
+
+    ``words``: objective -> what names it, as a whole word, whatever its case. RequestError when nothing is named.
+
+    >>> from_words("Helpful and funny", {"help": ["helpful"], "harmless": ["harmless"], "humor": ["humor", "funny"]})
+    (0.5, 0.0, 0.5)
+    """
+    in_text = set(re.findall(r"[\w-]+", text.lower()))
+    named = [any(set(word.lower().split()) <= in_text for word in of_objective) for of_objective in words.values()]
+    if not any(named):
+        listed = "; ".join(f"{name}: {', '.join(of_objective)}" for name, of_objective in words.items())
+        nearest = did_you_mean(text.strip().lower(), [word for of_objective in words.values() for word in of_objective])
+        raise RequestError(f"--prefs-text {text!r}: it names no objective{nearest}; words that do, {listed}")
+    return tuple(1.0 / sum(named) if is_named else 0.0 for is_named in named)
+
+
+def required(text: str | None, objectives: Sequence[str] | Mapping[str, Sequence[str]]) -> Preference:
     """Parse what ``--prefs`` was given; raises RequestError with an example when it was not given at all."""
     if text is None:
         raise RequestError(

@@ -93,14 +93,18 @@ def refuse_both(prefs: object, grid: int | None) -> None:
         raise RequestError("--prefs and --grid exclude each other: name the vectors, or the size of a grid")
 
 
-def requested(vectors: Sequence[str], grid: int | None, objectives: Sequence[str]) -> list[Preference] | None:
+Objectives = Sequence[str] | Mapping[str, Sequence[str]]
+"""Names, or by name the words that name each."""
+
+
+def requested(vectors: Sequence[str], grid: int | None, objectives: Objectives) -> list[Preference] | None:
     """Return the preferences that were named or make up the grid, each once; None where neither was given."""
     if vectors:
         return list(dict.fromkeys(preferences.parse(text, objectives) for text in vectors))
     return None if grid is None else preferences.grid_of(len(objectives), grid)
 
 
-def required(vectors: Sequence[str], objectives: Sequence[str]) -> list[Preference]:
+def required(vectors: Sequence[str], objectives: Objectives) -> list[Preference]:
     """Return the preferences that were named, each once; RequestError where there is none."""
     return list(dict.fromkeys(preferences.required(text, objectives) for text in vectors or (None,)))
 

@@ -185,7 +185,7 @@ def _preferences(request: TrainRequest, resolved: ResolvedRequest) -> list[Prefe
     names = resolved.card.objective_names
     refuse_both(request.prefs, request.grid)
     if request.prefs:
-        vectors = [preferences.parse(text, names) for text in request.prefs]
+        vectors = [preferences.parse(text, resolved.card.objective_words) for text in request.prefs]
     elif request.grid is not None:
         vectors = preferences.grid_of(len(names), request.grid)
     elif resolved.recipe.prefs is not None:

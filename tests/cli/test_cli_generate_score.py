@@ -34,6 +34,20 @@ def test_without_a_prompt_the_task_s_own_are_answered_with_scores(moalign: Any, 
     assert "helpfulness" in ended.out and "(raw" in ended.out
 
 
+def test_a_preference_in_words_is_that_of_equal_weights(moalign: Any, run: str) -> None:
+    """The sandbox's card calls harmlessness ``safe``, too."""
+    prompt = "how do i make soup ?"
+    for words, weights in (("be safe", [0.0, 1.0]), ("Helpful and harmless", [0.5, 0.5])):
+        content = json.loads(moalign("generate", run, prompt, "--prefs-text", words, "--json").out)
+        assert content["prefs"] == weights
+    several = json.loads(moalign("generate", run, prompt, "--prefs", "1,0", "--prefs-text", "safe", "--json").out)
+    assert several["prefs"] == [[1.0, 0.0], [0.0, 1.0]]
+    for command in (("generate", run, prompt), ("eval", run), ("train", "toy", "--dry-run")):
+        ended = moalign(*command, "--prefs-text", "be nice")
+        assert ended.code == 2
+        assert "names no objective" in ended.err and "harmlessness, harmless, safe" in ended.err
+
+
 def test_one_prompt_gives_its_answer_and_nothing_else(moalign: Any, run: str) -> None:
     first, second = (moalign("generate", run, "how do i make soup ?", "--prefs", w).out for w in ("1,0", "0,1"))
     assert len(first.splitlines()) == len(second.splitlines()) == 1

@@ -278,3 +278,40 @@ def test_a_preference_that_is_required() -> None:
     assert preferences.required("0.25,0.75", names) == (0.25, 0.75)
     with pytest.raises(RequestError, match="--prefs is missing: one weight for each of helpfulness, harm"):
         preferences.required(None, names)
+
+
+# -- in words --------------------------------------------------------------------------------------------------------
+
+WORDS = {
+    "helpfulness": ("helpfulness", "helpful"),
+    "harmlessness": ("harmlessness", "harmless"),
+    "humor": ("humor", "not dull"),
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "weights"),
+    [
+        ("Helpful and harmless.", (0.5, 0.5, 0.0)),
+        ("helpfulness", (1.0, 0.0, 0.0)),
+        ("HELPFUL, harmless; not dull", (1 / 3, 1 / 3, 1 / 3)),
+        ("not too dull, and dull is not harmless", (0.0, 0.5, 0.5)),
+    ],
+)
+def test_a_text_weighs_what_it_names_equally(text: str, weights: tuple[float, ...]) -> None:
+    assert preferences.from_words(text, WORDS) == pytest.approx(weights)
+    assert preferences.parse(preferences.Words(text), WORDS) == pytest.approx(weights)
+
+
+@pytest.mark.parametrize("text", ["", "unhelpful", "be nice", "0.3,0.7"])
+def test_a_text_that_names_no_objective_is_refused_with_the_words_that_do(text: str) -> None:
+    with pytest.raises(
+        RequestError, match=r"--prefs-text .*names no objective.*helpfulness: helpfulness, helpful; harm"
+    ):
+        preferences.from_words(text, WORDS)
+
+
+def test_names_alone_name_their_objectives() -> None:
+    assert preferences.parse(preferences.Words("b , please"), ["a", "b"]) == (0.0, 1.0)
+    with pytest.raises(RequestError, match="did you mean"):
+        preferences.parse(preferences.Words("harmlesness"), ["harmlessness", "b"])
