@@ -1,16 +1,17 @@
 """``moalign export``: a policy for one preference as a plain peft adapter or a merged model, for use without moalign.
 
-Only what is one model can be exported: a trained adapter (with the preference in its prompt, or trained for it), or
-experts' weights interpolated. A README beside it says how prompts are written; its code is all that is needed. It reads
-the very tokens that moalign reads and samples with the card's settings alone: whatever a base's own generation config
-says (top-k, repetition penalty) was no part of the policy that was trained and judged.
+A trained adapter (with the preference in its prompt, or trained for it), or experts' weights interpolated, is one
+model; a mixture of experts is a folder with their adapters, the control model and a script that answers. A README
+beside it says how prompts are written; its code is all that is needed. It reads the very tokens that moalign reads and
+samples with the card's settings alone: whatever a base's own generation config says (top-k, repetition penalty) was no
+part of the policy that was trained and judged.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,10 +30,13 @@ if TYPE_CHECKING:
 
     from moalign.lm.generator import ModelGenerator
     from moalign.lm.language_model import LanguageModel
+    from moalign.policies.mixed import MixtureParts
     from moalign.policies.policy import Policy
 
 FACTS = "moalign.json"
 """What the README says, for programs."""
+ANSWER = "answer.py"
+"""The script that answers with an exported mixture."""
 PLACE = "{prompt}"
 """Stands for the prompt in the exported template."""
 
@@ -41,7 +45,7 @@ PLACE = "{prompt}"
 class Exported:
     """What was written, and how it is asked."""
 
-    kind: Literal["adapter", "model"]
+    kind: Literal["adapter", "model", "mixture"]
     run: str
     method: str
     task: str
@@ -66,6 +70,9 @@ class Exported:
     top_p: float
     max_prompt_tokens: int
     max_new_tokens: int
+    mixture: dict[str, Any] | None = None
+    """Of a mixture: ``experts`` (how many), ``space``, ``weights``, ``control`` and ``control_prompt`` (or None), and
+    whether the tokenizer ends plain prompts (``drops_end``)."""
 
 
 def export(
@@ -95,8 +102,11 @@ def export(
     preferences_for(method, context, [preference])
     context.task.progress = progress
     policy = method.policy(context, preference)
+    parts = _parts_of(policy, preference)
+    if parts is not None:
+        return _export_mixture(method, context, policy, preference, parts, out, merged)
     model = _model_of(policy, method, preference)
-    exported = _describe(method, context, policy, preference, merged)
+    exported = _describe(method, context, policy, preference, "model" if merged else "adapter")
     limits = GenerationConfig(**_settings(exported, model.lm.pad))
     with atomic.directory(out) as place:
         if merged:
@@ -104,8 +114,56 @@ def export(
         else:
             adapters.save(model.lm, place, str(model.adapter))
             limits.save_pretrained(place)
-        (place / FACTS).write_text(json.dumps(asdict(exported), indent=2) + "\n", encoding="utf-8")
-        (place / "README.md").write_text(_readme(exported, out, model.lm), encoding="utf-8")
+        _write_facts(exported, out, place, model.lm)
+    return exported
+
+
+def _write_facts(exported: Exported, out: Path, place: Path, lm: LanguageModel) -> None:
+    (place / FACTS).write_text(json.dumps(asdict(exported), indent=2) + "\n", encoding="utf-8")
+    (place / "README.md").write_text(_readme(exported, out, lm), encoding="utf-8")
+
+
+def _parts_of(policy: Policy, preference: Preference) -> MixtureParts | None:
+    """Return the parts of a mixture of at least two experts, None for every other policy."""
+    as_mixture = getattr(policy.generator, "as_mixture", None)
+    parts: MixtureParts | None = None if as_mixture is None else as_mixture(preference)
+    return parts if parts is not None and len(parts.experts) > 1 else None
+
+
+def _export_mixture(
+    method: Method,
+    context: RunContext,
+    policy: Policy,
+    preference: Preference,
+    parts: MixtureParts,
+    out: Path,
+    merged: bool,
+) -> Exported:
+    from moalign.lm import adapters
+    from moalign.runs import atomic
+
+    if merged:
+        raise RequestError(
+            f"--merged: {method.name} at {label(preference)} mixes {len(parts.experts)} experts at every token, which "
+            "no single model does; leave --merged out"
+        )
+    with atomic.directory(out) as place:
+        control = None if parts.control is None else parts.control.save(place, preference)
+        mixture = {
+            "experts": len(parts.experts),
+            "space": parts.space,
+            "weights": parts.weights,
+            "control": control,
+            "control_prompt": None if control is None else str(policy.render(PLACE)),
+            "drops_end": _drops_end(parts.lm) and not context.task.card.template.chat,
+        }
+        exported = replace(_describe(method, context, policy, preference, "mixture"), mixture=mixture)
+        if control is not None:
+            exported = replace(exported, prompt=str(context.task.renderer.plain(PLACE)))
+        for index, name in enumerate(parts.experts):
+            adapters.save(parts.lm, place / f"expert-{index}", name)
+        (place / ANSWER).write_text((Path(__file__).parent / "templates" / f"{ANSWER}.j2").read_text(encoding="utf-8"))
+        _write_facts(exported, out, place, parts.lm)
     return exported
 
 
@@ -130,11 +188,17 @@ def _model_of(policy: Policy, method: Method, preference: Preference) -> ModelGe
     return model
 
 
-def _describe(method: Method, context: RunContext, policy: Policy, preference: Preference, merged: bool) -> Exported:
+def _describe(
+    method: Method,
+    context: RunContext,
+    policy: Policy,
+    preference: Preference,
+    kind: Literal["adapter", "model", "mixture"],
+) -> Exported:
     task, lm = context.task, context.task.language_model
     limits, ends = task.card.generation, task.codec.ends
     return Exported(
-        kind="model" if merged else "adapter",
+        kind=kind,
         run=context.run.record.run_id,
         method=method.name,
         task=task.card.name,
@@ -195,10 +259,15 @@ _AROUND = {
 or before it is trimmed from, too, when the prompt is empty."""
 
 
+def _drops_end(lm: LanguageModel) -> bool:
+    """Whether prompts are read without the end that the tokenizer writes behind every text."""
+    return bool(lm.codec.prompt_ids(["a"])[0] != lm.tokenizer("a")["input_ids"])
+
+
 def _readme(exported: Exported, out: Path, lm: LanguageModel) -> str:
     before, _, behind = exported.prompt.partition(PLACE)
     return render(
-        "README.md.j2",
+        "mixture.md.j2" if exported.mixture is not None else "README.md.j2",
         exported=exported,
         weights=", ".join(f"{name} {w:g}" for name, w in zip(exported.objectives, exported.preference, strict=True)),
         whole=exported.kind == "model",
@@ -209,6 +278,6 @@ def _readme(exported: Exported, out: Path, lm: LanguageModel) -> str:
         behind=behind,
         around=_AROUND[exported.trim],
         # Plain prompts of a tokenizer that ends every text are read without that end.
-        ended=exported.special_tokens and lm.codec.prompt_ids(["a"])[0] != lm.tokenizer("a")["input_ids"],
+        ended=exported.special_tokens and _drops_end(lm),
         offsets=lm.tokenizer.is_fast,
     )

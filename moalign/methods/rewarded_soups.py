@@ -20,7 +20,7 @@ from moalign.config.strict import Strict
 from moalign.core.preferences import Preference
 from moalign.methods.base import Capabilities
 from moalign.training.job import Job, RunContext
-from moalign.training.settings import ConditionedPpoConfig, PpoConfig
+from moalign.training.settings import PpoConfig
 
 if TYPE_CHECKING:
     from moalign.policies.policy import Policy
@@ -44,12 +44,9 @@ class RewardedSoups:
 
     def train(self, job: Job) -> None:
         """Obtain the experts, trained or found; nothing else is trained."""
-        from moalign.training.experts import bring_experts
+        from moalign.training.experts import bring_experts, rl_settings
 
-        experts: PpoConfig = job.config.experts
-        # Of no effect on a policy for one preference, but it may not exceed the batch.
-        groups = min(ConditionedPpoConfig.model_fields["groups"].default, experts.batch)
-        bring_experts(job, "morlhf", {**experts.model_dump(mode="json"), "groups": groups})
+        bring_experts(job, "morlhf", rl_settings(job.config.experts))
 
     def policy(self, context: RunContext, preference: Preference) -> Policy:
         """Return the model whose weights are the experts' interpolated at the preference."""

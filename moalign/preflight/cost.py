@@ -28,7 +28,7 @@ DECODING_SHARE = 0.5
 
 
 @dataclass(frozen=True)
-class Cost:
+class CostBounds:
     """Upper bounds; every response as long as it may be, every row as long as it may be."""
 
     policies: int
@@ -41,7 +41,7 @@ class Cost:
     """None when the GPU is not one of :data:`GPUS` or the base's size is not known."""
 
 
-def estimate(resolved: ResolvedRequest, capabilities: Capabilities, policy: Architecture | None) -> Cost:
+def estimate(resolved: ResolvedRequest, capabilities: Capabilities, policy: Architecture | None) -> CostBounds:
     """Return the training cost of a recipe; answering and judging come on top.
 
     ``policy`` None: the base's size is not known, and neither are the hours.
@@ -62,7 +62,7 @@ def estimate(resolved: ResolvedRequest, capabilities: Capabilities, policy: Arch
             per_row = 2 if isinstance(stage, DpoStage) else 1
             trained += times * stage.steps * stage.batch * per_row * stage.max_tokens
     gpu, hours = _hours(resolved, policy, trained, waits * limits.max_new_tokens)
-    return Cost(policies, sampled * limits.max_new_tokens, trained, sampled * objectives, gpu, hours)
+    return CostBounds(policies, sampled * limits.max_new_tokens, trained, sampled * objectives, gpu, hours)
 
 
 def _policies(resolved: ResolvedRequest, capabilities: Capabilities) -> int:

@@ -33,7 +33,7 @@ class Preflight:
     memory: dict[str, Any] = field(default_factory=dict)
     """See :meth:`moalign.preflight.memory.Estimate.as_dict`."""
     cost: dict[str, Any] = field(default_factory=dict)
-    """Upper bounds of training: :class:`moalign.preflight.cost.Cost`."""
+    """Upper bounds of training: :class:`moalign.preflight.cost.CostBounds`."""
     of_card: bool = False
     """The file is a card."""
 

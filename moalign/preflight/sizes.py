@@ -71,7 +71,7 @@ def _check_fit(report: Preflight, resolved: ResolvedRequest, estimate: memory.Es
     )
 
 
-def _cost_in_words(bounds: cost.Cost) -> str:
+def _cost_in_words(bounds: cost.CostBounds) -> str:
     if not bounds.policies:
         return "nothing is trained; answering samples and scores"
     parts = [f"{bounds.policies} polic{'y' if bounds.policies == 1 else 'ies'}"]

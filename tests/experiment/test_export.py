@@ -185,11 +185,10 @@ def test_the_code_reads_the_tokens_that_moalign_reads(
     ("name", "preference", "told"),
     [
         ("picky", (0.3, 0.7), "trained on"),
-        ("picky-soup by logits", (0.3, 0.7), "0.3,0.7 cannot be exported: its answers come from 2 experts"),
         ("best-of-n", (0.3, 0.7), "best-of-n at 0.3,0.7 cannot be exported: its answer is chosen among 2 samples"),
         ("prompting", (0.3, 0.7), "prompting at 0.3,0.7 cannot be exported: nothing was trained"),
     ],
-    ids=["untrained preference", "logits", "best of n", "base"],
+    ids=["untrained preference", "best of n", "base"],
 )  # fmt: skip
 def test_what_is_no_single_trained_model_is_refused_with_the_reason(
     finished: Any, tmp_path: Path, name: str, preference: tuple[float, ...], told: str
@@ -199,6 +198,16 @@ def test_what_is_no_single_trained_model_is_refused_with_the_reason(
         export(method, context, preference, tmp_path / "out")
     assert told in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_mixed_logits_are_exported_as_a_mixture(finished: Any, tmp_path: Path) -> None:
+    method, context = finished("picky-soup by logits")
+    exported = export(method, context, (0.3, 0.7), tmp_path / "out")
+    assert exported.kind == "mixture" and exported.mixture is not None
+    assert (exported.mixture["experts"], exported.mixture["space"]) == (2, "logit")
+    assert exported.mixture["weights"] == [0.3, 0.7] and exported.mixture["control"] is None
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"expert-0", "expert-1", "answer.py", "moalign.json", "README.md"}
 
 
 def test_a_corner_of_mixed_logits_is_one_expert_and_is_exported(finished: Any, tmp_path: Path) -> None:

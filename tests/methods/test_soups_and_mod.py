@@ -146,9 +146,11 @@ def test_train_eval_generate_and_export_as_typed(
     assert code == 0 and "found finished" in out
     code, out, _ = typed("generate", told["run"], "how do i make soup ?", "--prefs", "0.25,0.75")
     assert code == 0 and len(out.splitlines()) == 1
-    code, out, err = typed("export", told["run"], "--prefs", "0.25,0.75", "--out", str(tmp_path / "out"))
+    code, out, _ = typed("export", told["run"], "--prefs", "0.25,0.75", "--out", str(tmp_path / "mixture"))
+    assert code == 0 and "mod at 0.25,0.75: experts and a script, answer.py, in" in out
+    code, out, err = typed("export", told["run"], "--prefs", "0.25,0.75", "--out", str(tmp_path / "out"), "--merged")
     assert (code, out) == (2, "")
-    assert "mod at 0.25,0.75 cannot be exported: its answers come from 2 experts" in err
+    assert "--merged: mod at 0.25,0.75 mixes 2 experts at every token" in err
     code, out, _ = typed("train", "dpo-soups", *sets, "--no-eval", "--json")
     soup = json.loads(out)
     assert soup["notes"]["experts"] == told["notes"]["experts"]

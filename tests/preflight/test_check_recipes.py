@@ -79,7 +79,7 @@ def test_borrowed_recipes_are_checked_on_the_task_that_asks() -> None:
 
 
 def test_cost_counts_policies_and_experts() -> None:
-    def told(task: str, method: str, *overrides: str) -> cost.Cost:
+    def told(task: str, method: str, *overrides: str) -> cost.CostBounds:
         path = find.find_recipe_file(task, method)
         found = registry.get(method)
         resolved = load.load_recipe(path, method, task, overrides, found.Config)

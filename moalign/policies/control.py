@@ -1,0 +1,208 @@
+"""The preference control model of PCM (arXiv 2407.04181): prompt, preference and the tokens so far -> expert weights.
+
+A causal model with an n-way head, in one of three forms (:class:`~.control_spec.ControlSpec`). The head starts at 0, so
+that training starts at the preference's own weights (or at equal ones).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from moalign.core.errors import RequestError
+from moalign.lm import adapters, language_model, model_folder
+from moalign.lm.language_model import LanguageModel
+from moalign.policies.control_spec import ControlSpec
+
+ADAPTER = "control"
+"""Name of the adapter of ``form: adapter``."""
+
+FOLDER = "control"
+"""Name of the folder of what :meth:`Control.save` writes beside the weights that are its own."""
+
+_IN_ADAPTER = "adapter:"
+
+
+class Control(torch.nn.Module):
+    """A causal model with an n-way head."""
+
+    def __init__(self, spec: ControlSpec, lm: LanguageModel, experts: int, seed: int, name: str = ADAPTER) -> None:
+        """Make the control model of ``experts`` experts on ``lm``; first weights depend on ``seed`` alone.
+
+        ``name`` is that of its adapter, where it is one.
+
+        Raises RequestError for a folder whose tokenizer is not the experts'.
+        """
+        super().__init__()
+        self.spec, self.experts, self.name = spec, experts, name
+        self._lm = [lm]  # in a list: the experts' base is no part of this module
+        torch.manual_seed(seed)
+        if spec.form == "adapter":
+            adapters.attach(lm, spec.lora, seed, name)
+            self.width = int(lm.model.config.hidden_size)
+        elif spec.form == "folder":
+            self.body = _read(str(spec.model), lm)
+            self.width = int(self.body.config.hidden_size)
+        else:
+            self.width = spec.width
+            self.project = torch.nn.Linear(lm.model.get_input_embeddings().weight.shape[1], spec.width, bias=False)
+            self.body = _small(spec)
+        self.head = torch.nn.Linear(self.width, experts)
+        torch.nn.init.zeros_(self.head.weight)
+        torch.nn.init.zeros_(self.head.bias)
+        self.to(lm.device)
+
+    @property
+    def lm(self) -> LanguageModel:
+        """The experts' base."""
+        return self._lm[0]
+
+    def activate(self) -> None:
+        """Make its adapter the active one, where it is an adapter: whatever ran on the base before."""
+        if self.spec.form == "adapter":
+            self.lm.model.set_adapter(self.name)
+
+    def trainable(self) -> list[torch.nn.Parameter]:
+        """Return what is trained, in a fixed order."""
+        adapter = self.lm.model.named_parameters() if self.spec.form == "adapter" else ()
+        return [*self.parameters(), *(value for key, value in adapter if f".{self.name}." in key)]
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return all weights that are its own, by name."""
+        adapter = adapters.tensors(self.lm, self.name) if self.spec.form == "adapter" else {}
+        return {**self.state_dict(), **{f"{_IN_ADAPTER}{key}": value for key, value in adapter.items()}}
+
+    def load_weights(self, weights: Mapping[str, Tensor], where: str) -> None:
+        """Take over weights of :meth:`weights`; RequestError naming the first that is missing or of another shape."""
+        own = self.weights()
+        wrong = sorted(set(own) ^ set(weights)) or [key for key in own if own[key].shape != weights[key].shape]
+        if wrong:
+            key = wrong[0]
+            found, needed = (list(side[key].shape) if key in side else "nothing" for side in (weights, own))
+            raise RequestError(
+                f"{where}: not the control model of {self.experts} experts that its run describes: {key} is {found}, "
+                f"needed: {needed}"
+            )
+        self.load_state_dict({key: value for key, value in weights.items() if not key.startswith(_IN_ADAPTER)})
+        if self.spec.form == "adapter":
+            inside = {k.removeprefix(_IN_ADAPTER): v for k, v in weights.items() if k.startswith(_IN_ADAPTER)}
+            adapters.set_tensors(self.lm, inside, self.name)
+
+    def save(self, folder: Path, preference: Sequence[float]) -> dict[str, Any]:
+        """Write it for use without moalign; returns what else its reader must know, at one preference."""
+        from safetensors.torch import save_file
+
+        weights = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
+        if self.spec.form == "adapter":
+            adapters.save(self.lm, folder / FOLDER, self.name)
+        if self.spec.form == "folder":
+            self.body.save_pretrained(folder / FOLDER)
+            weights = {key: value for key, value in weights.items() if key.startswith("head.")}
+        save_file(weights, folder / "control.safetensors")
+        start = [1.0 if w > 0 else 0.0 for w in preference] if self.spec.start == "uniform" else list(preference)
+        config = _config_of(self.spec).to_diff_dict() if self.spec.form == "small" else None
+        return {"form": self.spec.form, "config": config, "start": start}
+
+    def hidden(self, ids: Tensor, mask: Tensor, place: Tensor, cache: DynamicCache | None = None) -> Tensor:
+        """Return the last hidden state at every token, ``[rows, new, width]``; arguments as ``NextToken.read`` has."""
+        known: dict[str, Any] = {
+            "attention_mask": mask,
+            "position_ids": place,
+            "past_key_values": cache,
+            "use_cache": cache is not None,
+        }
+        if self.spec.form == "adapter":
+            output = self.lm.model(input_ids=ids, output_hidden_states=True, logits_to_keep=1, **known)
+            state: Tensor = output.hidden_states[-1]
+            return state
+        if self.spec.form == "small":
+            with torch.no_grad():
+                embedded = self.lm.model.get_input_embeddings()(ids).float()
+            known["inputs_embeds"] = self.project(embedded)
+        else:
+            known["input_ids"] = ids
+        states: Tensor = self.body(**known).last_hidden_state
+        return states
+
+    def log_weights(self, hidden: Tensor, preferences: Tensor) -> Tensor:
+        """Return ``ln a`` ``[rows, T, n]`` of hidden states ``[rows, T, width]`` and preferences ``[rows, n]``.
+
+        Experts of weight 0 are masked: the preference does not name them.
+        """
+        start = preferences.log()
+        if self.spec.start == "uniform":
+            start = torch.where(preferences > 0, torch.zeros_like(start), start)
+        return torch.log_softmax(self.head(hidden.float()) + start.unsqueeze(1), dim=-1)
+
+    def new_cache(self) -> DynamicCache:
+        """Return an empty cache."""
+        return DynamicCache(config=self.lm.model.config if self.spec.form == "adapter" else self.body.config)
+
+
+def _config_of(spec: ControlSpec) -> Any:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=1,  # it reads embeddings
+        hidden_size=spec.width,
+        intermediate_size=4 * spec.width,
+        num_hidden_layers=spec.layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=32768,
+    )
+
+
+def _small(spec: ControlSpec) -> Any:
+    from transformers import LlamaModel
+
+    body = LlamaModel(_config_of(spec))
+    body.embed_tokens = None
+    return body
+
+
+def _read(source: str, lm: LanguageModel) -> Any:
+    from transformers import AutoModel
+
+    where = f"control.model {source}"
+    codec = language_model.load_codec(source)
+    if codec.tokenizer.get_vocab() != lm.tokenizer.get_vocab():
+        raise RequestError(
+            f"{where}: its tokenizer is not the experts' ({len(codec.tokenizer.get_vocab())} tokens, {lm.source} has "
+            f"{len(lm.tokenizer.get_vocab())}); the control model reads the experts' tokens"
+        )
+    path = model_folder.resolve(source, None, where)
+    return AutoModel.from_pretrained(path, use_safetensors=True, trust_remote_code=False, dtype=torch.float32)
+
+
+class ControlWeights:
+    """The weights of a batch as its control model gives them. See :class:`~moalign.lm.mixture.Weights`."""
+
+    def __init__(self, control: Control, preferences: Tensor) -> None:
+        """Begin a batch whose rows have the ``preferences`` ``[rows, n]``."""
+        self.control, self.preferences = control, preferences
+        self.cache = control.new_cache()
+        self.state: Tensor | None = None
+
+    @torch.no_grad()
+    def read(self, ids: Tensor, mask: Tensor, place: Tensor) -> Tensor:
+        """Return the weights of the token after the last, ``[rows, n]``."""
+        self.state = self.control.hidden(ids, mask, place, self.cache)[:, -1]
+        return self.control.log_weights(self.state.unsqueeze(1), self.preferences)[:, 0].exp()
+
+    def repeat(self, times: int) -> None:
+        """See :class:`~moalign.lm.sampler.NextToken`."""
+        self.cache.batch_repeat_interleave(times)
+        self.preferences = self.preferences.repeat_interleave(times, dim=0)
+        self.state = None if self.state is None else self.state.repeat_interleave(times, dim=0)
+
+    def keep(self, rows: Tensor) -> None:
+        """See :class:`~moalign.lm.sampler.NextToken`."""
+        self.cache.reorder_cache(rows)
+        self.preferences = self.preferences[rows]
+        self.state = None if self.state is None else self.state[rows]
