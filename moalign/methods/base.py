@@ -35,6 +35,8 @@ class Capabilities:
     needs_online_rewards: bool = False
     trains: bool = True
     """False: nothing is trained (the base answers); the run holds only its record and evaluation."""
+    mixes: bool = False
+    """An expert for each objective reads every token of an answer."""
     objectives: Literal["any", "2"] = "any"
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from moalign.core.preferences import Preference
+from moalign.methods.base import Capabilities
 from moalign.methods.dpo_soups import DpoSoups
 from moalign.training.job import RunContext
 
@@ -27,6 +28,7 @@ class Mod(DpoSoups):
 
     name: ClassVar[str] = "mod"
     summary: ClassVar[str] = "DPO experts, next-token distributions mixed by the preference (arXiv 2406.18853)"
+    capabilities: ClassVar[Capabilities] = Capabilities(needs_pairs=True, mixes=True)
 
     def policy(self, context: RunContext, preference: Preference) -> Policy:
         """Return the policy that samples every token from the experts' mixture."""

@@ -21,7 +21,7 @@ from pydantic import model_validator
 from moalign.core.preferences import Preference
 from moalign.methods.base import Capabilities
 from moalign.training.job import Job, RunContext
-from moalign.training.settings import ConditionedPpoConfig, CostHints
+from moalign.training.settings import ConditionedPpoConfig
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,7 +34,7 @@ HEAD = "utility"
 DIAGNOSTICS = ("kl", "kl_coef", "entropy", "clip_fraction", "value_loss/")
 
 
-class Config(CostHints, ConditionedPpoConfig):
+class Config(ConditionedPpoConfig):
     """Settings of MORLHF; those of PPO and the engine are inherited."""
 
     conditioned: bool = False

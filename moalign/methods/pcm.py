@@ -34,7 +34,7 @@ from moalign.core.preferences import Preference
 from moalign.methods.base import Capabilities
 from moalign.policies.control_spec import ControlSpec
 from moalign.training.job import Job, RunContext
-from moalign.training.settings import DpoConfig, PpoConfig
+from moalign.training.settings import CostHints, DpoConfig, PpoConfig
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,7 +50,7 @@ BASE = "base_scores"
 """Name of the stage, and of its file, with the rewards of the base's own answers."""
 
 
-class Config(PpoConfig):
+class Config(PpoConfig, CostHints):
     """Settings of PCM. Those of PPO serve ``trainer: ppo`` alone, those of the engine both trainers."""
 
     trainer: Literal["rebel", "ppo"] = "rebel"
@@ -77,6 +77,15 @@ class Config(PpoConfig):
             raise ValueError(f"trainer: rebel compares pairs, so samples must be even; found {self.samples}")
         return self
 
+    def responses_sampled(self) -> int:
+        """The base answers each prompt of the rollouts once."""
+        return self.steps * self.batch
+
+    @property
+    def switched_off(self) -> set[str]:
+        """See :class:`~moalign.training.settings.CostHints`."""
+        return {"experts"} if self.rl_experts is not None else set()
+
     @classmethod
     def borrows(cls, given: Mapping[str, Any]) -> dict[str, str]:
         """The experts are those of ``mod`` on the task, unless they come from ``morlhf``."""
@@ -88,7 +97,7 @@ class Pcm:
 
     name: ClassVar[str] = "pcm"
     summary: ClassVar[str] = "experts mixed at every token by a model that reads the preference (PCM, arXiv 2407.04181)"
-    capabilities: ClassVar[Capabilities] = Capabilities(needs_pairs=True, needs_online_rewards=True)
+    capabilities: ClassVar[Capabilities] = Capabilities(needs_pairs=True, needs_online_rewards=True, mixes=True)
     Config: ClassVar[type[Config]] = Config
     quick: ClassVar[dict[str, Any]] = {
         "steps": 2,

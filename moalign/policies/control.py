@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from moalign.core.errors import RequestError
-from moalign.lm import adapters, language_model, model_folder
+from moalign.lm import adapters, language_model, loading, model_folder
 from moalign.lm.language_model import LanguageModel
 from moalign.policies.control_spec import ControlSpec
 
@@ -167,7 +167,7 @@ def _small(spec: ControlSpec) -> Any:
 
 
 def _read(source: str, lm: LanguageModel) -> Any:
-    from transformers import AutoModel
+    from transformers import AutoModelForCausalLM
 
     where = f"control.model {source}"
     codec = language_model.load_codec(source)
@@ -177,23 +177,25 @@ def _read(source: str, lm: LanguageModel) -> Any:
             f"{len(lm.tokenizer.get_vocab())}); the control model reads the experts' tokens"
         )
     path = model_folder.resolve(source, None, where)
-    return AutoModel.from_pretrained(path, use_safetensors=True, trust_remote_code=False, dtype=torch.float32)
+    with loading.explained(where, path):
+        return loading.from_folder(AutoModelForCausalLM, path, where, dtype=torch.float32).base_model
 
 
 class ControlWeights:
     """The weights of a batch as its control model gives them. See :class:`~moalign.lm.mixture.Weights`."""
 
-    def __init__(self, control: Control, preferences: Tensor) -> None:
-        """Begin a batch whose rows have the ``preferences`` ``[rows, n]``."""
-        self.control, self.preferences = control, preferences
+    def __init__(self, control: Control, preferences: Tensor, hidden: bool = False) -> None:
+        """Begin a batch whose rows have the ``preferences`` ``[rows, n]``; ``hidden`` keeps each state in ``state``."""
+        self.control, self.preferences, self.hidden = control, preferences, hidden
         self.cache = control.new_cache()
         self.state: Tensor | None = None
 
     @torch.no_grad()
     def read(self, ids: Tensor, mask: Tensor, place: Tensor) -> Tensor:
         """Return the weights of the token after the last, ``[rows, n]``."""
-        self.state = self.control.hidden(ids, mask, place, self.cache)[:, -1]
-        return self.control.log_weights(self.state.unsqueeze(1), self.preferences)[:, 0].exp()
+        last = self.control.hidden(ids, mask, place, self.cache)[:, -1:]
+        self.state = last[:, 0] if self.hidden else None
+        return self.control.log_weights(last, self.preferences)[:, 0].exp()
 
     def repeat(self, times: int) -> None:
         """See :class:`~moalign.lm.sampler.NextToken`."""

@@ -32,12 +32,17 @@ FILE = "control"
 """Name of the file (inside a run) with the control model's weights."""
 
 
-def source(control: Control, experts: SideBySide, prompts: Sequence[Sequence[int]], preferences: Tensor) -> Mixture:
-    """Return the mixture for a batch whose experts read ``prompts`` (token ids), at ``preferences`` ``[rows, n]``."""
+def source(
+    control: Control, experts: SideBySide, prompts: Sequence[Sequence[int]], preferences: Tensor, hidden: bool = False
+) -> Mixture:
+    """Return the mixture for a batch whose experts read ``prompts`` (token ids), at ``preferences`` ``[rows, n]``.
+
+    ``hidden`` keeps the control model's states.
+    """
     n, lm = len(experts.names), experts.lm
     ids, mask = pad_left(prompts, lm.pad, lm.device)
     read = OwnPrompt(NextToken(experts), ids.repeat(n, 1), mask.repeat(n, 1))
-    return Mixture(read, n, ControlWeights(control, preferences.to(lm.device)))
+    return Mixture(read, n, ControlWeights(control, preferences.to(lm.device), hidden))
 
 
 class MixtureActor:
@@ -62,12 +67,12 @@ class MixtureActor:
         bare = lm.encode([renderer.plain(prompt) for prompt in prompts], limit)
         weights = torch.as_tensor(preferences, dtype=torch.float32, device=lm.device)
         self.control.activate()
-        mixture = source(self.control, self.experts, bare, weights)
+        mixture = source(self.control, self.experts, bare, weights, hidden)
         samples = sample(lm, read, numbers, repeat=repeat, source=mixture)
         ids, mask = pad_left([row for row in bare for _ in range(repeat)], lm.pad, lm.device)
         self._preferences = weights.repeat_interleave(repeat, dim=0)
         self._found = expert_logps(self.experts, (ids, mask), samples, self.job.config.micro_batch)
-        return samples if hidden else _without_states(samples)
+        return samples
 
     def outputs(self, samples: Samples, rows: Tensor, hidden: bool = False) -> TokenOutputs:
         """See :class:`~moalign.training.actor.Actor`; the entropy is that of the weights."""
@@ -100,11 +105,6 @@ class MixtureActor:
 
     def close(self) -> None:
         """See :class:`~moalign.training.actor.Actor`; what is on the base stays until the method has saved it."""
-
-
-def _without_states(samples: Samples) -> Samples:
-    samples.hidden = None
-    return samples
 
 
 @contextmanager

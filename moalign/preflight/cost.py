@@ -52,7 +52,7 @@ def estimate(resolved: ResolvedRequest, capabilities: Capabilities, policy: Arch
     sampled = config.responses_sampled() if isinstance(config, CostHints) else 0
     waits = -(-sampled // limits.batch_size)  # responses sampled one after the other: what decoding waits for
     for name, stage in stages(config) if capabilities.trains else ():
-        times = objectives if name.split(".")[0] == experts.STAGE else policies
+        times = objectives if name.split(".")[0] in experts.STAGES else policies
         if isinstance(stage, OnlineConfig):
             rows = times * stage.steps * stage.batch * stage.samples
             sampled += rows

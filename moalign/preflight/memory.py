@@ -34,7 +34,8 @@ from moalign.config.recipe import LoraSpec
 from moalign.config.strict import Strict
 from moalign.lm import architecture, builtin
 from moalign.lm.architecture import Architecture
-from moalign.training.settings import DpoStage, OnlineConfig, PpoConfig, SftConfig, WarmStart
+from moalign.methods.base import Capabilities
+from moalign.training.settings import CostHints, DpoStage, OnlineConfig, PpoConfig, SftConfig
 
 GIB = 2**30
 WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -102,21 +103,23 @@ class Estimate:
         )
 
 
-def estimate(resolved: ResolvedRequest, policy: Architecture, trains: bool = True) -> Estimate:
+def estimate(resolved: ResolvedRequest, policy: Architecture, capabilities: Capabilities) -> Estimate:
     """Estimate a recipe's memory, phase by phase.
 
-    Args:
-        policy: the sizes of the task's base.
-        trains: False for methods that train nothing.
+    ``policy`` are the sizes of the task's base, ``capabilities`` those of the recipe's method.
     """
-    card, lora = resolved.card, resolved.recipe.policy.lora
+    card, lora, trains = resolved.card, resolved.recipe.policy.lora, capabilities.trains
     adapted = architecture.adapted(policy.shapes, lora.r, lora.targets) if trains else 0
     models, unknown = reward_models(card)
     phases_of = _Phases(card, policy, lora, adapted, models)
+    readers = len(card.objectives) if capabilities.mixes else 1
     phases = [phases_of.sampling("sampling the base", adapters=0)]
     for name, config in stages(resolved.config) if trains else ():
-        phases += phases_of.online(name, config) if isinstance(config, OnlineConfig) else phases_of.sft(name, config)
-    phases.append(phases_of.sampling("answering", adapters=adapted * 4))
+        if isinstance(config, OnlineConfig):
+            phases += phases_of.online(name, config, readers if name == "training" else 1)  # an expert has none
+        else:
+            phases += phases_of.sft(name, config)
+    phases.append(phases_of.sampling("answering", adapters=adapted * 4 * readers, readers=readers))
     return Estimate(policy, adapted, card.dtype, phases, unknown)
 
 
@@ -150,8 +153,8 @@ def stages(config: Strict, name: str = "") -> Iterator[tuple[str, SftConfig | On
         yield name or "training", config
     for key in type(config).model_fields:
         value = getattr(config, key)
-        if isinstance(config, WarmStart) and config.warm_start == "none" and value is config.distil:
-            continue  # settings of a stage that is switched off
+        if isinstance(config, CostHints) and key in config.switched_off:
+            continue
         if isinstance(value, Strict):
             yield from stages(value, f"{name}.{key}" if name else key)
 
@@ -201,19 +204,20 @@ class _Phases:
         )
         self.scoring = max(activations, default=0)
 
-    def sampling(self, name: str, adapters: int, rows: int | None = None) -> Phase:
-        """Return a phase in which texts are sampled and scored; ``adapters`` in bytes."""
-        rows = self.limits.batch_size if rows is None else rows
+    def sampling(self, name: str, adapters: int, rows: int | None = None, readers: int = 1) -> Phase:
+        """Return a phase in which texts are sampled and scored; ``adapters`` in bytes, ``readers`` read each row."""
+        rows = readers * (self.limits.batch_size if rows is None else rows)
         cache = rows * self.tokens * 2 * self.policy.layers * self.policy.key_value * self.width
         logits = rows * self.policy.vocabulary * (self.width + 8)
         # One after the other: what takes more counts.
         busy = {"KV cache": cache, "logits": logits} if cache + logits > self.scoring else {"scoring": self.scoring}
         return Phase(name, {**self.resident, "adapters": adapters, **busy, "rest": REST})
 
-    def online(self, name: str, config: OnlineConfig) -> list[Phase]:
+    def online(self, name: str, config: OnlineConfig, readers: int = 1) -> list[Phase]:
         """Return the phases of a stage in the online engine, which micro-batches instead of checkpointing layers."""
         reference = self.adapted * 4 if config.reference == "start" or config.ref_sync_steps else 0
-        adapters = self.adapted * TRAINED + reference
+        experts = self.adapted * 4 * readers if readers > 1 else 0
+        adapters = self.adapted * TRAINED + reference + experts
         rows = min(config.micro_batch, config.batch * config.samples)
         tokens = rows * self.tokens
         heads, kept = 0, int(tokens * self.policy.layers * self._layer(autocast=False))
@@ -223,7 +227,7 @@ class _Phases:
         logits = rows * (self.limits.max_new_tokens + 1) * self.policy.vocabulary * (self.width + 12)
         parts = {**self.resident, "adapters": adapters, "value heads": heads, "activations": kept, "logits": logits}
         return [
-            self.sampling(f"{name}: rollout", adapters + heads, config.batch * config.samples),
+            self.sampling(f"{name}: rollout", adapters + heads, config.batch * config.samples, readers),
             Phase(f"{name}: update", {**parts, "rest": REST}),
         ]
 

@@ -42,7 +42,7 @@ def check_sizes(report: Preflight, resolved: ResolvedRequest, model: Path | None
     if policy is None or not policy.shapes:
         report.notes.append("memory: not known, because the model's sizes are not (no folder, and no model known here)")
         return
-    estimate = memory.estimate(resolved, policy, able.trains)
+    estimate = memory.estimate(resolved, policy, able)
     report.memory |= estimate.as_dict()
     report.add("memory", estimate.sentence())
     for phase in estimate.phases:

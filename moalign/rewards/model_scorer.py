@@ -5,6 +5,7 @@ Only safetensors weights are loaded, and no code from a model folder is ever run
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +25,7 @@ _Spec = TypeVar("_Spec", bound=ModelObjective)
 _Row = TypeVar("_Row")
 
 
-class ModelScorer(Generic[_Spec]):
+class ModelScorer(ABC, Generic[_Spec]):
     """A scorer whose model is loaded at the first score and kept."""
 
     auto_class: ClassVar[str]
@@ -71,9 +72,9 @@ class ModelScorer(Generic[_Spec]):
 
     # --- what a kind of model adds
 
+    @abstractmethod
     def _identity(self, content: str) -> list[Any]:
         """Return what the revision is the hash of; ``content`` identifies the model."""
-        raise NotImplementedError
 
     def _loading(self) -> dict[str, Any]:
         """Return further arguments of ``from_pretrained``."""

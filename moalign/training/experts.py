@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 STAGE = "experts"
 
+STAGES = (STAGE, "rl_experts")
+"""Names of a method's settings of how each expert is trained."""
+
 
 def expert_folder(index: int) -> str:
     """Return the folder (inside a run) of the adapter of the expert for objective ``index``."""

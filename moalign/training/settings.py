@@ -61,18 +61,27 @@ class CostHints(Strict):
         return sum(int(getattr(self, name)) * count for name, count in times.items())
 
     @property
+    def switched_off(self) -> set[str]:
+        """The settings of stages that these settings leave out."""
+        return set()
+
+    @property
     def one_policy(self) -> bool:
         """Whether these settings train one policy for all preferences, though the method trains one for each."""
         return False
 
 
-class WarmStart(Strict):
+class WarmStart(CostHints):
     """Mixed into the settings of methods whose policy reads its preference from the prompt."""
 
     warm_start: Literal["none", "hindsight"] = "none"
     """hindsight: distil the best of n for every preference before the method's own training."""
     distil: DistilConfig = DistilConfig()
     """Settings of ``warm_start: hindsight``; what is not given is taken from the task's recipe of hindsight."""
+
+    @property
+    def switched_off(self) -> set[str]:
+        return {"distil"} if self.warm_start == "none" else set()
 
     @classmethod
     def borrows(cls, given: Mapping[str, Any]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import shutil
 import subprocess
@@ -336,3 +337,31 @@ def test_a_mixture_cannot_be_merged(trained: Run, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="--merged: pcm at 0.5,0.5 mixes 2 experts"):
         export(method, context, (0.5, 0.5), tmp_path / "out", merged=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_control_model_that_lacks_weights_is_refused(ask: Ask, random_base: Path, tmp_path: Path) -> None:
+    """The library would fill them with random numbers."""
+    folder = tmp_path / "cut"
+    shutil.copytree(random_base, folder)
+    weights = load_file(folder / "model.safetensors")
+    name = next(key for key in weights if key.endswith("mlp.down_proj.weight"))
+    del weights[name]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RequestError, match=r"control\.model .*missing: .*mlp\.down_proj\.weight"):
+        train(ask(f'control={{"form": "folder", "model": "{folder}"}}', results=tmp_path))
+
+
+@pytest.mark.slow
+def test_the_exported_script_keeps_to_the_card_s_nucleus(ask: Ask, tmp_path: Path) -> None:
+    """With a nucleus of nearly nothing every sample is the likeliest token, at any temperature."""
+    from moalign.experiment.export import export
+
+    run, _ = train(ask(*LEARNS, "steps=0", "task.generation.top_p=0.0001", results=tmp_path / "results"))
+    method, context = context_of(run, run.path.parents[3])
+    export(method, context, (0.3, 0.7), tmp_path / "out")
+    code = "import answer\nprint([answer.answer('how do i make soup ?', t) for t in (0, 1, 1)])"
+    command = [sys.executable, "-c", code]
+    ended = subprocess.run(command, cwd=tmp_path / "out", capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    greedy, *sampled = ast.literal_eval(ended.stdout.splitlines()[-1])
+    assert greedy and sampled == [greedy, greedy]

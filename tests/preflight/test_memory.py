@@ -13,6 +13,7 @@ from moalign.config import load
 from moalign.config.recipe import LoraSpec
 from moalign.lm import architecture
 from moalign.methods import registry
+from moalign.methods.base import Capabilities
 from moalign.preflight import memory
 from moalign.preflight.memory import GIB
 
@@ -215,7 +216,7 @@ def estimated(tmp_path: Path, method: str, *overrides: str) -> memory.Estimate:
     resolved = load.load_recipe(recipe, method, None, overrides, registry.get(method).Config)
     sizes = memory.sizes_of(str(resolved.card.model))
     assert sizes is not None
-    return memory.estimate(resolved, sizes, registry.get(method).capabilities.trains)
+    return memory.estimate(resolved, sizes, registry.get(method).capabilities)
 
 
 def test_a_7b_policy_with_two_gpt2_large_reward_models(tmp_path: Path) -> None:
@@ -283,4 +284,4 @@ def test_a_reward_model_of_unknown_size_is_named(tmp_path: Path) -> None:
     resolved = load.load_recipe(recipe, "sft", None, (), registry.get("sft").Config)
     sizes = memory.sizes_of(str(resolved.card.model))
     assert sizes is not None
-    assert memory.estimate(resolved, sizes).unknown == ["someone/else"]
+    assert memory.estimate(resolved, sizes, Capabilities()).unknown == ["someone/else"]

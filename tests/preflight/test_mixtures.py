@@ -1,0 +1,51 @@
+"""What ``check`` says of methods that mix experts: their caches, their experts' training, the base's answers."""
+
+from __future__ import annotations
+
+import pytest
+
+from moalign.config import find, load
+from moalign.methods import registry
+from moalign.preflight import cost, memory
+from moalign.preflight.memory import Estimate
+
+
+def estimates(method: str, *overrides: str) -> tuple[Estimate, cost.CostBounds]:
+    path, found = find.find_recipe_file("hh-rlhf", method), registry.get(method)
+    resolved = load.load_recipe(path, method, "hh-rlhf", overrides, found.Config)
+    policy = memory.sizes_of(str(resolved.card.model))
+    assert policy is not None
+    able = found.capabilities
+    return memory.estimate(resolved, policy, able), cost.estimate(resolved, able, policy)
+
+
+def part(estimate: Estimate, phase: str, name: str) -> float:
+    (of_phase,) = [each for each in estimate.phases if each.name == phase]
+    return of_phase.parts[name]
+
+
+@pytest.mark.parametrize("method", ["mod", "pcm"])
+def test_every_expert_keeps_a_cache_while_a_mixture_answers(method: str) -> None:
+    single, mixture = (estimates(name)[0] for name in ("dpo-soups", method))
+    for name in ("KV cache", "adapters"):
+        assert part(mixture, "answering", name) == 3 * part(single, "answering", name)
+    assert part(mixture, "sampling the base", "KV cache") == part(single, "sampling the base", "KV cache")
+
+
+def test_the_bounds_of_pcm_by_hand() -> None:
+    """Three experts of 5 steps of 96 pairs; 10 rollouts of 4 prompts, 2 answers each, and the base's own to each."""
+    _, bounds = estimates("pcm", "steps=10", "batch=4", "epochs=3", "experts.steps=5")
+    assert bounds.policies == 1
+    assert bounds.reward_calls == 3 * (10 * 4 * 2 + 10 * 4)
+    assert bounds.tokens_generated == (10 * 4 * 2 + 10 * 4) * 128
+    assert bounds.tokens_trained == 3 * 5 * 96 * 2 * 512 + 10 * 4 * 2 * 3 * (384 + 128)
+
+
+def test_experts_by_reinforcement_learning_take_the_place_of_the_others() -> None:
+    """Three of them, of 7 steps of 6 answers."""
+    rl = 'rl_experts={"steps": 7, "batch": 6}'
+    estimate, bounds = estimates("pcm", "steps=10", "batch=4", "epochs=1", rl)
+    assert bounds.reward_calls == 3 * (3 * 7 * 6 + 10 * 4 * 2 + 10 * 4)
+    assert bounds.tokens_trained == (3 * 7 * 6 + 10 * 4 * 2) * (384 + 128)
+    names = {phase.name for phase in estimate.phases}
+    assert "rl_experts: update" in names and "experts: update" not in names
