@@ -12,6 +12,7 @@ import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -82,14 +83,17 @@ def _section(path: Path, record: Row, folder: Path) -> dict[str, Any]:
     counts = {len(row["seeds"]) for row in record["rows"]}
     most, rows, environment = max(counts), judged(record), record["environment"]
     shown = "rank name hypervolume interval share seeds tau inner_product collapsed kl command"
-    command = Column("command", _command, left=True, markdown=True)
+    changed = {
+        "tau": replace(METHODS["tau"], digits=2),
+        "command": Column("command", _command, left=True, markdown=True),
+    }
     return {
         "name": path.parent.name,
         "folder": _relative(path.parent, folder),
         "record": record,
         "judged": rows,
         "seeds": f"{'' if len(counts) == 1 else 'up to '}{most} seed{'' if most == 1 else 's'}",
-        "ranking": select(METHODS, shown, record["rows"], command=command),
+        "ranking": select(METHODS, shown, record["rows"], **changed),
         "cost": select(METHODS, f"label {tables.COST} answering_rewards", rows),
         "machine": ", ".join(filter(None, (environment.get("cpu"), *(environment.get("gpus") or [])))),
     }

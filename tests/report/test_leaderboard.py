@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,9 +58,14 @@ def test_every_row_has_its_command(records: Path) -> None:
     assert text.count("All of it: `moalign compare --task toy`") == 2
 
 
-def test_tables_are_whole_and_links_lead_somewhere(records: Path) -> None:
-    import re
+def test_tau_has_two_digits(records: Path) -> None:
+    leaderboard.make(records, records.parent / "LEADERBOARD.md")
+    heads, _, first = re.findall(r"^\|.*$", (records.parent / "LEADERBOARD.md").read_text(), re.MULTILINE)[:3]
+    cells = dict(zip(heads.split(" | "), first.split(" | "), strict=True))
+    assert re.fullmatch(r"\d\.\d\d", cells["tau"]) and re.fullmatch(r"\d\.\d\d\d", cells["inner product"])
 
+
+def test_tables_are_whole_and_links_lead_somewhere(records: Path) -> None:
     leaderboard.make(records, records.parent / "LEADERBOARD.md")
     for page in (records.parent / "LEADERBOARD.md", records / "two" / "compare.md"):
         text = page.read_text()
