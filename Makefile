@@ -64,7 +64,7 @@ check: $(STAMP)  ## ruff and mypy
 	@$(BIN)/mypy
 
 results: $(STAMP)  ## make results/LEADERBOARD.md and its figures from the records in results/published
-	@$(BIN)/python -m moalign.report.leaderboard results/published results/LEADERBOARD.md
+	@$(BIN)/python -m moalign.comparison.publish results/published results/LEADERBOARD.md
 
 bench: $(STAMP)  ## measure time and memory of the main commands; writes results/bench/cpu.json and cpu.md
 	@$(BIN)/python results/bench/bench.py

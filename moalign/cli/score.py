@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,6 +10,7 @@ import typer
 
 from moalign.cli import output
 from moalign.cli.options import DEFAULT_RESULTS, Json
+from moalign.report.record import Row
 from moalign.report.tables import Column
 from moalign.report.units import number
 
@@ -49,18 +51,16 @@ def score(
 
 
 def _show_rows(scores: Scores) -> None:
-    rows = [
-        {
-            "prompt": _short(row["prompt"]),
-            "response": _short(row["response"]),
-            **{name: f"{number(row['raw'][name])} ({number(row['normalised'][name])})" for name in scores.objectives},
-        }
-        for row in scores.scored[:SHOWN]
-    ]
+    texts = [Column(name, name, _short, left=True) for name in ("prompt", "response")]
+    objectives = [Column(name, partial(_both, name)) for name in scores.objectives]
     output.line("raw scores (normalised), larger is better")
-    output.table([*output.columns("prompt", "response", left=True), *output.columns(*scores.objectives)], rows)
+    output.table([*texts, *objectives], scores.scored[:SHOWN])
     if scores.rows > SHOWN:
         output.note(f"{scores.rows - SHOWN} more rows; --json shows them all, --out FILE.parquet writes them")
+
+
+def _both(objective: str, row: Row) -> str:
+    return f"{number(row['raw'][objective])} ({number(row['normalised'][objective])})"
 
 
 def _show_summary(scores: Scores) -> None:

@@ -1,22 +1,18 @@
-"""``make results``: the leaderboard and its figures, made from the committed records alone.
+"""The leaderboard and its figures, made from records of comparisons alone.
 
-A record is the ``compare.json`` of one comparison, kept as ``results/published/<name>/compare.json``. From each, the
-figures beside it (light and dark) and its ``compare.md`` are made again, and from all of them one ``LEADERBOARD.md``.
-The same records give the same bytes: nothing is trained or measured, and no date is written.
+From each record, the figures beside it (light and dark) and its ``compare.md`` are made again, and from all of them one
+``LEADERBOARD.md``. The same records give the same bytes: nothing is trained or measured, and no date is written.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import shlex
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from moalign.core.errors import MoalignError, RequestError
 from moalign.report import figures, markdown, tables
 from moalign.report.record import Row, judged
 from moalign.report.tables import METHODS, Column, select
@@ -24,34 +20,20 @@ from moalign.report.templates import render
 from moalign.runs import atomic
 
 
-def make(records: Path, page: Path) -> list[Path]:
-    """Make figures, ``compare.md`` and the leaderboard ``page`` from the records below ``records``.
+def make(records: Mapping[Path, Row], page: Path) -> list[Path]:
+    """Make figures and ``compare.md`` beside each record, and the leaderboard ``page``; return the files written.
 
-    Returns the files written. Raises RequestError when there is no record, or naming one that is damaged.
+    ``records`` are the contents, at least one, by the paths of their files.
     """
-    by_path = {path: _read(path) for path in sorted(records.glob("*/compare.json"))}
-    if not by_path:
-        raise RequestError(f"{records}: no record; each is a file NAME/compare.json, as moalign compare writes it")
     written: list[Path] = []
-    for path, record in by_path.items():
+    for path, record in records.items():
         drawn = _draw(record, path.parent)
         light = {name: str(files[0]) for name, files in drawn.items()}
         text = markdown.page({**record, "figure": light.get("fronts"), "figures": light, "html": None}, path.parent)
         atomic.write_text(path.with_suffix(".md"), text)
         written += [*(file for files in drawn.values() for file in files), path.with_suffix(".md")]
-    atomic.write_text(page, leaderboard(by_path, page.parent))
+    atomic.write_text(page, leaderboard(records, page.parent))
     return [*written, page]
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise RequestError(f"{path}: not a record ({error}); write it again with moalign compare") from None
-    lacking = [key for key in ("task", "objectives", "grid", "rows", "pairs", "command") if key not in record]
-    if lacking:
-        raise RequestError(f"{path}: not a record of a comparison: it lacks {', '.join(lacking)}")
-    return dict(record)
 
 
 def _draw(record: Row, folder: Path) -> dict[str, list[Path]]:
@@ -82,14 +64,17 @@ def _section(path: Path, record: Row, folder: Path) -> dict[str, Any]:
     counts = {len(row["seeds"]) for row in record["rows"]}
     most, rows, environment = max(counts), judged(record), record["environment"]
     shown = "rank name hypervolume interval share seeds tau inner_product collapsed kl command"
-    command = Column("command", _command, left=True, markdown=True)
+    changed = {
+        "tau": replace(METHODS["tau"], digits=2),
+        "command": Column("command", _command, left=True, markdown=True),
+    }
     return {
         "name": path.parent.name,
         "folder": _relative(path.parent, folder),
         "record": record,
         "judged": rows,
         "seeds": f"{'' if len(counts) == 1 else 'up to '}{most} seed{'' if most == 1 else 's'}",
-        "ranking": select(METHODS, shown, record["rows"], command=command),
+        "ranking": select(METHODS, shown, record["rows"], **changed),
         "cost": select(METHODS, f"label {tables.COST} answering_rewards", rows),
         "machine": ", ".join(filter(None, (environment.get("cpu"), *(environment.get("gpus") or [])))),
     }
@@ -100,21 +85,3 @@ def _command(row: Row) -> str:
     first, *others = row["runs"]
     more = f" (and seeds {', '.join(str(run['seed']) for run in others)})" if others else ""
     return f"`{first['command'].replace('|', chr(92) + '|')}`{more}"
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run as ``python -m moalign.report.leaderboard RECORDS PAGE``; prints the files written."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        if len(given) != 2:
-            raise RequestError(f"found {shlex.join(given) or 'nothing'}; needed: the folder of records, and the page")
-        for path in make(Path(given[0]), Path(given[1])):
-            print(path)
-    except MoalignError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

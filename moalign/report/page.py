@@ -32,7 +32,9 @@ PLAIN = 6_000_000
 SCRIPTS = ("1-basics.js", "2-tables.js", "3-front.js", "4-answers.js", "5-start.js")
 """The page's script, in the order in which its parts are joined."""
 
-
+_PLACE = "<answers>"
+"""Where the answers come to stand, once it is known how large the page is without them; no text can hold this, as
+every ``<`` of a text is escaped."""
 _RANKING = (
     "rank name hypervolume interval share seeds tau inner_product utility regret igd_plus spacing collapsed kl time "
     "tokens"
@@ -68,13 +70,12 @@ def page(record: Row, answers: Sequence[Answers] = (), limit: int = LIMIT) -> by
         "js": script,
         "data": _json({**record, "rows": [{**row, "curves": None} for row in record["rows"]]}),
         "record": record,
+        "answers": _PLACE,
     }
 
-    def filled(packed: str, block: str) -> bytes:
-        text = render("page.html", {**context, "packed": packed, "answers": block})
-        return text.encode("utf-8", "replace")  # a generated text can hold half a surrogate pair
-
-    return filled(*_fitting(answers, limit - len(filled("", ""))))
+    # A generated text can hold half a surrogate pair.
+    before, after = (part.encode("utf-8", "replace") for part in render("page.html", context).split(_PLACE))
+    return before + _fitting(answers, limit - len(before) - len(after)) + after
 
 
 def _policy(css: str, script: str) -> str:
@@ -103,23 +104,21 @@ def _json(value: Any) -> str:
 # --- answers ----------------------------------------------------------------------------------------------------
 
 
-def _fitting(answers: Sequence[Answers], room: int) -> tuple[str, str]:
-    """Return (encoding, block) with the answers to as many prompts as fit in ``room`` bytes."""
+def _fitting(answers: Sequence[Answers], room: int) -> bytes:
+    """Return the block of the answers to as many prompts as fit in ``room`` bytes."""
     count = len(answers[0].prompts) if answers else 0
     while True:
-        packed, block = _block(answers, count)
-        size = len(block.encode())
-        if size <= room or count <= 1:
-            return packed, block
-        count = max(1, min(count - 1, int(count * 0.98 * room / size)))
+        block = _block(answers, count)
+        if len(block) <= room or count <= 1:
+            return block
+        count = max(1, min(count - 1, int(count * 0.98 * room / len(block))))
 
 
-def _block(answers: Sequence[Answers], count: int) -> tuple[str, str]:
-    text = _json(_table(answers, count))
-    data = text.encode()
-    if len(data) <= PLAIN:
-        return "", text
-    return "gzip", base64.b64encode(gzip.compress(data, compresslevel=9, mtime=0)).decode()
+def _block(answers: Sequence[Answers], count: int) -> bytes:
+    packed, data = b"", _json(_table(answers, count)).encode()
+    if len(data) > PLAIN:
+        packed, data = b"gzip", base64.b64encode(gzip.compress(data, compresslevel=9, mtime=0))
+    return b'<script type="application/json" id="answers" data-packed="%b">%b</script>' % (packed, data)
 
 
 def _table(answers: Sequence[Answers], count: int) -> dict[str, Any]:

@@ -174,7 +174,7 @@ METHODS = {
     "answering": Column("answering: tokens", "cost.answering.tokens_generated", count, short="answering", rising=True),
     "answering_rewards": Column("answering: reward calls", "cost.answering.reward_calls", count, rising=True),
     "per_minute": Column("hypervolume per minute", _per_minute, number),
-    "gap": Column("gap", "gap", signed, 4, needs="gap"),
+    "gap": Column("gap", "gap", signed, 4),
 }
 """Every column of a table with one row per method."""
 
@@ -234,7 +234,7 @@ def of_comparison(record: Row, ranking: str, cost: str) -> dict[str, Table]:
         "pairs": select(PAIRS, " ".join(PAIRS), record["pairs"]),
         "cost": select(METHODS, cost, rows),
         "generalisation": Table(_SIDES, sides),
-        "gaps": select(METHODS, "label hypervolume gap", rows),
+        "gaps": select(METHODS, "label hypervolume gap", [row for row in rows if row["gap"] is not None]),
         "diagnostics": Table(_DIAGNOSTICS, measured),
         "reported": Table(_REPORTED, record["reported"]),
     }

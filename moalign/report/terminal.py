@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from moalign.report import tables, verdict
 from moalign.report.record import Row, judged
 from moalign.report.tables import METHODS, PAIRS, Column, select
-from moalign.report.units import number
+from moalign.report.units import NONE, count, number
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -75,7 +75,8 @@ def _tables(record: Row) -> list[Table]:
         sure = Column("", lambda pair: verdict.sure(pair), left=True)
         shown.append(_rich(select(PAIRS, "over difference interval sure", leads, over=over, sure=sure)))
     label = replace(METHODS["label"], heading="training took")
-    cost = select(METHODS, f"label {tables.COST}", rows, label=label)
+    counts = {name: replace(METHODS[name], write=_spent) for name in ("generated", "trained", "rewards", "answering")}
+    cost = select(METHODS, f"label {tables.COST}", rows, label=label, **counts)
     shown.append(_rich(cost, "tokens generated, tokens trained on, reward calls, peak memory; tokens of answering"))
     measured = [row for row in rows if row["diagnostics"]]
     if measured:
@@ -83,6 +84,10 @@ def _tables(record: Row) -> list[Table]:
         values = Column("at the end of training, mean over seeds", _diagnostics, left=True)
         shown.append(_rich(tables.Table([label, values], measured)))
     return shown
+
+
+def _spent(value: float) -> str:
+    return count(value) if value else NONE
 
 
 def _diagnostics(row: Row) -> str:

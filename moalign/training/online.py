@@ -49,7 +49,8 @@ class Part:
     response_mask: Tensor
     """``[rows, T]``."""
     old_logps: Tensor
-    """Log-probabilities under the policy that sampled, ``[rows, T]``; in float32 they agree with ours to 1e-4."""
+    """Log-probabilities under the policy that sampled, ``[rows, T]``: the sampler's own in float32, where they agree
+    with a pass over whole rows to 1e-4; else of such a pass."""
     ref_logps: Tensor
     """``[rows, T]``."""
     tensors: dict[str, Tensor]

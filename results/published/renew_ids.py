@@ -1,7 +1,7 @@
 """Renew the card hashes and run identifiers in published comparisons, after the way of hashing has changed.
 
     python results/published/renew_ids.py [--dry-run] [FOLDER]...   # default: every folder beside this file
-    python -m moalign.report.leaderboard                            # then: the pages are made of the records
+    python -m moalign.comparison.publish results/published results/LEADERBOARD.md   # then: the pages, of the records
 
 A record holds what is needed to make its hashes again: the command of every run. Each is planned as today. Where the
 former way of hashing (every default written out) gives the recorded hash for that plan, nothing but the hashing has

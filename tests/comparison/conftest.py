@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -149,3 +150,23 @@ def ask(card: str, results: Path, **more: Any) -> CompareResult:
 
 def by_label(compared: CompareResult) -> dict[str, dict[str, Any]]:
     return {row["label"]: row for row in compared.content["rows"]}
+
+
+PUBLISHED = sorted((Path(__file__).parents[2] / "results" / "published").glob("*/compare.json"))
+"""The records of the comparisons that are kept in this checkout."""
+
+
+def older(path: Path) -> dict[str, Any]:
+    """A comparison without what the first version that wrote records did not hold."""
+    content: dict[str, Any] = json.loads(path.read_text())
+    for key in ("samples", "bounds", "figures", "reported", "html"):
+        del content[key]
+    for row in content["rows"]:
+        for key in ("curves", "gap", "generalisation", "diagnostics"):
+            del row[key]
+        del row["quality"]["kl"], row["quality"]["kl_bound"]
+        for run in row["runs"]:
+            del run["made"]
+    for pair in content["pairs"]:
+        del pair["inner_product"]
+    return content

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from moalign.comparison.result import CompareResult
 from moalign.core.errors import RequestError
 from moalign.evaluation.result import VERSION
-
-PUBLISHED = sorted((Path(__file__).parents[2] / "results" / "published").glob("*/compare.json"))
+from tests.comparison.conftest import PUBLISHED, older
 
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.parent.name)
@@ -24,22 +22,6 @@ def test_a_published_comparison_is_read_whole(path: Path) -> None:
     assert content == {**stored, "version": VERSION}
     assert [entry.label for entry in result.entries] == [row["label"] for row in stored["rows"]]
     assert list(result.to_frame()["rank"]) == [row["rank"] for row in stored["rows"]]
-
-
-def older(path: Path) -> dict[str, Any]:
-    """A comparison without what the first version that wrote records did not hold."""
-    content: dict[str, Any] = json.loads(path.read_text())
-    for key in ("samples", "bounds", "figures", "reported", "html"):
-        del content[key]
-    for row in content["rows"]:
-        for key in ("curves", "gap", "generalisation", "diagnostics"):
-            del row[key]
-        del row["quality"]["kl"], row["quality"]["kl_bound"]
-        for run in row["runs"]:
-            del run["made"]
-    for pair in content["pairs"]:
-        del pair["inner_product"]
-    return content
 
 
 def test_the_first_version_is_read(tmp_path: Path) -> None:

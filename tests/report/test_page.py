@@ -32,6 +32,7 @@ HOSTILE = [
     "'\"`${window.hacked = 1}",
     "\ud800 half a pair",
     "<svg onload=window.hacked=1><style>*{display:none}</style>",
+    "<answers>",
 ]
 
 
@@ -101,6 +102,29 @@ def test_the_page_holds_the_comparison_and_the_answers(compared: Build) -> None:
     assert answers["rows"]["b"]["scores"][7][2] == [7.2, 7.2]
 
 
+def rows_of(content: bytes, table: str) -> list[str]:
+    """The body rows of a table, as they stand in the page."""
+    body = content.decode().split(f'<table id="{table}">')[1].split("<tbody>")[1].split("</tbody>")[0]
+    return body.split("<tr")[1:]
+
+
+def test_the_winner_stands_out_in_the_leaderboard_only(compared: Build) -> None:
+    record = {**compared({"a": 0.2, "b": 0.0}), "winner": "a"}
+    record["rows"][0]["diagnostics"] = {"kl": 6.5}
+    content = page.page(record)
+    assert [row.startswith(' class="winner"') for row in rows_of(content, "board")] == [True, False]
+    assert len(rows_of(content, "cost")) == 2 and len(rows_of(content, "diagnostics")) == 1
+    assert content.count(b'class="winner"') == 1
+
+
+def test_the_gaps_are_of_the_methods_that_have_one(compared: Build) -> None:
+    record = compared({"a": 0.2, "b": 0.0})
+    assert b'id="gap"' not in page.page(record)
+    record["rows"][1]["gap"] = 0.0625
+    (row,) = rows_of(page.page(record), "gap")
+    assert ">b</td>" in row and "+0.0625" in row
+
+
 def test_the_same_bytes_twice(compared: Build) -> None:
     record = compared({"a": 0.2, "b": 0.0})
     assert page.page(record, answered(record)) == page.page(record, answered(record))
@@ -126,7 +150,7 @@ def test_repeated_texts_are_kept_once(compared: Build) -> None:
 def hostile(record: dict[str, Any]) -> list[Answers]:
     """The comparison with hostile texts everywhere that a text of others can reach; and hostile answers."""
     bad = HOSTILE[2]
-    record["description"], record["command"], record["verdict"] = bad, bad, HOSTILE[:3]
+    record["description"], record["command"], record["verdict"] = bad, bad, HOSTILE
     record["rows"][0]["diagnostics"] = {bad: 1.0}
     record["rows"][0]["runs"][0]["error"] = bad
     record["reported"] = [{"method": bad, "metric": bad, "value": 1.0, "source": bad, "setting": bad}]
@@ -212,6 +236,30 @@ def test_what_would_not_fit_is_left_out_and_said(compared: Build) -> None:
     count = len(kept["prompts"])
     assert 20 < count < 200 and kept["note"].startswith(f"The first {count} of 200 prompts")
     assert all(len(row) == count for rows in kept["rows"].values() for row in rows["texts"])
+
+
+def test_a_packed_page_keeps_to_its_limit_too(compared: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "PLAIN", 0)
+    record = compared({"a": 0.2, "b": 0.0})
+    answers = many(record, 40, prompts=30)
+    whole = page.page(record, answers)
+    assert b'data-packed="gzip"' in whole
+    assert page.page(record, answers, limit=len(whole)) == whole
+    for less in range(1, 6):
+        assert len(page.page(record, answers, limit=len(whole) - less)) <= len(whole) - less
+
+
+def test_the_page_is_rendered_once(compared: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    rendered: list[str] = []
+
+    def render(template: str, context: Any) -> str:
+        rendered.append(template)
+        return templates.render(template, context)
+
+    monkeypatch.setattr(page, "render", render)
+    record = compared({"a": 0.2, "b": 0.0})
+    page.page(record, answered(record))
+    assert rendered == ["page.html"]
 
 
 # --- in a browser ---------------------------------------------------------------------------------------------------

@@ -62,6 +62,16 @@ def test_long_labels_are_folded_and_never_cut(compared: Build, width: int) -> No
     assert line_of(lines, "hindsight", "1 min 01 s", "45.3 k", "1.36 M", "4.00 k")
 
 
+def test_what_cost_nothing_is_a_dash(compared: Build) -> None:
+    record = compared({"prompting": 0.1, "sft": 0.0})
+    spent = record["rows"][0]["cost"]
+    spent |= {"tokens_generated": 0.0, "tokens_trained": 0.0, "reward_calls": 0.0}
+    line = line_of(printed(record), "prompting", "701 MiB")
+    assert line.split() == ["prompting", "1", "min", "01", "s", "–", "–", "–", "701", "MiB", "32.1", "k"]
+    spent["answering"]["tokens_generated"] = 0
+    assert line_of(printed(record), "prompting", "701 MiB").rstrip().endswith("–")
+
+
 def test_the_optimum_is_shown_only_when_known(compared: Build) -> None:
     assert "optimum" in " ".join(printed(compared({"a": 0.1, "b": 0.0})))
     assert "optimum" not in " ".join(printed(compared({"a": 0.1, "b": 0.0}, optimum=False)))
