@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 from moalign.comparison.jobs import ComparedRun
 from moalign.comparison.ranking import EntryRuns, SeedResult
 from moalign.config.recipe import PolicySpec
 from moalign.report import figures
+from moalign.runs import store
 
 
 def entries_of(runs: Sequence[ComparedRun]) -> list[EntryRuns]:
@@ -31,25 +32,46 @@ def entries_of(runs: Sequence[ComparedRun]) -> list[EntryRuns]:
 
 def grouped(runs: Sequence[ComparedRun]) -> dict[str, list[ComparedRun]]:
     """Return the runs of each entry in the order of their seeds, by the entry's unique label."""
-    groups: dict[str, list[ComparedRun]] = {}
+    requests: dict[str, list[ComparedRun]] = {}
     for run in runs:
         rest = {key: value for key, value in run.identity.items() if key != "seed"}
-        groups.setdefault(json.dumps([run.method.name, rest], sort_keys=True), []).append(run)
-    ordered = [sorted(group, key=lambda run: run.seed) for group in groups.values()]
-    return dict(zip(_labels([group[0] for group in ordered]), ordered, strict=True))
+        requests.setdefault(json.dumps([run.method.name, rest], sort_keys=True), []).append(run)
+    groups = [group for alike in requests.values() for group in _of_same_defaults(alike)]
+    ordered = [sorted(group, key=lambda run: run.seed) for group in groups]
+    return dict(zip(_labels(ordered), ordered, strict=True))
 
 
-def _labels(runs: Sequence[ComparedRun]) -> list[str]:
-    """Return a label for each entry (given by its first run): the method and, where the method has several entries,
-    all settings in which these differ.
+def _of_same_defaults(runs: Sequence[ComparedRun]) -> list[list[ComparedRun]]:
+    """Divide the runs of one request, which leaves out what is at its default, by the defaults they were trained under.
 
-    Where these are too long to be written out, the label ends with the run's identifier: no two labels are alike.
+    A setting that only one of two records has was added between them, and keeps nothing apart. Together are the runs
+    that agree with the same ones: a run that would fit two groups which differ belongs to neither.
     """
-    settings = [_settings(run) for run in runs]
+    recorded = [_recorded(run) for run in runs]
+    groups: dict[tuple[int, ...], list[ComparedRun]] = {}
+    for run, own in zip(runs, recorded, strict=True):
+        agreeing = tuple(k for k, other in enumerate(recorded) if not any(store.changes(own, other)))
+        groups.setdefault(agreeing, []).append(run)
+    return list(groups.values())
+
+
+def _recorded(run: ComparedRun) -> dict[str, Any]:
+    """Return the settings that a run was trained with, as its record holds them; none for a run that failed."""
+    return {} if run.run is None else store.settings_of(run.run.record.recipe)
+
+
+def _labels(groups: Sequence[Sequence[ComparedRun]]) -> list[str]:
+    """Return a label for each entry (given by its runs): the method and, where the method has several entries, all
+    settings in which these differ.
+
+    Where these are too long to be written out, the label ends with the first run's identifier: no two labels are alike.
+    """
+    runs, settings = [group[0] for group in groups], [_settings(group) for group in groups]
+    stated = {key for run in runs for key in _layered(_defaults(run), run.identity)}
     labels = []
     for run, own in zip(runs, settings, strict=True):
         alike = [other for of, other in zip(runs, settings, strict=True) if of.method.name == run.method.name]
-        labels.append(f"{run.method.name}{_differences(own, alike)}")
+        labels.append(f"{run.method.name}{_differences(own, alike, stated)}")
     repeated = {label for label in labels if labels.count(label) > 1}
     return [
         f"{label} [{run.folder.name[:6]}]" if label in repeated else label
@@ -57,13 +79,27 @@ def _labels(runs: Sequence[ComparedRun]) -> list[str]:
     ]
 
 
-def _settings(run: ComparedRun) -> dict[str, Any]:
-    """Return a run's settings by dotted name, with the defaults that its identity leaves out."""
-    own = dict(_flat(run.identity))
+def _settings(group: Sequence[ComparedRun]) -> dict[str, Any]:
+    """Return an entry's settings by dotted name, with those that the identity of its runs leaves out: as their records
+    hold them, else the defaults.
+    """
+    return _layered(_defaults(group[0]), *map(_recorded, group), group[0].identity)
+
+
+def _defaults(run: ComparedRun) -> dict[str, Any]:
     sections = {"config": run.method.Config.model_construct(), "policy": PolicySpec()}
-    defaults = _flat({name: section.model_dump(mode="json") for name, section in sections.items()})
-    # Not those of a whole part that is switched off.
-    return {key: value for key, value in defaults if not any(key.startswith(f"{name}.") for name in own)} | own
+    return {name: section.model_dump(mode="json") for name, section in sections.items()}
+
+
+def _layered(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings by dotted name, each as the last layer has it that holds it."""
+    settings: dict[str, Any] = {}
+    for layer in layers:
+        own = dict(_flat(layer))
+        # Not the settings of a whole part that is switched off.
+        off = [key for key in settings if any(key.startswith(f"{name}.") for name in own)]
+        settings = {key: value for key, value in settings.items() if key not in off} | own
+    return settings
 
 
 def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -74,10 +110,14 @@ def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix.rstrip("."), value
 
 
-def _differences(own: Mapping[str, Any], alike: Sequence[Mapping[str, Any]]) -> str:
-    """Return, in brackets, the settings in which the entries of one method differ, the most telling first."""
+def _differences(own: Mapping[str, Any], alike: Sequence[Mapping[str, Any]], stated: Container[str]) -> str:
+    """Return, in brackets, the settings in which the entries of one method differ, the most telling first.
+
+    One that is not ``stated``, by a request or as a default, belongs to a part that is off by default: it tells entries
+    apart only where both have that part.
+    """
     keys = dict.fromkeys(key for settings in alike for key in settings if key != "seed")
-    values = {key: [settings.get(key) for settings in alike] for key in keys}
+    values = {key: [settings.get(key) for settings in alike if key in settings or key in stated] for key in keys}
     counts = {key: len(set(map(json.dumps, values[key]))) for key in keys}
     telling = sorted((key for key in keys if counts[key] > 1), key=lambda key: -counts[key])
     texts = [f"{key.removeprefix('config.')}={_text(own.get(key), values[key], counts[key])}" for key in telling]

@@ -74,12 +74,15 @@ class StoredResult(Content):
             raise RequestError(f"{path}: not {cls.KIND} that moalign wrote ({'; '.join(wrong)}); {remedy}") from error
         except (LookupError, TypeError, AttributeError) as error:  # of the migration, or no JSON object at all
             raise RequestError(f"{path}: not {cls.KIND} that moalign wrote; {remedy}") from error
+        except ValueError as error:  # of the migration, from what it calculates
+            raise RequestError(f"{path}: not {cls.KIND} that moalign wrote ({error}); {remedy}") from error
 
     @classmethod
     def migrated(cls, content: dict[str, Any], folder: Path) -> dict[str, Any]:
         """Return the content of a file as this version has it; one of version 0 does not say its version.
 
-        What older versions did not measure has a default of "not known" in the fields.
+        What older versions did not measure has a default of "not known" in the fields. Raises LookupError, TypeError,
+        AttributeError or ValueError for content that is damaged.
         """
         return content
 
@@ -274,7 +277,10 @@ class EvalResult(Judgement, EvaluatedRun):
             from moalign.pareto.indicators import spacing
 
             means = [point["mean"] for point in content["points"]]
-            content["indicators"] = {**content["indicators"], "spacing": spacing(means)}
+            try:
+                content["indicators"] = {**content["indicators"], "spacing": spacing(means)}
+            except RequestError as error:  # it knows the points, not the file
+                raise ValueError(str(error)) from error
         if "believed" in content:
             content["proxy_reward"] = content.pop("believed")
         return content

@@ -269,7 +269,8 @@ def context_of(run: Run, results: Path, progress: Progress = silent) -> tuple[Me
     if task.hash != record.card_hash:
         raise RequestError(
             f"run {run.path}: its task card has changed since (hash {record.card_hash} then, {task.hash} now): "
-            "the base model or the data it points to is not the same; restore it or train again"
+            "the base model or the data it points to is not the same (restore it), or an older moalign, whose hashes "
+            "were made otherwise, made this run; train again"
         )
     return method, RunContext.of(
         task,

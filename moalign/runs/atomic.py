@@ -183,7 +183,7 @@ def read_json(path: Path, remedy: str) -> Any:
     except json.JSONDecodeError as error:
         raise RequestError(f"{path}:{error.lineno}: not JSON ({error.msg}); {remedy}") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{path}: cannot be read: {error}") from error
+        raise RequestError(f"{path}: cannot be read: {error}; {remedy}") from error
 
 
 def json_bytes(value: Any, indent: int | None = None) -> bytes:
@@ -235,13 +235,17 @@ def sweep(folder: Path) -> None:
     A leftover counts as abandoned when its process is gone, or (written on another machine) after a day.
     """
     with refusals(folder):
-        for old in sorted(folder.rglob(".old-*")):
+        # What lies inside another leftover first, before that moves; of two for one target the newer is put back.
+        leftovers = [(len(old.parts), old.stat().st_mtime, old) for old in folder.rglob(".old-*") if _abandoned(old)]
+        for *_, old in sorted(leftovers, reverse=True):
             target = old.with_name(old.name.split("-", 4)[-1])
-            if _abandoned(old) and not target.exists():
+            if target.exists():
+                _remove(old)
+            else:
                 os.rename(old, target)
-        for leftover in [*sorted(folder.rglob(".old-*")), *sorted(folder.rglob(".tmp-*"))]:
-            if _abandoned(leftover):
-                _remove(leftover)
+        for temporary in sorted(folder.rglob(".tmp-*")):
+            if _abandoned(temporary):
+                _remove(temporary)
 
 
 def _remove(path: Path) -> None:

@@ -67,13 +67,25 @@ class RunRecord(BaseModel):
         atomic.write_json(folder / FILE, self.model_dump())
 
 
+def is_run(folder: Path) -> bool:
+    """Whether ``folder`` holds a record; RequestError where the system does not let anyone look."""
+    path = folder / FILE
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last of a name that no file can have
+        return False
+    except OSError as error:
+        raise RequestError(f"{path}: cannot be read: {error.strerror}; make the run's folder readable") from error
+    return True
+
+
 def read(folder: Path) -> RunRecord:
     """Read ``folder/run.json``.
 
     Raises RequestError naming the file (and line or key) when it is missing, unreadable, not JSON or not a record.
     """
     path, remedy = folder / FILE, "move the run's folder away to train it again"
-    if not path.exists():
+    if not is_run(folder):
         raise RequestError(f"{folder}: not a run: it holds no {FILE}")
     try:
         return RunRecord.model_validate(atomic.read_json(path, remedy))

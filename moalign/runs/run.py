@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -175,8 +175,8 @@ class Run:
         """Append one line to ``metrics.jsonl``: step, phase and the metrics (NaN and infinity become null)."""
         line = atomic.json_bytes({"step": step, "phase": phase, **metrics})
         path = self.path / METRICS
-        if not self._mended:  # a new line must not be glued to a half one
-            self._keep_metrics(lambda entry: True)
+        if not self._mended:
+            self._mend_tail()
         with atomic.refusals(self.path), open(path, "ab", buffering=0) as stream:
             end = stream.seek(0, os.SEEK_END)
             try:
@@ -198,14 +198,26 @@ class Run:
 
     def truncate_metrics(self, phase: str, step: int) -> None:
         """Drop the lines of ``phase`` after ``step``: a resume from the checkpoint of ``step`` writes them again."""
-        self._keep_metrics(lambda entry: entry.get("phase") != phase or entry["step"] <= step)
-
-    def _keep_metrics(self, keep: Callable[[dict[str, Any]], bool]) -> None:
-        """Drop all other lines, and what is left of a half-written one; nothing is written where nothing changes."""
+        lines = self._metric_lines()
+        remaining = [raw for raw, entry in lines if entry.get("phase") != phase or entry["step"] <= step]
         path = self.path / METRICS
-        content = b"".join(raw + b"\n" for raw, entry in self._metric_lines() if keep(entry))
+        content = b"".join(raw + b"\n" for raw in remaining)
         if path.exists() and path.read_bytes() != content:
             atomic.write_bytes(path, content)
+        self._mended = True
+
+    def _mend_tail(self) -> None:
+        """Make the file end with a newline, so that a new line is not glued to a half one; no other line is read."""
+        path = self.path / METRICS
+        content = path.read_bytes() if path.exists() else b""
+        last = content.rpartition(b"\n")[2]
+        if last:
+            with atomic.refusals(self.path), open(path, "r+b") as stream:
+                if _metric(last) is None:
+                    stream.truncate(len(content) - len(last))
+                else:
+                    stream.seek(0, os.SEEK_END)
+                    stream.write(b"\n")
         self._mended = True
 
     def _metric_lines(self) -> list[tuple[bytes, dict[str, Any]]]:
@@ -215,11 +227,8 @@ class Run:
         lines = path.read_bytes().split(b"\n")
         entries = []
         for number, raw in enumerate(lines, start=1):
-            try:
-                entry = json.loads(raw)
-            except ValueError:
-                entry = None
-            if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+            entry = _metric(raw)
+            if entry is not None:
                 entries.append((raw, entry))
             elif number < len(lines):  # the last is empty, unless a kill cut its line
                 raise RequestError(f"{path}:{number}: damaged line {raw[:60]!r}; delete it")
@@ -302,3 +311,12 @@ class Run:
         if inside.is_absolute() or ".." in inside.parts:
             raise ValueError(f"a file of a run lies in its folder; found {name!r}")
         return self.path / inside
+
+
+def _metric(raw: bytes) -> dict[str, Any] | None:
+    """Return the line's content, or None when the line is incomplete."""
+    try:
+        entry = json.loads(raw)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) and isinstance(entry.get("step"), int) else None

@@ -69,7 +69,7 @@ class RunStore:
         if not folder.exists():
             return None
         run = Run.load(folder)
-        changed = list(_changes(_settings(run.record.recipe), _settings(atomic.plain(recipe or {}))))
+        changed = list(changes(settings_of(run.record.recipe), settings_of(atomic.plain(recipe or {}))))
         if changed:
             raise RequestError(
                 f"{folder}: this run was made when other settings were the default ({', '.join(changed)}), so it is "
@@ -123,7 +123,7 @@ class RunStore:
     def runs(self, task: str | None = None, method: str | None = None, status: Status | None = None) -> list[Run]:
         """Return the runs, newest first, of one task, method or status if given.
 
-        A run whose record is damaged is named once on stderr and left out.
+        A run whose record is damaged or cannot be read is named once on stderr and left out.
         """
         matching = []
         for label in self._labels():
@@ -161,9 +161,9 @@ class RunStore:
         Raises RequestError when no run or more than one fits, listing candidates.
         """
         path = Path(name)
-        if path.name == records.FILE and path.is_file():
+        if path.name == records.FILE and records.is_run(path.parent):
             path = path.parent
-        if name and (path / records.FILE).is_file():
+        if name and records.is_run(path):
             return Run.load(path)
         if path.is_dir() and (os.sep in name or name.startswith(".")):
             raise RequestError(f"{name}: not a run: this folder holds no {records.FILE}")
@@ -194,8 +194,16 @@ class RunStore:
             raise RequestError(f"--results {self.results}: not a folder")
         for folder in sorted(self.root.glob("*/*/*")):
             label = folder.relative_to(self.root)
-            if folder.is_dir() and not any(part.startswith(".") for part in label.parts):
+            if _is_folder(folder) and not any(part.startswith(".") for part in label.parts):
                 yield label.as_posix()
+
+
+def _is_folder(path: Path) -> bool:
+    """Whether ``path`` is a folder, or nobody may look at it: to read it then says so."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return True
 
 
 def _fits(label: str, name: str) -> bool:
@@ -209,15 +217,16 @@ def _listed(labels: Sequence[str]) -> str:
     return ", ".join(labels[:_LISTED]) + (f" and {more} more (moalign ls runs)" if more > 0 else "")
 
 
-def _settings(recipe: Mapping[str, Any]) -> dict[str, Any]:
+def settings_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the :data:`SETTINGS` of a recorded recipe, with the values that were the defaults when it was made."""
     return {key: recipe[key] for key in SETTINGS if key in recipe}
 
 
-def _changes(recorded: Any, requested: Any, name: str = "") -> Iterator[str]:
+def changes(recorded: Any, requested: Any, name: str = "") -> Iterator[str]:
     """Yield the settings that differ; one that only one side has is newer or older than the run, and no change."""
     if isinstance(recorded, Mapping) and isinstance(requested, Mapping):
         for key, value in recorded.items():
             if key in requested:
-                yield from _changes(value, requested[key], f"{name}.{key}".lstrip("."))
+                yield from changes(value, requested[key], f"{name}.{key}".lstrip("."))
     elif recorded != requested:
         yield f"{name}: {recorded} then, {requested} now"

@@ -173,6 +173,13 @@ def test_a_process_tells_its_progress_and_then_its_numbers(monkeypatch: pytest.M
     assert answered(reports).seconds == 2 and reports == ["ric: online 1/4"]
 
 
+@pytest.mark.parametrize("end", ["", "; sys.exit('and what it said last')"])
+def test_the_failure_that_a_process_reports_is_taken_with_its_trace(monkeypatch: pytest.MonkeyPatch, end: str) -> None:
+    failed = Timing(row=REQUEST.row(status="failed", error="it broke"), trace="Traceback: in ric")
+    speaking(monkeypatch, f"""print('["online", 1, 4]'); print({failed.model_dump_json()!r}){end}""")
+    assert workflow._timed_apart(REQUEST, "ric", lambda *_: None) == failed
+
+
 @pytest.mark.parametrize(
     ("code", "error"),
     [

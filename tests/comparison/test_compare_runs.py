@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -127,6 +129,61 @@ def test_a_setting_at_its_default_is_named_with_its_value() -> None:
         "good (gain=0.5, tuning.rounds=4)",
         "good (gain=0, tuning.rounds=9)",
     ]
+
+
+def record_config(folder: str, config: Mapping[str, Any], without: str = "") -> None:
+    """Let a run's record say that it was trained with other settings, as when these were the defaults."""
+    path = Path(folder) / "run.json"
+    record = json.loads(path.read_text())
+    record["recipe"]["config"] |= config
+    record["recipe"]["config"].pop(without, None)
+    path.write_text(json.dumps(record))
+
+
+def test_runs_trained_under_different_defaults_are_entries_of_their_own(card: str, results: Path) -> None:
+    folders = runs_of(ask(card, results, methods=["good"], seeds=2))
+    record_config(folders[0], {"gain": 3.0})
+    compared = compare(CompareRequest(runs=folders, results=results))
+    assert {row["label"]: row["seeds"] for row in compared.content["rows"]} == {
+        "good (gain=3)": [0],
+        "good (gain=0)": [1],
+    }
+
+
+def test_a_setting_that_only_one_record_has_keeps_no_runs_apart(card: str, results: Path) -> None:
+    folders = runs_of(ask(card, results, methods=["good"], seeds=2))
+    record_config(folders[0], {}, without="gain")
+    compared = compare(CompareRequest(runs=folders, results=results))
+    assert [(row["label"], row["seeds"]) for row in compared.content["rows"]] == [("good", [0, 1])]
+
+
+def test_of_a_part_that_is_off_by_default_only_what_was_requested_is_named() -> None:
+    """And what two entries that have it differ in, under other defaults."""
+
+    def run(number: int, requested: Mapping[str, Any], recorded: Mapping[str, Any]) -> jobs.ComparedRun:
+        made: Any = SimpleNamespace(record=SimpleNamespace(recipe={"config": recorded, "policy": {}}))
+        identity = {"config": requested, "seed": number}
+        return jobs.ComparedRun(registry.get("good"), number, identity, Path(str(number)), [], run=made)
+
+    runs = [
+        run(0, {}, {"gain": 0.0, "extra": None}),
+        run(1, {"extra": {"steps": 3}}, {"gain": 0.0, "extra": {"steps": 3, "lr": 0.1}}),
+    ]
+    assert list(entries.grouped(runs)) == ["good (extra.steps=None)", "good (extra.steps=3)"]
+    runs.append(run(2, {"extra": {"steps": 3}}, {"gain": 0.0, "extra": {"steps": 3, "lr": 0.2}}))
+    assert list(entries.grouped(runs))[1:] == [f"good (extra.steps=3, extra.lr={lr})" for lr in (0.1, 0.2)]
+
+
+def test_a_run_that_fits_two_entries_which_differ_joins_neither(card: str, results: Path) -> None:
+    """Its record lacks the setting in which they differ, whatever the order in which the runs are named."""
+    folders = runs_of(ask(card, results, methods=["good"], seeds=4))
+    for folder in folders[:2]:
+        record_config(folder, {"gain": 3.0})
+    record_config(folders[2], {}, without="gain")
+    for named in (folders, folders[::-1]):
+        rows = compare(CompareRequest(runs=named, results=results)).content["rows"]
+        assert sorted(row["seeds"] for row in rows) == [[0, 1], [2], [3]]
+        assert len({row["label"] for row in rows}) == 3 and "good (gain=3)" in {row["label"] for row in rows}
 
 
 def test_task_cards_are_not_mixed(card: str, results: Path, tmp_path: Path) -> None:

@@ -37,6 +37,27 @@ def test_the_first_version_is_read(tmp_path: Path) -> None:
     assert CompareResult.load(path) == result
 
 
+def test_a_row_that_failed_is_read_without_numbers(tmp_path: Path) -> None:
+    content = json.loads(PUBLISHED[0].read_text())
+    nulls = (
+        "rank hypervolume ci hypervolume_median hypervolume_iqm optimal_share optimal_share_ci front gap cost quality"
+    )
+    nulls += " sensitivity_hypervolume indicators hypervolume_per_cost generalisation"
+    last = content["rows"][-1]
+    last |= {**dict.fromkeys(nulls.split()), "hypervolume_by_seed": [], "curves": [], "points": [], "seeds": []}
+    last |= {"diagnostics": {}, "status": "failed", "error": "the optimiser walked off"}
+    path = tmp_path / "compare.json"
+    path.write_text(json.dumps({**content, "failed": [last["label"]]}))
+    result = CompareResult.load(path)
+    assert (result.entries[-1].status, result.failed) == ("failed", [last["label"]])
+    frame = result.to_frame()
+    numbers = ["rank", "hypervolume", "low", "high", "optimal_share", "tokens_generated", "tokens_trained"]
+    numbers += ["reward_calls", "seconds", "peak_memory_bytes"]
+    assert list(frame.columns) == ["label", "method", "status", *numbers]
+    assert frame.iloc[-1][numbers].isna().all() and frame.iloc[-1]["status"] == "failed"
+    assert frame.iloc[:-1]["hypervolume"].notna().all() and frame.iloc[:-1]["seconds"].notna().all()
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

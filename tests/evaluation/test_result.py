@@ -86,6 +86,14 @@ def test_a_result_is_a_table_too(load: Callable[[Any], EvalResult]) -> None:
         ({}, "eval.json: not an evaluation that moalign wrote; remove it"),
         ({**OLDEST, "points": None}, "eval.json: not an evaluation that moalign wrote"),
         (
+            {**OLDEST, "points": [point(0.0, 1.0, mean=[0.1, 0.9, 0.4]), *OLDEST["points"][1:]]},
+            r"eval.json: not an evaluation that moalign wrote \(.*\); remove it and evaluate again: moalign eval ",
+        ),
+        (
+            {**OLDEST, "points": [point(0.0, 1.0, mean=[0.1, None])]},  # type: ignore[list-item]
+            r"eval.json: not an evaluation that moalign wrote \(points: .*\); remove it and evaluate again: moalign",
+        ),
+        (
             {**OLDEST, "hypervolume": "much"},
             r"moalign wrote \(hypervolume: Input should be a valid number.*; remove it",
         ),

@@ -303,6 +303,7 @@ def test_a_run_whose_base_has_changed_is_not_reopened(
     with pytest.raises(RequestError, match="its task card has changed since") as caught:
         context_of(run, results)
     assert run.record.card_hash in str(caught.value)
+    assert "or an older moalign, whose hashes were made otherwise, made this run" in str(caught.value)
 
 
 def test_a_run_whose_card_was_edited_is_not_reopened(small_task: tuple[str, ...], results: Path) -> None:

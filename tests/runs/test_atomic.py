@@ -311,6 +311,111 @@ def test_sweep_judges_leftovers_of_other_machines_by_age(tmp_path: Path) -> None
     assert names(tmp_path) == sorted([fresh.name, foreign.name])
 
 
+DEAD = 4_194_305
+"""A process that no Linux has: one above the largest number that it gives."""
+
+
+def leftover(folder: Path, name: str, kind: str = "old", number: int = 0) -> Path:
+    """A folder, with one file, that a process which is gone left beside ``folder / name``."""
+    place = folder / f".{kind}-{atomic._host()}-{DEAD}-{number:08x}-{name}"
+    place.mkdir(parents=True)
+    (place / "content").write_text(str(number))
+    return place
+
+
+def test_sweep_puts_back_a_folder_inside_one_that_is_put_back(tmp_path: Path) -> None:
+    inner = leftover(leftover(tmp_path, "adapter"), "part", number=7)
+    leftover(inner, "leaf", kind="tmp")
+    atomic.sweep(tmp_path)
+    assert names(tmp_path) == ["adapter"] and names(tmp_path / "adapter") == ["content", "part"]
+    assert names(tmp_path / "adapter" / "part") == ["content"]
+    assert (tmp_path / "adapter" / "part" / "content").read_text() == "7"
+
+
+def test_sweep_removes_what_was_replaced_and_puts_back_the_newest(tmp_path: Path) -> None:
+    for number, days in ((1, 3), (2, 1), (3, 2)):
+        old = leftover(tmp_path, "adapter", number=number)
+        then = time.time() - days * 24 * 3600
+        os.utime(old, (then, then))
+    (tmp_path / "other").mkdir()
+    leftover(tmp_path, "other", number=9)
+    atomic.sweep(tmp_path)
+    assert names(tmp_path) == ["adapter", "other"] and names(tmp_path / "other") == []
+    assert (tmp_path / "adapter" / "content").read_text() == "2"
+
+
+def test_a_writer_that_dies_during_a_sweep_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It lives when the sweep looks first: whatever the sweep sees later, the only copy stays."""
+    leftover(tmp_path, "adapter", number=5)
+    looks = iter([True])
+    monkeypatch.setattr(atomic, "_alive", lambda _: next(looks, False))
+    atomic.sweep(tmp_path)
+    atomic.sweep(tmp_path)
+    assert names(tmp_path) == ["adapter"] and (tmp_path / "adapter" / "content").read_text() == "5"
+
+
+# -- order of writing ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """What reaches the disk, in order: ("sync", name) and ("rename", name before); a temporary name is ``new``."""
+    made: list[tuple[str, str]] = []
+    real, open_ = {"replace": os.replace, "rename": os.rename}, os.open
+    names_of: dict[int, str] = {}
+
+    def name(path: str | os.PathLike[str]) -> str:
+        place = Path(path)
+        parts = ["new" if part.startswith(".tmp-") else part for part in place.parts[-2:]]
+        return "/".join(parts) if parts[0] == "new" else parts[-1]
+
+    def recording(kind: str) -> Callable[[Any, Any], None]:
+        def call(source: Any, target: Any) -> None:
+            made.append(("rename", name(source)))
+            real[kind](source, target)
+
+        return call
+
+    def opening(path: Any, *more: Any, **options: Any) -> int:
+        number = open_(path, *more, **options)
+        names_of[number] = name(path)
+        return number
+
+    monkeypatch.setattr(os, "open", opening)
+    monkeypatch.setattr(os, "fsync", lambda number: made.append(("sync", names_of[number])))
+    for kind in real:
+        monkeypatch.setattr(os, kind, recording(kind))
+    return made
+
+
+def test_a_file_is_on_the_disk_before_it_is_renamed(tmp_path: Path, calls: list[tuple[str, str]]) -> None:
+    for _ in range(2):  # new, and in the place of an old one
+        calls.clear()
+        atomic.write_text(tmp_path / "a.txt", "x")
+        assert calls == [("sync", "new"), ("rename", "new"), ("sync", tmp_path.name)]
+
+
+@pytest.mark.parametrize("replace", [True, False])
+def test_all_of_a_folder_is_on_the_disk_before_it_is_renamed(
+    tmp_path: Path, calls: list[tuple[str, str]], replace: bool
+) -> None:
+    with atomic.directory(tmp_path / "adapter", replace=replace) as temporary:
+        (temporary / "part").mkdir()
+        (temporary / "whole").write_text("x")
+    assert sorted(calls[:3]) == [("sync", "new"), ("sync", "new/part"), ("sync", "new/whole")]
+    assert calls[3:] == [("rename", "new"), ("sync", tmp_path.name)]
+
+
+def test_a_new_folder_is_on_the_disk_before_the_old_one_makes_room(
+    tmp_path: Path, calls: list[tuple[str, str]]
+) -> None:
+    (tmp_path / "adapter").mkdir()
+    with atomic.directory(tmp_path / "adapter") as temporary:
+        (temporary / "whole").write_text("x")
+    assert sorted(calls[:2]) == [("sync", "new"), ("sync", "new/whole")]
+    assert calls[2:] == [("rename", "adapter"), ("rename", "new"), ("sync", tmp_path.name)]
+
+
 def test_remove_directory(tmp_path: Path) -> None:
     (tmp_path / "a" / "b").mkdir(parents=True)
     atomic.remove_directory(tmp_path / "a")

@@ -76,7 +76,7 @@ def test_broken_json_names_the_line(tmp_path: Path) -> None:
 
 def test_binary_content(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(RequestError, match=r"run\.json: cannot be read"):
+    with pytest.raises(RequestError, match=r"run\.json: cannot be read: .*; move the run's folder away"):
         records.read(tmp_path)
 
 

@@ -240,6 +240,13 @@ def test_a_damaged_line_in_the_middle_is_named(run: Run) -> None:
         run.metrics()
 
 
+def test_a_damaged_line_in_the_middle_stops_no_training(run: Run) -> None:
+    damaged = '{"step": 1}\n{"step": \n{"step": 3}\n'
+    (run.path / "metrics.jsonl").write_text(damaged + '{"step": 4, "lo')
+    run.log(4, loss=1.0)
+    assert (run.path / "metrics.jsonl").read_text() == damaged + '{"step": 4, "phase": "train", "loss": 1.0}\n'
+
+
 def test_truncate_drops_only_the_phase_after_the_step(run: Run) -> None:
     run.truncate_metrics("train", 5)  # nothing there yet
     assert not (run.path / "metrics.jsonl").exists()

@@ -277,6 +277,34 @@ def test_a_damaged_record_is_a_warning(filled: RunStore, capsys: pytest.CaptureF
         filled.find("aaaa1")
 
 
+@pytest.mark.parametrize(
+    ("closed", "left"),
+    [("sandbox/moc/aaaa11112222", ["aaaa3", "bbbb1", "cccc1"]), ("sandbox/moc", ["bbbb1", "cccc1"])],
+)
+def test_a_folder_that_cannot_be_read_is_a_warning(
+    filled: RunStore, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, closed: str, left: list[str]
+) -> None:
+    """The system is replaced: root, who may run the tests, reads every folder."""
+    real, shut = Path.stat, filled.root / closed
+
+    def stat(path: Path, **more: Any) -> os.stat_result:
+        if shut in path.parents:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path, **more)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    assert ids(filled.runs()) == left
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 4 - len(left)
+    path = filled.root / "sandbox" / "moc" / "aaaa11112222"
+    message = f"{path / 'run.json'}: cannot be read: Permission denied; make the run's folder readable"
+    assert f"warning: run left out: {message}" in lines
+    for name in ("aaaa1", str(path), str(path / "run.json")):
+        with pytest.raises(RequestError) as caught:
+            filled.find(name)
+        assert str(caught.value) == message
+
+
 def test_newest_finished_goes_by_the_time_of_finishing(filled: RunStore) -> None:
     assert filled.newest_finished().run_id == "bbbb11112222"
     assert filled.newest_finished(method="moc").run_id == "aaaa33334444"
