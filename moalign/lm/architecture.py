@@ -48,7 +48,7 @@ def _llama(parameters: int, hidden: int, inner: int, layers: int, key_value: int
     return Architecture(parameters, hidden, inner, layers, key_value, vocabulary, shapes)
 
 
-_GPT2_LARGE = Architecture(774_030_080, 1280, 5120, 36, 1280, 50257)
+_GPT2_LARGE = Architecture(774_031_360, 1280, 5120, 36, 1280, 50257)
 
 KNOWN = {
     "meta-llama/Llama-2-7b-hf": _llama(6_738_415_616, 4096, 11008, 32, 4096, 32000),
@@ -57,14 +57,14 @@ KNOWN = {
     "smollm2-135m-instruct": _llama(134_515_008, 576, 1536, 30, 192, 49152),
     "Ray2333/gpt2-large-harmless-reward_model": _GPT2_LARGE,
     "Ray2333/gpt2-large-helpful-reward_model": _GPT2_LARGE,
-    "Tristan/gpt2_reward_summarization": Architecture(124_439_808, 768, 3072, 12, 768, 50257),
-    "PKU-Alignment/beaver-7b-v1.0-reward": Architecture(6_738_423_808, 4096, 11008, 32, 4096, 32001),
-    "PKU-Alignment/beaver-7b-v1.0-cost": Architecture(6_738_423_808, 4096, 11008, 32, 4096, 32001),
+    "Tristan/gpt2_reward_summarization": Architecture(124_440_576, 768, 3072, 12, 768, 50257),
+    "PKU-Alignment/beaver-7b-v1.0-reward": Architecture(6_607_351_808, 4096, 11008, 32, 4096, 32001),
+    "PKU-Alignment/beaver-7b-v1.0-cost": Architecture(6_607_351_808, 4096, 11008, 32, 4096, 32001),
     "mohameddhiab/humor-no-humor": Architecture(66_955_010, 768, 3072, 6, 768, 0),
-    "CogComp/bart-faithful-summary-detector": Architecture(140_012_000, 768, 3072, 12, 768, 0),
-    "OpenAssistant/reward-model-deberta-v3-large-v2": Architecture(435_063_000, 1024, 4096, 24, 1024, 0),
+    "CogComp/bart-faithful-summary-detector": Architecture(140_012_546, 768, 3072, 12, 768, 0),
+    "OpenAssistant/reward-model-deberta-v3-large-v2": Architecture(435_062_785, 1024, 4096, 24, 1024, 0),
 }
-"""Sizes of the models that recipes name, from their hub pages; parameter counts of encoders to three digits."""
+"""Sizes of the models that recipes name, as transformers builds them; of reward models with the head that scores."""
 
 
 def of_folder(folder: Path) -> Architecture | None:

@@ -48,7 +48,8 @@ def runs(compare: Compare, kept: Path) -> list[Path]:
     if kept.exists():
         shutil.copytree(kept, "results")
     else:
-        compare()
+        ended = compare()
+        assert ended.code == 0, ended.err
         shutil.copytree("results", kept)
     (record,) = Path("results/compare").glob("*/compare.json")
     return [Path(run["run"]) for row in json.loads(record.read_text())["rows"] for run in row["runs"]]

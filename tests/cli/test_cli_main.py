@@ -47,7 +47,6 @@ def test_help_and_version_import_nothing_heavy(arguments: list[str], tmp_path: P
     assert names.isdisjoint(HEAVY)
 
 
-@pytest.mark.slow
 def test_a_dry_run_imports_neither_torch_nor_pandas(tmp_path: Path) -> None:
     code, names = imported("train", "ric", "--dry-run", cwd=tmp_path)
     assert code == 0

@@ -47,7 +47,6 @@ def test_json_is_one_object_with_the_contract_s_keys(moalign: Any) -> None:
     assert content["evaluation"]["hypervolume"] > 0
 
 
-@pytest.mark.slow
 def test_the_same_command_finds_the_finished_run_and_its_evaluation(moalign: Any) -> None:
     first = json.loads(moalign("train", "toy", "--json").out)
     (Path(first["run"]) / "responses.parquet").unlink()  # a second evaluation would need it or make it again

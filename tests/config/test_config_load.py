@@ -35,6 +35,7 @@ def recipe(path: Path | None = RECIPE, *sets: str, task: str | None = None) -> l
 def problems(path: Path | None = RECIPE, *sets: str, task: str | None = None) -> tuple[str, ...]:
     with pytest.raises(RequestError) as caught:
         recipe(path, *sets, task=task)
+    assert caught.value.exit_code == 2
     return caught.value.problems
 
 
@@ -81,7 +82,8 @@ def test_options_go_to_recipe_config_and_card(recipes: Path) -> None:
     assert request.card.grid == 3
     assert [objective.maximise for objective in request.card.objectives] == [False, True]
     assert request.as_given["set"] == [*sets, "needs.minutes=4", "task.objectives.0.maximise=false"]
-    assert request.as_given["recipe"]["seed"] == 7  # as it stands in the file
+    assert request.as_given["recipe"] == recipe().as_given["recipe"]  # as it stands in the file
+    assert request.as_given["recipe"]["policy"] == {"lora": {"r": 8}}
 
 
 def test_a_whole_config_and_the_last_of_two_options(recipes: Path) -> None:
@@ -219,6 +221,7 @@ def test_an_option_through_a_plain_value(recipes: Path) -> None:
 def test_a_card_alone_takes_only_its_own_keys(recipes: Path) -> None:
     with pytest.raises(RequestError) as caught:
         load.load_card("demo", ["model=x", "zzz=1", "task.grdi=2"])
+    assert caught.value.exit_code == 2
     assert caught.value.problems[:2] == (
         "--set model: unknown setting; allowed: task.KEY; did you mean 'task.model'?",
         "--set zzz: unknown setting; allowed: task.KEY",

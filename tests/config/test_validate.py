@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import Annotated, Any, Literal
 
@@ -96,6 +97,14 @@ def test_three_errors_are_all_shown_in_the_order_of_their_lines() -> None:
         "r.yaml:6: inner.hihg: unknown key; allowed: low, high; did you mean 'high'?",
     ]
     assert checked(text) == expected
+
+
+def test_the_data_that_was_checked_is_as_it_was() -> None:
+    """Also where misspelt keys and kinds are put right to look behind them."""
+    document = yaml_lines.parse("inner: {hihg: 3}\nshapes: [{kind: cirlce, radius: -1}]\nstpes: 2\n", "r.yaml")
+    before = copy.deepcopy(document.data)
+    assert len(validate.check(Outer, document.data, origin(document))[1]) == 4
+    assert document.data == before
 
 
 @pytest.mark.parametrize(

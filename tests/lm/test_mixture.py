@@ -101,6 +101,8 @@ def test_a_token_that_an_expert_rules_out_makes_no_nan(space: Space) -> None:
         found = mix(never, torch.tensor([weights]), space).softmax(-1)
         assert bool(torch.isfinite(found).all())
         torch.testing.assert_close(found.sum(-1), torch.ones(1), rtol=0, atol=1e-6)
+    ruled_out = float(mix(never, torch.tensor([[0.4, 0.6]]), space).softmax(-1)[0, 1])
+    assert ruled_out == (0.0 if space == "logit" else pytest.approx(0.6 / 3))  # the other's share
     assert float(mix(never, torch.tensor([[0.0, 1.0]]), space).softmax(-1)[0, 1]) == pytest.approx(1 / 3)
 
 

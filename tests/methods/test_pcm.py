@@ -227,44 +227,38 @@ def test_no_single_model_answers_like_it(trained: Run) -> None:
 # -- bad input -------------------------------------------------------------------------------------------------------
 
 
-def test_a_control_model_of_another_number_of_experts_is_refused(trained: Run, tmp_path: Path) -> None:
-    file = trained.path / "control.safetensors"
+@pytest.fixture
+def damaged(trained: Run, tmp_path: Path) -> Run:
+    """A copy of the trained run, in a copy of its results folder, for a test to damage."""
+    results = trained.path.parents[3]
+    shutil.copytree(results, tmp_path / "results")
+    return Run.load(tmp_path / "results" / trained.path.relative_to(results))
+
+
+def test_a_control_model_of_another_number_of_experts_is_refused(damaged: Run) -> None:
+    file = damaged.path / "control.safetensors"
     kept = load_file(file)
-    try:
-        save_file({**kept, "head.weight": torch.zeros(3, 16), "head.bias": torch.zeros(3)}, file)
-        with pytest.raises(RequestError, match=r"control\.safetensors: not the control model of 2 .*head\.weight is"):
-            answers(trained, [(0.5, 0.5)])
-        save_file({key: value for key, value in kept.items() if key != "head.bias"}, file)
-        with pytest.raises(RequestError, match=r"head\.bias is nothing, needed: \[2\]"):
-            answers(trained, [(0.5, 0.5)])
-        file.write_bytes(file.read_bytes()[:50])
-        with pytest.raises(RequestError, match="control.safetensors"):
-            answers(trained, [(0.5, 0.5)])
-    finally:
-        save_file(kept, file)
+    save_file({**kept, "head.weight": torch.zeros(3, 16), "head.bias": torch.zeros(3)}, file)
+    with pytest.raises(RequestError, match=r"control\.safetensors: not the control model of 2 .*head\.weight is"):
+        answers(damaged, [(0.5, 0.5)])
+    save_file({key: value for key, value in kept.items() if key != "head.bias"}, file)
+    with pytest.raises(RequestError, match=r"head\.bias is nothing, needed: \[2\]"):
+        answers(damaged, [(0.5, 0.5)])
+    file.write_bytes(file.read_bytes()[:50])
+    with pytest.raises(RequestError, match="control.safetensors"):
+        answers(damaged, [(0.5, 0.5)])
 
 
-def test_a_missing_or_foreign_expert_is_refused(trained: Run, make_lm: Any, tmp_path: Path) -> None:
-    folder = trained.path / "adapter-expert-1"
-    aside = tmp_path / "aside"
-    folder.rename(aside)
-    try:
-        with pytest.raises(RequestError, match="adapter-expert-1"):
-            answers(trained, [(0.5, 0.5)])
-    finally:
-        aside.rename(folder)
+def test_a_missing_or_foreign_expert_is_refused(damaged: Run, make_lm: Any) -> None:
+    folder = damaged.path / "adapter-expert-1"
+    shutil.rmtree(folder)
+    with pytest.raises(RequestError, match="adapter-expert-1"):
+        answers(damaged, [(0.5, 0.5)])
     lm = make_lm(seed=7)
-    adapters.attach(lm, context_of(trained, trained.path.parents[3])[1].policy_spec.lora, 0)
-    folder.rename(aside)
-    try:
-        adapters.save(lm, folder)
-        with pytest.raises(RequestError, match="fingerprint"):
-            answers(trained, [(0.5, 0.5)])
-    finally:
-        (folder / "adapter_config.json").unlink()
-        (folder / "adapter_model.safetensors").unlink()
-        folder.rmdir()
-        aside.rename(folder)
+    adapters.attach(lm, context_of(damaged, damaged.path.parents[3])[1].policy_spec.lora, 0)
+    adapters.save(lm, folder)
+    with pytest.raises(RequestError, match="fingerprint"):
+        answers(damaged, [(0.5, 0.5)])
 
 
 def test_a_control_model_with_another_tokenizer_is_refused(ask: Ask, random_base: Path, tmp_path: Path) -> None:

@@ -109,7 +109,6 @@ def test_a_corner_is_the_expert_and_any_other_vector_is_served(
     assert len({tuple(first), tuple(second), tuple(between)}) == 3
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", ["dpo-soups", pytest.param("mod", marks=pytest.mark.slow)])
 def test_three_objectives_have_three_experts(ask: Any, tmp_path: Path, method: str) -> None:
     made = ask(method, task="sandbox-3")

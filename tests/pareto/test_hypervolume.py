@@ -50,7 +50,6 @@ def test_two_objectives_agree_with_a_sweep(points: np.ndarray, a: float, b: floa
     assert hypervolume(points, ref) == pytest.approx(sweep(points, ref), rel=1e-9, abs=1e-12)
 
 
-@pytest.mark.slow
 @settings(deadline=None, max_examples=200)
 @given(fronts(7, 1, 5), st.data())
 def test_one_to_five_objectives_agree_with_inclusion_exclusion(points: np.ndarray, data: st.DataObject) -> None:

@@ -41,7 +41,6 @@ def tables(columns: int, rows: int = 8) -> st.SearchStrategy[np.ndarray]:
     return st.integers(1, rows).flatmap(lambda n: arrays(np.float64, (n, columns), elements=small))
 
 
-@pytest.mark.slow
 @settings(deadline=None)
 @given(pairs_of_lists())
 def test_tau_is_scipys_tau_b_and_zero_where_that_is_undefined(lists: tuple[np.ndarray, np.ndarray]) -> None:

@@ -79,9 +79,10 @@ def test_parameters_are_those_of_the_real_model(name: str, tmp_path: Path) -> No
         ("meta-llama/Llama-2-7b-hf", 6_738_415_616),
         ("meta-llama/Llama-3.2-1B", 1_235_814_400),
         ("Qwen/Qwen2.5-0.5B", 494_032_768),
-        ("Ray2333/gpt2-large-harmless-reward_model", 774_030_080),
-        ("Tristan/gpt2_reward_summarization", 124_439_808),
-        ("PKU-Alignment/beaver-7b-v1.0-cost", 6_738_415_616 + 2 * 4096),
+        ("Ray2333/gpt2-large-harmless-reward_model", 774_030_080 + 1280),  # the body and the head that scores
+        ("Tristan/gpt2_reward_summarization", 124_439_808 + 768),
+        # Of Llama-2: one more token, the head that scores, no output layer.
+        ("PKU-Alignment/beaver-7b-v1.0-cost", 6_738_415_616 + 2 * 4096 - 32000 * 4096),
     ],
 )
 def test_known_models_have_their_published_size(name: str, count: int) -> None:
@@ -113,6 +114,44 @@ def test_known_policies_are_those_that_the_library_builds(name: str, kind: str, 
     spec = LoraSpec(r=8, alpha=16)
     trained, _ = with_adapters(real, spec).get_nb_trainable_parameters()
     assert architecture.adapted(sizes.shapes, spec.r, spec.targets) == trained
+
+
+BART = {"d_model": 768, "encoder_attention_heads": 12, "decoder_attention_heads": 12, "num_labels": 2}
+BART |= {"encoder_layers": 6, "decoder_layers": 6, "encoder_ffn_dim": 3072, "decoder_ffn_dim": 3072}
+DEBERTA = {"vocab_size": 128100, "hidden_size": 1024, "intermediate_size": 4096, "num_labels": 1}
+DEBERTA |= {"num_hidden_layers": 24, "num_attention_heads": 16, "type_vocab_size": 0, "position_biased_input": False}
+DEBERTA |= {"relative_attention": True, "position_buckets": 256, "norm_rel_ebd": "layer_norm", "share_att_key": True}
+GPT2_LARGE = {"n_embd": 1280, "n_layer": 36, "n_head": 20, "num_labels": 1}
+BEAVER = {"vocab_size": 32001, "hidden_size": 4096, "intermediate_size": 11008, "num_labels": 1}
+BEAVER |= {"num_hidden_layers": 32, "num_attention_heads": 32}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "kind", "described"),
+    [
+        ("Ray2333/gpt2-large-harmless-reward_model", "gpt2", GPT2_LARGE),
+        ("Ray2333/gpt2-large-helpful-reward_model", "gpt2", GPT2_LARGE),
+        ("Tristan/gpt2_reward_summarization", "gpt2", {"num_labels": 1}),
+        ("PKU-Alignment/beaver-7b-v1.0-reward", "llama", BEAVER),
+        ("PKU-Alignment/beaver-7b-v1.0-cost", "llama", BEAVER),
+        ("mohameddhiab/humor-no-humor", "distilbert", {"num_labels": 2}),
+        ("CogComp/bart-faithful-summary-detector", "bart", BART),
+        ("OpenAssistant/reward-model-deberta-v3-large-v2", "deberta-v2", DEBERTA),
+    ],
+)
+def test_known_reward_models_are_those_that_the_library_builds(name: str, kind: str, described: dict[str, Any]) -> None:
+    """With the head that scores, and without the output layer of a language model."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    with torch.device("meta"):
+        real = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(kind, **described))
+    sizes = architecture.KNOWN[name]
+    assert sizes.parameters == real.num_parameters()
+    layers = real.config.num_hidden_layers + getattr(real.config, "decoder_layers", 0)
+    assert (sizes.hidden, sizes.key_value, sizes.layers) == (real.config.hidden_size, real.config.hidden_size, layers)
+    assert {sizes.hidden, sizes.inner} in [set(value.shape) for value in real.parameters()]
+    assert sizes.vocabulary in (0, real.config.vocab_size)  # 0: an encoder makes no tokens
 
 
 def test_a_model_that_is_not_known_is_not_guessed(tmp_path: Path) -> None:

@@ -125,6 +125,30 @@ def test_ticks_of_cost_read_well(record: dict[str, Any]) -> None:
         assert f">{tick}<" in text, tick
 
 
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [
+        (0.3, {"0": 0, "0.3 s": 0.3}),
+        (90, {"0": 0, "1 min": 60}),
+        (150, {"0": 0, "2 min 30 s": 150}),
+        (7200, {"0": 0, "1 h": 3600}),
+        (9000, {"0": 0, "2 h 30 min": 9000}),
+        (200_000, {"0": 0, "55 h 33 min": 200_000}),
+    ],
+)
+def test_a_tick_of_the_clock_stands_where_its_label_says(
+    record: dict[str, Any], seconds: float, shown: dict[str, float]
+) -> None:
+    for row in record["rows"]:
+        row["cost"] = {**row["cost"], "seconds": seconds}
+    with style.canvas(3, 3, "light") as (figure, colours):
+        (panel,) = style.panels(figure, 1, 1)
+        figures._cost_panel(panel, record["rows"], "seconds", colours)
+        assert {
+            tick.get_text(): at for tick, at in zip(panel.get_xticklabels(), panel.get_xticks(), strict=True)
+        } == shown
+
+
 def test_there_are_always_two_ticks_of_cost_and_never_a_crowd() -> None:
     for least, most in ((1, 1), (3, 1e9), (400, 500), (1e5, 2e6)):
         ticks = figures._cost_ticks(least, most, [10.0**power for power in range(16)])

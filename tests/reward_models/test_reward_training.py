@@ -335,12 +335,27 @@ def test_a_template_with_an_unknown_field_is_refused(ask: Ask) -> None:
         runs.obtain(ask(1, template="{prompt} {reply}"))
 
 
-def test_odd_answers_train_and_score(ask: Ask, labelled: Callable[..., list[PairSet]], tmp_path: Path) -> None:
-    """An empty answer, mixed languages and emoji, template fields inside a text."""
-    texts = ["", "ja, 好的 🙂 naïve e\u0301", "\n\nHuman: {prompt}"]
+ODD = ["", "ja, 好的 🙂 naïve e\u0301", "\n\nHuman: {prompt}"]
+"""An empty answer, mixed languages and emoji, template fields inside a text."""
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        pytest.param(ODD, id="all three"),
+        pytest.param(ODD[:1], id="empty", marks=pytest.mark.slow),
+        pytest.param(ODD[1:2], id="languages and emoji", marks=pytest.mark.slow),
+        pytest.param(ODD[2:], id="template fields", marks=pytest.mark.slow),
+    ],
+)
+def test_odd_answers_train_and_score(
+    ask: Ask, labelled: Callable[..., list[PairSet]], tmp_path: Path, texts: list[str]
+) -> None:
     pair_set = PairSet("odd")
     for row, prompt in enumerate(labelled(1, 40)[0].prompts):
-        pair_set.add(prompt, texts[row % 3], f"use a hot pan {row % 2}")
+        pair_set.add(prompt, texts[row % len(texts)], f"use a hot pan {row % 3}")
     run, _ = runs.obtain(runs.make("odd", ask(1).settings, ask(1).backbone, [pair_set], results=tmp_path))
-    scores = ClassifierScorer(runs.objective(run), Path()).score(["how do i make soup ?"] * 3, texts)
-    assert np.isfinite(scores).all()
+    scorer = ClassifierScorer(runs.objective(run), Path())
+    alone = [scorer.score(["how do i make soup ?"], [text])[0] for text in ODD]
+    assert np.isfinite(alone).all()
+    assert scorer.score(["how do i make soup ?"] * len(ODD), ODD) == pytest.approx(alone, abs=1e-6)

@@ -17,7 +17,7 @@ import pytest
 from moalign.core.errors import RequestError
 from moalign.core.preferences import Preference
 from moalign.lm import adapters
-from moalign.lm.generator import ModelGenerator
+from moalign.lm.generator import RESIDENT, ModelGenerator
 from moalign.policies import per_preference
 from moalign.policies.policy import Policy
 from moalign.runs.run import Run
@@ -131,7 +131,7 @@ def test_progress_is_the_job_s_own_again_when_a_vector_fails(make_job: MakeJob, 
     assert job.progress is reports
 
 
-@pytest.mark.slow  # in one process: test_resume, test_experts
+@pytest.mark.slow  # quick ones resume one policy: test_sft, test_online
 def test_a_crash_in_the_second_vector_loses_only_what_it_did_since_its_checkpoint(
     whole: Whole, make_job: MakeJob, assert_same: Callable[..., None], stop: Any, interrupted: type[Exception]
 ) -> None:
@@ -184,6 +184,7 @@ def test_each_vector_answers_with_its_own_adapter_and_only_one_lies_on_the_model
     assert Policy(ModelGenerator(fresh, "other"), job.task.renderer.plain).respond(prompts, limits) == answers[2]
     assert policies[0].respond(prompts, limits) == answers[0]
     assert len(lm.model.peft_config) == 1
+    adapters.drop(lm, job.cache.pop(RESIDENT))  # other tests look at the same model
 
 
 def test_a_vector_that_was_not_trained_is_refused_with_the_nearest(make_job: MakeJob) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -266,14 +267,16 @@ def by_hand(job: Job, config: DpoStage, margin: Margin) -> dict[str, torch.Tenso
     return weights(job)
 
 
-@pytest.mark.slow
+slow = partial(pytest.param, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         pytest.param({"schedule": "linear", "warmup": 1, "weight_decay": 0.1, "clip": 0.5}, id="linear, warmup, clip"),
-        pytest.param({"batch": 4, "accumulate": 2, "loss": "hinge", "clip": 1e6}, id="two parts, hinge"),
-        pytest.param({"schedule": "constant", "max_tokens": 12, "sft_coef": 0.3}, id="cut rows, sft"),
-        pytest.param({"sft_coef": 0.3, "sft_on": "both"}, id="sft on both"),
+        slow({"batch": 4, "accumulate": 2, "loss": "hinge", "clip": 1e6}, id="two parts, hinge"),
+        slow({"schedule": "constant", "max_tokens": 12, "sft_coef": 0.3}, id="cut rows, sft"),
+        slow({"sft_coef": 0.3, "sft_on": "both"}, id="sft on both"),
     ],
 )
 def test_the_trainer_does_what_a_plain_loop_does(

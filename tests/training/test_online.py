@@ -70,8 +70,7 @@ def warm_up(job: Job) -> None:
 # -- gradients -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("pairing", ["weighted", "per_objective"])
+@pytest.mark.parametrize("pairing", ["weighted", pytest.param("per_objective", marks=pytest.mark.slow)])
 def test_the_gradient_does_not_depend_on_the_micro_batch(make_job: MakeJob, assert_same: Same, pairing: str) -> None:
     """8 prompts, 16 rows, in parts of 4, of 6 (which does not divide 16), and in one."""
     gradients = []
@@ -386,13 +385,12 @@ def test_value_heads_are_kept_in_checkpoints_and_restored(
 # -- resume and log -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
         pytest.param(("policy.lora.dropout=0.2",), id="dropout"),
-        pytest.param(("ref_sync_steps=2",), id="moving reference"),
-        pytest.param(("epochs=2", "schedule=cosine", "warmup=2"), id="two epochs, schedule"),
+        pytest.param(("ref_sync_steps=2",), id="moving reference", marks=pytest.mark.slow),
+        pytest.param(("epochs=2", "schedule=cosine", "warmup=2"), id="two epochs, schedule", marks=pytest.mark.slow),
     ],
 )
 def test_a_resume_goes_on_bit_for_bit(

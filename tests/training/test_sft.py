@@ -247,7 +247,6 @@ def test_it_counts_logs_and_reports(make_job: MakeJob) -> None:
     assert all(line["loss"] > 0 and line["grad_norm"] > 0 for line in lines)
 
 
-@pytest.mark.slow
 def test_the_log_is_the_same_after_a_resume(
     make_job: MakeJob, stop: Callable[..., Any], interrupted: type[Exception]
 ) -> None:
