@@ -161,11 +161,11 @@ class RunStore:
         Raises RequestError when no run or more than one fits, listing candidates.
         """
         path = Path(name)
-        if path.name == records.FILE and path.is_file():
+        if path.name == records.FILE and os.path.isfile(path):  # a Path's own raise for a name that is too long
             path = path.parent
-        if name and (path / records.FILE).is_file():
+        if name and os.path.isfile(path / records.FILE):
             return Run.load(path)
-        if path.is_dir() and (os.sep in name or name.startswith(".")):
+        if os.path.isdir(path) and (os.sep in name or name.startswith(".")):
             raise RequestError(f"{name}: not a run: this folder holds no {records.FILE}")
         labels = list(self._labels())
         fitting = [label for label in labels if _fits(label, name)]
