@@ -26,6 +26,9 @@ DEFAULTS_VERSION = 1
 _NOT_HASHED = {"description", "suite", "recipes_from", "published"}
 """Keys that change no score; nor do the objectives' ``called``."""
 
+_ANYTHING = {("objectives", "options"), ("template", "chat_kwargs")}
+"""Sections with whatever a scorer or a chat template is given: their ``path`` or ``model`` is none of the card's."""
+
 
 class SourceSpec(Strict):
     """Where records come from: a local file (JSONL, CSV, Parquet; also .gz) or a hub dataset."""
@@ -299,19 +302,23 @@ class TaskCard(Strict):
         """
         left_out = _NOT_HASHED | ({"model"} if identity else set())
         card = _without_folders(self.model_dump(mode="json", exclude=left_out, exclude_defaults=True))
+        if self.template.words:
+            card["template"]["words"] = list(card["template"]["words"].items())  # their order is that of the prompts
         for objective in card["objectives"]:
             objective.pop("called", None)
         text = json.dumps([DEFAULTS_VERSION, card, identity], sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _without_folders(node: Any) -> Any:
+def _without_folders(node: Any, place: tuple[str, ...] = ()) -> Any:
     """Return the card with every absolute path cut to its last part: a moved file is the same file."""
+    if place in _ANYTHING:
+        return node
     if isinstance(node, dict):
         return {
             key: PurePath(value).name
             if key in {"path", "model", "function"} and isinstance(value, str) and PurePath(value).is_absolute()
-            else _without_folders(value)
+            else _without_folders(value, (*place, key))
             for key, value in node.items()
         }
-    return [_without_folders(item) for item in node] if isinstance(node, list) else node
+    return [_without_folders(item, place) for item in node] if isinstance(node, list) else node

@@ -52,11 +52,11 @@ def find_task_file(name_or_path: str | Path, where: str = "--task") -> Path:
         tasks = list_tasks()
         if name in tasks:
             return recipes_root() / name / CARD
-        if not name or not (Path(name) / CARD).is_file():
+        if not name or not os.path.isfile(Path(name) / CARD):
             raise errors.unknown("task", name, tasks, where)
     path = Path(os.path.expanduser(name))
-    file = path / CARD if path.is_dir() else path
-    if not file.is_file():
+    file = path / CARD if os.path.isdir(path) else path  # a Path's own raises for a name that is too long
+    if not os.path.isfile(file):
         raise RequestError(f"{where}: no task card {file}; give a .yaml file or one of: {', '.join(list_tasks())}")
     return file
 
@@ -68,9 +68,9 @@ def find_card(name: str) -> Path | None:
     ``objectives`` and names no ``method``.
     """
     path = Path(os.path.expanduser(name))
-    if name in list_tasks() or (name and (path / CARD).is_file()):
+    if name in list_tasks() or (name and os.path.isfile(path / CARD)):
         return find_task_file(name)
-    if not path.is_file() or path.suffix not in _SUFFIXES:
+    if not os.path.isfile(path) or path.suffix not in _SUFFIXES:
         return None
     if path.name == CARD:
         return path
@@ -89,13 +89,13 @@ def find_recipe_file(task: str | Path, method: str) -> Path | None:
     """
     card = find_task_file(task)
     file = card.parent / f"{method}.yaml"
-    if file.is_file():
+    if os.path.isfile(file):
         return file
     lender = yaml_lines.load(card).data.get("recipes_from")
     if not isinstance(lender, str):
         return None
     borrowed = find_task_file(lender, f"{shown(card)}: recipes_from").parent / f"{method}.yaml"
-    return borrowed if borrowed.is_file() else None
+    return borrowed if os.path.isfile(borrowed) else None
 
 
 def find_recipe(name_or_path: str | Path, where: str = "RECIPE") -> Path:
@@ -105,7 +105,7 @@ def find_recipe(name_or_path: str | Path, where: str = "RECIPE") -> Path:
     """
     name = str(name_or_path)
     path = Path(os.path.expanduser(name))
-    if path.is_file():
+    if os.path.isfile(path):
         return path
     known = {f"{task}/{method}": file for task, method, file in list_recipes()}
     if name in known:

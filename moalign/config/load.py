@@ -19,7 +19,7 @@ from moalign.config.card import TaskCard
 from moalign.config.describe import schema_of
 from moalign.config.recipe import PolicySpec, Recipe
 from moalign.config.strict import Strict
-from moalign.config.validate import Origin, check
+from moalign.config.validate import Origin, check, check_places
 from moalign.config.yaml_lines import Document, Key
 from moalign.core import errors, preferences
 from moalign.core.errors import RequestError
@@ -218,12 +218,16 @@ def _card(
         return None, None
     data, origin = _apply(document.data, sets, problems), _origin(document, sets)
     tops = [name for name in ("model", "data", "objectives") if name in data]
+    absent: list[tuple[tuple[Key, ...], str]] = []
     for holder, place in itertools.chain.from_iterable(_paths(data, (name,)) for name in tops):
         base = Path.cwd() if origin.option(place) else file.resolve().parent
         if problem := _resolve_path(holder, str(place[-1]), base):
-            problems.append(origin.sentence(place, problem))
-    card, more = check(TaskCard, data, origin)
-    problems += more
+            absent.append((place, origin.sentence(place, problem)))
+    card, wrong = check_places(TaskCard, data, origin)
+    places = {place for place, _ in wrong if place}
+    # What stands in a wrong place is no path.
+    problems += [text for place, text in absent if not any(place[: len(outer)] == outer for outer in places)]
+    problems += dict.fromkeys(text for _, text in wrong)
     return card, file
 
 
@@ -244,7 +248,7 @@ def _resolve_path(holder: dict[str, Any], key: str, base: Path) -> str | None:
     if key == "function" and scorer is None:
         return None  # a dotted path or an entry point
     path = base / os.path.expanduser(scorer["file"] if scorer else value)
-    if path.is_file() if scorer else os.path.exists(path):
+    if os.path.isfile(path) if scorer else os.path.exists(path):  # a Path's own raise for a name that is too long
         holder[key] = str(path.resolve()) + (scorer["attribute"] if scorer else "")
     elif scorer or value.startswith(("/", "./", "../", "~")) or (key == "path" and _DATA_FILE.search(value)):
         kind = "file" if scorer else "file or folder" if key == "path" else "model folder"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from moalign.config.strict import Strict
+from moalign.core.preferences import words_in
 
 
 class _Objective(Strict):
@@ -18,6 +19,14 @@ class _Objective(Strict):
     store: bool | None = None
     """Keep scores in the sqlite store. None: yes for models and python scorers, no for rules (a rule is
     faster than a look-up)."""
+
+    @field_validator("called")
+    @classmethod
+    def _has_words(cls, called: tuple[str, ...]) -> tuple[str, ...]:
+        for word in called:
+            if not words_in(word):
+                raise ValueError(f"found {word!r}; allowed: words with a letter or a digit")
+        return called
 
 
 class PythonObjective(_Objective):

@@ -95,6 +95,14 @@ def check(model: type[Model], data: Mapping[str, Any], origin: Origin | None = N
 
     A problem is ``FILE:LINE: key.path: found X; allowed: Y; did you mean 'z'?``; ``origin`` is where the data stands.
     """
+    value, placed = check_places(model, data, origin)
+    return value, list(dict.fromkeys(text for _, text in placed))
+
+
+def check_places(
+    model: type[Model], data: Mapping[str, Any], origin: Origin | None = None
+) -> tuple[Model | None, list[tuple[Path, str]]]:
+    """Check as :func:`check` does; every problem comes with its key path, which is empty for one of the whole."""
     origin = origin or Origin()
     problems: list[_Problem] = []
     renamed: dict[Path, Path] = {}  # as repaired -> as written
@@ -114,7 +122,8 @@ def check(model: type[Model], data: Mapping[str, Any], origin: Origin | None = N
         return value, []
     problems.sort(key=lambda problem: problem.unknown)  # of one line, what is wrong before what is unknown
     texts = [origin.sentence(problem.path, problem.text, problem.anchor) for problem in problems]
-    return None, sorted(dict.fromkeys(texts), key=_line)
+    placed = zip((problem.path for problem in problems), texts, strict=True)
+    return None, sorted(placed, key=lambda problem: _line(problem[1]))
 
 
 def _parse(model: type[Model], data: Any) -> tuple[Model | None, list[_Problem]]:

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
-from ruamel.yaml.composer import MaxDepthExceededError
+from ruamel.yaml.composer import Composer, ComposerError, MaxDepthExceededError
 from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.events import AliasEvent
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.reader import ReaderError
 from ruamel.yaml.resolver import VersionedResolver
+from ruamel.yaml.scanner import Scanner, ScannerError
 from ruamel.yaml.tag import Tag
 
 from moalign.core.errors import RequestError
@@ -43,6 +45,7 @@ _FLOAT = re.compile(
 _PREFIX = "tag:yaml.org,2002:"
 _UNQUOTED = Tag(suffix="unquoted")
 _TAGS = {ScalarNode: {"unquoted", f"{_PREFIX}str"}, SequenceNode: {f"{_PREFIX}seq"}, MappingNode: {f"{_PREFIX}map"}}
+_KINDS = {ScalarNode: "one value", SequenceNode: "a list", MappingNode: "a section"}
 
 
 class _Resolver(VersionedResolver):
@@ -50,6 +53,44 @@ class _Resolver(VersionedResolver):
 
     def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
         return _UNQUOTED if kind is ScalarNode and implicit[0] else super().resolve(kind, value, implicit)
+
+
+class _Scanner(Scanner):
+    """Refuses what would be read as something else than a person sees, and names a wrong escape."""
+
+    def scan_to_next_token(self) -> None:
+        start = self.reader.pointer
+        super().scan_to_next_token()
+        if re.search(r"[\r\n] *\t[ \t]*\Z", self.reader.buffer[start : self.reader.pointer]):
+            problem = "found character '\\t' that cannot start any token"
+            raise ScannerError("while scanning for the next token", None, problem, self.reader.get_mark())
+
+    def scan_plain(self) -> Any:
+        start, mark = self.reader.pointer, self.reader.get_mark()
+        token = super().scan_plain()
+        if odd := re.search("[\x85\u2028\u2029]", self.reader.buffer[start : self.reader.pointer]):
+            code = f"{ord(odd[0]):04X}"
+            problem = f'the character U+{code} outside quotes; leave it out, or write it as "\\u{code}"'
+            raise ScannerError(None, None, problem, mark)
+        return token
+
+    def scan_flow_scalar_non_spaces(self, double: Any, start_mark: Any) -> Any:
+        try:
+            return super().scan_flow_scalar_non_spaces(double, start_mark)
+        except (ValueError, OverflowError) as error:  # of chr
+            raise ScannerError(None, None, "an escape beyond U+10FFFF", self.reader.get_mark()) from error
+
+
+class _Composer(Composer):
+    """Refuses an anchor that stands twice: a slip of copy and paste, whose aliases would mean one or the other."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.parser.peek_event()
+        if not isinstance(event, AliasEvent) and event.anchor in self.anchors:
+            first = self.anchors[event.anchor].start_mark.line + 1
+            problem = f"the anchor {event.anchor!r} stands twice (first on line {first})"
+            raise ComposerError(None, None, problem, event.start_mark)
+        return super().compose_node(parent, index)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,14 +162,23 @@ def _scalar(text: str) -> Any:
         value = int(text, 0 if text.startswith(("0x", "0o")) else 10)
         str(value)  # Python reads and writes at most 4300 digits; hexadecimal ones it reads without that limit
         return value
-    return float(text.lower().replace(".inf", "inf").replace(".nan", "nan")) if _FLOAT.fullmatch(text) else text
+    if _FLOAT.fullmatch(text):
+        return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+    return _joined(text)
+
+
+def _joined(text: str) -> str:
+    """Join the halves of characters beyond U+FFFF: JSON writes two escapes, which ruamel.yaml leaves apart."""
+    try:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
+    except UnicodeDecodeError as error:
+        raise ValueError("an escape of half a character (U+D800 to U+DFFF)") from error
 
 
 def _read(text: str, at: Callable[[int], str]) -> tuple[Any, dict[tuple[str, ...], int]]:
     yaml = YAML(typ="safe", pure=True, plug_ins=[])  # none are searched for
-    yaml.Resolver = _Resolver
+    yaml.Resolver, yaml.Scanner, yaml.Composer = _Resolver, _Scanner, _Composer
     yaml.max_depth = MOST_LEVELS
-    yaml.composer.warn_double_anchors = False
     try:
         root = yaml.compose(text)
         reader = _Reader(at)
@@ -148,7 +198,7 @@ def _read(text: str, at: Callable[[int], str]) -> tuple[Any, dict[tuple[str, ...
 
 def _broken(error: MarkedYAMLError, at: Callable[[int], str]) -> str:
     line = error.problem_mark.line + 1
-    problem = str(error.problem).replace("('<", "'<").replace(">',)", ">'")  # it prints tuples of one
+    problem = re.sub(r"\(('[^']*'),\)", r"\1", str(error.problem))  # it prints tuples of one
     if "'\\t'" in problem:
         problem += " (indent with spaces, not tabs)"
     elif "mapping values are not allowed" in problem:
@@ -175,21 +225,30 @@ class _Reader:
         self.lines.setdefault(path, line)
         self._count(path)
         if node.tag not in _TAGS[type(node)]:
-            self._refuse(line, f"found the tag {str(node.tag).replace(_PREFIX, '!!')}; only plain values are allowed")
-        elif id(node) in above:
-            self._refuse(line, "an alias that names its own parent")
-        elif len(above) == MOST_LEVELS:
-            self._refuse(line, f"nested more than {MOST_LEVELS} levels deep")
+            tag = str(node.tag).replace(_PREFIX, "!!")
+            self._refuse(line, f"found the tag {tag} on {_KINDS[type(node)]}; only plain values are allowed")
+        elif not self._may_stand(node, above, line):
+            return None
         elif isinstance(node, ScalarNode):
             return self._text(node)
         elif isinstance(node, SequenceNode):
             items = enumerate(node.value)
             return [self.read(item, (*path, str(index)), (*above, id(node))) for index, item in items]
         elif isinstance(node, MappingNode):
-            entries = self._entries(node, path)
+            entries = self._entries(node, path, above)
             self.lines |= {(*path, name): line for name, (line, _) in entries.items()}
             return {name: self.read(value, (*path, name), (*above, id(node))) for name, (_, value) in entries.items()}
         return None
+
+    def _may_stand(self, node: Node, above: tuple[int, ...], line: int) -> bool:
+        """Return whether a node may stand inside the nodes ``above``; notes why it may not."""
+        if id(node) in above:
+            self._refuse(line, "an alias that names its own parent")
+        elif len(above) == MOST_LEVELS:
+            self._refuse(line, f"nested more than {MOST_LEVELS} levels deep")
+        else:
+            return True
+        return False
 
     def _refuse(self, line: int, problem: str) -> None:
         self.problems[f"{self._at(line)}: {problem}"] = None
@@ -202,18 +261,15 @@ class _Reader:
 
     def _text(self, node: ScalarNode) -> Any:
         try:
-            if node.ctag is _UNQUOTED:
-                return _scalar(node.value)
-            # JSON writes a character beyond U+FFFF as two escapes; ruamel.yaml leaves them apart.
-            return str(node.value).encode("utf-16-le", "surrogatepass").decode("utf-16-le")
-        except UnicodeDecodeError:
-            problem = "an escape of half a character (U+D800 to U+DFFF)"
+            return _scalar(node.value) if node.ctag is _UNQUOTED else _joined(node.value)
         except ValueError as error:
-            problem = str(error)
-        return self._refuse(node.start_mark.line + 1, f"broken YAML: {problem}")
+            return self._refuse(node.start_mark.line + 1, f"broken YAML: {error}")
 
-    def _entries(self, section: MappingNode, path: tuple[str, ...]) -> dict[str, tuple[int, Node]]:
+    def _entries(
+        self, section: MappingNode, path: tuple[str, ...], above: tuple[int, ...]
+    ) -> dict[str, tuple[int, Node]]:
         """Return key -> its line and its value; merged sections (<<) come first, so that own keys overrule them."""
+        inside = (*above, id(section))
         merged: dict[str, tuple[int, Node]] = {}
         own: dict[str, tuple[int, Node]] = {}
         for key, value in section.value:
@@ -227,10 +283,10 @@ class _Reader:
             elif name == "<<" and key.ctag is _UNQUOTED:
                 for lender in reversed(value.value) if isinstance(value, SequenceNode) else [value]:
                     self._count(path)
-                    if isinstance(lender, MappingNode):
-                        merged |= self._entries(lender, path)
-                    else:
+                    if not isinstance(lender, MappingNode):
                         self._refuse(line, "broken YAML: '<<' takes a section or a list of sections")
+                    elif self._may_stand(lender, inside, line):
+                        merged |= self._entries(lender, path, inside)
             elif name in own:
                 self._refuse(line, f"the key {name!r} stands twice (first on line {own[name][0]})")
             else:

@@ -101,18 +101,24 @@ def parse(text: str, objectives: Sequence[str] | Mapping[str, Sequence[str]], wh
 def from_words(text: str, words: Mapping[str, Sequence[str]]) -> Preference:
     """Return equal weights for the objectives that a text names, 0 for the others (``--prefs-text``).
 
-    ``words``: objective -> what names it, as a whole word, whatever its case. RequestError when nothing is named.
+    ``words``: objective -> what names it, read as :func:`words_in` does. RequestError when nothing is named.
 
     >>> from_words("Helpful and funny", {"help": ["helpful"], "harmless": ["harmless"], "humor": ["humor", "funny"]})
     (0.5, 0.0, 0.5)
     """
-    in_text = set(re.findall(r"[\w-]+", text.lower()))
-    named = [any(set(word.lower().split()) <= in_text for word in of_objective) for of_objective in words.values()]
+    in_text = words_in(text)
+    words = {name: [word for word in of_objective if words_in(word)] for name, of_objective in words.items()}
+    named = [any(words_in(word) <= in_text for word in of_objective) for of_objective in words.values()]
     if not any(named):
         listed = "; ".join(f"{name}: {', '.join(of_objective)}" for name, of_objective in words.items())
         nearest = did_you_mean(text.strip().lower(), [word for of_objective in words.values() for word in of_objective])
         raise RequestError(f"--prefs-text {text!r}: it names no objective{nearest}; words that do, {listed}")
     return tuple(1.0 / sum(named) if is_named else 0.0 for is_named in named)
+
+
+def words_in(text: str) -> set[str]:
+    """Return the words of a text in lower case, without punctuation: ``Not dull!`` has ``not`` and ``dull``."""
+    return set(re.findall(r"-*\w[\w-]*", text.lower()))
 
 
 def required(text: str | None, objectives: Sequence[str] | Mapping[str, Sequence[str]]) -> Preference:

@@ -161,6 +161,10 @@ def _generated(grammar: Mapping[str, Sequence[str]] | None) -> Iterator[str]:
             f"{where}: needs a list 'template' of texts with {{part}} fields; found: {', '.join(grammar) or 'nothing'}"
         )
     parts = {name: values for name, values in grammar.items() if name != "template"}
+    for name in parts:
+        if not name.isidentifier():
+            allowed = "names of letters, digits and _ that do not begin with a digit"
+            raise RequestError(f"{where}: the part {name!r} cannot be filled in; allowed: {allowed}")
     parsed = [
         _template(text, parts, f"{where}.template: text {index}") for index, text in enumerate(templates, start=1)
     ]

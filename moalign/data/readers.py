@@ -22,6 +22,7 @@ import gzip
 import hashlib
 import json
 import math
+import os
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -124,11 +125,11 @@ def locate(source: SourceSpec, base_dir: Path | str = ".") -> Path | str:
     if not source.path.strip() or "\0" in source.path:
         raise RequestError(f"data source: path {source.path!r} is not a file, a folder or a hub id (owner/name)")
     path = Path(base_dir) / source.path
-    if not path.exists():
+    if not os.path.exists(path):  # a Path's own raises for a name that is too long
         if not HUB_ID.fullmatch(source.path) or _suffix(path) is not None:
             raise RequestError(_no_such_file(path))
         # datasets itself would quietly prefer a folder of that name in the current directory.
-        if Path(source.path).exists():
+        if os.path.exists(source.path):
             raise RequestError(
                 f"{source.path}: found in the current folder, but a relative path starts at the task card's folder "
                 f"({shown(path)} is not there); give the whole path {Path(source.path).resolve()}"
@@ -427,7 +428,7 @@ def _suffix(path: Path) -> str | None:
 
 
 def _no_such_file(path: Path) -> str:
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         return f"{shown(path)}: no such file; the folder {shown(path.parent)} does not exist"
     near = nearest(path.name, [entry.name for entry in path.parent.iterdir()])
     hint = f"; did you mean {near!r}?" if near else ""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -41,9 +42,9 @@ def local_folder(model: str, base_dir: Path, where: str) -> Path | None:
     """
     path = Path(model).expanduser()
     for candidate in [path] if path.is_absolute() else [base_dir / path, path]:
-        if candidate.is_dir():
+        if os.path.isdir(candidate):  # a Path's own raises for a name that is too long
             return candidate.resolve()
-        if candidate.exists():
+        if os.path.exists(candidate):
             raise RequestError(f"{where}: model {model!r} is a file; a model folder or a hub id is needed")
     if model in builtin.MODELS:
         return builtin.ensure(model, where)

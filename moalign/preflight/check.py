@@ -3,6 +3,7 @@ every problem is collected, and nothing is written and no model loaded."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -101,7 +102,7 @@ def _borrowed(name: str) -> tuple[Path, str] | None:
     """Return (file, task) when ``task/method`` names a recipe of another task that this one borrows."""
     task, _, method = name.partition("/")
     known = {f"{task_name}/{method_name}" for task_name, method_name, _ in find.list_recipes()}
-    if not method or name in known or Path(name).is_file() or task not in find.list_tasks():
+    if not method or name in known or os.path.isfile(name) or task not in find.list_tasks():
         return None
     path = find.find_recipe_file(task, method)
     return None if path is None else (path, task)

@@ -31,11 +31,7 @@ def check_inputs(report: Preflight, card: TaskCard, results: Path, with_options:
     if _check_data(report, card) and report.look("splits", lambda: _splits(task)) and with_options:
         _check_overlong(report, card, None if model is None else task)
     for spec in card.objectives:
-        what = f"objective {spec.name}"
-        if isinstance(spec, ModelObjective) and not is_local(spec.model):
-            report.look(what, partial(_in_cache, report, spec.model, spec.revision, f"{what}: model"))
-        else:
-            report.look(what, partial(_built, spec))
+        report.look(f"objective {spec.name}", partial(_objective, report, spec))
     if card.published and with_options:
         report.look("published", lambda: _published(report, card, results))
     return model
@@ -58,7 +54,7 @@ def must_be_fetched(card: TaskCard) -> bool:
 
 def is_local(model: str) -> bool:
     """Whether a model needs no hub: a folder, or a built-in name."""
-    return model in builtin.MODELS or Path(model).expanduser().is_dir()
+    return model in builtin.MODELS or os.path.isdir(os.path.expanduser(model))
 
 
 def _cached(model: str, revision: str | None) -> Path | None:
@@ -72,8 +68,11 @@ def _cached(model: str, revision: str | None) -> Path | None:
         return None
 
 
-def _in_cache(report: Preflight, source: str, revision: str | None, what: str) -> str:
-    """Say whether a hub id is in the local cache; RequestError when it is none, or cannot be downloaded."""
+def _in_cache(report: Preflight, source: str, revision: str | None, what: str) -> tuple[str, Path | None]:
+    """Say whether a hub id is in the local cache, and return its folder there.
+
+    Raises RequestError for what is no hub id, or cannot be downloaded.
+    """
     from huggingface_hub.errors import HFValidationError
 
     if revision is None:
@@ -92,7 +91,7 @@ def _in_cache(report: Preflight, source: str, revision: str | None, what: str) -
     if folder is None:
         report.notes.append(f"{what} {source}: not in the local hub cache; it will be downloaded")
     place = "not downloaded yet" if folder is None else "in the local cache"
-    return f"{source}: hub id, revision {revision or 'not pinned'}, {place}"
+    return f"{source}: hub id, revision {revision or 'not pinned'}, {place}", folder
 
 
 def _check_model(report: Preflight, card: TaskCard) -> Path | None:
@@ -108,8 +107,9 @@ def _check_model(report: Preflight, card: TaskCard) -> Path | None:
                 f"task {card.name}: it needs a model; give a folder or a hub id: --set task.model=PATH/TO/FOLDER"
             )
         if not is_local(card.model):
-            report.add("model", _in_cache(report, card.model, card.model_revision, "model"))
-            return _cached(card.model, card.model_revision)
+            text, cached = _in_cache(report, card.model, card.model_revision, "model")
+            report.add("model", text)
+            return cached
         folder = model_folder.resolve(card.model, card.model_revision, "task.model")
         content = model_folder.fingerprint(folder, "task.model")
         report.add("model", f"{card.model}: whole safetensors weights, content {content}")
@@ -184,9 +184,11 @@ def _check_overlong(report: Preflight, card: TaskCard, task: Task | None) -> Non
 # -- objectives ----------------------------------------------------------------------------------------------------
 
 
-def _built(spec: ObjectiveSpec) -> str:
+def _objective(report: Preflight, spec: ObjectiveSpec) -> str:
     from moalign.rewards.scorer import build_scorer
 
+    if isinstance(spec, ModelObjective) and not is_local(spec.model):
+        return _in_cache(report, spec.model, spec.revision, f"objective {spec.name}: model")[0]
     scorer = build_scorer(spec, Path.cwd())
     return f"{spec.kind}, {'larger' if scorer.maximise else 'smaller'} is better, revision {scorer.revision}"
 

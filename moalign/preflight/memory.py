@@ -22,6 +22,7 @@ models that are not of the Llama kind are rougher.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,7 +145,7 @@ def reward_models(card: TaskCard) -> tuple[list[tuple[ModelObjective, Architectu
 def sizes_of(model: str) -> Architecture | None:
     """Return the sizes of a model folder or known hub model, None when they are not known."""
     folder = builtin.converted(model) or Path(model).expanduser()
-    return architecture.of_folder(folder) if folder.is_dir() else architecture.KNOWN.get(model)
+    return architecture.of_folder(folder) if os.path.isdir(folder) else architecture.KNOWN.get(model)
 
 
 def stages(config: Strict, name: str = "") -> Iterator[tuple[str, SftConfig | OnlineConfig]]:

@@ -138,7 +138,8 @@ class Store:
         try:
             yield
         except (sqlite3.DatabaseError, OSError) as error:
-            path, text = self.path, str(error)
+            path = self.path
+            text = (isinstance(error, OSError) and error.strerror) or str(error)  # str(OSError) names the path, too
             broken = any(words in text for words in ("no such table", "no such column", "malformed"))
             if broken or not isinstance(error, sqlite3.OperationalError | OSError):
                 raise RequestError(

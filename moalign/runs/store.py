@@ -165,7 +165,7 @@ class RunStore:
             path = path.parent
         if name and records.is_run(path):
             return Run.load(path)
-        if path.is_dir() and (os.sep in name or name.startswith(".")):
+        if os.path.isdir(path) and (os.sep in name or name.startswith(".")):
             raise RequestError(f"{name}: not a run: this folder holds no {records.FILE}")
         labels = list(self._labels())
         fitting = [label for label in labels if _fits(label, name)]

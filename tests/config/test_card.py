@@ -51,6 +51,13 @@ def test_what_a_card_refuses(changes: dict[str, Any], expected: str) -> None:
     assert problem.startswith(expected)
 
 
+@pytest.mark.parametrize("word", ["", "  ", "!?", "--"])
+def test_a_word_that_names_an_objective_has_a_letter_or_a_digit(word: str) -> None:
+    first, second = card()["objectives"]
+    (problem,) = validate.check(TaskCard, card(objectives=[first, {**second, "called": ["good", word]}]))[1]
+    assert problem == f"objectives.1.called: found {word!r}; allowed: words with a letter or a digit"
+
+
 def test_names_keep_the_tasks_order() -> None:
     assert made().objective_names == ["a", "b"]
     assert made(objectives=card()["objectives"][::-1]).objective_names == ["b", "a"]
@@ -91,6 +98,32 @@ def test_moving_a_folder_keeps_the_hash_and_another_file_or_hub_id_changes_it() 
     assert hashed("/two/prompts.jsonl", "/three/judge") == first
     assert hashed("/one/other.jsonl", "/one/judge") != first
     assert hashed("owner/prompts", "/one/judge") != hashed("other/prompts", "/one/judge")
+
+
+def test_the_order_of_the_phrases_changes_the_hash_since_it_changes_the_prompts() -> None:
+    words = {name: [{"up_to": 1, "text": f"be {name}"}] for name in ("a", "b")}
+    turned = dict(reversed(words.items()))
+    assert made(template={"words": words}).hash() != made(template={"words": turned}).hash()
+
+
+def test_what_a_scorer_or_a_chat_template_is_given_is_no_folder_of_the_card() -> None:
+    def hashed(place: str, **template: Any) -> str:
+        options = {"path": place, "more": {"model": place}}
+        python = {"name": "b", "kind": "python", "function": "m:f", "options": options}
+        return made(objectives=[card()["objectives"][0], python], template=template).hash()
+
+    assert hashed("/one/list.txt") != hashed("/two/list.txt")
+    given = [hashed("x", chat_kwargs={"tools": [{"path": f"/{place}/bin"}]}) for place in ("one", "two")]
+    assert given[0] != given[1]
+
+
+def test_the_data_of_an_objective_called_options_may_be_moved() -> None:
+    def hashed(place: str) -> str:
+        objectives = [{**card()["objectives"][0], "name": name} for name in ("options", "chat_kwargs")]
+        pairs = {name: {"path": f"/{place}/pairs.jsonl"} for name in ("options", "chat_kwargs")}
+        return made(objectives=objectives, data={"prompts": ["hi"], "pairs": pairs}).hash()
+
+    assert hashed("one") == hashed("two")
 
 
 # Hashes of these cards without their identity: runs stay comparable when settings are added.

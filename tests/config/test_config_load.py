@@ -150,6 +150,38 @@ def test_paths_that_cannot_be_hub_ids_must_exist(recipes: Path, tmp_path: Path) 
     )
 
 
+def test_a_section_in_the_wrong_place_is_one_problem(recipes: Path) -> None:
+    file = recipes / "demo" / "task.yaml"
+    edit(file, ("model: judge", "model: {model: ./judge}"))
+    with pytest.raises(RequestError) as caught:
+        options = ["task.data.responses={path: {path: nofile.jsonl}}", "task.data.prompts.path=none.jsonl"]
+        load.load_card("demo", options)
+    wrong = [problem.rsplit("; ", 1)[0] for problem in caught.value.problems]
+    assert wrong == [
+        "--set task.data.prompts.path: found 'none.jsonl'",
+        "--set task.data.responses: data.responses.path: found a section with keys path",
+        "recipes/demo/task.yaml:10: objectives.1.model: found a section with keys model",
+    ]
+
+
+LONG = "a" * 300
+"""Longer than a file's name may be."""
+
+
+@pytest.mark.parametrize("name", [LONG, f"./{LONG}", f"{LONG}/{find.CARD}"])
+def test_a_name_that_is_too_long_is_no_task_and_no_recipe(recipes: Path, name: str) -> None:
+    assert find.find_card(name) is None
+    for wanted in (find.find_task_file, find.find_recipe):
+        with pytest.raises(RequestError, match=LONG):
+            wanted(name)
+
+
+def test_the_file_of_a_scorer_with_a_name_that_is_too_long_is_not_there(recipes: Path) -> None:
+    option = f"task.objectives.1={{name: polite, kind: python, function: {LONG}.py:f}}"
+    with pytest.raises(RequestError, match=r"objectives\.1\.function: found .*; there is no such file: "):
+        load.load_card("demo", [option])
+
+
 # --- what is refused --------------------------------------------------------------------------------------------
 
 

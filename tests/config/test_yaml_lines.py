@@ -140,7 +140,24 @@ def test_keys_are_text() -> None:
         ('a: 1\nb: "\\ud800"\n', "r.yaml:2: broken YAML: an escape of half a character"),
         ("a: 1\nb: \x00\n", "r.yaml:2: the character U+0000 is not allowed"),
         ("a: &a [1, *a]\n", "r.yaml:1: an alias that names its own parent"),
-        ("b: 1\na: &a {<<: *a}\n", "r.yaml:1: nested more than 50 levels deep"),
+        ("b: 1\na: &a {<<: *a}\n", "r.yaml:2: an alias that names its own parent"),
+        ("b: 1\na: &a {<<: [*a, *a]}\n", "r.yaml:2: an alias that names its own parent"),
+        ("b: 1\na: &a {<<: {c: 1, <<: *a}}\n", "r.yaml:2: an alias that names its own parent"),
+        ("b: 1\na: &a {c: {<<: *a}}\n", "r.yaml:2: an alias that names its own parent"),
+        ("a0: &a0 {b: 1}\n" + "".join(f"a{i}: &a{i} {{<<: *a{i - 1}}}\n" for i in range(1, 500)), "r.yaml:2: nested"),
+        ("a: &a 1\nb: *a\nc: &a 2\n", "r.yaml:3: broken YAML: the anchor 'a' stands twice (first on line 1)"),
+        ("a: 1\nb: [1,\n\t2]\n", "r.yaml:3: broken YAML: found character '\\t' that cannot start any token (indent w"),
+        ("a: 1\nb: {c: 1,\n \t d: 2}\n", "r.yaml:3: broken YAML: found character '\\t' that cannot start any token"),
+        ("a: {\n\t}\n", "r.yaml:2: broken YAML: found character '\\t' that cannot start any token"),
+        ("a: 1\nb: x\x85y\n", "r.yaml:2: broken YAML: the character U+0085 outside quotes"),
+        ("a: 1\nb: x\u2028\n", "r.yaml:2: broken YAML: the character U+2028 outside quotes"),
+        ("{a: 1} {b: 2}\n", "r.yaml:1: broken YAML: expected '<document start>', but found '{'"),
+        ("a: 1\n... ]\n", "r.yaml:2: broken YAML: found non-comment content after document end marker, ']'"),
+        ("a: 1\nb: !!str [1]\n", "r.yaml:2: found the tag !!str on a list"),
+        ("a: 1\nb: !!map [1]\n", "r.yaml:2: found the tag !!map on a list"),
+        ("a: 1\nb: !!seq {c: 1}\n", "r.yaml:2: found the tag !!seq on a section"),
+        ('a: 1\nb: "\\U00110000"\n', "r.yaml:2: broken YAML: an escape beyond U+10FFFF"),
+        ('a: 1\nb: "\\Uffffffff"\n', "r.yaml:2: broken YAML: an escape beyond U+10FFFF"),
         ("a: 1\nb: {<<: 3}\n", "r.yaml:2: broken YAML: '<<' takes a section"),
         ("a: 1\nb: !!int 3\n", "r.yaml:2: found the tag !!int"),
         ("a: " + "[" * 2000, "r.yaml:1: nested more than 50 levels deep"),
@@ -209,6 +226,24 @@ def test_one_value_from_the_command_line(text: str, value: Any) -> None:
 def test_a_broken_value_names_its_option() -> None:
     with pytest.raises(RequestError, match=r"^--set k: broken YAML"):
         yaml_lines.parse_value("[1, 2", "--set k")
+    with pytest.raises(RequestError, match=r"^--set k: broken YAML: an escape beyond U\+10FFFF"):
+        yaml_lines.parse_value('"\\Uffffffff"', "--set k")
+
+
+def test_half_a_character_is_refused_on_the_command_line_too() -> None:
+    half = r"^--set k: broken YAML: an escape of half a character \(U\+D800 to U\+DFFF\)$"
+    for text in ("\udcff", "x\ud800", '"\\ud800"'):
+        with pytest.raises(RequestError, match=half):
+            yaml_lines.parse_value(text, "--set k")
+
+
+@pytest.mark.parametrize("text", ["a: [\t1,\t2 ]\n", "a: [1, # one\tthing\n 2]\n"])
+def test_tabs_that_indent_nothing_are_read(text: str) -> None:
+    assert yaml_lines.parse(text, "r.yaml").data == {"a": [1, 2]}
+
+
+def test_quoted_text_keeps_its_line_separator() -> None:
+    assert yaml_lines.parse("a: 'x\u2028y'\n", "r.yaml").data == {"a": "x\u2028y"}
 
 
 plain = (

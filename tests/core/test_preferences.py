@@ -311,6 +311,20 @@ def test_a_text_that_names_no_objective_is_refused_with_the_words_that_do(text: 
         preferences.from_words(text, WORDS)
 
 
+def test_punctuation_in_a_word_is_read_as_in_a_text() -> None:
+    words = {"a": ("a", "not dull!", "C++ code"), "b": ("b", "rock'n'roll")}
+    for text, weights in (("Not dull!", (1.0, 0.0)), ("c++ code", (1.0, 0.0)), ("Rock'n'Roll, please", (0.0, 1.0))):
+        assert preferences.from_words(text, words) == weights
+
+
+@pytest.mark.parametrize("word", ["", " ", "!!", "--"])
+def test_a_word_without_letters_names_nothing(word: str) -> None:
+    words = {"a": ("a", word), "b": ("b",)}
+    assert preferences.from_words(f"b {word}", words) == (0.0, 1.0)
+    with pytest.raises(RequestError, match=r"it names no objective; words that do, a: a; b: b$"):
+        preferences.from_words(f"c {word}".strip(), words)
+
+
 def test_names_alone_name_their_objectives() -> None:
     assert preferences.parse(preferences.Words("b , please"), ["a", "b"]) == (0.0, 1.0)
     with pytest.raises(RequestError, match="did you mean"):

@@ -116,6 +116,7 @@ def test_listed_and_generated_prompts_are_one_set() -> None:
 
 
 NO_PART = ".template: text 1: unknown part "
+NAME = " cannot be filled in; allowed: names of letters, digits and _ that do not begin with a digit"
 PLAIN = ".template: text 1: {who} may hold a part's name and nothing else; found "
 
 
@@ -127,6 +128,10 @@ PLAIN = ".template: text 1: {who} may hold a part's name and nothing else; found
         ({"template": ["{whom}"], "who": ["a"]}, NO_PART + "'whom'; allowed: who; did you mean 'who'?"),
         ({"template": ["x", "{}"], "who": ["a"]}, ".template: text 2: unknown part ''; allowed: who"),
         ({"template": ["{who.a}"], "who": ["a"]}, NO_PART + "'who.a'; allowed: who; did you mean 'who'?"),
+        ({"template": ["{0}"], "0": ["a"]}, "the part '0'" + NAME),
+        ({"template": ["{}"], "": ["a"]}, "the part ''" + NAME),
+        ({"template": ["{a.b}"], "a.b": ["a"]}, "the part 'a.b'" + NAME),
+        ({"template": ["{a[0]}"], "a[0]": ["a"]}, "the part 'a[0]'" + NAME),
         ({"template": ["{who!r}"], "who": ["a"]}, PLAIN + "'{who!r}'"),
         ({"template": ["{who:9}"], "who": ["a"]}, PLAIN + "'{who:9}'"),
         ({"template": ["hi"], "who": ["a"]}, "the part 'who' is in no template; write {who} in one, or leave it out"),

@@ -398,6 +398,11 @@ def refusal(path: str, base: Path, **options: Any) -> str:
     return str(caught.value)
 
 
+@pytest.mark.parametrize("path", ["a" * 300, f"{'a' * 300}.jsonl", f"{'a' * 300}/b/c"])
+def test_a_name_too_long_for_a_file_is_not_there(path: str, tmp_path: Path) -> None:
+    assert f"{path}: no such file" in refusal(path, tmp_path)
+
+
 def test_a_missing_file_names_the_nearest(write_jsonl: WriteJsonl) -> None:
     path = write_jsonl(RECORDS, "prompts.jsonl")
     wrong = refusal("promts.jsonl", path.parent)

@@ -100,7 +100,7 @@ def test_folders_are_found_beside_the_card_and_hub_ids_are_told_apart(folder: Pa
     assert model_folder.local_folder(str(folder), Path("/"), "x") == folder
     assert model_folder.local_folder("owner/name", tmp_path, "x") is None
     assert model_folder.local_folder("gpt2", tmp_path, "x") is None
-    for path in ("./modle", "../x/model", "/no/such/model", "a/b/c", "models/my reward"):
+    for path in ("./modle", "../x/model", "/no/such/model", "a/b/c", "models/my reward", "./" + "a" * 300):
         with pytest.raises(RequestError, match="there is no model folder"):
             model_folder.local_folder(path, tmp_path, "x")
     with pytest.raises(RequestError, match="is a file"):

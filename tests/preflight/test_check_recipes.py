@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from moalign.config import find, load
+from moalign.core.errors import RequestError
 from moalign.methods import registry
-from moalign.preflight import check, cost, memory
+from moalign.preflight import check, cost, inputs, memory
+from moalign.preflight.report import Preflight
 
 REAL = ("hh-rlhf", "hh-rlhf-2", "reddit-summary", "safe-rlhf", "helpsteer2")
 SMALL = ("Qwen/Qwen2.5-0.5B", "meta-llama/Llama-3.2-1B")
@@ -99,6 +101,31 @@ def test_cost_counts_policies_and_experts() -> None:
     assert told("hh-rlhf-2", "morlhf", "conditioned=true").policies == 1
     assert told("hh-rlhf-2", "best-of-n").policies == 0
     assert told("hh-rlhf-2", "mo-odpo", "needs.gpu=a toaster").hours is None
+
+
+def test_names_too_long_for_a_file_are_problems_of_the_request() -> None:
+    long = "a" * 300
+    with pytest.raises(RequestError, match=long):
+        check.check(f"sandbox/{long}")
+    problems = check.check("sandbox/sft", [f"task.model={long}"]).problems
+    assert any("a hub id has the form owner/name" in text for text in problems)
+
+
+def test_a_hub_model_is_looked_up_once(monkeypatch: pytest.MonkeyPatch, random_base: Path, tmp_path: Path) -> None:
+    import huggingface_hub
+
+    places: list[str] = []
+
+    def download(place: str, **_: object) -> str:
+        places.append(place)
+        return str(random_base)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    card = load.load_card("sandbox", ["task.model=owner/name"])
+    report = Preflight(tmp_path)
+    assert inputs.check_inputs(report, card, tmp_path) == random_base
+    assert places == ["owner/name"]
+    assert dict(report.checked)["model"] == "owner/name: hub id, revision not pinned, in the local cache"
 
 
 def test_published_statistics_are_compared_once_a_normaliser_is_there(tmp_path: Path, random_base: Path) -> None:

@@ -107,6 +107,13 @@ def test_unwritable_place_names_the_remedy(tmp_path: Path) -> None:
         Store(tmp_path / "folder.sqlite")
 
 
+@pytest.mark.parametrize("name", ["locked", "malformed"])
+def test_the_name_of_a_folder_is_not_taken_for_the_reason(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("")
+    with pytest.raises(RequestError, match=r"cannot be written \((File exists|Not a directory)\).*--results DIR"):
+        Store(tmp_path / name / "s.sqlite")
+
+
 def test_full_disk_names_the_remedy_and_keeps_what_was_there(tmp_path: Path) -> None:
     with Store(tmp_path / "s.sqlite") as store:
         store.put_many("a", [("p", "r")], [1.0])

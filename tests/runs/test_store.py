@@ -377,6 +377,11 @@ def test_unknown(filled: RunStore, name: str, near: str | None) -> None:
         assert f"did you mean {near!r}?" in message
 
 
+@pytest.mark.parametrize("name", ["a" * 300, f"{'a' * 300}/run.json"])
+def test_a_name_too_long_for_a_folder_is_no_run(filled: RunStore, name: str) -> None:
+    test_unknown(filled, name, None)
+
+
 def test_unknown_with_many_runs_lists_a_few(store: RunStore) -> None:
     for seed in range(10):
         make(store, seed=seed)
