@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -75,6 +76,8 @@ def is_run(folder: Path) -> bool:
     except (FileNotFoundError, NotADirectoryError, ValueError):  # the last of a name that no file can have
         return False
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return False
         raise RequestError(f"{path}: cannot be read: {error.strerror}; make the run's folder readable") from error
     return True
 

@@ -114,6 +114,8 @@ def former_card_hashes(task: Task) -> set[str]:
     for samples in (task.card.evaluation.samples, 1):
         content = task.card.model_dump(mode="json", exclude=left_out, exclude_none=True)
         content["evaluation"]["samples"] = samples
+        for objective in content["objectives"]:
+            objective.pop("called", None)  # there was no such setting
         text = json.dumps([cards._without_folders(content), task.identity], sort_keys=True, ensure_ascii=False)
         hashes.add(hashlib.sha256(text.encode()).hexdigest()[:16])
     return hashes
