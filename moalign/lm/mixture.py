@@ -134,21 +134,29 @@ class OwnPrompt(NextToken):
 
 
 @torch.no_grad()
-def expert_logps(experts: SideBySide, prompts: tuple[Tensor, Tensor], samples: Samples, micro_batch: int) -> Tensor:
-    """Return the log-probability of each sampled token under each expert, ``[rows, T, n]``; 0 outside responses.
+def expert_log_probs(
+    experts: SideBySide, prompts: tuple[Tensor, Tensor], samples: Samples, rows: Tensor, space: Space
+) -> Tensor:
+    """Return what each expert makes of sampled responses, as much of it as the mixture's log-probabilities need.
 
-    ``prompts``: ids and mask of what the experts read, one a row of ``samples``; ``micro_batch`` rows are read at once.
+    In probability space that is the log-probability of each sampled token, ``[rows, T, n]``, 0 outside responses; in
+    logit space that of every token of the vocabulary at each place, ``[rows, T, n, vocabulary]``.
+
+    Args:
+        prompts: ids and mask of what the experts read, one a row of ``samples``.
+        rows: which of the samples; all are read at once.
     """
     n, width = len(experts.names), samples.response_mask.shape[1]
-    ids = torch.cat([prompts[0], samples.input_ids[:, -width:]], dim=1)
-    mask = torch.cat([prompts[1], samples.attention_mask[:, -width:]], dim=1)
-    parts = []
-    for rows in torch.split(torch.arange(len(ids)), micro_batch):
-        tokens, read, inside = (tensor[rows].repeat(n, 1) for tensor in (ids, mask, samples.response_mask))
+    ids = torch.cat([prompts[0], samples.input_ids[:, -width:]], dim=1)[rows]
+    mask = torch.cat([prompts[1], samples.attention_mask[:, -width:]], dim=1)[rows]
+    tokens, read, inside = (tensor.repeat(n, 1) for tensor in (ids, mask, samples.response_mask[rows]))
+    if space == "probability":
         with experts.on():
             logps = token_outputs(experts.lm.model, tokens, read, inside).logps
-        parts.append(logps.view(n, len(rows), width).permute(1, 2, 0))
-    return torch.cat(parts)
+        return logps.view(n, len(ids), width).permute(1, 2, 0)
+    known = {"attention_mask": read, "position_ids": positions(read), "logits_to_keep": width + 1}
+    logits = experts(input_ids=tokens, use_cache=False, **known).logits[:, :-1]
+    return torch.log_softmax(logits.float(), dim=-1).view(n, len(ids), width, -1).permute(1, 2, 0, 3)
 
 
 def mixture_logps(expert_logps: Tensor, log_weights: Tensor) -> Tensor:
@@ -159,3 +167,15 @@ def mixture_logps(expert_logps: Tensor, log_weights: Tensor) -> Tensor:
         log_weights: ln a, ``[rows, T, n]``; -inf for an expert that has no say.
     """
     return torch.logsumexp(expert_logps + log_weights, dim=-1)
+
+
+def logit_mixture_logps(log_probs: Tensor, log_weights: Tensor, tokens: Tensor) -> Tensor:
+    """Return the log-probability of each of the ``tokens`` in logit space, ``[rows, T]``.
+
+    Args:
+        log_probs: of every token of the vocabulary under each expert, ``[rows, T, n, vocabulary]``.
+        log_weights: as :func:`mixture_logps` has them.
+        tokens: ids, ``[rows, T]``.
+    """
+    mixed = mix(log_probs.movedim(2, 0), log_weights.exp(), "logit")
+    return mixed.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - mixed.logsumexp(-1)

@@ -4,21 +4,23 @@ Source: "Orchestrating LLMs with Different Personalizations", arXiv 2407.04181.
 
     pi(v | x, y_<t, w) = sum_i a_i(x, y_<t, w) pi_i(v | x, y_<t),   a on the simplex
 
-The experts are black boxes on the bare prompt; nothing of them is read but next-token probabilities. The preference
-control model (:mod:`moalign.policies.control`) reads the prompt with the preference written beside it and the tokens so
-far, and gives the weights; experts that the preference does not name (weight 0) are masked. It is trained online:
+or, with ``space: logit``, MOD's ``log pi(v) = sum_i a_i log pi_i(v) + const``. The experts are black boxes on the bare
+prompt; nothing of them is read but next-token probabilities. The preference control model
+(:mod:`moalign.policies.control`) reads the prompt with the preference written beside it and the tokens so far, and
+gives the weights; experts that the preference does not name (weight 0) are masked. It is trained online:
 
 * reward of a response: ``sum_i w_i sigma(z_i(y) - z_i(y_ref))``, y_ref the base's answer to the same prompt, made once
   (the paper's mean over the named dimensions, with weights);
 * ``trainer: rebel`` (the paper's): two responses of the current mixture to each prompt, and the regression of
   :mod:`moalign.losses.rebel` with ``ln pi(y) = sum_t ln sum_i a_i,t q_i,t``. The experts' probabilities q of the
-  sampled tokens are computed once a rollout, so that gradients and further epochs touch the control model only;
+  sampled tokens are computed once a rollout (in logit space those of all tokens, each time), and gradients touch the
+  control model only;
 * ``trainer: ppo``: clipped PPO on the same reward, one value head on the control model's state; its KL cost is to the
   mixture whose weights are the preference.
 
 Choices of ours: training starts at the static mixture whose weights are the preference (``control.start``), so that
-``steps: 0`` is MOD in probability space, and ``control.start: uniform`` with it the paper's uniform baseline; the
-experts are runs of their own, shared with ``mod`` and ``dpo-soups`` or, where ``rl_experts`` has their settings, with
+``steps: 0`` is MOD in either space, and ``control.start: uniform`` with it the paper's uniform baseline; the experts
+are runs of their own, shared with ``mod`` and ``dpo-soups`` or, where ``rl_experts`` has their settings, with
 ``rewarded-soups``, and their cost is counted as this method's; preferences are drawn from a Dirichlet, so that a
 preference may weigh what it names, where the paper's names it or not.
 """
@@ -54,6 +56,8 @@ class Config(PpoConfig, CostHints):
     """Settings of PCM. Those of PPO serve ``trainer: ppo`` alone, those of the engine both trainers."""
 
     trainer: Literal["rebel", "ppo"] = "rebel"
+    space: Literal["probability", "logit"] = "probability"
+    """Where the experts are mixed: the paper's choice, or MOD's, ``log pi = sum_i a_i log pi_i + const``."""
     eta: float = Field(default=1.0, gt=0)
     """REBEL's step: nats of log-ratio for a difference of rewards of 1."""
     alpha: float = Field(default=1.0, gt=0)

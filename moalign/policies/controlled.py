@@ -14,7 +14,7 @@ from moalign.core.preferences import Preference
 from moalign.lm import adapters
 from moalign.lm.chat import Rendered
 from moalign.lm.log_probs import TokenOutputs, positions
-from moalign.lm.mixture import Mixture, OwnPrompt, expert_logps, mixture_logps
+from moalign.lm.mixture import Mixture, OwnPrompt, Space, expert_log_probs, logit_mixture_logps, mixture_logps
 from moalign.lm.sampler import Generated, NextToken, Samples, Sampling, generate, pad_left, sample
 from moalign.lm.side_by_side import SideBySide
 from moalign.policies.control import Control, ControlWeights
@@ -33,7 +33,12 @@ FILE = "control"
 
 
 def source(
-    control: Control, experts: SideBySide, prompts: Sequence[Sequence[int]], preferences: Tensor, hidden: bool = False
+    control: Control,
+    experts: SideBySide,
+    space: Space,
+    prompts: Sequence[Sequence[int]],
+    preferences: Tensor,
+    hidden: bool = False,
 ) -> Mixture:
     """Return the mixture for a batch whose experts read ``prompts`` (token ids), at ``preferences`` ``[rows, n]``.
 
@@ -42,19 +47,22 @@ def source(
     n, lm = len(experts.names), experts.lm
     ids, mask = pad_left(prompts, lm.pad, lm.device)
     read = OwnPrompt(NextToken(experts), ids.repeat(n, 1), mask.repeat(n, 1))
-    return Mixture(read, n, ControlWeights(control, preferences.to(lm.device), hidden))
+    return Mixture(read, n, ControlWeights(control, preferences.to(lm.device), hidden), space)
 
 
 class MixtureActor:
     """The control model of a mixture of frozen experts. See :class:`~moalign.training.actor.Actor`.
 
-    It reads the prompt with its preference, the experts the bare one. What the experts find of the sampled tokens is
-    kept, so that its gradient needs no expert. Its reference is the mixture whose weights are the preference.
+    It reads the prompt with its preference, the experts the bare one. In probability space what the experts find of the
+    sampled tokens is kept, so that its gradient needs no expert; in logit space, where it would be the whole vocabulary
+    at every token, the experts read each part of a rollout again. Its reference is the mixture whose weights are the
+    preference.
     """
 
     def __init__(self, job: Job, control: Control, experts: SideBySide) -> None:
         """Train ``control``; ``experts`` are on its base."""
         self.job, self.control, self.experts = job, control, experts
+        self.space: Space = job.config.space
         self.width = control.width
         self.parameters: Sequence[torch.nn.Parameter] = control.trainable()
 
@@ -67,12 +75,26 @@ class MixtureActor:
         bare = lm.encode([renderer.plain(prompt) for prompt in prompts], limit)
         weights = torch.as_tensor(preferences, dtype=torch.float32, device=lm.device)
         self.control.activate()
-        mixture = source(self.control, self.experts, bare, weights, hidden)
+        mixture = source(self.control, self.experts, self.space, bare, weights, hidden)
         samples = sample(lm, read, numbers, repeat=repeat, source=mixture)
-        ids, mask = pad_left([row for row in bare for _ in range(repeat)], lm.pad, lm.device)
+        self._bare = pad_left([row for row in bare for _ in range(repeat)], lm.pad, lm.device)
         self._preferences = weights.repeat_interleave(repeat, dim=0)
-        self._found = expert_logps(self.experts, (ids, mask), samples, self.job.config.micro_batch)
+        if self.space == "probability":
+            parts = torch.split(torch.arange(len(self._preferences)), self.job.config.micro_batch)
+            self._found = torch.cat([self._read(samples, rows) for rows in parts])
         return samples
+
+    def _read(self, samples: Samples, rows: Tensor) -> Tensor:
+        return expert_log_probs(self.experts, self._bare, samples, rows, self.space)
+
+    def _logps(self, samples: Samples, rows: Tensor, log_weights: Tensor) -> Tensor:
+        inside = samples.response_mask[rows]
+        if self.space == "probability":
+            logps = mixture_logps(self._found[rows], log_weights)
+        else:
+            tokens = samples.input_ids[rows, -inside.shape[1] :]
+            logps = logit_mixture_logps(self._read(samples, rows), log_weights, tokens)
+        return logps.masked_fill(~inside, 0.0)
 
     def outputs(self, samples: Samples, rows: Tensor, hidden: bool = False) -> TokenOutputs:
         """See :class:`~moalign.training.actor.Actor`; the entropy is that of the weights."""
@@ -80,14 +102,13 @@ class MixtureActor:
         self.control.activate()
         states = self.control.hidden(ids, mask, positions(mask))[:, -(inside.shape[1] + 1) : -1]
         log_weights = self.control.log_weights(states, self._preferences[rows])
-        logps = mixture_logps(self._found[rows], log_weights).masked_fill(~inside, 0.0)
+        logps = self._logps(samples, rows, log_weights)
         entropy = torch.special.entr(log_weights.detach().exp()).sum(-1).masked_fill(~inside, 0.0)
         return TokenOutputs(logps, entropy, states if hidden else None)
 
     def reference_logps(self, samples: Samples, rows: Tensor) -> Tensor:
         """See :class:`~moalign.training.actor.Actor`."""
-        constant = self._preferences[rows].log().unsqueeze(1)
-        return mixture_logps(self._found[rows], constant).masked_fill(~samples.response_mask[rows], 0.0)
+        return self._logps(samples, rows, self._preferences[rows].log().unsqueeze(1))
 
     def sync_reference(self) -> None:
         """See :class:`~moalign.training.actor.Actor`; the reference is fixed."""
@@ -141,9 +162,9 @@ class ControlPrompt(Rendered):
 class ControlledGenerator:
     """The mixture of a finished run; one batch may hold a different preference in every row."""
 
-    def __init__(self, control: Control, experts: SideBySide) -> None:
-        """Answer with ``experts``, weighed by ``control``."""
-        self.control, self.experts = control, experts
+    def __init__(self, control: Control, experts: SideBySide, space: Space) -> None:
+        """Answer with ``experts``, weighed by ``control``, mixed in ``space``."""
+        self.control, self.experts, self.space = control, experts, space
 
     def generate(self, texts: Sequence[ControlPrompt], rows: Sequence[int], sampling: Sampling) -> Generated:
         """See :class:`~moalign.lm.generator.Generator`."""
@@ -153,13 +174,13 @@ class ControlledGenerator:
         self.control.activate()
 
         def of_batch(part: Sequence[int]) -> Mixture:
-            return source(self.control, self.experts, [bare[i] for i in part], preferences[list(part)])
+            return source(self.control, self.experts, self.space, [bare[i] for i in part], preferences[list(part)])
 
         return generate(lm, texts, rows, sampling, of_batch)
 
     def as_mixture(self, preference: Preference) -> MixtureParts:
         """Return what it is made of; a text holds the preference for the control model, the parts do for the mask."""
-        return MixtureParts(self.experts.lm, self.experts.names, "probability", list(preference), self.control)
+        return MixtureParts(self.experts.lm, self.experts.names, self.space, list(preference), self.control)
 
     def as_model(self) -> None:
         """RequestError: no one model says what a mixture does."""
@@ -180,5 +201,5 @@ def orchestrated(context: RunContext, preference: Preference) -> Policy:
         name = f"control_{context.run.record.run_id}"
         control = Control(context.config.control, lm, len(context.task.names), seed=0, name=name)
         control.load_weights(context.run.load_tensors(FILE), str(context.run.path / f"{FILE}.safetensors"))
-        context.cache[FILE] = ControlledGenerator(control, experts)
+        context.cache[FILE] = ControlledGenerator(control, experts, context.config.space)
     return Policy(context.cache[FILE], lambda prompt: ControlPrompt.made(context, prompt, preference))

@@ -13,7 +13,16 @@ from moalign.core.errors import RequestError
 from moalign.lm import adapters, side_by_side
 from moalign.lm.language_model import LanguageModel
 from moalign.lm.log_probs import positions
-from moalign.lm.mixture import Constant, Mixture, OwnPrompt, Space, expert_logps, mix, mixture_logps
+from moalign.lm.mixture import (
+    Constant,
+    Mixture,
+    OwnPrompt,
+    Space,
+    expert_log_probs,
+    logit_mixture_logps,
+    mix,
+    mixture_logps,
+)
 from moalign.lm.sampler import NextToken, pad_left, sample, uniforms
 
 Make = Callable[..., LanguageModel]
@@ -120,7 +129,7 @@ def test_every_token_is_drawn_from_the_mixture(
     experts = side_by_side.SideBySide(lm, names)
     drawn = sample(lm, prompts, numbers, repeat=2, source=Mixture(NextToken(experts), 3, Constant(weights), space))
     read = pad_left([ids for ids in prompts for _ in range(2)], lm.pad, lm.device)
-    q = expert_logps(experts, read, drawn, micro_batch=3)
+    q = expert_log_probs(experts, read, drawn, torch.arange(8), space)
     width = drawn.response_mask.shape[1]
     parts = torch.stack([of_expert(lm, name, drawn.input_ids, drawn.attention_mask) for name in names])
     parts = parts[:, :, -(width + 1) : -1].log_softmax(-1)
@@ -130,9 +139,9 @@ def test_every_token_is_drawn_from_the_mixture(
     torch.testing.assert_close(
         drawn.logps, mixture.gather(-1, chosen).squeeze(-1) * drawn.response_mask, rtol=0, atol=2e-5
     )
-    if space == "probability":  # what training computes from the experts' probabilities alone
-        found = mixture_logps(q, by_row.log().unsqueeze(1))
-        torch.testing.assert_close(drawn.logps, found * drawn.response_mask, rtol=0, atol=2e-5)
+    shares = by_row.log().unsqueeze(1)  # as training computes them
+    found = mixture_logps(q, shares) if space == "probability" else logit_mixture_logps(q, shares, chosen.squeeze(-1))
+    torch.testing.assert_close(drawn.logps, found * drawn.response_mask, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.0], ids=["sampling", "greedy"])

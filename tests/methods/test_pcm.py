@@ -91,11 +91,13 @@ def test_the_reward_worked_by_hand() -> None:
     np.testing.assert_allclose(found, [0.25 * 0.7310586 + 0.75 * 0.5, 0.25 * 0.1192029 + 0.75 * 0.7310586], rtol=1e-6)
 
 
-@pytest.mark.parametrize("form", [(), (ADAPTER,)], ids=["small", "adapter"])
+@pytest.mark.parametrize("form", [(), (ADAPTER,), ("space=logit",)], ids=["small", "adapter", "logit"])
 def test_what_is_trained_is_what_was_sampled_and_gradients_reach_the_control_model_only(
     ask: Ask, tmp_path: Path, form: tuple[str, ...]
 ) -> None:
-    made = ask(*LEARNS, *form, "steps=1", f"control.start={'uniform' if form else 'preference'}", results=tmp_path)
+    made = ask(
+        *LEARNS, *form, "steps=1", f"control.start={'uniform' if ADAPTER in form else 'preference'}", results=tmp_path
+    )
     with in_training(made) as (job, actor):
         lm = job.task.language_model
         frozen = {name: value.detach().clone() for name, value in lm.model.named_parameters()}
@@ -105,7 +107,7 @@ def test_what_is_trained_is_what_was_sampled_and_gradients_reach_the_control_mod
             rows = np.arange(len(rollout.responses))
             for part in trainer.parts(rows, tensors={}):
                 torch.testing.assert_close(part.logps.detach(), part.old_logps, rtol=0, atol=1e-5)
-                if not form:  # it starts at the preference's own weights, which is its reference
+                if ADAPTER not in form:  # it starts at the preference's own weights, which is its reference
                     torch.testing.assert_close(part.ref_logps, part.old_logps, rtol=0, atol=1e-5)
                 assert float(part.old_logps.abs().max()) > 0.1
                 trainer.backward(-part.logps.sum())
