@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from moalign.core.errors import RequestError
 from moalign.experiment.train import Plan, TrainRequest, context_of, plan, train
 from moalign.lm import adapters
-from moalign.lm.mixture import Constant, Mixture
+from moalign.lm.mixture import Constant, Mixture, Space
 from moalign.lm.sampler import NextToken, generate
 from moalign.lm.side_by_side import SideBySide
 from moalign.methods import registry
@@ -187,10 +187,12 @@ def answers(run: Run, wanted: list[tuple[float, ...]], temperature: float = 1.0)
     return respond_all(policies, context.task.eval_prompts, sampling).responses
 
 
-@pytest.mark.parametrize("start", ["preference", "uniform"])
-def test_untrained_it_is_the_static_mixture(ask: Ask, start: str) -> None:
+@pytest.mark.parametrize(
+    ("start", "space"), [("preference", "probability"), ("uniform", "probability"), ("preference", "logit")]
+)
+def test_untrained_it_is_the_static_mixture(ask: Ask, start: str, space: Space) -> None:
     """Weights equal to the preference, or equal ones: the baselines are the method with no steps."""
-    run, _ = train(ask("steps=0", f"control.start={start}"))
+    run, _ = train(ask("steps=0", f"control.start={start}", f"space={space}"))
     wanted = [(0.3, 0.7), (1.0, 0.0), (0.6, 0.4)]
     found = answers(run, wanted)
     _, context = context_of(run, run.path.parents[3])
@@ -201,10 +203,16 @@ def test_untrained_it_is_the_static_mixture(ask: Ask, start: str) -> None:
         static = (named / named.sum()).unsqueeze(0)
         made = generate(
             lm, texts, range(len(texts)), context.task.sampling(1),
-            lambda places, static=static: Mixture(NextToken(experts), 2, Constant(static.expand(len(places), 2))),
+            lambda places, static=static: Mixture(
+                NextToken(experts), 2, Constant(static.expand(len(places), 2)), space
+            ),
         )  # fmt: skip
         assert responses == made.responses
     assert (found[0] == found[2]) == (start == "uniform")
+    if space == "logit":
+        mod, _ = train(ask(f"experts={json.dumps(run.record.recipe['config']['experts'])}", method="mod"))
+        assert mod.record.notes["experts"] == run.record.notes["experts"]
+        assert found == answers(mod, wanted)
 
 
 def test_a_preference_for_one_objective_is_its_expert_whatever_was_learnt(trained: Run, ask: Ask) -> None:
