@@ -22,7 +22,7 @@ STOPS = (KeyboardInterrupt,)
 @contextlib.contextmanager
 def call() -> Iterator[None]:
     """Call foreign code: random generators are put back afterwards, and what it writes to stdout goes to stderr."""
-    with kept_generators(), stdout_to_stderr:
+    with kept_generators, stdout_to_stderr:
         yield
 
 
@@ -35,23 +35,52 @@ def described(error: BaseException, file: Path | None = None) -> str:
     return f"{type(error).__name__}: {error}".removesuffix(": ") + line
 
 
+class _Shared:
+    """A block for what all threads of the process share, so that blocks may overlap.
+
+    The first to begin calls ``change``; the last to end calls what that returned, which undoes it.
+    """
+
+    def __init__(self, change: Callable[[], Callable[[], None]]) -> None:
+        self._change = change
+        self._lock = threading.Lock()
+        self._blocks = 0
+        self._undo: Callable[[], None] = lambda: None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._blocks == 0:
+                self._undo = self._change()
+            self._blocks += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._blocks -= 1
+            if self._blocks == 0:
+                self._undo()
+
+
 # -- generators ----------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def kept_generators() -> Iterator[None]:
-    """Put the global generators of random, numpy and torch (CPU and CUDA) back to where they stood before the block.
+def _keep_generators() -> Callable[[], None]:
+    """Return what puts the global generators back to where they stand now.
 
     Of a library that nobody has imported yet, no number was drawn: there is nothing to put back.
     """
     libraries = {"numpy": _numpy_generator, "torch": _torch_generators}
     put_back = [functools.partial(random.setstate, random.getstate())]
     put_back += [keep(sys.modules[name]) for name, keep in libraries.items() if name in sys.modules]
-    try:
-        yield
-    finally:
+
+    def put_all_back() -> None:
         for put in put_back:
             put()
+
+    return put_all_back
+
+
+kept_generators = _Shared(_keep_generators)
+"""A block after which the global generators of random, numpy and torch (CPU and CUDA) stand where they stood before."""
 
 
 def _numpy_generator(numpy: Any) -> functools.partial[None]:
@@ -76,31 +105,6 @@ def _set_torch_generators(torch: Any, state: Any, on_gpus: list[Any] | None) -> 
 # -- stdout --------------------------------------------------------------------------------------------------------
 
 
-class _Redirection:
-    """Blocks that may overlap, in one thread or in several: the first to begin redirects, the last to end undoes it."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._blocks = 0
-        self._undo: Callable[[], None] = lambda: None
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if self._blocks == 0:
-                self._undo = _redirect()
-            self._blocks += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._blocks -= 1
-            if self._blocks == 0:
-                self._undo()
-
-
-stdout_to_stderr = _Redirection()
-"""A block in which stdout is stderr: for Python, for C libraries and for what is written to file descriptor 1."""
-
-
 def _redirect() -> Callable[[], None]:
     """Send stdout to stderr; return what undoes it."""
     with contextlib.ExitStack() as stack:
@@ -118,6 +122,10 @@ def _redirect() -> Callable[[], None]:
             if target != 2:
                 os.close(target)
         return stack.pop_all().close
+
+
+stdout_to_stderr = _Shared(_redirect)
+"""A block in which stdout is stderr: for Python, for C libraries and for what is written to file descriptor 1."""
 
 
 def _flush() -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from moalign.cli.main import main
-from moalign.config.card import COLUMNS
+from moalign.config.card import taken
 from moalign.methods import registry
 
 CARD = """\
@@ -92,19 +92,22 @@ def test_what_a_scorer_writes_to_stdout_stands_on_stderr_and_json_is_one_object(
 def test_a_scorer_in_a_program_of_one_s_own_keeps_its_stdout_clean(
     own: Write, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Without the command line, and with several threads at once: stdout is there again when the last is done."""
+    """Without the command line, and with several threads at once: all is as it was when the last is done."""
+    import random
     from concurrent.futures import ThreadPoolExecutor
 
     from moalign.config.objectives import PythonObjective
     from moalign.rewards.python_scorer import PythonScorer
 
-    file = own(PRINTS)
+    file = own(f"import random, time\n{PRINTS}".replace("chat('in", "random.seed(1); time.sleep(0.003); chat('in"))
+    before = random.getstate()
     scorer = PythonScorer(PythonObjective(name="size", kind="python", function=f"{file}:size"), file.parent)
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(lambda _: scorer.score(["p"], ["a"]), range(40)))
     os.write(1, b"a result\n")
     out, err = capfd.readouterr()
     assert out == "a result\n"
+    assert random.getstate() == before
     assert err.count("written in scoring\n") == 40
 
 
@@ -263,7 +266,8 @@ def test_no_table_has_a_column_that_an_objective_could_take(moalign: Any, toys: 
     assert {"prompt", "response", "preference", "finished", "helpfulness_normalised", "helpfulness_raw"} <= names
     card = CARD.replace('kind: python, function: "scorers.py:size"', "kind: rule, rule: length, options: {target: 9}")
     card = card.replace("size", "helpfulness").replace("name: brevity", "name: NAME").replace("brevity:", "NAME:")
-    for name in sorted(names | COLUMNS):
+    assert set(taken(["helpfulness", *names])) == names
+    for name in ("prompt", "helpfulness_raw"):
         Path("card.yaml").write_text(card.replace("NAME", name))
         ended = moalign("score", "--task", "card.yaml", "--in", "in.jsonl")
         (error,) = ended.errors
