@@ -100,6 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ.setdefault(name, value)
     if not debug and not sys.warnoptions:
         warnings.simplefilter("ignore")
+    _open_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a character shows ? instead of failing
             stream.reconfigure(errors="replace")
@@ -125,12 +126,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         _discard_output()  # whoever read it has gone, as in: moalign ls runs | head -1
         return 1
-    except Exception as error:
+    except BaseException as error:  # a method's sys.exit(0) too: the work has not ended well
         _traceback(debug)
         text = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
         output.errors([text if debug else f"{text}; the same command with --debug shows where"])
         return 1
     return 0
+
+
+def _open_streams() -> None:
+    """Where the process was started without a standard stream (``>&-``), open one that leads nowhere.
+
+    Else the next file that is opened gets its descriptor, and with it whatever a library prints.
+    """
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            stream = open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8")  # noqa: SIM115
+            setattr(sys, name, stream)
+            setattr(sys, f"__{name}__", stream)
 
 
 def _without_debug(arguments: Sequence[str]) -> tuple[list[str], bool]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moalign.cli.options import DEFAULT_RESULTS
+from moalign.core import foreign
 from moalign.report.tables import Column
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def working() -> Iterator[Callable[[str, int, int], None]]:
     """
     from moalign.cli.progress import progress_display
 
-    with contextlib.redirect_stdout(sys.stderr), progress_display(sys.stderr) as progress:
+    with foreign.stdout_to_stderr, progress_display(sys.stderr) as progress:
         yield progress if listener is None else listener
 
 

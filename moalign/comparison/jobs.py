@@ -23,7 +23,7 @@ from moalign.comparison.result import RunSummary
 from moalign.config import find
 from moalign.config.card import TaskCard
 from moalign.config.recipe import ReportedSpec
-from moalign.core import preferences
+from moalign.core import foreign, preferences
 from moalign.core.errors import MoalignError, RequestError, WorkError
 from moalign.core.paths import shown
 from moalign.core.preferences import Preference
@@ -319,9 +319,11 @@ def _failure_kept(run: ComparedRun, passing: type[Exception] | tuple[()] = ()) -
     """Record an exception as the run's failure, so that the others go on; interruptions and ``passing`` are raised."""
     try:
         yield
+    except foreign.STOPS:
+        raise
     except passing:
         raise
-    except Exception as error:
+    except BaseException as error:  # a method's sys.exit() too
         run.error = str(error) if isinstance(error, MoalignError) else f"{type(error).__name__}: {error}"
         run.trace = traceback.format_exc()
 

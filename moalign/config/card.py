@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import PurePath
 from typing import Any, Literal
 
@@ -25,6 +25,11 @@ DEFAULTS_VERSION = 1
 
 _NOT_HASHED = {"description", "suite", "recipes_from", "published"}
 """Keys that change no score; nor do the objectives' ``called``."""
+
+COLUMNS = {"prompt", "preference", "response", "ids", "finished", "chosen", "rejected", "nondominated", "kl"}
+"""Columns that tables of answers, scores and points, and files of data, have beside those of the objectives."""
+DERIVED = ("_normalised", "_low", "_high", "_raw")
+"""What ends the names of further columns of an objective in such tables."""
 
 _ANYTHING = {("objectives", "options"), ("template", "chat_kwargs")}
 """Sections with whatever a scorer or a chat template is given: their ``path`` or ``model`` is none of the card's."""
@@ -244,6 +249,8 @@ class TaskCard(Strict):
         listed = ", ".join(names)
         if twice := sorted({name for name in names if names.count(name) > 1}):
             yield f"objective names must differ; found twice: {', '.join(twice)}"
+        for name, problem in taken(names).items():
+            yield f"objectives.{names.index(name)}.name: {problem}"
         pairs = self.data.pairs if self.data is not None and isinstance(self.data.pairs, dict) else {}
         for section, entries in (("template.words", self.template.words or {}), ("data.pairs", pairs)):
             for name in entries:
@@ -308,6 +315,21 @@ class TaskCard(Strict):
             objective.pop("called", None)
         text = json.dumps([DEFAULTS_VERSION, card, identity], sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def taken(names: Sequence[str]) -> dict[str, str]:
+    """Return what is wrong with those of a task's objective names that tables use for another column.
+
+    >>> list(taken(["humor", "prompt", "humor_raw"]))
+    ['prompt', 'humor_raw']
+    """
+    made = {f"{name}{end}": f", made for {name}" for name in names for end in DERIVED}
+    owners = made | dict.fromkeys(COLUMNS, "")
+    return {
+        name: f"found {name!r}; tables of answers and scores have a column of that name{owners[name]}; choose another"
+        for name in names
+        if name in owners
+    }
 
 
 def _without_folders(node: Any, place: tuple[str, ...] = ()) -> Any:

@@ -12,6 +12,7 @@ from moalign.core.preferences import words_in
 
 class _Objective(Strict):
     name: str = Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")
+    """Also that of its column in tables: none that they have for other things (:func:`moalign.config.card.taken`)."""
     maximise: bool = True
     """False: smaller scores are better; the reward layer turns the sign, so that larger is better everywhere."""
     called: tuple[str, ...] = ()

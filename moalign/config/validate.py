@@ -197,9 +197,10 @@ def _problem(schema: Schema, data: Any, details: ErrorDetails) -> _Problem:
         return _Problem(path, f"missing; allowed: {words(place)}", union)
     if kind in {"value_error", "assertion_error"}:
         text = str(details["ctx"]["error"])
-        head = text.split(" ", 1)[0].rstrip(":,")
+        head = text.split(" ", 1)[0].rstrip(":,").split(".")
         # A check over several fields reports the section; the line of the field that it names is more helpful.
-        return _Problem(path, text, union, (*path, head) if head in bare(place).get("properties", {}) else None)
+        named = (*path, *(int(key) if key.isdecimal() else key for key in head))
+        return _Problem(path, text, union, named if head[0] in bare(place).get("properties", {}) else None)
     if kind in {"union_tag_invalid", "union_tag_not_found"}:
         name, allowed = bare(place)["discriminator"]["propertyName"], sorted(tags(bare(place)))
         tag = _value(data, (*path, name))

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moalign.config.card import taken
 from moalign.config.describe import yaml_form
 from moalign.core.errors import RequestError
 from moalign.experiment.templates import render
@@ -149,7 +150,7 @@ def _objectives(text: str | None) -> list[str]:
     where = "--objectives"
     if len(names) < 2:
         raise RequestError(f"{where}: two or more names are needed, parted by commas; found {text!r}")
-    problems = []
+    problems = [f"{where}: {problem}" for problem in taken(names).values()]
     known = [*RULES, *_READY]
     for name in names:
         near = difflib.get_close_matches(name.casefold(), known, n=1, cutoff=_TYPO)

@@ -13,6 +13,7 @@ import inspect
 import pkgutil
 
 from moalign import methods
+from moalign.core import foreign
 from moalign.core.errors import RequestError, unknown
 from moalign.methods.base import Method
 
@@ -50,10 +51,13 @@ def get(name: str) -> Method:
     if name in _entry_points():
         point = _entry_points()[name]
         try:
-            return _checked(point.load(), name, point.value)
-        except (ImportError, AttributeError) as error:
+            with foreign.call():
+                return _checked(point.load(), name, point.value)
+        except (*foreign.STOPS, RequestError):
+            raise
+        except BaseException as error:
             raise RequestError(
-                f"method {name!r}: its entry point {point.value!r} cannot be loaded ({error})"
+                f"method {name!r}: its entry point {point.value!r} cannot be loaded ({foreign.described(error)})"
             ) from error
     raise unknown("method", name, names())
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from moalign.core.arrays import Matrix
 from moalign.core.errors import RequestError, WorkError
-from moalign.rewards.scorer import Scorer, build_scorers, digest
+from moalign.rewards.scorer import Scorer, ScorerFault, build_scorers, digest
 
 if TYPE_CHECKING:
     from moalign.config.objectives import ObjectiveSpec
@@ -26,10 +26,6 @@ if TYPE_CHECKING:
     from moalign.runs.meter import Meter
 
 Pair = tuple[str, str]
-
-
-class _Fault(Exception):
-    """A scorer's call that failed as a whole; the message says how."""
 
 
 class RewardPanel:
@@ -168,7 +164,7 @@ class _Column:
         """
         try:
             scores = self._call(rows)
-        except _Fault as fault:
+        except ScorerFault as fault:
             if len(rows) == 1:
                 raise self._error(f"{fault} for {self._shown(rows[0])}") from fault
             self._score(rows[: len(rows) // 2])
@@ -188,20 +184,22 @@ class _Column:
                 raise self._error(f"gave {value}, which is not a finite number, for {self._shown(row)}")
 
     def _call(self, rows: Sequence[int]) -> Matrix:
-        """Return the scorer's numbers for the texts of ``rows``; raises _Fault when the whole call failed."""
+        """Return the scorer's numbers for the texts of ``rows``; raises ScorerFault when the whole call failed."""
         prompts, responses = [self.pairs[row][0] for row in rows], [self.pairs[row][1] for row in rows]
         try:
             scores = np.asarray(self.scorer.score(prompts, responses))
-        except RequestError:
+        except (RequestError, ScorerFault):
             raise
         except Exception as error:
-            raise _Fault(f"raised {type(error).__name__}: {error}") from error
+            raise ScorerFault(f"raised {type(error).__name__}: {error}") from error
         if scores.shape != (len(rows),):
-            raise _Fault(f"gave scores of shape {list(scores.shape)} for {len(rows)} texts; [{len(rows)}] is needed")
+            raise ScorerFault(
+                f"gave scores of shape {list(scores.shape)} for {len(rows)} texts; [{len(rows)}] is needed"
+            )
         if scores.dtype == object and all(value is None or isinstance(value, (int, float)) for value in scores):
             scores = scores.astype(np.float64)
         if scores.dtype.kind not in "fiub":
-            raise _Fault(f"gave {type(scores[0]).__name__} instead of numbers")
+            raise ScorerFault(f"gave {type(scores[0]).__name__} instead of numbers")
         return scores.astype(np.float64)
 
     def _shown(self, row: int) -> str:

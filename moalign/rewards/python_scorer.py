@@ -12,15 +12,17 @@ import importlib.util
 import inspect
 import operator
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+import numpy as np
 
 from moalign.config.objectives import PythonObjective
+from moalign.core import foreign
 from moalign.core.errors import RequestError, did_you_mean
-from moalign.rewards.scorer import digest
+from moalign.rewards.scorer import ScorerFault, digest
 
 GROUP = "moalign.rewards"
 """The entry-point group in which installed packages offer reward functions."""
@@ -36,17 +38,28 @@ class PythonScorer:
         self.maximise = spec.maximise
         self.cheap = spec.store is False
         self.options: dict[str, Any] = dict(spec.options)
-        self.function = load_function(spec.function, base_dir, where)
-        _check_options(self.function, spec.function, self.options, where)
-        file = file_of(spec.function, base_dir)
+        with foreign.call():
+            self.function = load_function(spec.function, base_dir, where)
+            _check_options(self.function, spec.function, self.options, where)
+        self._called = spec.function
+        self._file = file = file_of(spec.function, base_dir)
         source = _source(self.function) if file is None else fingerprint(file)
         name = spec.function if file is None else Path(spec.function).name  # a moved file is the same file
         self.revision = f"python:{name}:{digest(self.options, spec.revision, source)}"
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Sequence[float]:
-        """Return what the callable gives, ``[samples]``; the panel checks length and values."""
-        scores: Sequence[float] = self.function(list(prompts), list(responses), **self.options)
-        return scores
+        """Return what the callable gives, ``[samples]``; the panel checks length and values.
+
+        Raises ScorerFault whatever the callable raises, a ``sys.exit()`` too.
+        """
+        with foreign.call():
+            try:
+                scores = np.asarray(self.function(list(prompts), list(responses), **self.options))
+            except (*foreign.STOPS, RequestError):
+                raise
+            except BaseException as error:
+                raise ScorerFault(f"{self._called} raised {foreign.described(error, self._file)}") from error
+        return cast("Sequence[float]", scores)
 
 
 def load_function(name: str, base_dir: Path, where: str) -> Callable[..., Any]:
@@ -94,12 +107,13 @@ def _from_path(name: str, base_dir: Path, where: str) -> Any:
     if not all(part.isidentifier() for part in [*([] if file else module_name.split(".")), *attribute.split(".")]):
         raise RequestError(f"{where}: function {name!r} is not of the form file.py:callable or package.module:callable")
     module = _import(module_name, base_dir, where) if file is None else _import_file(file, where)
-    try:
-        return operator.attrgetter(attribute)(module)
-    except AttributeError as error:
-        part = str(error.name)
-        near = did_you_mean(part, [key for key in dir(error.obj) if not key.startswith("_")])
-        raise RequestError(f"{where}: {module_name} has no {part!r} (function {name!r}){near}") from None
+    with _explained(f"{where}: looking up {name!r} failed", file):  # a module may compute what it holds
+        try:
+            return operator.attrgetter(attribute)(module)
+        except AttributeError as error:
+            part = str(error.name)
+            near = did_you_mean(part, [key for key in dir(error.obj) if not key.startswith("_")])
+            raise RequestError(f"{where}: {module_name} has no {part!r} (function {name!r}){near}") from None
 
 
 def _import(module_name: str, base_dir: Path, where: str) -> Any:
@@ -137,7 +151,7 @@ def _import_file(file: Path, where: str) -> Any:
     try:
         with _explained(f"{where}: running {file} failed", path):
             spec.loader.exec_module(module)
-    except RequestError:
+    except BaseException:
         del sys.modules[name]
         raise
     finally:
@@ -161,12 +175,10 @@ def _explained(what: str, path: Path | None = None) -> Iterator[None]:
     """Turn any exception into a RequestError: what failed and how, and in which line of ``path``."""
     try:
         yield
-    except RequestError:
+    except (*foreign.STOPS, RequestError):
         raise
-    except Exception as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-        line = f" (line {lines[-1]})" if lines else ""
-        raise RequestError(f"{what}: {type(error).__name__}: {error}{line}") from error
+    except BaseException as error:
+        raise RequestError(f"{what}: {foreign.described(error, path)}") from error
 
 
 def _check_options(function: Callable[..., Any], name: str, options: dict[str, Any], where: str) -> None:

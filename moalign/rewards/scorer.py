@@ -41,6 +41,10 @@ class Scorer(Protocol):
         """Gives one raw score per (bare prompt, response), in the order given; ``[samples]``."""
 
 
+class ScorerFault(Exception):
+    """A scorer's call that failed as a whole; the message goes on after "the scorer"."""
+
+
 @dataclass(frozen=True)
 class FunctionScorer:
     """A scorer made of a plain function ``(prompts, responses) -> scores``."""

@@ -135,7 +135,7 @@ class Run:
             except KeyboardInterrupt:
                 self.mark("interrupted")
                 raise
-            except Exception as error:
+            except BaseException as error:
                 self.mark("failed", error=f"{type(error).__name__}: {error}")
                 raise
             self.mark("done", meter=meter)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from moalign.core import foreign
 from moalign.core.errors import RequestError
 
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio", "mlflow": "mlflow"}
@@ -109,8 +110,11 @@ class Mirrors:
 
     def _try(self, name: str, work: Callable[..., Any], *arguments: Any) -> None:
         try:
-            work(*arguments)
-        except Exception as error:  # any error of a third-party library: a mirror must not end a run
+            with foreign.call():
+                work(*arguments)
+        except foreign.STOPS:
+            raise
+        except BaseException as error:  # any error of a third-party library: a mirror must not end a run
             self._open.pop(name, None)
-            message = " ".join(str(error).split())
-            self._warn(f"{name}: {type(error).__name__}: {message}; it is told no more, metrics.jsonl goes on")
+            message = " ".join(foreign.described(error).split())
+            self._warn(f"{name}: {message}; it is told no more, metrics.jsonl goes on")

@@ -191,17 +191,6 @@ def test_scores_are_shown_with_a_summary(moalign: Any, toys: None) -> None:
     assert "10 more rows" in ended.err
 
 
-def test_an_objective_may_be_called_as_a_column_is(moalign: Any, toys: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ["prompt", "response", "style.tone"]
-    scores = scoring.Scores("named", names, rows=1)
-    scores.keep(["a question"], ["an answer"], np.array([[1.0, 2.0, 3.0]]), np.array([[0.1, 0.2, 0.3]]))
-    scores.summary = {name: dict.fromkeys(("mean", "sd", "min", "max", "normalised_mean"), 0.0) for name in names}
-    monkeypatch.setattr("moalign.api.score_file", lambda *args, **settings: scores)
-    lines = [line.split() for line in moalign("score", "--task", "named", "--in", "in.jsonl").out.splitlines()]
-    assert ["prompt", "response", *names] in lines
-    assert ["a", "question", "an", "answer", "1.000", "(0.100)", "2.000", "(0.200)", "3.000", "(0.300)"] in lines
-
-
 def test_summary_and_columns_agree_with_the_scorer(moalign: Any, toys: None, monkeypatch: pytest.MonkeyPatch) -> None:
     import pandas as pd
 

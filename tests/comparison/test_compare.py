@@ -13,6 +13,7 @@ from moalign.comparison import jobs
 from moalign.comparison.compare import CompareRequest, compare
 from moalign.core.errors import RequestError, WorkError
 from moalign.evaluation import evaluate
+from moalign.methods import registry
 from tests.comparison.conftest import CARD, ask, by_label, respond
 
 pytestmark = pytest.mark.usefixtures("_toys")
@@ -185,6 +186,18 @@ def test_a_failed_evaluation_fails_its_row(card: str, results: Path, monkeypatch
     monkeypatch.setattr(evaluate, "respond", nan_for_bad)
     compared = ask(card, results)
     assert by_label(compared)["bad"]["error"] == "scorer helpfulness: sample 3: NaN" and compared.failed
+
+
+def test_a_method_that_exits_has_failed_and_the_others_go_on(
+    card: str, results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def leave(self: object, job: object) -> None:
+        raise SystemExit(0)
+
+    monkeypatch.setattr(type(registry.get("bad")), "train", leave)
+    compared = ask(card, results)
+    assert by_label(compared)["bad"]["error"] == "SystemExit: 0" and compared.failed
+    assert by_label(compared)["good"]["status"] == "done"
 
 
 def test_an_interruption_is_not_a_failure(card: str, results: Path, monkeypatch: pytest.MonkeyPatch) -> None:

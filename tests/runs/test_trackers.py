@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import random
 import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -147,6 +148,22 @@ def test_a_mirror_that_fails_is_named_once_and_left(folder: Path, fake: Callable
             mirrors.log(step, phase, metrics)
     assert said == ["wandb: ConnectionError: no network; it is told no more, metrics.jsonl goes on"]
     assert len(good.told) == 3 and good.closed and len(bad.told) == (3 if fails_at == "finish" else 0)
+
+
+def test_a_mirror_neither_ends_a_run_nor_changes_its_random_numbers(
+    folder: Path, fake: Callable[..., Fake], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def leave(values: object, step: object) -> None:
+        random.seed(1)
+        raise SystemExit(0)
+
+    said: list[str] = []
+    before = random.getstate()
+    monkeypatch.setattr(fake("TensorBoardTracker"), "log", leave)
+    with Mirrors(["tensorboard"], folder, {}, said.append) as mirrors:
+        mirrors.log(1, "offline", {"loss": 0.5})
+    assert said == ["tensorboard: SystemExit: 0; it is told no more, metrics.jsonl goes on"]
+    assert random.getstate() == before
 
 
 def test_no_trackers_no_folder_no_library(folder: Path) -> None:
