@@ -271,17 +271,14 @@ def test_a_missing_or_foreign_expert_is_refused(damaged: Run, make_lm: Any) -> N
         answers(damaged, [(0.5, 0.5)])
 
 
-def test_a_control_model_with_another_tokenizer_is_refused(ask: Ask, random_base: Path, tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
-
-    other = tmp_path / "other"
-    shutil.copytree(random_base, other)
-    tokenizer = AutoTokenizer.from_pretrained(other)
-    tokenizer.add_tokens(["extraordinary"])
-    tokenizer.save_pretrained(other)
-    made = ask(f'control={{"form": "folder", "model": "{other}"}}', results=tmp_path)
-    with pytest.raises(RequestError, match="its tokenizer is not the experts'"):
-        train(made)
+def test_what_is_in_a_control_folder_is_part_of_a_runs_identity(ask: Ask, random_base: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(random_base, tmp_path / "body")
+    setting = f'control={{"form": "folder", "model": "{folder}"}}'
+    before, again = ask(setting), ask(setting)
+    weights = load_file(folder / "model.safetensors")
+    save_file({key: 2 * value for key, value in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    assert before.folder == again.folder != ask(setting).folder
+    assert ask().identity.keys() == {"card", "config", "policy", "seed", "prefs"}
 
 
 def test_a_control_model_in_a_folder_is_trained_and_answers(ask: Ask, random_base: Path, tmp_path: Path) -> None:
