@@ -6,7 +6,7 @@ mixtures with a control model; then each in a process of its own for its peak me
 it is installed (``make llm``), on the real language model. Written beside this file: ``mixture.json`` and
 ``mixture.md``.
 
-    python results/bench/mixture.py [--repeats N] [--tokens N] [--only sandbox-3|assistant-3] [--out FOLDER]
+    python results/bench/mixture.py [--repeats N] [--tokens N] [--rows N] [--only sandbox-3|assistant-3] [--out FOLDER]
 """
 
 from __future__ import annotations
@@ -27,9 +27,13 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 TASKS = {"sandbox-3": "the sandbox's base", "assistant-3": "the real language model"}
-TOKENS = {"sandbox-3": 24, "assistant-3": 24}
+TOKENS = {"sandbox-3": 24, "assistant-3": 16}
 """Tokens of every answer."""
+REPEATS = {"sandbox-3": 9, "assistant-3": 2}
+"""Rounds of all works."""
 ROWS, EXPERTS = 32, 3
+MEMORY_ROWS = 8
+"""Rows of the works whose memory is measured."""
 SPREAD = 0.02
 """Standard deviation of the entries of the adapters' B, which an untrained adapter has at 0."""
 WORKS = {
@@ -49,7 +53,7 @@ PAPER = {"probability": 10.48, "logit": 13.25}
 class Bench:
     """A task's base with three random experts; ``work(kind)`` answers all prompts once."""
 
-    def __init__(self, task: str, tokens: int, results: Path) -> None:
+    def __init__(self, task: str, tokens: int, rows: int, results: Path) -> None:
         """Load the base of ``task``; adapters come with the first work that needs them."""
         import torch
 
@@ -60,14 +64,14 @@ class Bench:
         self.config, self.lora, renderer = made.config, made.recipe.policy.lora, made.task.renderer
         lm = made.task.language_model
         self.lm = replace(lm, end_ids=frozenset({-1}))
-        prompts = [made.task.prompts["train"][row % len(made.task.prompts["train"])] for row in range(ROWS)]
+        prompts = [made.task.prompts["train"][row % len(made.task.prompts["train"])] for row in range(rows)]
         torch.manual_seed(0)
-        self.weights = torch.distributions.Dirichlet(torch.ones(EXPERTS)).sample((ROWS,)).to(lm.device)
+        self.weights = torch.distributions.Dirichlet(torch.ones(EXPERTS)).sample((rows,)).to(lm.device)
         limit = made.card.generation.max_prompt_tokens
         self.bare = lm.encode([renderer.plain(prompt) for prompt in prompts], limit)
         wanted = zip(prompts, self.weights.tolist(), strict=True)
         self.with_preference = lm.encode([renderer.preference(prompt, w) for prompt, w in wanted], limit)
-        self.numbers = uniforms(0, range(ROWS), tokens)
+        self.numbers = uniforms(0, range(rows), tokens)
         self.names: list[str] = []
         self._kept: dict[str, Any] = {}
 
@@ -86,27 +90,28 @@ class Bench:
             self.names.append(name)
         self.lm.model.eval().requires_grad_(False)
 
-    def work(self, kind: str) -> None:
-        """Answer all prompts; what can be used again (stacked adapters, the control model) is made at the first."""
+    def work(self, kind: str, rows: int | None = None) -> None:
+        """Answer the first ``rows`` prompts; what serves again (stacked adapters, the control model) is made once."""
         from moalign.lm.adapters import merged
         from moalign.lm.mixture import Constant, Mixture
         from moalign.lm.sampler import NextToken, sample
         from moalign.policies.controlled import source
 
+        bare, numbers, weights = self.bare[:rows], self.numbers[:rows], self.weights[:rows]
         self.attach(1 if kind == "single" else EXPERTS)
         if kind in ("single", "singles"):
             for name in self.names[: 1 if kind == "single" else EXPERTS]:
                 self.lm.model.set_adapter(name)
                 with merged(self.lm):
-                    sample(self.lm, self.bare, self.numbers)
+                    sample(self.lm, bare, numbers)
         elif kind in ("probability", "logit"):
-            mixture = Mixture(NextToken(self.together), EXPERTS, Constant(self.weights), kind)  # type: ignore[arg-type]
-            sample(self.lm, self.bare, self.numbers, source=mixture)
+            mixture = Mixture(NextToken(self.together), EXPERTS, Constant(weights), kind)  # type: ignore[arg-type]
+            sample(self.lm, bare, numbers, source=mixture)
         else:
             control = self.control(kind)
             control.activate()
-            mixture = source(control, self.together, "probability", self.bare, self.weights)
-            sample(self.lm, self.with_preference, self.numbers, source=mixture)
+            mixture = source(control, self.together, "probability", bare, weights)
+            sample(self.lm, self.with_preference[:rows], numbers, source=mixture)
 
     @property
     def together(self) -> Any:
@@ -141,21 +146,18 @@ class Bench:
         return {
             "adapter": in_adapter,
             "side by side": folded if small else in_adapter,
-            "cache": ROWS * length * config.num_hidden_layers * 2 * config.num_key_value_heads * head * width,
-            "logits": ROWS * config.vocab_size * 4,
+            "cache": len(self.bare) * length * config.num_hidden_layers * 2 * config.num_key_value_heads * head * width,
+            "logits": len(self.bare) * config.vocab_size * 4,
         }
 
 
-def seconds(task: str, tokens: int, repeats: int) -> dict[str, Any]:
+def seconds(task: str, tokens: int, rows: int, repeats: int) -> dict[str, Any]:
     """Return medians of each work's seconds, and of the ratios within a round, which the load touches alike."""
     with tempfile.TemporaryDirectory() as results:
-        bench = Bench(task, tokens, Path(results))
+        bench = Bench(task, tokens, rows, Path(results))
         kinds = [kind for kind in WORKS if kind != "single"]
-        whole = bench.numbers
-        bench.numbers = whole[:, :2]
-        for kind in kinds:  # warms the allocator, stacks the adapters, makes the control models
-            bench.work(kind)
-        bench.numbers = whole
+        for kind in kinds:  # stacks the adapters, makes the control models
+            bench.work(kind, 2)
         times: dict[str, list[float]] = {kind: [] for kind in kinds}
         for _ in range(repeats):
             for kind in kinds:
@@ -166,6 +168,7 @@ def seconds(task: str, tokens: int, repeats: int) -> dict[str, Any]:
         return round(statistics.median(numerator / denominator for numerator, denominator in pairs), 3)
 
     return {
+        "rows": rows,
         "tokens": tokens,
         "prompt_tokens": {"experts": max(map(len, bench.bare)), "control": max(map(len, bench.with_preference))},
         "parameters": _parameters(bench),
@@ -179,7 +182,8 @@ def seconds(task: str, tokens: int, repeats: int) -> dict[str, Any]:
 
 def _parameters(bench: Bench) -> dict[str, int]:
     base = sum(value.numel() for key, value in bench.lm.model.named_parameters() if "lora_" not in key)
-    return {"base": base, **{form: sum(v.numel() for v in bench.control(form).trainable()) for form in ("small", "adapter")}}
+    small, adapter = (sum(v.numel() for v in bench.control(form).trainable()) for form in ("small", "adapter"))
+    return {"base": base, "small": small, "adapter": adapter}
 
 
 def _timed(work: Callable[[], object]) -> float:
@@ -210,7 +214,7 @@ def memory(task: str, tokens: int) -> dict[str, Any] | None:
 def inside_memory(task: str, kind: str, tokens: int) -> dict[str, Any]:
     """Return the growth of this process's peak while it answers."""
     with tempfile.TemporaryDirectory() as results:
-        bench = Bench(task, tokens, Path(results))
+        bench = Bench(task, tokens, MEMORY_ROWS, Path(results))
         by_hand = bench.by_hand()  # attaches an expert: peft wraps the base, which is no part of the answer's memory
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
@@ -233,9 +237,9 @@ def page(record: dict[str, Any]) -> str:
     lines = [
         "# What a mixture costs",
         "",
-        "Made by `python results/bench/mixture.py`. 32 prompts at once, three random LoRA adapters on one base, answers",
-        "of equal length (ends switched off), sampled at temperature 1; the works take turns in one process, so that",
-        "ratios hold on a busy machine where seconds do not.",
+        "Made by `python results/bench/mixture.py`. Three random LoRA adapters on one base, answers of equal length",
+        "(ends switched off), sampled at temperature 1; the works take turns in one process, so that ratios hold on a",
+        "busy machine where seconds do not.",
         f"Machine: {here['cpu']}, {here['cores']} cores, Python {here['python']}, torch {here['packages']['torch']}, "
         f"measured {here['measured']}, load before {here['load_before'][0]}.",
     ]
@@ -252,7 +256,7 @@ def _section(task: str, numbers: dict[str, Any]) -> list[str]:
         f"(the control model's: {read['control']}), answers of {numbers['tokens']}; medians of {numbers['repeats']}.",
         f"Control models: small {size['small']:,} parameters, adapter {size['adapter']:,}.",
         "",
-        "| answered by | seconds for 32 rows | over the experts one after another | promised |",
+        f"| answered by | seconds for {numbers['rows']} rows | over the experts one after another | promised |",
         "|---|---:|---:|---:|",
     ]
     for kind, value in numbers["seconds"].items():
@@ -278,34 +282,34 @@ def _memory(numbers: dict[str, Any]) -> list[str]:
     measured = ", ".join(f"{kind} {mib(value)}" for kind, value in beyond.items())
     return [
         "",
-        f"Peak memory beyond that of one expert, MiB (each in a process of its own): {measured}. By hand, adapters and",
-        f"caches: two more adapters ({mib(hand['adapter'])} each), two more caches ({mib(hand['cache'])} each) and three",
-        f"stacked copies ({mib(hand['side by side'])} each): {mib(numbers['adapters_and_caches'])}. The rest passes with",
-        f"each read: activations, and logits of {mib(hand['logits'])} an expert in each of a few arrays.",
+        f"Peak memory beyond that of one expert, MiB ({MEMORY_ROWS} rows, each in a process of its own): {measured}.",
+        f"By hand, adapters and caches: {mib(numbers['adapters_and_caches'])}, of which two more adapters "
+        f"({mib(hand['adapter'])} each), two more caches ({mib(hand['cache'])} each) and three stacked copies "
+        f"({mib(hand['side by side'])} each).",
+        f"The rest passes with each read: activations, and logits of {mib(hand['logits'])} an expert in a few arrays.",
     ]
 
 
 def _beside_the_paper(tasks: dict[str, Any]) -> list[str]:
-    ours = [
-        f"{name}: {numbers['seconds']['small']:.2f} s against {numbers['seconds']['logit']:.2f} s (ratio "
-        f"{numbers['seconds']['small'] / numbers['seconds']['logit']:.2f}), answers of {numbers['tokens']} tokens"
-        for name, numbers in tasks.items()
-        if "seconds" in numbers
-    ]
+    ours = []
+    for name, numbers in tasks.items():
+        if "seconds" in numbers:
+            pcm, static = numbers["seconds"]["small"], numbers["seconds"]["logit"]
+            how = f"{numbers['rows']} rows at once, answers of {numbers['tokens']} tokens"
+            ours.append(f"{name} {pcm:.2f} s against {static:.2f} s (ratio {pcm / static:.2f}; {how})")
     return [
         "## Beside the paper",
         "",
         f"arXiv 2407.04181 reports {PAPER['probability']} s a request for PCM against {PAPER['logit']} s for the rival "
         f"that mixes in logit space, at 32 requests at once (ratio {PAPER['probability'] / PAPER['logit']:.2f}).",
-        "Ours, PCM with the small control model against the static mixture in logit space, 32 rows at once: "
-        f"{'; '.join(ours)}.",
-        "Seconds cannot be compared: the paper's experts are whole models of 7 billion parameters on GPUs, with longer",
-        "answers, and its rival is another method's code; ours are adapters of one small base on a CPU, and both",
+        f"Ours, PCM with the small control model against the static mixture in logit space: {'; '.join(ours)}.",
+        "Seconds cannot be compared: the paper's experts are whole models of billions of parameters on GPUs, with",
+        "longer answers, and its rival is another method's code; ours are adapters of one small base on a CPU, and both",
         "mixtures share all code but the sum, which the control model's own work makes the slower one here.",
     ]
 
 
-def measure(task: str, tokens: int | None, repeats: int) -> dict[str, Any]:
+def measure(task: str, tokens: int | None, rows: int, repeats: int | None) -> dict[str, Any]:
     """Return one task's numbers, or why there are none."""
     from moalign.lm import builtin
 
@@ -313,13 +317,14 @@ def measure(task: str, tokens: int | None, repeats: int) -> dict[str, Any]:
     if task == "assistant-3" and builtin.converted(model) is None and builtin.installed(model) is None:
         return {"left_out": f"the model is not installed: {builtin.MODELS[model].command}"}
     count = tokens or TOKENS[task]
-    return {**seconds(task, count, repeats), "memory": memory(task, count)}
+    return {**seconds(task, count, rows, repeats or REPEATS[task]), "memory": memory(task, count)}
 
 
 def main() -> None:
     """Measure and write both files."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=3, help="rounds of all works")
+    parser.add_argument("--repeats", type=int, help="rounds of all works; else the task's number")
+    parser.add_argument("--rows", type=int, default=ROWS, help="prompts at once")
     parser.add_argument("--tokens", type=int, help="tokens of every answer; else the task's number")
     parser.add_argument("--only", choices=list(TASKS), help="one task")
     parser.add_argument("--out", type=Path, default=HERE, help="where mixture.json and mixture.md are written")
@@ -334,7 +339,7 @@ def main() -> None:
     record: dict[str, Any] = {"machine": machine(), "tasks": {}}
     for task in [options.only] if options.only else TASKS:
         started = time.perf_counter()
-        record["tasks"][task] = measure(task, options.tokens, options.repeats)
+        record["tasks"][task] = measure(task, options.tokens, options.rows, options.repeats)
         print(f"{task}: {time.perf_counter() - started:.0f} s", file=sys.stderr)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "mixture.json").write_text(json.dumps(record, indent=2) + "\n")

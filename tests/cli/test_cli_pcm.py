@@ -1,4 +1,4 @@
-"""PCM as typed: whatever is wrong with its experts, its control model or the request ends in one message, exit code 2."""
+"""PCM as typed: what is wrong with experts, control model or request ends in one message, exit code 2."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from moalign.lm import adapters
 from moalign.lm.mixture import Constant, Mixture, Space
 from moalign.lm.sampler import NextToken, generate
 from moalign.lm.side_by_side import SideBySide
-from moalign.methods import registry
+from moalign.methods import pcm, registry
 from moalign.methods.pcm import PHASE, base_scores, gains
 from moalign.policies.controlled import MixtureActor, mixture_in_training
 from moalign.policies.mixed import experts_on_model
@@ -232,6 +232,25 @@ def test_no_single_model_answers_like_it(trained: Run) -> None:
     method, context = context_of(trained, trained.path.parents[3])
     with pytest.raises(RequestError, match="2 experts and a control model"):
         method.policy(context, (0.5, 0.5)).generator.as_model()  # type: ignore[attr-defined]
+
+
+def test_combinations_unseen_in_training_are_judged_beside_the_seen(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moalign.evaluation.evaluate import evaluate
+
+    drawn: set[tuple[float, ...]] = set()
+
+    def look(rollout: Any, of_base: Any) -> Any:
+        drawn.update(map(tuple, rollout.preferences.tolist()))
+        return gains(rollout, of_base)
+
+    monkeypatch.setattr(pcm, "gains", look)
+    run, _ = train(ask(*LEARNS, "task.grid=5", "holdout=[[0.5, 0.5]]"))
+    seen = [(0.0, 1.0), (0.25, 0.75), (0.75, 0.25), (1.0, 0.0)]
+    assert drawn <= set(seen) and len(drawn) > 2
+    generalisation = evaluate(*context_of(run, run.path.parents[3])).result.generalisation
+    assert generalisation is not None
+    assert generalisation.trained.prefs == tuple(seen)
+    assert generalisation.held_out.prefs == ((0.5, 0.5),)
 
 
 # -- bad input -------------------------------------------------------------------------------------------------------
