@@ -203,8 +203,8 @@ def memory(task: str, tokens: int) -> dict[str, Any] | None:
         command = [sys.executable, str(Path(__file__).resolve()), "--memory", task, kind, "--tokens", str(tokens)]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "MALLOC_ARENA_MAX": "1"}
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-        told = json.loads(done.stdout)
-        grown[kind], by_hand = told["grown"], told["by_hand"]
+        measured = json.loads(done.stdout)
+        grown[kind], by_hand = measured["grown"], measured["by_hand"]
     each = by_hand["adapter"] + by_hand["cache"]
     expected = (EXPERTS - 1) * each + EXPERTS * by_hand["side by side"]
     return {"grown": grown, "by_hand": by_hand, "adapters_and_caches": expected}
