@@ -114,6 +114,15 @@ def test_the_page_of_times_is_made_of_its_record_and_promises_are_kept(monkeypat
     assert [row["name"] for row in promised if row["seconds"] > row["limit_seconds"]] == []
 
 
+@pytest.mark.skipif(not (RESULTS / "bench/mixture.json").is_file(), reason="mixtures have not been measured yet")
+def test_the_page_of_mixtures_is_made_of_its_record_and_promises_are_kept() -> None:
+    mixture, measured = script("bench/mixture.py"), record(RESULTS / "bench/mixture.json")
+    assert (RESULTS / "bench/mixture.md").read_text(encoding="utf-8") == mixture.page(measured)
+    for numbers in measured["tasks"].values():
+        assert max(numbers["ratio"][kind] for kind in ("probability", "logit")) <= mixture.GOALS["mixture"]
+    assert measured["tasks"]["assistant-3"]["control_share"]["small"] <= mixture.GOALS["control"]
+
+
 @pytest.mark.parametrize(
     ("heading", "task"),
     [

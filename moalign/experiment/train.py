@@ -27,8 +27,9 @@ from moalign.runs.meter import Meter
 from moalign.runs.run import Run
 from moalign.runs.store import RunStore
 from moalign.tasks.load import make_task
-from moalign.tasks.task import Task
+from moalign.tasks.task import Task, fingerprint
 from moalign.training.job import Job, RunContext
+from moalign.training.settings import NamesModels
 
 DEFAULT_TASK = "sandbox"
 
@@ -75,7 +76,12 @@ class Plan(ResolvedRequest):
             "seed": self.seed,
             "prefs": self.given,
         }
-        return {**identity, "holdout": self.holdout} if self.holdout else identity
+        if self.holdout:
+            identity["holdout"] = self.holdout
+        models = self.config.models if isinstance(self.config, NamesModels) else {}
+        if models:  # their content: another model in the same folder makes another run
+            identity["models"] = {name: fingerprint(model, None, name) for name, model in models.items()}
+        return identity
 
     @property
     def store(self) -> RunStore:

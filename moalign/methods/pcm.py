@@ -36,7 +36,7 @@ from moalign.core.preferences import Preference
 from moalign.methods.base import Capabilities
 from moalign.policies.control_spec import ControlSpec
 from moalign.training.job import Job, RunContext
-from moalign.training.settings import CostHints, DpoConfig, PpoConfig
+from moalign.training.settings import CostHints, DpoConfig, NamesModels, PpoConfig
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,7 +52,7 @@ BASE = "base_scores"
 """Name of the stage, and of its file, with the rewards of the base's own answers."""
 
 
-class Config(PpoConfig, CostHints):
+class Config(PpoConfig, CostHints, NamesModels):
     """Settings of PCM. Those of PPO serve ``trainer: ppo`` alone, those of the engine both trainers."""
 
     trainer: Literal["rebel", "ppo"] = "rebel"
@@ -90,6 +90,11 @@ class Config(PpoConfig, CostHints):
         """See :class:`~moalign.training.settings.CostHints`."""
         return {"experts"} if self.rl_experts is not None else set()
 
+    @property
+    def models(self) -> dict[str, str]:
+        """See :class:`~moalign.training.settings.NamesModels`."""
+        return {} if self.control.model is None else {"control.model": self.control.model}
+
     @classmethod
     def borrows(cls, given: Mapping[str, Any]) -> dict[str, str]:
         """The experts are those of ``mod`` on the task, unless they come from ``morlhf``."""
@@ -112,10 +117,13 @@ class Pcm:
 
     def train(self, job: Job) -> None:
         """Obtain the experts, answer with the base once, train the control model; resumes in the stage in flight."""
+        from moalign.policies.control import require_tokenizer
         from moalign.policies.controlled import mixture_in_training
         from moalign.training.experts import bring_experts, rl_settings
 
         config: Config = job.config
+        for model in config.models.values():  # now, and not when the experts have been trained
+            require_tokenizer(model, job.task.codec)
         if config.rl_experts is None:
             bring_experts(job, "modpo", config.experts.model_dump(mode="json"))
         else:

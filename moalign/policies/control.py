@@ -16,6 +16,7 @@ from transformers import DynamicCache
 
 from moalign.core.errors import RequestError
 from moalign.lm import adapters, language_model, loading, model_folder
+from moalign.lm.chat import Codec
 from moalign.lm.language_model import LanguageModel
 from moalign.policies.control_spec import ControlSpec
 
@@ -166,16 +167,21 @@ def _small(spec: ControlSpec) -> Any:
     return body
 
 
+def require_tokenizer(source: str, experts: Codec) -> None:
+    """Raise RequestError unless the tokenizer of the model ``source`` has the experts' tokens."""
+    own, theirs = language_model.load_codec(source).tokenizer.get_vocab(), experts.tokenizer.get_vocab()
+    if own != theirs:
+        raise RequestError(
+            f"control.model {source}: its tokenizer is not the experts' ({len(own)} tokens, {experts.source} has "
+            f"{len(theirs)}); the control model reads the experts' tokens"
+        )
+
+
 def _read(source: str, lm: LanguageModel) -> Any:
     from transformers import AutoModelForCausalLM
 
     where = f"control.model {source}"
-    codec = language_model.load_codec(source)
-    if codec.tokenizer.get_vocab() != lm.tokenizer.get_vocab():
-        raise RequestError(
-            f"{where}: its tokenizer is not the experts' ({len(codec.tokenizer.get_vocab())} tokens, {lm.source} has "
-            f"{len(lm.tokenizer.get_vocab())}); the control model reads the experts' tokens"
-        )
+    require_tokenizer(source, lm.codec)
     path = model_folder.resolve(source, None, where)
     with loading.explained(where, path):
         return loading.from_folder(AutoModelForCausalLM, path, where, dtype=torch.float32).base_model

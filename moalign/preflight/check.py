@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from moalign.config import find, load, validate, yaml_lines
@@ -16,9 +17,10 @@ from moalign.core.errors import RequestError
 from moalign.lm import architecture
 from moalign.methods import registry
 from moalign.methods.base import Method
-from moalign.preflight.inputs import check_inputs, is_local
+from moalign.preflight.inputs import check_inputs, is_local, named_model
 from moalign.preflight.report import Preflight
 from moalign.preflight.sizes import check_sizes
+from moalign.training.settings import NamesModels
 
 
 def check(name_or_path: str, overrides: Sequence[str] = (), results: Path = Path("results")) -> Preflight:
@@ -39,6 +41,9 @@ def check(name_or_path: str, overrides: Sequence[str] = (), results: Path = Path
             trains = registry.get(resolved.recipe.method).capabilities.trains
             lora = resolved.recipe.policy.lora if trains else None
             report.look("policy", lambda: architecture.examine(model, "task.model", lora))
+        if isinstance(resolved.config, NamesModels):
+            for name, named in resolved.config.models.items():
+                report.look(name, partial(named_model, report, name, named))
         check_sizes(report, resolved, model)
         return report
     card, with_options = _card_alone(path, overrides)

@@ -13,7 +13,7 @@ from moalign.core.errors import RequestError
 from moalign.lm import builtin
 from moalign.preflight.report import Preflight
 from moalign.tasks.load import make_task
-from moalign.tasks.task import Task
+from moalign.tasks.task import Task, fingerprint
 
 FAR = 0.5
 """A fitted mean is far from a published one beyond this share of its standard deviation."""
@@ -115,6 +115,13 @@ def _check_model(report: Preflight, card: TaskCard) -> Path | None:
         report.add("model", f"{card.model}: whole safetensors weights, content {content}")
         return folder
     return None
+
+
+def named_model(report: Preflight, where: str, model: str) -> str:
+    """Return what is known of a model that the setting ``where`` names; nothing is downloaded."""
+    if not is_local(model):
+        return _in_cache(report, model, None, where)[0]
+    return f"{model}: whole safetensors weights, content {fingerprint(model, None, where)}"
 
 
 # -- data and splits -----------------------------------------------------------------------------------------------

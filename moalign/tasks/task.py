@@ -42,11 +42,10 @@ SHORT = "short.json"
 """File of the number of tokens below which a response is short."""
 
 
-def fingerprint(model: str, revision: str | None) -> str:
-    """Return the content fingerprint of a policy's model, checked; needs no torch."""
+def fingerprint(model: str, revision: str | None, where: str = "task.model") -> str:
+    """Return the content fingerprint of a language model that the setting ``where`` names, checked; needs no torch."""
     from moalign.lm import model_folder
 
-    where = "task.model"
     return model_folder.fingerprint(model_folder.resolve(model, revision, where), where)
 
 

@@ -71,6 +71,18 @@ class CostHints(Strict):
         return False
 
 
+class NamesModels(Strict):
+    """Mixed into the settings of methods that read models beside the task's: their content is part of a run's identity.
+
+    ``moalign check`` looks for them.
+    """
+
+    @property
+    def models(self) -> dict[str, str]:
+        """Return the models that these settings name, by setting: a folder or a hub id."""
+        return {}
+
+
 class WarmStart(CostHints):
     """Mixed into the settings of methods whose policy reads its preference from the prompt."""
 

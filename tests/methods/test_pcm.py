@@ -24,7 +24,7 @@ from moalign.lm import adapters
 from moalign.lm.mixture import Constant, Mixture, Space
 from moalign.lm.sampler import NextToken, generate
 from moalign.lm.side_by_side import SideBySide
-from moalign.methods import registry
+from moalign.methods import pcm, registry
 from moalign.methods.pcm import PHASE, base_scores, gains
 from moalign.policies.controlled import MixtureActor, mixture_in_training
 from moalign.policies.mixed import experts_on_model
@@ -234,6 +234,25 @@ def test_no_single_model_answers_like_it(trained: Run) -> None:
         method.policy(context, (0.5, 0.5)).generator.as_model()  # type: ignore[attr-defined]
 
 
+def test_combinations_unseen_in_training_are_judged_beside_the_seen(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moalign.evaluation.evaluate import evaluate
+
+    drawn: set[tuple[float, ...]] = set()
+
+    def look(rollout: Any, of_base: Any) -> Any:
+        drawn.update(map(tuple, rollout.preferences.tolist()))
+        return gains(rollout, of_base)
+
+    monkeypatch.setattr(pcm, "gains", look)
+    run, _ = train(ask(*LEARNS, "task.grid=5", "holdout=[[0.5, 0.5]]"))
+    seen = [(0.0, 1.0), (0.25, 0.75), (0.75, 0.25), (1.0, 0.0)]
+    assert drawn <= set(seen) and len(drawn) > 2
+    generalisation = evaluate(*context_of(run, run.path.parents[3])).result.generalisation
+    assert generalisation is not None
+    assert generalisation.trained.prefs == tuple(seen)
+    assert generalisation.held_out.prefs == ((0.5, 0.5),)
+
+
 # -- bad input -------------------------------------------------------------------------------------------------------
 
 
@@ -271,17 +290,14 @@ def test_a_missing_or_foreign_expert_is_refused(damaged: Run, make_lm: Any) -> N
         answers(damaged, [(0.5, 0.5)])
 
 
-def test_a_control_model_with_another_tokenizer_is_refused(ask: Ask, random_base: Path, tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
-
-    other = tmp_path / "other"
-    shutil.copytree(random_base, other)
-    tokenizer = AutoTokenizer.from_pretrained(other)
-    tokenizer.add_tokens(["extraordinary"])
-    tokenizer.save_pretrained(other)
-    made = ask(f'control={{"form": "folder", "model": "{other}"}}', results=tmp_path)
-    with pytest.raises(RequestError, match="its tokenizer is not the experts'"):
-        train(made)
+def test_what_is_in_a_control_folder_is_part_of_a_runs_identity(ask: Ask, random_base: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(random_base, tmp_path / "body")
+    setting = f'control={{"form": "folder", "model": "{folder}"}}'
+    before, again = ask(setting), ask(setting)
+    weights = load_file(folder / "model.safetensors")
+    save_file({key: 2 * value for key, value in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    assert before.folder == again.folder != ask(setting).folder
+    assert ask().identity.keys() == {"card", "config", "policy", "seed", "prefs"}
 
 
 def test_a_control_model_in_a_folder_is_trained_and_answers(ask: Ask, random_base: Path, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def lines(run: Run) -> list[dict[str, Any]]:
 
 
 def assert_same_run(run: Run, whole: Run) -> None:
-    kept = [*whole.path.glob("adapter*/*"), *whole.path.glob("value_heads*")]
+    kept = [path for pattern in ("adapter*/*", "value_heads*", "control*") for path in whole.path.glob(pattern)]
     assert {path.name for path in kept} >= {"adapter_model.safetensors", "adapter_config.json"}
     for path in kept:
         assert (run.path / path.relative_to(whole.path)).read_bytes() == path.read_bytes()
@@ -166,6 +166,16 @@ LONG_SETTINGS = {
     ),
     "mo-odpo": ("steps=120", "batch=4", "samples=2", "lr=0.002", "log_every=20", "checkpoint_every=20"),
     "moc": ("steps=120", "batch=4", "groups=2", "lr=0.002", "log_every=20", "checkpoint_every=20"),
+    "pcm": (
+        "steps=40",
+        "batch=4",
+        "lr=0.002",
+        "log_every=10",
+        "checkpoint_every=10",
+        "control={width: 16, layers: 1}",
+        "experts={steps: 40, batch: 4, max_tokens: 48, per_prompt: 1, log_every: 10, checkpoint_every: 10}",
+        "task.generation.batch_size=8",
+    ),
 }
 
 
@@ -202,8 +212,8 @@ def checkpoint(results: Path, phase: str) -> Callable[[], bool]:
     return lambda: bool(list(results.glob(f"runs/*/*/*/checkpoints/{phase}/step-*/state.json")))
 
 
-def only_run(results: Path) -> Run:
-    (path,) = results.glob("runs/*/*/*")
+def only_run(results: Path, method: str = "*") -> Run:
+    (path,) = results.glob(f"runs/*/{method}/*")
     return Run.load(path)
 
 
@@ -212,7 +222,7 @@ def finish(method: str, task: tuple[str, ...], results: Path) -> Run:
     out, err = process.communicate()
     assert process.returncode == 0, err[-2000:]
     assert json.loads(out)["status"] == "done"
-    return only_run(results)
+    return only_run(results, method)
 
 
 @pytest.mark.slow
@@ -233,3 +243,16 @@ def test_ric_survives_kill_9_in_every_stage(small_task: tuple[str, ...], tmp_pat
     kill_when(start("ric", small_task, killed), checkpoint(killed, "round-1"))
     assert set(only_run(killed).record.phases) == {"offline", "sampling-1"}
     assert_same_run(finish("ric", small_task, killed), finish("ric", small_task, whole))
+
+
+@pytest.mark.slow
+def test_pcm_survives_kill_9_in_every_stage(small_task: tuple[str, ...], tmp_path: Path) -> None:
+    """While its experts are trained, while the base answers, while the control model is trained."""
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    kill_when(start("pcm", small_task, killed), checkpoint(killed, "pref-1"))
+    assert only_run(killed, "modpo").status == only_run(killed, "pcm").status == "interrupted"
+    kill_when(start("pcm", small_task, killed), lambda: "experts" in only_run(killed, "pcm").record.phases)
+    assert set(only_run(killed, "pcm").record.phases) == {"experts"}  # the base was to answer
+    kill_when(start("pcm", small_task, killed), checkpoint(killed, "control"))
+    assert set(only_run(killed, "pcm").record.phases) == {"experts", "base_scores"}
+    assert_same_run(finish("pcm", small_task, killed), finish("pcm", small_task, whole))
