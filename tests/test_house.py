@@ -197,6 +197,7 @@ BESIDE = {
     "training.actor",  # what samples and scores: the adapter and its reference, or a control model of experts
     "training.callbacks",  # order of rows, optimizer, log, checkpoints of trl's trainers
     "training.checkpoints",
+    "training.constant_rewards",  # a warning
     "training.diagnostics",  # means of the log's last lines
     "training.distil",  # a stage before, off by default
     "training.dropout",

@@ -69,6 +69,7 @@ def show_summary(result: EvalResult, short: bool = False) -> None:
             rows.append(("KL to base", _moved(result)))
         if result.overlong:
             rows.append(("prompts", overlong(result.overlong)))
+    rows += [("warning", text) for text in result.warnings or ()]
     output.pairs(rows)
 
 

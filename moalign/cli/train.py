@@ -169,7 +169,7 @@ def _planned(plan: Plan) -> tuple[dict[str, Any], list[tuple[str, str]]]:
 
 def _json(run: RunHandle) -> dict[str, Any]:
     record, evaluation = run.record, run.evaluation
-    kept = "objectives points hypervolume hypervolume_ci ref optimal_share optimal_share_ci indicators quality overlong"
+    kept = "objectives points hypervolume hypervolume_ci ref optimal_share optimal_share_ci indicators quality"
     content = None if evaluation is None else evaluation.content
     return {
         "run": str(run.path),
@@ -183,7 +183,9 @@ def _json(run: RunHandle) -> dict[str, Any]:
         "found": run.reused,
         "card_hash": record.card_hash,
         "notes": record.notes,
-        "evaluation": None if content is None else {key: content[key] for key in kept.split() if key in content},
+        "evaluation": None
+        if content is None
+        else {key: content[key] for key in [*kept.split(), "overlong", "warnings"] if key in content},
     }
 
 
@@ -197,6 +199,7 @@ def _show(run: RunHandle, results: Path) -> None:
     rows = [("run", str(run.path)), ("cost", cost_of(record))]
     if record.notes.get("overlong") and evaluation is None:  # the evaluation tells it, too
         rows.append(("prompts", overlong(record.notes["overlong"])))
+    rows += [("warning", text) for text in record.notes.get("warnings", ()) if evaluation is None]
     output.pairs(rows)
     output.line()
     shown = example(len(run.objectives))

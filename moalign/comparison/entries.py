@@ -24,7 +24,8 @@ def entries_of(runs: Sequence[ComparedRun]) -> list[EntryRuns]:
                 cost = {**record.cost.model_dump(), "seconds": record.seconds}
                 diagnostics = record.notes.get("diagnostics") or {}
                 learned = figures.condense(run.run.metrics())
-                finished.append(SeedResult(run.seed, run.evaluation, cost, diagnostics, learned))
+                warnings = record.notes.get("warnings") or []
+                finished.append(SeedResult(run.seed, run.evaluation, cost, diagnostics, learned, warnings))
         method, summaries = group[0].method, [run.summary for run in group]
         entries.append(EntryRuns(label, method.name, summaries, finished, seeded=method.capabilities.trains))
     return entries

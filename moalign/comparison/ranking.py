@@ -51,6 +51,8 @@ class SeedResult:
     """Of training, by the method's own names."""
     curves: dict[str, list[list[float]]] = field(default_factory=dict)
     """Learning curves (:func:`moalign.report.figures.condense`)."""
+    warnings: Sequence[str] = ()
+    """Of training."""
 
     @property
     def means(self) -> Matrix:
@@ -181,6 +183,7 @@ def _entry(group: EntryRuns, judged: Sequence[EntryRuns], samples: Matrix, draws
             }
         ),
         diagnostics=_diagnostics(group),
+        warnings=list(dict.fromkeys(text for run in group.finished for text in run.warnings)),
         generalisation=_generalisation(results),
         gap=_mean_if_known([result.gap for result in results]),
         curves=[run.curves for run in group.finished],

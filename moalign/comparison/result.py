@@ -86,6 +86,8 @@ class Entry(Content):
     quality: Quality | None = None
     diagnostics: dict[str, float] = Field(default_factory=dict)
     """Of training, by the method's own names."""
+    warnings: list[str] = Field(default_factory=list)
+    """Of the trainings."""
     generalisation: dict[str, HeldOutSummary] | None = None
     """``trained`` and ``held_out``, where preferences were held out of training."""
     gap: float | None = None

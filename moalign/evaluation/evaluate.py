@@ -40,6 +40,7 @@ from moalign.lm import quality
 from moalign.methods.base import Method
 from moalign.pareto import front, indicators, statistics
 from moalign.pareto.hypervolume import hypervolume
+from moalign.report import verdict
 from moalign.tasks.responses import columns
 from moalign.tasks.task import Task
 from moalign.training.job import RunContext
@@ -126,6 +127,8 @@ def evaluate(
     held = held_out(context)
     separate = bool(held) and not all(_has(held, w) for w in preferences)
     collapse = quality.collapse_report(context.task.tokens(table["response"].tolist()), context.task.short_below)
+    judged = Quality(**collapse, **_mean_divergence(divergences))
+    warnings = [*context.run.record.notes.get("warnings", ()), *verdict.cautions(judged.content)]
     result = EvalResult(
         run=str(context.run.path),
         run_id=context.run.record.run_id,
@@ -136,7 +139,7 @@ def evaluate(
         objectives=tuple(context.task.names),
         **dict(judgement),
         samples=samples,
-        quality=Quality(**collapse, **_mean_divergence(divergences)),
+        quality=judged,
         cost=AnsweringCost(**cost, seconds=round(time.monotonic() - started, 3)),
         proxy_reward=proxy,
         gap=None if proxy is None else proxy.hypervolume - judgement.hypervolume,
@@ -144,6 +147,7 @@ def evaluate(
         generalisation=_generalisation(method, context, preferences, scores, held, progress, samples)
         if separate
         else None,
+        warnings=tuple(warnings) or None,
     )
     from moalign.runs import atomic
 

@@ -242,6 +242,7 @@ class EvalResult(Judgement, EvaluatedRun):
         "gap",
         "overlong",
         "generalisation",
+        "warnings",
     )
     """Keys that are left out where there is nothing to say."""
     REMEDY: ClassVar[str] = "remove it and evaluate again: moalign eval {folder}"
@@ -258,6 +259,8 @@ class EvalResult(Judgement, EvaluatedRun):
     """How many prompts were cut or dropped, where any was."""
     generalisation: Generalisation | None = None
     """Where preferences were held out of training."""
+    warnings: tuple[str, ...] | None = None
+    """What speaks against the numbers, of training and of the responses, where anything does."""
 
     @property
     def content(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from moalign.lm.loading import quiet
@@ -23,11 +23,22 @@ def checkpointing_option() -> str:
     return "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
 
 
-def run_trainer(trainer: Any) -> None:
-    """Train without the library's own printing."""
+def run_trainer(trainer: Any, watch: Callable[[str, float], Any]) -> None:
+    """Train without the library's own printing.
+
+    ``watch("gradient norm", norm)`` is called before every update; what it raises ends the training.
+    """
     from transformers import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
+    clip = trainer.accelerator.clip_grad_norm_  # no callback is given the norm, and the log has that of some steps only
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        norm = clip(*arguments, **options)
+        watch("gradient norm", float(norm))
+        return norm
+
+    trainer.accelerator.clip_grad_norm_ = watched
     trainer.train()
 
 

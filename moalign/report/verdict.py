@@ -11,6 +11,15 @@ from moalign.report.units import interval, number, percent, signed
 COLLAPSED = 0.05
 """Share of collapsed responses at which a row gets a warning."""
 
+KL_PER_TOKEN = 3.0
+"""Nats of KL to base for each token of a response above which a row gets a warning.
+
+The KL is at most the cross entropy: above this the base finds the responses as hard to foresee as with a perplexity of
+e^3 = 20 or more, token by token. That is about what text of its own kind costs a small language model, and responses
+that the policy has learnt to give should be far likelier. (Policies of the published comparisons that answer in the
+base's language are at .03 to 1.8, those that left it at 3.9 and 4.2.)
+"""
+
 
 def lead_over_each(record: Row, label: str | None = None, key: str | None = None) -> list[dict[str, Any]]:
     """Return every pair that ``label`` (the first-ranked row) is in, as its lead over the ``other``.
@@ -50,10 +59,7 @@ def sentences(record: Row) -> list[str]:
         orders = "; ".join(f"{b} before {a}" for a, b in sensitivity["flipped"])
         lines.append(f"The ranking depends on the reference point: at ({ref}) it is {orders}.")
     lines += [
-        f"{row['label']}: {percent(row['quality']['rate'])} of its responses are collapsed "
-        "(short, repetitive or looping); read some before trusting its hypervolume."
-        for row in rows
-        if row["quality"]["rate"] >= COLLAPSED
+        f"{row['label']}: {text}." for row in rows for text in [*cautions(row["quality"]), *row.get("warnings", ())]
     ]
     own = [row["label"] for row in rows if row["own_preferences"]]
     if own:
@@ -65,6 +71,19 @@ def sentences(record: Row) -> list[str]:
     if len(different) > 1:
         lines.append(f"Trained on different machines ({'; '.join(different)}): times of training cannot be compared.")
     return lines
+
+
+def cautions(quality: Row) -> list[str]:
+    """Return what a row's quality warns of: collapsed responses, and a policy that has left the base's language."""
+    texts, kl, length = [], quality.get("kl"), max(1.0, float(quality["mean_length"]))
+    if quality["rate"] >= COLLAPSED:
+        texts.append(f"{percent(quality['rate'])} of its responses are collapsed (short, repetitive or looping)")
+    if kl is not None and not quality.get("kl_bound") and kl > KL_PER_TOKEN * length:
+        texts.append(
+            f"its KL to base is {number(kl / length, 1)} nats per token (above {KL_PER_TOKEN:g}): the base would "
+            "hardly ever give its responses"
+        )
+    return [f"{text}; read some before trusting its hypervolume" for text in texts]
 
 
 def _outcome(record: Row, rows: Sequence[Row]) -> str:

@@ -9,7 +9,6 @@ weights and optimizer as they were: the result equals the uninterrupted run's bi
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
@@ -20,11 +19,12 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trai
 from trl import RewardConfig, RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
-from moalign.core.errors import RequestError, WorkError
+from moalign.core.errors import RequestError
 from moalign.core.progress import Progress
 from moalign.core.schedule import factor
 from moalign.core.seeds import derive
 from moalign.lm import model_folder
+from moalign.lm.finite import FiniteCheck
 from moalign.lm.language_model import set_threads
 from moalign.lm.optimizer_state import pack_optimizer, unpack_optimizer
 from moalign.lm.trainers import checkpointing_option, run_trainer
@@ -149,7 +149,8 @@ def _fit(job: RewardJob, model: Any, tokenizer: Any, encoder: RowEncoder) -> Any
     loop.restore()
     loop.rows = [rows[at] for at in order[loop.start * settings.batch :].tolist()]
     if loop.rows:
-        run_trainer(make_trainer(loop, model, tokenizer))
+        run_trainer(make_trainer(loop, model, tokenizer), loop.check.number)
+        loop.check.weights({"model": loop.trained})
     return model.merge_and_unload() if settings.lora is not None else model
 
 
@@ -264,6 +265,7 @@ class TrainingLoop(TrainerCallback):  # type: ignore[misc]
         """Steps done before this process began."""
         self.trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=settings.lr, weight_decay=settings.weight_decay)
+        self.check = FiniteCheck(job.run.record.method, PHASE, settings.lr, settings.clip)
         more = settings.loss == "more"
         self.balancer = Balancer(groups, settings.normalise_gradients, settings.momentum) if more else None
 
@@ -284,7 +286,8 @@ class TrainingLoop(TrainerCallback):  # type: ignore[misc]
         self.start = checkpoint.step
 
     def save(self, step: int) -> None:
-        """Write a checkpoint."""
+        """Write a checkpoint; raises WorkError for weights that are not finite."""
+        self.check.weights({"model": self.trained})
         tensors, plain = pack_optimizer(self.optimizer)
         tensors |= {f"model.{name}": value for name, value in self.trained.items()}
         if self.balancer is not None and self.balancer.memory is not None:
@@ -292,6 +295,7 @@ class TrainingLoop(TrainerCallback):  # type: ignore[misc]
         self.job.run.save_checkpoint(PHASE, step, tensors, {"optimizer": plain, "meter": self.job.meter.state()})
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        self.check.step = self.start + state.global_step + 1
         torch.manual_seed(derive(self.job.request.seed, PHASE, self.start + state.global_step))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
@@ -309,10 +313,7 @@ class TrainingLoop(TrainerCallback):  # type: ignore[misc]
             return
         settings, step = self.job.request.settings, self.start + state.global_step
         metrics = {name: float(x) for name, x in logs.items() if name in _LOGGED or name.startswith("weight_")}
-        if not math.isfinite(metrics["loss"]):
-            raise WorkError(
-                f"step {step}: the loss is {metrics['loss']}; training diverged: lower lr ({settings.lr:g})"
-            )
+        self.check.number("loss", metrics["loss"])
         self.job.run.log(step, PHASE, **metrics, **self.job.meter.cost())
         # After its line: a kill between the two must not lose the line.
         if step % settings.checkpoint_every == 0 and step < self.job.request.steps:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from moalign.lm import adapters
+from moalign.lm.finite import Modules
 from moalign.lm.language_model import LanguageModel, reference_mode
 from moalign.lm.log_probs import TokenOutputs, token_outputs
 from moalign.lm.sampler import Samples, sample
@@ -26,9 +27,6 @@ Style = Literal["percent", "fraction", "plain"]
 
 REFERENCE = "reference"
 """Name of the frozen adapter when the reference is not the base itself."""
-
-Modules = Mapping[str, Mapping[str, Tensor]]
-"""Tensors by module and name."""
 
 
 class Actor(Protocol):

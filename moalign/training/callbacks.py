@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from moalign.core.schedule import factor
 from moalign.core.seeds import derive
 from moalign.lm import adapters
+from moalign.lm.finite import FiniteCheck
 from moalign.lm.trainers import checkpointing_option, quiet_libraries, run_trainer
 from moalign.training.checkpoints import modules, resume, save_checkpoint
 from moalign.training.settings import SftConfig
@@ -46,6 +47,8 @@ def train_rows(
         tokens: length of the row at each place of each batch, ``[steps * batch]``.
         make: ``make(start, settings, **arguments)`` returns the trainer for the places from ``start`` on; what its
             ``mean_metrics()`` returns, if it has one, goes into each line of the log.
+
+    Raises WorkError when training diverges: see :mod:`moalign.lm.finite`.
     """
     optimizer = torch.optim.AdamW(
         [p for p in lm.model.parameters() if p.requires_grad], lr=config.lr, weight_decay=config.weight_decay
@@ -69,8 +72,10 @@ def train_rows(
             optimizers=(optimizer, schedule),
         )
         metrics = getattr(trainer, "mean_metrics", dict)
-        trainer.add_callback(RunCallback(job, lm, optimizer, config, phase, start, tokens, metrics))
-        run_trainer(trainer)
+        callback = RunCallback(job, lm, optimizer, config, phase, start, tokens, metrics)
+        trainer.add_callback(callback)
+        run_trainer(trainer, callback.check.number)
+    callback.check.weights({"adapter": adapters.tensors(lm)})
 
 
 def trainer_settings(job: Job, lm: LanguageModel, config: SftConfig, steps: int, phase: str) -> dict[str, Any]:
@@ -87,6 +92,7 @@ def trainer_settings(job: Job, lm: LanguageModel, config: SftConfig, steps: int,
         "save_strategy": "no",
         "report_to": "none",
         "logging_strategy": "no",  # the callback decides: the trainer counts from a resume, the run from its start
+        "logging_nan_inf_filter": False,  # it would show a mean of earlier steps instead of a NaN
         "disable_tqdm": True,
         "use_cpu": on_cpu,
         "bf16": not on_cpu,
@@ -114,9 +120,11 @@ class RunCallback(TrainerCallback):  # type: ignore[misc,unused-ignore]
         """``tokens`` are the lengths of all rows in their order; ``metrics`` is called once for a line of the log."""
         self.job, self.lm, self.optimizer, self.config = job, lm, optimizer, config
         self.phase, self.start, self.tokens, self.metrics = phase, start, tokens, metrics
+        self.check = FiniteCheck(job.run.record.method, phase, config.lr, config.clip)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Seed dropout by the step of the run, whatever was drawn before."""
+        self.check.step = self.start + state.global_step + 1
         torch.manual_seed(derive(self.job.seed, self.phase, self.start + state.global_step))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -134,12 +142,14 @@ class RunCallback(TrainerCallback):  # type: ignore[misc,unused-ignore]
         if logs and "loss" in logs:
             step = self.start + state.global_step
             own = {name: float(logs[name]) for name in ("loss", "grad_norm", "learning_rate") if name in logs}
+            self.check.number("loss", own["loss"])
             self.job.run.log(step, self.phase, **own, **self.metrics(), **self.job.meter.cost())
             self._save_checkpoint(step)  # after its line: a kill between the two must not lose the line
 
     def _save_checkpoint(self, step: int) -> None:
         if step % self.config.checkpoint_every == 0 and step < self.config.steps:
-            save_checkpoint(self.job, {"adapter": adapters.tensors(self.lm)}, self.optimizer, self.phase, step)
+            weights = self.check.weights({"adapter": adapters.tensors(self.lm)})
+            save_checkpoint(self.job, weights, self.optimizer, self.phase, step)
 
 
 @contextlib.contextmanager

@@ -54,4 +54,5 @@ def bring_experts(job: Job, method: str, settings: dict[str, Any]) -> None:
     job.notes["experts"] = {"method": method, "run_id": run.record.run_id}
     if "diagnostics" in run.record.notes:
         job.notes["diagnostics"] = run.record.notes["diagnostics"]
+    job.warn([f"experts by {method}: {text}" for text in run.record.notes.get("warnings", ())])
     job.finish_stage(STAGE)

@@ -86,6 +86,11 @@ class Job(RunContext):
         self.meter.add_reward_calls(scored.raw.size)
         return scored
 
+    def warn(self, texts: Sequence[str]) -> None:
+        """Add warnings to the notes; evaluations and comparisons show them."""
+        if texts:
+            self.notes["warnings"] = [*self.notes.get("warnings", []), *texts]
+
     def stage_done(self, name: str, lm: LanguageModel | None = None) -> bool:
         """Whether a stage was finished, here or before an interruption.
 

@@ -24,10 +24,12 @@ from torch import Tensor
 
 from moalign.core.schedule import factor
 from moalign.core.seeds import derive
+from moalign.lm.finite import FiniteCheck, Modules
 from moalign.lm.language_model import LanguageModel
 from moalign.losses import ppo
 from moalign.training import checkpoints
 from moalign.training.actor import Actor, AdapterActor, Style
+from moalign.training.constant_rewards import ConstantRewards
 from moalign.training.preference_draws import Draw
 from moalign.training.rollout import Rollout, ValueHeads, policy_logps, rollout_metrics, sample_rollout
 from moalign.training.settings import OnlineConfig, PpoConfig
@@ -94,6 +96,8 @@ class OnlineTrainer:
         """Go to the run's notes at the end."""
         self.state: dict[str, float] = {}
         """What else a method needs to continue after an interruption; kept in checkpoints."""
+        self.check = FiniteCheck(job.run.record.method, phase, config.lr, config.clip)
+        self.constant = ConstantRewards(job.task.names)
         self._rollout: Rollout | None = None
         self._metrics: dict[str, float] | None = None
         self._sums: dict[str, float] = {}
@@ -104,13 +108,17 @@ class OnlineTrainer:
 
         The reference's adapter is dropped at the end, also when the loop is left by ``break`` or an exception.
 
-        Raises RuntimeError when the method neither stepped nor skipped: a loop that forgets to learn is a bug.
+        Raises RuntimeError when the method neither stepped nor skipped: a loop that forgets to learn is a bug; and, as
+        :meth:`backward` and :meth:`step` do, WorkError when training diverges (:mod:`moalign.lm.finite`).
         """
         config, run, names = self.config, self.job.run, self.job.task.names
         try:
             for done in range(self._resume() + 1, config.steps + 1):
                 torch.manual_seed(derive(self.job.seed, self.phase, done - 1))
                 self._rollout = rollout = self.sample(done - 1)
+                self.check.step = done
+                self.check.number("log-probability of the responses", float(rollout.samples.logps.sum()))
+                self.constant.add(done, rollout.z)
                 self._metrics, self._sums = None, {}
                 yield rollout
                 if self._metrics is None:
@@ -124,10 +132,12 @@ class OnlineTrainer:
                 self.job.progress(self.phase, done, config.steps)
                 if done % config.checkpoint_every == 0 and done < config.steps:
                     self._save_checkpoint(done)
+            self._modules()  # while a reference is still there
         finally:
             self.actor.close()
         self._rollout = None
         self.job.notes.update(self.counts)
+        self.job.warn(self.constant.warnings(self.phase))
         if self.value_heads is not None:
             run.save_tensors(f"value_heads-{self.phase}", self.value_heads.state_dict())
 
@@ -169,7 +179,8 @@ class OnlineTrainer:
     def backward(self, loss: Tensor, metrics: Mapping[str, float] | None = None) -> None:
         """Add the gradient of a part's mean loss over its groups (a scalar); metrics are averaged over parts."""
         self.accelerator.backward(loss * self._share)
-        for name, value in {"loss": float(loss.detach()), **(metrics or {})}.items():
+        found = self.check.number("loss", float(loss.detach()))
+        for name, value in {"loss": found, **(metrics or {})}.items():
             self._sums[name] = self._sums.get(name, 0.0) + self._share * value
 
     def step(self, metrics: Mapping[str, float] | None = None) -> None:
@@ -180,6 +191,7 @@ class OnlineTrainer:
         if not self._sums:
             raise RuntimeError(f"{self.phase}: trainer.step() without trainer.parts() and trainer.backward() before it")
         norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.config.clip))
+        self.check.number("gradient norm", norm)
         self.optimizer.step()
         self._metrics, self._sums = {**(metrics or {}), **self._sums, "grad_norm": norm}, {}
 
@@ -193,12 +205,16 @@ class OnlineTrainer:
         assert self._rollout is not None, "there is no rollout in hand"
         return policy_logps(self.actor, self._rollout.samples, self.config)
 
-    def _save_checkpoint(self, step: int) -> None:
+    def _modules(self) -> Modules:
+        """Return all that is trained; raises WorkError for weights that are not finite."""
         modules = dict(self.actor.modules())
         if self.value_heads is not None:
             modules["values"] = self.value_heads.state_dict()
-        state = {"counts": self.counts, "method": self.state}
-        checkpoints.save_checkpoint(self.job, modules, self.optimizer, self.phase, step, **state)
+        return self.check.weights(modules)
+
+    def _save_checkpoint(self, step: int) -> None:
+        state = {"counts": self.counts, "method": self.state, "constant": self.constant.state}
+        checkpoints.save_checkpoint(self.job, self._modules(), self.optimizer, self.phase, step, **state)
 
     def _resume(self) -> int:
         """Restore all from the phase's checkpoint; returns the number of steps already done."""
@@ -211,6 +227,7 @@ class OnlineTrainer:
             self.value_heads.load_state_dict(modules["values"])
         self.counts.update(checkpoint.state["counts"])
         self.state.update(checkpoint.state["method"])
+        self.constant.load(checkpoint.state.get("constant", {}))  # older checkpoints have none
         return checkpoint.step
 
 

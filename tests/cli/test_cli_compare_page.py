@@ -117,6 +117,32 @@ def test_numbers_of_papers_stand_apart(compare: Compare, monkeypatch: pytest.Mon
     assert "| RiC | hypervolume |  | arXiv 2402.10207, table 2 | 0.8 |" in text
 
 
+def test_a_warning_of_training_is_in_every_output(
+    moalign: Any, compare: Compare, monkeypatch: pytest.MonkeyPatch, toys: None
+) -> None:
+    """The run's record, its evaluation, the verdict of a comparison, its Markdown and its page."""
+    from moalign.methods import registry
+
+    method, text = type(registry.get("toy")), "phase online: brevity scored all responses of a step alike in 40 steps"
+    train = method.train
+
+    def flat(self: Any, job: Any) -> None:
+        train(self, job)
+        job.warn([text] if self.name == "toy" else [])  # the other inherits it
+
+    monkeypatch.setattr(method, "train", flat)
+    content = json.loads(compare("--html", "page.html").out)
+    assert f"toy: {text}." in content["verdict"] and f"fixed-toy: {text}." not in content["verdict"]
+    for name in ("markdown", "html"):
+        assert text in Path(content[name]).read_text()
+    (run,) = (row["runs"][0]["run_id"] for row in content["rows"] if row["label"] == "toy")
+    assert json.loads(moalign("eval", run, "--json").out)["warnings"] == [text]
+    assert all(f"warning {text}" in " ".join(moalign(verb, run).out.split()) for verb in ("eval", "show"))
+    again = moalign("train", "toy", "--no-eval", "--json")
+    assert json.loads(again.out)["notes"]["warnings"] == [text]
+    assert text in " ".join(moalign("train", "toy", "--no-eval").out.split())
+
+
 @pytest.mark.slow
 def test_diagnostics_are_shown_whatever_they_are(compare: Compare, monkeypatch: pytest.MonkeyPatch, toys: None) -> None:
     from moalign.methods import registry

@@ -315,6 +315,13 @@ def test_average() -> None:
     assert average(rows) == {"a": 1.5, "b": {"c": [2.0, 4.0]}, "d": None}
 
 
+def test_warnings_of_training_are_those_of_all_seeds_each_once() -> None:
+    group = entry("a", scores(FRONT), scores(FRONT, 1))
+    assert ranked(group)["rows"][0]["warnings"] == []
+    group.finished[0].warnings, group.finished[1].warnings = ["flat"], ["flat", "flatter"]
+    assert ranked(group)["rows"][0]["warnings"] == ["flat", "flatter"]
+
+
 def test_diagnostics_are_averaged_over_the_seeds_that_have_them() -> None:
     group = entry("a", scores(FRONT), scores(FRONT, 1))
     first, second = group.finished

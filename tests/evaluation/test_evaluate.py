@@ -149,7 +149,9 @@ def test_collapse_is_judged_by_the_policys_tokens_and_what_short_means_on_the_ta
     assert found.result.quality.mean_length == pytest.approx(np.mean([len(ids) for ids in tokens]))
     longest = max(len(ids) for ids in tokens)
     requested = opened((*small_task, f"task.quality={{short: {longest + 1}}}"), tmp_path / "b", Steered())
-    assert evaluate(*requested).result.quality.causes["short"] == 1
+    result = evaluate(*requested).result
+    assert (found.result.warnings, result.quality.causes["short"]) == (None, 1)
+    assert [text.partition(" (")[0] for text in result.warnings or ()] == ["100 % of its responses are collapsed"]
 
 
 def test_the_table_holds_every_answer_with_its_raw_scores(steered: Opened) -> None:

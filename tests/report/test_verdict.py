@@ -72,6 +72,20 @@ def test_collapsed_text_is_told(compared: Build) -> None:
     assert "a: 20 % of its responses are collapsed" in lines and "b: 1 %" not in lines
 
 
+def test_a_policy_that_left_the_bases_language_is_told(compared: Build) -> None:
+    """Per token, so that long answers do not count against a method; a bound is no evidence."""
+    record = compared({"a": 0.3, "b": 0.0})
+    first, second = (row["quality"] for row in record["rows"])
+    first.update(kl=2.9 * 21.0), second.update(kl=3.5 * 21.0)
+    told = "its KL to base is 3.5 nats per token (above 3): the base would hardly ever give its responses; read some"
+    lines = [line for line in verdict.sentences(record) if "KL to base" in line]
+    assert len(lines) == 1 and lines[0].startswith(f"b: {told}")
+    second.update(kl_bound=True)
+    assert "KL to base" not in " ".join(verdict.sentences(record))
+    second.update(kl_bound=False, mean_length=0.0)  # nothing but empty answers
+    assert "b: its KL to base is 73.5 nats per token" in " ".join(verdict.sentences(record))
+
+
 def test_a_ranking_that_depends_on_the_reference_point(compared: Build) -> None:
     record = compared({"a": 0.3, "b": 0.1})
     assert "reference point" not in " ".join(record["verdict"])
