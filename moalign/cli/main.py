@@ -16,7 +16,22 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from moalign.cli import bench, check, compare, export, generate, init, ls, output, preview, reward, score, show, train
+from moalign.cli import (
+    bench,
+    check,
+    compare,
+    export,
+    generate,
+    init,
+    ls,
+    model,
+    output,
+    preview,
+    reward,
+    score,
+    show,
+    train,
+)
 from moalign.cli import eval as evaluation
 from moalign.core.errors import MoalignError, RequestError, did_you_mean, unknown
 from moalign.core.text import PROSE
@@ -91,6 +106,7 @@ app.command("check")(check.check)
 app.command("preview")(preview.preview)
 app.command("bench")(bench.bench)
 app.add_typer(reward.app)
+app.add_typer(model.app)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
