@@ -28,7 +28,7 @@ _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 def _guard(event: str, arguments: tuple[Any, ...]) -> None:
     """Refuse what reading weights does not need."""
     closed = event.partition(".")[0] in _CLOSED and event not in _OPEN
-    writes = event == "open" and bool(arguments[2] & _WRITING)
+    writes = event == "open" and bool((arguments[2] or 0) & _WRITING)
     if closed or writes or event == "ctypes.dlopen":
         raise RuntimeError(f"it tried {event}")
 
