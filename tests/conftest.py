@@ -48,6 +48,13 @@ def _beside(name: str) -> ModuleType:
 
 _chats = _beside("chat_families")
 chat_folder, chat_families = _chats.chat_folder, _chats.chat_families
+_hostile = _beside("hostile_texts")
+
+
+@pytest.fixture(scope="session")
+def hostile() -> Any:
+    """Texts that attack what shows them, and what of them acts: see ``hostile_texts.py``."""
+    return _hostile
 
 
 @pytest.fixture(scope="session", autouse=True)

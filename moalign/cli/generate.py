@@ -12,6 +12,7 @@ import typer
 from moalign.cli import output
 from moalign.cli.options import DEFAULT_RESULTS, Json, PrefsText, Results, preferences_of
 from moalign.core.errors import RequestError
+from moalign.core.text import PROSE
 from moalign.report.units import number
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def generate(
         return
     if single and prompts is not None:
         for answer in answers:
-            output.line(answer.response)
+            output.line(answer.response, PROSE)
         return
     if not single:
         output.line(f"{handle.record.method} on {handle.record.task}: {handle.path}")
@@ -112,14 +113,19 @@ def _show(blocks: list[list[Answer]]) -> None:
     labels = [label(block[0].preference) for block in blocks]
     width = max(10, *map(len, labels))
     for row in zip(*blocks, strict=True):
-        output.line(f"{'prompt':<{width}}  {row[0].prompt}")
+        _field("prompt", row[0].prompt, width)
         for answer, name in zip(row, labels, strict=True):
-            output.line(f"{name:<{width}}  {answer.response}")
+            _field(name, answer.response, width)
             if answer.words:
-                output.line(f"{'asked':<{width}}  {answer.words}")
+                _field("asked", answer.words, width)
             scores = [
                 f"{objective} {number(value)} (raw {number(answer.raw[objective])})"
                 for objective, value in answer.normalised.items()
             ]
-            output.line(f"{'scores':<{width}}  {', '.join(scores)}")
+            _field("scores", ", ".join(scores), width)
             output.line()
+
+
+def _field(name: str, text: str, width: int) -> None:
+    """Print a text behind its name; its further lines are indented, so that none looks like another field."""
+    output.line(f"{name:<{width}}  " + text.replace("\n", "\n" + " " * (width + 2)), PROSE)

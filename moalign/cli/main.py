@@ -16,9 +16,25 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from moalign.cli import bench, check, compare, export, generate, init, ls, output, preview, reward, score, show, train
+from moalign.cli import (
+    bench,
+    check,
+    compare,
+    export,
+    generate,
+    init,
+    ls,
+    model,
+    output,
+    preview,
+    reward,
+    score,
+    show,
+    train,
+)
 from moalign.cli import eval as evaluation
 from moalign.core.errors import MoalignError, RequestError, did_you_mean, unknown
+from moalign.core.text import PROSE
 
 DEBUG = "--debug"
 
@@ -90,6 +106,7 @@ app.command("check")(check.check)
 app.command("preview")(preview.preview)
 app.command("bench")(bench.bench)
 app.add_typer(reward.app)
+app.add_typer(model.app)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -113,7 +130,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except typer.Exit as stop:
         return stop.exit_code
     except typer.TyperException as error:
-        output.errors(_usage(error))
+        message, more = _usage(error)
+        output.errors([message])
+        if more:
+            output.note(more, PROSE)
         return error.exit_code
     except MoalignError as error:
         _traceback(debug)
@@ -154,12 +174,12 @@ def _without_debug(arguments: Sequence[str]) -> tuple[list[str], bool]:
     return options + args[end:], len(options) < end
 
 
-def _usage(error: typer.TyperException) -> list[str]:
-    """Put a usage error in our words: what was found, the nearest option, where help is."""
+def _usage(error: typer.TyperException) -> tuple[str, str]:
+    """Put a usage error in our words: what was found, the nearest option, where help is; and the help itself."""
     context: Any = getattr(error, "ctx", None)
     text = error.format_message().strip()
     if context is None:
-        return [text]
+        return text, ""
     option = getattr(error, "option_name", None)
     if option is not None and hasattr(error, "possibilities"):
         known = [name for param in context.command.params for name in param.opts if name.startswith("--")]
@@ -167,15 +187,15 @@ def _usage(error: typer.TyperException) -> list[str]:
     elif not text.startswith("Usage:"):
         text = text[:1].lower() + text[1:].rstrip(".")
     else:
-        return [f"a command is missing; allowed: {', '.join(context.command.commands)}\n\n{text}"]
-    return [f"{text} (see {context.command_path} --help)"]
+        return f"a command is missing; allowed: {', '.join(context.command.commands)}", f"\n{text}"
+    return f"{text} (see {context.command_path} --help)", ""
 
 
 def _traceback(debug: bool) -> None:
     if debug:
         import traceback
 
-        traceback.print_exc()
+        output.note(traceback.format_exc().rstrip("\n"), PROSE)
 
 
 def _discard_output() -> None:

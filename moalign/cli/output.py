@@ -1,5 +1,6 @@
 """Where output goes: results to stdout, messages to stderr, ``--json`` as one object.
 
+Whatever text is shown passes :func:`moalign.core.text.visible` here; JSON escapes by itself.
 Rich is imported when the first table is printed.
 """
 
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from moalign.cli.options import DEFAULT_RESULTS
 from moalign.core import foreign
+from moalign.core.text import PROSE, visible
 from moalign.report.tables import Column
 
 if TYPE_CHECKING:
@@ -29,9 +31,9 @@ listener: Callable[[str, int, int], None] | None = None
 """Who is told of progress instead of stderr; set by :mod:`moalign.cli.jobs`."""
 
 
-def note(text: str) -> None:
-    """Write one message to stderr."""
-    print(text, file=sys.stderr, flush=True)
+def note(text: str, keep: str = "") -> None:
+    """Write one message to stderr, on one line unless ``keep`` is :data:`~moalign.core.text.PROSE`."""
+    print(visible(text, keep), file=sys.stderr, flush=True)
 
 
 def warn(text: str) -> None:
@@ -48,12 +50,12 @@ def errors(problems: Sequence[str]) -> None:
 def traces(texts: Iterable[str]) -> None:
     """Write tracebacks of runs that failed to stderr, under ``--debug``."""
     for text in texts if debug else ():
-        note(text)
+        note(text, PROSE)
 
 
-def line(text: str = "") -> None:
-    """Write one line of results to stdout."""
-    print(text)
+def line(text: str = "", keep: str = "") -> None:
+    """Write one line of results to stdout, or several where ``keep`` is :data:`~moalign.core.text.PROSE`."""
+    print(visible(text, keep))
 
 
 def as_json(value: Mapping[str, Any]) -> None:
@@ -79,7 +81,7 @@ def working() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def console() -> Console:
-    """Return the console of stdout; text is printed as it is (no markup, no colours of its own)."""
+    """Return the console of stdout; markup in a text is text. Control characters are its callers' to escape."""
     from rich.console import Console
 
     return Console(
@@ -103,9 +105,9 @@ def table(shown: Sequence[Column], rows: Iterable[Mapping[str, Any]]) -> None:
 
     result = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
     for column in shown:
-        result.add_column(column.heading, justify="left" if column.left else "right", overflow="fold")
+        result.add_column(visible(column.heading, PROSE), justify="left" if column.left else "right", overflow="fold")
     for row in rows:
-        result.add_row(*(column.text(row) for column in shown))
+        result.add_row(*(visible(column.text(row)) for column in shown))
     console().print(result)
     line()
 

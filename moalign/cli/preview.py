@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +9,7 @@ import typer
 
 from moalign.cli import output
 from moalign.cli.options import Json
+from moalign.core.text import shaped
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -57,19 +57,19 @@ def _show(seen: Seen) -> None:
     preference = "none: rendered plain"
     if shown.prefs is not None:
         preference = ", ".join(f"{name} {weight:g}" for name, weight in zip(shown.objectives, shown.prefs, strict=True))
-    output.pairs([("task", shown.task), ("model", visible(shown.model)), ("preference", preference)])
+    output.pairs([("task", shown.task), ("model", shaped(shown.model)), ("preference", preference)])
     _section(f"what the model reads ({len(shown.ids)} tokens)")
     for line in shown.text.split("\n"):
-        _print(_marked([(visible(line), False)], "  "))
+        _print(_marked([(shaped(line), False)], "  "))
     _section("token by token; special tokens in double brackets, a dot between the others")
     _print(_tokens(seen, shown.ids))
     _section("what was cut")
     output.line(f"  {_cut(shown)}")
     _section("what ends a response")
     pieces = zip(shown.stop_ids, seen.pieces(shown.stop_ids), strict=True)
-    ends = "  ".join(f"{visible(text)} ({token})" for token, (text, _) in pieces)
+    ends = "  ".join(f"{shaped(text)} ({token})" for token, (text, _) in pieces)
     output.line(f"  token ids: {ends}")
-    output.line(f"  texts: {'  '.join(visible(repr(text)) for text in shown.stop_texts) or 'none'}")
+    output.line(f"  texts: {'  '.join(shaped(repr(text)) for text in shown.stop_texts) or 'none'}")
     in_loss = sum(shown.loss)
     origin = {"given": "as given", "data": "from the data", "stand-in": "a stand-in"}[shown.response_from]
     _section(f"a training row ({len(shown.row_ids)} tokens); the loss counts the {in_loss} between > and <")
@@ -88,12 +88,13 @@ def _cut(shown: Preview) -> str:
     kept = shown.kept[:60]
     return (
         f"the first {shown.cut_tokens} tokens of the prompt, so that {shown.max_prompt_tokens} hold it; read from: "
-        f"{visible(repr(kept))}{'...' if len(shown.kept) > len(kept) else ''}"
+        f"{shaped(repr(kept))}{'...' if len(shown.kept) > len(kept) else ''}"
     )
 
 
 def _section(title: str) -> None:
-    output.line(f"\n{title}:")
+    output.line()
+    output.line(f"{title}:")
 
 
 def _tokens(seen: Seen, ids: Sequence[int]) -> Text:
@@ -125,27 +126,13 @@ def _marked(pieces: Sequence[tuple[str, bool]], lead: str = "", style: str = "")
     ordinary = False
     for piece, special in pieces:
         if special:
-            text.append(f"[[{visible(piece)}]]", f"bold {style}".strip())
+            text.append(f"[[{shaped(piece)}]]", f"bold {style}".strip())
         else:
             text.append("·" if ordinary else "", "dim")
-            text.append(visible(piece), style)
+            text.append(shaped(piece), style)
         ordinary = not special
     return text
 
 
 def _print(text: Text) -> None:
     output.console().print(text, soft_wrap=True)
-
-
-def visible(text: str) -> str:
-    r"""Return the text with everything that has no shape of its own escaped: control, format and unknown characters.
-
-    >>> visible("a\tb\x1b[0m\u202e")
-    'a\\tb\\x1b[0m\\u202e'
-    """
-    return "".join(
-        character.encode("unicode_escape", "surrogatepass").decode("ascii")
-        if unicodedata.category(character) in {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
-        else character
-        for character in text
-    )

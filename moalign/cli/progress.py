@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
 
+from moalign.core.text import visible
 from moalign.report.units import duration
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class Lines(contextlib.AbstractContextManager["Lines"]):
         stage.finished = done >= total
         if now - self.last >= EVERY or (ends and stage.shown):
             self.last, stage.shown = now, True
-            print(self._line(what, stage, done, total, now), file=self.stream, flush=True)
+            print(visible(self._line(what, stage, done, total, now)), file=self.stream, flush=True)
 
     def _line(self, what: str, stage: _Stage, done: int, total: int, now: float) -> str:
         text = f"{what} {done}/{total}"
@@ -90,7 +91,7 @@ class Bars(contextlib.AbstractContextManager["Bars"]):
         bars, done = self.bars or self._start(), min(done, total)
         if what not in self.tasks:
             self._make_room(bars)
-            self.tasks[what] = bars.add_task(what, total=total, completed=done, rate="")
+            self.tasks[what] = bars.add_task(visible(what), total=total, completed=done, rate="")
         task = self.tasks[what]
         state = next(bar for bar in bars.tasks if bar.id == task)
         if state.finished and done < total:

@@ -13,6 +13,7 @@ from moalign.cli import output
 from moalign.cli.options import DEFAULT_RESULTS, Json, Results
 from moalign.cli.outcome import cost_of, show_points, show_summary
 from moalign.core.errors import RequestError
+from moalign.core.text import PROSE
 from moalign.report.tables import Column
 from moalign.report.units import NONE, number
 
@@ -81,7 +82,7 @@ def _method(name: str, as_json: bool) -> None:
         content = {"method": name, "summary": method.summary, "description": text}
         output.as_json({**content, "capabilities": can, "settings": settings})
         return
-    output.line(f"{name}: {method.summary}\n\n{text}\n")
+    output.line(f"{name}: {method.summary}\n\n{text}\n", PROSE)
     words = {key: ("no", "yes")[value] if isinstance(value, bool) else str(value) for key, value in can.items()}
     output.pairs([(key.replace("_", " "), word) for key, word in words.items()])
     output.line()
@@ -98,7 +99,9 @@ def _task(name: str, path: Path, as_json: bool) -> None:
     if as_json:
         output.as_json({"task": card.name, "path": str(path), "card": settings})
         return
-    output.line(f"{card.name}: {card.description}\n{path}\n")
+    output.line(f"{card.name}: {card.description}")
+    output.line(str(path))
+    output.line()
     output.settings(
         (key, item)
         for key, value in output.flat(settings)

@@ -14,6 +14,7 @@ from typing import Any
 
 from moalign.comparison.result import CompareResult
 from moalign.core.errors import MoalignError, RequestError
+from moalign.core.text import visible
 from moalign.report import leaderboard
 
 
@@ -43,9 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if len(given) != 2:
             raise RequestError(f"found {shlex.join(given) or 'nothing'}; needed: the folder of records, and the page")
         for path in publish(Path(given[0]), Path(given[1])):
-            print(path)
+            print(visible(str(path)))
     except MoalignError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(visible(f"error: {error}"), file=sys.stderr)
         return error.exit_code
     return 0
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from moalign.core.errors import RequestError
 from moalign.core.preferences import Preference, label
 from moalign.core.progress import Progress, silent
+from moalign.core.text import PROSE, visible
 from moalign.evaluation.evaluate import preferences_for
 from moalign.experiment import init
 from moalign.experiment.templates import render
@@ -266,7 +267,7 @@ def _drops_end(lm: LanguageModel) -> bool:
 
 def _readme(exported: Exported, out: Path, lm: LanguageModel) -> str:
     before, _, behind = exported.prompt.partition(PLACE)
-    return render(
+    page = render(
         "mixture.md.j2" if exported.mixture is not None else "README.md.j2",
         exported=exported,
         weights=", ".join(f"{name} {w:g}" for name, w in zip(exported.objectives, exported.preference, strict=True)),
@@ -281,3 +282,4 @@ def _readme(exported: Exported, out: Path, lm: LanguageModel) -> str:
         ended=exported.special_tokens and _drops_end(lm),
         offsets=lm.tokenizer.is_fast,
     )
+    return visible(page, PROSE)

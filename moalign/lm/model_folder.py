@@ -1,6 +1,7 @@
 """Model folders: located, checked and fingerprinted without importing torch.
 
-Nothing is ever unpickled: weights must be safetensors, whose header tells the file's exact size.
+Nothing is ever unpickled: weights must be safetensors, whose header tells the file's exact size. A folder whose weights
+are pickled only stands for what :mod:`moalign.lm.conversion` made of it.
 """
 
 from __future__ import annotations
@@ -10,10 +11,13 @@ import hashlib
 import json
 import os
 import re
+import shlex
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from moalign.core.errors import RequestError, did_you_mean
+from moalign.core.paths import cache_root
 from moalign.lm import builtin
 from moalign.lm.loading import first_line
 
@@ -29,7 +33,11 @@ _READ = (
     *_TOKENIZER_FILES,
 )
 """What can change a score, beside the weights."""
-_FETCHED = ["*.json", "*.jinja", "*.txt", "*.model", "*.bpe", "*.tiktoken", "*.vocab", "model*.safetensors"]
+_BESIDE = ["*.json", "*.jinja", "*.txt", "*.model", "*.bpe", "*.tiktoken", "*.vocab"]
+_FETCHED = [*_BESIDE, "model*.safetensors"]
+_PICKLE = "pytorch_model.bin"
+_CONVERSION = 1
+"""Raise it when a conversion gives other files than before: it is part of the cached folder's name."""
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 
 
@@ -37,13 +45,15 @@ def local_folder(model: str, base_dir: Path, where: str) -> Path | None:
     """Return the folder that ``model`` names, or None when it can only be a hub id.
 
     A relative path is looked up from ``base_dir`` (the task card's folder), then from the current folder; then it may
-    be the name of a built-in model, whose folder is made at its first use. Raises RequestError for a file, and for a
-    path (``./x``, ``/x``, ``a/b/c``) that does not exist.
+    be the name of a built-in model, whose folder is made at its first use. Of a folder whose pickled weights were
+    converted it is the converted one. Raises RequestError for a file, and for a path (``./x``, ``/x``, ``a/b/c``) that
+    does not exist.
     """
     path = Path(model).expanduser()
     for candidate in [path] if path.is_absolute() else [base_dir / path, path]:
         if os.path.isdir(candidate):  # a Path's own raises for a name that is too long
-            return candidate.resolve()
+            folder = candidate.resolve()
+            return converted(folder) or folder
         if os.path.exists(candidate):
             raise RequestError(f"{where}: model {model!r} is a file; a model folder or a hub id is needed")
     if model in builtin.MODELS:
@@ -90,6 +100,11 @@ def require_complete(folder: Path, where: str) -> None:
     read_config(folder, where)
     for path in weight_files(folder, where):
         header(path, where)
+    require_tokenizer(folder, where)
+
+
+def require_tokenizer(folder: Path, where: str) -> None:
+    """Raise RequestError unless the folder has files of a tokenizer."""
     if not any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES):
         raise RequestError(
             f"{where}: model folder {folder} has no tokenizer files (such as tokenizer.json); save the tokenizer "
@@ -111,13 +126,65 @@ def weight_files(folder: Path, where: str) -> list[Path]:
         if missing:
             raise RequestError(f"{where}: model folder {folder} lacks the weight files {', '.join(missing)}")
         return [folder / name for name in names]
-    pickled = sorted(path.name for path in folder.glob("*.bin"))
-    if pickled:
+    pickles = sorted(path.name for path in folder.glob("*.bin"))
+    if pickles:
+        known = (folder / _PICKLE).is_file() or (folder / f"{_PICKLE}.index.json").is_file()
+        convert = f"convert them once, without running any: moalign model convert {shlex.quote(str(folder))} (or "
         raise RequestError(
-            f"{where}: model folder {folder} has only pickled weights ({', '.join(pickled)}), which moalign never "
-            "loads because they can run code; save the model as safetensors (model.save_pretrained(folder))"
+            f"{where}: model folder {folder} has only pickled weights ({', '.join(pickles)}), which moalign never "
+            f"loads because they can run code; {convert if known else ''}save the model as safetensors "
+            f"(model.save_pretrained(folder)){')' if known else ''}"
         )
-    raise RequestError(f"{where}: model folder {folder} has no weights: model.safetensors is missing")
+    hub = "; pickled ones are not fetched: hf download OWNER/NAME --local-dir FOLDER, then moalign model convert FOLDER"
+    more = hub if folder.parent.name == "snapshots" else ""
+    raise RequestError(f"{where}: model folder {folder} has no weights: model.safetensors is missing{more}")
+
+
+def pickled(folder: Path) -> list[Path]:
+    """Return the pickled weights of a folder that has no others, in order; empty where it has none, or safetensors.
+
+    Weights in several files are led by their index; ValueError for one that is damaged or names other files than those
+    of the folder.
+    """
+    index = folder / f"{_PICKLE}.index.json"
+    if (folder / "model.safetensors").is_file() or (folder / "model.safetensors.index.json").is_file():
+        return []
+    if (folder / _PICKLE).is_file():
+        return [folder / _PICKLE]
+    if not index.is_file():
+        return []
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        wrong = [name for name in names if Path(name).name != name or not name.endswith(".bin")]
+        wrong += [name for name in names if not (folder / name).is_file()]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise ValueError(f"{index} cannot be read: {type(error).__name__}: {first_line(error)}") from error
+    if wrong or not names:
+        raise ValueError(
+            f"{index} names {repr(wrong[0]) if wrong else 'nothing'}; names of .bin files beside it are needed"
+        )
+    return [index, *(folder / name for name in names)]
+
+
+def beside(folder: Path) -> list[Path]:
+    """Return the files of a model folder that belong to the model beside its weights, in order."""
+    paths = {path for pattern in {*_BESIDE, *_READ} for path in folder.glob(pattern) if path.is_file()}
+    return sorted(path for path in paths if not path.name.endswith(".index.json"))
+
+
+def conversion(folder: Path, weights: Iterable[Path]) -> Path:
+    """Return where the conversion of a folder's pickled weights is kept: by the content of all its files."""
+    return cache_root() / "models" / f"converted-{_digest({*beside(folder), *weights})}-{_CONVERSION}"
+
+
+def converted(folder: Path) -> Path | None:
+    """Return the folder in the cache with a folder's converted weights; None where it needs or has no conversion."""
+    try:
+        weights = pickled(folder)
+        place = conversion(folder, weights) if weights else None
+    except (OSError, ValueError):
+        return None  # it was not converted, and where it is to be, the problem is reported
+    return place if place is not None and place.is_dir() else None
 
 
 def shapes(folder: Path, where: str) -> dict[str, list[int]]:
@@ -140,7 +207,10 @@ def header(path: Path, where: str) -> dict[str, list[int]]:
 def fingerprint(folder: Path, where: str) -> str:
     """Return 16 hex digits over config, tokenizer and weights: moving the folder keeps it, any change changes it."""
     paths = {path for pattern in _READ for path in folder.glob(pattern) if path.is_file()}
-    paths.update(weight_files(folder, where))
+    return _digest({*paths, *weight_files(folder, where)})
+
+
+def _digest(paths: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for path in sorted(paths):
         state = path.stat()

@@ -16,7 +16,7 @@ from urllib.parse import quote
 from moalign.report import figures, markdown, tables
 from moalign.report.record import Row, judged
 from moalign.report.tables import METHODS, Column, select
-from moalign.report.templates import render
+from moalign.report.templates import code, render
 from moalign.runs import atomic
 
 
@@ -84,4 +84,4 @@ def _command(row: Row) -> str:
     """Return the command of the row's first seed, and which other seeds there are."""
     first, *others = row["runs"]
     more = f" (and seeds {', '.join(str(run['seed']) for run in others)})" if others else ""
-    return f"`{first['command'].replace('|', chr(92) + '|')}`{more}"
+    return f"{code(first['command'], cell=True)}{more}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from moalign.core.text import PROSE, visible
 from moalign.report import tables, verdict
 from moalign.report.record import Row, judged
 from moalign.report.tables import METHODS, PAIRS, Column, select
@@ -21,13 +22,13 @@ _LABEL = 9
 
 
 def print_comparison(console: Console, record: Row) -> None:
-    """Print the record of a comparison: tables, failures, verdict, files. Labels and texts are printed literally."""
+    """Print the record of a comparison: tables, failures, verdict, files. Texts are shown literally, on one line."""
     from rich.text import Text
 
     width = min(console.width, WIDTH)
 
     def write(text: str, style: str = "") -> None:
-        console.print(Text(text, style=style), width=width)
+        console.print(Text(visible(text), style=style), width=width)
 
     write(_heading(record))
     for table in _tables(record):
@@ -42,13 +43,14 @@ def print_comparison(console: Console, record: Row) -> None:
     for index, sentence in enumerate(record["verdict"]):
         write(sentence, "bold" if index == 0 else "")
     if record["reported"]:
-        write("\nreported by papers, not measured here and not comparable with the above:")
+        console.print()
+        write("reported by papers, not measured here and not comparable with the above:")
     for paper in record["reported"]:
         write(f"  {paper['method']}: {paper['metric']} {paper['value']:g} ({paper['source']})")
     console.print()
     for name in ("figure", "markdown", "html", "json"):
         if record[name]:
-            console.print(Text(f"{name:<9}{record[name]}"), soft_wrap=True)
+            console.print(Text(visible(f"{name:<9}{record[name]}")), soft_wrap=True)
 
 
 def _heading(record: Row) -> str:
@@ -104,13 +106,13 @@ def _rich(content: tables.Table, caption: str | None = None) -> Table:
     table.caption_justify, table.caption_style = "left", "dim"
     table.collapse_padding = content.has("KL to base")  # so that names still fit on one line at 80 columns
     for column in content.columns:
-        heading = Text(column.short or column.heading)
+        heading = Text(visible(column.short or column.heading, PROSE))
         if column.left and column.heading:
             table.add_column(heading, justify="left", overflow="fold", min_width=8)
         else:
             table.add_column(heading, justify="left" if column.left else "right", no_wrap=True, min_width=1)
     for row, cells in zip(content.rows, content.cells(brief=True), strict=True):
-        table.add_row(*map(Text, cells), style="red" if row.get("status") == "failed" else None)
+        table.add_row(*(Text(visible(cell)) for cell in cells), style="red" if row.get("status") == "failed" else None)
     return table
 
 

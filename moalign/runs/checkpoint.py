@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moalign.core.errors import RequestError
+from moalign.core.text import visible
 from moalign.runs import atomic
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def load(folder: Path) -> Checkpoint | None:
         try:
             return _read(path)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            print(f"warning: {path}: damaged checkpoint passed over ({error})", file=sys.stderr)
+            print(visible(f"warning: {path}: damaged checkpoint passed over ({error})"), file=sys.stderr)
     return None
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from moalign.core.errors import RequestError, did_you_mean
 from moalign.core.preferences import Preference
+from moalign.core.text import visible
 from moalign.runs import atomic, environment
 from moalign.runs import record as records
 from moalign.runs.record import RunRecord, Status
@@ -136,7 +137,7 @@ class RunStore:
             except RequestError as error:
                 if folder not in self._warned:
                     self._warned.add(folder)
-                    print(f"warning: run left out: {error}", file=sys.stderr)
+                    print(visible(f"warning: run left out: {error}"), file=sys.stderr)
                 continue
             if status in (None, run.status):
                 matching.append(run)

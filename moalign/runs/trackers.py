@@ -18,6 +18,7 @@ from typing import Any
 
 from moalign.core import foreign
 from moalign.core.errors import RequestError
+from moalign.core.text import visible
 
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio", "mlflow": "mlflow"}
 """Tracker -> the package that it needs, by the name it is imported and installed with."""
@@ -59,7 +60,7 @@ class Mirrors:
         self._open: dict[str, Any] = {}
         self._folder = folder
         self._settings = dict(settings)
-        self._warn = warn or (lambda text: print(f"warning: {text}", file=sys.stderr, flush=True))
+        self._warn = warn or (lambda text: print(visible(f"warning: {text}"), file=sys.stderr, flush=True))
 
     def __enter__(self) -> Mirrors:
         return self

@@ -97,7 +97,20 @@ def test_version_is_looked_up_when_asked_for() -> None:
 def test_help_lists_every_verb(moalign: Any) -> None:
     ended = moalign("--help")
     assert ended.code == 0
-    for verb in ("train", "eval", "compare", "generate", "score", "init", "ls", "show", "check", "preview", "bench"):
+    for verb in (
+        "train",
+        "eval",
+        "compare",
+        "generate",
+        "score",
+        "init",
+        "ls",
+        "show",
+        "check",
+        "preview",
+        "bench",
+        "model",
+    ):
         assert f"\n  {verb} " in ended.out
     assert "--debug" in ended.out
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from moalign.report import markdown
+from markdown_it import MarkdownIt
+
+from moalign.report import leaderboard, markdown
 
 Build = Callable[..., dict[str, Any]]
 FOLDER = Path("results/compare/toy-1")
@@ -130,3 +133,28 @@ def test_several_seeds_have_their_interquartile_mean(compared: Build) -> None:
     record = compared({"a": 0.2, "b": 0.0}, seeds=3)
     assert f"| {record['rows'][0]['hypervolume_iqm']:.4f} |" in markdown.page(record, FOLDER)
     assert "interquartile" not in markdown.page(compared({"a": 0.2, "b": 0.0}), FOLDER)
+
+
+def test_hostile_text_acts_neither_in_a_terminal_nor_as_markdown(compared: Build, hostile: Any) -> None:
+    """Not the escape sequences, newlines, HTML, bars, code ends, headings and links of labels, errors and commands."""
+    record = compared({"a": 0.2, "b": 0.0}, dead=("x",))
+    text = hostile.ALL
+    record |= {"description": f"# {text}", "verdict": [f"1. {text}", f"[a]: {text}"], "command": text, "task": text}
+    for row in record["rows"]:
+        row["label"] = f"{row['label']} {text}"
+        for run in row["runs"]:
+            run.update(command=text, error=text if run["error"] else None)
+    record["environment"] = {**record["environment"], "python": text, "packages": {"torch": text}, "commit": text}
+    pages = [
+        markdown.page(record, FOLDER),
+        leaderboard.leaderboard({FOLDER / text.replace("/", "") / "compare.json": record}, FOLDER),
+    ]
+    for page in pages:
+        assert hostile.acting(page) == []
+        shown = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).render(page)
+        assert not re.search('<script|<!--|<strong>d|<s>|evil.example"|<h1>a|<li>a', shown)
+        literal = html.unescape(re.sub("<[^>]*>", "", shown))
+        for part in ("[red]a[/red]", "<script>alert(1)</script><!-- </table> &lt;b&gt;", "**d** ![x](http", "~~e~~"):
+            assert literal.count(part) >= 8
+        for lines in tables(page):
+            assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1

@@ -135,3 +135,16 @@ def test_diagnostics_and_numbers_of_papers_are_blocks_of_their_own(compared: Bui
     assert lines.index("reported by papers, not measured here and not comparable with the above:") + 1 == lines.index(
         "  RiC: hypervolume 0.8 (arXiv 2402.10207)"
     )
+
+
+def test_hostile_labels_errors_and_sentences_are_shown_escaped(compared: Build, hostile: Any) -> None:
+    record = compared({"a": 0.2, "b": 0.0}, dead=("x",))
+    record |= {"description": hostile.ALL, "verdict": [hostile.ALL], "task": hostile.ALL, "figure": hostile.ALL}
+    for row in record["rows"]:
+        row["label"] = f"{row['label']} {hostile.ALL}"
+        row["diagnostics"] = {hostile.ALL: 1.0}
+        for run in row["runs"]:
+            run["error"] = hostile.ALL
+    lines = printed(record)
+    assert hostile.acting("\n".join(lines)) == []
+    assert "[red]a[/red]" in "".join(lines) and "\\x1b[2J" in "".join(lines)
