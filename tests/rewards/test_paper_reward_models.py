@@ -177,7 +177,7 @@ CASES: list[tuple[str, str, str, int, int, Callable[[str, str], tuple[str, ...]]
     ("hh-rlhf", "harmless", "gpt2", 1, 0, lambda q, r: (q, r)),
     ("hh-rlhf", "helpful", "gpt2", 1, 0, lambda q, r: (q, r)),
     ("hh-rlhf", "humor", "bert", 2, 1, lambda q, r: (r,)),
-    ("reddit-summary", "preference", "gpt2", 1, 0, lambda q, r: (f"{r} <|endoftext|> {q}",)),
+    ("reddit-summary", "summary", "gpt2", 1, 0, lambda q, r: (f"{r} <|endoftext|> {q}",)),
     ("reddit-summary", "faithful", "bart", 2, 1, lambda q, r: (r, q)),
     ("reddit-summary", "deberta", "deberta", 1, 0, lambda q, r: (INSTRUCTION.format(q), r)),
     ("helpsteer2", "helpful", "deberta", 1, 0, lambda q, r: (q, r)),
