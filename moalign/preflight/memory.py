@@ -142,10 +142,10 @@ def reward_models(card: TaskCard) -> tuple[list[tuple[ModelObjective, Architectu
     return models, unknown
 
 
-def sizes_of(model: str) -> Architecture | None:
+def sizes_of(model: str, where: str = "model") -> Architecture | None:
     """Return the sizes of a model folder or known hub model, None when they are not known."""
     folder = builtin.converted(model) or Path(model).expanduser()
-    return architecture.of_folder(folder) if os.path.isdir(folder) else architecture.KNOWN.get(model)
+    return architecture.of_folder(folder, where) if os.path.isdir(folder) else architecture.KNOWN.get(model)
 
 
 def stages(config: Strict, name: str = "") -> Iterator[tuple[str, SftConfig | OnlineConfig]]:
