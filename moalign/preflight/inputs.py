@@ -44,11 +44,11 @@ def check_inputs(
     update = {} if card.built_in_base else {"overlong": None} if model is None else {"model": str(model)}
     task = make_task(card.model_copy(update=update), results)
     readable = _check_data(report, card) and report.look("splits", lambda: _splits(task))
-    if with_options and (card.built_in_base or model is not None):
-        if card.built_in_base or is_local(str(card.model)):
-            report.look("policy", lambda: task.examine(lora))
-        if readable:
-            report.look("template", lambda: _template(task))
+    here = with_options and (card.built_in_base or model is not None)
+    if here and readable:
+        report.look("template", lambda: _template(task))
+    if here and (card.built_in_base or is_local(str(card.model))):
+        report.look("policy", lambda: task.examine(lora))
     if readable and with_options:
         _check_overlong(report, card, None if model is None else task)
     for spec in card.objectives:
