@@ -66,6 +66,8 @@ def check_sizes(
 
 def _check_fit(report: Preflight, resolved: ResolvedRequest, estimate: memory.Estimate) -> None:
     needs, worst = resolved.recipe.needs, estimate.peak
+    if estimate.on_cpu:
+        return
     if needs.gpu_memory_gib is None:
         report.notes.append("memory: the recipe does not state a GPU's memory (needs.gpu_memory_gib)")
         return
