@@ -86,7 +86,7 @@ def _dry_run(request: TrainRequest, as_json: bool) -> None:
 
     resolved = workflow.resolve(request)
     plan = None if inputs.must_be_fetched(resolved.card) else workflow.plan(request)
-    preview = check.preview(plan or resolved)
+    preview = check.preview(plan, plan.task, plan.given) if plan else check.preview(resolved)
     content, rows = _planned(plan) if plan else _before_download(resolved)
     content |= {"memory": preview.memory, "cost": preview.cost}
     if as_json:

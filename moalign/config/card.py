@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import PurePath
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from moalign.config.objectives import ObjectiveSpec
 from moalign.config.strict import Strict
@@ -85,7 +86,7 @@ class PoolSpec(Strict):
     calibration_per_prompt: int = Field(default=4, ge=1)
     temperature: float | None = Field(default=None, gt=0)
     """Null: that of ``generation``, or 1 where that is greedy."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
 
 
 class NormaliserSpec(Strict):
@@ -143,6 +144,19 @@ class TemplateSpec(Strict):
     """The day that chat templates which print the date take for today; null: 2024-07-26, so that texts never depend on
     the day of the run."""
 
+    @field_validator("preference", "plain", "scores")
+    @classmethod
+    def _its_fields(cls, value: str, info: ValidationInfo) -> str:
+        needed = ["{prompt}"] + [f"{{{name}}}" for name in ("preference", "scores") if name == info.field_name]
+        fields = re.findall(r"{\w+}", value)
+        wrong = [f"no {name}" for name in needed if name not in fields]
+        wrong += [f"{name}, which nothing fills" for name in dict.fromkeys(fields) if name not in needed]
+        if wrong:
+            raise ValueError(
+                f"found {value!r} ({', '.join(wrong)}); needed: {' and '.join(needed)}, and no other field"
+            )
+        return value
+
 
 class GenerationSpec(Strict):
     """Limits of a response, the same for every method at evaluation."""
@@ -160,7 +174,7 @@ class EvaluationSpec(Strict):
 
     prompts: int = Field(default=128, ge=2)
     samples: int = Field(default=1, ge=1)
-    seed: int = 1234
+    seed: int = Field(default=1234, ge=0)
     bootstrap: int = Field(default=1000, ge=100)
 
 
@@ -181,14 +195,14 @@ class AnnotatorSpec(Strict):
     """Labelled pairs of each group, over all splits."""
     sharpness: float = Field(default=1.0, ge=0)
     """How sure the annotators are of what they like; 0 tosses a coin."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
 
 
 class SandboxSpec(Strict):
     """The built-in task: see :mod:`moalign.tasks.sandbox`."""
 
     base: Literal["warm", "cold"] = "warm"
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     annotators: AnnotatorSpec | None = None
     """Who labels the pairs that reward models are trained on; null: the defaults."""
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from moalign.config.strict import Strict
 
@@ -12,10 +13,20 @@ from moalign.config.strict import Strict
 class LoraSpec(Strict):
     """Low-rank adapters on the frozen base."""
 
-    r: int = Field(default=64, ge=1)
+    r: int = Field(default=64, ge=1, le=2**16)
     alpha: float = Field(default=128, gt=0)
     dropout: float = Field(default=0.05, ge=0, lt=1)
     targets: list[str] | str = "all-linear"
+    """Names of layers, or a regular expression over their whole names."""
+
+    @field_validator("targets")
+    @classmethod
+    def _an_expression(cls, value: list[str] | str) -> list[str] | str:
+        try:
+            re.compile(value if isinstance(value, str) else "")
+        except re.error as error:
+            raise ValueError(f"found {value!r}; allowed: names of layers, or a regular expression ({error})") from None
+        return value
 
 
 class PolicySpec(Strict):

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
+
+LARGEST_INTEGER, LARGEST_NUMBER = 2**63 - 1, 3.4028234663852886e38
+"""What 64 bits and single precision hold: tensors take no other numbers."""
 
 
 class Strict(BaseModel):
@@ -16,6 +19,15 @@ class Strict(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    @field_validator("*")
+    @classmethod
+    def _held_by_tensors(cls, value: Any) -> Any:
+        if isinstance(value, int) and abs(value) > LARGEST_INTEGER:
+            raise ValueError(f"found {value}; allowed: whole numbers up to {LARGEST_INTEGER}")
+        if isinstance(value, float) and abs(value) > LARGEST_NUMBER:
+            raise ValueError(f"found {value:g}; allowed: numbers up to {LARGEST_NUMBER:g}")
+        return value
 
     @classmethod
     def borrows(cls, given: Mapping[str, Any]) -> dict[str, str]:

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import hashlib
 
+MOST = 2**63 - 1
+"""The largest seed: torch and the tables of results hold integers of 64 bits."""
+
 
 def derive(seed: int, *place: str | int) -> int:
     """Return a seed in [0, 2**63) for a place such as ``(phase, step)``; stable across processes and machines."""

@@ -22,6 +22,7 @@ from moalign.core.progress import Progress, silent
 from moalign.experiment.arguments import refuse_both
 from moalign.methods import registry
 from moalign.methods.base import Method
+from moalign.preflight.request import of_recipe, require_sound, to_train
 from moalign.runs import trackers
 from moalign.runs.meter import Meter
 from moalign.runs.run import Run
@@ -170,17 +171,10 @@ def resolve(request: TrainRequest) -> ResolvedRequest:
 def plan(request: TrainRequest, progress: Progress = silent) -> Plan:
     """Check a request and everything that it points to; raises RequestError with every problem."""
     method, resolved = registry.get(request.method), resolve(request)
-    trackers.require_installed(resolved.recipe.trackers)
-    given = _preferences(request, resolved)
-    task = make_task(resolved.card, request.results, progress)
-    if method.capabilities.objectives == "2" and len(task.names) != 2:
-        raise RequestError(f"method {method.name} works with 2 objectives; task {task.card.name} has {len(task.names)}")
     seed = resolved.recipe.seed if request.seed is None else request.seed
-    holdout = _holdout(method, resolved)
-    if holdout:
-        given = [w for w in given or task.grid if not any(preferences.same(w, held) for held in holdout)]
-        if not given:
-            raise RequestError("holdout: it holds every preference to train on; leave at least one to be trained")
+    require_sound(method, resolved, seed)
+    given, holdout = to_train(method, resolved, _preferences(request, resolved))
+    task = make_task(resolved.card, request.results, progress)
     made = Plan(**vars(resolved), request=request, method=method, task=task, seed=seed, given=given, holdout=holdout)
     _ = made.identity  # a model that is not there is a problem of the request
     return made
@@ -191,26 +185,8 @@ def _preferences(request: TrainRequest, resolved: ResolvedRequest) -> list[Prefe
     names = resolved.card.objective_names
     refuse_both(request.prefs, request.grid)
     if request.prefs:
-        vectors = [preferences.parse(text, resolved.card.objective_words) for text in request.prefs]
-    elif request.grid is not None:
-        vectors = preferences.grid_of(len(names), request.grid)
-    elif resolved.recipe.prefs is not None:
-        vectors = [preferences.validate(row, names, "recipe: prefs") for row in resolved.recipe.prefs]
-    else:
-        return None
-    return list(dict.fromkeys(vectors))
-
-
-def _holdout(method: Method, resolved: ResolvedRequest) -> list[Preference]:
-    """Return the recipe's held-out vectors; raises RequestError when the method could not answer for them."""
-    names = resolved.card.objective_names
-    vectors = [preferences.validate(row, names, "recipe: holdout") for row in resolved.recipe.holdout or ()]
-    if vectors and not (method.capabilities.steerable and method.capabilities.one_policy):
-        raise RequestError(
-            f"holdout: {method.name} answers only for preferences that it was trained on, so there is nothing to hold "
-            "out; leave holdout away, or train a method with one policy for every preference (moalign ls methods)"
-        )
-    return list(dict.fromkeys(vectors))
+        return [preferences.parse(text, resolved.card.objective_words) for text in request.prefs]
+    return of_recipe(resolved) if request.grid is None else preferences.grid_of(len(names), request.grid)
 
 
 def expert_plan(of: Plan, name: str, settings: Mapping[str, Any], wanted: Sequence[Preference]) -> Plan:

@@ -67,25 +67,27 @@ KNOWN = {
 """Sizes of the models that recipes name, as transformers builds them; of reward models with the head that scores."""
 
 
-def of_folder(folder: Path) -> Architecture | None:
-    """Read a checked model folder; None when its config does not name width and depth."""
-    shapes = model_folder.shapes(folder, "model")
-    config = model_folder.read_config(folder, "model")
-    config |= config.get("text_config") or {}
+def of_folder(folder: Path, where: str = "model") -> Architecture | None:
+    """Read a model folder; None when its config does not name width and depth, RequestError when it is damaged."""
+    shapes = model_folder.shapes(folder, where)
+    config = model_folder.read_config(folder, where)
+    if isinstance(config.get("text_config"), dict):
+        config |= config["text_config"]
     hidden = _first(config, "hidden_size", "n_embd", "d_model", "dim")
     layers = _first(config, "num_hidden_layers", "n_layer", "encoder_layers", "n_layers")
     if hidden is None or layers is None:
         return None
     heads = _first(config, "num_attention_heads", "n_head", "encoder_attention_heads", "n_heads") or 1
-    groups = config.get("num_key_value_heads") or heads
-    head = config.get("head_dim") or hidden // heads
+    groups = _first(config, "num_key_value_heads") or heads
+    head = _first(config, "head_dim") or hidden // heads
     inner = _first(config, "intermediate_size", "n_inner", "encoder_ffn_dim", "hidden_dim") or 4 * hidden
     parameters = sum(prod(shape) for shape in shapes.values())
-    return Architecture(parameters, hidden, inner, layers, groups * head, int(config.get("vocab_size") or 0), shapes)
+    return Architecture(parameters, hidden, inner, layers, groups * head, _first(config, "vocab_size") or 0, shapes)
 
 
 def _first(config: dict[str, Any], *names: str) -> int | None:
-    return next((int(config[name]) for name in names if isinstance(config.get(name), int)), None)
+    """Return the first of the numbers above 0 that a config has under these names."""
+    return next((int(config[name]) for name in names if isinstance(config.get(name), int) and config[name] > 0), None)
 
 
 _ALL_LINEAR = r"(?!.*(?i:embed|wte|wpe|lm_head|score|norm|ln_)).*"
@@ -110,10 +112,17 @@ def examine(folder: Path, where: str, lora: LoraSpec | None) -> str:
     """
     from transformers import AutoModelForCausalLM
 
-    from moalign.lm import adapters, loading
+    from moalign.lm import loading
 
     with loading.explained(where, folder):
         model = loading.from_folder(AutoModelForCausalLM, folder, where, device_map="meta")
+    return with_lora(model, lora)
+
+
+def with_lora(model: Any, lora: LoraSpec | None) -> str:
+    """Put LoRA on a model and return both in words; RequestError for LoRA targets that name no layer."""
+    from moalign.lm import adapters
+
     seen = f"{type(model).__name__}, {model.num_parameters():,} parameters"
     if lora is None:
         return seen

@@ -78,8 +78,9 @@ def load_codec(source: str, revision: str | None = None, template: TemplateSpec 
     path = model_folder.resolve(source, revision, WHERE)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise RequestError(f"model {path}: its tokenizer cannot be loaded ({first_line(error)})") from None
+    except Exception as error:  # of damaged files the library raises whatever it stumbles over
+        why = f"{type(error).__name__}: {first_line(error)}"
+        raise RequestError(f"model {path}: its tokenizer cannot be loaded ({why})") from None
     try:
         limits = GenerationConfig.from_pretrained(path)
     except (OSError, ValueError):  # a folder need not have one; the model's own config names end tokens, too

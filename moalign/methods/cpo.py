@@ -27,14 +27,14 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from moalign.config.strict import Strict
+from moalign.core.amounts import Amount, Amounts
 from moalign.core.arrays import Matrix
 from moalign.core.errors import RequestError
 from moalign.core.preferences import Preference
 from moalign.core.records import Labels
 from moalign.methods.base import Capabilities
 from moalign.training.job import Job, RunContext
-from moalign.training.settings import DpoStage, SftConfig
+from moalign.training.settings import CostHints, DpoStage, SftConfig
 
 if TYPE_CHECKING:
     from moalign.lm.language_model import LanguageModel
@@ -46,7 +46,7 @@ LEVELS = 5
 Ints = NDArray[np.int64]
 
 
-class Config(Strict):
+class Config(CostHints):
     """Settings of CPO."""
 
     cpsft: SftConfig = SftConfig(steps=2000, batch=32, lr=1.4e-4, schedule="cosine")
@@ -60,6 +60,10 @@ class Config(Strict):
     labels: Labels = "order"
     """Of CDPO's pairs. order: the response of higher value is chosen. bradley-terry: it is chosen with probability
     ``sigma(R(y_w|c) - R(y_l|c))``; the loss is the expectation over that choice, and its optimum is finite."""
+
+    def learns_from(self, task: Amounts) -> Amount:
+        """See :class:`CostHints`."""
+        return task.scored() + task.calibration.first()
 
 
 class Cpo:

@@ -15,21 +15,24 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from moalign.config.strict import Strict
 from moalign.core.preferences import Preference
 from moalign.methods.base import Capabilities
 from moalign.training.job import Job, RunContext
-from moalign.training.settings import DpoConfig
+from moalign.training.settings import CostHints, DpoConfig
 
 if TYPE_CHECKING:
     from moalign.policies.policy import Policy
 
 
-class Config(Strict):
+class Config(CostHints):
     """Settings of DPO soups and of MOD."""
 
     experts: DpoConfig = DpoConfig()
     """How each expert is trained: the settings of ``modpo``, of which every corner of the simplex is one run."""
+
+    def expert_runs(self) -> tuple[str, dict[str, Any]]:
+        """See :class:`CostHints`."""
+        return "modpo", self.experts.model_dump(mode="json")
 
 
 class DpoSoups:
@@ -45,7 +48,7 @@ class DpoSoups:
         """Obtain the experts, trained or found; nothing else is trained."""
         from moalign.training.experts import bring_experts
 
-        bring_experts(job, "modpo", job.config.experts.model_dump(mode="json"))
+        bring_experts(job, *job.config.expert_runs())
 
     def policy(self, context: RunContext, preference: Preference) -> Policy:
         """Return the model whose weights are the experts' interpolated at the preference."""

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
+from moalign.core.amounts import Amount, Amounts
 from moalign.core.arrays import Matrix
 from moalign.core.errors import RequestError, unknown
 from moalign.core.preferences import Preference, corner, label
@@ -53,6 +54,17 @@ class Config(DpoConfig):
     margin: Literal["reward", "implicit"] = "reward"
     role: str = "auto"
     """The objective whose pairs are trained on; auto: for each preference the one that it weighs most."""
+
+    def learns_from(self, task: Amounts) -> Amount:
+        """See :class:`CostHints`. Both responses of the data's own pairs are scored for the margin."""
+        own = sum(task.labelled) if self.margin == "reward" and self.pairs != "scored" else 0
+        return super().learns_from(task) + Amount(2 * own)
+
+    def expert_runs(self) -> tuple[str, dict[str, Any]] | None:
+        """See :class:`CostHints`. They are trained as plain DPO, which needs no margin."""
+        if self.margin == "reward":
+            return None
+        return "modpo", {name: getattr(self, name) for name in DpoConfig.model_fields}
 
 
 class Modpo:
@@ -104,11 +116,9 @@ class Modpo:
 
         if all(w[k] == 1 for w, k in roles.items()):
             return []
-        names = set(DpoConfig.model_fields)
-        settings = {name: value for name, value in job.config.model_dump(mode="json").items() if name in names}
-        count = len(job.task.names)
-        run = job.experts(self.name, settings, [corner(count, index) for index in range(count)])
-        job.notes["experts"] = {"method": self.name, "run_id": run.record.run_id}
+        count, (method, settings) = len(job.task.names), job.config.expert_runs()
+        run = job.experts(method, settings, [corner(count, index) for index in range(count)])
+        job.notes["experts"] = {"method": method, "run_id": run.record.run_id}
         return [run.path / adapter_of(index) for index in range(count)]
 
 

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from pydantic import Field
 
+from moalign.core.amounts import Amount, Amounts
 from moalign.core.errors import RequestError
 from moalign.core.preferences import Preference, label
 from moalign.methods.base import Capabilities
@@ -50,7 +51,7 @@ AUGMENT = "augment"
 class Config(CostHints):
     """Settings of ParetoHqD."""
 
-    sampled_by: ClassVar = {"augment_prompts": 3}  # once for each representative
+    sampled_by: ClassVar = {"augment_prompts": 3}  # with two objectives once for each of three representatives
     k: int = Field(default=100, ge=2)
     """Responses of a preference's first set; its second set has half as many."""
     min_pool: int | None = Field(default=None, ge=1)
@@ -62,6 +63,14 @@ class Config(CostHints):
     """Prompts that each representative answers; repeated passes when the task has fewer."""
     temperature: float = Field(default=0.7, gt=0)
     top_p: float = Field(default=0.9, gt=0, le=1)
+
+    def responses_sampled(self, task: Amounts) -> int:
+        """Each representative, nearest to a corner or to equal weights, answers every prompt drawn."""
+        return (task.objectives + 1) * self.augment_prompts if self.second.steps else 0
+
+    def learns_from(self, task: Amounts) -> Amount:
+        """See :class:`CostHints`."""
+        return task.scored()
 
 
 class ParetoHqd:

@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from moalign.core.amounts import Amounts
 from moalign.core.preferences import Preference
 from moalign.methods.base import Capabilities
 from moalign.policies.control_spec import ControlSpec
@@ -81,9 +82,18 @@ class Config(PpoConfig, CostHints, NamesModels):
             raise ValueError(f"trainer: rebel compares pairs, so samples must be even; found {self.samples}")
         return self
 
-    def responses_sampled(self) -> int:
+    def responses_sampled(self, task: Amounts) -> int:
         """The base answers each prompt of the rollouts once."""
-        return self.steps * self.batch
+        drawn = self.steps * self.batch
+        return drawn if task.prompts is None else min(drawn, task.prompts)
+
+    def expert_runs(self) -> tuple[str, dict[str, Any]]:
+        """See :class:`~moalign.training.settings.CostHints`."""
+        from moalign.training.experts import rl_settings
+
+        if self.rl_experts is None:
+            return "modpo", self.experts.model_dump(mode="json")
+        return "morlhf", rl_settings(self.rl_experts)
 
     @property
     def switched_off(self) -> set[str]:
@@ -119,15 +129,12 @@ class Pcm:
         """Obtain the experts, answer with the base once, train the control model; resumes in the stage in flight."""
         from moalign.policies.control import require_tokenizer
         from moalign.policies.controlled import mixture_in_training
-        from moalign.training.experts import bring_experts, rl_settings
+        from moalign.training.experts import bring_experts
 
         config: Config = job.config
         for model in config.models.values():  # now, and not when the experts have been trained
             require_tokenizer(model, job.task.codec)
-        if config.rl_experts is None:
-            bring_experts(job, "modpo", config.experts.model_dump(mode="json"))
-        else:
-            bring_experts(job, "morlhf", rl_settings(config.rl_experts))
+        bring_experts(job, *config.expert_runs())
         with mixture_in_training(job) as actor:
             learn(job, actor, base_scores(job))
 

@@ -16,21 +16,26 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from moalign.config.strict import Strict
 from moalign.core.preferences import Preference
 from moalign.methods.base import Capabilities
 from moalign.training.job import Job, RunContext
-from moalign.training.settings import PpoConfig
+from moalign.training.settings import CostHints, PpoConfig
 
 if TYPE_CHECKING:
     from moalign.policies.policy import Policy
 
 
-class Config(Strict):
+class Config(CostHints):
     """Settings of rewarded soups."""
 
     experts: PpoConfig = PpoConfig()
     """How each expert is trained: the settings of ``morlhf``, of which every corner of the simplex is one run."""
+
+    def expert_runs(self) -> tuple[str, dict[str, Any]]:
+        """See :class:`CostHints`."""
+        from moalign.training.experts import rl_settings
+
+        return "morlhf", rl_settings(self.experts)
 
 
 class RewardedSoups:
@@ -44,9 +49,9 @@ class RewardedSoups:
 
     def train(self, job: Job) -> None:
         """Obtain the experts, trained or found; nothing else is trained."""
-        from moalign.training.experts import bring_experts, rl_settings
+        from moalign.training.experts import bring_experts
 
-        bring_experts(job, "morlhf", rl_settings(job.config.experts))
+        bring_experts(job, *job.config.expert_runs())
 
     def policy(self, context: RunContext, preference: Preference) -> Policy:
         """Return the model whose weights are the experts' interpolated at the preference."""

@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from moalign.core.amounts import Amount, Amounts
 from moalign.core.arrays import Matrix
 from moalign.core.errors import RequestError
 from moalign.core.preferences import Preference
@@ -46,6 +47,7 @@ class Config(CostHints):
     """Settings of RiC."""
 
     sampled_by: ClassVar = {"online_prompts": "online_rounds"}
+    repeated_by: ClassVar = {"online": "online_rounds"}
     offline: SftConfig = SftConfig(steps=20_000, batch=8, lr=1.414e-4, schedule="linear", weight_decay=0.01)
     online: SftConfig = SftConfig(steps=4_000, batch=8, lr=1e-5, schedule="constant", weight_decay=0.01)
     """Each round's training."""
@@ -63,6 +65,10 @@ class Config(CostHints):
     keep_share: float = Field(default=0.3, gt=0, le=1)
     """nondominated: layers are kept until they hold at least this share of the samples."""
     preference_map: MapName = "l2"
+
+    def learns_from(self, task: Amounts) -> Amount:
+        """See :class:`CostHints`."""
+        return task.scored()
 
 
 class Ric:

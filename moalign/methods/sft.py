@@ -7,21 +7,24 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import Field
-
+from moalign.core.amounts import Amount, Amounts
 from moalign.core.preferences import Preference
 from moalign.methods.base import Capabilities
 from moalign.training.job import Job, RunContext
-from moalign.training.settings import SftConfig
+from moalign.training.settings import CostHints, SftConfig, Steps
 
 if TYPE_CHECKING:
     from moalign.policies.policy import Policy
 
 
-class Config(SftConfig):
+class Config(SftConfig, CostHints):
     """Settings of the supervised stage."""
 
-    steps: int = Field(default=0, ge=0)
+    steps: Steps = 0
+
+    def reads(self, task: Amounts) -> Amount:
+        """See :class:`CostHints`. Their texts alone are learned from, so their scores are no part of the cost."""
+        return task.scored() if self.steps else Amount()
 
 
 class Sft:

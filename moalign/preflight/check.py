@@ -14,12 +14,14 @@ from moalign.config.load import ResolvedRequest
 from moalign.config.recipe import Recipe
 from moalign.config.yaml_lines import Document
 from moalign.core.errors import RequestError
-from moalign.lm import architecture
+from moalign.core.preferences import Preference
 from moalign.methods import registry
 from moalign.methods.base import Method
-from moalign.preflight.inputs import check_inputs, is_local, named_model
+from moalign.preflight.inputs import check_inputs, named_model
 from moalign.preflight.report import Preflight
+from moalign.preflight.request import of_recipe, require_sound, to_train
 from moalign.preflight.sizes import check_sizes
+from moalign.tasks.task import Task
 from moalign.training.settings import NamesModels
 
 
@@ -36,15 +38,13 @@ def check(name_or_path: str, overrides: Sequence[str] = (), results: Path = Path
     report = Preflight(path)
     resolved = _check_recipe(report, path, overrides, task)
     if resolved is not None:
-        model = check_inputs(report, resolved.card, results)
-        if model is not None and is_local(str(resolved.card.model)):
-            trains = registry.get(resolved.recipe.method).capabilities.trains
-            lora = resolved.recipe.policy.lora if trains else None
-            report.look("policy", lambda: architecture.examine(model, "task.model", lora))
+        trains = registry.get(resolved.recipe.method).capabilities.trains
+        lora = resolved.recipe.policy.lora if trains else None
+        inputs = check_inputs(report, resolved.card, results, lora=lora)
         if isinstance(resolved.config, NamesModels):
             for name, named in resolved.config.models.items():
                 report.look(name, partial(named_model, report, name, named))
-        check_sizes(report, resolved, model)
+        check_sizes(report, resolved, inputs.model, inputs.task)
         return report
     card, with_options = _card_alone(path, overrides)
     if card is not None:
@@ -52,10 +52,15 @@ def check(name_or_path: str, overrides: Sequence[str] = (), results: Path = Path
     return report
 
 
-def preview(resolved: ResolvedRequest) -> Preflight:
-    """Return memory and cost of a request alone: what a dry run shows, before anything is downloaded."""
+def preview(
+    resolved: ResolvedRequest, task: Task | None = None, given: Sequence[Preference] | None = None
+) -> Preflight:
+    """Return memory and cost of a request alone: what a dry run shows, before anything is downloaded.
+
+    ``task`` and ``given`` as :func:`moalign.preflight.cost.estimate` has them.
+    """
     report = Preflight(resolved.recipe_path or Path(resolved.recipe.method))
-    check_sizes(report, resolved)
+    check_sizes(report, resolved, None, task, given)
     return report
 
 
@@ -72,7 +77,16 @@ def _check_card(path: Path, overrides: Sequence[str], results: Path) -> Prefligh
                 method = registry.get(load.recipe_names(file)[0])
                 resolved = load.load_recipe(file, method.name, path, overrides, method.Config)
                 report.add("recipe", f"{file}: {len(resolved.config.model_dump())} settings of {method.name}")
+                _check_request(report, method, resolved)
     return report
+
+
+def _check_request(report: Preflight, method: Method, resolved: ResolvedRequest) -> None:
+    """Refuse what training would refuse before it looks at anything."""
+    with report.collecting():
+        require_sound(method, resolved, resolved.recipe.seed)
+    with report.collecting():
+        to_train(method, resolved, of_recipe(resolved))
 
 
 def _check_recipe(
@@ -83,10 +97,8 @@ def _check_recipe(
         method = _method_of(path, yaml_lines.load(path))
         resolved = load.load_recipe(path, method.name, task, overrides, method.Config)
         report.add("recipe", f"{path}: {len(resolved.config.model_dump())} settings of {method.name}")
-        card, count = resolved.card, len(resolved.card.objectives)
-        report.add("card", f"{resolved.card_path}: {', '.join(card.objective_names)}")
-        if method.capabilities.objectives == "2" and count != 2:
-            report.problems.append(f"{path}: {method.name} works with 2 objectives; task {card.name} has {count}")
+        report.add("card", f"{resolved.card_path}: {', '.join(resolved.card.objective_names)}")
+        _check_request(report, method, resolved)
         return resolved
     return None
 

@@ -1,16 +1,26 @@
-"""What a recipe costs at most, before it runs: tokens and scores as the meter counts them, rough hours on its GPU."""
+"""What a recipe costs at most, before it runs: tokens and scores as the meter counts them, rough hours on its GPU.
+
+The counts come from what the method's settings say of themselves (:class:`~moalign.training.settings.CostHints`) and
+from the task's own data; for every method they are compared with the record of a run.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from moalign.config.load import ResolvedRequest
+from moalign.config.strict import Strict
 from moalign.core import preferences
+from moalign.core.amounts import Amounts
+from moalign.core.preferences import Preference
 from moalign.lm.architecture import Architecture
+from moalign.methods import registry
 from moalign.methods.base import Capabilities
 from moalign.preflight.memory import WIDTH, stages
+from moalign.tasks.task import Task
 from moalign.training import experts
-from moalign.training.settings import CostHints, DpoStage, OnlineConfig
+from moalign.training.settings import CostHints, DpoStage, OnlineConfig, SftConfig
 
 GPUS = {
     # name: (dense bfloat16 TFLOP/s, GB/s), from the makers' data sheets
@@ -28,49 +38,128 @@ DECODING_SHARE = 0.5
 
 
 @dataclass(frozen=True)
+class FirstUse:
+    """What the first run of a task does for all runs and no record counts: scale of the scores, length of answers."""
+
+    responses_sampled: int = 0
+    tokens_generated: int = 0
+    reward_calls: int = 0
+
+
+@dataclass(frozen=True)
 class CostBounds:
     """Upper bounds; every response as long as it may be, every row as long as it may be."""
 
     policies: int
     """Separate training runs inside the recipe."""
+    experts: int
+    """Policies trained beside them in runs of their own; their cost is counted whether they are found or trained."""
+    responses_sampled: int
     tokens_generated: int
     tokens_trained: int
     reward_calls: int
     gpu: str | None
     hours: float | None
     """None when the GPU is not one of :data:`GPUS` or the base's size is not known."""
+    first_use: FirstUse = field(default_factory=FirstUse)
+    unknown: list[str] = field(default_factory=list)
+    """What is not counted, because it is not known yet; without it the bounds are no bounds."""
 
 
-def estimate(resolved: ResolvedRequest, capabilities: Capabilities, policy: Architecture | None) -> CostBounds:
+@dataclass
+class _Work:
+    """Sums over a run and the runs of its experts."""
+
+    sampled: int = 0
+    """Responses."""
+    scored: int = 0
+    """Responses, each on every objective."""
+    trained: int = 0
+    """Tokens."""
+    waits: int = 0
+    """Batches sampled one after the other: what decoding waits for."""
+    experts: int = 0
+
+
+def estimate(
+    resolved: ResolvedRequest,
+    capabilities: Capabilities,
+    policy: Architecture | None,
+    task: Task | None = None,
+    given: Sequence[Preference] | None = None,
+) -> CostBounds:
     """Return the training cost of a recipe; answering and judging come on top.
 
-    ``policy`` None: the base's size is not known, and neither are the hours.
+    Args:
+        policy: sizes of the base; None: they are not known, and neither are the hours.
+        task: the recipe's, whose data is counted; None: it cannot be read yet.
+        given: the preferences to train, where the request names them; None: the recipe's, or the task's grid.
     """
-    config, objectives, limits = resolved.config, len(resolved.card.objectives), resolved.card.generation
-    policies = _policies(resolved, capabilities)
-    trained = 0
-    sampled = config.responses_sampled() if isinstance(config, CostHints) else 0
-    waits = -(-sampled // limits.batch_size)  # responses sampled one after the other: what decoding waits for
-    for name, stage in stages(config) if capabilities.trains else ():
-        times = objectives if name.split(".")[0] in experts.STAGES else policies
-        if isinstance(stage, OnlineConfig):
-            rows = times * stage.steps * stage.batch * stage.samples
-            sampled += rows
-            trained += rows * stage.epochs * (limits.max_prompt_tokens + limits.max_new_tokens)
-            waits += times * stage.steps
+    config, card = resolved.config, resolved.card
+    count, longest = len(card.objectives), card.generation.max_new_tokens
+    counted = None if task is None else task.amounts()
+    amounts = counted or Amounts(count)
+    unknown = [] if counted else ["responses of the task's own that training may learn from, its data not being here"]
+    policies, work, aside = _policies(resolved, capabilities, given), _Work(), amounts.for_scale
+    if capabilities.trains:
+        _add(work, resolved, config, policies, amounts)
+        if isinstance(config, CostHints):
+            aside += config.reads(amounts)
         else:
-            per_row = 2 if isinstance(stage, DpoStage) else 1
-            trained += times * stage.steps * stage.batch * per_row * stage.max_tokens
-    gpu, hours = _hours(resolved, policy, trained, waits * limits.max_new_tokens)
-    return CostBounds(policies, sampled * limits.max_new_tokens, trained, sampled * objectives, gpu, hours)
+            unknown.append(f"what {resolved.recipe.method} samples and scores beside its stages, which it does not say")
+    gpu, hours = _hours(resolved, policy, work.trained, work.waits * longest)
+    return CostBounds(
+        policies=policies,
+        experts=work.experts,
+        responses_sampled=work.sampled,
+        tokens_generated=work.sampled * longest,
+        tokens_trained=work.trained,
+        reward_calls=work.scored * count,
+        gpu=gpu,
+        hours=hours,
+        first_use=FirstUse(aside.sampled, aside.sampled * longest, aside.rows * count),
+        unknown=unknown,
+    )
 
 
-def _policies(resolved: ResolvedRequest, capabilities: Capabilities) -> int:
+def _add(work: _Work, resolved: ResolvedRequest, config: Strict, policies: int, amounts: Amounts) -> None:
+    """Add what a run of ``policies`` policies costs by its settings, the runs of its experts included."""
+    hints, limits = config if isinstance(config, CostHints) else CostHints(), resolved.card.generation
+    between, own = hints.responses_sampled(amounts), hints.learns_from(amounts)
+    work.sampled += between + own.sampled
+    work.scored += between + own.rows
+    work.waits += -(-(between + own.sampled) // limits.batch_size)
+    for name, stage in stages(config):
+        if name.split(".")[0] not in experts.STAGES:  # those are of other runs
+            times = policies * (getattr(config, hints.repeated_by[name]) if name in hints.repeated_by else 1)
+            _add_stage(work, stage, times, limits.max_prompt_tokens + limits.max_new_tokens)
+    runs = hints.expert_runs()
+    if runs is not None:
+        method, settings = runs
+        work.experts += amounts.objectives
+        _add(work, resolved, registry.get(method).Config.model_validate(settings), amounts.objectives, amounts)
+
+
+def _add_stage(work: _Work, stage: SftConfig | OnlineConfig, times: int, row_tokens: int) -> None:
+    if isinstance(stage, OnlineConfig):
+        rows = times * stage.steps * stage.batch * stage.samples
+        work.sampled += rows
+        work.scored += rows
+        work.trained += rows * stage.epochs * row_tokens
+        work.waits += times * stage.steps
+    else:
+        per_row = 2 if isinstance(stage, DpoStage) else 1
+        work.trained += times * stage.steps * stage.batch * per_row * stage.max_tokens
+
+
+def _policies(resolved: ResolvedRequest, capabilities: Capabilities, given: Sequence[Preference] | None) -> int:
     """Return how many policies are trained one after the other."""
     if not capabilities.trains:
         return 0
     if capabilities.one_policy or (isinstance(resolved.config, CostHints) and resolved.config.one_policy):
         return 1
+    if given is not None:
+        return len(given)
     if resolved.recipe.prefs is not None:
         return len(resolved.recipe.prefs)
     return len(preferences.grid_of(len(resolved.card.objectives), resolved.card.grid))

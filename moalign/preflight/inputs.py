@@ -6,11 +6,14 @@ import os
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from moalign.config.card import SourceSpec, TaskCard
 from moalign.config.objectives import ModelObjective, ObjectiveSpec
+from moalign.config.recipe import LoraSpec
 from moalign.core.errors import RequestError
 from moalign.lm import builtin
+from moalign.lm.chat import Renderer
 from moalign.preflight.report import Preflight
 from moalign.tasks.load import make_task
 from moalign.tasks.task import Task, fingerprint
@@ -19,22 +22,40 @@ FAR = 0.5
 """A fitted mean is far from a published one beyond this share of its standard deviation."""
 
 
-def check_inputs(report: Preflight, card: TaskCard, results: Path, with_options: bool = True) -> Path | None:
-    """Check what a card points to; return the policy's folder when it is there.
+class Inputs(NamedTuple):
+    """What was found of a card's inputs."""
+
+    model: Path | None
+    """The policy's folder, when it is there."""
+    task: Task | None
+    """None when its data cannot be read here and now."""
+
+
+def check_inputs(
+    report: Preflight, card: TaskCard, results: Path, with_options: bool = True, lora: LoraSpec | None = None
+) -> Inputs:
+    """Check what a card points to, and whether ``lora`` fits its base.
 
     ``with_options`` is False for a card read without its ``--set`` options: what they might have changed is not
     checked.
     """
     model = _check_model(report, card) if with_options else None
     # Without its folder no prompt is dropped, since none can be measured.
-    task = make_task(card.model_copy(update={"overlong": None} if model is None else {"model": str(model)}), results)
-    if _check_data(report, card) and report.look("splits", lambda: _splits(task)) and with_options:
+    update = {} if card.built_in_base else {"overlong": None} if model is None else {"model": str(model)}
+    task = make_task(card.model_copy(update=update), results)
+    readable = _check_data(report, card) and report.look("splits", lambda: _splits(task))
+    here = with_options and (card.built_in_base or model is not None)
+    if here and readable:
+        report.look("template", lambda: _template(task))
+    if here and (card.built_in_base or is_local(str(card.model))):
+        report.look("policy", lambda: task.examine(lora))
+    if readable and with_options:
         _check_overlong(report, card, None if model is None else task)
     for spec in card.objectives:
         report.look(f"objective {spec.name}", partial(_objective, report, spec))
     if card.published and with_options:
         report.look("published", lambda: _published(report, card, results))
-    return model
+    return Inputs(model, task if readable else None)
 
 
 # -- models --------------------------------------------------------------------------------------------------------
@@ -167,6 +188,23 @@ def _count(records: Iterable[object]) -> int:
 
 def _splits(task: Task) -> str:
     return ", ".join(f"{name} {len(prompts)}" for name, prompts in task.prompts.items()) + " prompts"
+
+
+def _template(task: Task) -> str:
+    """Render a prompt in every way that a method may ask for it."""
+    codec, limit = task.untrained_codec(), task.card.generation.max_prompt_tokens
+    renderer, count = Renderer(task.card.template, tuple(task.names), codec, limit), len(task.names)
+    prompt, ends = task.prompts["train"][0], codec.ends
+    texts = [
+        renderer.plain(prompt),
+        renderer.preference(prompt, [1 / count] * count),
+        renderer.scores(prompt, [0.0] * count),
+    ]
+    lengths = [len(ids) for ids in codec.prompt_ids(texts)]
+    stops = [*map(repr, ends.texts), *codec.tokenizer.convert_ids_to_tokens(sorted(ends.ids))]
+    return (
+        f"the first prompt has {lengths[0]} tokens, with a preference {lengths[1]}; {', '.join(stops)} ends a response"
+    )
 
 
 def _check_overlong(report: Preflight, card: TaskCard, task: Task | None) -> None:

@@ -1,4 +1,4 @@
-"""An estimate of peak GPU memory, phase by phase, from sizes alone: nothing is loaded.
+"""An estimate of peak memory, phase by phase, from sizes alone: nothing is loaded. Of a GPU, or without one of the CPU.
 
 All in bytes; w = 2 (bfloat16) or 4 (float32), H = hidden, I = inner width, L = layers, KV = width of a token's keys.
 
@@ -9,12 +9,18 @@ All in bytes; w = 2 (bfloat16) or 4 (float32), H = hidden, I = inner width, L = 
     one layer       tokens x [ norms 8 H + LoRA inputs + attention 4 w H + feed-forward 3 w I + LoRA between 28 r ]
                     LoRA inputs: a float32 copy for each layer, 24 H + 4 I; in float32 without dropout they are shared,
                     8 H + 4 I; under autocast (trl's trainers) w (6 H + I) and 14 r; dropout masks 6 H + I more
-    activations     L x one layer; with checkpointing tokens x L x H x w + one layer
-    logits          rows x new tokens x vocabulary x (w + 12) in the online engine (float32, log-softmax, entropy);
-                    trl's fused head works in tiles: 4096 x vocabulary x w + tokens x H x 4
+    activations     L x one layer; trl's trainers on a GPU, with checkpointing: tokens x L x H x w + one layer
+    logits          in the online engine (w + 12) a number (float32, log-softmax, entropy), at most 2**23 at a time;
+                    trl's fused head works in tiles: 4096 x 32768 x w + tokens x H x 4; on the CPU a tile is as wide as
+                    the vocabulary, and nine copies of it are made
+    folded          while a model below 20 M parameters samples, a copy of the layers that adapters change
+    control         what PCM trains in place of adapters: parameters x 16 and its own activations
     reward models   parameters x w of each, all resident, + the largest one's activations while scoring:
                     batch_tokens x (6 H + 2 I) x w
-    rest            2 GiB for the CUDA context and fragmentation (assumed)
+    rest            2 GiB for the CUDA context and fragmentation (assumed); on the CPU the interpreter and its libraries
+
+On the CPU the system's allocator keeps up to half as much again of what was freed; results/bench/memory.md compares
+measurements with these estimates.
 
 The coefficients of one layer agree with what autograd keeps of real modules (tests/preflight/test_memory.py); those of
 models that are not of the Llama kind are rougher.
@@ -36,14 +42,24 @@ from moalign.config.strict import Strict
 from moalign.lm import architecture, builtin
 from moalign.lm.architecture import Architecture
 from moalign.methods.base import Capabilities
+from moalign.policies.control_spec import ControlSpec
 from moalign.training.settings import CostHints, DpoStage, OnlineConfig, PpoConfig, SftConfig
 
 GIB = 2**30
 WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
 TRAINED = 16
 REST = 2 * GIB
-TILE = 4096
-"""Tokens of one tile of trl's fused output layer."""
+LIBRARIES, BUFFERS = int(0.5 * GIB), 96 * 2**20
+"""What the interpreter with its libraries holds, in place of :data:`REST` on the CPU, and adds while they work at most
+(measured)."""
+KEPT = 1.5
+"""How many times what is in use the CPU's allocator holds at most (measured)."""
+TILE, COLUMNS, COPIES = 4096, 32768, 9.25
+"""Tokens and words of one tile of trl's fused output layer, and how many such are held at once on the CPU."""
+AT_ONCE = 2**23
+"""Logits held at a time in the online engine, where the head is a linear map (:mod:`moalign.lm.log_probs`)."""
+FOLDS_BELOW = 20_000_000
+"""Smaller models sample with adapters folded into a copy (:data:`moalign.lm.adapters.MERGE_BELOW`)."""
 
 
 @dataclass(frozen=True)
@@ -75,11 +91,17 @@ class Estimate:
     phases: list[Phase]
     unknown: list[str]
     """Reward models whose sizes are not known."""
+    on_cpu: bool = False
 
     @property
     def peak(self) -> Phase:
         """The phase that takes most."""
         return max(self.phases, key=lambda phase: phase.total)
+
+    @property
+    def most(self) -> int:
+        """The most bytes that the peak phase may take; on the CPU with what the allocator keeps."""
+        return upper(self.peak) if self.on_cpu else self.peak.total
 
     def as_dict(self) -> dict[str, Any]:
         """Return the estimate for ``--json``; adapters are counted with gradients and optimiser state."""
@@ -88,7 +110,9 @@ class Estimate:
             "adapter_parameters": self.adapted,
             "weights_gib": self.policy.parameters * WIDTH[self.dtype] / GIB,
             "adapters_gib": self.adapted * TRAINED / GIB,
+            "device": "cpu" if self.on_cpu else "gpu",
             "total_gib": self.peak.total / GIB,
+            "most_gib": self.most / GIB,
             "peak_phase": self.peak.name,
             "phases": [phase.as_dict() for phase in self.phases],
             "unknown": self.unknown,
@@ -97,11 +121,19 @@ class Estimate:
     def sentence(self) -> str:
         """Return the estimate in words."""
         gib = self.as_dict()
+        where = f"{gib['total_gib']:.1f} GiB"
+        if self.on_cpu:
+            where = f"{gib['total_gib']:.2f} to {gib['most_gib']:.2f} GiB on the CPU"
         return (
-            f"peak {gib['total_gib']:.1f} GiB ({self.peak.name}): weights {gib['weights_gib']:.2f} "
+            f"peak {where} ({self.peak.name}): weights {gib['weights_gib']:.2f} "
             f"({self.policy.parameters / 1e6:.1f} M parameters in {self.dtype}), adapters with gradients and optimiser "
             f"{gib['adapters_gib']:.2f} ({self.adapted / 1e6:.1f} M parameters)"
         )
+
+
+def upper(phase: Phase) -> int:
+    """Return the most bytes that a phase may take on the CPU, of which :attr:`Phase.total` is the least."""
+    return int(phase.parts["rest"] + (phase.total - phase.parts["rest"]) * KEPT + BUFFERS)
 
 
 def estimate(resolved: ResolvedRequest, policy: Architecture, capabilities: Capabilities) -> Estimate:
@@ -112,16 +144,21 @@ def estimate(resolved: ResolvedRequest, policy: Architecture, capabilities: Capa
     card, lora, trains = resolved.card, resolved.recipe.policy.lora, capabilities.trains
     adapted = architecture.adapted(policy.shapes, lora.r, lora.targets) if trains else 0
     models, unknown = reward_models(card)
-    phases_of = _Phases(card, policy, lora, adapted, models)
+    needs = resolved.recipe.needs
+    on_cpu = needs.gpu == "none" and needs.gpu_memory_gib is None
+    phases_of = _Phases(card, policy, lora, adapted, models, on_cpu)
     readers = len(card.objectives) if capabilities.mixes else 1
     phases = [phases_of.sampling("sampling the base", adapters=0)]
     for name, config in stages(resolved.config) if trains else ():
-        if isinstance(config, OnlineConfig):
-            phases += phases_of.online(name, config, readers if name == "training" else 1)  # an expert has none
+        control = getattr(config, "control", None)
+        if isinstance(control, ControlSpec) and isinstance(config, OnlineConfig):
+            phases += phases_of.mixture(name, config, control, readers)
+        elif isinstance(config, OnlineConfig):
+            phases += phases_of.online(name, config)
         else:
             phases += phases_of.sft(name, config)
     phases.append(phases_of.sampling("answering", adapters=adapted * 4 * readers, readers=readers))
-    return Estimate(policy, adapted, card.dtype, phases, unknown)
+    return Estimate(policy, adapted, card.dtype, phases, unknown, on_cpu)
 
 
 def reward_models(card: TaskCard) -> tuple[list[tuple[ModelObjective, Architecture]], list[str]]:
@@ -142,10 +179,10 @@ def reward_models(card: TaskCard) -> tuple[list[tuple[ModelObjective, Architectu
     return models, unknown
 
 
-def sizes_of(model: str) -> Architecture | None:
+def sizes_of(model: str, where: str = "model") -> Architecture | None:
     """Return the sizes of a model folder or known hub model, None when they are not known."""
     folder = builtin.converted(model) or Path(model).expanduser()
-    return architecture.of_folder(folder) if os.path.isdir(folder) else architecture.KNOWN.get(model)
+    return architecture.of_folder(folder, where) if os.path.isdir(folder) else architecture.KNOWN.get(model)
 
 
 def stages(config: Strict, name: str = "") -> Iterator[tuple[str, SftConfig | OnlineConfig]]:
@@ -194,7 +231,9 @@ class _Phases:
         lora: LoraSpec,
         adapted: int,
         models: Sequence[tuple[ModelObjective, Architecture]],
+        on_cpu: bool = False,
     ) -> None:
+        self.on_cpu, self.rest = on_cpu, LIBRARIES if on_cpu else REST
         self.policy, self.lora, self.adapted = policy, lora, adapted
         self.objectives, self.limits, self.width = len(card.objectives), card.generation, WIDTH[card.dtype]
         self.tokens = self.limits.max_prompt_tokens + self.limits.max_new_tokens
@@ -204,6 +243,8 @@ class _Phases:
             spec.batch_tokens * (6 * size.hidden + 2 * size.inner) * WIDTH[spec.dtype] for spec, size in models
         )
         self.scoring = max(activations, default=0)
+        inside = max(0, policy.parameters - policy.vocabulary * policy.hidden)  # embeddings have no adapters
+        self.folded = inside * self.width if adapted and policy.parameters <= FOLDS_BELOW else 0
 
     def sampling(self, name: str, adapters: int, rows: int | None = None, readers: int = 1) -> Phase:
         """Return a phase in which texts are sampled and scored; ``adapters`` in bytes, ``readers`` read each row."""
@@ -212,37 +253,69 @@ class _Phases:
         logits = rows * self.policy.vocabulary * (self.width + 8)
         # One after the other: what takes more counts.
         busy = {"KV cache": cache, "logits": logits} if cache + logits > self.scoring else {"scoring": self.scoring}
-        return Phase(name, {**self.resident, "adapters": adapters, **busy, "rest": REST})
+        folded = {"folded": self.folded * readers} if self.folded and adapters else {}
+        return Phase(name, {**self.resident, "adapters": adapters, **folded, **busy, "rest": self.rest})
 
-    def online(self, name: str, config: OnlineConfig, readers: int = 1) -> list[Phase]:
+    def online(self, name: str, config: OnlineConfig) -> list[Phase]:
         """Return the phases of a stage in the online engine, which micro-batches instead of checkpointing layers."""
         reference = self.adapted * 4 if config.reference == "start" or config.ref_sync_steps else 0
-        experts = self.adapted * 4 * readers if readers > 1 else 0
-        adapters = self.adapted * TRAINED + reference + experts
+        adapters = self.adapted * TRAINED + reference
         rows = min(config.micro_batch, config.batch * config.samples)
         tokens = rows * self.tokens
-        heads, kept = 0, int(tokens * self.policy.layers * self._layer(autocast=False))
+        heads, kept = 0, int(tokens * self.policy.layers * self._layer(autocast=False, dropout=False))
         if isinstance(config, PpoConfig):
             heads = self.objectives * (self.policy.hidden + 1) * TRAINED
             kept += tokens * (self.policy.layers + 1) * self.policy.hidden * self.width
-        logits = rows * (self.limits.max_new_tokens + 1) * self.policy.vocabulary * (self.width + 12)
+        count = rows * (self.limits.max_new_tokens + 1) * self.policy.vocabulary
+        logits = min(count, max(AT_ONCE, self.policy.vocabulary)) * (self.width + 12)
         parts = {**self.resident, "adapters": adapters, "value heads": heads, "activations": kept, "logits": logits}
         return [
-            self.sampling(f"{name}: rollout", adapters + heads, config.batch * config.samples, readers),
-            Phase(f"{name}: update", {**parts, "rest": REST}),
+            self.sampling(f"{name}: rollout", adapters + heads, config.batch * config.samples),
+            Phase(f"{name}: update", {**parts, "rest": self.rest}),
+        ]
+
+    def mixture(self, name: str, config: OnlineConfig, control: ControlSpec, readers: int) -> list[Phase]:
+        """Return the phases in which frozen experts are mixed, and the small model that weighs them is trained."""
+        tokens = min(config.micro_batch, config.batch * config.samples) * self.tokens
+        body = sizes_of(control.model) if control.model is not None else None
+        if control.form == "adapter":
+            count = architecture.adapted(self.policy.shapes, control.lora.r, control.lora.targets)
+            kept = self.policy.layers * self._layer(autocast=False, dropout=False)
+        else:
+            w, layers = control.width, control.layers
+            body = body or Architecture(w * (16 * w * layers + self.policy.hidden), w, 4 * w, layers, w, 0)
+            count = body.parameters
+            kept = body.layers * layer_bytes(body, 4, LoraSpec(r=1, dropout=0.0), 1, autocast=False)
+        # Each expert's adapter, and the stack of all that one pass reads.
+        experts = self.adapted * 4 * readers * (1 if self.folded else 2)
+        rollout = self.sampling(f"{name}: rollout", experts, config.batch * config.samples, readers)
+        parts = {part: size for part, size in rollout.parts.items() if part in {*self.resident, "adapters", "folded"}}
+        parts |= {"control": count * TRAINED, "activations": int(tokens * kept), "rest": self.rest}
+        return [
+            Phase(rollout.name, {**rollout.parts, "control": count * TRAINED}),
+            Phase(f"{name}: update", parts),
         ]
 
     def sft(self, name: str, config: SftConfig) -> list[Phase]:
         """Return the phase of a stage on fixed rows or pairs, by trl's trainers."""
         rows = config.batch // config.accumulate * (2 if isinstance(config, DpoStage) else 1)
         tokens = rows * config.max_tokens
-        checkpoints = self.policy.layers * self.policy.hidden * self.width
+        dropout = not isinstance(config, DpoStage)
+        if self.on_cpu:
+            layers = self.policy.layers * self._layer(autocast=False, dropout=dropout)
+            tile = min(COLUMNS, self.policy.vocabulary) * 4 * COPIES
+        else:
+            inputs = self.policy.layers * self.policy.hidden * self.width
+            layers = inputs + self._layer(autocast=self.width == 2, dropout=dropout)
+            tile = COLUMNS * self.width
         parts = {
             "adapters": self.adapted * TRAINED,
-            "activations": int(tokens * (checkpoints + self._layer(autocast=self.width == 2))),
-            "logits": min(TILE, tokens) * self.policy.vocabulary * self.width + tokens * self.policy.hidden * 4,
+            "activations": int(tokens * layers),
+            "logits": int(min(TILE, tokens) * tile) + tokens * self.policy.hidden * 4,
         }
-        return [Phase(f"{name}: update", {**self.resident, **parts, "rest": REST})]
+        return [Phase(f"{name}: update", {**self.resident, **parts, "rest": self.rest})]
 
-    def _layer(self, autocast: bool) -> float:
-        return layer_bytes(self.policy, self.width, self.lora, self.adapted, autocast)
+    def _layer(self, autocast: bool, dropout: bool) -> float:
+        """Return :func:`layer_bytes` of the policy; ``dropout`` False where training switches it off."""
+        lora = self.lora if dropout else self.lora.model_copy(update={"dropout": 0.0})
+        return layer_bytes(self.policy, self.width, lora, self.adapted, autocast, mask=4 if self.on_cpu else 1)

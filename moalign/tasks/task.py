@@ -10,6 +10,7 @@ import abc
 import functools
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 
 from moalign.config.card import TaskCard
 from moalign.core import preferences
+from moalign.core.amounts import Amount, Amounts, SplitAmount
 from moalign.core.arrays import Matrix
 from moalign.core.errors import RequestError
 from moalign.core.preferences import Preference
@@ -32,17 +34,21 @@ from moalign.tasks.responses import Responses, Scored, columns, from_columns, sh
 
 if TYPE_CHECKING:
     from moalign.config.objectives import ObjectiveSpec
+    from moalign.config.recipe import LoraSpec
     from moalign.lm.chat import Codec, Renderer
     from moalign.lm.language_model import LanguageModel
     from moalign.lm.sampler import Sampling
     from moalign.reward_models.pairs import PairSet
     from moalign.rewards.store import Store
 
+WHERE = "task.model"
+"""How messages name the place of the policy's model."""
+
 SHORT = "short.json"
 """File of the number of tokens below which a response is short."""
 
 
-def fingerprint(model: str, revision: str | None, where: str = "task.model") -> str:
+def fingerprint(model: str, revision: str | None, where: str = WHERE) -> str:
     """Return the content fingerprint of a language model that the setting ``where`` names, checked; needs no torch."""
     from moalign.lm import model_folder
 
@@ -176,6 +182,15 @@ class Task(abc.ABC):
 
         return language_model.load_codec(*self.base_source(), self.card.template)
 
+    def examine(self, lora: LoraSpec | None) -> str:
+        """Return what the base and LoRA on it are, without loading or training any weights.
+
+        Raises RequestError for weights that are not those of the base's config, and targets that name no layer.
+        """
+        from moalign.lm import architecture, model_folder
+
+        return architecture.examine(model_folder.resolve(*self.base_source(), WHERE), WHERE, lora)
+
     def untrained_codec(self) -> Codec:
         """Return :attr:`codec`, but do not train a built-in base for it."""
         return self.codec
@@ -207,12 +222,15 @@ class Task(abc.ABC):
             stop=tuple(self.card.template.stop),
         )
 
+    def _to_sample(self, split: str) -> list[str]:
+        """Return the prompts of a split on which the base is sampled."""
+        return self.prompts[split][: self.card.pool.prompts]
+
     def _sample_base(self, split: str, per_prompt: int, what: str) -> Responses:
         """Sample the base on bare prompts of a split, ``per_prompt`` responses each."""
         from moalign.lm.generator import ModelGenerator, in_chunks, records
 
-        chosen = self.prompts[split][: self.card.pool.prompts]
-        prompts = [prompt for prompt in chosen for _ in range(per_prompt)]
+        prompts = [prompt for prompt in self._to_sample(split) for _ in range(per_prompt)]
         done = 0
 
         def moved(count: int) -> None:
@@ -331,6 +349,32 @@ class Task(abc.ABC):
                     table.to_parquet(place, index=False)
         table = pd.read_parquet(path)
         return Responses(table["prompt"].tolist(), from_columns(table), int(table["sampled"].iloc[0]))
+
+    def amounts(self) -> Amounts | None:
+        """Return how many responses the methods above will give; None when the data would have to be downloaded."""
+        pool, data = self.card.pool, {split: self.data_responses(split) for split in ("train", "calibration")}
+
+        def of(split: str, per_prompt: int) -> SplitAmount:
+            rows = data[split]
+            if rows is not None:
+                return SplitAmount(tuple(Counter(rows.prompts).values()))
+            return SplitAmount((per_prompt,) * len(self._to_sample(split)), by_base=True)
+
+        calibration = of("calibration", pool.calibration_per_prompt)
+        base = len(self._to_sample("calibration")) * pool.calibration_per_prompt
+        if self.card.normaliser is None:  # the data's are scored twice: by themselves, and together with the base's
+            scale = Amount(base + (0 if calibration.by_base else 2 * calibration.first().rows), base)
+        else:
+            lengths = calibration.by_base and not (self.card.quality and self.card.quality.short)
+            scale = Amount(0, base if lengths else 0)
+        return Amounts(
+            objectives=len(self.names),
+            prompts=len(set(self.prompts["train"])),
+            train=of("train", pool.per_prompt),
+            calibration=calibration,
+            labelled=tuple(len(self.data_pairs(k)) if self.has_pairs(k) else 0 for k in range(len(self.names))),
+            for_scale=scale,
+        )
 
     reward_settings: ClassVar[Mapping[str, Any]] = {}
     """Settings of a reward model for this kind of task, where they differ from the defaults."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from moalign.config.card import DataSpec, SourceSpec
 from moalign.config.objectives import PythonObjective
+from moalign.core.amounts import Amounts
 from moalign.core.errors import RequestError
 from moalign.core.records import Pair, Response
 from moalign.data import load, readers, splits
@@ -81,6 +82,14 @@ class TextTask(Task):
                     if pair.prompt == prompt:
                         return Response(pair.chosen)
         return None
+
+    def amounts(self) -> Amounts | None:
+        """See :meth:`Task.amounts`."""
+        pairs = self._data.pairs if isinstance(self._data.pairs, dict) else {}
+        sources = [self._data.prompts, self._data.responses, *pairs.values()]
+        if any(isinstance(source, SourceSpec) and not _is_here(source) for source in sources):
+            return None
+        return super().amounts()
 
     def data_pairs(self, objective: int) -> list[Pair]:
         """Return the labelled pairs of an objective whose prompt is in the training split."""

@@ -98,8 +98,7 @@ def objective_pairs(
 
     Raises RequestError for no pairs, or pairs that cannot be used (:meth:`moalign.tasks.task.Task.pairs`).
     """
-    build = config.pairs == "scored" or not all(job.task.has_pairs(k) for k in objectives)
-    scored = job.scored() if build and config.pairs != "data" else None
+    scored = job.scored() if config.builds_pairs([job.task.has_pairs(k) for k in objectives]) else None
     result, counts = {}, {}
     for k in objectives:
         pairs = job.task.pairs(k, config.pairs, config.per_prompt, config.labels, scored)

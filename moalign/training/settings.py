@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from moalign.config.strict import Strict
+from moalign.core.amounts import Amount, Amounts
 from moalign.core.records import Labels
 from moalign.core.schedule import ScheduleName
+
+Steps = Annotated[int, Field(ge=0, le=10**9)]
+"""Update steps of a stage."""
 
 
 class SftConfig(Strict):
     """Settings of one supervised stage."""
 
-    steps: int = Field(ge=0)
+    steps: Steps
     batch: int = Field(default=8, ge=1)
     accumulate: int = Field(default=1, ge=1)
     """Each step of ``batch`` rows is read in this many parts."""
@@ -40,7 +44,7 @@ class SftConfig(Strict):
 class DistilConfig(SftConfig):
     """Settings of the distillation."""
 
-    steps: int = Field(default=300, ge=0)
+    steps: Steps = 300
     n: int = Field(default=8, ge=1)
     """Responses per prompt that the best is picked from."""
     alpha: float = Field(default=0.5, gt=0)
@@ -50,15 +54,32 @@ class DistilConfig(SftConfig):
 
 
 class CostHints(Strict):
-    """Mixed into the settings of methods whose cost is more than the steps of their stages; preflight and bench ask."""
+    """Mixed into the settings of methods whose cost is more than the steps of their stages; preflight and bench ask.
+
+    What is said here, ``train`` does: tests compare the two for every method.
+    """
 
     sampled_by: ClassVar[Mapping[str, int | str]] = {}
     """Settings that count responses sampled between stages -> how often: a number, or the setting that holds it."""
+    repeated_by: ClassVar[Mapping[str, str]] = {}
+    """Stages that each policy goes through several times -> the setting that says how often."""
 
-    def responses_sampled(self) -> int:
-        """Return how many responses are sampled between stages."""
+    def responses_sampled(self, task: Amounts) -> int:
+        """Return how many responses are sampled, and scored, between stages at most."""
         times = {name: getattr(self, by) if isinstance(by, str) else by for name, by in self.sampled_by.items()}
         return sum(int(getattr(self, name)) * count for name, count in times.items())
+
+    def learns_from(self, task: Amounts) -> Amount:
+        """Return which of the task's own responses a run learns from, and counts as its cost."""
+        return Amount()
+
+    def reads(self, task: Amounts) -> Amount:
+        """Return which of the task's own responses are made for a run that does not count them."""
+        return Amount()
+
+    def expert_runs(self) -> tuple[str, dict[str, Any]] | None:
+        """Return method and settings of the runs that experts come from, one at each corner of the simplex."""
+        return None
 
     @property
     def switched_off(self) -> set[str]:
@@ -91,8 +112,14 @@ class WarmStart(CostHints):
     distil: DistilConfig = DistilConfig()
     """Settings of ``warm_start: hindsight``; what is not given is taken from the task's recipe of hindsight."""
 
+    def learns_from(self, task: Amounts) -> Amount:
+        """See :class:`CostHints`."""
+        distils = self.warm_start == "hindsight" and self.distil.steps
+        return task.scored(self.distil.n) if distils else Amount()
+
     @property
     def switched_off(self) -> set[str]:
+        """See :class:`CostHints`."""
         return {"distil"} if self.warm_start == "none" else set()
 
     @classmethod
@@ -104,7 +131,7 @@ class WarmStart(CostHints):
 class OnlineConfig(Strict):
     """Settings of the engine, shared by every online method."""
 
-    steps: int = Field(default=300, ge=0)
+    steps: Steps = 300
     batch: int = Field(default=64, ge=1)
     """Prompts per rollout."""
     samples: int = Field(default=2, ge=1)
@@ -182,7 +209,7 @@ class DpoStage(SftConfig):
     The defaults are MODPO's for a 7B model (arXiv 2310.03708); the sandbox's recipes set their own.
     """
 
-    steps: int = Field(default=300, ge=0)
+    steps: Steps = 300
     batch: int = Field(default=96, ge=1)
     lr: float = Field(default=5e-4, gt=0)
     schedule: ScheduleName = "cosine"
@@ -198,7 +225,7 @@ class DpoStage(SftConfig):
     """Of which responses: chosen favours them, both only keeps to the language of the data."""
 
 
-class DpoConfig(DpoStage):
+class DpoConfig(DpoStage, CostHints):
     """The same with where its pairs come from, shared by MODPO, dpo-lw and the experts trained with it."""
 
     pairs: Literal["auto", "data", "scored"] = "auto"
@@ -209,3 +236,11 @@ class DpoConfig(DpoStage):
     labels: Labels = "order"
     """Of pairs built from scores. order: the better response is chosen. bradley-terry: it is chosen with probability
     ``sigma(r_better - r_worse)`` of the normalised scores; the loss is the expectation over that choice."""
+
+    def builds_pairs(self, labelled: Sequence[bool]) -> bool:
+        """Whether pairs are built from scored responses; ``labelled``: whether the data has some for each objective."""
+        return self.pairs == "scored" or (self.pairs == "auto" and not all(labelled))
+
+    def learns_from(self, task: Amounts) -> Amount:
+        """See :class:`CostHints`."""
+        return task.scored() if self.builds_pairs([pairs > 0 for pairs in task.labelled]) else Amount()

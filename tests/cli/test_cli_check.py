@@ -320,3 +320,135 @@ def test_a_task_is_checked_by_name(moalign: Any) -> None:
     ended = moalign("check", "sandbox")
     assert ended.code == 0
     assert "settings of ric" in ended.out
+
+
+# -- what training would refuse ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("policy.lora.targets=(", "allowed: names of layers, or a regular expression (missing ), unterminated"),
+        ("policy.lora.r=70000", "allowed: a whole number >= 1 and <= 65536"),
+        (f"seed={2**63}", f"allowed: whole numbers up to {2**63 - 1}"),
+        (f"task.pool.seed={2**63}", f"allowed: whole numbers up to {2**63 - 1}"),
+        ("task.evaluation.seed=-1", "allowed: a whole number >= 0"),
+        ("lr=1e300", "found 1e+300; allowed: numbers up to 3.40282e+38"),
+        (f"steps={10**20}", "allowed: a whole number >= 0 and <= 1000000000"),
+        ("task.template.preference='{prompt}'", "(no {preference}); needed: {prompt} and {preference}"),
+        ("task.template.scores='{prompt}'", "(no {scores}); needed: {prompt} and {scores}"),
+        ("task.template.plain=x", "found 'x' (no {prompt}); needed: {prompt}, and no other field"),
+        ("task.template.plain='{prompt} {zzz}'", "({zzz}, which nothing fills)"),
+    ],
+)
+def test_settings_that_no_run_can_have_are_refused_by_check_and_train(
+    moalign: Any, recipe: Path, setting: str, message: str
+) -> None:
+    for command in (["check", "tales/sft.yaml"], ["train", "sft", "--recipe", "tales/sft.yaml", "--dry-run"]):
+        ended = moalign(*command, "--set", setting)
+        assert ended.code == 2
+        (problem,) = ended.errors
+        assert problem.startswith(f"--set {setting.partition('=')[0]}:") and message in problem
+
+
+def test_a_large_rate_is_the_users_own_affair(moalign: Any, recipe: Path) -> None:
+    assert moalign("check", "tales/sft.yaml", "--set", "lr=1e30").code == 0
+
+
+def test_a_seed_beyond_64_bits_is_refused_as_an_option_too(moalign: Any, recipe: Path) -> None:
+    ended = moalign("train", "sft", "--recipe", "tales/sft.yaml", "--dry-run", "--seed", str(2**63))
+    assert ended.code == 2
+    assert ended.errors == [f"seed: found {2**63}; allowed: 0 to {2**63 - 1}"]
+
+
+def test_what_train_refuses_at_once_check_refuses_with_all_else(
+    moalign: Any, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moalign.runs import trackers
+
+    monkeypatch.setitem(trackers.PACKAGES, "mlflow", "no_such_package")
+    recipe.write_text(RECIPE.replace("sft", "morlhf") + "trackers: [mlflow]\nholdout: [[0.5, 0.5]]\n")
+    expected = ["trackers: mlflow: the package no_such_package is not installed", "holdout: morlhf answers only"]
+    for name in ("tales/sft.yaml", "tales"):
+        ended = moalign("check", name)
+        assert ended.code == 2 and len(ended.errors) == 2
+        assert all(problem.startswith(text) for problem, text in zip(ended.errors, expected, strict=True))
+    recipe.write_text(RECIPE + "holdout: [[0.5, 0.5]]\nprefs: [[0.5, 0.5]]\n")
+    assert "it holds every preference to train on" in moalign("check", "tales/sft.yaml").errors[0]
+
+
+@pytest.mark.parametrize("content", ["{broken", '{"model": 3}', "[]", '{"added_tokens": [], "model": {"type": "x"}}'])
+def test_a_broken_tokenizer_is_a_problem_whatever_is_wrong_with_it(
+    moalign: Any, recipe: Path, tmp_path: Path, content: str
+) -> None:
+    (tmp_path / "base" / "tokenizer.json").write_text(content)
+    ended = moalign("check", "tales/sft.yaml")
+    assert ended.code == 2
+    assert any("its tokenizer cannot be loaded" in problem for problem in ended.errors)
+
+
+def test_a_model_that_brings_code_is_a_problem_and_its_code_is_not_run(
+    moalign: Any, recipe: Path, tmp_path: Path
+) -> None:
+    other = {**CONFIG, "model_type": "mine", "auto_map": {name: "mine.Mine" for name in ("AutoConfig", "AutoModel")}}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(other))
+    (tmp_path / "base" / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    ended = moalign("check", "tales/sft.yaml")
+    assert ended.code == 2
+    assert any("cannot be loaded" in problem for problem in ended.errors)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("header", ["[1, 2]", "3", '{"a": 3}'])
+def test_a_header_that_is_no_mapping_hides_nothing_else(
+    moalign: Any, recipe: Path, tmp_path: Path, header: str
+) -> None:
+    (tmp_path / "base" / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header.encode())
+    ended = moalign("check", "tales/sft.yaml", "--json")
+    assert ended.code == 2
+    assert len(ended.errors) == 1 and "model.safetensors is not a whole safetensors file" in ended.errors[0]
+    seen = [row["what"] for row in json.loads(ended.out)["checked"]]
+    assert "cost" in seen and "objective dialogue" in seen
+
+
+@pytest.mark.parametrize("vocabulary", ["many", 0, None, True])
+def test_sizes_of_another_kind_are_no_crash(moalign: Any, recipe: Path, tmp_path: Path, vocabulary: Any) -> None:
+    config = {**CONFIG, "vocab_size": vocabulary, "num_attention_heads": 0, "text_config": [1]}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    assert moalign("check", "tales/sft.yaml").code == 2
+
+
+def test_a_card_alone_has_its_policy_and_template_looked_at(moalign: Any, recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "base" / "config.json").write_text(json.dumps({**CONFIG, "hidden_size": 24}))
+    ended = moalign("check", "tales", "--set", "task.template.chat=true")
+    assert ended.code == 2
+    assert any("of another shape: lm_head.weight [100, 16] instead of [100, 24]" in text for text in ended.errors)
+    assert any("has no chat template" in text for text in ended.errors)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("policy.lora.targets=[nope]", "policy.lora.targets ['nope']: Target modules"),
+        ("task.template.chat=true", "the tokenizer of the sandbox's base has no chat template"),
+        ("task.generation.max_prompt_tokens=4", "4 tokens do not hold what the template writes around a prompt"),
+    ],
+)
+def test_the_built_in_base_is_looked_at_too_and_not_trained_for_it(
+    moalign: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str, message: str
+) -> None:
+    monkeypatch.setenv("MOALIGN_CACHE", str(tmp_path / "cache"))
+    ended = moalign("check", "sandbox/ric", "--set", setting)
+    assert ended.code == 2
+    assert len(ended.errors) == 1 and message in ended.errors[0]
+    assert not (tmp_path / "cache").exists()
+
+
+def test_check_says_what_the_record_will_count_and_what_is_made_once(moalign: Any) -> None:
+    """The logged data (505 prompts of 16 responses), the round's own 2,000, two objectives."""
+    ended = moalign("check", "sandbox/ric", "--json")
+    cost = json.loads(ended.out)["cost"]
+    assert cost["reward_calls"] == 2 * (16 * 505 + 2000) == 20_160
+    assert cost["first_use"]["responses_sampled"] > 0
+    assert cost["unknown"] == []
+    assert "once for all runs of the task, counted by none: at most" in moalign("check", "sandbox/ric").out

@@ -197,7 +197,7 @@ def test_errors_of_card_recipe_config_and_options_are_one_error(recipes: Path) -
         "recipes/demo/task.yaml:6: objectives.0.kind: found 'ruel'; allowed: hf-classifier, lm, python, rule, sandbox; "
         + "did you mean 'rule'?",
         "recipes/demo/task.yaml:11: reference_point.1: found 'x'; allowed: a number",
-        "--set policy.lora.r: found 0; allowed: a whole number >= 1",
+        "--set policy.lora.r: found 0; allowed: a whole number >= 1 and <= 65536",
         "recipes/demo/ric.yaml:3: sede: unknown key; allowed: method, task, description, seed, prefs, holdout, policy, "
         + "config, needs, reported, trackers, sources; did you mean 'seed'?",
         "--set steps: config.steps: found 'none'; allowed: a whole number >= 1",

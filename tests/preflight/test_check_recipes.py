@@ -123,7 +123,7 @@ def test_a_hub_model_is_looked_up_once(monkeypatch: pytest.MonkeyPatch, random_b
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     card = load.load_card("sandbox", ["task.model=owner/name"])
     report = Preflight(tmp_path)
-    assert inputs.check_inputs(report, card, tmp_path) == random_base
+    assert inputs.check_inputs(report, card, tmp_path).model == random_base
     assert places == ["owner/name"]
     assert dict(report.checked)["model"] == "owner/name: hub id, revision not pinned, in the local cache"
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -248,10 +252,10 @@ data: {prompts: [hello]}
 """
 
 
-def estimated(tmp_path: Path, method: str, *overrides: str) -> memory.Estimate:
+def estimated(tmp_path: Path, method: str, *overrides: str, needs: str = "{gpu: A100}") -> memory.Estimate:
     (tmp_path / "task.yaml").write_text(CARD)
     recipe = tmp_path / f"{method}.yaml"
-    recipe.write_text(f"method: {method}\ntask: ./task.yaml\n")
+    recipe.write_text(f"method: {method}\ntask: ./task.yaml\nneeds: {needs}\n")
     resolved = load.load_recipe(recipe, method, None, overrides, registry.get(method).Config)
     sizes = memory.sizes_of(str(resolved.card.model))
     assert sizes is not None
@@ -285,7 +289,7 @@ def test_what_makes_a_phase_smaller(tmp_path: Path) -> None:
 
     large, small = update("mo-odpo", "micro_batch=8"), update("mo-odpo", "micro_batch=4")
     assert large["activations"] == 2 * small["activations"]
-    assert large["logits"] == 2 * small["logits"]
+    assert large["logits"] == small["logits"] == memory.AT_ONCE * (2 + 12)  # made in chunks: 129 tokens of 32,000 words
     assert (
         update("sft", "steps=1", "batch=8")["activations"]
         > update("sft", "steps=1", "batch=8", "accumulate=4")["activations"]
@@ -324,3 +328,60 @@ def test_a_reward_model_of_unknown_size_is_named(tmp_path: Path) -> None:
     sizes = memory.sizes_of(str(resolved.card.model))
     assert sizes is not None
     assert memory.estimate(resolved, sizes, Capabilities()).unknown == ["someone/else"]
+
+
+def test_dropout_counts_where_it_is_on(tmp_path: Path) -> None:
+    """Supervised training drops, pairs and the online engine do not."""
+    for method, changes in (("sft", True), ("dpo-lw", False), ("mo-odpo", False)):
+        some, none = (
+            next(
+                p
+                for p in estimated(tmp_path, method, "steps=1", f"policy.lora.dropout={rate}").phases
+                if "update" in p.name
+            )
+            for rate in (0.1, 0.0)
+        )
+        assert (some.parts["activations"] > none.parts["activations"]) == changes
+
+
+def test_a_mixture_trains_its_control_model_and_keeps_what_that_reads(tmp_path: Path) -> None:
+    update = next(p for p in estimated(tmp_path, "pcm", "micro_batch=8").phases if p.name == "training: update")
+    assert update.parts["adapters"] == 2 * 2 * 4 * 159_907_840  # two experts, each by itself and in the stack
+    assert update.parts["control"] == 16 * (2 * 16 * 64 * 64 + 64 * 4096)
+    assert update.parts["activations"] < 8 * 256 * 2 * 16 * 1024
+
+
+def test_without_a_gpu_the_estimate_is_of_the_cpu_and_a_range(tmp_path: Path) -> None:
+    settings = ("steps=1", "task.dtype=float32", "policy.lora.dropout=0")
+    on_gpu, on_cpu = estimated(tmp_path, "sft", *settings), estimated(tmp_path, "sft", *settings, needs="{}")
+    assert (on_gpu.on_cpu, on_cpu.on_cpu) == (False, True)
+    assert on_gpu.most == on_gpu.peak.total and on_cpu.most > 1.4 * on_cpu.peak.total
+    update = on_cpu.peak.parts
+    assert update["activations"] > 10 * on_gpu.phases[1].parts["activations"]  # no layer is computed again
+    assert update["rest"] == memory.LIBRARIES
+    assert " GiB on the CPU (training: update): weights 25.10" in on_cpu.sentence()
+    assert estimated(tmp_path, "sft", needs="{gpu_memory_gib: 24}").on_cpu is False
+
+
+def test_small_models_fold_their_adapters_while_they_sample(random_base: Path, tmp_path: Path) -> None:
+    rollout = estimated(tmp_path, "mo-odpo", f"task.model={random_base}").phases[1]
+    sizes = memory.sizes_of(str(random_base))
+    assert sizes is not None
+    assert rollout.parts["folded"] == 2 * (sizes.parameters - sizes.vocabulary * sizes.hidden)
+    assert "folded" not in estimated(tmp_path, "mo-odpo").phases[1].parts
+    from moalign.lm import adapters
+
+    assert memory.FOLDS_BELOW == adapters.MERGE_BELOW
+
+
+@pytest.mark.slow
+def test_the_peak_of_a_real_training_is_in_the_range(checkout: Path) -> None:
+    """Ten million parameters, in a process of its own; results/bench/memory.md has three sizes and four phases."""
+    if not os.access("/proc/self/clear_refs", os.W_OK):
+        pytest.skip("the peak of a process cannot be set back here")
+    script = checkout / "results" / "bench" / "memory.py"
+    command = [sys.executable, str(script), "--only", "10M/supervised"]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=checkout)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    row = json.loads(ended.stdout.splitlines()[-1])
+    assert row["least"] <= row["measured"] <= row["most"]

@@ -138,17 +138,10 @@ def z_scale() -> tuple[Matrix, Matrix]:
     return first, np.sqrt(second - first**2)
 
 
-def train(
-    objectives: Sequence[str], kind: str, seed: int, progress: Progress = silent
-) -> tuple[Any, PreTrainedTokenizerFast, dict[str, Any]]:
-    """Train a base; returns (model, tokenizer, facts). Raises WorkError when a warm base does not learn to steer."""
-    import torch
+def untrained(tokenizer: PreTrainedTokenizerFast) -> Any:
+    """Return the model before training; its weights depend on torch's generator."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from moalign.lm.language_model import set_threads, wrap
-
-    tokenizer = make_tokenizer()
-    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=WIDTH,
@@ -162,7 +155,20 @@ def train(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = LlamaForCausalLM(config)
+    return LlamaForCausalLM(config)
+
+
+def train(
+    objectives: Sequence[str], kind: str, seed: int, progress: Progress = silent
+) -> tuple[Any, PreTrainedTokenizerFast, dict[str, Any]]:
+    """Train a base; returns (model, tokenizer, facts). Raises WorkError when a warm base does not learn to steer."""
+    import torch
+
+    from moalign.lm.language_model import set_threads, wrap
+
+    tokenizer = make_tokenizer()
+    torch.manual_seed(seed)
+    model = untrained(tokenizer)
     set_threads(model.num_parameters())
     corpus = Corpus(objectives, kind, seed, tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.01)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from moalign.config.card import AnnotatorSpec, SandboxSpec
+from moalign.config.recipe import LoraSpec
 from moalign.core.arrays import Matrix
 from moalign.core.preferences import Preference
 from moalign.core.records import Response
@@ -68,6 +69,17 @@ class SandboxTask(Task):
         if prompt not in world.prompts():
             return None
         return Response(world.draw_responses([prompt], np.random.default_rng(0))[0])
+
+    def examine(self, lora: LoraSpec | None) -> str:
+        """See :meth:`Task.examine`; needs no trained base."""
+        import torch
+
+        from moalign.lm import architecture
+
+        if not self.card.built_in_base:
+            return super().examine(lora)
+        with torch.device("meta"):
+            return architecture.with_lora(base.untrained(base.make_tokenizer()), lora)
 
     def untrained_codec(self) -> Codec:
         """Return what turns text into the base's tokens; needs no base."""

@@ -1,6 +1,6 @@
 """What bounds any mixture of frozen experts on the sandbox: their best weights, token by token, by enumeration.
 
-    python results/published/sandbox/mixture_bound.py results/runs/sandbox/mod/RUN    # a few minutes, one core
+    python results/published/sandbox/mixture_bound.py results/runs/sandbox/mod/RUN    # 4 minutes, one core
 
 A mixture in probability space draws every token from one of its experts, whatever weighs them, so that for one
 preference the best weights are found backwards over all 15,625 well-formed responses, ``y_<t`` a beginning of one:
@@ -36,7 +36,7 @@ from moalign.tasks.sandbox import optimum, scorer, world
 from moalign.training.job import RunContext
 
 Array = NDArray[np.float64]
-PROMPTS = 32
+PROMPTS = 8
 STEPS = 100
 """Preferences (k / STEPS, 1 - k / STEPS) for the bound; every tenth is the grid's."""
 ANSWERS = 16

@@ -1,0 +1,60 @@
+"""What is wrong with a request whatever its data and model are: ``check`` and ``train`` refuse the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moalign.config.load import ResolvedRequest
+from moalign.core import preferences
+from moalign.core.errors import RequestError
+from moalign.core.preferences import Preference
+from moalign.core.seeds import MOST
+from moalign.methods.base import Method
+from moalign.runs import trackers
+
+
+def require_sound(method: Method, resolved: ResolvedRequest, seed: int | None = None) -> None:
+    """Raise RequestError for trackers that are not installed, too many objectives, or a ``seed`` that is none."""
+    problems: list[str] = []
+    try:
+        trackers.require_installed(resolved.recipe.trackers)
+    except RequestError as error:
+        problems += error.problems
+    card, count = resolved.card, len(resolved.card.objectives)
+    if method.capabilities.objectives == "2" and count != 2:
+        problems.append(f"method {method.name} works with 2 objectives; task {card.name} has {count}")
+    if seed is not None and not 0 <= seed <= MOST:
+        problems.append(f"seed: found {seed}; allowed: 0 to {MOST}")
+    if problems:
+        raise RequestError(*problems)
+
+
+def to_train(
+    method: Method, resolved: ResolvedRequest, given: Sequence[Preference] | None
+) -> tuple[list[Preference] | None, list[Preference]]:
+    """Return the vectors to train on, and those that training must not see.
+
+    ``given`` are those that the request names; without them, and nothing held out, the first are None: the task's
+    distribution. Raises RequestError when the method could not answer for what is held out, or nothing is left.
+    """
+    card, names = resolved.card, resolved.card.objective_names
+    trained = None if given is None else list(dict.fromkeys(given))
+    held = [preferences.validate(row, names, "recipe: holdout") for row in resolved.recipe.holdout or ()]
+    if not held:
+        return trained, []
+    if not (method.capabilities.steerable and method.capabilities.one_policy):
+        raise RequestError(
+            f"holdout: {method.name} answers only for preferences that it was trained on, so there is nothing to hold "
+            "out; leave holdout away, or train a method with one policy for every preference (moalign ls methods)"
+        )
+    every = trained or preferences.grid_of(len(names), card.grid)
+    trained = [w for w in every if not any(preferences.same(w, other) for other in held)]
+    if not trained:
+        raise RequestError("holdout: it holds every preference to train on; leave at least one to be trained")
+    return trained, list(dict.fromkeys(held))
+
+
+def of_recipe(resolved: ResolvedRequest) -> list[Preference] | None:
+    """Return the vectors that the recipe names; None: none."""
+    rows, names = resolved.recipe.prefs, resolved.card.objective_names
+    return None if rows is None else [preferences.validate(row, names, "recipe: prefs") for row in rows]
