@@ -1,12 +1,13 @@
 """The ``moalign`` command: its verbs, and how it ends.
 
-Exit codes: 0 done; 1 the work failed; 2 the request was wrong; 130 interrupted, 143 terminated. Every error is one message on
-stderr; ``--debug``, anywhere on the command line, adds the traceback and lets the libraries' own messages through.
+Exit codes: 0 done; 1 the work failed; 2 the request was wrong; 130 interrupted, 143 terminated. Every error is one
+message on stderr; ``--debug``, anywhere on the command line, adds the traceback and the libraries' own messages.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import signal
@@ -24,6 +25,9 @@ from moalign.cli import eval as evaluation
 from moalign.core.errors import MoalignError, RequestError, did_you_mean, unknown
 
 DEBUG = "--debug"
+
+_OF_A_FILE = {errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR}
+"""Errors of the system that tell of a file that was named, or of what lies there, not of the work."""
 
 _QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -152,12 +156,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         _discard_output()  # whoever read it has gone, as in: moalign ls runs | head -1
         return 1
-    except Exception as error:
+    except OSError as error:
+        if error.errno not in _OF_A_FILE or error.filename is None:
+            return _unexpected(error, debug)
         _traceback(debug)
-        text = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
-        output.errors([text if debug else f"{text}; the same command with --debug shows where"])
-        return 1
+        output.errors(
+            [f"{os.fsdecode(error.filename)}: {error.strerror}; name another file or folder, or mend that one"]
+        )
+        return 2
+    except Exception as error:
+        return _unexpected(error, debug)
     return 0
+
+
+def _unexpected(error: Exception, debug: bool) -> int:
+    """Name an error that nobody expected; returns the exit code."""
+    _traceback(debug)
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
+    output.errors([text if debug else f"{text}; the same command with --debug shows where"])
+    return 1
 
 
 def _without_debug(arguments: Sequence[str]) -> tuple[list[str], bool]:

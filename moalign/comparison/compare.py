@@ -78,9 +78,9 @@ def compare(request: CompareRequest, progress: Progress = silent) -> CompareResu
     runs, card, card_hash = _named_runs(request) if request.runs else plan_all(request)
     requested = None if request.grid is None else preferences.grid_of(len(card.objectives), request.grid)
     samples = None if request.samples == card.evaluation.samples else request.samples
-    problems = [lost for run in runs if (lost := jobs.lost_answers(run, card, requested, samples)) is not None]
-    if problems:  # the answers are needed for pairing
-        raise RequestError(*problems)
+    unusable = [jobs.unusable_evaluation(run, card, requested, samples) for run in runs]
+    if any(unusable):  # the answers are needed for pairing
+        raise RequestError(*filter(None, unusable))
     paths = _output_paths(request, runs, card, card_hash, samples)
     jobs.train_missing(runs, request.executor, request.jobs, progress)
     jobs.evaluate_all(runs, requested, progress, keep=not request.runs, samples=samples)
@@ -139,7 +139,7 @@ def _names(request: CompareRequest) -> list[str]:
     """Return the requested methods, or the card's suite; RequestError names all unknown ones at once."""
     names = list(request.methods or ())
     if not names:
-        task = request.task or DEFAULT_TASK
+        task = DEFAULT_TASK if request.task is None else request.task
         names = load.load_card(task, [text for text in request.overrides if text.lstrip().startswith("task.")]).suite
         if not names:
             raise RequestError(f"--task {task}: its card names no suite; name the methods with --methods a,b")

@@ -30,6 +30,7 @@ from moalign.core.preferences import Preference
 from moalign.core.progress import Progress
 from moalign.evaluation import evaluate
 from moalign.evaluation.evaluate import Evaluation
+from moalign.evaluation.result import EvalResult
 from moalign.experiment import train
 from moalign.experiment.train import Plan
 from moalign.methods import registry
@@ -296,12 +297,18 @@ def not_evaluated(runs: Sequence[ComparedRun], card: TaskCard) -> str | None:
     return f"{who} finished but not evaluated; compare reads the runs that it is given: evaluate first, {command}"
 
 
-def lost_answers(
+def unusable_evaluation(
     run: ComparedRun, card: TaskCard, requested: Sequence[Preference] | None, samples: int | None
 ) -> str | None:
-    """Return an error message when a finished run has an evaluation without its table of answers, else None."""
+    """Return an error message when a run's evaluation is damaged or without its table of answers, else None."""
     result, answers = _evaluation_files(run, card, requested, samples)
-    if not result.is_file() or answers.is_file():
+    if not result.is_file():
+        return None
+    try:
+        EvalResult.load(result)
+    except RequestError as error:
+        return str(error)
+    if answers.is_file():
         return None
     return (
         f"{answers}: missing, and {result.name} beside it was made from it; put it back, or delete {result.name} to "

@@ -155,8 +155,9 @@ def resolve(request: TrainRequest) -> ResolvedRequest:
     method = registry.get(request.method)
     recipe = request.recipe
     if recipe is None:
-        recipe = find.find_recipe_file(request.task or DEFAULT_TASK, request.method)
-        return load.load_recipe(recipe, method.name, request.task or DEFAULT_TASK, request.overrides, method.Config)
+        task = DEFAULT_TASK if request.task is None else request.task
+        recipe = find.find_recipe_file(task, request.method)
+        return load.load_recipe(recipe, method.name, task, request.overrides, method.Config)
     of = load.recipe_names(recipe)[0]
     if of != request.method:
         raise RequestError(f"--recipe {recipe}: it is a recipe of {of}, but the method asked for is {request.method}")

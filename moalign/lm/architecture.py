@@ -71,17 +71,17 @@ def of_folder(folder: Path) -> Architecture | None:
     """Read a checked model folder; None when its config does not name width and depth."""
     shapes = model_folder.shapes(folder, "model")
     config = model_folder.read_config(folder, "model")
-    config |= config.get("text_config") or {}
+    config |= own if isinstance(own := config.get("text_config"), dict) else {}
     hidden = _first(config, "hidden_size", "n_embd", "d_model", "dim")
     layers = _first(config, "num_hidden_layers", "n_layer", "encoder_layers", "n_layers")
     if hidden is None or layers is None:
         return None
     heads = _first(config, "num_attention_heads", "n_head", "encoder_attention_heads", "n_heads") or 1
-    groups = config.get("num_key_value_heads") or heads
-    head = config.get("head_dim") or hidden // heads
+    groups = _first(config, "num_key_value_heads") or heads
+    head = _first(config, "head_dim") or hidden // heads
     inner = _first(config, "intermediate_size", "n_inner", "encoder_ffn_dim", "hidden_dim") or 4 * hidden
     parameters = sum(prod(shape) for shape in shapes.values())
-    return Architecture(parameters, hidden, inner, layers, groups * head, int(config.get("vocab_size") or 0), shapes)
+    return Architecture(parameters, hidden, inner, layers, groups * head, _first(config, "vocab_size") or 0, shapes)
 
 
 def _first(config: dict[str, Any], *names: str) -> int | None:

@@ -144,7 +144,7 @@ def reward_models(card: TaskCard) -> tuple[list[tuple[ModelObjective, Architectu
 
 def sizes_of(model: str) -> Architecture | None:
     """Return the sizes of a model folder or known hub model, None when they are not known."""
-    folder = builtin.converted(model) or Path(model).expanduser()
+    folder = builtin.converted(model) or Path(os.path.expanduser(model))
     return architecture.of_folder(folder) if os.path.isdir(folder) else architecture.KNOWN.get(model)
 
 

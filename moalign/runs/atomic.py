@@ -323,7 +323,7 @@ def _beside(target: Path, kind: str) -> Path:
 
 def _abandoned(path: Path) -> bool:
     parts = path.name.split("-", 4)
-    if len(parts) != 5 or not parts[2].isdigit() or not path.exists():
+    if len(parts) != 5 or not parts[2].isdecimal() or not path.exists():
         return False  # not one of ours, or gone with the folder it was in
     if parts[1] == _host() and not _alive(int(parts[2])):
         return True

@@ -89,7 +89,7 @@ def read(folder: Path) -> RunRecord:
     """
     path, remedy = folder / FILE, "move the run's folder away to train it again"
     if not is_run(folder):
-        raise RequestError(f"{folder}: not a run: it holds no {FILE}")
+        raise RequestError(f"{folder}: not a run: it holds no {FILE}; {remedy}")
     try:
         return RunRecord.model_validate(atomic.read_json(path, remedy))
     except ValidationError as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 import functools
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -194,7 +195,9 @@ class Task(abc.ABC):
         return [list(ids) for ids in tokenizer(list(responses), add_special_tokens=False)["input_ids"]]
 
     def sampling(self, seed: int, temperature: float | None = None) -> Sampling:
-        """Return the card's generation limits as sampler settings."""
+        """Return the card's generation limits as sampler settings; RequestError for a temperature that is none."""
+        if temperature is not None and not 0 <= temperature < math.inf:
+            raise RequestError(f"--temperature {temperature:g}: allowed: a finite number, 0 or more")
         from moalign.lm.sampler import Sampling
 
         limits = self.card.generation
