@@ -76,8 +76,8 @@ def is_run(folder: Path) -> bool:
     except (FileNotFoundError, NotADirectoryError, ValueError):  # the last of a name that no file can have
         return False
     except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            return False
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            return error.errno == errno.ELOOP  # a link to itself is there, and says more when it is read
         raise RequestError(f"{path}: cannot be read: {error.strerror}; make the run's folder readable") from error
     return True
 

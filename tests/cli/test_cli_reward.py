@@ -152,11 +152,11 @@ def test_changed_pairs_are_noticed(moalign: Any, files: tuple[Path, Path], rando
         (("eval", "./nowhere", "--pairs", "ann.jsonl"), "there is no model folder './nowhere'"),
         (("eval", "./nowhere"), "it has no pairs of its own"),
         (
-            ("eval", "m", "--pairs", "ann.jsonl", "--set", "lr=1"),
+            ("eval", "./m", "--pairs", "ann.jsonl", "--set", "lr=1"),
             "--set lr=1: nothing is trained here; allowed: splits",
         ),
         (
-            ("eval", "m", "--pairs", "ann.jsonl", "--split", "all", "--set", "splits.seed=1"),
+            ("eval", "./m", "--pairs", "ann.jsonl", "--split", "all", "--set", "splits.seed=1"),
             "--set splits.seed=1: with --split all the pairs are not divided",
         ),
         (("eval", "x" * 300), "unknown run"),
