@@ -99,7 +99,11 @@ def _prompts(prompt: str | None) -> list[str] | None:
     """Return the prompts given, None for the task's own; ``-`` reads stdin, one a line."""
     if prompt != "-":
         return None if prompt is None else [prompt]
-    lines = [line.rstrip("\r\n") for line in sys.stdin]
+    lines: list[str] = []
+    try:
+        lines.extend(line.rstrip("\r\n") for line in sys.stdin)
+    except UnicodeDecodeError as error:
+        raise RequestError(f"PROMPT -: stdin is not UTF-8 text after line {len(lines)} ({error.reason})") from error
     prompts = [line for line in lines if line.strip()]
     if not prompts:
         raise RequestError("PROMPT -: stdin holds no prompt; give one a line")

@@ -1,16 +1,20 @@
 """The ``moalign`` command: its verbs, and how it ends.
 
-Exit codes: 0 done; 1 the work failed; 2 the request was wrong; 130 interrupted. Every error is one message on
-stderr; ``--debug``, anywhere on the command line, adds the traceback and lets the libraries' own messages through.
+Exit codes: 0 done; 1 the work failed; 2 the request was wrong; 130 interrupted, 143 terminated. Every error is one
+message on stderr; ``--debug``, anywhere on the command line, adds the traceback and the libraries' own messages.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import io
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -37,6 +41,9 @@ from moalign.core.errors import MoalignError, RequestError, did_you_mean, unknow
 from moalign.core.text import PROSE
 
 DEBUG = "--debug"
+
+_OF_A_FILE = {errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR}
+"""Errors of the system that tell of a file that was named, or of what lies there, not of the work."""
 
 _QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -109,6 +116,28 @@ app.add_typer(reward.app)
 app.add_typer(model.app)
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as batch systems and supervisors send it: an interruption like Ctrl-C, to whatever handles one."""
+
+
+@contextlib.contextmanager
+def _termination_raised() -> Iterator[None]:
+    """Raise :class:`Terminated` on SIGTERM, unless whoever uses this process handles or ignores it already."""
+    is_ours = threading.current_thread() is threading.main_thread()
+    if not is_ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command, by default that of ``sys.argv``, and return its exit code."""
     args, debug = _without_debug(sys.argv[1:] if arguments is None else arguments)
@@ -122,11 +151,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a character shows ? instead of failing
             stream.reconfigure(errors="replace")
     try:
-        command: Any = typer.main.get_command(app)
-        # Not command.main(): it turns an interruption and a closed pipe into exits before we can say anything.
-        with command.make_context("moalign", args) as context:
-            command.invoke(context)
-        sys.stdout.flush()
+        with _termination_raised():
+            command: Any = typer.main.get_command(app)
+            # Not command.main(): it turns an interruption and a closed pipe into exits before we can say anything.
+            with command.make_context("moalign", args) as context:
+                command.invoke(context)
+            sys.stdout.flush()
     except typer.Exit as stop:
         return stop.exit_code
     except typer.TyperException as error:
@@ -139,18 +169,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _traceback(debug)
         output.errors(error.problems if isinstance(error, RequestError) else [str(error)])
         return error.exit_code
-    except (KeyboardInterrupt, typer.Abort):
+    except (KeyboardInterrupt, typer.Abort) as stop:
         _traceback(debug)
-        output.note("interrupted; finished work is kept: the same command resumes from there")
-        return 130
+        how, code = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
+        output.note(f"{how}; finished work is kept: the same command resumes from there")
+        return code
     except BrokenPipeError:
         _discard_output()  # whoever read it has gone, as in: moalign ls runs | head -1
         return 1
-    except BaseException as error:  # a method's sys.exit(0) too: the work has not ended well
+    except OSError as error:
+        if error.errno not in _OF_A_FILE or error.filename is None:
+            return _unexpected(error, debug)
         _traceback(debug)
-        text = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
-        output.errors([text if debug else f"{text}; the same command with --debug shows where"])
-        return 1
+        output.errors(
+            [f"{os.fsdecode(error.filename)}: {error.strerror}; name another file or folder, or mend that one"]
+        )
+        return 2
+    except BaseException as error:  # a method's sys.exit(0) too: the work has not ended well
+        return _unexpected(error, debug)
     return 0
 
 
@@ -164,6 +200,14 @@ def _open_streams() -> None:
             stream = open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8")  # noqa: SIM115
             setattr(sys, name, stream)
             setattr(sys, f"__{name}__", stream)
+
+
+def _unexpected(error: BaseException, debug: bool) -> int:
+    """Name an error that nobody expected; returns the exit code."""
+    _traceback(debug)
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
+    output.errors([text if debug else f"{text}; the same command with --debug shows where"])
+    return 1
 
 
 def _without_debug(arguments: Sequence[str]) -> tuple[list[str], bool]:

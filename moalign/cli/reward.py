@@ -104,7 +104,7 @@ def evaluate(
     from moalign.experiment import reward as workflow
 
     request = workflow.PairsRequest(tuple(pairs or ()), task, tuple(set_ or ()), results)
-    head = int(label) if label is not None and label.isdigit() else label
+    head = int(label) if label is not None and label.isdecimal() else label
     reading = workflow.Reading(head, template, max_length, minimise, split)
     with output.working() as progress:
         evaluation = workflow.judge(model, request, reading, revision, out, progress)

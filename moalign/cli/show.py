@@ -208,8 +208,8 @@ def comment_of(line: str) -> str:
 
 def _run(run: Run, as_json: bool) -> None:
     from moalign.config.describe import yaml_form
-    from moalign.core.preferences import label
     from moalign.evaluation.result import EvalResult
+    from moalign.experiment.train import damaged
 
     record = run.record
     path = run.path / "eval.json"
@@ -219,10 +219,24 @@ def _run(run: Run, as_json: bool) -> None:
         stored = None if evaluation is None else evaluation.content
         output.as_json({**content, "status": run.status, "run": str(run.path), "evaluation": stored})
         return
-    environment = record.environment
+    with damaged(run):
+        rows = _about_run(run)
+    output.pairs([*rows, *((f"note {key}", yaml_form(value)) for key, value in record.notes.items())])
+    output.line()
+    output.settings(output.sections(record.recipe, "config", "policy"))
+    if evaluation is not None:
+        show_points(evaluation)
+        show_summary(evaluation)
+
+
+def _about_run(run: Run) -> list[tuple[str, str]]:
+    """Return what a run's record says of it, in lines."""
+    from moalign.core.preferences import label
+
+    record, environment = run.record, run.record.environment
     commit = f"commit {environment['commit']}" if environment.get("commit") else "no commit known"
     local = ", with local changes" if environment.get("dirty") else ""
-    rows = [
+    return [
         ("run", str(run.path)),
         ("method", record.method),
         ("task", f"{record.task} (card {record.card_hash})"),
@@ -235,9 +249,3 @@ def _run(run: Run, as_json: bool) -> None:
         ("moalign", f"{record.moalign_version or 'not installed'}, {commit}{local}"),
         ("machine", f"{environment.get('cpu')}, {', '.join(environment.get('gpus') or []) or 'no GPU'}"),
     ]
-    output.pairs([*rows, *((f"note {key}", yaml_form(value)) for key, value in record.notes.items())])
-    output.line()
-    output.settings(output.sections(record.recipe, "config", "policy"))
-    if evaluation is not None:
-        show_points(evaluation)
-        show_summary(evaluation)

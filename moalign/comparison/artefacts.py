@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,16 +44,7 @@ class OutputPaths:
             if path is not None and path.is_dir():
                 raise RequestError(f"{option} {path}: it is a folder; give the name of a file")
         for path in filter(None, (self.json, self.figure, self.markdown, self.html)):
-            _require_writable(path.parent)
-
-
-def _require_writable(folder: Path) -> None:
-    """Raise RequestError for a folder that cannot be created or written, before hours are spent on its files."""
-    existing = next(ancestor for ancestor in (folder, *folder.absolute().parents) if ancestor.exists())
-    if not existing.is_dir():
-        raise RequestError(f"{folder}: cannot write here: {existing} is not a folder; choose another place")
-    with atomic.refusals(existing), tempfile.TemporaryFile(dir=existing) as file:
-        file.write(b"\0" * 65536)
+            atomic.require_writable(path.parent)
 
 
 def write(result: CompareResult, paths: OutputPaths, runs: Sequence[ComparedRun], card: TaskCard) -> None:

@@ -25,13 +25,14 @@ from moalign.config.card import TaskCard
 from moalign.config.recipe import Recipe
 from moalign.core import preferences
 from moalign.core.errors import RequestError, unknown
+from moalign.core.paths import cache_root
 from moalign.core.preferences import Preference
 from moalign.core.progress import Progress, silent
-from moalign.experiment.train import DEFAULT_TASK, TrainRequest, context_of, plan
+from moalign.experiment.train import DEFAULT_TASK, TrainRequest, context_of, damaged, plan
 from moalign.methods import registry
 from moalign.methods.base import Method
 from moalign.report import verdict
-from moalign.runs import environment
+from moalign.runs import atomic, environment
 from moalign.runs import store as stores
 from moalign.runs.run import Run
 from moalign.runs.store import RunStore
@@ -77,9 +78,9 @@ def compare(request: CompareRequest, progress: Progress = silent) -> CompareResu
     runs, card, card_hash = _named_runs(request) if request.runs else plan_all(request)
     requested = None if request.grid is None else preferences.grid_of(len(card.objectives), request.grid)
     samples = None if request.samples == card.evaluation.samples else request.samples
-    problems = [lost for run in runs if (lost := jobs.lost_answers(run, card, requested, samples)) is not None]
-    if problems:  # the answers are needed for pairing
-        raise RequestError(*problems)
+    unusable = [jobs.unusable_evaluation(run, card, requested, samples) for run in runs]
+    if any(unusable):  # the answers are needed for pairing
+        raise RequestError(*filter(None, unusable))
     paths = _output_paths(request, runs, card, card_hash, samples)
     jobs.train_missing(runs, request.executor, request.jobs, progress)
     jobs.evaluate_all(runs, requested, progress, keep=not request.runs, samples=samples)
@@ -138,7 +139,7 @@ def _names(request: CompareRequest) -> list[str]:
     """Return the requested methods, or the card's suite; RequestError names all unknown ones at once."""
     names = list(request.methods or ())
     if not names:
-        task = request.task or DEFAULT_TASK
+        task = DEFAULT_TASK if request.task is None else request.task
         names = load.load_card(task, [text for text in request.overrides if text.lstrip().startswith("task.")]).suite
         if not names:
             raise RequestError(f"--task {task}: its card names no suite; name the methods with --methods a,b")
@@ -217,7 +218,8 @@ def _named_runs(request: CompareRequest) -> tuple[list[ComparedRun], TaskCard, s
         raise RequestError(*problems)
     if request.task is not None and request.task != first.record.task:
         raise RequestError(f"--task {request.task}: the runs named are of task {first.record.task}; leave out --task")
-    card = TaskCard.model_validate(first.record.recipe["card"])
+    with damaged(first):
+        card = TaskCard.model_validate(first.record.recipe["card"])
     compared = [jobs.existing(run) for run in runs.values()]
     lacking = jobs.not_evaluated(compared, card)
     if lacking is not None:
@@ -229,7 +231,8 @@ def _require_same_card(first: Run, other: Run) -> None:
     if other.record.card_hash == first.record.card_hash:
         return
     names = [f"{run.path} is of {run.record.task} (card {run.record.card_hash})" for run in (first, other)]
-    cards, idle = (first.record.recipe["card"], other.record.recipe["card"]), ("description", "suite")
+    recorded, idle = [run.record.recipe.get("card") for run in (first, other)], ("description", "suite")
+    cards = [card if isinstance(card, dict) else {} for card in recorded]
     keys = [key for key in cards[0] | cards[1] if key not in idle and cards[0].get(key) != cards[1].get(key)]
     if len(keys) > 4:
         keys[4:] = [f"{len(keys) - 4} more"]
@@ -323,7 +326,10 @@ def _output_paths(
     identity = {"card": card_hash, "runs": sorted(run.folder.name for run in runs), "grid": request.grid}
     if samples is not None:
         identity["samples"] = samples
-    folder = request.results / "compare" / f"{card.name}-{stores.identity(identity)[:8]}"
+    # Of finished runs in a folder that is read-only the comparison goes to the user's cache; what trains is refused.
+    elsewhere = all(run.take_over() for run in runs) and atomic.read_only(request.results)
+    root = cache_root() if elsewhere else request.results
+    folder = root / "compare" / f"{card.name}-{stores.identity(identity)[:8]}"
     paths = OutputPaths(
         folder / "compare.json",
         request.figure or folder / "fronts.png",

@@ -30,10 +30,12 @@ from moalign.core.preferences import Preference
 from moalign.core.progress import Progress
 from moalign.evaluation import evaluate
 from moalign.evaluation.evaluate import Evaluation
+from moalign.evaluation.result import EvalResult
 from moalign.experiment import train
 from moalign.experiment.train import Plan
 from moalign.methods import registry
 from moalign.methods.base import Method
+from moalign.report.figures import condense
 from moalign.runs.run import Run
 from moalign.tasks.task import Task
 
@@ -76,18 +78,12 @@ class ComparedRun:
         """Take the planned run over where it is finished already; return whether there is a finished run."""
         existing = self.plan.existing_run if self.plan is not None else None
         if existing is not None and existing.record.status == "done":
-            self.run, self.plan = existing, None
+            self.run, self.plan = _readable(existing), None
         return self.run is not None
 
     @property
     def summary(self) -> RunSummary:
         """The run as listed in an entry of the comparison."""
-        made = None
-        if self.run is not None:
-            environment = self.run.record.environment
-            packages = environment.get("packages") or {}
-            made = {key: environment.get(key) for key in ("commit", "dirty", "python", "cpu", "gpus")}
-            made |= {key: packages.get(key) for key in ("moalign", "torch")}
         return RunSummary(
             run=str(self.folder),
             run_id=self.folder.name,
@@ -95,7 +91,7 @@ class ComparedRun:
             status="done" if self.evaluation is not None else "failed",
             command=shlex.join(["moalign", *self.command]),
             error=self.error,
-            made=made,
+            made=None if self.run is None else _made(self.run),
         )
 
 
@@ -108,12 +104,28 @@ def planned(plan: Plan) -> ComparedRun:
 
 def existing(run: Run) -> ComparedRun:
     """Return a run that is finished."""
-    record = run.record
-    command = arguments(record.as_given, record.seed, record.preferences, results_of(run))
-    # In older records it is an empty mapping.
-    reported = [ReportedSpec.model_validate(number).model_dump() for number in record.recipe.get("reported") or []]
-    method = registry.get(record.method)
-    return ComparedRun(method, record.seed, record.identity, run.path, command, run=run, reported=reported)
+    record, method = run.record, registry.get(run.record.method)
+    with train.damaged(run):
+        command = arguments(record.as_given, record.seed, record.preferences, results_of(run))
+        # In older records it is an empty mapping.
+        reported = [ReportedSpec.model_validate(number).model_dump() for number in record.recipe.get("reported") or []]
+    return ComparedRun(method, record.seed, record.identity, run.path, command, run=_readable(run), reported=reported)
+
+
+def _readable(run: Run) -> Run:
+    """Return a finished run; RequestError where what a comparison reports of it, beside its evaluation, is damaged."""
+    with train.damaged(run):
+        _made(run)
+        condense(run.metrics())
+    return run
+
+
+def _made(run: Run) -> dict[str, Any]:
+    """Return where a run was trained."""
+    environment = run.record.environment
+    packages = environment.get("packages") or {}
+    made = {key: environment.get(key) for key in ("commit", "dirty", "python", "cpu", "gpus")}
+    return made | {key: packages.get(key) for key in ("moalign", "torch")}
 
 
 def arguments(as_given: Mapping[str, Any], seed: int, prefs: Sequence[Preference] | None, results: Path) -> list[str]:
@@ -285,12 +297,18 @@ def not_evaluated(runs: Sequence[ComparedRun], card: TaskCard) -> str | None:
     return f"{who} finished but not evaluated; compare reads the runs that it is given: evaluate first, {command}"
 
 
-def lost_answers(
+def unusable_evaluation(
     run: ComparedRun, card: TaskCard, requested: Sequence[Preference] | None, samples: int | None
 ) -> str | None:
-    """Return an error message when a finished run has an evaluation without its table of answers, else None."""
+    """Return an error message when a run's evaluation is damaged or without its table of answers, else None."""
     result, answers = _evaluation_files(run, card, requested, samples)
-    if not result.is_file() or answers.is_file():
+    if not result.is_file():
+        return None
+    try:
+        EvalResult.load(result)
+    except RequestError as error:
+        return str(error)
+    if answers.is_file():
         return None
     return (
         f"{answers}: missing, and {result.name} beside it was made from it; put it back, or delete {result.name} to "

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moalign.config.card import SourceSpec
-from moalign.core.errors import RequestError, WorkError, did_you_mean, nearest, unknown
+from moalign.core.errors import MoalignError, RequestError, WorkError, did_you_mean, nearest, unknown
 from moalign.core.paths import shown
 from moalign.data.dialogue import shorten
 
@@ -226,7 +226,10 @@ def _value(where: str, field: Field, column: str, value: Any, from_text: bool) -
 
 
 def check_text(text: str, where: str) -> None:
-    """Raise RequestError when a text cannot be written as UTF-8 (half of an emoji, as ``"\\ud83d"`` in JSON)."""
+    """Raise RequestError when a text cannot be written as UTF-8.
+
+    It holds half of an emoji, as ``"\\ud83d"`` in JSON, or bytes of a command line that are no UTF-8.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -336,7 +339,7 @@ def _csv(plan: _Plan, path: Path) -> Iterator[Located]:
 
 
 def _parquet(plan: _Plan, path: Path) -> Iterator[Located]:
-    pyarrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
+    parquet = import_module("pyarrow.parquet")
     row = 0
     try:
         # A buffer makes pyarrow stream the pages of a row group instead of reading the group whole.
@@ -347,13 +350,14 @@ def _parquet(plan: _Plan, path: Path) -> Iterator[Located]:
                 for record in batch.to_pylist():
                     row += 1
                     yield f"{plan.shown}: row {row}", unread | record
-    except (pyarrow.ArrowException, OSError) as error:
+    except (MoalignError, MemoryError):
+        raise
+    except Exception as error:  # pyarrow's own, and what a damaged page leads to: no UTF-8, dates out of range
         raise RequestError(f"{plan.shown}: not a whole Parquet file (after row {row}): {_first_line(error)}") from error
 
 
 def _dataset(plan: _Plan) -> Iterator[Located]:
-    datasets, pyarrow = import_module("datasets"), import_module("pyarrow")
-    failures = (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError, pyarrow.ArrowException)
+    datasets = import_module("datasets")
     split = plan.source.split
     row = 0
     try:
@@ -378,7 +382,9 @@ def _dataset(plan: _Plan) -> Iterator[Located]:
             f"local file or folder {plan.local} ({_first_line(error)}); to work offline, point path to a local file "
             f"({', '.join(SUFFIXES)}) or to a data set folder"
         ) from error
-    except failures as error:
+    except (MoalignError, MemoryError):
+        raise
+    except Exception as error:  # of datasets, pyarrow, and of whatever reads a damaged file
         at = f" after row {row} of split {split}" if row else ""
         raise RequestError(f"{plan.shown}: cannot be read as a data set{at}: {_first_line(error)}") from error
 

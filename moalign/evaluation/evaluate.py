@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,6 +42,7 @@ from moalign.methods.base import Method
 from moalign.pareto import front, indicators, statistics
 from moalign.pareto.hypervolume import hypervolume
 from moalign.report import verdict
+from moalign.runs import atomic
 from moalign.tasks.responses import columns
 from moalign.tasks.task import Task
 from moalign.training.job import RunContext
@@ -115,7 +117,8 @@ def evaluate(
     if path.is_file():
         stored = EvalResult.load(path)
         if stored.card_hash == context.task.hash:
-            return Evaluation(stored, _scores(context, context.run.read_table(table_name), preferences, samples))
+            return Evaluation(stored, _stored_scores(context, table_name, path, preferences, samples))
+    atomic.require_new(path)
     started = time.monotonic()
     table, cost, divergences = respond(method, context, preferences, progress, samples)
     context.run.write_table(table_name, table)
@@ -149,8 +152,6 @@ def evaluate(
         else None,
         warnings=tuple(warnings) or None,
     )
-    from moalign.runs import atomic
-
     atomic.write_json(path, result.content)
     return Evaluation(result, scores)
 
@@ -254,6 +255,20 @@ def _mean_divergence(divergences: Sequence[KlToBase]) -> dict[str, Any]:
     known = [kl.nats for kl in divergences if kl.nats is not None]
     mean = float(np.mean(known)) if len(known) == len(divergences) else None
     return {"kl": mean, "kl_bound": any(kl.bound for kl in divergences)}
+
+
+def _stored_scores(
+    context: RunContext, name: str, made: Path, preferences: Sequence[Preference], samples: int
+) -> Matrix:
+    """Return the scores of a stored table of answers; RequestError unless it is the one that ``made`` comes from."""
+    table = context.run.read_table(name)
+    try:
+        return _scores(context, table, preferences, samples)
+    except (LookupError, TypeError, ValueError) as error:
+        raise RequestError(
+            f"{context.run.path / name}.parquet: not the answers that {made.name} was made from "
+            f"({type(error).__name__}: {error}); delete both and evaluate again: moalign eval {context.run.path}"
+        ) from error
 
 
 def _scores(context: RunContext, table: pd.DataFrame, preferences: Sequence[Preference], samples: int) -> Matrix:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from moalign.core.errors import RequestError
 from moalign.core.preferences import Preference
 from moalign.core.progress import Progress, silent
+from moalign.data.readers import check_text
 from moalign.evaluation.evaluate import preferences_for
 from moalign.methods.base import Method
 from moalign.training.job import RunContext
@@ -96,11 +97,13 @@ def generate(
 
 
 def checked(prompts: str | Sequence[str]) -> list[str]:
-    """Return the prompts (a single text is one); raises RequestError for an empty one, or none at all."""
+    """Return the prompts (a single text is one); RequestError for an empty one, one that is no text, or none at all."""
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     empty = next((number for number, text in enumerate(texts, start=1) if not text.strip()), None)
     if empty is not None or not texts:
         raise RequestError(f"PROMPT: prompt {empty} is empty; a text is needed" if empty else "PROMPT: no prompt given")
+    for number, text in enumerate(texts, start=1):
+        check_text(text, f"PROMPT: prompt {number}")
     return texts
 
 

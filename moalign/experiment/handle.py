@@ -14,7 +14,7 @@ from moalign.evaluation import evaluate
 from moalign.evaluation.result import EvalResult
 from moalign.experiment.arguments import Vector, vector_text
 from moalign.experiment.generate import checked
-from moalign.experiment.train import context_of
+from moalign.experiment.train import context_of, damaged
 from moalign.methods import registry
 from moalign.methods.base import Method
 from moalign.runs.record import RunRecord
@@ -85,7 +85,8 @@ class RunHandle(Run):
     @property
     def objectives(self) -> tuple[str, ...]:
         """The names of the task's objectives, in the order of preferences and scores."""
-        return tuple(objective["name"] for objective in self.record.recipe["card"]["objectives"])
+        with damaged(self):
+            return tuple(objective["name"] for objective in self.record.recipe["card"]["objectives"])
 
     @property
     def evaluation(self) -> EvalResult | None:
@@ -138,8 +139,9 @@ class RunHandle(Run):
 
     def _files(self) -> tuple[str, str]:
         """Return the names (without suffix) of the run's own evaluation and of its answers."""
-        card = self.record.recipe["card"]
-        grid = preferences.grid_of(len(card["objectives"]), card["grid"])
+        with damaged(self):
+            card = self.record.recipe["card"]
+            grid = preferences.grid_of(len(card["objectives"]), card["grid"])
         steerable = registry.get(self.record.method).capabilities.steerable
         trained = [tuple(row) for row in self.record.preferences or grid]
         return evaluate.names_on(grid, grid if steerable else trained)

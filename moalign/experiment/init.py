@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-import json
 import keyword
 import os
 import re
@@ -24,6 +23,7 @@ from moalign.core.errors import RequestError
 from moalign.experiment.templates import render
 from moalign.lm import builtin
 from moalign.rewards.rules import RULES
+from moalign.runs import atomic
 
 BUILT_IN = "smollm2-135m-instruct"
 """The model of a card when none is named: it comes with the project (``make llm``)."""
@@ -66,7 +66,7 @@ def init(folder: Path, model: str | None = None, data: Path | None = None, objec
     Raises:
         RequestError: the folder holds something; the model, the data or an objective cannot be used.
     """
-    folder = folder.expanduser()
+    folder = Path(os.path.expanduser(folder))
     check_free(folder, f"FOLDER {folder}", ", and nothing is overwritten; name a new folder")
     names = _objectives(objectives)
     model = BUILT_IN if model is None else model
@@ -240,7 +240,7 @@ def _has_chat_template(folder: Path) -> bool:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = atomic.parsed_json(path.read_bytes())
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
@@ -260,7 +260,7 @@ def task_name(base: Path) -> str:
 
 def _from_card(base: Path, path: Path | str) -> str:
     """Return how a card in ``base`` names a file that the user named from here."""
-    given = Path(path).expanduser()
+    given = Path(os.path.expanduser(path))
     if given.is_absolute():
         return str(given)
     relative = os.path.relpath(os.path.realpath(given), base)
@@ -270,7 +270,7 @@ def _from_card(base: Path, path: Path | str) -> str:
 def _card(
     folder: Path, base: Path, objectives: Sequence[str], model: str, data: Path | None, place: Path | None
 ) -> str:
-    if data is not None and not data.expanduser().is_file():
+    if data is not None and not os.path.isfile(os.path.expanduser(data)):
         raise RequestError(f"--data {data}: there is no such file; a .jsonl, .csv or .parquet file is needed")
     chat, count = place is None or _has_chat_template(place), len(objectives)
     return render(
@@ -278,7 +278,7 @@ def _card(
         folder=folder,
         name=task_name(base),
         objectives=[_objective_line(name) for name in objectives],
-        model=yaml_form(_from_card(base, model) if Path(model).expanduser().is_dir() else model),
+        model=yaml_form(_from_card(base, model) if os.path.isdir(os.path.expanduser(model)) else model),
         prompts=None if data is None else yaml_form(_from_card(base, data)),
         chat=chat,
         words=chat and tuple(objectives) == OBJECTIVES,

@@ -14,6 +14,7 @@ from moalign.config import load
 from moalign.core import preferences
 from moalign.core.errors import RequestError
 from moalign.core.records import Response
+from moalign.data.readers import check_text
 from moalign.tasks.load import make_task
 
 if TYPE_CHECKING:
@@ -114,6 +115,7 @@ def preview(
     for name, text in (("PROMPT", prompt), ("--response", response)):
         if text is not None and not text.strip():
             raise RequestError(f"{name}: found an empty text; give one, or leave it out")
+        check_text(text or "", name)
     of_card = make_task(card, Path("results"))
     codec = of_card.untrained_codec()
     prompt = of_card.all_prompts()[0] if prompt is None else prompt

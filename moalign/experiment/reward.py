@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -215,7 +216,7 @@ def judge(
             raise RequestError(f"run {run.path}: it is {run.status}, not done; finish it with the same train command")
         objective = runs.objective(run)
         if own and reading == Reading():
-            out = out or run.path
+            out = out or (None if atomic.read_only(run.path) else run.path)
     objective = reading.of(objective)
     judged_on, calibrated_on = _parts(run if own else None, request, reading.split, progress)
     progress("judging", 0, 1)
@@ -228,15 +229,16 @@ def _run(model: str, results: Path) -> Run | None:
     """Return the run that ``model`` names, None when it is a folder or a hub id."""
     path = Path(model)
     for folder in (path, path.parent) if path.name == "model" else (path,):
-        if (folder / record.FILE).is_file():
+        if os.path.isfile(folder / record.FILE):  # a Path's own raises for a name that is too long
             return Run.load(folder)
-    return None if path.is_dir() or "/" in model else RewardStore(results).find(model)
+    return None if os.path.isdir(path) or "/" in model else RewardStore(results).find(model)
 
 
 def _parts(
     run: Run | None, request: PairsRequest, split: str, progress: Progress
 ) -> tuple[list[PairSet], list[PairSet]]:
     """Return the pairs to judge on (of ``run``: its own) and those to fit a temperature on."""
+    _refuse_unused(request.overrides, run is not None, split)
     if run is not None:
         given = run.record.as_given
         request = replace(request, pairs=given.get("pairs", ()), task=given.get("task"), overrides=given.get("set", ()))
@@ -256,6 +258,21 @@ def _parts(
     if run is not None and runs.content(parts) != run.record.card_hash:
         raise RequestError(f"run {run.path}: its pairs have changed since it was trained; name the pairs with --pairs")
     return parts[split], parts["calibration"] if split == "eval" else []
+
+
+def _refuse_unused(settings: Sequence[str], own: bool, split: str) -> None:
+    """Raise RequestError for ``--set`` texts that would change nothing: what is judged is trained already."""
+    for text in settings:
+        key = overrides.parse(text)[0][0]
+        if own:
+            why = "the run is judged on its own pairs, divided as it was trained; leave it out, or name --pairs"
+        elif key == "splits" and split == "all":
+            why = "with --split all the pairs are not divided; leave out one of both"
+        elif key not in ("splits", "task"):
+            why = "nothing is trained here; allowed: splits.KEY and, with --task, task.KEY"
+        else:
+            continue
+        raise RequestError(f"--set {text}: {why}")
 
 
 def _about(run: Run) -> dict[str, Any]:

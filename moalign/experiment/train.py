@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +26,7 @@ from moalign.methods.base import Method
 from moalign.preflight.request import of_recipe, require_sound, to_train
 from moalign.runs import trackers
 from moalign.runs.meter import Meter
+from moalign.runs.record import FILE
 from moalign.runs.run import Run
 from moalign.runs.store import RunStore
 from moalign.tasks.load import make_task
@@ -160,8 +162,9 @@ def resolve(request: TrainRequest) -> ResolvedRequest:
     method = registry.get(request.method)
     recipe = request.recipe
     if recipe is None:
-        recipe = find.find_recipe_file(request.task or DEFAULT_TASK, request.method)
-        return load.load_recipe(recipe, method.name, request.task or DEFAULT_TASK, request.overrides, method.Config)
+        task = DEFAULT_TASK if request.task is None else request.task
+        recipe = find.find_recipe_file(task, request.method)
+        return load.load_recipe(recipe, method.name, task, request.overrides, method.Config)
     of = load.recipe_names(recipe)[0]
     if of != request.method:
         raise RequestError(f"--recipe {recipe}: it is a recipe of {of}, but the method asked for is {request.method}")
@@ -237,6 +240,21 @@ def train(plan: Plan, progress: Progress = silent, wait: bool = False) -> tuple[
     return run, False
 
 
+@contextlib.contextmanager
+def damaged(run: Run) -> Iterator[None]:
+    """Turn what a record without a part, or with one of another kind, leads to into a RequestError."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        why = f"{type(error).__name__}: {error}"
+        if isinstance(error, ValidationError):
+            why = "; ".join(f"{'.'.join(map(str, at['loc']))}: {at['msg']}" for at in error.errors()[:3])
+        raise RequestError(
+            f"{run.path / FILE}: not the record of a run that this moalign can read ({why}); move the run's folder "
+            "away to train it again"
+        ) from error
+
+
 def context_of(run: Run, results: Path, progress: Progress = silent) -> tuple[Method, RunContext]:
     """Return the method and context of a finished run, from its record alone.
 
@@ -247,7 +265,11 @@ def context_of(run: Run, results: Path, progress: Progress = silent) -> tuple[Me
     if run.status != "done":
         raise RequestError(f"run {run.path}: it is {run.status}, not done; finish it with the same train command first")
     method = registry.get(record.method)
-    task = make_task(TaskCard.model_validate(record.recipe["card"]), results, progress)
+    with damaged(run):
+        card = TaskCard.model_validate(record.recipe["card"])
+        config = method.Config.model_validate(record.recipe["config"])
+        policy = PolicySpec.model_validate(record.recipe["policy"])
+    task = make_task(card, results, progress)
     if task.hash != record.card_hash:
         raise RequestError(
             f"run {run.path}: its task card has changed since (hash {record.card_hash} then, {task.hash} now): "
@@ -257,7 +279,7 @@ def context_of(run: Run, results: Path, progress: Progress = silent) -> tuple[Me
     return method, RunContext.of(
         task,
         run,
-        config=method.Config.model_validate(record.recipe["config"]),
+        config=config,
         preferences=[tuple(row) for row in record.preferences or task.grid],
-        policy_spec=PolicySpec.model_validate(record.recipe["policy"]),
+        policy_spec=policy,
     )

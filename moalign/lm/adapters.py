@@ -220,10 +220,10 @@ def read(lm: LanguageModel, folder: Path) -> Adapter:
     if base not in (None, lm.fingerprint):
         raise RequestError(f"{where}: trained on a base with fingerprint {base}, but {lm.source} has {lm.fingerprint}")
     try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
+        config = atomic.parsed_json(config_path.read_bytes())
         spec = LoraSpec(
             r=config["r"], alpha=config["lora_alpha"], dropout=config["lora_dropout"], targets=config["target_modules"]
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise RequestError(f"{where}: {config_path.name} is damaged ({type(error).__name__})") from error
     return Adapter(spec, weights)

@@ -71,8 +71,7 @@ def of_folder(folder: Path, where: str = "model") -> Architecture | None:
     """Read a model folder; None when its config does not name width and depth, RequestError when it is damaged."""
     shapes = model_folder.shapes(folder, where)
     config = model_folder.read_config(folder, where)
-    if isinstance(config.get("text_config"), dict):
-        config |= config["text_config"]
+    config |= own if isinstance(own := config.get("text_config"), dict) else {}
     hidden = _first(config, "hidden_size", "n_embd", "d_model", "dim")
     layers = _first(config, "num_hidden_layers", "n_layer", "encoder_layers", "n_layers")
     if hidden is None or layers is None:

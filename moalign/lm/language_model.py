@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.utils import logging as transformers_logging
 
 from moalign.config.card import TemplateSpec
-from moalign.core.errors import RequestError
+from moalign.core.errors import MoalignError, RequestError
 from moalign.lm import loading, model_folder
 from moalign.lm.chat import Codec, Rendered, generation_ends
 from moalign.lm.loading import first_line
@@ -83,10 +83,10 @@ def load_codec(source: str, revision: str | None = None, template: TemplateSpec 
         raise RequestError(f"model {path}: its tokenizer cannot be loaded ({why})") from None
     try:
         limits = GenerationConfig.from_pretrained(path)
-    except (OSError, ValueError):  # a folder need not have one; the model's own config names end tokens, too
+    except Exception:  # a folder need not have one; the model's own config names end tokens, too
         try:
             limits = GenerationConfig.from_model_config(AutoConfig.from_pretrained(path, trust_remote_code=False))
-        except (OSError, ValueError) as error:
+        except Exception as error:
             raise RequestError(f"model {path}: its config cannot be used ({first_line(error)})") from None
     return Codec(tokenizer, template, generation_ends(limits), source)
 
@@ -110,7 +110,9 @@ def load(
     codec = load_codec(source, revision) if codec is None else codec
     try:
         model = loading.from_folder(AutoModelForCausalLM, path, f"model {path}", dtype=getattr(torch, dtype))
-    except (OSError, ValueError, RuntimeError) as error:
+    except (MoalignError, MemoryError):
+        raise
+    except Exception as error:
         raise RequestError(
             f"model {path}: it cannot be loaded as a causal language model ({first_line(error)})"
         ) from None
@@ -138,7 +140,7 @@ def wrap(
 def set_threads(parameters: int) -> int:
     """Choose the number of CPU threads by model size and return it; OMP_NUM_THREADS or MOALIGN_THREADS wins."""
     setting = os.environ.get("MOALIGN_THREADS") or os.environ.get("OMP_NUM_THREADS") or ""
-    threads = int(setting) if setting.isdigit() else 0
+    threads = int(setting) if setting.isdecimal() else 0
     threads = threads or (1 if parameters < TINY else os.cpu_count() or 1)
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)

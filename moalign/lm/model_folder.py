@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import os
 import re
 import shlex
@@ -20,6 +19,7 @@ from moalign.core.errors import RequestError, did_you_mean
 from moalign.core.paths import cache_root
 from moalign.lm import builtin
 from moalign.lm.loading import first_line
+from moalign.runs import atomic
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "*.vocab", "bpe.codes", "*.bpe")
 """One of these must be there: without them the library silently makes up an empty tokenizer."""
@@ -49,13 +49,14 @@ def local_folder(model: str, base_dir: Path, where: str) -> Path | None:
     converted it is the converted one. Raises RequestError for a file, and for a path (``./x``, ``/x``, ``a/b/c``) that
     does not exist.
     """
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))
     for candidate in [path] if path.is_absolute() else [base_dir / path, path]:
         if os.path.isdir(candidate):  # a Path's own raises for a name that is too long
             folder = candidate.resolve()
             return converted(folder) or folder
-        if os.path.exists(candidate):
-            raise RequestError(f"{where}: model {model!r} is a file; a model folder or a hub id is needed")
+        if os.path.lexists(candidate):
+            what = "a file" if os.path.exists(candidate) else "a link to nothing"
+            raise RequestError(f"{where}: model {model!r} is {what}; a model folder or a hub id is needed")
     if model in builtin.MODELS:
         return builtin.ensure(model, where)
     if not _HUB_ID.match(model):
@@ -85,7 +86,7 @@ def read_config(folder: Path, where: str) -> dict[str, Any]:
     """Return the folder's config.json; raises RequestError when it is missing or not a JSON object."""
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = atomic.parsed_json(path.read_bytes())
     except FileNotFoundError:
         raise RequestError(f"{where}: {folder} is not a model folder: it has no config.json") from None
     except (OSError, ValueError) as error:
@@ -119,7 +120,7 @@ def weight_files(folder: Path, where: str) -> list[Path]:
         return [folder / "model.safetensors"]
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted({str(name) for name in atomic.parsed_json(index.read_bytes())["weight_map"].values()})
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise RequestError(f"{where}: {index} cannot be read: {type(error).__name__}: {error}") from error
         missing = [name for name in names if not (folder / name).is_file()]
@@ -154,10 +155,10 @@ def pickled(folder: Path) -> list[Path]:
     if not index.is_file():
         return []
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(atomic.parsed_json(index.read_bytes())["weight_map"].values()))
         wrong = [name for name in names if Path(name).name != name or not name.endswith(".bin")]
         wrong += [name for name in names if not (folder / name).is_file()]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{index} cannot be read: {type(error).__name__}: {first_line(error)}") from error
     if wrong or not names:
         raise ValueError(
@@ -200,7 +201,7 @@ def header(path: Path, where: str) -> dict[str, list[int]]:
         with safe_open(path, framework="np") as file:
             return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (OSError, SafetensorError) as error:
-        why = f"{path.name} is not a whole safetensors file ({path.stat().st_size} bytes; {first_line(error)})"
+        why = f"{path.name} is not a whole safetensors file ({os.path.getsize(path)} bytes; {first_line(error)})"
         raise RequestError(f"{where}: {path} is truncated or damaged: {why}; copy it again") from error
 
 

@@ -181,7 +181,7 @@ def reward_models(card: TaskCard) -> tuple[list[tuple[ModelObjective, Architectu
 
 def sizes_of(model: str, where: str = "model") -> Architecture | None:
     """Return the sizes of a model folder or known hub model, None when they are not known."""
-    folder = builtin.converted(model) or Path(model).expanduser()
+    folder = builtin.converted(model) or Path(os.path.expanduser(model))
     return architecture.of_folder(folder, where) if os.path.isdir(folder) else architecture.KNOWN.get(model)
 
 

@@ -218,7 +218,8 @@ class ClassifierScorer(ModelScorer[ClassifierObjective]):
 
 def _is_score_model(config: dict[str, Any]) -> bool:
     """Whether a config.json is of the safe-rlhf library (PKU-Alignment/beaver-*), whose head has names of its own."""
-    return any(str(name).endswith("ForScore") for name in config.get("architectures") or [])
+    names = config.get("architectures")
+    return isinstance(names, list) and any(str(name).endswith("ForScore") for name in names)
 
 
 def _labels(config: dict[str, Any], where: str) -> dict[int, str]:
@@ -232,9 +233,10 @@ def _labels(config: dict[str, Any], where: str) -> dict[int, str]:
                 f"{where}: its config says do_normalize: true, but raw scores are needed (the task normalises them); "
                 "set it to false in a copy of the folder"
             )
-        return {index: f"SCORE_{index}" for index in range(int(config.get("score_dim") or 1))}
+        count = config.get("score_dim")
+        return {index: f"SCORE_{index}" for index in range(count if isinstance(count, int) and count > 0 else 1)}
     labels = config.get("id2label")
-    if isinstance(labels, dict) and labels and all(str(key).isdigit() for key in labels):
+    if isinstance(labels, dict) and labels and all(str(key).isdecimal() for key in labels):
         return {int(key): str(name) for key, name in labels.items()}
     count = config.get("num_labels")
     return {index: f"LABEL_{index}" for index in range(count if isinstance(count, int) and count > 0 else 2)}

@@ -7,7 +7,6 @@ applied (larger is better), as :meth:`moalign.rewards.panel.RewardPanel.score` g
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -139,8 +138,10 @@ class Normaliser:
     @classmethod
     def from_json(cls, path: Path) -> Normaliser:
         """Read a file of :meth:`to_json`; raises RequestError naming the file and what is wrong with it."""
+        from moalign.runs.atomic import parsed_json
+
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = parsed_json(path.read_bytes())
             keys = [field.name for field in fields(cls)]
             if not isinstance(data, dict) or sorted(data) != sorted(keys):
                 raise RequestError(f"the normaliser must have exactly the keys {', '.join(keys)}")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Self
 
 from moalign.core.errors import RequestError, WorkError
+from moalign.runs.atomic import read_only
 
 APPLICATION_ID = 0x6D6F616C
 """Marks the sqlite file as a score store (``moal``), so that another program's database is never written to."""
@@ -43,21 +44,49 @@ class Store:
     def __init__(self, path: Path, timeout: float = 60.0) -> None:
         """Open or create the file and its folder; ``timeout``: seconds to wait for other processes' writes.
 
-        Raises RequestError when the file is damaged or not a score store, or its folder cannot be written to.
+        In a folder that is read-only what is there is read, and no score is kept.
+
+        Raises RequestError when the file is damaged or not a score store, or its folder cannot be made.
         """
         self.path = Path(path)
         self._timeout = timeout
         self._lock = threading.Lock()
         self._connection: sqlite3.Connection | None = None
+        self._read_only = read_only(self.path.parent)
         with self._explained():
+            if self._read_only:
+                self._connection = self._opened_to_read()
+                return
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            # isolation_level None: transactions begin and end where the code says so.
-            self._connection = sqlite3.connect(path, timeout, isolation_level=None, check_same_thread=False)
+            self._connection = self._connected(str(path))
             try:
                 self._set_up(self._connection)
             except BaseException:
                 self.close()
                 raise
+
+    def _connected(self, name: str) -> sqlite3.Connection:
+        # isolation_level None: transactions begin and end where the code says so.
+        return sqlite3.connect(
+            name, self._timeout, isolation_level=None, check_same_thread=False, uri=name.startswith("file:")
+        )
+
+    def _opened_to_read(self) -> sqlite3.Connection:
+        """Open a store that cannot be written; one in memory, without a score, where there is none."""
+        if self.path.is_file():
+            place = self.path.absolute().as_uri()
+            # Immutable is right, and works, only while no other process has the file open: sqlite then keeps files of
+            # its own beside it, with which it can be read as usual.
+            for way in ("mode=ro", "mode=ro&immutable=1"):
+                connection = self._connected(f"{place}?{way}")
+                try:
+                    self._check(connection)
+                    return connection
+                except sqlite3.OperationalError:
+                    connection.close()
+        connection = self._connected(":memory:")
+        connection.execute(_TABLE)
+        return connection
 
     def get_many(self, revision: str, pairs: Sequence[tuple[str, str]]) -> list[float | None]:
         """Return the stored score of each (prompt, response), None where there is none; ``[pairs]``."""
@@ -79,6 +108,8 @@ class Store:
         rows = [(key_of(revision, *pair), float(value)) for pair, value in zip(pairs, values, strict=True)]
         if not all(math.isfinite(value) for _, value in rows):
             raise WorkError(f"{self.path}: a score that is not finite cannot be stored")
+        if self._read_only:
+            return
         with self._using() as connection:
             for start in range(0, len(rows), _CHUNK):
                 with connection:
@@ -105,7 +136,8 @@ class Store:
         """Close the file."""
         self.close()
 
-    def _set_up(self, connection: sqlite3.Connection) -> None:
+    def _check(self, connection: sqlite3.Connection) -> int:
+        """Return the file's mark, 0 for a new file; RequestError for another program's."""
         # Tables before mark: another process may be creating both, in one transaction, at this moment.
         tables = connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0]
         marked = connection.execute("PRAGMA application_id").fetchone()[0]
@@ -113,6 +145,10 @@ class Store:
             raise RequestError(
                 f"{self.path}: an sqlite file, but not a moalign score store; it was left as it is; name another file"
             )
+        return int(marked)
+
+    def _set_up(self, connection: sqlite3.Connection) -> None:
+        marked = self._check(connection)
         # Switching a fresh file to write-ahead logging takes an exclusive lock for which sqlite does not
         # always wait, so that two processes that create the file at once would fail without this.
         deadline = time.monotonic() + self._timeout

@@ -17,8 +17,9 @@ import platform
 import re
 import secrets
 import shutil
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ REMEDY = "free or unlock it, or choose another folder with --results DIR"
 
 _REFUSALS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR}
 _REFUSALS |= {errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
+_READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
+MOST_LEVELS = 100
+"""Lists and objects inside each other in a JSON file that is read."""
 _ABANDONED_AFTER = 24 * 3600.0
 """Seconds after which a leftover of another machine is taken for abandoned."""
 
@@ -60,6 +64,36 @@ def _concerns(error: Exception, folder: Path) -> bool:
         return True
     path, ours = Path(os.path.realpath(name)), Path(os.path.realpath(folder))
     return path.is_relative_to(ours) or ours.is_relative_to(path)
+
+
+def require_writable(folder: Path) -> None:
+    """Raise RequestError for a folder that cannot be made or written, before hours are spent on what goes there."""
+    existing = _nearest(folder)
+    if not existing.is_dir():
+        raise RequestError(f"{folder}: cannot write here: {existing} is not a folder; {REMEDY}")
+    with refusals(existing), tempfile.TemporaryFile(dir=existing) as probe:
+        probe.write(b"\0" * 65536)
+
+
+def require_new(path: Path) -> None:
+    """Raise RequestError where a file cannot be written, or something that is no file is in its place."""
+    require_writable(path.parent)
+    if os.path.lexists(path) and not path.is_file():
+        raise RequestError(f"{path}: exists and is not a regular file; remove it, or move it away")
+
+
+def read_only(folder: Path) -> bool:
+    """Whether a folder may not be written, or not be made: its permissions or its file system forbid it."""
+    try:
+        with tempfile.TemporaryFile(dir=_nearest(folder)):
+            return False
+    except OSError as error:
+        return error.errno in _READ_ONLY
+
+
+def _nearest(folder: Path) -> Path:
+    """Return the folder, or what exists of the path above it."""
+    return next(place for place in (folder, *folder.absolute().parents) if os.path.exists(place))
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------
@@ -179,11 +213,34 @@ def write_json(path: Path | str, value: Any, remedy: str = REMEDY) -> None:
 def read_json(path: Path, remedy: str) -> Any:
     """Return the content of a JSON file; RequestError naming file and line when it cannot be read, with the remedy."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parsed_json(path.read_bytes())
     except json.JSONDecodeError as error:
         raise RequestError(f"{path}:{error.lineno}: not JSON ({error.msg}); {remedy}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{path}: cannot be read: {error}; {remedy}") from error
+    except (OSError, ValueError) as error:
+        why = (isinstance(error, OSError) and error.strerror) or error
+        raise RequestError(f"{path}: cannot be read: {why}; {remedy}") from error
+
+
+def parsed_json(text: str | bytes) -> Any:
+    """Return what JSON text (bytes: UTF-8) says.
+
+    Raises ValueError for all that is wrong with it: no JSON, no UTF-8, a number too long, or values nested deeper than
+    :data:`MOST_LEVELS`, which nothing could walk through or write again.
+    """
+    try:
+        content = json.loads(text if isinstance(text, str) else text.decode("utf-8"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    level = [content]
+    for _ in range(MOST_LEVELS):
+        level = [inner for value in level if isinstance(value, dict | list) for inner in _inside(value)]
+    if level:
+        raise ValueError("nested too deeply")
+    return content
+
+
+def _inside(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value
 
 
 def json_bytes(value: Any, indent: int | None = None) -> bytes:
@@ -266,7 +323,7 @@ def _beside(target: Path, kind: str) -> Path:
 
 def _abandoned(path: Path) -> bool:
     parts = path.name.split("-", 4)
-    if len(parts) != 5 or not parts[2].isdigit() or not path.exists():
+    if len(parts) != 5 or not parts[2].isdecimal() or not path.exists():
         return False  # not one of ours, or gone with the folder it was in
     if parts[1] == _host() and not _alive(int(parts[2])):
         return True

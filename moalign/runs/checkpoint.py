@@ -69,7 +69,7 @@ def load(folder: Path) -> Checkpoint | None:
         path = folder / f"step-{step:08d}"
         try:
             return _read(path)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # whatever the content of a damaged file leads to
             print(visible(f"warning: {path}: damaged checkpoint passed over ({error})"), file=sys.stderr)
     return None
 
@@ -92,15 +92,15 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise RequestError(f"{path}: no such file; the run is not finished or its folder is not whole")
     try:
         return dict(load_file(path))
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:
         raise RequestError(f"{path}: truncated, or not a safetensors file ({error}); train the run again") from error
 
 
 def _read(path: Path) -> Checkpoint:
-    """Read one checkpoint; raises ValueError (or OSError, KeyError, TypeError) when it is damaged."""
+    """Read one checkpoint; raises some Exception when it is damaged."""
     from safetensors.torch import load_file
 
-    stored = json.loads((path / STATE).read_text(encoding="utf-8"))
+    stored = atomic.parsed_json((path / STATE).read_bytes())
     content = stored["content"]
     if hashlib.sha256(content.encode()).hexdigest() != stored["sha256"]["content"]:
         raise ValueError(f"{STATE} does not match its checksum")
@@ -113,7 +113,7 @@ def _read(path: Path) -> Checkpoint:
 def _steps(folder: Path) -> list[int]:
     """Return the steps of the checkpoints below ``folder``, newest first."""
     names = [path.name for path in folder.glob("step-*") if path.is_dir()]
-    return sorted((int(name[5:]) for name in names if name[5:].isdigit()), reverse=True)
+    return sorted((int(name[5:]) for name in names if name[5:].isdecimal()), reverse=True)
 
 
 def _number(value: Any) -> Any:

@@ -34,7 +34,7 @@ def capture() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": _cpu_name(),
         "cpus": usable_cpus(),
-        "threads": int(threads) if threads.isdigit() else None,
+        "threads": int(threads) if threads.isdecimal() else None,
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "packages": {name: version(name) for name in PACKAGES},
         "gpus": [torch.cuda.get_device_name(index) for index in gpus] if torch is not None else [],

@@ -76,8 +76,8 @@ def is_run(folder: Path) -> bool:
     except (FileNotFoundError, NotADirectoryError, ValueError):  # the last of a name that no file can have
         return False
     except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            return False
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            return error.errno == errno.ELOOP  # a link to itself is there, and says more when it is read
         raise RequestError(f"{path}: cannot be read: {error.strerror}; make the run's folder readable") from error
     return True
 
@@ -89,7 +89,7 @@ def read(folder: Path) -> RunRecord:
     """
     path, remedy = folder / FILE, "move the run's folder away to train it again"
     if not is_run(folder):
-        raise RequestError(f"{folder}: not a run: it holds no {FILE}")
+        raise RequestError(f"{folder}: not a run: it holds no {FILE}; {remedy}")
     try:
         return RunRecord.model_validate(atomic.read_json(path, remedy))
     except ValidationError as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import platform
 import re
@@ -12,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from moalign.core.errors import RequestError
+from moalign.core.errors import MoalignError, RequestError, WorkError
 from moalign.runs import atomic, checkpoint, environment
 from moalign.runs import record as records
 from moalign.runs.checkpoint import Checkpoint
@@ -45,6 +44,8 @@ class Run:
         self.mirrors: Mirrors | None = None
         """Trackers that receive every line of metrics while the run trains."""
         self._mended = False
+        self._held: int | None = None
+        """The folder, open while it is locked: so that it can be told from another that takes its place."""
 
     @classmethod
     def load(cls, path: Path) -> Run:
@@ -70,6 +71,7 @@ class Run:
 
     def save_record(self) -> None:
         """Write ``run.json`` atomically."""
+        self._require_kept()
         self.record.write(self.path)
 
     def mark(self, status: Status, error: str | None = None, meter: Meter | None = None) -> None:
@@ -108,14 +110,31 @@ class Run:
                 raise RequestError(self.busy()) from None
         owner = self.path / OWNER
         try:
+            self._held = os.open(self.path, os.O_RDONLY)
             atomic.write_json(owner, {"pid": os.getpid(), "host": platform.node(), "since": records.now()})
             atomic.sweep(self.path)
             self.record = records.read(self.path)
             self._mended = False
             yield self
         finally:
-            owner.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                owner.unlink()
             lock.release()
+            if self._held is not None:
+                os.close(self._held)
+                self._held = None
+
+    def _require_kept(self) -> None:
+        """Raise WorkError when the locked folder was removed: to write into its place would make half a run of it."""
+        if self._held is None:
+            return
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(self._held), os.stat(self.path)):
+                return
+        raise WorkError(
+            f"{self.path}: the run's folder was removed or moved while the run was trained; put it back to go on from "
+            "the last checkpoint, or repeat the command to train it from the start"
+        )
 
     @contextlib.contextmanager
     def training(self, wait: bool = False) -> Iterator[Meter | None]:
@@ -133,7 +152,8 @@ class Run:
             try:
                 yield meter
             except KeyboardInterrupt:
-                self.mark("interrupted")
+                with contextlib.suppress(MoalignError):  # of a folder that is gone or full: the interruption counts
+                    self.mark("interrupted")
                 raise
             except BaseException as error:
                 self.mark("failed", error=f"{type(error).__name__}: {error}")
@@ -142,13 +162,16 @@ class Run:
             self.drop_checkpoints()
 
     def is_locked(self) -> bool:
-        """Whether any process is writing this run now. Works without write permission."""
+        """Whether any process is writing this run now. Works without write permission.
+
+        A lock that may not be read counts as held: its owner may be at work.
+        """
         import fcntl
 
         try:
-            descriptor = os.open(self.path / LOCK, os.O_RDONLY)
-        except FileNotFoundError:
-            return False
+            descriptor = os.open(self.path / LOCK, os.O_RDONLY | os.O_NONBLOCK)
+        except OSError as error:
+            return isinstance(error, PermissionError)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError as error:
@@ -163,9 +186,9 @@ class Run:
     def busy(self) -> str:
         """Return which other process trains this run, and what to do about it."""
         try:
-            owner = json.loads((self.path / OWNER).read_text(encoding="utf-8"))
+            owner = atomic.parsed_json((self.path / OWNER).read_bytes())
             who = f"another process (pid {owner['pid']} on {owner['host']}, since {owner['since'][:19]} UTC)"
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, LookupError, TypeError):
             who = "another process"  # it has the lock but has not written its name yet
         return f"{self.path}: {who} is training this run; wait for it or stop it, then repeat the command"
 
@@ -173,6 +196,7 @@ class Run:
 
     def log(self, step: int, phase: str = "train", **metrics: Any) -> None:
         """Append one line to ``metrics.jsonl``: step, phase and the metrics (NaN and infinity become null)."""
+        self._require_kept()
         line = atomic.json_bytes({"step": step, "phase": phase, **metrics})
         path = self.path / METRICS
         if not self._mended:
@@ -222,9 +246,12 @@ class Run:
 
     def _metric_lines(self) -> list[tuple[bytes, dict[str, Any]]]:
         path = self.path / METRICS
-        if not path.exists():
+        if not os.path.exists(path):
             return []
-        lines = path.read_bytes().split(b"\n")
+        try:
+            lines = path.read_bytes().split(b"\n")
+        except OSError as error:
+            raise RequestError(f"{path}: cannot be read: {error.strerror}; remove it, or make it readable") from error
         entries = []
         for number, raw in enumerate(lines, start=1):
             entry = _metric(raw)
@@ -260,6 +287,7 @@ class Run:
         self, phase: str, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]
     ) -> None:
         """Save where ``phase`` stands after ``step`` steps; see :func:`moalign.runs.checkpoint.save`."""
+        self._require_kept()
         checkpoint.save(self.checkpoint_dir(phase), step, tensors, state)
 
     def load_checkpoint(self, phase: str) -> Checkpoint | None:
@@ -280,25 +308,22 @@ class Run:
     def write_table(self, name: str, table: pd.DataFrame) -> Path:
         """Write ``<name>.parquet`` atomically, without the index; return its path."""
         path = self._named(name, ".parquet")
+        self._require_kept()
         with atomic.file(path) as temporary:
             table.to_parquet(temporary, index=False)
         return path
 
     def read_table(self, name: str) -> pd.DataFrame:
         """Read ``<name>.parquet``; RequestError when it is missing or damaged."""
-        import pandas as pd
-
         path = self._named(name, ".parquet")
         if not path.is_file():
             raise RequestError(f"{path}: no such table in this run")
-        try:
-            return pd.read_parquet(path)
-        except (OSError, ValueError) as error:  # what pyarrow raises for a damaged footer or page
-            raise RequestError(f"{path}: truncated, or not a parquet file ({error})") from error
+        return read_parquet(path)
 
     def save_tensors(self, name: str, tensors: Mapping[str, torch.Tensor]) -> Path:
         """Write ``<name>.safetensors`` atomically; return its path."""
         path = self._named(name, ".safetensors")
+        self._require_kept()
         checkpoint.save_tensors(path, tensors)
         return path
 
@@ -313,10 +338,21 @@ class Run:
         return self.path / inside
 
 
+def read_parquet(path: Path, remedy: str = "") -> pd.DataFrame:
+    """Read a parquet file; RequestError, with the remedy, when it is damaged."""
+    import pandas as pd
+    import pyarrow as pa
+
+    try:
+        return pd.read_parquet(path)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise RequestError(f"{path}: truncated, or not a parquet file ({error}){remedy}") from error
+
+
 def _metric(raw: bytes) -> dict[str, Any] | None:
     """Return the line's content, or None when the line is incomplete."""
     try:
-        entry = json.loads(raw)
+        entry = atomic.parsed_json(raw)
     except ValueError:
         return None
     return entry if isinstance(entry, dict) and isinstance(entry.get("step"), int) else None

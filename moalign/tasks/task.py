@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 import functools
 import hashlib
-import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +23,7 @@ from moalign.core import preferences
 from moalign.core.amounts import Amount, Amounts, SplitAmount
 from moalign.core.arrays import Matrix
 from moalign.core.errors import RequestError
+from moalign.core.paths import cache_root
 from moalign.core.preferences import Preference
 from moalign.core.progress import Progress, silent
 from moalign.core.records import Labels, Pair, Response
@@ -208,7 +209,9 @@ class Task(abc.ABC):
         return [list(ids) for ids in tokenizer(list(responses), add_special_tokens=False)["input_ids"]]
 
     def sampling(self, seed: int, temperature: float | None = None) -> Sampling:
-        """Return the card's generation limits as sampler settings."""
+        """Return the card's generation limits as sampler settings; RequestError for a temperature that is none."""
+        if temperature is not None and not 0 <= temperature < math.inf:
+            raise RequestError(f"--temperature {temperature:g}: allowed: a finite number, 0 or more")
         from moalign.lm.sampler import Sampling
 
         limits = self.card.generation
@@ -279,7 +282,7 @@ class Task(abc.ABC):
 
     def _fitted(self, name: str, panel: RewardPanel) -> Normaliser:
         """Return the normaliser of a panel, fitted once and kept with the task."""
-        path = self.folder / name
+        path = self._kept(name)
         with self._once(path) as missing:
             if missing:
                 self._fit_normaliser(panel).to_json(path)
@@ -310,17 +313,24 @@ class Task(abc.ABC):
         """
         if self.card.quality is not None and self.card.quality.short is not None:
             return self.card.quality.short
-        with self._once(self.folder / SHORT) as missing:
+        from moalign.runs import atomic
+
+        path, remedy = self._kept(SHORT), "delete it to have it made again"
+        with self._once(path) as missing:
             if missing:
                 self._keep_short((self.data_responses("calibration") or self._calibration_samples()).responses)
-        return int(json.loads((self.folder / SHORT).read_text(encoding="utf-8"))["short_below"])
+        content = atomic.read_json(path, remedy)
+        limit = content.get("short_below") if isinstance(content, dict) else None
+        if not isinstance(limit, int):
+            raise RequestError(f"{path}: it does not say below how many tokens a response is short; {remedy}")
+        return limit
 
     def _keep_short(self, responses: Sequence[Response]) -> None:
         from moalign.lm.quality import short_below
         from moalign.runs import atomic
 
         limit = short_below([len(tokens) for tokens in self.tokens(shown(responses))])
-        atomic.write_json(self.folder / SHORT, {"short_below": limit, "responses": len(responses)})
+        atomic.write_json(self._kept(SHORT), {"short_below": limit, "responses": len(responses)})
 
     # -- what methods learn from ---------------------------------------------------------------------------
 
@@ -338,17 +348,20 @@ class Task(abc.ABC):
     def _pool(self) -> Responses:
         import pandas as pd
 
-        from moalign.runs import atomic
+        from moalign.runs import atomic, run
 
-        path = self.folder / "samples.parquet"
+        path, remedy = self._kept("samples.parquet"), "; delete it to have the base sampled again"
         with self._once(path) as missing:
             if missing:
                 pool = self._sample_base("train", self.card.pool.per_prompt, "sampling the base")
                 table = pd.DataFrame({"prompt": pool.prompts, **columns(pool.responses), "sampled": pool.sampled})
                 with atomic.file(path) as place:
                     table.to_parquet(place, index=False)
-        table = pd.read_parquet(path)
-        return Responses(table["prompt"].tolist(), from_columns(table), int(table["sampled"].iloc[0]))
+        table = run.read_parquet(path, remedy)
+        try:
+            return Responses(table["prompt"].tolist(), from_columns(table), int(table["sampled"].iloc[0]))
+        except (LookupError, TypeError, ValueError) as error:
+            raise RequestError(f"{path}: not the base's samples ({type(error).__name__}: {error}){remedy}") from error
 
     def amounts(self) -> Amounts | None:
         """Return how many responses the methods above will give; None when the data would have to be downloaded."""
@@ -432,6 +445,15 @@ class Task(abc.ABC):
             chance=np.ones(len(labelled)),
         )
 
+    def _kept(self, name: str) -> Path:
+        """Return where a computed part is kept: with the results, or in the user's cache where they are read-only."""
+        from moalign.runs import atomic
+
+        path = self.folder / name
+        if not path.is_file() and atomic.read_only(self.folder):
+            return cache_root() / "tasks" / self.folder.name / name
+        return path
+
     @contextmanager
     def _once(self, path: Path) -> Iterator[bool]:
         """Hold the file's lock and yield whether the file is still missing: of several processes one makes it."""
@@ -442,7 +464,7 @@ class Task(abc.ABC):
         if path.is_file():
             yield False
             return
-        with atomic.refusals(self.folder):
+        with atomic.refusals(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
             lock = FileLock(str(path) + ".lock")
             lock.acquire()

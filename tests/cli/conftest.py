@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +30,7 @@ class ToyConfig(Strict):
     steps: int = 3
     """Steps that do nothing."""
     fail: str = ""
-    """How training ends: work, request, bug or interrupt; empty: well."""
+    """How training ends: work, request, bug, interrupt, terminate, remove or move; empty: well."""
 
 
 class Speaker:
@@ -56,6 +59,16 @@ class Toy:
         print("a library that prints")
         if job.config.fail == "interrupt":
             raise KeyboardInterrupt
+        if job.config.fail == "terminate":
+            job.run.save_checkpoint("train", 1, {}, {})
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        if job.config.fail == "remove":
+            shutil.rmtree(job.run.path)
+            return
+        if job.config.fail == "move":
+            job.run.path.rename(job.run.path.with_name("moved"))
+            job.run.log(1, loss=0.5)
         if job.config.fail:
             kind = {"work": WorkError, "request": RequestError, "bug": ZeroDivisionError}[job.config.fail]
             raise kind("it broke\nhere" if kind is ZeroDivisionError else "it broke")

@@ -142,6 +142,10 @@ def test_a_dash_reads_stdin_a_prompt_a_line(moalign: Any, run: str, monkeypatch:
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
     ended = moalign("generate", run, "-", "--prefs", "1,0")
     assert (ended.code, ended.errors) == (2, ["PROMPT -: stdin holds no prompt; give one a line"])
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a tap\ncaf\xe9\n"), encoding="utf-8"))
+    ended = moalign("generate", run, "-", "--prefs", "1,0")
+    assert (ended.code, len(ended.errors)) == (2, 1)
+    assert "PROMPT -: stdin is not UTF-8 text" in ended.errors[0]
 
 
 @pytest.mark.parametrize(
@@ -152,6 +156,8 @@ def test_a_dash_reads_stdin_a_prompt_a_line(moalign: Any, run: str, monkeypatch:
         (["--prefs", "1,0", "  "], "PROMPT: prompt 1 is empty"),
         (["--prefs", "1,0", "--temperature", "-1"], "'--temperature'"),
         (["--prefs", "1,0", "--temperature", "nan"], "--temperature"),
+        (["--prefs", "1,0", "--temperature", "inf"], "--temperature inf: allowed: a finite number, 0 or more"),
+        (["--prefs", "1,0", "caf\udce9"], "PROMPT: prompt 1 holds half a character"),  # a byte that is no UTF-8
     ],
 )
 def test_wrong_requests_to_generate(moalign: Any, run: str, arguments: list[str], message: str) -> None:

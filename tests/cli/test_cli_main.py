@@ -186,6 +186,52 @@ def test_an_interruption_is_130_and_says_how_to_go_on(moalign: Any, monkeypatch:
     assert ended.err.splitlines() == ["interrupted; finished work is kept: the same command resumes from there"]
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "dangling", "loop", "~nobody-of-that-name/x", "caf\udce9"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train prompting --task @ --dry-run",
+        "train prompting --recipe @.yaml --dry-run",
+        "train prompting --set task.model=./@ --dry-run",
+        "eval @",
+        "eval --points @ --hypervolume",
+        "compare @",
+        "generate @ --prefs 1,0 hello",
+        "export @ --prefs 1,0 --out out",
+        "show @",
+        "check @",
+        "preview --task @",
+        "init made --model @",
+        "init made --data @",
+        "score --task sandbox --in @",
+        "reward eval @",
+        "reward train --pairs @ --model m",
+    ],
+)
+def test_names_that_no_file_can_have_are_one_message(moalign: Any, command: str, name: str) -> None:
+    """Longer than 255 bytes, links to nothing or to themselves, an unknown home folder, bytes that are no UTF-8."""
+    Path("dangling").symlink_to("nowhere")
+    Path("loop").symlink_to("loop")
+    ended = moalign(*command.replace("@", name).split())
+    assert (ended.code, ended.out, len(ended.errors)) == (2, "", 1), ended.err
+    assert not Path("made").exists() and not Path("out").exists()
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "loop"])
+def test_a_results_folder_that_cannot_be_made(moalign: Any, toys: None, name: str) -> None:
+    Path("loop").symlink_to("loop")
+    ended = moalign("train", "toy", "--results", name)
+    assert (ended.code, len(ended.errors)) == (2, 1), ended.err
+    assert name in ended.errors[0]
+
+
+def test_an_empty_task_is_not_the_default_one(moalign: Any) -> None:
+    for command in (("train", "prompting", "--dry-run"), ("compare",), ("preview",), ("reward", "train")):
+        ended = moalign(*command, "--task", "")
+        assert (ended.code, ended.out) == (2, ""), command
+        assert "unknown task ''" in ended.errors[0]
+
+
 @pytest.mark.slow
 def test_libraries_are_told_to_be_quiet_unless_debugging(moalign: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in cli._QUIET:

@@ -123,6 +123,8 @@ def test_changed_pairs_are_noticed(moalign: Any, files: tuple[Path, Path], rando
     content = json.loads(
         moalign("reward", "train", "--pairs", "ann.jsonl", "--model", str(random_base), *SHORT, "--json").out
     )
+    ended = moalign("reward", "eval", content["run_id"], "--set", "splits.seed=1")
+    assert (ended.code, "--set splits.seed=1: the run is judged on its own pairs" in ended.errors[0]) == (2, True)
     write_pairs(files[0], 61)
     ended = moalign("reward", "eval", content["run_id"])
     assert ended.code == 2
@@ -149,6 +151,15 @@ def test_changed_pairs_are_noticed(moalign: Any, files: tuple[Path, Path], rando
         (("eval", "abcdef"), "unknown run 'abcdef'"),
         (("eval", "./nowhere", "--pairs", "ann.jsonl"), "there is no model folder './nowhere'"),
         (("eval", "./nowhere"), "it has no pairs of its own"),
+        (
+            ("eval", "./m", "--pairs", "ann.jsonl", "--set", "lr=1"),
+            "--set lr=1: nothing is trained here; allowed: splits",
+        ),
+        (
+            ("eval", "./m", "--pairs", "ann.jsonl", "--split", "all", "--set", "splits.seed=1"),
+            "--set splits.seed=1: with --split all the pairs are not divided",
+        ),
+        (("eval", "x" * 300), "unknown run"),
     ],
 )
 def test_wrong_requests(

@@ -371,6 +371,16 @@ def test_broken_csv(tmp_path: Path, text: str, wrong: str) -> None:
     assert message(path) == wrong
 
 
+def test_parquet_whose_text_is_no_utf8(tmp_path: Path) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    raw = pa.array([b"caf\xe9"], pa.binary()).view(pa.binary())
+    text = pa.Array.from_buffers(pa.string(), 1, raw.buffers())
+    parquet.write_table(pa.table({"prompt": text, "response": text}), tmp_path / "a.parquet")
+    assert "a.parquet: not a whole Parquet file (after row 0): " in message(tmp_path / "a.parquet")
+
+
 def test_a_parquet_file_that_is_none(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     path.write_bytes(b"PAR1 and then nothing of use PAR1")

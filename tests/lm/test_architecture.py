@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -74,6 +76,34 @@ def test_a_tied_head_is_not_missing(lm: LanguageModel, folder: Path) -> None:
     loaded = language_model.load(str(folder), device="cpu")
     assert torch.equal(loaded.model.lm_head.weight, tied.model.embed_tokens.weight)
     architecture.examine(folder, "task.model", None)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_attention_heads": 0},
+        {"num_key_value_heads": "2"},
+        {"head_dim": [16]},
+        {"vocab_size": "many"},
+        {"text_config": [1]},
+        {"intermediate_size": None},
+    ],
+)
+def test_sizes_of_another_type_in_a_config_are_passed_over(folder: Path, change: dict[str, object]) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    sizes = architecture.of_folder(folder)
+    assert sizes is not None
+    assert (sizes.hidden, sizes.layers) == (32, 2)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("text", ["", "null", "[]", "{}", "[" * 100_000, '{"model": 3}'])
+def test_a_damaged_tokenizer_is_named(folder: Path, name: str, text: str) -> None:
+    """The libraries raise errors of every kind for it."""
+    (folder / name).write_text(text)
+    with contextlib.suppress(RequestError):  # without its settings a tokenizer may do
+        language_model.load_codec(str(folder))
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj"], r".*\.(q_proj|down_proj)"])

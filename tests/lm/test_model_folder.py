@@ -64,7 +64,7 @@ def test_missing_parts_are_named(folder: Path) -> None:
     check(folder, "no config.json")
 
 
-@pytest.mark.parametrize("text", ["{", "[]"])
+@pytest.mark.parametrize("text", ["{", "[]", "null", "[" * 100_000, '{"a": ' + "9" * 5000 + "}"])
 def test_broken_config_is_named(folder: Path, text: str) -> None:
     (folder / "config.json").write_text(text)
     check(folder, "config.json")

@@ -119,7 +119,9 @@ def test_damaged_file_is_named(tmp_path: Path, change: dict[str, object], messag
 
 def test_broken_or_missing_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "n.json").write_text('{"names": [')
-    for name in ("n.json", "none.json"):
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    (tmp_path / "folder.json").mkdir()
+    for name in ("n.json", "none.json", "deep.json", "folder.json"):
         with pytest.raises(RequestError, match=f"{name}: the normaliser cannot be read"):
             Normaliser.from_json(tmp_path / name)
 

@@ -153,6 +153,10 @@ DAMAGE = {
     "changed state": lambda path: change_state(path / "state.json"),
     "no state": lambda path: (path / "state.json").unlink(),
     "state of another kind": lambda path: (path / "state.json").write_text("[]"),
+    "null": lambda path: (path / "state.json").write_text("null"),
+    "content that is no text": lambda path: (path / "state.json").write_text('{"content": 3, "sha256": {}}'),
+    "nested deeply": lambda path: (path / "state.json").write_text("[" * 100_000),
+    "a folder": lambda path: ((path / "state.json").unlink(), (path / "state.json").mkdir()),
 }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -230,16 +229,6 @@ def test_failure_while_making_a_part_frees_the_lock(task: SandboxTask) -> None:
         assert missing
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser writes where nobody may")
-def test_read_only_results_folder_is_named_without_privileges(task: SandboxTask) -> None:
-    task.results.chmod(0o500)
-    try:
-        with pytest.raises(RequestError, match="--results"):
-            _ = task.normaliser
-    finally:
-        task.results.chmod(0o700)
-
-
 def test_unwritable_results_folder_is_named(task: SandboxTask, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError(30, "Read-only file system")
@@ -255,6 +244,17 @@ def test_damaged_normaliser_names_its_file(task: SandboxTask) -> None:
     (task.folder / "normaliser.json").write_text(json.dumps({"mean": [1]}))
     with pytest.raises(RequestError, match="normaliser.json.*delete it"):
         _ = task.normaliser
+
+
+@pytest.mark.parametrize("content", [b"", b"null", b"{}", b"[" * 100_000])
+def test_damaged_parts_name_their_file(task: SandboxTask, content: bytes) -> None:
+    task.folder.mkdir(parents=True)
+    for name in ("short.json", "samples.parquet"):
+        (task.folder / name).write_bytes(content)
+    with pytest.raises(RequestError, match=r"short\.json.*delete it"):
+        _ = task.short_below
+    with pytest.raises(RequestError, match=r"samples\.parquet.*delete it"):
+        task._pool()
 
 
 # -- what short means -------------------------------------------------------------------------------------------------
