@@ -151,7 +151,7 @@ def test_a_winner_beats_every_other_one() -> None:
 def test_a_spread_that_is_only_noise_is_not_a_lead() -> None:
     """Equal policies: one sampled anew for every preference (noise spreads its points), one sampled once.
 
-    The lead is above 0 in nearly all resamples in most of these trials.
+    In half of these trials the lead is above 0 in nearly all resamples.
     """
     grid = [(i / 10, 1 - i / 10) for i in range(11)]
     named = resampled = 0
@@ -165,7 +165,7 @@ def test_a_spread_that_is_only_noise_is_not_a_lead() -> None:
         share = pair["share_above_zero"] if pair["a"] == "spread" else 1 - pair["share_above_zero"]
         resampled += share > 0.975
         named += record["winner"] == "spread"
-    assert named <= 2 and resampled >= 8
+    assert named <= 1 and resampled >= 4
 
 
 def test_alone_there_is_no_winner() -> None:
