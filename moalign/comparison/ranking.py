@@ -34,6 +34,7 @@ from moalign.evaluation.evaluate import Evaluation
 from moalign.evaluation.result import AnsweringCost, EvalResult, Indicators, Point, Quality
 from moalign.pareto import front, indicators, statistics
 from moalign.pareto.hypervolume import hypervolume
+from moalign.pareto.statistics import Resampled
 
 COUNTED = ("tokens_generated", "tokens_trained", "reward_calls", "seconds")
 """Costs that add up; entries also have the hypervolume per unit of each."""
@@ -91,10 +92,10 @@ class EntryRuns:
         """Return a number of the mean points, averaged over the seeds (None: all)."""
         return _mean([number(self)(run.means) for run in self._chosen(seeds)])
 
-    def resampled(self, number: Number, draws: int, seed: int, seeds: Sequence[int] | None = None) -> Matrix:
-        """Return the same of ``[draws]`` resamples of prompts and training seeds."""
+    def resampled(self, number: Number, draws: int, seed: int, seeds: Sequence[int] | None = None) -> Resampled:
+        """Return the same of each seed, as observed and in resamples of the prompts."""
         scores = [run.evaluation.scores for run in self._chosen(seeds)]
-        return statistics.two_level_bootstrap(scores, number(self), draws, seed)
+        return statistics.resample(scores, draws, seed).each(number(self))
 
     def _chosen(self, seeds: Sequence[int] | None) -> list[SeedResult]:
         return [run for run in self.finished if seeds is None or run.seed in seeds]
@@ -160,9 +161,9 @@ def ranking(groups: Sequence[EntryRuns], grid: Sequence[Preference], draws: int,
     )
 
 
-def _entry(group: EntryRuns, judged: Sequence[EntryRuns], samples: Matrix, draws: int, seed: int) -> Entry:
+def _entry(group: EntryRuns, judged: Sequence[EntryRuns], samples: Resampled, draws: int, seed: int) -> Entry:
     results, cost = group.results, _cost(group)
-    volume, (low, high) = group.observed(_hypervolume), statistics.interval(samples)
+    volume, (low, high) = group.observed(_hypervolume), statistics.interval(samples, least=0.0).tolist()
     most = results[0].optimum.hypervolume if results[0].optimum else None
     volumes = [result.hypervolume for result in results]
     return Entry(
@@ -209,12 +210,11 @@ def _header(group: EntryRuns) -> dict[str, Any]:
 
 
 def _difference(
-    kind: type[D], a: EntryRuns, b: EntryRuns, number: Number, samples: Mapping[str, Matrix], draws: int, seed: int
+    kind: type[D], a: EntryRuns, b: EntryRuns, number: Number, samples: Mapping[str, Resampled], draws: int, seed: int
 ) -> D:
-    """Return the paired difference in a number of the mean points.
+    """Return the difference in a number of the mean points, paired over prompts and, where both have them, seeds.
 
-    ``samples`` holds its resamples by label, over all seeds. Two intervals, because the percentile one mistakes the
-    spread that noise alone gives nearly equal points for a front: only where both exclude 0 the pair is ``certain``.
+    ``samples`` holds its resamples by label, over all seeds.
     """
     seeds = None
     if a.seeded and b.seeded and a.seeds != b.seeds:
@@ -224,18 +224,26 @@ def _difference(
     else:
         of_a, of_b = (group.resampled(number, draws, seed, seeds) for group in (a, b))
     observed = a.observed(number, seeds) - b.observed(number, seeds)
-    paired = statistics.paired_difference(of_a, of_b, observed)
-    reflected = statistics.basic_interval(of_a - of_b, observed)
+    alike = len(of_a.observed) == len(of_b.observed)
+    parts = [of_a - of_b] if alike else [of_a, -of_b]
+    low, high = statistics.interval(*parts).tolist()
     return kind(
         a=a.label,
         b=b.label,
-        difference=paired["difference"],
-        interval=paired["ci"],
-        reflected_interval=reflected,
-        p_improve=paired["p_improve"],
-        certain=min(paired["ci"][0], reflected[0]) > 0 or max(paired["ci"][1], reflected[1]) < 0,
+        difference=observed,
+        interval=(low, high),
+        certain=low > 0 or high < 0,
+        share_above_zero=statistics.share_above_zero(*parts, seed=seed),
+        probability_of_improvement=_improves(a, b, samples),
         seeds=seeds if seeds is not None else sorted({*a.seeds, *b.seeds}),
     )
+
+
+def _improves(a: EntryRuns, b: EntryRuns, samples: Mapping[str, Resampled]) -> float | None:
+    """Return how often a seed of ``a`` beats one of ``b``; None where a single seed stands for all that could be."""
+    if any(group.seeded and len(group.finished) == 1 for group in (a, b)) or not (a.seeded or b.seeded):
+        return None
+    return statistics.probability_of_improvement(samples[a.label].observed, samples[b.label].observed)
 
 
 def _winner(judged: Sequence[Entry], pairs: Sequence[Pair]) -> str | None:
@@ -271,8 +279,7 @@ def _points(group: EntryRuns, draws: int, seed: int) -> list[Point]:
     """Return the mean point of each preference over the seeds, with its interval."""
     if len(group.finished) == 1:
         return [Point(**point.model_dump(include=set(Point.model_fields))) for point in group.results[0].points]
-    drawn = statistics.two_level_means([run.evaluation.scores for run in group.finished], draws, seed)
-    bounds = statistics.intervals(drawn)
+    bounds = statistics.interval(statistics.resample([run.evaluation.scores for run in group.finished], draws, seed))
     return [
         Point(
             preference=points[0].preference,

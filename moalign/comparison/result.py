@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import AliasChoices, Field
 
 from moalign.core.preferences import Preference
 from moalign.evaluation.result import (
@@ -72,7 +72,7 @@ class Entry(Content):
     """1 is best; equal hypervolumes share a rank."""
     hypervolume: float | None = None
     interval: Interval | None = None
-    """Of the hypervolume: 95 % bootstrap over prompts and seeds."""
+    """Of the hypervolume: over prompts and seeds."""
     hypervolume_by_seed: list[float] = Field(default_factory=list)
     hypervolume_median: float | None = None
     hypervolume_iqm: float | None = None
@@ -118,13 +118,12 @@ class Difference(Content):
     b: str
     difference: float
     interval: Interval
-    """The percentile interval."""
-    reflected_interval: Interval
-    """The basic one (:func:`moalign.pareto.statistics.basic_interval`)."""
-    p_improve: float
-    """Probability that ``a`` is better."""
     certain: bool
-    """Both intervals exclude 0."""
+    """The interval excludes 0."""
+    share_above_zero: float = Field(validation_alias=AliasChoices("share_above_zero", "p_improve"))
+    """In what share of the resamples ``a`` is above ``b``; ties count half. Older files call it ``p_improve``."""
+    probability_of_improvement: float | None = None
+    """That a random training seed of ``a`` beats a random one of ``b``; None where one of them has a single seed."""
     seeds: list[int]
 
 

@@ -28,6 +28,7 @@ from moalign.evaluation.result import (
     EvaluatedPoint,
     Generalisation,
     Indicators,
+    Interval,
     Judgement,
     Optimum,
     ProxyPoint,
@@ -285,14 +286,13 @@ def judge(task: Task, preferences: Sequence[Preference], scores: Matrix) -> Judg
     lo, hi = np.array(normaliser.lo), np.array(normaliser.hi)
     ref, second = task.card.reference_point, task.card.sensitivity_point
     means = scores.mean(axis=0)
-    drawn = statistics.bootstrap_means(scores, spec.bootstrap, spec.seed)
-    bounds = statistics.intervals(drawn)
-    volumes = statistics.each_draw(drawn, lambda m: hypervolume(m, ref))
+    drawn = statistics.resample([scores], spec.bootstrap, spec.seed)
+    bounds = statistics.interval(drawn)
     mask = front.nondominated(means)
     steered = indicators.controllability(grid, means)
     judgement = Judgement(
         hypervolume=hypervolume(means, ref),
-        hypervolume_interval=statistics.interval(volumes),
+        hypervolume_interval=_of_hypervolume(drawn, ref),
         indicators=Indicators(
             tau=steered["tau"],
             tau_per_objective=tuple(steered["per_objective"]),
@@ -325,6 +325,11 @@ def judge(task: Task, preferences: Sequence[Preference], scores: Matrix) -> Judg
     return judgement
 
 
+def _of_hypervolume(drawn: statistics.Resampled, ref: Sequence[float]) -> Interval:
+    low, high = statistics.interval(drawn.each(lambda means: hypervolume(means, ref)), least=0.0)
+    return float(low), float(high)
+
+
 def _add_optimum(judgement: Judgement, points: Matrix) -> None:
     """Fill in the optimum, given by its points ``[k, m]``, and the share of it that was reached."""
     most = hypervolume(points, judgement.reference_point)
@@ -341,11 +346,11 @@ def at_reference(evaluation: Evaluation, task: Task, ref: Sequence[float]) -> Ev
     The interval is of the same resamples. The stored file is not changed.
     """
     spec = task.card.evaluation
-    drawn = statistics.bootstrap_means(evaluation.scores, spec.bootstrap, spec.seed)
+    drawn = statistics.resample([evaluation.scores], spec.bootstrap, spec.seed)
     changed = evaluation.result.model_copy(
         update={
             "hypervolume": hypervolume(evaluation.scores.mean(axis=0), ref),
-            "hypervolume_interval": statistics.interval(statistics.each_draw(drawn, lambda m: hypervolume(m, ref))),
+            "hypervolume_interval": _of_hypervolume(drawn, ref),
             "reference_point": tuple(float(number) for number in ref),
             "generalisation": None,  # its hypervolumes are from the card's own reference point
         }

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Interval = tuple[float, float]
-"""Lower and upper bound of a 95 % bootstrap interval."""
+"""Lower and upper bound of a 95 % interval (:func:`moalign.pareto.statistics.interval`)."""
 
 VERSION: Final = 1
 KEYS = {
@@ -27,7 +27,6 @@ KEYS = {
     "preference": "prefs",
     "raw_interval": "raw_ci",
     "reference_point": "ref",
-    "reflected_interval": "ci_reflected",
     "settings": "set",
 }
 """Keys in JSON of the fields that have another name in Python."""

@@ -1,10 +1,10 @@
 """Seeded bootstrap: intervals for every figure, paired differences, seeds as a second level.
 
 Every function that draws has its own numpy generator made from ``seed``; the global generator is
-never touched. Scores are ``[prompts, k, m]`` (k preferences, m objectives); the prompt is the unit
-that is resampled, the same prompts for all k, so what two preferences or two methods share by answering the same
-prompt cancels in their difference. Pass the same ``seed`` (and the same prompts in the same order) for two
-methods and draw i of one belongs to draw i of the other.
+never touched. Scores are ``[prompts, k, m]`` (k preferences, m objectives; several answers to a prompt are averaged
+before); the prompt is the unit that is resampled, the same prompts for all k, so what two preferences or two methods
+share by answering the same prompt cancels in their difference. Pass the same ``seed`` (and the same prompts in the same
+order) for two methods and draw i of one belongs to draw i of the other.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import Literal, TypedDict
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -27,12 +27,158 @@ _CHUNK = 1 << 20
 """Resampling counts held in memory at once."""
 
 
-class PairedDifference(TypedDict):
-    """Difference a - b, its interval ``(lo, hi)``, and the probability that a is better (ties count half)."""
+_MOST_BIAS = 1 + math.sqrt(2)
+"""Bias of an estimate by the bias that a resample adds to it, where it grows as the noise does and not as its square.
 
-    difference: float
-    ci: tuple[float, float]
-    p_improve: float
+A resample has the noise twice, which is sqrt(2) times as large: b of noise 1 becomes sqrt(2) b, so that (sqrt(2) - 1) b
+is seen. So it is for equal policies, which only noise spreads into a front; for a smooth front the factor is 1.
+"""
+
+
+@dataclass(frozen=True)
+class Resampled:
+    """A number, or an array of them, of one or more training seeds: as observed, and in resamples of the prompts."""
+
+    observed: Matrix
+    """``[seeds, ...]``"""
+    draws: Matrix
+    """``[draws, seeds, ...]``; the second half mirrors the first (:func:`resample`)."""
+    prompts: int
+
+    def each(self, statistic: Callable[[Matrix], float]) -> Resampled:
+        """Return a number of the means: ``statistic`` makes it of one seed's, ``[k, m]``."""
+        flat = self.draws.reshape(-1, *self.draws.shape[2:])
+        values = each_draw(flat, statistic).reshape(self.draws.shape[:2])
+        return Resampled(each_draw(self.observed, statistic), values, self.prompts)
+
+    def __sub__(self, other: Resampled) -> Resampled:
+        """Return the difference to another method's, seed by seed, in the same resamples of the same prompts."""
+        return Resampled(self.observed - other.observed, self.draws - other.draws, self.prompts)
+
+    def __neg__(self) -> Resampled:
+        return Resampled(-self.observed, -self.draws, self.prompts)
+
+    def of_seeds(self) -> Matrix:
+        """Return the variance ``[...]`` that different training seeds add to the mean over them; 0 for one seed.
+
+        The seeds' observed spread, less what different answers to the same prompts contribute to it.
+        """
+        seeds = len(self.observed)
+        if seeds == 1:
+            return np.zeros(self.observed.shape[1:])
+        odd = _odd(self.draws)
+        own = odd - odd.mean(axis=1, keepdims=True)
+        answers = _unbiased(self.prompts) * (own**2).mean(axis=0).sum(axis=0) / (seeds - 1)
+        return np.asarray(np.maximum(self.observed.var(axis=0, ddof=1) - answers, 0.0) / seeds, dtype=np.float64)
+
+
+def resample(scores_by_seed: Sequence[ArrayLike], draws: int = DRAWS, seed: int = 0) -> Resampled:
+    """Return the means ``[k, m]`` of every training seed, as observed and in ``draws`` resamples of the prompts.
+
+    All seeds answer the same prompts, so one resample of prompts serves all seeds of a draw (seeds and prompts are
+    crossed, not nested). Half of the draws are resampled; the others mirror them about what was observed (antithetic
+    resampling, Hall 1989). In a pair of them whatever is linear in the noise cancels, which leaves the bias; in half
+    their difference the bias cancels, which leaves the linear part. An odd number of ``draws`` becomes the next even.
+
+    Args:
+        scores_by_seed: one array ``[prompts, k, m]`` for each training seed, all of one shape.
+        draws: at least 1.
+        seed: of the resampling; the same for methods whose difference is taken.
+
+    Raises RequestError as :func:`bootstrap_means` does, for no seeds, and for different shapes.
+    """
+    if not len(scores_by_seed):
+        raise RequestError("bootstrap: no seeds; at least one array of scores is needed")
+    tables = [_scores(scores) for scores in scores_by_seed]
+    shapes = {table.shape for table in tables}
+    if len(shapes) > 1:
+        raise RequestError(f"bootstrap: found shapes {sorted(shapes)}; needed: the same for every seed")
+    prompts, k, m = tables[0].shape
+    observed = np.stack([table.mean(axis=0) for table in tables])
+    side_by_side = np.stack(tables, axis=1).reshape(prompts, len(tables) * k, m)
+    half = -(-_at_least(draws, 1, "draws") // 2)
+    drawn = bootstrap_means(side_by_side, half, seed).reshape(half, len(tables), k, m)
+    return Resampled(observed, np.concatenate([drawn, 2 * observed - drawn]), prompts)
+
+
+def interval(*parts: Resampled, level: float = 0.95, least: float = -math.inf) -> Matrix:
+    """Return the interval ``[2, ...]`` (lo, hi) for the mean over training seeds, or for a sum of such means.
+
+    It is meant to hold, in a share ``level`` of evaluations, the number of the expected scores of every seed's
+    policy, averaged over all prompts of the task and all training seeds that there could be.
+
+    * Its half width is Student's t times the standard error, squared and added up over what varies: the prompts (n - 1
+      degrees of freedom) and the training seeds of each part (seeds - 1; :meth:`Resampled.of_seeds`).
+    * Noise pushes a hypervolume up: it spreads equal policies into a front. What resampling adds shows by how much, up
+      to a factor between 1 (a smooth front) and 1 + sqrt(2) (equal policies). The interval reaches from the
+      half width below the corrected number to the half width above the number as it was observed, or the other
+      way round for a bias downwards. Without a bias it is the t interval of a mean.
+
+    How often it holds the truth: ``results/calibration/intervals.md``. One prompt has no spread, so its width is 0.
+
+    Args:
+        parts: one for a method or for a difference that is paired over seeds; two, ``a`` and ``-b``, for a difference
+            of methods that have different seeds; all of the same resamples.
+        level: share of evaluations.
+        least: what the number cannot fall below (a hypervolume: 0).
+    """
+    if not 0 < level < 1:
+        raise RequestError(f"interval: level {level}; allowed: between 0 and 1, like 0.95")
+    prompts = parts[0].prompts
+    observed = np.sum([part.observed.mean(axis=0) for part in parts], axis=0)
+    drawn = np.sum([part.draws.mean(axis=1) for part in parts], axis=0)
+    refuse_unless_finite(np.asarray(drawn), "interval: draws")
+    variance = _unbiased(prompts) * (_odd(drawn) ** 2).mean(axis=0) * student(level, prompts) ** 2
+    for part in parts:
+        variance = variance + part.of_seeds() * student(level, len(part.observed)) ** 2
+    ends = np.stack([observed, observed - _MOST_BIAS * (drawn.mean(axis=0) - observed)])
+    half = np.sqrt(variance)
+    return np.asarray(np.maximum([ends.min(axis=0) - half, ends.max(axis=0) + half], least), dtype=np.float64)
+
+
+def share_above_zero(*parts: Resampled, seed: int = 0) -> float:
+    """Return the share of resamples, of prompts and of training seeds, in which the sum of ``parts`` is above 0.
+
+    Ties count half. No probability that the truth is above 0: see :func:`interval`.
+    """
+    total = np.zeros(len(parts[0].draws))
+    for stream, part in enumerate(parts, start=1):
+        draws, seeds = part.draws.shape
+        # From a stream of its own: the prompts drawn do not depend on the number of seeds.
+        picks = _generator(seed, stream).integers(seeds, size=(draws, seeds))
+        total += part.draws[np.arange(draws)[:, None], picks].mean(axis=1)
+    return float((total > 0).mean() + 0.5 * (total == 0).mean())
+
+
+def probability_of_improvement(of_a: ArrayLike, of_b: ArrayLike) -> float:
+    """Return the share of pairs of training seeds in which ``a`` ``[seeds]`` is above ``b`` ``[seeds]``.
+
+    Estimates the probability that a random seed of ``a`` beats a random one of ``b``; ties count half (Agarwal et al.
+    2021, *Deep Reinforcement Learning at the Edge of the Statistical Precipice*, 4.3).
+
+    >>> probability_of_improvement([3, 1], [2, 1])
+    0.625
+    """
+    difference = np.subtract.outer(np.asarray(of_a, dtype=np.float64), np.asarray(of_b, dtype=np.float64))
+    return float((difference > 0).mean() + 0.5 * (difference == 0).mean())
+
+
+def student(level: float, numbers: int) -> float:
+    """Return Student's two-sided t for a mean of ``numbers`` values; 0 for one, which shows no spread."""
+    from scipy.special import stdtrit  # type: ignore[import-untyped,unused-ignore]
+
+    return float(stdtrit(numbers - 1, (1 + level) / 2)) if numbers > 1 else 0.0
+
+
+def _unbiased(numbers: int) -> float:
+    """Return what the variance of resampled means falls short by: they vary around means of the sample itself."""
+    return numbers / (numbers - 1) if numbers > 1 else 1.0
+
+
+def _odd(draws: Matrix) -> Matrix:
+    """Return half the difference of every draw ``[draws, ...]`` to its mirror image: ``[draws / 2, ...]``."""
+    forth, back = np.split(draws, 2)
+    return np.asarray((forth - back) / 2, dtype=np.float64)
 
 
 def bootstrap_means(scores: ArrayLike, draws: int = DRAWS, seed: int = 0) -> Matrix:
@@ -64,129 +210,22 @@ def each_draw(samples: ArrayLike, statistic: Callable[[Matrix], float]) -> Matri
     return np.array([statistic(means) for means in np.asarray(samples, dtype=np.float64)], dtype=np.float64)
 
 
-def interval(samples: ArrayLike, level: float = 0.95) -> tuple[float, float]:
-    """Return the percentile interval ``(lo, hi)`` of ``samples`` ``[draws]``."""
+def percentile_interval(samples: ArrayLike, level: float = 0.95) -> tuple[float, float]:
+    """Return the percentile interval ``(lo, hi)`` of ``samples`` ``[draws]``, for means of many."""
     values = np.asarray(samples, dtype=np.float64)
-    if values.ndim != 1:
-        raise RequestError(f"interval: found samples of shape {values.shape}; needed: one number per draw")
-    lo, hi = intervals(values, level)
+    if values.ndim != 1 or not values.size:
+        raise RequestError(f"percentile interval: found samples of shape {values.shape}; needed: one number per draw")
+    if not 0 < level < 1:
+        raise RequestError(f"percentile interval: level {level}; allowed: between 0 and 1, like 0.95")
+    refuse_unless_finite(values, "percentile interval: samples")
+    lo, hi = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(lo), float(hi)
 
 
-def intervals(samples: ArrayLike, level: float = 0.95) -> Matrix:
-    """Return percentile intervals over the first axis: ``[draws, ...]`` -> ``[2, ...]`` (lo, hi)."""
-    values = np.asarray(samples, dtype=np.float64)
-    if not 0 < level < 1:
-        raise RequestError(f"interval: level {level}; allowed: between 0 and 1, like 0.95")
-    if values.ndim == 0 or not values.size:
-        raise RequestError("interval: no samples; at least one draw is needed")
-    refuse_unless_finite(values, "interval: samples")
-    return np.asarray(np.quantile(values, [(1 - level) / 2, (1 + level) / 2], axis=0), dtype=np.float64)
-
-
 def basic_interval(samples: ArrayLike, observed: float, level: float = 0.95) -> tuple[float, float]:
-    """Return the basic (reflected) interval ``(2 observed - hi, 2 observed - lo)`` of ``samples`` ``[draws]``.
-
-    For a statistic that noise pushes one way. The hypervolume is one: when the k means differ by less
-    than their noise, noise alone spreads them into a front, and resampling does so once more. The
-    percentile interval then lies too high (simulated: it covers the truth in none of 300 trials with
-    11 equal policies sampled independently, this one in about two thirds; on a real front of 11
-    points both cover 92 to 97 %).
-    """
-    lo, hi = interval(samples, level)
+    """Return the percentile interval of ``samples`` ``[draws]`` reflected about ``observed``."""
+    lo, hi = percentile_interval(samples, level)
     return 2 * observed - hi, 2 * observed - lo
-
-
-def paired_difference(
-    stat_a: ArrayLike, stat_b: ArrayLike, observed: float | None = None, level: float = 0.95
-) -> PairedDifference:
-    """Compare two statistics ``[draws]`` of the same draws (same seed, same prompts); positive: a is larger.
-
-    ``observed`` is the difference on the unresampled scores; the mean over the draws when not given.
-
-    Raises RequestError for different numbers of draws, none, NaN or infinity.
-    """
-    first, second = np.asarray(stat_a, dtype=np.float64), np.asarray(stat_b, dtype=np.float64)
-    if first.ndim != 1 or first.shape != second.shape:
-        raise RequestError(
-            f"paired difference: found shapes {first.shape} and {second.shape}; needed: the same draws of both"
-        )
-    delta = first - second
-    ci = interval(delta, level)
-    better = float((delta > 0).mean() + 0.5 * (delta == 0).mean())
-    return {"difference": float(delta.mean()) if observed is None else float(observed), "ci": ci, "p_improve": better}
-
-
-def two_level_bootstrap(
-    scores_by_seed: Sequence[ArrayLike],
-    statistic: Callable[[Matrix], float],
-    draws: int = DRAWS,
-    seed: int = 0,
-    aggregate: Literal["mean", "iqm"] = "mean",
-) -> Matrix:
-    """Resample training seeds, then prompts; return the aggregated statistic of each draw ``[draws]``.
-
-    All seeds answer the same prompts, so one resample of prompts serves all seeds of a draw (seeds and
-    prompts are crossed, not nested). With one seed this is ``each_draw(bootstrap_means(...), statistic)``. Two
-    methods with as many seeds and prompts are paired in both when given the same ``seed``.
-
-    What resampling the seeds adds is multiplied by :func:`widening`, because n seeds resampled vary less than
-    n new ones would: without it the 95 % interval of three seeds covers the truth in 72 to 96 % of simulated
-    comparisons, with it in 94 to 99 %.
-
-    ``scores_by_seed`` holds one ``[prompts, k, m]`` array per training seed, all of one shape; ``statistic`` makes a
-    number of means ``[k, m]``; ``aggregate`` over the resampled seeds is their mean or interquartile mean.
-    """
-    if aggregate not in ("mean", "iqm"):
-        raise RequestError(f"two-level bootstrap: unknown aggregate {aggregate!r}; allowed: mean, iqm")
-    samples = _by_seed(scores_by_seed, draws, seed)
-    values = each_draw(samples.reshape(-1, *samples.shape[2:]), statistic).reshape(samples.shape[:2])
-    return _over_seeds(values, seed, _interquartile if aggregate == "iqm" else _mean)
-
-
-def two_level_means(scores_by_seed: Sequence[ArrayLike], draws: int = DRAWS, seed: int = 0) -> Matrix:
-    """Return means ``[draws, k, m]`` over resampled seeds and prompts: :func:`two_level_bootstrap` of each mean."""
-    return _over_seeds(_by_seed(scores_by_seed, draws, seed), seed, _mean)
-
-
-def widening(seeds: int) -> float:
-    """Return by how much a resampled mean of ``seeds`` values must be widened for a 95 % interval to cover 95 %.
-
-    sqrt(n / (n - 1)) undoes the bias of the resampled variance, t / z allows for the variance being estimated
-    (the expanded percentile interval of Hesterberg 2015, *What Teachers Should Know About the Bootstrap*, 4.3).
-    1 for a single seed, which has no spread to widen.
-    """
-    if seeds < 2:
-        return 1.0
-    from scipy.special import ndtri, stdtrit  # type: ignore[import-untyped,unused-ignore]
-
-    return math.sqrt(seeds / (seeds - 1)) * float(stdtrit(seeds - 1, 0.975) / ndtri(0.975))
-
-
-def _by_seed(scores_by_seed: Sequence[ArrayLike], draws: int, seed: int) -> Matrix:
-    """Return resampled means ``[draws, seeds, k, m]``, the same prompts for all seeds of a draw."""
-    if not len(scores_by_seed):
-        raise RequestError("two-level bootstrap: no seeds; at least one array of scores is needed")
-    tables = [_scores(scores) for scores in scores_by_seed]
-    shapes = {table.shape for table in tables}
-    if len(shapes) > 1:
-        raise RequestError(f"two-level bootstrap: found shapes {sorted(shapes)}; needed: the same for every seed")
-    prompts, k, m = tables[0].shape
-    side_by_side = np.stack(tables, axis=1).reshape(prompts, len(tables) * k, m)
-    return bootstrap_means(side_by_side, draws, seed).reshape(-1, len(tables), k, m)
-
-
-def _over_seeds(values: Matrix, seed: int, mean: Callable[[Matrix], Matrix]) -> Matrix:
-    """Return the widened means ``[draws, ...]`` over resampled seeds of ``values`` ``[draws, seeds, ...]``."""
-    draws, seeds = values.shape[:2]
-    # From a stream of its own: the prompts drawn do not depend on the number of seeds.
-    picks = _generator(seed, 1).integers(seeds, size=(draws, seeds))
-    centre, drawn = mean(values), mean(values[np.arange(draws)[:, None], picks])
-    return np.asarray(centre + widening(seeds) * (drawn - centre), dtype=np.float64)
-
-
-def _mean(values: Matrix) -> Matrix:
-    return np.asarray(values.mean(axis=1), dtype=np.float64)
 
 
 def interquartile_mean(values: ArrayLike) -> float:
@@ -199,14 +238,10 @@ def interquartile_mean(values: ArrayLike) -> float:
     if numbers.ndim != 1 or not numbers.size:
         raise RequestError(f"interquartile mean: found shape {numbers.shape}; needed: at least one number")
     refuse_unless_finite(numbers, "interquartile mean")
-    return float(_interquartile(numbers[None, :])[0])
-
-
-def _interquartile(values: Matrix) -> Matrix:
     # scipy's trim_mean cuts whole values off only: of three seeds none.
-    n = values.shape[1]
+    n = len(numbers)
     edges = np.clip(np.arange(n + 1), n / 4, 3 * n / 4)
-    return np.asarray(np.sort(values, axis=1) @ np.diff(edges) / (n / 2), dtype=np.float64)
+    return float(np.sort(numbers) @ np.diff(edges) / (n / 2))
 
 
 def _scores(scores: ArrayLike) -> Matrix:

@@ -188,8 +188,10 @@ PAIRS = {
     "b": Column("against", "b", left=True, rising=True),
     "difference": Column("difference", "difference", signed, 4, brief=3, short="by"),
     "interval": METHODS["interval"],
-    "reflected": replace(METHODS["interval"], heading="reflected", source="ci_reflected"),
-    "above": Column("above 0 in", "p_improve", percent, 1),
+    "above": Column("above 0 in", "share_above_zero", percent, 1),
+    "seeds": Column(
+        "a seed beats a seed in", "probability_of_improvement", percent, 0, needs="probability_of_improvement"
+    ),
     "certain": Column("certain", lambda pair: "yes" if pair["certain"] else "no"),
 }
 """Columns of paired differences."""

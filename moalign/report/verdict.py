@@ -40,13 +40,14 @@ def lead_over_each(record: Row, label: str | None = None, key: str | None = None
         else:
             low, high = difference["ci"]
             turned = {"difference": -difference["difference"], "ci": [-high, -low]}
-            leads.append({**difference, **turned, "p_improve": 1 - difference["p_improve"], "other": pair["a"]})
+            share = {"share_above_zero": 1 - difference["share_above_zero"]}
+            leads.append({**difference, **turned, **share, "other": pair["a"]})
     return leads
 
 
 def sure(lead: Row) -> str:
     """Return whether a difference is certain, in words."""
-    return "certain" if lead["certain"] else f"open (above 0 in {number(100 * lead['p_improve'], 0)} %)"
+    return "certain" if lead["certain"] else f"open (above 0 in {number(100 * lead['share_above_zero'], 0)} %)"
 
 
 def sentences(record: Row) -> list[str]:
@@ -115,7 +116,7 @@ def _no_winner(record: Row, leader: str) -> str:
         return f"No method wins: {leader} and {near['other']} have the same hypervolume.{more}"
     return (
         f"No method wins with certainty: {leader} leads, but its lead over {near['other']} may be chance: "
-        f"{_difference(near)}, above 0 in {percent(near['p_improve'])} of the resamples.{more}"
+        f"{_difference(near)}, above 0 in {percent(near['share_above_zero'])} of the resamples.{more}"
     )
 
 
@@ -129,7 +130,9 @@ def _by_inner_product(record: Row, rows: Sequence[Row]) -> list[str]:
     )["label"]
     near = _smallest(lead_over_each(record, label, "inner_product"))
     lead = f"{label} leads {near['other']} by {_difference(near)}"
-    how = "with certainty" if near["certain"] else f"which may be chance (above 0 in {percent(near['p_improve'])})"
+    how = (
+        "with certainty" if near["certain"] else f"which may be chance (above 0 in {percent(near['share_above_zero'])})"
+    )
     return [f"By what each preference asked for (inner product) {lead}, {how}."]
 
 

@@ -144,7 +144,7 @@ def report(delta: ArrayLike, first: ArrayLike | float = 1.0, draws: int = 1000, 
     result = CalibrationReport(
         pairs=len(values),
         accuracy=float(columns[0].mean()),
-        accuracy_ci=list(statistics.interval(agreement[:, 0])),
+        accuracy_ci=list(statistics.percentile_interval(agreement[:, 0])),
         log_loss=log_loss(values, labels),
         ece=eces(values, labels),
         ece_ci={},

@@ -81,17 +81,17 @@ def judged(trained: Mapping[str, Any], results: Path, samples: int | None) -> tu
 def summary(runs: Sequence[Mapping[str, Any]], scores: Sequence[np.ndarray]) -> dict[str, Any]:
     """Return a row's numbers over its seeds; the interval is of the mean, over seeds and prompts."""
     from moalign.pareto.hypervolume import hypervolume
-    from moalign.pareto.statistics import interval, two_level_bootstrap
+    from moalign.pareto.statistics import interval, resample
 
     ref, most = runs[0]["ref"], runs[0]["optimum"] or 1.0
-    drawn = two_level_bootstrap(scores, lambda means: hypervolume(means, ref) / most)
+    drawn = resample(scores).each(lambda means: hypervolume(means, ref) / most)
     shares = [run["hypervolume"] / most for run in runs]
     return {
         "median": statistics.median(shares),
         "mean": statistics.mean(shares),
         "worst": min(shares),
         "best": max(shares),
-        "ci": list(interval(drawn)),
+        "ci": interval(drawn, least=0.0).tolist(),
         "tau": statistics.median(run["tau"] for run in runs),
         "tau_worst": min(run["tau"] for run in runs),
         **{name: statistics.mean(run[name] for run in runs) for name in (*COSTS, "seconds")},

@@ -40,7 +40,7 @@ def test_keys_of_the_contract(card: str, results: Path) -> None:
     assert {"tau", "inner_product", "expected_utility", "regret", "igd_plus"} <= set(record["rows"][0]["indicators"])
     cost = "tokens_generated tokens_trained reward_calls seconds peak_memory_bytes answering"
     assert set(cost.split()) <= set(record["rows"][0]["cost"])
-    assert {"a", "b", "difference", "ci", "p_improve"} <= set(record["pairs"][0])
+    assert {"a", "b", "difference", "ci", "share_above_zero"} <= set(record["pairs"][0])
     assert record["optimum"]["hypervolume"] > 0
 
 

@@ -20,6 +20,10 @@ def test_a_published_comparison_is_read_whole(path: Path) -> None:
     for row in [*stored["rows"], *content["rows"]]:
         row["indicators"].setdefault("regret", None)  # null where no optimum is known
         row.setdefault("warnings", [])  # not in records from before there were any
+    for pair in [side for both in stored["pairs"] for side in (both, both["inner_product"]) if side]:
+        if "p_improve" in pair:  # as it was called; what says how often a seed beats a seed was not known
+            pair |= {"share_above_zero": pair.pop("p_improve"), "probability_of_improvement": None}
+            del pair["ci_reflected"]
     assert content == {**stored, "version": VERSION}
     assert [entry.label for entry in result.entries] == [row["label"] for row in stored["rows"]]
     assert list(result.to_frame()["rank"]) == [row["rank"] for row in stored["rows"]]

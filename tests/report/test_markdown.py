@@ -129,6 +129,14 @@ def test_figures_and_the_page_are_linked(compared: Build) -> None:
     assert page.count("](fronts.png)") == 1 and "](cost.png)" in page and "](../../a%20page.html)" in page
 
 
+def test_how_often_a_seed_beats_a_seed_is_a_column_where_there_are_several(compared: Build) -> None:
+    page = markdown.page(compared({"a": 0.2, "b": 0.0}, seeds=3), FOLDER)
+    heading, _, row = tables(page)[1]
+    assert "| above 0 in | a seed beats a seed in | certain |" in heading and row.endswith("| 100.0 % | 100 % | yes |")
+    assert "the share of the resamples, no probability. A seed beats a seed in: the share of pairs" in page
+    assert "beats a seed" not in markdown.page(compared({"a": 0.2, "b": 0.0}), FOLDER)
+
+
 def test_several_seeds_have_their_interquartile_mean(compared: Build) -> None:
     record = compared({"a": 0.2, "b": 0.0}, seeds=3)
     assert f"| {record['rows'][0]['hypervolume_iqm']:.4f} |" in markdown.page(record, FOLDER)

@@ -26,7 +26,7 @@ def test_no_winner_says_what_is_open_and_what_is_not(compared: Build) -> None:
     assert lines[0] == "No method wins: a and b have the same hypervolume. It is above c with 95 % certainty."
     record = compared({"a": 0.3, "b": 0.1})
     record["winner"] = None
-    record["pairs"][0].update(certain=False, difference=0.01, ci=[-0.02, 0.04], p_improve=0.81)
+    record["pairs"][0].update(certain=False, difference=0.01, ci=[-0.02, 0.04], share_above_zero=0.81)
     assert verdict.sentences(record)[0] == (
         "No method wins with certainty: a leads, but its lead over b may be chance: +0.010 [-0.020, 0.040], "
         "above 0 in 81 % of the resamples."
@@ -50,7 +50,7 @@ def test_who_gives_preferences_what_they_ask_for(compared: Build) -> None:
     assert record["verdict"][1].endswith("with certainty.")
     record["rows"][1]["indicators"]["inner_product"] = 2.0
     seen = next(pair["inner_product"] for pair in record["pairs"] if {pair["a"], pair["b"]} == {"a", "b"})
-    seen.update(difference=-0.01, ci=[-0.03, 0.01], p_improve=0.2, certain=False)
+    seen.update(difference=-0.01, ci=[-0.03, 0.01], share_above_zero=0.2, certain=False)
     assert verdict.sentences(record)[1] == (
         "By what each preference asked for (inner product) b leads a by +0.010 [-0.010, 0.030], "
         "which may be chance (above 0 in 80 %)."
@@ -120,7 +120,8 @@ def test_the_lead_is_seen_from_the_first(compared: Build) -> None:
     # The same however a pair is written down.
     for pair in record["pairs"]:
         lo, hi = pair["ci"]
-        turned = {"difference": -pair["difference"], "ci": [-hi, -lo], "p_improve": 1 - pair["p_improve"]}
+        turned = {"difference": -pair["difference"], "ci": [-hi, -lo]}
+        turned["share_above_zero"] = 1 - pair["share_above_zero"]
         pair.update(a=pair["b"], b=pair["a"], **turned)
     assert [(lead["other"], lead["difference"], lead["ci"]) for lead in verdict.lead_over_each(record)] == [
         (lead["other"], lead["difference"], lead["ci"]) for lead in leads
