@@ -1,4 +1,4 @@
-"""Where things are broken: a work folder with a tiny base, finished runs to damage, and a fresh folder for each case."""
+"""Where things are broken: a work folder with a tiny base and finished runs, and a fresh folder for each case."""
 
 from __future__ import annotations
 
@@ -70,7 +70,13 @@ class Bench:
 
     def compare(self) -> list[str]:
         """Return the command of a comparison of seconds."""
-        return ["compare", "--methods", "sft,best-of-n", *self.small, *_sets("sft.steps=2", "sft.batch=4", "best-of-n.n=2")]
+        return [
+            "compare",
+            "--methods",
+            "sft,best-of-n",
+            *self.small,
+            *_sets("sft.steps=2", "sft.batch=4", "best-of-n.n=2"),
+        ]
 
     def reward(self) -> list[str]:
         """Return the command that trains a reward model in seconds."""

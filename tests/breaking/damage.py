@@ -12,7 +12,23 @@ import warm
 from bench import TRAINED, Bench, tree
 from tally import Case, case_of
 
-STRANGE: tuple[Any, ...] = (None, [], {}, "", "x", -1, 0, 1e308, 10**30, True, [None], {"a": 1}, "\x1b[31m", "../..", [[[]]])
+STRANGE: tuple[Any, ...] = (
+    None,
+    [],
+    {},
+    "",
+    "x",
+    -1,
+    0,
+    1e308,
+    10**30,
+    True,
+    [None],
+    {"a": 1},
+    "\x1b[31m",
+    "../..",
+    [[[]]],
+)
 WRITTEN = ("results/tasks/", "results/compare/", "eval.json", "responses.parquet", "metrics.jsonl", ".lock", "out/")
 """What a verb may write again when it works on a run."""
 
@@ -66,7 +82,9 @@ def verbs(rng: random.Random, bench: Bench, run: Path, damaged: str) -> list[str
         return rng.choice((["reward", "eval", name, "--task", "sandbox", *bench.small], bench.reward(), ["show", name]))
     if "compare" in damaged:
         folder = str(Path(damaged).parent)
-        return rng.choice((["show", folder], ["generate", folder, "hello", "--prefs", "1,0"], bench.compare(), ["compare", folder]))
+        return rng.choice(
+            (["show", folder], ["generate", folder, "hello", "--prefs", "1,0"], bench.compare(), ["compare", folder])
+        )
     return rng.choice(
         (
             ["show", name],

@@ -17,9 +17,9 @@ from bench import Bench
 from tally import HIDDEN, Case, case_of
 
 PIECES = (
-    "\x1b[31mred", "\x1b]0;title\x07", "\x07", "\u202etxt.exe\u202c", "\u2066", "\x9b2J", "\r", "\x08\x08", "\x7f", "\x00",
-    "\nerror: FORGED", "\nFORGED | 1.0 |", "\n| FORGED | 9 |", "<script>FORGED()</script>", "[bold]", "[/]", "`x`", "**b**", "|", "\u2028", "\ufeff",
-    "{prompt}", "%s", "\\x1b", "&lt;", "é", "🙂", "plain words",
+    "\x1b[31mred", "\x1b]0;title\x07", "\x07", "\u202etxt.exe\u202c", "\u2066", "\x9b2J", "\r", "\x08\x08", "\x7f",
+    "\x00", "\nerror: FORGED", "\nFORGED | 1.0 |", "\n| FORGED | 9 |", "<script>FORGED()</script>", "[bold]", "[/]",
+    "`x`", "**b**", "|", "\u2028", "\ufeff", "{prompt}", "%s", "\\x1b", "&lt;", "é", "🙂", "plain words",
 )  # fmt: skip
 FORGED = re.compile(r"^(error: FORGED|\|? ?FORGED \|)", re.MULTILINE)
 
@@ -42,7 +42,8 @@ def ready(bench: Bench) -> Path:
     content = json.loads(file.read_text())
     vocabulary = content["model"]["vocab"]
     content["model"]["vocab"] = {
-        (f"{word}{text(rng, 2)}" if number > 9 and number % 3 == 0 else word): number for word, number in vocabulary.items()
+        (f"{word}{text(rng, 2)}" if number > 9 and number % 3 == 0 else word): number
+        for word, number in vocabulary.items()
     }
     file.write_text(json.dumps(content))
     rows = [{"prompt": f"{i} {text(rng)}", "response": text(rng), "finished": True} for i in range(40)]
@@ -72,7 +73,10 @@ def _edit(file: Path, rng: random.Random, *keys: str) -> None:
 
     def change(value: object) -> object:
         if isinstance(value, dict):
-            return {key: text(rng) if key in keys and isinstance(inner, str | None) else change(inner) for key, inner in value.items()}
+            return {
+                key: text(rng) if key in keys and isinstance(inner, str | None) else change(inner)
+                for key, inner in value.items()
+            }
         return [change(inner) for inner in value] if isinstance(value, list) else value
 
     file.write_text(json.dumps(change(content)))
@@ -86,8 +90,21 @@ def generate(rng: random.Random, folder: Path) -> list[str]:
 
 def show_run(rng: random.Random, folder: Path) -> list[str]:
     """The record of a run that somebody else sent."""
-    _edit(_run(folder) / "run.json", rng, "error", "task", "method", "description", "cpu", "moalign_version", "recipe_file", "model")
-    return rng.choice((["show", str(_run(folder))], ["ls", "runs"], ["eval", str(_run(folder))], ["compare", str(_run(folder))]))
+    _edit(
+        _run(folder) / "run.json",
+        rng,
+        "error",
+        "task",
+        "method",
+        "description",
+        "cpu",
+        "moalign_version",
+        "recipe_file",
+        "model",
+    )
+    return rng.choice(
+        (["show", str(_run(folder))], ["ls", "runs"], ["eval", str(_run(folder))], ["compare", str(_run(folder))])
+    )
 
 
 def show_evaluation(rng: random.Random, folder: Path) -> list[str]:
@@ -98,7 +115,9 @@ def show_evaluation(rng: random.Random, folder: Path) -> list[str]:
     if rng.random() < 0.5:
         content["objectives"] = [text(rng) for _ in content["objectives"]]
         file.write_text(json.dumps(content))
-    return rng.choice((["show", str(_run(folder))], ["ls", "runs"], ["eval", str(_run(folder))], ["compare", str(_run(folder))]))
+    return rng.choice(
+        (["show", str(_run(folder))], ["ls", "runs"], ["eval", str(_run(folder))], ["compare", str(_run(folder))])
+    )
 
 
 def compare(rng: random.Random, folder: Path) -> list[str]:
@@ -130,7 +149,14 @@ def card(rng: random.Random, folder: Path) -> list[str]:
     number = rng.choice(places)
     lines[number] = f"{lines[number].split(': ')[0]}: {json.dumps(text(rng))}"
     file.write_text("\n".join(lines))
-    return rng.choice((["show", "my"], ["check", "my"], ["preview", "--task", "./my"], ["train", "sft", "--task", "./my", "--dry-run"]))
+    return rng.choice(
+        (
+            ["show", "my"],
+            ["check", "my"],
+            ["preview", "--task", "./my"],
+            ["train", "sft", "--task", "./my", "--dry-run"],
+        )
+    )
 
 
 def recipe(rng: random.Random, folder: Path) -> list[str]:
@@ -160,14 +186,26 @@ def pairs(rng: random.Random, folder: Path) -> list[str]:
     rows = [{"prompt": str(i), "chosen": text(rng), "rejected": "x" + text(rng), "group": text(rng)} for i in range(4)]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     name = text(rng).replace("\0", "").replace("=", "")
-    return ["reward", "train", "--pairs", rng.choice((f"{name}=pairs.jsonl", "pairs.jsonl")), "--model", "base", "--dry-run", "--loss", "more"]
+    return [
+        "reward",
+        "train",
+        "--pairs",
+        rng.choice((f"{name}=pairs.jsonl", "pairs.jsonl")),
+        "--model",
+        "base",
+        "--dry-run",
+        "--loss",
+        "more",
+    ]
 
 
 def names(rng: random.Random, folder: Path) -> list[str]:
     """Folders with hostile names."""
     name = text(rng).replace("\0", "").replace("/", "")
     (folder / "results").rename(folder / name)
-    return rng.choice((["ls", "runs", "--results", name], ["eval", "--results", name], ["show", f"{name}/runs/my"], ["check", name]))
+    return rng.choice(
+        (["ls", "runs", "--results", name], ["eval", "--results", name], ["show", f"{name}/runs/my"], ["check", name])
+    )
 
 
 WAYS: tuple[Callable[[random.Random, Path], list[str]], ...] = (

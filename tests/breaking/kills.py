@@ -126,7 +126,9 @@ def case(bench: Bench, number: int) -> Case:
         if problem := fault(ended):
             return Case("kills", number, "escaped", what, f"given again: {problem}", kills)
         if ended.code:
-            return Case("kills", number, "lost", what, f"given again: exit code {ended.code}: {ended.errors[:1]}", kills)
+            return Case(
+                "kills", number, "lost", what, f"given again: exit code {ended.code}: {ended.errors[:1]}", kills
+            )
         if problem := _difference(whole, folder, ended):
             return Case("kills", number, "lost", what, problem, kills)
     return Case("kills", number, "worked", what, tried=kills)

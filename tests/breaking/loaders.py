@@ -70,7 +70,24 @@ def override(rng: random.Random, place: Path) -> None:
     """Read what stands after ``--set``."""
     from moalign.config import overrides
 
-    pieces = (*wrong.VALUES, *wrong.settings()[:50], "=", ".", "[", "]", "{", "}", ",", ": ", "'", '"', " ", "&a ", "*a", "\n")
+    pieces = (
+        *wrong.VALUES,
+        *wrong.settings()[:50],
+        "=",
+        ".",
+        "[",
+        "]",
+        "{",
+        "}",
+        ",",
+        ": ",
+        "'",
+        '"',
+        " ",
+        "&a ",
+        "*a",
+        "\n",
+    )
     overrides.parse("".join(rng.choice(pieces) for _ in range(rng.randint(1, 7))))
 
 
@@ -96,7 +113,20 @@ def jsonl(rng: random.Random, place: Path) -> None:
 
 def csv(rng: random.Random, place: Path) -> None:
     """Read responses from comma-separated values."""
-    cells = ["prompt", "response", "helpfulness", "finished", "", "1", '"', 'a"b', "nan", "x,y", "\r", *wrong.TEXTS[:40]]
+    cells = [
+        "prompt",
+        "response",
+        "helpfulness",
+        "finished",
+        "",
+        "1",
+        '"',
+        'a"b',
+        "nan",
+        "x,y",
+        "\r",
+        *wrong.TEXTS[:40],
+    ]
     lines = [",".join(rng.choice(cells) for _ in range(rng.randint(1, 4))) for _ in range(rng.randint(0, 3))]
     lines.insert(0, rng.choice(("prompt,response,helpfulness", "prompt,response", "prompt,prompt", rng.choice(cells))))
     _table(rng, place / "a.csv", "\n".join(lines).encode("utf-8", "surrogatepass"))
@@ -119,7 +149,9 @@ def points(rng: random.Random, place: Path) -> None:
     from moalign.pareto import points
 
     cells = (*wrong.NUMBERS, "a", "b", "", '"', ",", "\n", "\n", "0.5", "1", ";", "\r", "\x00", "\ufeff", "\x1b")
-    text = rng.choice(("a,b\n", "", "a\n")) + "".join(rng.choice((*cells, ",", "\n")) for _ in range(rng.randint(0, 20)))
+    text = rng.choice(("a,b\n", "", "a\n")) + "".join(
+        rng.choice((*cells, ",", "\n")) for _ in range(rng.randint(0, 20))
+    )
     points.read_points(_written(rng, place / "points.csv", text))
 
 
@@ -164,7 +196,9 @@ _listed: dict[str, list[Path]] = {}
 def _found(folder: Path, name: str) -> list[Path]:
     """Return the files of a name in finished runs; of ``eval.json`` those of policies."""
     if name not in _listed:
-        _listed[name] = [path for path in sorted(folder.rglob(name)) if "reward-models" not in str(path) or name != "eval.json"]
+        _listed[name] = [
+            path for path in sorted(folder.rglob(name)) if "reward-models" not in str(path) or name != "eval.json"
+        ]
     return _listed[name]
 
 
@@ -181,7 +215,9 @@ def case(bench: Bench, number: int) -> Case:
     with bench.folder() as folder:
         ended = warm.call(lambda: _batch(bench, loader, number, inputs, folder), (), folder, seconds=900)
     if ended.code:
-        return Case("loaders", number, "escaped", loader.__name__, f"the child ended with {ended.code}: {ended.err[-300:]}")
+        return Case(
+            "loaders", number, "escaped", loader.__name__, f"the child ended with {ended.code}: {ended.err[-300:]}"
+        )
     refused, faults = json.loads(ended.out)
     outcome = "escaped" if faults else "worked"
     what = f"{loader.__name__}: {(loader.__doc__ or '').strip()}"

@@ -62,7 +62,7 @@ class Tally:
         return 1 + max((case.number for case in self.cases if case.part == part), default=-1)
 
     def faults(self) -> list[Case]:
-        """Return the cases that escaped or lost something, one of each kind, with the number of its kind in ``tried``."""
+        """Return the cases that escaped or lost something, one of each kind; ``tried`` is how many are of its kind."""
         kinds: dict[tuple[str, str], list[Case]] = {}
         for case in self.cases:
             if case.outcome in ("escaped", "lost"):

@@ -20,15 +20,19 @@ from bench import CHECKOUT, Bench, tree
 from tally import Case, case_of
 
 TEXTS = (
-    "", " ", "x", "0", "-1", "1", "3", "1e400", "nan", "inf", "-0.0", "1e-320", "99999999999999999999999", "1_000", "0x10",
-    "null", "true", "[]", "{}", "[1, 2", "'", '"', "\\", "a=b", "=", "=1", "a=", "..", "/", ".", "~", "-", "--", "%s", "{prompt}", "é", "日本", "🙂",
-    "\ud83d", "\u202etxt", "\x1b[31mred", "\x07", "two\nlines", "tab\there", "x" * 300, "x" * 5000, "/dev/null", "here.txt",
-    "folder", "no/such/file.yaml", "locked", "loop", "dangling", "$HOME", "`id`", "; ls", "\x7f", "NUL", "*", "[b]", "@file",
+    "", " ", "x", "0", "-1", "1", "3", "1e400", "nan", "inf", "-0.0", "1e-320", "99999999999999999999999", "1_000",
+    "0x10", "null", "true", "[]", "{}", "[1, 2", "'", '"', "\\", "a=b", "=", "=1", "a=", "..", "/", ".", "~", "-",
+    "--", "%s", "{prompt}", "é", "日本", "🙂", "\ud83d", "\u202etxt", "\x1b[31mred", "\x07", "two\nlines", "tab\there",
+    "x" * 300, "x" * 5000, "/dev/null", "here.txt", "folder", "no/such/file.yaml", "locked", "loop", "dangling",
+    "$HOME", "`id`", "; ls", "\x7f", "NUL", "*", "[b]", "@file",
 )  # fmt: skip
-NUMBERS = ("0", "-1", "1", "2", "3", "nan", "1e9", "99999999999999999999", "1.5", "", "x", "٣", "1e400", "-0", "0x3", " 4 ")
+NUMBERS = (
+    "0", "-1", "1", "2", "3", "nan", "1e9", "99999999999999999999", "1.5", "", "x", "٣", "1e400", "-0", "0x3", " 4 ",
+)  # fmt: skip
 PREFS = (
-    "0.3,0.7", "3,7", "0.5,0.5", "1,0", "nan,1", "inf,-inf", "1e400,0", "-1,2", "0.3", "0.2,0.3,0.5", "", ",", "a,b", "0.3;0.7",
-    "0.3, 0.7", "0.30000001,0.7", "1e-320,1", "٠.٥,٠.٥", "0.5,0.5,", "½,½", "0_1,0", "0.3,0.7\n", "\x1b[2J,1",
+    "0.3,0.7", "3,7", "0.5,0.5", "1,0", "nan,1", "inf,-inf", "1e400,0", "-1,2", "0.3", "0.2,0.3,0.5", "", ",", "a,b",
+    "0.3;0.7", "0.3, 0.7", "0.30000001,0.7", "1e-320,1", "٠.٥,٠.٥", "0.5,0.5,", "½,½", "0_1,0", "0.3,0.7\n",
+    "\x1b[2J,1",
 )  # fmt: skip
 LEAVES = ("train", "compare", "bench", "reward")
 """Verbs that work for long when a request happens to be right: they get the options of a task of seconds first."""
@@ -175,19 +179,35 @@ def _cut(rng: random.Random, text: str) -> str:
 
 def _insert(rng: random.Random, text: str) -> str:
     place = rng.randrange(len(text) + 1)
-    return text[:place] + rng.choice((*VALUES, "\r", "\x00", "\x1b", "\ufeff", "\u2028", "'", '"', "{", "[")) + text[place:]
+    return (
+        text[:place]
+        + rng.choice((*VALUES, "\r", "\x00", "\x1b", "\ufeff", "\u2028", "'", '"', "{", "["))
+        + text[place:]
+    )
 
 
 VALUES = (
-    *TEXTS[:40], "1e400", "-1", "0", "1.5", ".nan", ".inf", "1" * 5000, "0x" + "f" * 5000, "[[[[]]]]", "{a: {b: c}}", "&x 1", "*x", "!!python/object:os.system x",
-    "[1, 'a', null]", "1e20", "9223372036854775808", "2026-01-01", "yes", "[0.5, 0.5]", "[1]", "sandbox", "hf-classifier", "function",
-    "|\n  text", ">", "'\\e[31m'", '"\\e[31m"', '"\\u202e"', '"a\\nerror: forged"', "no_such_module:f", "../../etc/passwd",
+    *TEXTS[:40], "1e400", "-1", "0", "1.5", ".nan", ".inf", "1" * 5000, "0x" + "f" * 5000, "[[[[]]]]", "{a: {b: c}}",
+    "&x 1", "*x", "!!python/object:os.system x", "[1, 'a', null]", "1e20", "9223372036854775808", "2026-01-01", "yes",
+    "[0.5, 0.5]", "[1]", "sandbox", "hf-classifier", "function", "|\n  text", ">", "'\\e[31m'", '"\\e[31m"',
+    '"\\u202e"', '"a\\nerror: forged"', "no_such_module:f", "../../etc/passwd",
 )  # fmt: skip
-CHANGES = (_lines(_drop), _lines(_double), _lines(_indent), _rename, _rename, _revalue, _revalue, _revalue, _cut, _insert)
+CHANGES = (
+    _lines(_drop),
+    _lines(_double),
+    _lines(_indent),
+    _rename,
+    _rename,
+    _revalue,
+    _revalue,
+    _revalue,
+    _cut,
+    _insert,
+)
 
 
 def broken_file(rng: random.Random, folder: Path) -> tuple[list[str], str]:
-    """Write a card or recipe with one to three changes into the folder; return a request that reads it, and its text."""
+    """Write a card or recipe with one to three changes into the folder; return a request that reads it, and it."""
     shipped = rng.choice(sorted((CHECKOUT / "recipes").rglob("*.yaml")))
     text = shipped.read_text(encoding="utf-8")
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
