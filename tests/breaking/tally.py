@@ -20,7 +20,7 @@ RAW = {
     "errors.pydantic.dev": "pydantic's own words",
     "Exception ignored in": "an exception that was ignored",
 }
-HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]")
+HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 """What a terminal obeys or reorders text by, instead of showing it; progress bars go only to a terminal."""
 
 
