@@ -144,6 +144,6 @@ def case_of(part: str, number: int, ended: Ended, what: str, why: str = "") -> C
     """Return the case of one command; ``why``: what was found wrong beside the way in which it ended."""
     if problem := fault(ended) or why:
         return Case(part, number, "escaped", what, problem)
-    if ended.code:
+    if ended.code in (1, 2):
         return Case(part, number, "refused", what, " / ".join(ended.errors)[:200])
     return Case(part, number, "worked", what)

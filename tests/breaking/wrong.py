@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import re
+import shutil
 import signal
 from collections.abc import Callable
 from functools import cache
@@ -36,7 +37,7 @@ PREFS = (
 )  # fmt: skip
 LEAVES = ("train", "compare", "bench", "reward")
 """Verbs that work for long when a request happens to be right: they get the options of a task of seconds first."""
-SECONDS = 6
+SECONDS = 15
 """A request that is still at work then is interrupted: it was no wrong one."""
 
 
@@ -57,16 +58,13 @@ def grammar() -> dict[tuple[str, ...], Any]:
     return found
 
 
+@cache
 def names(kind: str) -> list[str]:
-    """Return names of a kind that are right."""
+    """Return the names of methods, or of tasks."""
     from moalign.config import find
     from moalign.methods import registry
 
-    if kind == "method":
-        return registry.names()
-    if kind == "task":
-        return [*find.list_tasks(), "card.yaml", "folder"]
-    return {"run": ["results", "abc"], "kind": ["methods", "tasks", "runs", "recipes", "models"]}.get(kind, [])
+    return registry.names() if kind == "method" else [*find.list_tasks(), "card.yaml", "folder"]
 
 
 @cache
@@ -82,22 +80,44 @@ def settings() -> list[str]:
     return sorted(found)
 
 
-def value(rng: random.Random, parameter: Any) -> str:
-    """Return a value of a parameter, right or wrong."""
-    name = parameter.name or ""
-    if rng.random() < 0.25:
-        return rng.choice(TEXTS)
-    if name.startswith("set"):
-        key = rng.choice(settings()) if rng.random() < 0.8 else rng.choice(TEXTS)
-        return f"{key}={rng.choice((*TEXTS, *NUMBERS))}"
+def right(rng: random.Random, parameter: Any, runs: list[str]) -> str:
+    """Return a value of a parameter that is right, or nearly."""
+    name, metavar = parameter.name or "", parameter.metavar or ""
+    known = [
+        ("set", [f"{key}={rng.choice((*TEXTS, *NUMBERS))}" for key in rng.sample(settings(), 1)]),
+        ("prefs_text", ["helpful", "harmless and helpful", "both"]),
+        ("method", names("method")),
+        ("task", names("task")),
+        ("run", runs or ["abc"]),
+        ("kind", ["methods", "tasks", "runs", "recipes", "models"]),
+        ("recipe", ["recipe.yaml", *names("task")] if metavar == "FILE" else [*names("task"), "sandbox/ric"]),
+        ("name", [*runs, *names("task"), "ric"]),
+        ("prefs", ["0.5,0.5", "0.3,0.7", "1,0"]),
+        ("ref", ["0,0", "-0.1,-0.1"]),
+        ("points", ["here.csv"]),
+        ("source", ["here.jsonl"]),
+        ("pairs", ["here.jsonl", "a=here.jsonl"]),
+        ("model", [*runs, "folder"]),
+        ("loss", ["bt", "more", "multitask"]),
+        ("results", ["results", "new"]),
+    ]
+    for start, values in known:
+        if name.startswith(start):
+            return rng.choice(values)
+    return rng.choice(
+        ("1", "2", "3") if metavar in ("N", "T") else ("here.txt", "new.json", "here.jsonl", "folder", "a word")
+    )
+
+
+def value(rng: random.Random, parameter: Any, runs: list[str]) -> str:
+    """Return a value of a parameter: mostly right, else anything, a number, a preference, or a slip of the finger."""
+    if rng.random() < 0.7:
+        return right(rng, parameter, runs)
     if parameter.metavar in ("N", "T"):
         return rng.choice(NUMBERS)
-    if name in ("prefs", "ref"):
+    if parameter.name in ("prefs", "ref"):
         return rng.choice(PREFS)
-    for known, listed in (("method", "method"), ("task", "task"), ("run", "run"), ("kind", "kind"), ("recipe", "task")):
-        if name.startswith(known):
-            return rng.choice(names(listed)) if rng.random() < 0.8 else misspelt(rng, rng.choice(names(listed)))
-    return rng.choice((*TEXTS, "here.jsonl", "here.csv", "card.yaml", "recipe.yaml"))
+    return rng.choice(TEXTS) if rng.random() < 0.6 else misspelt(rng, right(rng, parameter, runs))
 
 
 def misspelt(rng: random.Random, word: str) -> str:
@@ -106,25 +126,25 @@ def misspelt(rng: random.Random, word: str) -> str:
     return rng.choice((word[:place] + word[place + 1 :], word[:place] + "q" + word[place:], word.upper(), word + " "))
 
 
-def request(rng: random.Random, small: list[str]) -> list[str]:
+def request(rng: random.Random, small: list[str], runs: list[str]) -> list[str]:
     """Return the arguments of a request."""
     words = rng.choice(sorted(grammar()))
     command = grammar()[words]
     arguments: list[str] = [] if rng.random() > 0.02 else [rng.choice(TEXTS)]
     arguments += words if rng.random() > 0.03 else [misspelt(rng, words[0])]
     if words[0] in LEAVES and words != ("reward", "eval"):
-        arguments += small if words[0] != "bench" else [*small, "--steps", "2"]
+        arguments += small + {"bench": ["--steps", "2"], "compare": ["--set", "task.suite=[best-of-n]"]}.get(words[0], [])
     for parameter in command.params:
         needed = parameter.required or parameter.param_type_name == "argument"
         for _ in range(rng.choice((1, 1, 1, 1, 0, 2)) if needed else rng.random() < 0.25):
             option = rng.choice(parameter.opts)
             option = misspelt(rng, option) if rng.random() < 0.02 else option
             if parameter.param_type_name == "argument":
-                arguments.append(value(rng, parameter))
+                arguments.append(value(rng, parameter, runs))
             elif getattr(parameter, "is_flag", False):
                 arguments.append(option)
             else:
-                arguments += [option, value(rng, parameter)] if rng.random() < 0.97 else [option]
+                arguments += [option, value(rng, parameter, runs)] if rng.random() < 0.97 else [option]
     if rng.random() < 0.05:
         rng.shuffle(arguments)
     # What no command line can hold: a null byte, and half a character unless it stands for a byte that is not UTF-8.
@@ -209,7 +229,7 @@ CHANGES = (
 def broken_file(rng: random.Random, folder: Path) -> tuple[list[str], str]:
     """Write a card or recipe with one to three changes into the folder; return a request that reads it, and it."""
     shipped = rng.choice(sorted((CHECKOUT / "recipes").rglob("*.yaml")))
-    text = shipped.read_text(encoding="utf-8")
+    text = re.sub(r"(?m)^#.*\n| +#.*$", "", shipped.read_text(encoding="utf-8"))
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         text = rng.choice(CHANGES)(rng, text) or text
     is_card = shipped.name == "task.yaml"
@@ -253,11 +273,15 @@ def case(bench: Bench, number: int) -> Case:
     rng = bench.rng("wrong", number)
     with bench.folder() as folder:
         furnish(folder)
-        text = ""
-        if rng.random() < 0.4:
+        text, runs = "", []
+        if rng.random() < 0.3:
+            shutil.copytree(bench.finished() / "results", folder / "results")
+            runs = [str(path.parent.relative_to(folder)) for path in sorted(folder.rglob("run.json"))]
+            runs += [Path(run).name for run in runs]
+        if not runs and rng.random() < 0.5:
             arguments, text = broken_file(rng, folder)
         else:
-            arguments = request(rng, bench.small)
+            arguments = request(rng, bench.small, runs)
         before = tree_of(folder)
         ended = warm.run(arguments, folder, signals=[(SECONDS, signal.SIGINT)], seconds=60)
         left = sorted(tree_of(folder).items() ^ before.items())
