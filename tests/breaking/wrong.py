@@ -133,7 +133,7 @@ def request(rng: random.Random, small: list[str], runs: list[str]) -> list[str]:
     arguments: list[str] = [] if rng.random() > 0.02 else [rng.choice(TEXTS)]
     arguments += words if rng.random() > 0.03 else [misspelt(rng, words[0])]
     if words[0] in LEAVES and words != ("reward", "eval"):
-        arguments += small + {"bench": ["--steps", "2"], "compare": ["--set", "task.suite=[best-of-n]"]}.get(words[0], [])
+        arguments += [*small, "--set", "task.suite=[best-of-n]", *(["--steps", "2"] if words[0] == "bench" else [])]
     for parameter in command.params:
         needed = parameter.required or parameter.param_type_name == "argument"
         for _ in range(rng.choice((1, 1, 1, 1, 0, 2)) if needed else rng.random() < 0.25):
