@@ -17,7 +17,7 @@ import warm
 import wrong
 from bench import CHECKOUT, Bench
 from damage import STRANGE, damage_bytes, damage_json
-from tally import LONGEST, RAW, Case, kind_of
+from tally import RAW, Case, kind_of
 
 SLOW, FAST = 500, 2000
 """Inputs of a case of a slow loader and of another."""
@@ -257,11 +257,9 @@ def _problem(loader: Callable[[random.Random, Path], None], rng: random.Random, 
 
 
 def _unclear(problems: tuple[str, ...]) -> str:
-    """Return what is wrong with the lines of a refusal; the command line shows control characters escaped."""
+    """Return what is wrong with a refusal; the command line shortens its lines and escapes control characters."""
     for text in problems or ("",):
         raw = [meaning for mark, meaning in RAW.items() if mark in text]
         if not text.strip() or raw:
             return f"{raw or 'an empty message'}: {text[:200]!r}"
-        if len(text) > LONGEST:
-            return f"a message of {len(text)} characters: {text[:150]!r}"
     return ""

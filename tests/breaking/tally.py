@@ -11,7 +11,7 @@ from pathlib import Path
 from warm import Ended
 
 CODES = {0, 1, 2, 130, 143}
-LONGEST = 2000
+LONGEST = 2100
 """Characters of a message that a person can still read."""
 RAW = {
     "Traceback (most recent call last)": "a traceback",
