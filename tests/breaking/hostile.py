@@ -220,7 +220,7 @@ def case(bench: Bench, number: int) -> Case:
     with bench.folder() as folder:
         shutil.copytree(ready(bench), folder, dirs_exist_ok=True)
         arguments = way(rng, folder)
-        ended = warm.run(arguments, folder, stdin=text(rng).encode(), seconds=120)
+        ended = warm.run(arguments, folder, stdin=text(rng).replace("\n", " ").encode(), seconds=120)
         why = "a forged line" if FORGED.search(f"{ended.err}\n{ended.out}") else ""
         for path in (folder / "a.md", folder / "a.html"):
             content = path.read_text(encoding="utf-8") if path.exists() else ""
