@@ -46,7 +46,7 @@ def work(bench: Bench, kept: tally.Tally, parts: list[str], minutes: float, shor
         most = PARTS[part][2 if short else 1]
         while kept.next(part) < most and time.monotonic() < until:
             one(module, bench, kept, kept.next(part))
-        print(f"{part}: {kept.next(part)} of {most} cases", flush=True)
+        print(f"{part}: {len(kept.done(part))} of {most} cases", flush=True)
 
 
 def one(module: ModuleType, bench: Bench, kept: tally.Tally | None, number: int) -> None:
@@ -69,7 +69,11 @@ def page(kept: tally.Tally, seed: int) -> str:
         "reaches a terminal. Lost: a result that an interruption or a damage elsewhere took away or changed. Of the",
         "loaders, escapes of one kind in one batch of 500 to 2,000 inputs count once.",
         "",
-        *kept.table(lambda part: PARTS[part][0]),
+        *kept.table(
+            {part: f"{words} ({len(kept.done(part)):,} of {most:,} cases)" for part, (words, most, _) in PARTS.items()}
+        ),
+        "",
+        "A case of the first part is one command killed up to three times; of the loaders it is a batch of inputs.",
         "",
     ]
     if faults:
@@ -102,7 +106,7 @@ def main() -> int:
         one(importlib.import_module(part), bench, None, int(number))
         return 0
     work(bench, kept, given.parts.split(","), given.minutes, given.short)
-    print("\n".join(kept.table(lambda part: PARTS[part][0])))
+    print("\n".join(kept.table({part: words for part, (words, _, _) in PARTS.items()})))
     if given.publish is not None:
         given.publish.write_text(page(kept, given.seed), encoding="utf-8")
     return int(bool(kept.faults()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -58,8 +58,13 @@ class Tally:
             stream.write(json.dumps(asdict(case)) + "\n")
 
     def next(self, part: str) -> int:
-        """Return the number of the first case of a part that was not tried."""
-        return 1 + max((case.number for case in self.cases if case.part == part), default=-1)
+        """Return the number of the first case of a part that is still to be tried, or again: its line was taken out."""
+        tried = self.done(part)
+        return next(number for number in range(len(tried) + 1) if number not in tried)
+
+    def done(self, part: str) -> set[int]:
+        """Return the numbers of the cases of a part that were tried."""
+        return {case.number for case in self.cases if case.part == part}
 
     def faults(self) -> list[Case]:
         """Return the cases that escaped or lost something, one of each kind; ``tried`` is how many are of its kind."""
@@ -71,11 +76,11 @@ class Tally:
                     kinds.setdefault((case.part, kind_of(re.sub("^input ", "", why))), []).append(one)
         return [Case(**{**asdict(same[0]), "tried": len(same)}) for same in kinds.values()]
 
-    def table(self, names: Callable[[str], str]) -> Iterator[str]:
-        """Yield the lines of the Markdown table; ``names`` gives a part in words."""
+    def table(self, parts: Mapping[str, str]) -> Iterator[str]:
+        """Yield the lines of the Markdown table; ``parts`` has every part in words."""
         yield "| part | tried | worked | refused well | escaped | of these tracebacks | lost |"
         yield "|---|---:|---:|---:|---:|---:|---:|"
-        for part in dict.fromkeys(case.part for case in self.cases):
+        for part, words in parts.items():
             cases = [case for case in self.cases if case.part == part]
             lost = sum(case.outcome == "lost" for case in cases)
             escapes = [case for case in cases if case.outcome == "escaped"]
@@ -84,7 +89,7 @@ class Tally:
             refused = sum(case.refused + (case.outcome == "refused") for case in cases)
             raw = sum("a traceback" in case.why or "nobody meant" in case.why for case in escapes)
             worked = tried - refused - escaped - lost
-            yield f"| {names(part)} | {tried:,} | {worked:,} | {refused:,} | {escaped} | {raw} | {lost} |"
+            yield f"| {words} | {tried:,} | {worked:,} | {refused:,} | {escaped} | {raw} | {lost} |"
 
 
 def kind_of(why: str) -> str:
