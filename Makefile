@@ -13,10 +13,10 @@ JOBS    := 2
 PYTEST  := $(BIN)/python -m pytest -q
 
 # Tiny models run as fast on one thread as on two, and up to ten times slower on two when the machine is busy.
-test test-slow check: export OMP_NUM_THREADS := 1
+test test-slow break check: export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup llm demo llm-demo test test-slow mutants check results bench clean
+.PHONY: help setup llm demo llm-demo test test-slow mutants break check results bench clean
 
 help:  ## show this
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -58,6 +58,10 @@ test-slow: $(STAMP)  ## the slow tests: training to the end, resume after a kill
 
 mutants: $(STAMP)  ## change the losses, one place at a time: how many changes the tests notice (tests/mutation.py)
 	@$(BIN)/python tests/mutation.py moalign/losses/dpo.py moalign/losses/ppo.py --sample 40
+
+MINUTES := 60
+break: $(STAMP)  ## try to break it at random (tests/breaking); goes on where it ended, for MINUTES=60
+	@nice -n 10 $(BIN)/python tests/breaking --minutes $(MINUTES) --publish $(RESULTS)/reliability.md
 
 check: $(STAMP)  ## ruff and mypy
 	@$(BIN)/ruff check .

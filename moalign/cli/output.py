@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 PIPED_WIDTH = 200
 """Columns of a table that goes into a file or a pipe, where nothing tells the width."""
 
+LONGEST = 2000
+"""Characters of a message that a person still reads."""
+
 debug = False
 """``--debug`` was given; set by :func:`moalign.cli.main.main`."""
 listener: Callable[[str, int, int], None] | None = None
@@ -42,8 +45,10 @@ def warn(text: str) -> None:
 
 
 def errors(problems: Sequence[str]) -> None:
-    """Write every problem to stderr on a line of its own."""
+    """Write every problem to stderr on a line of its own; of one that quotes a long text the middle is left out."""
     for problem in problems:
+        if (over := len(problem) - LONGEST) > 0:
+            problem = f"{problem[: LONGEST - 300]} [... {over} characters left out ...] {problem[-300:]}"
         note(f"error: {problem}")
 
 

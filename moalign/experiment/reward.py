@@ -249,7 +249,7 @@ def _parts(
     if split == "all":
         return sets, []
     if run is not None:
-        spec = RewardSettings.model_validate(run.record.recipe["settings"]).splits
+        spec = runs.settings_of(run).splits
     else:
         spec = request.settings(task).splits
     parts = pairs.split_all(sets, spec)

@@ -8,7 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from moalign.config.objectives import ClassifierObjective
+from moalign.core.errors import RequestError
 from moalign.core.progress import Progress, silent
 from moalign.lm import model_folder
 from moalign.reward_models import pairs
@@ -132,12 +135,23 @@ def obtain(request: RewardRequest, progress: Progress = silent, wait: bool = Fal
     return run, False
 
 
+def settings_of(run: Run) -> RewardSettings:
+    """Return what a reward model was trained with; RequestError for a policy's run, or a damaged record."""
+    try:
+        return RewardSettings.model_validate(run.record.recipe["settings"])
+    except (KeyError, ValidationError) as error:
+        raise RequestError(
+            f"run {run.path}: it is no run of moalign reward train: its record (method {run.record.method}) holds no "
+            "settings of a reward model; moalign eval is for runs of moalign train"
+        ) from error
+
+
 def objective(run: Run, name: str = "reward", head: str | None = None) -> ClassifierObjective:
     """Return the trained model as an objective of a task card.
 
     ``head`` names one of several heads; None is right for a model with one.
     """
-    settings = RewardSettings.model_validate(run.record.recipe["settings"])
+    settings = settings_of(run)
     return ClassifierObjective(
         name=name,
         kind="hf-classifier",

@@ -156,6 +156,15 @@ def test_a_request_error_shows_every_problem_on_its_own_line(moalign: Any, monke
     assert (ended.code, ended.out, ended.errors) == (2, "", ["a.yaml:1: first", "a.yaml:2: second"])
 
 
+def test_an_error_that_quotes_a_long_text_leaves_out_its_middle(moalign: Any) -> None:
+    ended = moalign("train", "ric", "--set", "x" * 5000)
+    assert ended.code == 2
+    (error,) = ended.errors
+    assert len(error) < 2100
+    assert error.startswith("--set xxx") and error.endswith("no '=' found; write --set key=value, like --set seed=3")
+    assert "characters left out ...]" in error
+
+
 def test_an_unexpected_error_is_one_line_naming_type_and_debug(moalign: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def fault() -> list[dict[str, Any]]:
         raise LookupError("no\nsuch thing")

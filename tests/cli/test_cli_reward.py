@@ -189,3 +189,15 @@ def test_a_dry_run_of_a_real_recipe_needs_nothing_but_the_recipe(moalign: Any) -
         assert text in ended.out
     content = json.loads(moalign("train", "ric", "--task", "safe-rlhf", "--dry-run", "--json").out)
     assert content["dry_run"] and content["memory"]["total_gib"] > 40 and content["cost"]["tokens_trained"] > 0
+
+
+@pytest.mark.usefixtures("toys")
+def test_the_run_of_a_policy_is_no_reward_model(moalign: Any) -> None:
+    run = json.loads(moalign("train", "toy", "--no-eval", "--json").out)["run"]
+    for more in ((), ("--task", "sandbox")):
+        ended = moalign("reward", "eval", run, *more)
+        assert ended.code == 2
+        assert ended.errors == [
+            f"run {run}: it is no run of moalign reward train: its record (method toy) holds no settings of a reward "
+            "model; moalign eval is for runs of moalign train"
+        ]
