@@ -291,6 +291,9 @@ class _Phases:
         rollout = self.sampling(f"{name}: rollout", experts, config.batch * config.samples, readers)
         parts = {part: size for part, size in rollout.parts.items() if part in {*self.resident, "adapters", "folded"}}
         parts |= {"control": count * TRAINED, "activations": int(tokens * kept), "rest": self.rest}
+        if getattr(config, "space", None) == "logit":  # the experts' logits and log-probabilities, and their mixture
+            places = min(config.micro_batch, config.batch * config.samples) * (self.limits.max_new_tokens + 1)
+            parts["logits"] = places * self.policy.vocabulary * (readers * (self.width + 4) + 8)
         return [
             Phase(rollout.name, {**rollout.parts, "control": count * TRAINED}),
             Phase(f"{name}: update", parts),

@@ -49,3 +49,11 @@ def test_experts_by_reinforcement_learning_take_the_place_of_the_others() -> Non
     assert bounds.tokens_trained == (3 * 7 * 6 + 10 * 4 * 2) * (384 + 128)
     names = {phase.name for phase in estimate.phases}
     assert "rl_experts: update" in names and "experts: update" not in names
+
+
+def test_in_logit_space_each_expert_s_logits_are_held_at_every_place() -> None:
+    """Four rows, 129 places, 32,000 words: of three experts bfloat16 logits and float32 log-probabilities, two sums."""
+    update = "training: update"
+    probability, logit = (estimates("pcm", f"space={space}")[0] for space in ("probability", "logit"))
+    assert part(logit, update, "logits") == 4 * 129 * 32000 * (3 * (2 + 4) + 8)
+    assert all("logits" not in each.parts for each in probability.phases if each.name == update)
