@@ -52,7 +52,7 @@ def test_inherited_settings_keep_their_text() -> None:
 @pytest.mark.slow
 def test_the_real_card_and_recipe_can_be_described() -> None:
     rows = {row.name: row for row in fields(TaskCard) + fields(Recipe)}
-    assert rows["policy.lora.r"].type == "a whole number >= 1"
+    assert rows["policy.lora.r"].type == "a whole number >= 1 and <= 65536"
     assert rows["generation.temperature"].doc == "0 is greedy."
     assert rows["objectives"].type == (
         "a list of a section with kind 'hf-classifier', 'lm', 'python', 'rule' or 'sandbox' (at least 2)"
