@@ -120,7 +120,8 @@ def test_the_page_of_mixtures_is_made_of_its_record_and_promises_are_kept() -> N
     assert (RESULTS / "bench/mixture.md").read_text(encoding="utf-8") == mixture.page(measured)
     for numbers in measured["tasks"].values():
         assert max(numbers["ratio"][kind] for kind in ("probability", "logit")) <= mixture.GOALS["mixture"]
-    assert measured["tasks"]["assistant-3"]["control_share"]["small"] <= mixture.GOALS["control"]
+    # In CPU time: with a few rounds of 20 seconds the clock says more about the machine's other work.
+    assert measured["tasks"]["assistant-3"]["control_share_of_cpu"]["small"] <= mixture.GOALS["control"]
 
 
 @pytest.mark.parametrize(
