@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -130,8 +130,7 @@ def evaluate(
     proxy = proxy_reward(context, table, preferences)
     held = held_out(context)
     separate = bool(held) and not all(_has(held, w) for w in preferences)
-    collapse = quality.collapse_report(context.task.tokens(table["response"].tolist()), context.task.short_below)
-    judged = Quality(**collapse, **_mean_divergence(divergences))
+    judged = _quality(context.task, table["response"].tolist(), divergences)
     warnings = [*context.run.record.notes.get("warnings", ()), *verdict.cautions(judged.content)]
     result = EvalResult(
         run=str(context.run.path),
@@ -251,11 +250,12 @@ def respond(
     return table, {"tokens_generated": answers.tokens, "reward_calls": meter.reward_calls}, divergences
 
 
-def _mean_divergence(divergences: Sequence[KlToBase]) -> dict[str, Any]:
-    """Return the mean KL to base over the preferences, None where one is not known, and whether it is a bound."""
+def _quality(task: Task, responses: list[str], divergences: Sequence[KlToBase]) -> Quality:
+    """Return how many responses are collapsed, and the mean KL to base over the preferences, None if one is unknown."""
     known = [kl.nats for kl in divergences if kl.nats is not None]
     mean = float(np.mean(known)) if len(known) == len(divergences) else None
-    return {"kl": mean, "kl_bound": any(kl.bound for kl in divergences)}
+    collapse = quality.collapse_report(task.tokens(responses), task.short_below)
+    return Quality(**collapse, kl=mean, kl_bound=any(kl.bound for kl in divergences))
 
 
 def _stored_scores(

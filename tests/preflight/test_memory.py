@@ -369,9 +369,9 @@ def test_small_models_fold_their_adapters_while_they_sample(random_base: Path, t
     assert sizes is not None
     assert rollout.parts["folded"] == 2 * (sizes.parameters - sizes.vocabulary * sizes.hidden)
     assert "folded" not in estimated(tmp_path, "mo-odpo").phases[1].parts
-    from moalign.lm import adapters
+    from moalign.lm import adapters, log_probs
 
-    assert memory.FOLDS_BELOW == adapters.MERGE_BELOW
+    assert (memory.FOLDS_BELOW, memory.AT_ONCE) == (adapters.MERGE_BELOW, log_probs.AT_ONCE)
 
 
 @pytest.mark.slow
