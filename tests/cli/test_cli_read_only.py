@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import os
 import shutil
@@ -65,14 +66,14 @@ def read_only(folder: Path) -> Iterator[None]:
 def trained(moalign: Any, toys: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Two finished, evaluated runs in ``results``, and an empty cache."""
     made = [json.loads(moalign("train", "toy", "--seed", str(k), "--json", *SMALL).out)["run_id"] for k in (0, 1)]
+    gc.collect()  # a command's process would have ended here: until its score store is closed, SQLite writes to it
+    assert not list(tmp_path.rglob("*.sqlite-*"))
     monkeypatch.setenv("MOALIGN_CACHE", str(tmp_path / "cache"))
     return made
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """Return all files but SQLite's ``-shm``: locks of connections, which those of earlier commands may still hold."""
-    paths = [path for path in folder.rglob("*") if path.is_file() and not path.name.endswith("-shm")]
-    return {str(path): path.read_bytes() for path in paths}
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_what_is_there_is_read_from_a_read_only_folder(moalign: Any, trained: list[str], tmp_path: Path) -> None:
