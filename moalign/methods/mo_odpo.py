@@ -66,6 +66,8 @@ class Config(OnlineConfig, WarmStart):
     ``sigma(s_better - s_worse)`` of the scores, and the loss is the expectation: then, and only then, it has a minimum,
     at ``pi_ref exp(s / beta) / Z`` (:func:`moalign.losses.dpo.pair_loss`). Needs pairing: weighted."""
 
+    extremes: Literal["score", "advantage"] = "score"
+
     @model_validator(mode="after")
     def _pairing_fits(self) -> Config:
         if self.pairing == "per_objective" and self.samples != 2:
@@ -116,7 +118,7 @@ def learn_from_pairs(job: Job, lm: LanguageModel, config: Config) -> None:
     trainer = OnlineTrainer(job, lm, config, draw)
     strength = KlStrength(trainer, "beta", config.beta)
     for rollout in trainer.rollouts():
-        pairs = paired(rollout, config)
+        pairs = paired(rollout, config, strength.now)
         trainer.counts["pairs_dropped"] = trainer.counts.get("pairs_dropped", 0) + pairs.dropped
         if not len(pairs.rows):
             trainer.skip(pairs.metrics)
@@ -141,12 +143,15 @@ class Pairs:
     metrics: dict[str, float]
 
 
-def paired(rollout: Rollout, config: Config) -> Pairs:
+def paired(rollout: Rollout, config: Config, beta: float) -> Pairs:
     """Pair the responses of every prompt and leave out what teaches nothing; see :func:`best_against_worst`."""
     import torch
 
     s = scores(rollout.z, np.repeat(rollout.preferences, rollout.per_prompt, axis=0), config.scalarisation)
-    rows, labels = best_against_worst(rollout.z, s, rollout.per_prompt, rollout.responses, config.pairing)
+    by = s
+    if config.extremes == "advantage":
+        by = s - beta * (rollout.samples.logps - rollout.ref_logps()).sum(-1).double().cpu().numpy()
+    rows, labels = best_against_worst(rollout.z, by, rollout.per_prompt, rollout.responses, config.pairing)
     useful = np.flatnonzero((labels != 0).any(axis=1))
     dropped = len(labels) - len(useful)
     weights = np.ones((len(labels), 1)) if config.pairing == "weighted" else rollout.preferences
@@ -192,9 +197,9 @@ def loss(part: Part, config: Config, names: Sequence[str], beta: float) -> tuple
     from moalign.losses.dpo import log_ratios, pair_loss
 
     ratio = log_ratios(part.logps, part.ref_logps)
-    labels, weights, chance = (part.tensors[name].to(ratio.device) for name in ("labels", "weights", "chance"))
-    certain = config.labels == "order"
-    value = pair_loss(ratio[0::2], ratio[1::2], labels, weights, beta, None if certain else chance).mean()
+    labels, weights = part.tensors["labels"].to(ratio.device), part.tensors["weights"].to(ratio.device)
+    chance = None if config.labels == "order" else part.tensors["chance"].to(ratio.device)
+    value = pair_loss(ratio[0::2], ratio[1::2], labels, weights, beta, chance).mean()
     metrics = {}
     if config.sft_coef:  # the first response of a pair is the preferred one
         lengths = part.response_mask[0::2].sum(-1).clamp_min(1)

@@ -78,9 +78,9 @@ def test_the_gradient_does_not_depend_on_the_micro_batch(make_job: MakeJob, asse
         job = make_job("mo-odpo", "batch=8", f"micro_batch={size}", f"pairing={pairing}", where=where)
         warm_up(job)
         trainer = trainer_of(job)
-        pairs = mo_odpo.paired(next(trainer.rollouts()), job.config.pairing)
+        pairs = mo_odpo.paired(next(trainer.rollouts()), job.config)
         for part in trainer.parts(pairs.rows, group=2, tensors=pairs.tensors):
-            trainer.backward(*mo_odpo.loss(part, job.config, job.task.names))
+            trainer.backward(*mo_odpo.loss(part, job.config, job.task.names, job.config.beta))
         named = job.task.language_model.model.named_parameters()
         gradients.append({name: p.grad.clone() for name, p in named if p.grad is not None})
     assert gradients[0]
