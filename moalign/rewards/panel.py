@@ -120,13 +120,16 @@ class RewardPanel:
         ``cap``: what a reward is worth beyond the upper bound b of the calibration data, where nothing was seen:
         all of it, its logarithm (``b + log(1 + z - b)``), or nothing (``b``).
         """
-        normaliser = self._needed_normaliser()
-        z = normaliser.z(raw)
+        z = self._needed_normaliser().z(raw)
         if cap == "none":
             return z
-        bound = normaliser.z_bounds()[:, 1]
+        bound = self.z_bounds()[:, 1]
         beyond = np.maximum(z - bound, 0.0)
         return np.asarray(np.minimum(z, bound) + (np.log1p(beyond) if cap == "log" else 0.0))
+
+    def z_bounds(self) -> Matrix:
+        """Return the bounds of the calibration data, ``[objectives, 2]`` in units of z; WorkError without normaliser."""
+        return self._needed_normaliser().z_bounds()
 
     def unit(self, raw: Matrix) -> Matrix:
         """Return (raw - lo) / (hi - lo), not clipped, shape as given; WorkError without a normaliser."""

@@ -27,7 +27,7 @@ from moalign.core.seeds import derive
 from moalign.lm.finite import FiniteCheck, Modules
 from moalign.lm.language_model import LanguageModel
 from moalign.losses import ppo
-from moalign.training import checkpoints
+from moalign.training import checkpoints, support
 from moalign.training.actor import Actor, AdapterActor, Style
 from moalign.training.constant_rewards import ConstantRewards
 from moalign.training.preference_draws import Draw
@@ -98,6 +98,7 @@ class OnlineTrainer:
         """What else a method needs to continue after an interruption; kept in checkpoints."""
         self.check = FiniteCheck(job.run.record.method, phase, config.lr, config.clip)
         self.constant = ConstantRewards(job.task.names)
+        self._support: float | None = None
         self._rollout: Rollout | None = None
         self._metrics: dict[str, float] | None = None
         self._sums: dict[str, float] = {}
@@ -143,7 +144,16 @@ class OnlineTrainer:
 
     def sample(self, step: int) -> Rollout:
         """Return the rollout of a step, from 0."""
-        return sample_rollout(self.job, self.lm, self.actor, self.config, self.draw, self.phase, step, self.value_heads)
+        rollout = sample_rollout(
+            self.job, self.lm, self.actor, self.config, self.draw, self.phase, step, self.value_heads
+        )
+        if self.config.support is not None:
+            if self._support is None:
+                self._support = support.end_of(self.job, self.lm, self.config.temperature) - self.config.support
+            out = support.outside(rollout.ref_logps(), rollout.samples.response_mask, self._support)
+            rollout.z = support.believed(rollout.z, out, self.job.panel.z_bounds())
+            rollout.outside = float(out.mean())
+        return rollout
 
     def parts(self, rows: NDArray[np.intp], group: int = 1, *, tensors: Mapping[str, Tensor]) -> Iterator[Part]:
         """Yield micro-batches of some rows of the rollout, for one update; each weighs as many groups as it holds.

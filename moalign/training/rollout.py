@@ -45,6 +45,8 @@ class Rollout:
     """Normalised rewards (task's frozen mean and standard deviation), ``[rows, objectives]``."""
     score_reference: Callable[[Tensor], Tensor]
     """Row numbers -> reference log-probabilities ``[those rows, T]``."""
+    outside: float | None = None
+    """Share of the responses outside the data's support, where it is looked at (:mod:`moalign.training.support`)."""
     step: int = 0
     """The training step that drew it, from 0."""
     values: Tensor | None = None
@@ -91,6 +93,7 @@ def rollout_metrics(rollout: Rollout, names: Sequence[str]) -> dict[str, float]:
         "unfinished": float((~samples.finished).float().mean()),
         **{f"reward/{name}": float(value) for name, value in rewards},
         "utility": float(rollout.utility.mean()),
+        **({} if rollout.outside is None else {"outside": rollout.outside}),
     }
 
 

@@ -170,7 +170,7 @@ def test_the_loss_of_a_part_by_hand() -> None:
     assert told["entropy/one"] == pytest.approx(0.3)
     # The preferred rows have log-likelihoods per token of 2 / 4 and -1 / 1, mean -.25. The rejected ones would have .5,
     # or .875 over the preferred ones' lengths; the preferred ones over the rejected ones' lengths .5.
-    value, told = loss(part, Config(beta=0.1, sft_coef=0.2), ["one", "two"])
+    value, told = loss(part, Config(sft_coef=0.2), ["one", "two"], 0.1)
     assert told["nll"] == pytest.approx(0.25)
     assert value.item() == pytest.approx(0.704355 + 0.2 * 0.25, abs=1e-5)
 
@@ -312,17 +312,17 @@ def test_a_scalarisation_decides_which_two_are_paired() -> None:
     z = rewards((4, -1), (1, 1), (0, 0), (4, -1), (1, 1), (0, 0))
     nothing: Any = None
     drawn = Rollout(["p", "q"], np.full((2, 2), 0.5), 3, nothing, [*"abcdef"], z, z, nothing)
-    assert paired(drawn, Config(samples=3)).rows.tolist() == [0, 2, 3, 5]
-    assert paired(drawn, Config(samples=3, scalarisation="tchebycheff")).rows.tolist() == [1, 0, 4, 3]
+    assert paired(drawn, Config(samples=3), 0.1).rows.tolist() == [0, 2, 3, 5]
+    assert paired(drawn, Config(samples=3, scalarisation="tchebycheff"), 0.1).rows.tolist() == [1, 0, 4, 3]
 
 
 def test_the_chance_of_a_pair_is_that_of_its_scores() -> None:
     """w.z of the pairs: 1.5 against 1 (sigma(.5) = .6225), and 4 against 0 (sigma(4) = .9820)."""
     drawn = rollout(rewards((4, 0), (0, 2), (4, 0), (0, 2)), TEXTS)
-    assert paired(drawn, Config(labels="bradley-terry")).tensors["chance"][:, 0].tolist() == pytest.approx(
+    assert paired(drawn, Config(labels="bradley-terry"), 0.1).tensors["chance"][:, 0].tolist() == pytest.approx(
         [0.62246, 0.98201], abs=1e-5
     )
-    assert paired(drawn, Config()).tensors["chance"][:, 0].tolist() == [1.0, 1.0]
+    assert paired(drawn, Config(), 0.1).tensors["chance"][:, 0].tolist() == [1.0, 1.0]
 
 
 def test_what_does_not_go_with_labels_per_objective_is_refused() -> None:
