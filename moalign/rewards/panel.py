@@ -128,7 +128,7 @@ class RewardPanel:
         return np.asarray(np.minimum(z, bound) + (np.log1p(beyond) if cap == "log" else 0.0))
 
     def z_bounds(self) -> Matrix:
-        """Return the bounds of the calibration data, ``[objectives, 2]`` in units of z; WorkError without normaliser."""
+        """Return the calibration data's bounds, ``[objectives, 2]`` in units of z; WorkError without a normaliser."""
         return self._needed_normaliser().z_bounds()
 
     def unit(self, raw: Matrix) -> Matrix:

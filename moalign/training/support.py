@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def end_of(job: Job, lm: LanguageModel, temperature: float) -> float:
-    """Return the log-probability, in nats, of the least likely token of the task's calibration responses to the base."""
+    """Return the log-probability to the base, in nats, of the least likely token of the calibration responses."""
     scored, limits = job.task.calibration(), job.task.card.generation
     longest = limits.max_prompt_tokens + limits.max_new_tokens
     rows = []
@@ -50,5 +50,5 @@ def outside(ref_logps: Tensor, mask: Tensor, end: float) -> NDArray[np.bool_]:
 
 
 def believed(z: Matrix, out: NDArray[np.bool_], bounds: Matrix) -> Matrix:
-    """Return rewards ``[rows, objectives]`` that are at most the lower of ``bounds`` ``[objectives, 2]`` in rows ``out``."""
+    """Return rewards ``[rows, objectives]``; in rows ``out`` at most the lower ``bounds`` ``[objectives, 2]``."""
     return np.where(out[:, None], np.minimum(z, bounds[:, 0]), z)
