@@ -74,6 +74,13 @@ class RewardPanel:
         panel.meter = meter
         return panel
 
+    def replaced(self, other: RewardPanel) -> RewardPanel:
+        """Return a panel in this one's order whose objectives are ``other``'s where that has one of the same name."""
+        theirs = {scorer.name: scorer for scorer in other.objectives}
+        return RewardPanel(
+            [theirs.get(scorer.name, scorer) for scorer in self.objectives], self.store, chunk=self.chunk
+        )
+
     @property
     def scorer_hash(self) -> str:
         """16 hex digits over the objectives' order, names, directions and revisions."""
