@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -330,3 +331,25 @@ def test_what_does_not_go_with_labels_per_objective_is_refused() -> None:
         Config(pairing="per_objective", labels="bradley-terry")
     with pytest.raises(ValueError, match="found tchebycheff and order"):
         Config(pairing="per_objective", scalarisation="tchebycheff")
+
+
+def test_by_advantage_the_pair_is_what_is_furthest_from_the_closed_form() -> None:
+    """s = 3, 2, 0 and D = 40, 5, 0 nats: at beta .1 s - beta D is -1, 1.5, 0: the second is paired with the first."""
+    z = rewards((3, 3), (2, 2), (0, 0))
+    logps = torch.tensor([[-10.0], [-5.0], [-4.0]])
+    drawn: Any = SimpleNamespace(logps=logps)
+    reference = logps - torch.tensor([[40.0], [5.0], [0.0]])
+    one = Rollout(["p"], np.full((1, 2), 0.5), 3, drawn, ["a", "b", "c"], z, z, lambda rows: reference[rows])
+    assert paired(one, Config(samples=3), 0.1).rows.tolist() == [0, 2]
+    pairs = paired(one, Config(samples=3, extremes="advantage", labels="bradley-terry"), 0.1)
+    assert pairs.rows.tolist() == [1, 0]
+    assert pairs.tensors["chance"].item() == pytest.approx(1 / (1 + np.e))  # s still prefers the first, by 1
+
+
+def test_at_the_closed_form_all_advantages_are_alike() -> None:
+    """pi = pi_ref exp(s / beta) / Z: s - beta D = beta log Z for every response."""
+    rng = np.random.default_rng(0)
+    s, reference, beta = rng.normal(size=5), np.log(rng.dirichlet(np.ones(5))), 0.3
+    logits = reference + s / beta
+    log_z = np.log(np.exp(logits).sum())
+    assert s - beta * (logits - log_z - reference) == pytest.approx(np.full(5, beta * log_z))
