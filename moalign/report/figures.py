@@ -1,4 +1,4 @@
-"""The figures of a comparison: fronts, utility by preference, hypervolume against cost, and learning curves.
+"""The figures of a comparison: fronts, utility by preference and by KL, hypervolume against cost, and learning curves.
 
 Each is drawn as ``draw(record, suffix, theme)`` from a record in which some row has points, and returned as a file's
 content; the same input gives the same bytes. ``suffix`` is one of :data:`moalign.report.style.FORMATS`.
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moalign.report import style
+from moalign.report import kl, style
 from moalign.report.record import Row, judged, machines
 from moalign.report.style import DPI, Look, Theme, ThemeName
 from moalign.report.units import duration, number, percent
@@ -380,6 +380,7 @@ def draw_curves(record: Row, suffix: str = ".png", theme: ThemeName = "light") -
 ALL: dict[str, Callable[..., bytes | None]] = {
     "fronts": draw_fronts,
     "utility": draw_utility,
+    "kl": kl.draw,
     "cost": draw_cost,
     "curves": draw_curves,
 }
