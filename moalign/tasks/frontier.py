@@ -19,7 +19,7 @@ from moalign.core.arrays import Matrix
 
 COLDEST, HOTTEST = 1e-6, 1e4
 """Range of b: utilities that differ by less than the first are equal, and at the second nothing has moved yet."""
-CURVE = np.geomspace(30, 0.02, 30).tolist()
+CURVE = np.geomspace(30, 0.004, 45).tolist()
 """Values of b between the two for :meth:`Frontier.curve`; in units of a standard deviation the utility bends here."""
 EXACT = 1e-4
 """Nats by which the KL of :meth:`Frontier.at_kl` may miss what was requested."""
