@@ -154,8 +154,10 @@ def evaluate(
         else None,
         warnings=tuple(warnings) or None,
     )
-    at_kl.add(result, context.task)  # is no part of what answering took
     atomic.write_json(path, result.content)
+    at_kl.add(result, context.task)  # may take half a minute once: should it be interrupted, it is added when read
+    if result.frontier is not None:
+        atomic.write_json(path, result.content)
     return Evaluation(result, scores)
 
 

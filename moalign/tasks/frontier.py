@@ -30,8 +30,8 @@ class Frontier:
     """The frontier of one preference over x prompts with up to y answers each, in rewards ``[m]``."""
 
     log_reference: Matrix
-    """log pi_ref, ``[x, y]``; -inf fills up. What a row's sum lacks of 1 is the reference's alone: the optimum never
-    gives such an answer, so its KL is at least minus the log of that sum."""
+    """log pi_ref, ``[x, y]``; -inf for what it never gives, and to fill up. What a row's sum lacks of 1 is the
+    reference's alone: the optimum gives no other answers, so its KL is at least minus the log of that sum."""
     rewards: Matrix
     """``[x, y, m]``."""
     utility: Matrix
@@ -41,7 +41,8 @@ class Frontier:
 
     def at(self, beta: float) -> tuple[float, Matrix]:
         """Return mean KL to the reference, in nats, and mean rewards ``[m]`` of the policy at a temperature above 0."""
-        gain = (self.utility - self.utility.max(axis=1, keepdims=True)) / beta  # KL does not change with a constant
+        gain = self.utility / beta
+        gain -= (self.log_reference + gain).max(axis=1, keepdims=True)  # a constant changes neither KL nor policy
         weight = np.exp(self.log_reference + gain)
         total = weight.sum(axis=1)
         chance = weight / total[:, None]
@@ -76,5 +77,5 @@ class Frontier:
     @property
     def best(self) -> Matrix:
         """Mean rewards of the unregularised optimum, ``[m]``."""
-        first = self.utility.argmax(axis=1)
+        first = np.where(np.isfinite(self.log_reference), self.utility, -np.inf).argmax(axis=1)
         return np.asarray(self.shares @ self.rewards[np.arange(len(first)), first])

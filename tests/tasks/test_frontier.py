@@ -63,6 +63,16 @@ def test_mass_outside_the_answers_is_lost_to_the_optimum() -> None:
     assert found.at_kl(-math.log(0.4)) == pytest.approx([1.0])
 
 
+def test_an_answer_that_the_reference_never_gives_is_out_of_reach() -> None:
+    with np.errstate(divide="ignore"):
+        logs = np.log([[0.5, 0.5, 0.0]])
+    utility = np.array([[0.0, 1.0, 5.0]])
+    found = Frontier(logs, utility[..., None], utility, np.ones(1))
+    assert found.at_kl(9.0) == pytest.approx([1.0])
+    assert found.at_kl(0.130812) == pytest.approx([0.75], abs=1e-3)
+    assert found.at(1e-6) == (pytest.approx(math.log(2)), pytest.approx([1.0]))
+
+
 def by_slots(prompts: Sequence[str], weights: Sequence[float], beta: float) -> tuple[float, np.ndarray]:
     """KL and rewards of the tilted corpus, independently: it is a product over slots, so one softmax a slot."""
     kls, points = [], []

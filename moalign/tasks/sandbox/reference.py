@@ -5,7 +5,7 @@ four slots, and behind them the tree of the two slots that are left: 5 phrases, 
 a token attends to its own ancestors only. So a prompt takes 625 rows instead of 15,625.
 
 The result depends on the base, the prompt's text and the temperature alone, so it is kept beside the cached base, one
-file a prompt, for all tasks and results folders: a second and a half of one core and 61 KB each.
+file a prompt, for all tasks and results folders: a second of one core and 61 KB each.
 """
 
 from __future__ import annotations
