@@ -89,6 +89,9 @@ def show_summary(result: EvalResult, short: bool = False) -> None:
         ]
         if quality.kl is not None:
             rows.append(("KL to base", _moved(result)))
+        if result.share_at_kl is not None:
+            best = "of what the best policy at the same KL gains over the base"
+            rows.append(("share at its KL", f"{percent(result.share_at_kl, 1)} {best}"))
         if result.overlong:
             rows.append(("prompts", overlong(result.overlong)))
     rows += [("warning", text) for text in result.warnings or ()]

@@ -151,14 +151,15 @@ def ranking(groups: Sequence[EntryRuns], grid: Sequence[Preference], draws: int,
         pairs.append(pair)
     believed.mark(entries, pairs)
     # The optimum for the comparison's own preferences, or else for the first entry's.
-    optima = [group.results[0].optimum for group in sorted(judged, key=lambda group: group.grid != list(grid))]
-    optimum = optima[0] if optima else None
+    results = [group.results[0] for group in sorted(judged, key=lambda group: group.grid != list(grid))]
+    optimum = results[0].optimum if results else None
     return Ranking(
         entries=entries + [Entry(**_header(group)) for group in groups if not group.finished],
         pairs=pairs,
         winner=_winner(entries, pairs),
         sensitivity=_sensitivity(entries, judged),
         optimum=optimum,
+        frontier=next((result.frontier for result in results if result.frontier is not None), None),
         igd_plus_to="optimum" if optimum is not None else "union front",
     )
 
@@ -177,6 +178,7 @@ def _entry(group: EntryRuns, judged: Sequence[EntryRuns], samples: Resampled, dr
         hypervolume_iqm=statistics.interquartile_mean(volumes),
         optimal_share=_mean_if_known([result.optimal_share for result in results]),
         optimal_share_interval=(low / most, high / most) if most else None,
+        share_at_kl=_mean_if_known([result.share_at_kl for result in results]),
         sensitivity_hypervolume=_mean([result.sensitivity.hypervolume for result in results]),
         indicators=_indicators(group, judged),
         quality=Quality(
@@ -289,6 +291,8 @@ def _points(group: EntryRuns, draws: int, seed: int) -> list[Point]:
             mean=np.mean([point.mean for point in points], axis=0).tolist(),
             interval=bounds[:, k].T.tolist(),
             raw=np.mean([point.raw for point in points], axis=0).tolist(),
+            kl=_mean_if_known([point.kl for point in points]),
+            kl_bound=any(point.kl_bound for point in points),
         )
         for k, points in enumerate(zip(*(result.points for result in group.results), strict=True))
     ]

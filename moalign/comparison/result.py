@@ -11,6 +11,7 @@ from moalign.core.preferences import Preference
 from moalign.evaluation.result import (
     AnsweringCost,
     Content,
+    FrontierCurve,
     Indicators,
     Interval,
     Optimum,
@@ -106,6 +107,8 @@ class Entry(Content):
     optimal_share: float | None = None
     """The hypervolume over that of the exact optimum; None where no optimum is known."""
     optimal_share_interval: Interval | None = None
+    share_at_kl: float | None = None
+    """Share of what the optimum gains over the base at the same KL (:mod:`moalign.evaluation.at_kl`)."""
     sensitivity_hypervolume: float | None = None
     """From the second reference point."""
     indicators: Indicators | None = None
@@ -202,6 +205,8 @@ class Ranking(Content):
     """The label of the entry that beats every other one with certainty; None without one."""
     sensitivity: Sensitivity | None
     optimum: Optimum | None
+    frontier: tuple[FrontierCurve, ...] | None = None
+    """The optimum by KL to base at some of the preferences, where it is known."""
     igd_plus_to: str
     """``optimum`` or ``union front``: what the indicator ``igd_plus`` is the distance to."""
 

@@ -20,7 +20,7 @@ from moalign.core.arrays import Matrix
 from moalign.core.errors import RequestError
 from moalign.core.preferences import Preference, label, same
 from moalign.core.progress import Progress, silent
-from moalign.evaluation import divergence
+from moalign.evaluation import at_kl, divergence
 from moalign.evaluation.divergence import KlToBase
 from moalign.evaluation.result import (
     AnsweringCost,
@@ -118,6 +118,8 @@ def evaluate(
     if path.is_file():
         stored = EvalResult.load(path)
         if stored.card_hash == context.task.hash:
+            if stored.frontier is None:  # of a version that did not know it
+                at_kl.add(stored, context.task)
             return Evaluation(stored, _stored_scores(context, table_name, path, preferences, samples))
     atomic.require_new(path)
     started = time.monotonic()
@@ -153,6 +155,9 @@ def evaluate(
         warnings=tuple(warnings) or None,
     )
     atomic.write_json(path, result.content)
+    at_kl.add(result, context.task)  # may take half a minute once: should it be interrupted, it is added when read
+    if result.frontier is not None:
+        atomic.write_json(path, result.content)
     return Evaluation(result, scores)
 
 

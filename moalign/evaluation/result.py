@@ -96,6 +96,19 @@ class Point(Content):
     """Of ``mean``, ``[objectives]``; over prompts."""
     raw: tuple[float, ...]
     """The same means in the units of the task's scorers, larger is better."""
+    kl: float | None = None
+    """KL divergence of the policy from the base, in nats per response; None where it is not known."""
+    kl_bound: bool = False
+    """``kl`` is an upper bound."""
+
+
+class OptimumAtKl(Content):
+    """The optimum for a preference among the policies that are no further from the base than the one evaluated."""
+
+    mean: tuple[float, ...]
+    """Mean rewards in normalised units, ``[objectives]``."""
+    utility: float
+    """w.n."""
 
 
 class EvaluatedPoint(Point):
@@ -104,10 +117,8 @@ class EvaluatedPoint(Point):
     raw_interval: tuple[Interval, ...]
     nondominated: bool
     """Whether no other point of the run is at least as good in every objective and better in one."""
-    kl: float | None = None
-    """KL divergence of the policy from the base, in nats per response; None where it is not known."""
-    kl_bound: bool = False
-    """``kl`` is an upper bound."""
+    optimum_at_kl: OptimumAtKl | None = None
+    """None where no optimum or no KL is known, or the KL is an upper bound; the key is then left out."""
 
 
 class Indicators(Content):
@@ -121,6 +132,8 @@ class Indicators(Content):
     regret: float | None = None
     """None where no optimum is known."""
     igd_plus: float | None = None
+    regularised_regret: float | None = None
+    """The same against the optimum at the policy's own KL to base; None where one of the two is not known."""
 
 
 class Quality(Content):
@@ -157,6 +170,16 @@ class Optimum(Content):
     hypervolume: float
     points: tuple[tuple[float, ...], ...]
     """Mean rewards in normalised units, ``[preferences][objectives]``."""
+
+
+class FrontierCurve(Content):
+    """The most that any policy reaches for one preference, by its KL to base; the first point is the base's own."""
+
+    preference: Preference
+    kl: tuple[float, ...]
+    """Nats per response, rising from 0; beyond the last the optimum stays where it is."""
+    mean: tuple[tuple[float, ...], ...]
+    """Mean rewards in normalised units at each, ``[points][objectives]``."""
 
 
 class Volume(Content):
@@ -248,6 +271,8 @@ class EvalResult(Judgement, EvaluatedRun):
         "optimum",
         "proxy_reward",
         "gap",
+        "share_at_kl",
+        "frontier",
         "overlong",
         "generalisation",
         "warnings",
@@ -263,6 +288,11 @@ class EvalResult(Judgement, EvaluatedRun):
     """Believed rewards, beside the true ones of the judge; None where the judge's are those trained on."""
     gap: float | None = None
     """Believed hypervolume minus the true one; growth during training is reward hacking."""
+    share_at_kl: float | None = None
+    """Of the reward that the best policy gains over the base at the same KL, the share that was gained; mean over the
+    preferences (:mod:`moalign.evaluation.at_kl`). None where it is not known."""
+    frontier: tuple[FrontierCurve, ...] | None = None
+    """The optimum by KL at the corners of the grid and at its middle, where it is known."""
     overlong: dict[str, int] | None = None
     """How many prompts were cut or dropped, where any was."""
     generalisation: Generalisation | None = None
@@ -273,7 +303,11 @@ class EvalResult(Judgement, EvaluatedRun):
     @property
     def content(self) -> dict[str, Any]:
         """See :attr:`Content.content`."""
-        return {key: value for key, value in super().content.items() if value is not None or key not in self.SPARSE}
+        content = super().content
+        for point in content["points"]:
+            if point["optimum_at_kl"] is None:
+                del point["optimum_at_kl"]
+        return {key: value for key, value in content.items() if value is not None or key not in self.SPARSE}
 
     @classmethod
     def migrated(cls, content: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The figures of a comparison: fronts, believed and true rewards, utility by preference, cost, learning curves.
+"""The figures of a comparison: fronts, believed and true rewards, utility by preference and by KL, cost, curves.
 
 Each is drawn as ``draw(record, suffix, theme)`` from a record in which some row has points, and returned as a file's
 content; the same input gives the same bytes. ``suffix`` is one of :data:`moalign.report.style.FORMATS`.
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moalign.report import style
+from moalign.report import kl, style
 from moalign.report.believed import draw_believed
 from moalign.report.record import Row, judged, machines
 from moalign.report.style import DPI, Look, Theme, ThemeName
@@ -382,6 +382,7 @@ ALL: dict[str, Callable[..., bytes | None]] = {
     "fronts": draw_fronts,
     "believed": draw_believed,
     "utility": draw_utility,
+    "kl": kl.draw,
     "cost": draw_cost,
     "curves": draw_curves,
 }

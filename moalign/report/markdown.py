@@ -11,10 +11,11 @@ from moalign.report.record import Row
 from moalign.report.templates import render
 
 _RANKING = "rank name hypervolume interval share seeds iqm tau inner_product utility regret igd_plus spacing"
-_COST = f"rank label {tables.COST} answering_rewards collapsed length distinct kl"
+_COST = f"rank label {tables.COST} answering_rewards collapsed length distinct kl share_at_kl"
 _FIGURES = {
     "believed": "Believed and true rewards, and both over KL to base",
     "utility": "What each preference gets: utility of the policy asked for it",
+    "kl": "What each method reaches at its KL to base, and the most that any policy can",
     "cost": "Hypervolume against cost",
     "curves": "Learning curves",
 }

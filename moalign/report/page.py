@@ -36,10 +36,10 @@ _PLACE = "<answers>"
 """Where the answers come to stand, once it is known how large the page is without them; no text can hold this, as
 every ``<`` of a text is escaped."""
 _RANKING = (
-    "rank name hypervolume interval share seeds tau inner_product utility regret igd_plus spacing collapsed kl time "
-    "tokens"
+    "rank name hypervolume interval share seeds tau inner_product utility regret igd_plus spacing collapsed kl "
+    "share_at_kl time tokens"
 )
-_COST = f"label {tables.COST} answering_rewards per_minute collapsed length distinct kl"
+_COST = f"label {tables.COST} answering_rewards per_minute collapsed length distinct kl share_at_kl"
 
 
 @dataclass(frozen=True)

@@ -182,6 +182,9 @@ METHODS = {
         rising=True,
         order=itemgetter("kl"),
     ),
+    "share_at_kl": Column(
+        "share at its KL", "share_at_kl", percent, 1, brief=0, short="share at\nits KL", needs="share_at_kl"
+    ),
     "time": Column("time", "cost.seconds", duration, rising=True),
     "tokens": Column("tokens", _tokens, count, rising=True),
     "generated": Column("tokens generated", "cost.tokens_generated", count, short="generated", rising=True),

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from moalign.lm.sampler import Sampling
     from moalign.reward_models.pairs import PairSet
     from moalign.rewards.store import Store
+    from moalign.tasks.frontier import Frontier
 
 WHERE = "task.model"
 """How messages name the place of the policy's model."""
@@ -94,6 +95,14 @@ class Task(abc.ABC):
 
     def optimum(self, prefs: Sequence[Preference], prompts: Sequence[str], beta: float = 0.0) -> Matrix | None:
         """Return the optimal mean raw rewards ``[preferences, objectives]``, or None when they are not known."""
+        return None
+
+    def frontier(self, prefs: Sequence[Preference]) -> list[Frontier] | None:
+        """Return the most w.z at every KL to the base, in raw rewards, per preference; None where it is not known.
+
+        The KL is that of :mod:`moalign.evaluation.divergence`: to the base with the bare evaluation prompt, at the
+        card's temperature.
+        """
         return None
 
     # -- identity ------------------------------------------------------------------------------------------

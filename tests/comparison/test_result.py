@@ -21,6 +21,12 @@ def test_a_published_comparison_is_read_whole(path: Path) -> None:
         row["indicators"].setdefault("regret", None)  # null where no optimum is known
         row.setdefault("warnings", [])  # not in records from before there were any
         row.setdefault("believed", None)
+        row["indicators"].setdefault("regularised_regret", None)
+        row.setdefault("share_at_kl", None)
+        for point in row["points"]:
+            point.setdefault("kl", None)
+            point.setdefault("kl_bound", False)
+    stored.setdefault("frontier", None)
     for pair in [side for both in stored["pairs"] for side in (both, both["inner_product"]) if side]:
         if "p_improve" in pair:  # as it was called; what says how often a seed beats a seed was not known
             pair |= {"share_above_zero": pair.pop("p_improve"), "probability_of_improvement": None}

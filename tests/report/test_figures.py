@@ -41,6 +41,14 @@ def record(compared: Build) -> dict[str, Any]:
     for row, kl in zip(result["rows"], (9.0, 2.0), strict=True):
         row["quality"]["kl"] = kl
         row["believed"] = {"hypervolume": 1.2 * row["hypervolume"], "inner_product": 0.7, "false_wins": []}
+    result["frontier"] = [
+        {"prefs": [0.0, 1.0], "kl": [0.0, 1.0, 4.0], "mean": [[0.5, 0.1], [0.3, 0.6], [0.1, 1.1]]},
+        {"prefs": [1.0, 0.0], "kl": [0.0, 2.0], "mean": [[0.1, 0.5], [1.1, 0.1]]},
+    ]
+    for row, kl, share in zip(result["rows"], (2.25, 0.6), (0.834, None), strict=True):
+        row["share_at_kl"] = share
+        for point in row["points"]:
+            point["kl"], point["kl_bound"] = kl, share is None
     return result
 
 
@@ -113,6 +121,52 @@ def test_a_single_preference_is_drawn_without_a_field(compared: Build) -> None:
     record = compared({"alpha": 0.2, "beta": 0.0}, objectives=3)
     record["rows"][1]["points"] = record["rows"][1]["points"][:1]
     assert figures.draw_utility(record) is not None
+
+
+def drawn(record: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, list[tuple[str, Any]]]:
+    """What the figure of utility by KL plots: panel's title -> (label, data)."""
+    from contextlib import contextmanager
+
+    kept: list[Any] = []
+    canvas = style.canvas
+
+    @contextmanager
+    def seen(*arguments: Any) -> Any:
+        with canvas(*arguments) as (figure, colours):
+            kept.append(figure)
+            yield figure, colours
+
+    monkeypatch.setattr(style, "canvas", seen)
+    assert figures.ALL["kl"](record, ".svg") is not None
+    return {
+        panel.get_title(loc="left"): [(line.get_label(), line.get_xydata()) for line in panel.lines]
+        for panel in kept[0].axes
+    }
+
+
+def test_utility_stands_over_the_root_of_the_kl(record: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A panel a preference: the frontier, flat beyond its end; every method's w.n; a line to the left of a bound."""
+    panels = drawn(record, monkeypatch)
+    assert list(panels) == ["w = 0, 1", "w = 1, 0"]
+    points = [{tuple(point["prefs"]): point["mean"] for point in row["points"]} for row in record["rows"]]
+    (name, curve), (first, at), (second, below), (_, line) = panels["w = 1, 0"]
+    assert (name, first, second) == ("optimum at a KL", "alpha (83 %)", "beta")
+    np.testing.assert_allclose(curve[:2], [[0, 0.1], [2**0.5, 1.1]])
+    assert curve[2, 0] > 1.5 and curve[2, 1] == 1.1
+    np.testing.assert_allclose(at, [[1.5, points[0][1.0, 0.0][0]]])
+    np.testing.assert_allclose(below, [[0.6**0.5, points[1][1.0, 0.0][0]]])
+    np.testing.assert_allclose(line[:, 0], [0, 0.6**0.5])
+    text = texts(figures.ALL["kl"], record)
+    for wanted in ("KL to base, nats per response", "utility w·n", "method, share at its KL"):
+        assert wanted in text
+
+
+def test_without_a_frontier_or_any_kl_there_is_no_such_figure(record: dict[str, Any]) -> None:
+    assert figures.ALL["kl"]({**record, "frontier": None}) is None
+    for row in record["rows"]:
+        for point in row["points"]:
+            point["kl"] = None
+    assert figures.ALL["kl"](record) is None
 
 
 def test_cost_has_a_panel_for_each_unit_and_a_place_for_nothing(record: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moalign.config.card import AnnotatorSpec, SandboxSpec
 from moalign.config.recipe import LoraSpec
@@ -21,9 +22,12 @@ from moalign.tasks.task import Task, fingerprint
 if TYPE_CHECKING:
     from moalign.lm.chat import Codec
     from moalign.reward_models.pairs import PairSet
+    from moalign.tasks.frontier import Frontier
 
 PER_PROMPT = 16
 """Data responses per prompt, drawn from the corpus without preference: a logged data set of mixed quality."""
+WELL_FORMED = 0.95
+"""Least probability that the base gives some well-formed response for :meth:`SandboxTask.frontier` to be known."""
 
 
 class SandboxTask(Task):
@@ -100,6 +104,32 @@ class SandboxTask(Task):
         columns = [world.OBJECTIVES.index(name) for name in self.names]
         truth = self.judge_normaliser
         return optimum(prompts, prefs, columns, np.array(truth.mean), np.array(truth.sd), beta)
+
+    def frontier(self, prefs: Sequence[Preference]) -> list[Frontier] | None:
+        """See :meth:`Task.frontier`; known for the built-in base, while it gives hardly any malformed responses.
+
+        The base's probability of a malformed response (.0015 at temperature 1) is the base's loss alone: the optimum
+        gives none, which costs it as many nats, and at KL 0 the base counts without them.
+        """
+        from moalign.tasks.sandbox import optimum, reference
+
+        limits = self.card.generation
+        if not self.card.built_in_base or limits.temperature <= 0 or self.card.template.stop:
+            return None
+        if limits.max_new_tokens < reference.LONGEST:
+            return None
+
+        def of_base(prompts: Sequence[str]) -> list[NDArray[np.float32]]:
+            texts = [self.renderer.plain(prompt) for prompt in prompts]
+            return reference.kept_log_probs(
+                self.language_model, texts, limits.max_prompt_tokens, limits.temperature, self.progress
+            )
+
+        columns, truth = [world.OBJECTIVES.index(name) for name in self.names], self.judge_normaliser
+        frontiers = optimum.frontier(
+            self.eval_prompts, prefs, columns, np.array(truth.mean), np.array(truth.sd), of_base
+        )
+        return frontiers if np.exp(frontiers[0].log_reference).sum(axis=1).min() > WELL_FORMED else None
 
     # -- annotators and what is learned from them ----------------------------------------------------------
 

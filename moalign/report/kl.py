@@ -1,0 +1,76 @@
+"""The figure of utility by KL to base: what each method reaches, and the most that any policy can.
+
+See :mod:`moalign.report.figures` for what a figure is drawn from.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moalign.report import style
+from moalign.report.record import Row, judged
+from moalign.report.style import Theme, ThemeName
+from moalign.report.units import percent
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_TICKS = (0, 0.1, 0.5, 1, 2, 4, 8, 16, 32, 64, 128)
+"""Nats on the axis, which is linear in their square root."""
+_ROOM = 1.08
+
+
+def draw(record: Row, suffix: str = ".png", theme: ThemeName = "light") -> bytes | None:
+    """Draw utility w.n over the square root of the KL to base, a panel for each preference of the record's frontier.
+
+    The axis is that of Gao, Schulman and Hilton (2022): on it the frontier leaves the base as a straight line. A method
+    without a known KL is left out; one whose KL is an upper bound has a line to the left. None where no frontier is
+    known, or no KL.
+    """
+    rows = judged(record)
+    curves = record["frontier"] or ()
+    most = max((point["kl"] or 0 for row in rows for curve in curves for point in _points(row, curve)), default=0)
+    if most <= 0:
+        return None
+    columns = len(curves) if len(curves) <= 3 else 2
+    lines = -(-len(curves) // columns)
+    with style.canvas(3.7 * columns + 0.4, 3.3 * lines + 1.0, theme) as (figure, colours):
+        panels = style.panels(figure, len(curves), columns)
+        for panel, curve in zip(panels, curves, strict=True):
+            _panel(panel, record, curve, most, colours)
+        handles: dict[str, object] = {}
+        for panel in panels:
+            for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
+                handles.setdefault(label, handle)
+        style.legend(figure, list(handles.values()), list(handles), "method, share at its KL", beside=False)
+        title = f"{record['task']}: utility by KL to base, mean over seeds"
+        return style.content(figure, title, suffix)
+
+
+def _points(row: Row, curve: Row) -> list[Row]:
+    """Return the row's point at the curve's preference, if it has that and its KL is known."""
+    at = [point for point in row["points"] if list(point["prefs"]) == list(curve["prefs"])]
+    return [point for point in at if point["kl"] is not None]
+
+
+def _panel(panel: Axes, record: Row, curve: Row, most: float, colours: Theme) -> None:
+    w, end = np.array(curve["prefs"]), _ROOM**2 * most
+    best = np.array(curve["mean"]) @ w
+    # Beyond its last point the optimum stays where it is.
+    kls, best = np.append(curve["kl"], max(end, curve["kl"][-1])), np.append(best, best[-1])
+    panel.plot(np.sqrt(kls), best, color=colours.optimum, linewidth=2.2, alpha=0.75, zorder=1, label="optimum at a KL")
+    for index, row in enumerate(judged(record)):
+        share = "" if row["share_at_kl"] is None else f" ({percent(row['share_at_kl'])})"
+        for point in _points(row, curve):
+            marks = style.look(index, colours).marks(6.5, 0)
+            x, y = float(np.sqrt(max(point["kl"], 0.0))), float(w @ point["mean"])
+            panel.plot([x], [y], **marks, zorder=3, clip_on=False, label=f"{style.wrapped(row['label'])}{share}")
+            if point["kl_bound"]:
+                panel.plot([0.0, x], [y, y], color=marks["color"], linewidth=0.9, alpha=0.6, zorder=2)
+    ticks = [tick for tick in _TICKS if tick <= end]
+    panel.set_xticks(np.sqrt(ticks).tolist(), [f"{tick:g}" for tick in ticks])
+    weights = ", ".join(f"{weight:.2g}" for weight in w)
+    panel.set(xlim=(0, float(np.sqrt(end))), xlabel="KL to base, nats per response", ylabel="utility w·n")
+    panel.set_title(f"w = {weights}")
