@@ -39,7 +39,7 @@ from moalign.evaluation.result import (
     Volume,
 )
 from moalign.lm import quality
-from moalign.methods.base import Method
+from moalign.methods.base import Method, policies_of
 from moalign.pareto import front, indicators, statistics
 from moalign.pareto.hypervolume import hypervolume
 from moalign.report import verdict
@@ -231,7 +231,7 @@ def respond(
 
     # Loading an adapter draws its initial weights: the states of the global generators are restored afterwards.
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        policies = [method.policy(metered, preference) for preference in preferences]
+        policies = policies_of(method, metered, preferences)
         sampling = context.task.sampling(spec.seed)
         answers = respond_all(policies, prompts, sampling, answered)
         divergences = divergence.from_base(context.task, policies, prompts, answers, sampling, progress)

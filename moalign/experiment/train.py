@@ -132,6 +132,7 @@ class Plan(ResolvedRequest):
 
             expert, _ = train(expert_plan(self, method, settings, wanted), report, wait=True)
             self.task.progress = progress
+            expert.require_weights()
             meter.add_run(expert.record.cost.model_dump(), expert.record.seconds, meter.seconds - before)
             return expert
 
