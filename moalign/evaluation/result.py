@@ -108,6 +108,10 @@ class EvaluatedPoint(Point):
     """KL divergence of the policy from the base, in nats per response; None where it is not known."""
     kl_bound: bool = False
     """``kl`` is an upper bound."""
+    collapsed: float | None = None
+    """Share of its responses that are collapsed; None in files of older versions."""
+    mean_length: float | None = None
+    """Of its responses, in tokens."""
 
 
 class Indicators(Content):
