@@ -193,6 +193,7 @@ class OnlineTrainer:
         norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.config.clip))
         self.check.number("gradient norm", norm)
         self.optimizer.step()
+        self.check.norm(self.parameters)
         self._metrics, self._sums = {**(metrics or {}), **self._sums, "grad_norm": norm}, {}
 
     def skip(self, metrics: Mapping[str, float] | None = None) -> None:

@@ -148,6 +148,11 @@ def test_changed_pairs_are_noticed(moalign: Any, files: tuple[Path, Path], rando
         (("train", "--pairs", "ann.jsonl", "--pairs", "bob.jsonl", "--model", "m"), "loss bt is for one data set"),
         (("train", "--pairs", "ann.jsonl", "--model", "./nowhere"), "there is no model folder './nowhere'"),
         (("train", "--task", "stories", "--model", "m"), "its card has no data.pairs"),
+        (
+            ("train", "--pairs", "ann.jsonl", "--model", "m", "--seed", str(2**63)),
+            f"seed: found {2**63}; allowed: 0 to",
+        ),
+        (("train", "--pairs", "ann.jsonl", "--model", "m", "--seed", "-1"), "seed: found -1; allowed: 0 to"),
         (("eval", "abcdef"), "unknown run 'abcdef'"),
         (("eval", "./nowhere", "--pairs", "ann.jsonl"), "there is no model folder './nowhere'"),
         (("eval", "./nowhere"), "it has no pairs of its own"),
