@@ -102,7 +102,9 @@ class Plan(ResolvedRequest):
         return self.store.lookup(self.method.name, self.card.name, self.identity, self.recipe.model_dump(mode="json"))
 
     def open(self) -> Run:
-        """Return the run, made now or as it was left."""
+        """Return the run, made now or as it was left; RequestError before anything is made for scorers that are none."""
+        if self.card.rewards is None:  # reward models of the task's own are trained on first use
+            _ = self.task.panel
         return self.store.open(
             self.method.name,
             self.card.name,
