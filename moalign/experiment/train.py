@@ -102,7 +102,7 @@ class Plan(ResolvedRequest):
         return self.store.lookup(self.method.name, self.card.name, self.identity, self.recipe.model_dump(mode="json"))
 
     def open(self) -> Run:
-        """Return the run, made now or as it was left; RequestError before anything is made for scorers that are none."""
+        """Return the run, made now or as it was left; scorers that cannot be built are refused before it is made."""
         if self.card.rewards is None:  # reward models of the task's own are trained on first use
             _ = self.task.panel
         return self.store.open(

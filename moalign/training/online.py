@@ -179,8 +179,7 @@ class OnlineTrainer:
     def backward(self, loss: Tensor, metrics: Mapping[str, float] | None = None) -> None:
         """Add the gradient of a part's mean loss over its groups (a scalar); metrics are averaged over parts."""
         self.accelerator.backward(loss * self._share)
-        found = self.check.number("loss", float(loss.detach()))
-        for name, value in {"loss": found, **(metrics or {})}.items():
+        for name, value in {"loss": self.check.number("loss", float(loss.detach())), **(metrics or {})}.items():
             self._sums[name] = self._sums.get(name, 0.0) + self._share * value
 
     def step(self, metrics: Mapping[str, float] | None = None) -> None:
