@@ -317,7 +317,7 @@ class Run:
         for name, known in self.record.weights.items():
             path = self.path / name
             if path.is_file() and checkpoint.file_sum(path) != known:
-                command, given = "repeat its train command", self.record.as_given
+                command, given = "the command that made it", self.record.as_given
                 if given.keys() >= {"method", "task"}:
                     above = self.path.parents
                     results = above[3] if len(above) > 3 else Path("results")

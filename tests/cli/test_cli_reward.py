@@ -185,6 +185,10 @@ def test_a_wrong_split_and_label(moalign: Any, files: tuple[Path, Path], random_
     assert (ended.code, "--split: unknown split 'tset'" in ended.errors[0]) == (2, True)
     ended = moalign("reward", "eval", run, "--label", "4")
     assert (ended.code, "the model has no label 4" in ended.errors[0]) == (2, True)
+    weights = Path(run) / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-2] + b"xx")
+    ended = moalign("reward", "eval", run)
+    assert (ended.code, ended.errors[0].startswith(f"damaged: {weights}: its content is not what")) == (2, True)
 
 
 def test_a_dry_run_of_a_real_recipe_needs_nothing_but_the_recipe(moalign: Any) -> None:
