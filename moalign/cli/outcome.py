@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ from moalign.cli import output
 from moalign.report.units import count, duration, interval, memory, nats, number, percent
 
 if TYPE_CHECKING:
-    from moalign.evaluation.result import EvalResult, Side, Volume
+    from moalign.evaluation.result import EvalResult, ProxyReward, Side, Volume
     from moalign.runs.record import RunRecord
 
 
@@ -43,6 +44,25 @@ def show_points(result: EvalResult) -> None:
         row |= dict(zip(scaled, means, strict=True)) | dict(zip(raw, map(number, point.raw), strict=True))
         rows.append(row)
     output.table([*output.columns("preference", left=True), *output.columns(*scaled, *raw)], rows)
+    if result.proxy_reward is not None:
+        _show_believed(result, result.proxy_reward)
+
+
+def _show_believed(result: EvalResult, believed: ProxyReward) -> None:
+    """Print the mean rewards that were trained on beside the judge's, and the KL at which they were earned."""
+    from moalign.core.preferences import label
+
+    names = [*result.objectives, "w·n"]
+    headings = [f"{name}\n{kind}" for name in names for kind in ("believed", "true")]
+    rows = []
+    for point, other in zip(result.points, believed.points, strict=True):
+        sides = [(*mean, sum(map(operator.mul, point.preference, mean))) for mean in (other.mean, point.mean)]
+        kl = nats({"kl": point.kl, "kl_bound": point.kl_bound})
+        numbers = [number(value) for pair in zip(*sides, strict=True) for value in pair]
+        rows.append(
+            {"preference": label(point.preference), "KL\n(nats)": kl, **dict(zip(headings, numbers, strict=True))}
+        )
+    output.table([*output.columns("preference", left=True), *output.columns("KL\n(nats)", *headings)], rows)
 
 
 def show_summary(result: EvalResult, short: bool = False) -> None:
@@ -55,6 +75,8 @@ def show_summary(result: EvalResult, short: bool = False) -> None:
     rows = [("hypervolume", f"{volume} from reference point ({corner}), {front}")]
     if result.optimal_share is not None:
         rows.append(("optimal share", f"{_share(result)} of the exact optimum's hypervolume"))
+    if result.proxy_reward is not None:
+        rows.append(("believed", _believed(result.proxy_reward)))
     if result.generalisation is not None:
         rows.append(("trained on", _side(result.generalisation.trained)))
         rows.append(("held out", _side(result.generalisation.held_out)))
@@ -71,6 +93,13 @@ def show_summary(result: EvalResult, short: bool = False) -> None:
             rows.append(("prompts", overlong(result.overlong)))
     rows += [("warning", text) for text in result.warnings or ()]
     output.pairs(rows)
+
+
+def _believed(believed: ProxyReward) -> str:
+    """Return the hypervolume and inner product by the rewards that the method was trained on."""
+    bounds = believed.hypervolume_interval
+    spread = "" if bounds is None else f" {interval(bounds, 4)}"
+    return f"hypervolume {number(believed.hypervolume, 4)}{spread}, inner product {number(believed.inner_product)}"
 
 
 def _share(volume: Volume) -> str:

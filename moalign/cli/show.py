@@ -106,7 +106,7 @@ def _task(name: str, path: Path, as_json: bool) -> None:
         (key, item)
         for key, value in output.flat(settings)
         if key not in ("name", "description")
-        for item in (value if key == "objectives" else [value])
+        for item in (value if key in ("objectives", "gold_objectives") and value else [value])
     )
     output.next_commands(output.command("check", name), output.command("preview", "--task", name))
 

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from moalign.comparison import believed
 from moalign.comparison.result import (
     Difference,
     Entry,
@@ -148,6 +149,7 @@ def ranking(groups: Sequence[EntryRuns], grid: Sequence[Preference], draws: int,
         if a.grid == b.grid:
             pair.inner_product = _difference(Difference, a, b, _inner_product, products, draws, seed)
         pairs.append(pair)
+    believed.mark(entries, pairs)
     # The optimum for the comparison's own preferences, or else for the first entry's.
     optima = [group.results[0].optimum for group in sorted(judged, key=lambda group: group.grid != list(grid))]
     optimum = optima[0] if optima else None
@@ -187,6 +189,7 @@ def _entry(group: EntryRuns, judged: Sequence[EntryRuns], samples: Resampled, dr
         warnings=list(dict.fromkeys(text for run in group.finished for text in run.warnings)),
         generalisation=_generalisation(results),
         gap=_mean_if_known([result.gap for result in results]),
+        believed=believed.of_seeds([result.proxy_reward for result in results]),
         curves=[run.curves for run in group.finished],
         cost=cost,
         hypervolume_per_cost={unit: volume / spent if (spent := getattr(cost, unit)) else None for unit in COUNTED},

@@ -60,6 +60,32 @@ class HeldOutSummary(Content):
     inner_product: float
 
 
+class FalseWin(Content):
+    """A lead over another entry in believed reward that is none in truth (:mod:`moalign.comparison.believed`)."""
+
+    over: str
+    """The other entry's label."""
+    quantity: Literal["hypervolume", "inner_product"]
+    believed: float
+    """The believed lead: above 0."""
+    difference: float
+    """The true one: below 0."""
+    interval: Interval
+    """Of ``difference``."""
+    certain: bool
+    """The interval excludes 0."""
+    nearest_to_base: bool = False
+    """``over`` is the entry with the lowest KL to base."""
+
+
+class Believed(Content):
+    """An entry by the rewards that it was trained on, where these are not the judge's; means over its seeds."""
+
+    hypervolume: float
+    inner_product: float
+    false_wins: list[FalseWin] = Field(default_factory=list)
+
+
 class Entry(Content):
     """A method with one setting, over its training seeds; None for every number of an entry that failed."""
 
@@ -91,7 +117,8 @@ class Entry(Content):
     generalisation: dict[str, HeldOutSummary] | None = None
     """``trained`` and ``held_out``, where preferences were held out of training."""
     gap: float | None = None
-    """Hypervolume by the training rewards minus the judge's, where these differ."""
+    """Believed hypervolume minus the true one, where the rewards that were trained on are not the judge's."""
+    believed: Believed | None = None
     curves: list[dict[str, list[list[float]]]] = Field(default_factory=list)
     """Learning curves of each seed (:func:`moalign.report.figures.condense`)."""
     cost: TrainingCost | None = None

@@ -25,14 +25,14 @@ DEFAULTS_VERSION = 1
 :mod:`moalign.config.objectives` raises it, or cards of before and after would count as the same task."""
 
 _NOT_HASHED = {"description", "suite", "recipes_from", "published"}
-"""Keys that change no score; nor do the objectives' ``called``."""
+"""Keys that change no score; nor does ``called`` of the objectives and of the gold ones."""
 
 COLUMNS = {"prompt", "preference", "response", "ids", "finished", "chosen", "rejected", "nondominated", "kl"}
 """Columns that tables of answers, scores and points, and files of data, have beside those of the objectives."""
 DERIVED = ("_normalised", "_low", "_high", "_raw")
 """What ends the names of further columns of an objective in such tables."""
 
-_ANYTHING = {("objectives", "options"), ("template", "chat_kwargs")}
+_ANYTHING = {("objectives", "options"), ("gold_objectives", "options"), ("template", "chat_kwargs")}
 """Sections with whatever a scorer or a chat template is given: their ``path`` or ``model`` is none of the card's."""
 
 
@@ -214,6 +214,10 @@ class TaskCard(Strict):
     kind: Literal["sandbox", "text"]
     description: str
     objectives: list[ObjectiveSpec] = Field(min_length=2)
+    gold_objectives: list[ObjectiveSpec] | None = None
+    """Scorers that only the judge uses, each under the name of an objective; those that it doesn't name are judged by
+    their own. Methods are trained on ``objectives`` (believed rewards) and evaluated by these (true ones), on a scale
+    of their own that is fitted on the calibration split; reports show both."""
     model: str | None = None
     """Policy: a model folder or hub id. Null: the sandbox's built-in base; needed for text tasks."""
     model_revision: str | None = None
@@ -246,10 +250,10 @@ class TaskCard(Strict):
     recipes_from: str | None = None
     """A task whose recipes serve this one for every method that has none here."""
 
-    @field_validator("rewards", "overlong", "quality")
+    @field_validator("rewards", "overlong", "quality", "gold_objectives")
     @classmethod
     def _null_where_it_means_the_same(cls, value: Any) -> Any:
-        return None if value in ("exact", "cut", QualitySpec()) else value  # one form, so that both have one hash
+        return None if value in ("exact", "cut", QualitySpec(), []) else value  # one form, so that both have one hash
 
     @model_validator(mode="after")
     def _consistent(self) -> TaskCard:
@@ -265,6 +269,13 @@ class TaskCard(Strict):
             yield f"objective names must differ; found twice: {', '.join(twice)}"
         for name, problem in taken(names).items():
             yield f"objectives.{names.index(name)}.name: {problem}"
+        gold = [spec.name for spec in self.gold_objectives or ()]
+        for index, name in enumerate(gold):
+            if name not in names:
+                hint = did_you_mean(name, names)
+                yield f"gold_objectives.{index}.name: {name!r} is no objective; allowed: {listed}{hint}"
+            if name in gold[:index]:
+                yield f"gold_objectives.{index}.name: found {name!r} twice; allowed: each objective once"
         pairs = self.data.pairs if self.data is not None and isinstance(self.data.pairs, dict) else {}
         for section, entries in (("template.words", self.template.words or {}), ("data.pairs", pairs)):
             for name in entries:
@@ -295,6 +306,8 @@ class TaskCard(Strict):
             elif self.sandbox.annotators is not None and self.sandbox.annotators.groups != "specialists":
                 groups = self.sandbox.annotators.groups
                 yield f"rewards: learned needs annotators of each objective (specialists); found {groups!r}"
+            if self.gold_objectives:
+                yield "gold_objectives: rewards: learned is judged by the sandbox's own truth; leave one of the two out"
         given = self.data and (self.data.prompts, self.data.prompt_grammar) != (None, None)
         if self.kind == "text" and not given:
             yield "kind: text needs data.prompts or data.prompt_grammar"
@@ -325,7 +338,7 @@ class TaskCard(Strict):
         card = _without_folders(self.model_dump(mode="json", exclude=left_out, exclude_defaults=True))
         if self.template.words:
             card["template"]["words"] = list(card["template"]["words"].items())  # their order is that of the prompts
-        for objective in card["objectives"]:
+        for objective in [*card["objectives"], *card.get("gold_objectives", ())]:
             objective.pop("called", None)
         text = json.dumps([DEFAULTS_VERSION, card, identity], sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -217,7 +217,7 @@ def _card(
         problems += error.problems
         return None, None
     data, origin = _apply(document.data, sets, problems), _origin(document, sets)
-    tops = [name for name in ("model", "data", "objectives") if name in data]
+    tops = [name for name in ("model", "data", "objectives", "gold_objectives") if name in data]
     absent: list[tuple[tuple[Key, ...], str]] = []
     for holder, place in itertools.chain.from_iterable(_paths(data, (name,)) for name in tops):
         base = Path.cwd() if origin.option(place) else file.resolve().parent

@@ -10,7 +10,8 @@ allowed, the nearest valid name. The command line prints it without a traceback.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 
 class MoalignError(Exception):
@@ -34,6 +35,15 @@ class RequestError(MoalignError):
     def __init__(self, *problems: str) -> None:
         self.problems: tuple[str, ...] = problems
         super().__init__("\n".join(problems))
+
+
+@contextmanager
+def placed(where: str) -> Iterator[None]:
+    """Put ``where: `` (empty: nothing) before every problem of a RequestError that the block raises."""
+    try:
+        yield
+    except RequestError as error:
+        raise RequestError(*(f"{where}: {text}" if where else text for text in error.problems)) from error.__cause__
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str | None:

@@ -126,7 +126,7 @@ def evaluate(
     scores = _scores(context, table, preferences, samples)
     judgement = judge(context.task, preferences, scores)
     _describe(judgement.points, context.task, table["response"].tolist(), divergences)
-    proxy = proxy_reward(context, table, preferences)
+    proxy = proxy_reward(context, table, preferences, samples)
     held = held_out(context)
     separate = bool(held) and not all(_has(held, w) for w in preferences)
     judged = _quality(context.task, table["response"].tolist(), divergences)
@@ -287,7 +287,11 @@ def _stored_scores(
 def _scores(context: RunContext, table: pd.DataFrame, preferences: Sequence[Preference], samples: int) -> Matrix:
     """Return normalised scores ``[prompts, preferences, objectives]``, several samples of a prompt averaged."""
     raw = table[context.task.names].to_numpy(dtype=np.float64)
-    unit = context.task.judge_normaliser.unit(raw).reshape(len(preferences), -1, len(context.task.names))
+    return _per_prompt(context.task.judge_normaliser.unit(raw), preferences, samples)
+
+
+def _per_prompt(unit: Matrix, preferences: Sequence[Preference], samples: int) -> Matrix:
+    """Return scores ``[preferences x prompts x samples, objectives]`` as ``[prompts, preferences, objectives]``."""
     means: Matrix = unit.reshape(len(preferences), -1, samples, unit.shape[-1]).mean(axis=2)
     return means.transpose(1, 0, 2)
 
@@ -359,9 +363,16 @@ def at_reference(evaluation: Evaluation, task: Task, ref: Sequence[float]) -> Ev
     """
     spec = task.card.evaluation
     drawn = statistics.resample([evaluation.scores], spec.bootstrap, spec.seed)
+    volume, believed, gap = hypervolume(evaluation.scores.mean(axis=0), ref), evaluation.result.proxy_reward, None
+    if believed is not None:
+        there = {"hypervolume": hypervolume([point.mean for point in believed.points], ref)}
+        believed = believed.model_copy(update={**there, "hypervolume_interval": None})
+        gap = believed.hypervolume - volume
     changed = evaluation.result.model_copy(
         update={
-            "hypervolume": hypervolume(evaluation.scores.mean(axis=0), ref),
+            "hypervolume": volume,
+            "proxy_reward": believed,
+            "gap": gap,
             "hypervolume_interval": _of_hypervolume(drawn, ref),
             "reference_point": tuple(float(number) for number in ref),
             "generalisation": None,  # its hypervolumes are from the card's own reference point
@@ -372,12 +383,20 @@ def at_reference(evaluation: Evaluation, task: Task, ref: Sequence[float]) -> Ev
     return changed
 
 
-def proxy_reward(context: RunContext, table: pd.DataFrame, preferences: Sequence[Preference]) -> ProxyReward | None:
+def proxy_reward(
+    context: RunContext, table: pd.DataFrame, preferences: Sequence[Preference], samples: int
+) -> ProxyReward | None:
     """Return points and hypervolume by the rewards that the method was trained on, where these are not the judge's."""
     task = context.task
     if task.judge_panel is task.panel:
         return None
+    spec, ref = task.card.evaluation, task.card.reference_point
     raw = task.panel.score(table["prompt"].tolist(), table["response"].tolist())
-    means = task.normaliser.unit(raw).reshape(len(preferences), -1, len(task.names)).mean(axis=1)
+    scores = _per_prompt(task.normaliser.unit(raw), preferences, samples)
+    means = scores.mean(axis=0)
     points = [ProxyPoint(preference=w, mean=row) for w, row in zip(preferences, means.tolist(), strict=True)]
-    return ProxyReward(points=tuple(points), hypervolume=hypervolume(means, task.card.reference_point))
+    return ProxyReward(
+        points=tuple(points),
+        hypervolume=hypervolume(means, ref),
+        hypervolume_interval=_of_hypervolume(statistics.resample([scores], spec.bootstrap, spec.seed), ref),
+    )

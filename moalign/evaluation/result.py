@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, computed_field
 
 from moalign.core.errors import RequestError
 from moalign.core.preferences import Preference
@@ -191,17 +191,26 @@ class Generalisation(Content):
 
 
 class ProxyPoint(Content):
-    """Mean training rewards at one preference, in their own normalised units."""
+    """Mean believed rewards (those trained on) at one preference, in their own normalised units."""
 
     preference: Preference
     mean: tuple[float, ...]
 
 
 class ProxyReward(Content):
-    """The evaluation by the rewards that the method was trained on."""
+    """The evaluation by the rewards that the method was trained on: what it is believed to have gained."""
 
     points: tuple[ProxyPoint, ...]
     hypervolume: float
+    hypervolume_interval: Interval | None = None
+    """None where it was not measured (older files), or not from this reference point."""
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def inner_product(self) -> float:
+        """Mean over the preferences of w.n."""
+        gained = [w * n for point in self.points for w, n in zip(point.preference, point.mean, strict=True)]
+        return sum(gained) / len(self.points)
 
 
 class Judgement(Volume):
@@ -255,9 +264,9 @@ class EvalResult(Judgement, EvaluatedRun):
     quality: Quality
     cost: AnsweringCost
     proxy_reward: ProxyReward | None = None
-    """None where the judge's rewards are those trained on."""
+    """Believed rewards, beside the true ones of the judge; None where the judge's are those trained on."""
     gap: float | None = None
-    """Hypervolume by the training rewards minus the judge's; growth during training is reward hacking."""
+    """Believed hypervolume minus the true one; growth during training is reward hacking."""
     overlong: dict[str, int] | None = None
     """How many prompts were cut or dropped, where any was."""
     generalisation: Generalisation | None = None

@@ -229,6 +229,8 @@ def train(plan: Plan, progress: Progress = silent, wait: bool = False) -> tuple[
     existing = plan.existing_run
     if existing is not None and existing.record.status == "done":
         return existing, True
+    if plan.card.gold_objectives:  # a judge that cannot judge is seen before training, and holds no memory during it
+        _ = make_task(plan.card, plan.request.results, progress).judge_normaliser
     run = plan.open()
     if wait and run.is_locked():
         progress(f"waiting for {run.path.name}, which another process trains", 0, 1)

@@ -19,8 +19,14 @@ def log_ratios(logps: Tensor, ref_logps: Tensor) -> Tensor:
     return (logps - ref_logps).sum(-1)
 
 
-def pair_loss(first: Tensor, second: Tensor, labels: Tensor, weights: Tensor, beta: float) -> Tensor:
+def pair_loss(
+    first: Tensor, second: Tensor, labels: Tensor, weights: Tensor, beta: float, chance: Tensor | None = None
+) -> Tensor:
     """Return the weighted DPO loss of each pair, ``[pairs]``.
+
+    With certain labels it has no minimum: the margin grows for as long as it is trained on. With
+    ``chance = sigma(s(y+) - s(y-))`` it is least where ``beta * (D(y+) - D(y-)) = s(y+) - s(y-)``, which holds for all
+    responses of ``pi_ref(y|x) exp(s / beta) / Z`` and no other policy.
 
     Args:
         first, second: D of the pair's two responses, ``[pairs]``.
@@ -28,9 +34,11 @@ def pair_loss(first: Tensor, second: Tensor, labels: Tensor, weights: Tensor, be
             ``[pairs, labels]``.
         weights: weight of each label, ``[pairs, labels]``.
         beta: strength of the KL term.
+        chance: probability that each label is right, ``[pairs, labels]``: the loss is its expectation; None: 1.
     """
     margin = beta * (first - second).unsqueeze(-1) * labels
-    per_label = torch.where(labels != 0, -F.logsigmoid(margin), torch.zeros_like(margin))
+    losses = -F.logsigmoid(margin) if chance is None else preference_loss(margin, chance, "sigmoid")
+    per_label = torch.where(labels != 0, losses, torch.zeros_like(margin))
     return (weights * per_label).sum(-1)
 
 

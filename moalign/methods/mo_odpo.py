@@ -26,7 +26,9 @@ from pydantic import Field, model_validator
 
 from moalign.core.arrays import Matrix
 from moalign.core.preferences import Preference
+from moalign.core.records import Labels
 from moalign.methods.base import Capabilities
+from moalign.pareto.scalarisation import Scalarisation, scores
 from moalign.training.job import Job, RunContext
 from moalign.training.settings import OnlineConfig, WarmStart
 
@@ -57,6 +59,14 @@ class Config(OnlineConfig, WarmStart):
     may lower the likelihood of both responses, and what it frees goes to malformed ones. Needs pairing: weighted."""
     samples: int = Field(default=2, ge=2)
     """Responses per prompt; more than 2: best against worst by w . r."""
+    scalarisation: Scalarisation = "linear"
+    """What responses are ordered by: :mod:`moalign.pareto.scalarisation`. Needs pairing: weighted."""
+    labels: Labels = "order"
+    """order: the better response is preferred. bradley-terry: it is preferred with probability
+    ``sigma(s_better - s_worse)`` of the scores, and the loss is the expectation: then, and only then, it has a minimum,
+    at ``pi_ref exp(s / beta) / Z`` (:func:`moalign.losses.dpo.pair_loss`). Needs pairing: weighted."""
+
+    extremes: Literal["score", "advantage"] = "score"
 
     @model_validator(mode="after")
     def _pairing_fits(self) -> Config:
@@ -65,6 +75,11 @@ class Config(OnlineConfig, WarmStart):
         if self.pairing == "per_objective" and self.sft_coef:
             raise ValueError(
                 f"sft_coef needs pairing: weighted, where one response is preferred; found {self.sft_coef}"
+            )
+        if self.pairing == "per_objective" and (self.scalarisation, self.labels) != ("linear", "order"):
+            raise ValueError(
+                "pairing: per_objective orders responses by each reward alone, so it needs scalarisation: linear and "
+                f"labels: order; found {self.scalarisation} and {self.labels}"
             )
         return self
 
@@ -84,7 +99,7 @@ class MoOdpo:
         from moalign.training.grid import one_adapter
 
         with one_adapter(job) as lm:
-            warm_start(job, lm, job.config)
+            warm_start(job, lm, job.config, scalarisation=job.config.scalarisation, cap=job.config.reward_cap)
             learn_from_pairs(job, lm, job.config)
 
     def policy(self, context: RunContext, preference: Preference) -> Policy:
@@ -96,21 +111,23 @@ class MoOdpo:
 
 def learn_from_pairs(job: Job, lm: LanguageModel, config: Config) -> None:
     """Train the active adapter of ``lm`` on pairs of its own samples (algorithm 1)."""
-    from moalign.training.online import OnlineTrainer
+    from moalign.training.online import KlStrength, OnlineTrainer
     from moalign.training.preference_draws import independent
 
     draw = independent(job.given_preferences, len(job.task.names), config.alpha, config.resolution)
     trainer = OnlineTrainer(job, lm, config, draw)
+    strength = KlStrength(trainer, "beta", config.beta)
     for rollout in trainer.rollouts():
-        pairs = paired(rollout, config.pairing)
+        pairs = paired(rollout, config, strength.now)
         trainer.counts["pairs_dropped"] = trainer.counts.get("pairs_dropped", 0) + pairs.dropped
         if not len(pairs.rows):
             trainer.skip(pairs.metrics)
             continue
         for _ in range(config.epochs):
             for part in trainer.parts(pairs.rows, group=2, tensors=pairs.tensors):
-                trainer.backward(*loss(part, config, job.task.names))
-            trainer.step(pairs.metrics)
+                trainer.backward(*loss(part, config, job.task.names, strength.now))
+            trainer.step({**pairs.metrics, **strength.metrics})
+        strength.adapt(rollout)
 
 
 @dataclass
@@ -120,21 +137,27 @@ class Pairs:
     rows: NDArray[np.intp]
     """``[2 * pairs]``."""
     tensors: dict[str, Tensor]
-    """``labels`` and ``weights`` ``[pairs, labels]``, ``preferences`` ``[pairs, objectives]``."""
+    """``labels``, ``chance`` and ``weights`` ``[pairs, labels]``, ``preferences`` ``[pairs, objectives]``."""
     dropped: int
     """Ties and identical responses."""
     metrics: dict[str, float]
 
 
-def paired(rollout: Rollout, pairing: Pairing) -> Pairs:
+def paired(rollout: Rollout, config: Config, beta: float) -> Pairs:
     """Pair the responses of every prompt and leave out what teaches nothing; see :func:`best_against_worst`."""
     import torch
 
-    rows, labels = best_against_worst(rollout.z, rollout.preferences, rollout.per_prompt, rollout.responses, pairing)
+    s = scores(rollout.z, np.repeat(rollout.preferences, rollout.per_prompt, axis=0), config.scalarisation)
+    by = s
+    if config.extremes == "advantage":
+        by = s - beta * (rollout.samples.logps - rollout.ref_logps()).sum(-1).double().cpu().numpy()
+    rows, labels = best_against_worst(rollout.z, by, rollout.per_prompt, rollout.responses, config.pairing)
     useful = np.flatnonzero((labels != 0).any(axis=1))
     dropped = len(labels) - len(useful)
-    weights = np.ones((len(labels), 1)) if pairing == "weighted" else rollout.preferences
-    columns = {"labels": labels, "weights": weights, "preferences": rollout.preferences}
+    weights = np.ones((len(labels), 1)) if config.pairing == "weighted" else rollout.preferences
+    better = s[rows[:, 0]] - s[rows[:, 1]] if config.labels == "bradley-terry" else np.full(len(rows), np.inf)
+    chance = np.broadcast_to(1 / (1 + np.exp(-better))[:, None], labels.shape)
+    columns = {"labels": labels, "chance": chance, "weights": weights, "preferences": rollout.preferences}
     return Pairs(
         rows=rows[useful].reshape(-1),
         tensors={name: torch.as_tensor(column[useful], dtype=torch.float32) for name, column in columns.items()},
@@ -144,23 +167,24 @@ def paired(rollout: Rollout, pairing: Pairing) -> Pairs:
 
 
 def best_against_worst(
-    z: Matrix, preferences: Matrix, per_prompt: int, responses: Sequence[str], pairing: Pairing
+    z: Matrix, s: Matrix, per_prompt: int, responses: Sequence[str], pairing: Pairing
 ) -> tuple[NDArray[np.intp], Matrix]:
-    """Pair the responses of every prompt by their normalised rewards z ``[prompts * per_prompt, objectives]``.
+    """Pair the responses of every prompt by their scores s ``[prompts * per_prompt]``.
+
+    Per objective the first two of a prompt are a pair, labelled by their rewards z, ``[those rows, objectives]``.
 
     Returns row numbers ``[prompts, 2]`` and labels ``[prompts, 1]`` (weighted; the first row is the better one) or
     ``[prompts, objectives]`` (+1 or -1 per objective); a label of 0 is a tie, and identical texts are one.
     """
-    count = len(preferences)
-    grouped = z.reshape(count, per_prompt, -1)
-    scores = np.einsum("nsm,nm->ns", grouped, preferences)
-    best, worst = scores.argmax(axis=1), scores.argmin(axis=1)
+    grouped, of_prompt = z.reshape(-1, per_prompt, z.shape[-1]), s.reshape(-1, per_prompt)
+    count = len(of_prompt)
+    best, worst = of_prompt.argmax(axis=1), of_prompt.argmin(axis=1)
     if pairing == "per_objective":
         best, worst = np.zeros(count, dtype=np.intp), np.ones(count, dtype=np.intp)
     every = np.arange(count)
     rows = np.stack([best, worst], axis=1) + (every * per_prompt)[:, None]
     if pairing == "weighted":
-        labels = np.sign(scores[every, best] - scores[every, worst])[:, None]
+        labels = np.sign(of_prompt[every, best] - of_prompt[every, worst])[:, None]
     else:
         labels = np.sign(grouped[every, best] - grouped[every, worst])
     same = np.array([responses[a] == responses[b] for a, b in rows.tolist()], dtype=bool)
@@ -168,13 +192,14 @@ def best_against_worst(
     return rows, labels
 
 
-def loss(part: Part, config: Config, names: Sequence[str]) -> tuple[Tensor, dict[str, float]]:
+def loss(part: Part, config: Config, names: Sequence[str], beta: float) -> tuple[Tensor, dict[str, float]]:
     """Return the mean DPO loss over a part's pairs (a scalar) and metrics; ``names`` are the objectives'."""
     from moalign.losses.dpo import log_ratios, pair_loss
 
     ratio = log_ratios(part.logps, part.ref_logps)
     labels, weights = part.tensors["labels"].to(ratio.device), part.tensors["weights"].to(ratio.device)
-    value = pair_loss(ratio[0::2], ratio[1::2], labels, weights, config.beta).mean()
+    chance = None if config.labels == "order" else part.tensors["chance"].to(ratio.device)
+    value = pair_loss(ratio[0::2], ratio[1::2], labels, weights, beta, chance).mean()
     metrics = {}
     if config.sft_coef:  # the first response of a pair is the preferred one
         lengths = part.response_mask[0::2].sum(-1).clamp_min(1)

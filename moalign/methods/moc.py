@@ -97,7 +97,7 @@ class Moc:
 
         config, names, apart = job.config, job.task.names, job.config.kl == "outside"
         with one_adapter(job) as lm:
-            warm_start(job, lm, config, config.style)
+            warm_start(job, lm, config, config.style, cap=config.reward_cap)
             heads = [*names, ppo.KL_HEAD] if apart else names
             trainer = PpoTrainer(job, lm, config, grouped(job.preferences, config.groups), heads, style=config.style)
             for rollout in trainer.rollouts():

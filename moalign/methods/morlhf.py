@@ -89,7 +89,7 @@ def train_conditioned(job: Job) -> None:
     from moalign.training.grid import one_adapter
 
     with one_adapter(job) as lm:
-        warm_start(job, lm, job.config, job.config.style)
+        warm_start(job, lm, job.config, job.config.style, cap=job.config.reward_cap)
         learn(job, lm, job.preferences, "online", job.config.style)
 
 

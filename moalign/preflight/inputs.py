@@ -11,7 +11,7 @@ from typing import NamedTuple
 from moalign.config.card import SourceSpec, TaskCard
 from moalign.config.objectives import ModelObjective, ObjectiveSpec
 from moalign.config.recipe import LoraSpec
-from moalign.core.errors import RequestError
+from moalign.core.errors import RequestError, placed
 from moalign.lm import builtin
 from moalign.lm.chat import Renderer
 from moalign.preflight.report import Preflight
@@ -53,6 +53,8 @@ def check_inputs(
         _check_overlong(report, card, None if model is None else task)
     for spec in card.objectives:
         report.look(f"objective {spec.name}", partial(_objective, report, spec))
+    for spec in card.gold_objectives or ():
+        report.look(f"gold objective {spec.name}", partial(_gold_objective, report, spec))
     if card.published and with_options:
         report.look("published", lambda: _published(report, card, results))
     return Inputs(model, task if readable else None)
@@ -236,6 +238,11 @@ def _objective(report: Preflight, spec: ObjectiveSpec) -> str:
         return _in_cache(report, spec.model, spec.revision, f"objective {spec.name}: model")[0]
     scorer = build_scorer(spec, Path.cwd())
     return f"{spec.kind}, {'larger' if scorer.maximise else 'smaller'} is better, revision {scorer.revision}"
+
+
+def _gold_objective(report: Preflight, spec: ObjectiveSpec) -> str:
+    with placed("gold_objectives"):
+        return f"used by the judge only: {_objective(report, spec)}"
 
 
 def _published(report: Preflight, card: TaskCard, results: Path) -> str:

@@ -143,7 +143,7 @@ def estimate(resolved: ResolvedRequest, policy: Architecture, capabilities: Capa
     """
     card, lora, trains = resolved.card, resolved.recipe.policy.lora, capabilities.trains
     adapted = architecture.adapted(policy.shapes, lora.r, lora.targets) if trains else 0
-    models, unknown = reward_models(card)
+    models, _ = reward_models(card)
     needs = resolved.recipe.needs
     on_cpu = needs.gpu == "none" and needs.gpu_memory_gib is None
     phases_of = _Phases(card, policy, lora, adapted, models, on_cpu)
@@ -157,17 +157,19 @@ def estimate(resolved: ResolvedRequest, policy: Architecture, capabilities: Capa
             phases += phases_of.online(name, config)
         else:
             phases += phases_of.sft(name, config)
-    phases.append(phases_of.sampling("answering", adapters=adapted * 4 * readers, readers=readers))
+    judging, unknown = reward_models(card, judging=True)
+    answering = _Phases(card, policy, lora, adapted, judging, on_cpu)
+    phases.append(answering.sampling("answering", adapters=adapted * 4 * readers, readers=readers))
     return Estimate(policy, adapted, card.dtype, phases, unknown, on_cpu)
 
 
-def reward_models(card: TaskCard) -> tuple[list[tuple[ModelObjective, Architecture]], list[str]]:
+def reward_models(card: TaskCard, judging: bool = False) -> tuple[list[tuple[ModelObjective, Architecture]], list[str]]:
     """Return the card's reward models with their sizes, and the names of those whose sizes are not known.
 
-    Objectives that share a model are loaded once.
+    Objectives that share a model are loaded once. With ``judging`` those that only the judge uses count, too.
     """
     models, unknown, seen = [], [], set()
-    for spec in card.objectives:
+    for spec in [*card.objectives, *(card.gold_objectives or () if judging else ())]:
         if not isinstance(spec, ModelObjective) or spec.reading in seen:
             continue
         seen.add(spec.reading)

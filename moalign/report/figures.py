@@ -1,4 +1,4 @@
-"""The figures of a comparison: fronts, utility by preference, hypervolume against cost, and learning curves.
+"""The figures of a comparison: fronts, believed and true rewards, utility by preference, cost, learning curves.
 
 Each is drawn as ``draw(record, suffix, theme)`` from a record in which some row has points, and returned as a file's
 content; the same input gives the same bytes. ``suffix`` is one of :data:`moalign.report.style.FORMATS`.
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moalign.report import style
+from moalign.report.believed import draw_believed
 from moalign.report.record import Row, judged, machines
 from moalign.report.style import DPI, Look, Theme, ThemeName
 from moalign.report.units import duration, number, percent
@@ -379,6 +380,7 @@ def draw_curves(record: Row, suffix: str = ".png", theme: ThemeName = "light") -
 
 ALL: dict[str, Callable[..., bytes | None]] = {
     "fronts": draw_fronts,
+    "believed": draw_believed,
     "utility": draw_utility,
     "cost": draw_cost,
     "curves": draw_curves,

@@ -13,6 +13,7 @@ from moalign.report.templates import render
 _RANKING = "rank name hypervolume interval share seeds iqm tau inner_product utility regret igd_plus spacing"
 _COST = f"rank label {tables.COST} answering_rewards collapsed length distinct kl"
 _FIGURES = {
+    "believed": "Believed and true rewards, and both over KL to base",
     "utility": "What each preference gets: utility of the policy asked for it",
     "cost": "Hypervolume against cost",
     "curves": "Learning curves",
@@ -26,6 +27,7 @@ def page(record: Row, folder: Path) -> str:
         {
             **tables.of_comparison(record, _RANKING, _COST),
             "record": record,
+            "legend": tables.legend(record["rows"]),
             "link": lambda path: quote(Path(os.path.relpath(path, folder)).as_posix()),
             "figures": [(_FIGURES[name], path) for name, path in record["figures"].items() if name in _FIGURES],
             "failures": [(row["label"], run) for row in record["rows"] for run in row["runs"] if run["error"]],

@@ -29,7 +29,7 @@ LIMIT = 10_000_000
 """Bytes of a page; prompts are left out (and the page says so) where their answers would not fit."""
 PLAIN = 6_000_000
 """Bytes of answers above which they are compressed instead of written as readable JSON."""
-SCRIPTS = ("1-basics.js", "2-tables.js", "3-front.js", "4-answers.js", "5-start.js")
+SCRIPTS = ("1-basics.js", "2-tables.js", "3-front.js", "4-answers.js", "5-believed.js", "6-start.js")
 """The page's script, in the order in which its parts are joined."""
 
 _PLACE = "<answers>"
@@ -70,6 +70,7 @@ def page(record: Row, answers: Sequence[Answers] = (), limit: int = LIMIT) -> by
         "js": script,
         "data": _json({**record, "rows": [{**row, "curves": None} for row in record["rows"]]}),
         "record": record,
+        "legend": tables.legend(record["rows"]),
         "answers": _PLACE,
     }
 

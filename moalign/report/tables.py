@@ -102,8 +102,25 @@ def select(columns: Mapping[str, Column], names: str, rows: Iterable[Row], **cha
 # --- one row per method -----------------------------------------------------------------------------------------
 
 
+MARK = "†"
+"""Behind the name of a method whose lead in believed reward is none in truth."""
+
+
+def legend(rows: Iterable[Row]) -> str | None:
+    """Return what the mark means, where a row has it."""
+    if not any(read(row, "believed.false_wins") for row in rows):
+        return None
+    return f"{MARK} ahead of another method by the rewards that were trained on, but not in truth: see the verdict"
+
+
 def _name(row: Row) -> str:
-    return str(row["label"]) + ("" if row["status"] == "done" else f" ({row['status']})")
+    mark = f" {MARK}" if read(row, "believed.false_wins") else ""
+    return str(row["label"]) + mark + ("" if row["status"] == "done" else f" ({row['status']})")
+
+
+def _believed_hypervolume(row: Row) -> Any:
+    """Return the hypervolume by the rewards that were trained on; older records hold its difference to the true one."""
+    return row["hypervolume"] + row["gap"] if row["gap"] is not None else None
 
 
 def _further_seeds(row: Row) -> Any:
@@ -175,8 +192,35 @@ METHODS = {
     "answering_rewards": Column("answering: reward calls", "cost.answering.reward_calls", count, rising=True),
     "per_minute": Column("hypervolume per minute", _per_minute, number),
     "gap": Column("gap", "gap", signed, 4),
+    "believed": Column(
+        "believed hypervolume", _believed_hypervolume, number, 4, brief=3, short="believed\nhyperv.", needs="gap"
+    ),
+    "believed_product": Column(
+        "believed inner product",
+        "believed.inner_product",
+        number,
+        short="believed\ninner",
+        needs="believed.inner_product",
+    ),
 }
 """Every column of a table with one row per method."""
+
+TRUE = {
+    "kl": replace(METHODS["kl"], heading="KL (nats)", short="KL\n(nats)"),
+    "hypervolume": replace(METHODS["hypervolume"], heading="true hypervolume", short="true\nhyperv."),
+    "inner_product": replace(
+        METHODS["inner_product"], heading="true inner product", short="true\ninner", needs="believed.inner_product"
+    ),
+}
+"""Columns as they are called beside believed ones."""
+
+BELIEVED = "name kl believed hypervolume gap believed_product inner_product"
+
+
+def with_believed(record: Row) -> Table:
+    """Return believed beside true rewards, of the rows whose rewards in training were not the judge's."""
+    return select(METHODS, BELIEVED, [row for row in judged(record) if row["gap"] is not None], **TRUE)
+
 
 COST = "time generated trained rewards memory answering"
 
@@ -236,7 +280,7 @@ def of_comparison(record: Row, ranking: str, cost: str) -> dict[str, Table]:
         "pairs": select(PAIRS, " ".join(PAIRS), record["pairs"]),
         "cost": select(METHODS, cost, rows),
         "generalisation": Table(_SIDES, sides),
-        "gaps": select(METHODS, "label hypervolume gap", [row for row in rows if row["gap"] is not None]),
+        "gaps": with_believed(record),
         "diagnostics": Table(_DIAGNOSTICS, measured),
         "reported": Table(_REPORTED, record["reported"]),
     }

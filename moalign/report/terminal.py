@@ -71,6 +71,11 @@ def _tables(record: Row) -> list[Table]:
         return []
     ranking = select(METHODS, "rank name hypervolume interval share tau collapsed kl", record["rows"])
     shown = [_rich(ranking, "KL to base: nats per response" if ranking.has("KL to base") else None)]
+    believed = tables.with_believed(record)
+    if believed.rows:
+        name = replace(METHODS["name"], heading="believed and true")
+        numbers = [column for column in believed.columns[1:] if column.heading != "gap"]
+        shown.append(_rich(tables.Table([name, *numbers], believed.rows), tables.legend(believed.rows)))
     leads = verdict.lead_over_each(record)
     if leads:
         over = Column(f"{rows[0]['label']} is ahead of", "other", left=True)

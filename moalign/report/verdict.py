@@ -7,6 +7,7 @@ from typing import Any
 
 from moalign.core import preferences
 from moalign.report.record import Row, judged, machines
+from moalign.report.tables import MARK
 from moalign.report.units import interval, number, percent, signed
 
 COLLAPSED = 0.05
@@ -54,7 +55,7 @@ def sure(lead: Row) -> str:
 def sentences(record: Row) -> list[str]:
     """Return the verdict, one sentence or two per item: first the winner (or that there is none), then caveats."""
     rows = judged(record)
-    lines = [_outcome(record, rows), *_by_inner_product(record, rows), *_failures(record["rows"])]
+    lines = [_outcome(record, rows), *_by_inner_product(record, rows), *_false_wins(rows), *_failures(record["rows"])]
     sensitivity = record["sensitivity"]
     if sensitivity and sensitivity["flipped"]:
         ref = ", ".join(f"{value:g}" for value in sensitivity["ref"])
@@ -155,6 +156,26 @@ def _by_inner_product(record: Row, rows: Sequence[Row]) -> list[str]:
         "with certainty" if near["certain"] else f"which may be chance (above 0 in {percent(near['share_above_zero'])})"
     )
     return [f"By what each preference asked for (inner product) {lead}, {how}."]
+
+
+def _false_wins(rows: Sequence[Row], most: int = 3) -> list[str]:
+    """Return which leads in believed reward are none in truth: of each method the one that is furthest behind."""
+    worst = []
+    for row in rows:
+        wins = (row.get("believed") or {}).get("false_wins", ())
+        if wins:
+            win = min(wins, key=lambda win: (not win["certain"], float(win["difference"])))
+            worst.append((len(wins) - 1, {**win, "label": row["label"]}))
+    texts = [
+        f"{win['label']} over {win['over']}{', the nearest to the base,' if win['nearest_to_base'] else ''} "
+        f"({win['quantity'].replace('_', ' ')}: believed {signed(win['believed'])}, true {_difference(win)}"
+        f"{'' if win['certain'] else ', which may be chance'}{f'; and {others} more' if others else ''})"
+        for others, win in sorted(worst, key=lambda item: float(item[1]["difference"]))
+    ]
+    left = len(texts) - most
+    rest = f"; and {left} other method{'s' if left > 1 else ''}" if left > 0 else ""
+    listed = "; ".join(texts[:most])
+    return [f"{MARK} Ahead by the rewards that were trained on, but not in truth: {listed}{rest}."] if texts else []
 
 
 def _smallest(leads: Sequence[Row]) -> Row:

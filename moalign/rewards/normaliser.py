@@ -8,9 +8,9 @@ applied (larger is better), as :meth:`moalign.rewards.panel.RewardPanel.score` g
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -113,6 +113,18 @@ class Normaliser:
             hi=tuple(numbers.hi for numbers in ordered),
             bounds=tuple((numbers.lo, numbers.hi) for numbers in ordered),
         )
+
+    def replaced(self, other: Normaliser) -> Normaliser:
+        """Return this scale with ``other``'s numbers for the objectives that it names."""
+        theirs = {name: k for k, name in enumerate(other.names)}
+        numbers: dict[str, Any] = {
+            field: tuple(
+                getattr(other, field)[theirs[name]] if name in theirs else getattr(self, field)[k]
+                for k, name in enumerate(self.names)
+            )
+            for field in ("mean", "sd", "lo", "hi", "bounds")
+        }
+        return replace(self, **numbers)
 
     def z(self, raw: ArrayLike) -> Matrix:
         """Return (raw - mean) / sd; ``[..., objectives]``."""

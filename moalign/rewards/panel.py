@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from moalign.runs.meter import Meter
 
 Pair = tuple[str, str]
+Cap = Literal["none", "log", "clip"]
 
 
 class RewardPanel:
@@ -73,6 +74,13 @@ class RewardPanel:
         panel.meter = meter
         return panel
 
+    def replaced(self, other: RewardPanel) -> RewardPanel:
+        """Return a panel in this one's order whose objectives are ``other``'s where that has one of the same name."""
+        theirs = {scorer.name: scorer for scorer in other.objectives}
+        return RewardPanel(
+            [theirs.get(scorer.name, scorer) for scorer in self.objectives], self.store, chunk=self.chunk
+        )
+
     @property
     def scorer_hash(self) -> str:
         """16 hex digits over the objectives' order, names, directions and revisions."""
@@ -113,9 +121,22 @@ class RewardPanel:
         row = {pair: number for number, pair in enumerate(first)}
         return raw[[row[pair] for pair in pairs]]
 
-    def z(self, raw: Matrix) -> Matrix:
-        """Return (raw - mean) / sd, shape as given ``[..., objectives]``; WorkError without a normaliser."""
-        return self._needed_normaliser().z(raw)
+    def z(self, raw: Matrix, cap: Cap = "none") -> Matrix:
+        """Return (raw - mean) / sd, shape as given ``[..., objectives]``; WorkError without a normaliser.
+
+        ``cap``: what a reward is worth beyond the upper bound b of the calibration data, where nothing was seen:
+        all of it, its logarithm (``b + log(1 + z - b)``), or nothing (``b``).
+        """
+        z = self._needed_normaliser().z(raw)
+        if cap == "none":
+            return z
+        bound = self.z_bounds()[:, 1]
+        beyond = np.maximum(z - bound, 0.0)
+        return np.asarray(np.minimum(z, bound) + (np.log1p(beyond) if cap == "log" else 0.0))
+
+    def z_bounds(self) -> Matrix:
+        """Return the calibration data's bounds, ``[objectives, 2]`` in units of z; WorkError without a normaliser."""
+        return self._needed_normaliser().z_bounds()
 
     def unit(self, raw: Matrix) -> Matrix:
         """Return (raw - lo) / (hi - lo), not clipped, shape as given; WorkError without a normaliser."""

@@ -22,7 +22,7 @@ from moalign.config.card import TaskCard
 from moalign.core import preferences
 from moalign.core.amounts import Amount, Amounts, SplitAmount
 from moalign.core.arrays import Matrix
-from moalign.core.errors import RequestError
+from moalign.core.errors import RequestError, placed
 from moalign.core.paths import cache_root
 from moalign.core.preferences import Preference
 from moalign.core.progress import Progress, silent
@@ -263,10 +263,24 @@ class Task(abc.ABC):
 
         return Store(self.results / "tasks" / "scores.sqlite")
 
-    @property
+    @functools.cached_property
+    def gold_panel(self) -> RewardPanel | None:
+        """The scorers that only the judge uses, in the task's order; None: the judge sees what methods see."""
+        if self.card.gold_objectives is None:
+            return None
+        with placed("gold_objectives"):
+            return self._panel_of(sorted(self.card.gold_objectives, key=lambda spec: self.names.index(spec.name)))
+
+    @functools.cached_property
     def judge_panel(self) -> RewardPanel:
-        """The scorers that answers are judged by, without normaliser; methods may be given other ones (learned)."""
-        return self.panel
+        """The scorers that answers are judged by, without normaliser: the gold ones, and methods' where there is none.
+
+        Of a task without gold scorers it is :attr:`panel` itself.
+        """
+        gold = self.gold_panel
+        if gold is None:
+            return self.panel
+        return gold if gold.names == self.names else self.panel.replaced(gold)
 
     @functools.cached_property
     def normaliser(self) -> Normaliser:
@@ -275,10 +289,16 @@ class Task(abc.ABC):
             return Normaliser.from_spec(self.card.normaliser, self.names)
         return self._fitted("normaliser.json", self.panel)
 
-    @property
+    @functools.cached_property
     def judge_normaliser(self) -> Normaliser:
-        """The normaliser of :attr:`judge_panel`'s scores."""
-        return self.normaliser
+        """The normaliser of :attr:`judge_panel`'s scores: the gold scorers' are fitted once, even where the card has
+        numbers for the methods' own.
+        """
+        gold = self.gold_panel
+        if gold is None:
+            return self.normaliser
+        truth = self._fitted("truth.json", gold)
+        return truth if gold.names == self.names else self.normaliser.replaced(truth)
 
     def _fitted(self, name: str, panel: RewardPanel) -> Normaliser:
         """Return the normaliser of a panel, fitted once and kept with the task."""
@@ -294,13 +314,15 @@ class Task(abc.ABC):
         self._keep_short((data or base).responses)  # now that the base was sampled for it
         prompts = base.prompts + (data.prompts if data else [])
         responses = shown(base.responses + (data.responses if data else []))
-        return Normaliser.fit(
-            panel.score(prompts, responses),
-            self.names,
-            data=of_data,
-            data_hash=hashlib.sha256("\0".join([*prompts, *responses]).encode()).hexdigest()[:16],
-            scorer_hash=panel.scorer_hash,
-        )
+        raw = panel.score(prompts, responses)
+        with placed("gold_objectives" if panel is self.gold_panel else ""):
+            return Normaliser.fit(
+                raw,
+                panel.names,
+                data=of_data,
+                data_hash=hashlib.sha256("\0".join([*prompts, *responses]).encode()).hexdigest()[:16],
+                scorer_hash=panel.scorer_hash,
+            )
 
     def _calibration_samples(self) -> Responses:
         return self._sample_base("calibration", self.card.pool.calibration_per_prompt, "calibrating")

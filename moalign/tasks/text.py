@@ -34,10 +34,11 @@ class TextTask(Task):
                 content |= {f"{name}.{key}": readers.fingerprint(part) for key, part in sorted(source.items())}
             elif source is not None and not isinstance(source, list):
                 content[name] = readers.fingerprint(source)
-        for spec in self.card.objectives:
-            file = python_scorer.file_of(spec.function, Path.cwd()) if isinstance(spec, PythonObjective) else None
-            if file is not None and file.is_file():
-                content[f"scorer.{spec.name}"] = python_scorer.fingerprint(file)
+        for role, specs in (("scorer", self.card.objectives), ("gold", self.card.gold_objectives or ())):
+            for spec in specs:
+                file = python_scorer.file_of(spec.function, Path.cwd()) if isinstance(spec, PythonObjective) else None
+                if file is not None and file.is_file():
+                    content[f"{role}.{spec.name}"] = python_scorer.fingerprint(file)
         return content
 
     def base_source(self) -> tuple[str, str | None]:

@@ -84,6 +84,24 @@ def log_probs(
     draw from at a ``temperature`` above 0; with ``half`` in bfloat16 where the model's operations allow it.
     ``progress(done, total)`` is called after every batch.
     """
+    return _of_tokens(lm, rows, lambda tokens: tokens.sum(-1), own, temperature, half, progress)
+
+
+def least_log_probs(lm: LanguageModel, rows: Sequence[Row], temperature: float = 1.0) -> torch.Tensor:
+    """Return the log-probability, to the base, of the least likely token of each row's response, ``[rows]``."""
+    return _of_tokens(lm, rows, lambda tokens: tokens.amin(-1), temperature=temperature)  # outside the mask it is 0
+
+
+def _of_tokens(
+    lm: LanguageModel,
+    rows: Sequence[Row],
+    reduce: Callable[[torch.Tensor], torch.Tensor],
+    own: bool = False,
+    temperature: float = 1.0,
+    half: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> torch.Tensor:
+    """Return ``reduce`` of the log-probabilities of each row's tokens ``[batch, T]``; see :func:`log_probs`."""
     import torch
 
     from moalign.lm.language_model import reference_mode
@@ -103,7 +121,7 @@ def log_probs(
             width = batch["input_ids"].shape[1] - min(len(ids) - length for ids, length in chosen)
             response = batch["completion_mask"][:, -width:].bool()
             out = token_outputs(lm.model, batch["input_ids"], batch["attention_mask"], response, temperature)
-            logps[numbers] = out.logps.sum(-1).float().cpu()
+            logps[numbers] = reduce(out.logps).float().cpu()
             done += len(numbers)
             if progress is not None:
                 progress(done, len(rows))

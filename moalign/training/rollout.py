@@ -45,6 +45,8 @@ class Rollout:
     """Normalised rewards (task's frozen mean and standard deviation), ``[rows, objectives]``."""
     score_reference: Callable[[Tensor], Tensor]
     """Row numbers -> reference log-probabilities ``[those rows, T]``."""
+    outside: float | None = None
+    """Share of the responses outside the data's support, where it is looked at (:mod:`moalign.training.support`)."""
     step: int = 0
     """The training step that drew it, from 0."""
     values: Tensor | None = None
@@ -70,19 +72,28 @@ class Rollout:
 
 
 @torch.no_grad()
+def mean_kl(rollout: Rollout) -> float:
+    """Return the mean log ratio to the reference, in nats per response.
+
+    Over one response of each prompt: an unbiased estimate, also when an update chooses best and worst.
+    """
+    first = torch.arange(0, len(rollout.responses), rollout.per_prompt)
+    return float((rollout.samples.logps[first] - rollout.ref_logps(first)).sum(-1).mean())
+
+
+@torch.no_grad()
 def rollout_metrics(rollout: Rollout, names: Sequence[str]) -> dict[str, float]:
     """Return what every online method logs of a rollout: KL, length, rewards; ``names`` are the objectives'."""
     samples = rollout.samples
     lengths = samples.response_mask.sum(-1)
-    # One response of each prompt: an unbiased estimate, also when the update chose best and worst.
-    first = torch.arange(0, len(lengths), rollout.per_prompt)
     rewards = zip(names, rollout.z.mean(axis=0), strict=True)
     return {
-        "kl": float((samples.logps[first] - rollout.ref_logps(first)).sum(-1).mean()),
+        "kl": mean_kl(rollout),
         "length": float(lengths.float().mean()),
         "unfinished": float((~samples.finished).float().mean()),
         **{f"reward/{name}": float(value) for name, value in rewards},
         "utility": float(rollout.utility.mean()),
+        **({} if rollout.outside is None else {"outside": rollout.outside}),
     }
 
 
@@ -139,7 +150,7 @@ def sample_rollout(
         samples=samples,
         responses=answers,
         raw=raw,
-        z=job.panel.z(raw),
+        z=job.panel.z(raw, config.reward_cap),
         score_reference=lambda rows: _in_parts(partial(actor.reference_logps, samples), rows, config),
         step=step,
         values=values,

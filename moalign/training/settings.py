@@ -51,6 +51,11 @@ class DistilConfig(SftConfig):
     """Dirichlet concentration of the preferences."""
     resolution: int | None = Field(default=20, ge=1)
     """Preferences are drawn in steps of one over this; None: as the Dirichlet gives them."""
+    choose: Literal["best", "tilted"] = "best"
+    """Which of the n responses is learned from: the one with the largest score s at the drawn preference, or one drawn
+    with probability proportional to ``exp(s / beta)``."""
+    beta: float = Field(default=0.1, gt=0)
+    """Of ``choose: tilted``: strength of the KL term, in units of the score."""
 
 
 class CostHints(Strict):
@@ -151,6 +156,17 @@ class OnlineConfig(Strict):
     """What the KL term compares with: the base (adapter off), or the policy as it was at the start."""
     ref_sync_steps: int | None = Field(default=None, ge=1)
     """Copy the policy into the reference every so many steps; None keeps it fixed."""
+    kl_budget: float | None = Field(default=None, gt=0)
+    """KL of a response to the reference, in nats, that the strength of the KL term (``beta``; of PPO ``kl_coef``) is
+    steered to (Ziegler et al. 2019, arXiv 1909.08593, section 2.2); None keeps it fixed."""
+    kl_horizon: int = Field(default=10_000, ge=1)
+    """Responses that it takes to change the strength by up to a fifth, when steered."""
+    reward_cap: Literal["none", "log", "clip"] = "none"
+    """What a normalised reward is worth beyond the upper bound of the calibration data (``bounds`` of the normaliser),
+    where nothing in the data ever was: as much as below it, its logarithm, or nothing."""
+    support: float | None = Field(default=None, ge=0)
+    """How many nats a token of a response may be less likely, to the reference, than any of the calibration responses
+    before the response's rewards are no longer believed (:mod:`moalign.training.support`); None: they always are."""
     checkpoint_every: int = Field(default=50, ge=1)
     log_every: int = Field(default=5, ge=1)
 
@@ -173,10 +189,6 @@ class PpoConfig(OnlineConfig):
     """A probability ratio outside 1 - clip_range .. 1 + clip_range is not pushed further out."""
     kl_coef: float = Field(default=0.2, ge=0)
     """Cost of a nat of every token's log ratio to the reference, in units of the normalised reward."""
-    kl_target: float | None = Field(default=None, gt=0)
-    """KL of a response, in nats, that ``kl_coef`` is steered to; None keeps the coefficient fixed."""
-    kl_horizon: int = Field(default=10_000, ge=1)
-    """Responses that it takes to change the coefficient by up to a fifth, when steered."""
     gamma: float = Field(default=1.0, gt=0, le=1)
     gae_lambda: float = Field(default=0.95, ge=0, le=1)
     vf_coef: float = Field(default=0.1, ge=0)

@@ -20,6 +20,7 @@ def test_a_published_comparison_is_read_whole(path: Path) -> None:
     for row in [*stored["rows"], *content["rows"]]:
         row["indicators"].setdefault("regret", None)  # null where no optimum is known
         row.setdefault("warnings", [])  # not in records from before there were any
+        row.setdefault("believed", None)
     for pair in [side for both in stored["pairs"] for side in (both, both["inner_product"]) if side]:
         if "p_improve" in pair:  # as it was called; what says how often a seed beats a seed was not known
             pair |= {"share_above_zero": pair.pop("p_improve"), "probability_of_improvement": None}

@@ -176,8 +176,8 @@ SandboxObjective {maximise: true, called: [], store: null}
 SandboxSpec {base: 'warm', seed: 0, annotators: null}
 SourceSpec {split: 'train', revision: null, limit: null}
 SplitSpec {train: 0.8, calibration: 0.1, eval: 0.1, salt: 'moalign'}
-TaskCard {model: null, model_revision: null, dtype: 'float32', sandbox: null, rewards: null, data: null, normaliser:
-    null, grid: 11, overlong: null, quality: null, recipes_from: null}
+TaskCard {gold_objectives: null, model: null, model_revision: null, dtype: 'float32', sandbox: null, rewards: null,
+    data: null, normaliser: null, grid: 11, overlong: null, quality: null, recipes_from: null}
 TemplateSpec {preference: '[{preference}] {prompt}', words: null, plain: '{prompt}', scores: '{prompt} {scores}',
     marker: '', end: null, system: null, chat: false, chat_kwargs: null, date: null}
 """
@@ -203,11 +203,37 @@ def test_whoever_changes_a_default_raises_the_version_that_is_part_of_every_hash
         {"quality": {"short": 3}},
         {"template": {"words": {"a": [{"up_to": 1, "text": "be a"}]}}},
         {"template": {"date": "2025-01-01"}},
+        {"gold_objectives": [{"name": "a", "kind": "rule", "rule": "brevity"}]},
         {"template": {"chat_kwargs": {"enable_thinking": False}}},
     ],
 )
 def test_and_change_it_where_they_are_given(changes: dict[str, Any]) -> None:
     assert made(**changes).hash() != made().hash()
+
+
+def test_gold_objectives_are_hashed_as_objectives_are() -> None:
+    """Not by their words, nor by where their files lie; none is what a card without the key has."""
+
+    def hashed(**more: Any) -> str:
+        return made(gold_objectives=[{"name": "b", "kind": "python", "function": "/one/s.py:f", **more}]).hash()
+
+    assert made(gold_objectives=[]).hash() == made(gold_objectives=None).hash() == made().hash()
+    assert hashed() == hashed(called=["bee"]) == hashed(function="/two/s.py:f")
+    assert len({made().hash(), hashed(), hashed(maximise=False), hashed(options={"path": "/x"})}) == 4
+    assert hashed(options={"path": "/x/y"}) != hashed(options={"path": "/z/y"})
+
+
+@pytest.mark.parametrize(
+    ("names", "problem"),
+    [
+        (["a", "bb"], "gold_objectives.1.name: 'bb' is no objective; allowed: a, b; did you mean 'b'?"),
+        (["a", "a"], "gold_objectives.1.name: found 'a' twice; allowed: each objective once"),
+    ],
+)
+def test_a_gold_objective_is_of_one_objective(names: list[str], problem: str) -> None:
+    gold = [{"name": name, "kind": "rule", "rule": "length"} for name in names]
+    (found,) = validate.check(TaskCard, card(gold_objectives=gold))[1]
+    assert found == problem
 
 
 def test_cutting_prompts_that_are_too_long_is_the_default() -> None:

@@ -67,6 +67,8 @@ def test_what_the_oldest_version_wrote_is_read(load: Callable[[Any], EvalResult]
         and result.indicators.regret is None
     )
     assert result.proxy_reward is not None and result.proxy_reward.hypervolume == 0.24
+    assert result.proxy_reward.inner_product == 0.8, "0 x 0.3 + 1 x 0.8: it follows from the points"
+    assert result.proxy_reward.hypervolume_interval is None
     assert [point.kl for point in result.points] == [None] * 3
     assert result.quality.kl is None and not result.quality.kl_bound
     assert load(result.content) == result

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moalign.experiment.train import TrainRequest, plan, train
+from moalign.losses.dpo import pair_loss
 from moalign.methods import mo_odpo
 from moalign.methods.mo_odpo import Config, Pairs, best_against_worst, loss, paired
 from moalign.training import preference_draws
@@ -27,40 +28,49 @@ def rewards(*rows: tuple[float, float]) -> np.ndarray:
     return np.array(rows, dtype=np.float64)
 
 
+def linear(z: np.ndarray, per_prompt: int, w: np.ndarray = W) -> np.ndarray:
+    """Return w . z of every row."""
+    return (z * np.repeat(w, per_prompt, axis=0)).sum(axis=1)
+
+
 # -- pairs ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_better_response_by_the_weighted_score_comes_first() -> None:
     # w.r: .25 * 4 + .75 * 0 = 1 against .25 * 0 + .75 * 2 = 1.5; then 4 against 0.
-    rows, labels = best_against_worst(rewards((4, 0), (0, 2), (4, 0), (0, 2)), W, 2, TEXTS, "weighted")
+    rows, labels = best_against_worst(z := rewards((4, 0), (0, 2), (4, 0), (0, 2)), linear(z, 2), 2, TEXTS, "weighted")
     assert rows.tolist() == [[1, 0], [2, 3]]
     assert labels.tolist() == [[1.0], [1.0]]
 
 
 def test_of_more_than_two_the_best_meets_the_worst() -> None:
     z = rewards((0, 1), (0, 3), (0, -1), (5, 0), (1, 9), (2, 2))
-    rows, labels = best_against_worst(z, W, 3, ["a", "b", "c", "d", "e", "f"], "weighted")
+    rows, labels = best_against_worst(z, linear(z, 3), 3, ["a", "b", "c", "d", "e", "f"], "weighted")
     assert rows.tolist() == [[1, 2], [3, 4]]
     assert labels.tolist() == [[1.0], [1.0]]
 
 
 def test_exact_ties_have_label_zero() -> None:
     # .25 * 3 + .75 * 0 = .25 * 0 + .75 * 1, exactly
-    _, labels = best_against_worst(rewards((3, 0), (0, 1), (3, 0), (0, 1)), W, 2, TEXTS, "weighted")
+    _, labels = best_against_worst(z := rewards((3, 0), (0, 1), (3, 0), (0, 1)), linear(z, 2), 2, TEXTS, "weighted")
     assert labels.tolist() == [[0.0], [1.0]]
-    _, labels = best_against_worst(np.zeros((6, 2)), W, 3, ["a", "b", "c", "d", "e", "f"], "weighted")
+    _, labels = best_against_worst(np.zeros((6, 2)), np.zeros(6), 3, ["a", "b", "c", "d", "e", "f"], "weighted")
     assert labels.tolist() == [[0.0], [0.0]]
 
 
 @pytest.mark.parametrize("pairing", ["weighted", "per_objective"])
 def test_identical_responses_make_no_pair_whatever_their_scores(pairing: Any) -> None:
-    _, labels = best_against_worst(rewards((4, 0), (0, 2), (4, 0), (0, 2)), W, 2, ["same", "same", "c", "d"], pairing)
+    _, labels = best_against_worst(
+        z := rewards((4, 0), (0, 2), (4, 0), (0, 2)), linear(z, 2), 2, ["same", "same", "c", "d"], pairing
+    )
     assert not labels[0].any()
     assert labels[1].any()
 
 
 def test_a_label_per_objective_keeps_the_order_of_sampling() -> None:
-    rows, labels = best_against_worst(rewards((1, 5), (3, 2), (7, 0), (7, 1)), W, 2, TEXTS, "per_objective")
+    rows, labels = best_against_worst(
+        z := rewards((1, 5), (3, 2), (7, 0), (7, 1)), linear(z, 2), 2, TEXTS, "per_objective"
+    )
     assert rows.tolist() == [[0, 1], [2, 3]]
     assert labels.tolist() == [[-1.0, 1.0], [0.0, -1.0]]
 
@@ -71,7 +81,7 @@ def test_pairs_hold_for_any_numbers(prompts: int, samples: int, objectives: int,
     rng = np.random.default_rng(seed)
     z = rng.integers(-2, 3, size=(prompts * samples, objectives)).astype(float)  # small integers: ties happen
     w = rng.dirichlet(np.ones(objectives), size=prompts)
-    rows, labels = best_against_worst(z, w, samples, [str(i) for i in range(len(z))], "weighted")
+    rows, labels = best_against_worst(z, linear(z, samples, w), samples, [str(i) for i in range(len(z))], "weighted")
     assert rows.shape == (prompts, 2)
     assert labels.shape == (prompts, 1)
     for i, ((best, worst), label) in enumerate(zip(rows.tolist(), labels[:, 0].tolist(), strict=True)):
@@ -105,7 +115,7 @@ def rollout(z: np.ndarray, texts: list[str]) -> Rollout:
 
 
 def test_pairs_that_teach_nothing_are_left_out_and_counted() -> None:
-    chosen = paired(rollout(rewards((3, 0), (0, 1), (3, 0), (0, 1)), TEXTS), "weighted")
+    chosen = paired(rollout(rewards((3, 0), (0, 1), (3, 0), (0, 1)), TEXTS), Config(), 0.1)
     assert chosen.rows.tolist() == [2, 3]
     assert chosen.dropped == 1
     assert chosen.metrics == {"dropped": 1.0, "dropped_share": 0.5}
@@ -115,14 +125,14 @@ def test_pairs_that_teach_nothing_are_left_out_and_counted() -> None:
 
 
 def test_when_all_tie_nothing_is_left() -> None:
-    chosen = paired(rollout(np.zeros((4, 2)), TEXTS), "weighted")
+    chosen = paired(rollout(np.zeros((4, 2)), TEXTS), Config(), 0.1)
     assert len(chosen.rows) == 0
     assert chosen.dropped == 2
     assert chosen.metrics == {"dropped": 2.0, "dropped_share": 1.0}
 
 
 def test_labels_per_objective_weigh_as_the_preference_does() -> None:
-    chosen = paired(rollout(rewards((1, 5), (3, 2), (7, 0), (7, 0)), TEXTS), "per_objective")
+    chosen = paired(rollout(rewards((1, 5), (3, 2), (7, 0), (7, 0)), TEXTS), Config(pairing="per_objective"), 0.1)
     assert chosen.rows.tolist() == [0, 1]
     assert chosen.tensors["labels"].tolist() == [[-1.0, 1.0]]
     assert chosen.tensors["weights"].tolist() == [[0.25, 0.75]]
@@ -130,7 +140,7 @@ def test_labels_per_objective_weigh_as_the_preference_does() -> None:
 
 def test_what_is_kept_brings_its_own_weights() -> None:
     """The first pair is a tie on both objectives: what is left is the second prompt's, weights and all."""
-    chosen = paired(rollout(rewards((2, 2), (2, 2), (7, 0), (3, 1)), TEXTS), "per_objective")
+    chosen = paired(rollout(rewards((2, 2), (2, 2), (7, 0), (3, 1)), TEXTS), Config(pairing="per_objective"), 0.1)
     assert chosen.rows.tolist() == [2, 3]
     assert chosen.tensors["labels"].tolist() == [[1.0, -1.0]]
     assert chosen.tensors["weights"].tolist() == chosen.tensors["preferences"].tolist() == [[1.0, 0.0]]
@@ -152,7 +162,7 @@ def test_the_loss_of_a_part_by_hand() -> None:
         ref_logps=torch.zeros(4, 4),
         tensors={"labels": torch.ones(2, 1), "weights": torch.ones(2, 1), "preferences": torch.tensor(W).float()},
     )
-    value, told = loss(part, Config(beta=0.1), ["one", "two"])
+    value, told = loss(part, Config(), ["one", "two"], 0.1)
     assert value.item() == pytest.approx(0.704355, abs=1e-5)
     assert told["accuracy"] == 0.5
     assert told["entropy"] == pytest.approx((2 + 2 + 0.5 + 0.1) / 4)
@@ -160,7 +170,7 @@ def test_the_loss_of_a_part_by_hand() -> None:
     assert told["entropy/one"] == pytest.approx(0.3)
     # The preferred rows have log-likelihoods per token of 2 / 4 and -1 / 1, mean -.25. The rejected ones would have .5,
     # or .875 over the preferred ones' lengths; the preferred ones over the rejected ones' lengths .5.
-    value, told = loss(part, Config(beta=0.1, sft_coef=0.2), ["one", "two"])
+    value, told = loss(part, Config(sft_coef=0.2), ["one", "two"], 0.1)
     assert told["nll"] == pytest.approx(0.25)
     assert value.item() == pytest.approx(0.704355 + 0.2 * 0.25, abs=1e-5)
 
@@ -180,7 +190,7 @@ def test_what_is_undecided_is_not_right_and_no_one_s_favourite_has_no_entropy() 
             "preferences": torch.tensor([[1.0, 0.0], [0.8, 0.2], [0.6, 0.4]]),
         },
     )
-    _, metrics = loss(part, Config(), ["one", "two"])
+    _, metrics = loss(part, Config(), ["one", "two"], 0.1)
     assert metrics == {"accuracy": pytest.approx(1 / 3), "entropy": 1.0, "entropy/one": 1.0}
 
 
@@ -263,3 +273,60 @@ def test_the_preference_is_in_the_prompt_and_the_scorer_sees_the_bare_one(
     )
     assert len(scored) == 6
     assert set(scored) <= set(bare)
+
+
+# -- labels with a minimum, and other scores -----------------------------------------------------------------------
+
+
+def test_bradley_terry_labels_are_least_at_the_closed_form_and_order_labels_nowhere() -> None:
+    """A tabular policy over 4 answers: the gradient of the expected loss is 0 at pi_ref exp(s / beta) / Z alone."""
+    torch.manual_seed(0)
+    beta, s = 0.3, torch.tensor([0.0, 0.4, 1.0, -0.5], dtype=torch.float64)
+    reference = torch.log_softmax(torch.randn(4, dtype=torch.float64), 0)
+    pairs = [(i, j) for i in range(4) for j in range(4) if i != j]
+    first, second = (torch.tensor(side) for side in zip(*pairs, strict=True))
+
+    def gradient(logits: torch.Tensor, certain: bool) -> torch.Tensor:
+        logits = logits.clone().requires_grad_()
+        ratio = torch.log_softmax(logits, 0) - reference
+        apart = s[first] - s[second]
+        labels, chance = torch.sign(apart)[:, None], torch.sigmoid(apart.abs())[:, None]
+        value = pair_loss(
+            ratio[first], ratio[second], labels, torch.ones_like(labels), beta, None if certain else chance
+        )
+        value.mean().backward()
+        assert logits.grad is not None
+        return logits.grad
+
+    closed = reference + s / beta
+    assert gradient(closed, certain=False).abs().max() < 1e-12
+    assert gradient(closed, certain=True).abs().max() > 0.01
+    logits = torch.zeros(4, dtype=torch.float64)
+    for _ in range(20_000):
+        logits = logits - 20 * gradient(logits, certain=False)
+    torch.testing.assert_close(torch.softmax(logits, 0), torch.softmax(closed, 0), atol=1e-6, rtol=0)
+
+
+def test_a_scalarisation_decides_which_two_are_paired() -> None:
+    """At w = (.5, .5) the uneven (4, -1) wins linearly, the even (1, 1) by Tchebycheff."""
+    z = rewards((4, -1), (1, 1), (0, 0), (4, -1), (1, 1), (0, 0))
+    nothing: Any = None
+    drawn = Rollout(["p", "q"], np.full((2, 2), 0.5), 3, nothing, [*"abcdef"], z, z, nothing)
+    assert paired(drawn, Config(samples=3), 0.1).rows.tolist() == [0, 2, 3, 5]
+    assert paired(drawn, Config(samples=3, scalarisation="tchebycheff"), 0.1).rows.tolist() == [1, 0, 4, 3]
+
+
+def test_the_chance_of_a_pair_is_that_of_its_scores() -> None:
+    """w.z of the pairs: 1.5 against 1 (sigma(.5) = .6225), and 4 against 0 (sigma(4) = .9820)."""
+    drawn = rollout(rewards((4, 0), (0, 2), (4, 0), (0, 2)), TEXTS)
+    assert paired(drawn, Config(labels="bradley-terry"), 0.1).tensors["chance"][:, 0].tolist() == pytest.approx(
+        [0.62246, 0.98201], abs=1e-5
+    )
+    assert paired(drawn, Config(), 0.1).tensors["chance"][:, 0].tolist() == [1.0, 1.0]
+
+
+def test_what_does_not_go_with_labels_per_objective_is_refused() -> None:
+    with pytest.raises(ValueError, match="per_objective orders responses by each reward alone"):
+        Config(pairing="per_objective", labels="bradley-terry")
+    with pytest.raises(ValueError, match="found tchebycheff and order"):
+        Config(pairing="per_objective", scalarisation="tchebycheff")

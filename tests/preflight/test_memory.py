@@ -282,6 +282,23 @@ def test_a_7b_policy_with_two_gpt2_large_reward_models(tmp_path: Path) -> None:
     assert told.peak.name == "training: update"
 
 
+def test_a_model_that_only_the_judge_uses_is_counted_where_answers_are_judged(tmp_path: Path) -> None:
+    gold = "{name: helpful, kind: hf-classifier, model: Ray2333/gpt2-large-%s-reward_model, dtype: bfloat16}"
+    parts = {}
+    for name in ("harmless", "helpful"):  # the first is loaded anyway, as an objective of the methods'
+        override = f"task.gold_objectives=[{gold % name}]"
+        parts[name] = {phase.name: phase.parts for phase in estimated(tmp_path, "mo-odpo", override).phases}
+    plain = {phase.name: phase.parts for phase in estimated(tmp_path, "mo-odpo").phases}
+    other = "task.gold_objectives=[{name: helpful, kind: hf-classifier, model: someone/else}]"
+    assert parts["helpful"] == parts["harmless"] == plain
+    assert estimated(tmp_path, "mo-odpo", other).unknown == ["someone/else"]
+    third = gold.replace("dtype: bfloat16", "dtype: float32") % "helpful"  # 774 M numbers of 4 bytes
+    more = {p.name: p.parts for p in estimated(tmp_path, "mo-odpo", f"task.gold_objectives=[{third}]").phases}
+    assert more["training: update"] == plain["training: update"]
+    added = more["answering"]["reward models"] - plain["answering"]["reward models"]
+    assert added == plain["answering"]["reward models"], "as much again: two models of 2 bytes a number, one of 4"
+
+
 def test_what_makes_a_phase_smaller(tmp_path: Path) -> None:
     def update(method: str, *overrides: str) -> dict[str, int]:
         phases = estimated(tmp_path, method, *overrides).phases

@@ -80,7 +80,7 @@ def test_without_an_optimum(compared: Build) -> None:
 
 def test_blocks_stand_only_where_there_is_something_to_show(compared: Build) -> None:
     record = compared({"a": 0.2, "b": 0.0})
-    heads = ("## Generalisation", "## Trained on, and true", "## Training diagnostics", "## Reported by papers")
+    heads = ("## Generalisation", "## Believed and true", "## Training diagnostics", "## Reported by papers")
     assert not any(head in markdown.page(record, FOLDER) for head in heads)
     side = {"preferences": 2, "hypervolume": 0.5, "optimal_share": None, "tau": 0.25, "inner_product": 0.75}
     record["rows"][0].update(

@@ -302,3 +302,13 @@ def test_the_kind_of_a_task_that_is_not_there_is_named(monkeypatch: pytest.Monke
     monkeypatch.setattr(scorer, "BUILDERS", {})
     with pytest.raises(WorkError, match="objective humor: kind sandbox is a task's own; import moalign.tasks first"):
         scorer.build_scorer(SandboxObjective(name="humor", kind="sandbox"), Path())
+
+
+def test_what_a_reward_is_worth_beyond_the_data() -> None:
+    """z = raw; bounds of the data at 2 and 3: (1, 3) is below both, (4, 8) is beyond them by 2 and 5."""
+    scale = Normaliser(("a", "b"), (0.0, 0.0), (1.0, 1.0), (-1.0, -1.0), (1.0, 1.0), ((-2.0, 2.0), (-2.0, 3.0)))
+    panel = RewardPanel([Recorder(name="a"), Recorder(name="b")]).with_normaliser(scale)
+    raw = np.array([[1.0, 3.0], [4.0, 8.0]])
+    assert panel.z(raw).tolist() == raw.tolist()
+    assert panel.z(raw, "clip").tolist() == [[1.0, 3.0], [2.0, 3.0]]
+    assert panel.z(raw, "log").tolist() == [[1.0, 3.0], [2 + math.log(3), 3 + math.log(6)]]

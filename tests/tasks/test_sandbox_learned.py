@@ -136,6 +136,10 @@ def test_best_of_n_chooses_by_what_it_sees(quick: None, small_task: tuple[str, .
     [
         (("task.rewards=lerned",), "did you mean 'learned'?"),
         (("task.rewards=learned", "task.sandbox.annotators.groups=diverse"), "needs annotators of each objective"),
+        (
+            ("task.rewards=learned", "task.gold_objectives=[{name: helpfulness, kind: sandbox}]"),
+            "gold_objectives: rewards: learned is judged by the sandbox's own truth",
+        ),
         (("task.sandbox.annotators.pairs=2",), "allowed: a whole number >= 10"),
     ],
 )

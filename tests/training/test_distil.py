@@ -7,35 +7,32 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from moalign.core.errors import RequestError
 from moalign.training import distil as engine
-from moalign.training.distil import DistilConfig, best_of, distil, pools
+from moalign.training.distil import DistilConfig, distil, pools, tilted
 from moalign.training.job import Job
 
 MakeJob = Callable[..., Job]
 
 
-def test_the_best_of_hand_written_scores() -> None:
-    z = np.array([[[1.0, 0.0], [0.0, 1.0], [0.6, 0.6]]] * 4)
-    wanted = [(1.0, 0.0), (0.0, 1.0), (0.5, 0.5), (0.7, 0.3)]  # .7 * 1 = .7 against .6
-    assert best_of(z, wanted).tolist() == [0, 1, 2, 0]
+def test_a_tilted_draw_follows_the_weights_of_the_scores() -> None:
+    """exp(s / beta) of scores 0, log 2 and log 5 at beta 1 are 1, 2 and 5 of 8; at beta 1/2 they are squared: of 30."""
+    s = np.tile(np.log([1.0, 2.0, 5.0]), (40_000, 1))
+    rng = np.random.default_rng(0)
+    assert np.bincount(tilted(s, 1.0, rng)) / len(s) == pytest.approx([1 / 8, 2 / 8, 5 / 8], abs=0.01)
+    assert np.bincount(tilted(s, 0.5, rng)) / len(s) == pytest.approx([1 / 30, 4 / 30, 25 / 30], abs=0.01)
+    assert set(tilted(s[:50] * 1e6, 1e-3, rng).tolist()) == {2}  # no overflow
 
 
-def test_of_equals_the_first() -> None:
-    assert best_of(np.ones((1, 3, 2)), [(0.5, 0.5)]).tolist() == [0]
-
-
-@settings(deadline=None, max_examples=50)
-@given(st.integers(0, 10_000), st.integers(1, 6), st.integers(2, 4))
-def test_nothing_in_the_pool_is_better(seed: int, n: int, objectives: int) -> None:
-    rng = np.random.default_rng(seed)
-    z, wanted = rng.normal(size=(5, n, objectives)), rng.dirichlet(np.ones(objectives), size=5)
-    for row, index in enumerate(best_of(z, wanted).tolist()):
-        utilities = [sum(w * v for w, v in zip(wanted[row], z[row, j], strict=True)) for j in range(n)]
-        assert utilities[index] >= max(utilities) - 1e-12
+def test_tilted_draws_from_the_base_are_samples_of_the_closed_form() -> None:
+    """With the base's own samples as pool the draw tends to base * exp(s / beta) / Z."""
+    rng = np.random.default_rng(1)
+    base, s_of = np.array([0.6, 0.3, 0.1]), np.array([0.0, 0.5, 1.0])
+    pool = rng.choice(3, size=(20_000, 64), p=base)
+    picked = pool[np.arange(len(pool)), tilted(s_of[pool], 0.5, rng)]
+    closed = base * np.exp(s_of / 0.5)
+    assert np.bincount(picked) / len(picked) == pytest.approx(closed / closed.sum(), abs=0.02)
 
 
 def test_a_pool_is_the_first_n_responses_of_each_prompt_and_costs_what_it_holds(make_job: MakeJob) -> None:

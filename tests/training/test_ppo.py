@@ -192,7 +192,7 @@ def test_the_adaptive_coefficient_is_state_and_holds_from_the_next_rollout_on(
     make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two responses of three tokens and one, a nat from the reference each: KL (3 + 1) / 2 = 2, a fifth too far."""
-    adaptive = ("kl_coef=0.1", "kl_target=1.0", "kl_horizon=10", "gae_lambda=1.0", "whiten=none")
+    adaptive = ("kl_coef=0.1", "kl_budget=1.0", "kl_horizon=10", "gae_lambda=1.0", "whiten=none")
     trainer = ppo_trainer(make_job("moc", *FEW, *adaptive), "one", "two")
     assert trainer.state == {"kl_coef": 0.1}
     mask = torch.tensor([[True, True, True], [True, False, False]])
@@ -211,7 +211,7 @@ def test_the_adaptive_coefficient_is_state_and_holds_from_the_next_rollout_on(
 
 
 def test_the_coefficient_that_is_logged_is_the_adapted_one(make_job: MakeJob) -> None:
-    job = make_job("moc", *FEW, "kl_coef=0.1", "kl_target=1.0", "kl_horizon=10", "steps=1")
+    job = make_job("moc", *FEW, "kl_coef=0.1", "kl_budget=1.0", "kl_horizon=10", "steps=1")
     run(job)  # the policy is the base yet: KL 0, at most a fifth too near, 6 responses in 10
     assert job.run.metrics()[0]["kl_coef"] == pytest.approx(0.1 * (1 - 0.2 * 6 / 10))
 
@@ -224,7 +224,7 @@ def test_the_coefficient_that_is_logged_is_the_adapted_one(make_job: MakeJob) ->
     "changes",
     [
         pytest.param((), id="plain"),
-        pytest.param(("kl_target=0.01", "kl_horizon=20", "epochs=2", "schedule=linear"), id="adaptive, two epochs"),
+        pytest.param(("kl_budget=0.01", "kl_horizon=20", "epochs=2", "schedule=linear"), id="adaptive, two epochs"),
     ],
 )
 def test_a_resume_goes_on_bit_for_bit(

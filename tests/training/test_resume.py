@@ -24,7 +24,7 @@ SETTINGS = {
     "sft": ("steps=6", "batch=4", "lr=0.01", "max_tokens=48", "log_every=1", "checkpoint_every=2"),
     "ric": (f"offline={STAGE}", f"online={STAGE}", "online_rounds=2", "online_prompts=12", "offline_part=12"),
     "mo-odpo": ("steps=6", "batch=4", "samples=2", "lr=0.01", "log_every=1", "checkpoint_every=2"),
-    "moc": ("steps=6", "batch=4", "groups=2", "lr=0.01", "kl_target=0.1", "log_every=1", "checkpoint_every=2"),
+    "moc": ("steps=6", "batch=4", "groups=2", "lr=0.01", "kl_budget=0.1", "log_every=1", "checkpoint_every=2"),
 }
 SETTINGS["morlhf"] = SETTINGS["moc"]
 SECOND = "preference 0.5,0.5 (2/3)"

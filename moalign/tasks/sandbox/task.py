@@ -13,7 +13,6 @@ from moalign.config.recipe import LoraSpec
 from moalign.core.arrays import Matrix
 from moalign.core.preferences import Preference
 from moalign.core.records import Response
-from moalign.rewards.normaliser import Normaliser
 from moalign.rewards.panel import RewardPanel
 from moalign.tasks.responses import Responses
 from moalign.tasks.sandbox import base, world
@@ -89,10 +88,15 @@ class SandboxTask(Task):
             return self.codec
         return Codec(base.make_tokenizer(), self.card.template, source="the sandbox's base")
 
-    def optimum(self, prefs: Sequence[Preference], prompts: Sequence[str], beta: float = 0.0) -> Matrix:
-        """Return the exact optimum's mean raw rewards ``[preferences, objectives]``; see :mod:`.optimum`."""
+    def optimum(self, prefs: Sequence[Preference], prompts: Sequence[str], beta: float = 0.0) -> Matrix | None:
+        """Return the exact optimum's mean raw rewards ``[preferences, objectives]``; see :mod:`.optimum`.
+
+        None where the judge's scorers are not the sandbox's own.
+        """
         from moalign.tasks.sandbox.optimum import optimum
 
+        if any(spec.kind != "sandbox" for spec in self.card.gold_objectives or ()):
+            return None
         columns = [world.OBJECTIVES.index(name) for name in self.names]
         truth = self.judge_normaliser
         return optimum(prompts, prefs, columns, np.array(truth.mean), np.array(truth.sd), beta)
@@ -116,14 +120,9 @@ class SandboxTask(Task):
         return label(groups, world.prompts(), spec.pairs, spec.seed)
 
     @functools.cached_property
-    def judge_panel(self) -> RewardPanel:
-        """The exact scorers, whichever scorers methods see."""
-        return self.panel if self.card.rewards is None else self._panel_of(self.card.objectives)
-
-    @functools.cached_property
-    def judge_normaliser(self) -> Normaliser:
-        """The normaliser of the exact scores."""
-        return self.normaliser if self.card.rewards is None else self._fitted("truth.json", self.judge_panel)
+    def gold_panel(self) -> RewardPanel | None:
+        """The exact scorers where methods see reward models, else the card's gold ones."""
+        return super().gold_panel if self.card.rewards is None else self._panel_of(self.card.objectives)
 
     @functools.cached_property
     def panel(self) -> RewardPanel:

@@ -15,6 +15,7 @@ async function start() {
   legend();
   chooser();
   front();
+  believed();
   document.documentElement.dataset.ready = "numbers";
   try {
     answers = await unpack();

@@ -1,0 +1,54 @@
+"""The support of a task's data: responses that hold a token which nothing in the data is as unlikely as (ours).
+
+A learned reward is right about responses such as it was trained on, and wrong, in either direction, about all others.
+An online method searches for high rewards and finds the wrongly high ones; on the sandbox they were answers that break
+off in the middle of a phrase, which a reward model scored above every whole one. To the base their least likely token
+has a log-probability of -12 to -19; in the base's own responses none is below -2.6, in those of a policy trained
+on exact rewards none below -2.3 (nats; results/learned). So the base knows what the reward model does not.
+
+A reward given outside the support is not believed: it counts as the lower bound of the data's rewards. The support
+reaches to the least likely token of the task's calibration responses and ``support`` nats beyond.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from moalign.core.arrays import Matrix
+from moalign.lm.chat import training_row
+from moalign.training.reference import least_log_probs
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from moalign.lm.language_model import LanguageModel
+    from moalign.training.job import Job
+
+
+def end_of(job: Job, lm: LanguageModel, temperature: float) -> float:
+    """Return the log-probability to the base, in nats, of the least likely token of the calibration responses."""
+    scored, limits = job.task.calibration(), job.task.card.generation
+    longest = limits.max_prompt_tokens + limits.max_new_tokens
+    rows = []
+    for prompt, response in zip(scored.prompts, scored.responses, strict=True):
+        head, tail = training_row(lm.codec, job.task.renderer.plain(prompt), response, longest)
+        rows.append((head + tail, len(tail)))
+    return float(least_log_probs(lm, rows, temperature).min())
+
+
+def outside(ref_logps: Tensor, mask: Tensor, end: float) -> NDArray[np.bool_]:
+    """Return which responses hold a token below ``end``, bool ``[rows]``.
+
+    From the reference's log-probabilities ``[rows, T]`` of the tokens that ``mask`` marks.
+    """
+    least = torch.where(mask.bool(), ref_logps, torch.zeros_like(ref_logps)).amin(-1)
+    return np.asarray((least < end).cpu().numpy())
+
+
+def believed(z: Matrix, out: NDArray[np.bool_], bounds: Matrix) -> Matrix:
+    """Return rewards ``[rows, objectives]``; in rows ``out`` at most the lower ``bounds`` ``[objectives, 2]``."""
+    return np.where(out[:, None], np.minimum(z, bounds[:, 0]), z)
