@@ -54,6 +54,7 @@ def bench(
     else:
         _show(result.content)
     if result.failed:
+        output.errors([f"{row.method} failed: {row.error}" for row in result.rows if row.status == "failed"])
         raise typer.Exit(1)
 
 
@@ -98,7 +99,5 @@ def _show(content: dict[str, Any]) -> None:
     )
     output.line("trained: tokens; scored: responses; start: seconds until imports, base and normaliser were there.")
     for row in content["rows"]:
-        if row["error"]:
-            output.line(f"{row['method']} failed: {row['error']}")
-        elif not row["steps_measured"]:
+        if row["status"] == "done" and not row["steps_measured"]:
             output.line(f"{row['method']}: no update step to measure; it trains nothing (steps: 0?)")

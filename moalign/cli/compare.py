@@ -72,6 +72,7 @@ def compare(
     else:
         _show(comparison.content, results)
     if comparison.failed:
+        output.errors([f"{entry.label} failed: {entry.error}" for entry in comparison.entries if entry.error])
         raise typer.Exit(1)
 
 

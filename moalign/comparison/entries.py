@@ -9,7 +9,7 @@ from typing import Any
 from moalign.comparison.jobs import ComparedRun
 from moalign.comparison.ranking import EntryRuns, SeedResult
 from moalign.config.recipe import PolicySpec
-from moalign.report import figures
+from moalign.report import figures, verdict
 from moalign.runs import store
 
 
@@ -24,7 +24,9 @@ def entries_of(runs: Sequence[ComparedRun]) -> list[EntryRuns]:
                 cost = {**record.cost.model_dump(), "seconds": record.seconds}
                 diagnostics = record.notes.get("diagnostics") or {}
                 learned = figures.condense(run.run.metrics())
-                warnings = record.notes.get("warnings") or []
+                result, which = run.evaluation.result.content, f"seed {run.seed}, " if len(group) > 1 else ""
+                local = verdict.cautions_at(result["quality"], result["points"])
+                warnings = [*(record.notes.get("warnings") or []), *(f"{which}{text}" for text in local)]
                 finished.append(SeedResult(run.seed, run.evaluation, cost, diagnostics, learned, warnings))
         method, summaries = group[0].method, [run.summary for run in group]
         entries.append(EntryRuns(label, method.name, summaries, finished, seeded=method.capabilities.trains))

@@ -20,12 +20,10 @@ from typing import Any
 
 from moalign.comparison import executors
 from moalign.comparison.result import RunSummary
-from moalign.config import find
 from moalign.config.card import TaskCard
 from moalign.config.recipe import ReportedSpec
 from moalign.core import foreign, preferences
 from moalign.core.errors import MoalignError, RequestError, WorkError
-from moalign.core.paths import shown
 from moalign.core.preferences import Preference
 from moalign.core.progress import Progress
 from moalign.evaluation import evaluate
@@ -36,6 +34,7 @@ from moalign.experiment.train import Plan
 from moalign.methods import registry
 from moalign.methods.base import Method
 from moalign.report.figures import condense
+from moalign.runs.record import again
 from moalign.runs.run import Run
 from moalign.tasks.task import Task
 
@@ -97,7 +96,7 @@ class ComparedRun:
 
 def planned(plan: Plan) -> ComparedRun:
     """Return the run of a checked request."""
-    command = arguments(plan.as_given, plan.seed, plan.given, plan.request.results)
+    command = again(plan.as_given, plan.seed, plan.given, plan.request.results)
     reported = [number.model_dump() for number in plan.recipe.reported]
     return ComparedRun(plan.method, plan.seed, plan.identity, plan.folder, command, plan=plan, reported=reported)
 
@@ -106,7 +105,7 @@ def existing(run: Run) -> ComparedRun:
     """Return a run that is finished."""
     record, method = run.record, registry.get(run.record.method)
     with train.damaged(run):
-        command = arguments(record.as_given, record.seed, record.preferences, results_of(run))
+        command = again(record.as_given, record.seed, record.preferences, results_of(run))
         # In older records it is an empty mapping.
         reported = [ReportedSpec.model_validate(number).model_dump() for number in record.recipe.get("reported") or []]
     return ComparedRun(method, record.seed, record.identity, run.path, command, run=_readable(run), reported=reported)
@@ -126,23 +125,6 @@ def _made(run: Run) -> dict[str, Any]:
     packages = environment.get("packages") or {}
     made = {key: environment.get(key) for key in ("commit", "dirty", "python", "cpu", "gpus")}
     return made | {key: packages.get(key) for key in ("moalign", "torch")}
-
-
-def arguments(as_given: Mapping[str, Any], seed: int, prefs: Sequence[Preference] | None, results: Path) -> list[str]:
-    """Return the ``moalign`` arguments that ask for a run again."""
-    method, task = str(as_given["method"]), str(as_given["task"])
-    parts = ["train", method, "--task", task]
-    recipe = as_given.get("recipe_file")
-    default = None
-    with contextlib.suppress(RequestError):  # the task was moved since, so the recipe has to be named
-        default = find.find_recipe_file(task, method)
-    if recipe is not None and (default is None or recipe != shown(default)):
-        parts += ["--recipe", str(recipe)]
-    own = (as_given.get("recipe") or {}).get("prefs")
-    if prefs and [list(row) for row in prefs] != own:
-        parts += [part for row in prefs for part in ("--prefs", ",".join(map(repr, row)))]
-    parts += [part for text in as_given.get("set") or [] for part in ("--set", str(text))]
-    return [*parts, "--seed", str(seed), "--results", str(results)]
 
 
 # --- training ---------------------------------------------------------------------------------------------------

@@ -116,7 +116,7 @@ class Entry(Content):
     diagnostics: dict[str, float] = Field(default_factory=dict)
     """Of training, by the method's own names."""
     warnings: list[str] = Field(default_factory=list)
-    """Of the trainings."""
+    """Of the trainings, and of single preferences."""
     generalisation: dict[str, HeldOutSummary] | None = None
     """``trained`` and ``held_out``, where preferences were held out of training."""
     gap: float | None = None

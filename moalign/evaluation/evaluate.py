@@ -39,7 +39,7 @@ from moalign.evaluation.result import (
     Volume,
 )
 from moalign.lm import quality
-from moalign.methods.base import Method
+from moalign.methods.base import Method, policies_of
 from moalign.pareto import front, indicators, statistics
 from moalign.pareto.hypervolume import hypervolume
 from moalign.report import verdict
@@ -127,13 +127,14 @@ def evaluate(
     context.run.write_table(table_name, table)
     scores = _scores(context, table, preferences, samples)
     judgement = judge(context.task, preferences, scores)
-    for point, kl in zip(judgement.points, divergences, strict=True):
-        point.kl, point.kl_bound = kl.nats, kl.bound
+    _describe(judgement.points, context.task, table["response"].tolist(), divergences)
     proxy = proxy_reward(context, table, preferences, samples)
     held = held_out(context)
     separate = bool(held) and not all(_has(held, w) for w in preferences)
     judged = _quality(context.task, table["response"].tolist(), divergences)
-    warnings = [*context.run.record.notes.get("warnings", ()), *verdict.cautions(judged.content)]
+    points = [point.content for point in judgement.points]
+    cautions = [*verdict.cautions(judged.content), *verdict.cautions_at(judged.content, points)]
+    warnings = [*context.run.record.notes.get("warnings", ()), *cautions]
     result = EvalResult(
         run=str(context.run.path),
         run_id=context.run.record.run_id,
@@ -236,7 +237,7 @@ def respond(
 
     # Loading an adapter draws its initial weights: the states of the global generators are restored afterwards.
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        policies = [method.policy(metered, preference) for preference in preferences]
+        policies = policies_of(method, metered, preferences)
         sampling = context.task.sampling(spec.seed)
         answers = respond_all(policies, prompts, sampling, answered)
         divergences = divergence.from_base(context.task, policies, prompts, answers, sampling, progress)
@@ -253,6 +254,17 @@ def respond(
     for column, name in enumerate(context.task.names):
         table[name] = raw[:, column]
     return table, {"tokens_generated": answers.tokens, "reward_calls": meter.reward_calls}, divergences
+
+
+def _describe(
+    points: Sequence[EvaluatedPoint], task: Task, responses: list[str], divergences: Sequence[KlToBase]
+) -> None:
+    """Add the KL to base and the collapse of each preference to its point."""
+    each = len(responses) // len(points)
+    for k, (point, kl) in enumerate(zip(points, divergences, strict=True)):
+        own = _quality(task, responses[k * each : (k + 1) * each], [kl])
+        point.kl, point.kl_bound = kl.nats, kl.bound
+        point.collapsed, point.mean_length = own.rate, own.mean_length
 
 
 def _quality(task: Task, responses: list[str], divergences: Sequence[KlToBase]) -> Quality:

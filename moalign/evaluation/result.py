@@ -119,6 +119,10 @@ class EvaluatedPoint(Point):
     """Whether no other point of the run is at least as good in every objective and better in one."""
     optimum_at_kl: OptimumAtKl | None = None
     """None where no optimum or no KL is known, or the KL is an upper bound; the key is then left out."""
+    collapsed: float | None = None
+    """Share of its responses that are collapsed; None in files of older versions."""
+    mean_length: float | None = None
+    """Of its responses, in tokens."""
 
 
 class Indicators(Content):

@@ -23,7 +23,7 @@ from moalign.evaluation.evaluate import preferences_for
 from moalign.experiment import init
 from moalign.experiment.templates import render
 from moalign.lm import builtin
-from moalign.methods.base import Method
+from moalign.methods.base import Method, policies_of
 from moalign.training.job import RunContext
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def export(
     check_free(out)
     preferences_for(method, context, [preference])
     context.task.progress = progress
-    policy = method.policy(context, preference)
+    (policy,) = policies_of(method, context, [preference])
     parts = _parts_of(policy, preference)
     if parts is not None:
         return _export_mixture(method, context, policy, preference, parts, out, merged)

@@ -11,7 +11,7 @@ from moalign.core.preferences import Preference
 from moalign.core.progress import Progress, silent
 from moalign.data.readers import check_text
 from moalign.evaluation.evaluate import preferences_for
-from moalign.methods.base import Method
+from moalign.methods.base import Method, policies_of
 from moalign.training.job import RunContext
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def generate(
     task.progress = progress
     sampling = task.sampling(task.card.evaluation.seed if seed is None else seed, temperature)
     progress("answering", 0, len(texts))
-    policies = [method.policy(context, w) for w in wanted]
+    policies = policies_of(method, context, wanted)
     responses = respond_all(policies, texts, sampling).responses
     progress("answering", len(texts), len(texts))
     rows = [

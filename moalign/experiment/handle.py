@@ -16,7 +16,7 @@ from moalign.experiment.arguments import Vector, vector_text
 from moalign.experiment.generate import checked
 from moalign.experiment.train import context_of, damaged
 from moalign.methods import registry
-from moalign.methods.base import Method
+from moalign.methods.base import Method, policies_of
 from moalign.runs.record import RunRecord
 from moalign.runs.run import Run
 from moalign.runs.store import RunStore
@@ -122,7 +122,7 @@ class RunHandle(Run):
         method, context = self.opened()
         preference = preferences.parse(vector_text(prefs), context.task.names)
         evaluate.preferences_for(method, context, [preference])
-        return SteeredPolicy(method.policy(context, preference), context, preference)
+        return SteeredPolicy(policies_of(method, context, [preference])[0], context, preference)
 
     def opened(self, progress: Progress = silent) -> tuple[Method, RunContext]:
         """Return the method and the context of the finished run, made once.

@@ -214,6 +214,7 @@ def judge(
     else:
         if run.status != "done":
             raise RequestError(f"run {run.path}: it is {run.status}, not done; finish it with the same train command")
+        run.require_weights()
         objective = runs.objective(run)
         if own and reading == Reading():
             out = out or (None if atomic.read_only(run.path) else run.path)

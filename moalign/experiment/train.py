@@ -102,7 +102,9 @@ class Plan(ResolvedRequest):
         return self.store.lookup(self.method.name, self.card.name, self.identity, self.recipe.model_dump(mode="json"))
 
     def open(self) -> Run:
-        """Return the run, made now or as it was left."""
+        """Return the run, made now or as it was left; scorers that cannot be built are refused before it is made."""
+        if self.card.rewards is None:  # reward models of the task's own are trained on first use
+            _ = self.task.panel
         return self.store.open(
             self.method.name,
             self.card.name,
@@ -132,6 +134,7 @@ class Plan(ResolvedRequest):
 
             expert, _ = train(expert_plan(self, method, settings, wanted), report, wait=True)
             self.task.progress = progress
+            expert.require_weights()
             meter.add_run(expert.record.cost.model_dump(), expert.record.seconds, meter.seconds - before)
             return expert
 

@@ -6,7 +6,7 @@ The same request resumes at a checkpoint from before, and stops at the same step
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,13 +35,20 @@ class FiniteCheck:
             raise self._error(f"the {name} is {value}")
         return value
 
+    def norm(self, trained: Sequence[Tensor]) -> None:
+        """Raise WorkError when what is trained has no finite norm after a step.
+
+        A loss need not show it: a softmax of logits of 1e30 is as finite as any.
+        """
+        self.number("norm of the weights", float(_squares(trained).sum().sqrt()))
+
     def weights(self, modules: Modules) -> Modules:
         """Return what is trained; raises WorkError when a tensor's sum of squares is not finite in single precision.
 
         Weights of 1e19 and more are still numbers, but every norm and product of them overflows.
         """
         tensors = {f"{module}.{name}": value for module, named in modules.items() for name, value in named.items()}
-        finite = torch.stack([value.detach().float().square().sum() for value in tensors.values()]).isfinite().tolist()
+        finite = _squares(list(tensors.values())).isfinite().tolist()
         bad = [name for name, good in zip(tensors, finite, strict=True) if not good]
         if bad:
             found = f"{len(bad)} of {len(tensors)} tensors of weights are not finite or have no finite norm"
@@ -54,3 +61,8 @@ class FiniteCheck:
             f"(now {self.lr:g}), more warmup steps or a smaller clip (the largest gradient norm, now {self.clip:g}); "
             "with these settings it ends here again"
         )
+
+
+def _squares(tensors: Sequence[Tensor]) -> Tensor:
+    """Return each tensor's sum of squares, in single precision."""
+    return torch.stack([value.detach().float().square().sum() for value in tensors])

@@ -12,6 +12,7 @@ Nothing else in moalign knows a method's name: capability flags decide.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -59,3 +60,13 @@ class Method(Protocol):
     def policy(self, context: RunContext, preference: Preference) -> Policy:
         """Return the policy that answers for ``preference``; raises RequestError when it cannot serve it."""
         ...
+
+
+def policies_of(method: Method, context: RunContext, wanted: Sequence[Preference]) -> list[Policy]:
+    """Return a finished run's policy for each preference.
+
+    Raises RequestError for a preference that the method cannot serve, and for weights that are not those that training
+    wrote.
+    """
+    context.run.require_weights()
+    return [method.policy(context, preference) for preference in wanted]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from moalign.core import preferences
 from moalign.report.record import Row, judged, machines
 from moalign.report.tables import MARK
 from moalign.report.units import interval, number, percent, signed
@@ -77,15 +78,35 @@ def sentences(record: Row) -> list[str]:
 
 def cautions(quality: Row) -> list[str]:
     """Return what a row's quality warns of: collapsed responses, and a policy that has left the base's language."""
-    texts, kl, length = [], quality.get("kl"), max(1.0, float(quality["mean_length"]))
+    return [f"{text}; read some before trusting its hypervolume" for text in _beyond(quality).values()]
+
+
+def cautions_at(quality: Row, points: Sequence[Row]) -> list[str]:
+    """Return what single preferences warn of where ``quality``, the mean over all, does not.
+
+    Each of ``points`` has its own ``collapsed`` (a rate), ``mean_length`` and KL; points of older files have not.
+    """
+    everywhere = _beyond(quality)
+    return [
+        f"at {preferences.label(point['prefs'])} {text}; read some before trusting that point"
+        for point in points
+        if point.get("collapsed") is not None
+        for kind, text in _beyond({**point, "rate": point["collapsed"]}).items()
+        if kind not in everywhere
+    ]
+
+
+def _beyond(quality: Row) -> dict[str, str]:
+    """Return what is beyond its limit (``collapse``, ``kl``), in words."""
+    texts, kl, length = {}, quality.get("kl"), max(1.0, float(quality["mean_length"]))
     if quality["rate"] >= COLLAPSED:
-        texts.append(f"{percent(quality['rate'])} of its responses are collapsed (short, repetitive or looping)")
+        texts["collapse"] = f"{percent(quality['rate'])} of its responses are collapsed (short, repetitive or looping)"
     if kl is not None and not quality.get("kl_bound") and kl > KL_PER_TOKEN * length:
-        texts.append(
+        texts["kl"] = (
             f"its KL to base is {number(kl / length, 1)} nats per token (above {KL_PER_TOKEN:g}): the base would "
             "hardly ever give its responses"
         )
-    return [f"{text}; read some before trusting its hypervolume" for text in texts]
+    return texts
 
 
 def _outcome(record: Row, rows: Sequence[Row]) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from moalign.config.objectives import ClassifierObjective
+from moalign.core import seeds
 from moalign.core.errors import RequestError
 from moalign.core.progress import Progress, silent
 from moalign.lm import model_folder
@@ -91,6 +92,8 @@ def make(
     as_given: dict[str, Any] | None = None,
 ) -> RewardRequest:
     """Check a request and split its pairs; raises RequestError for what cannot be trained."""
+    if not 0 <= seed <= seeds.MOST:
+        raise RequestError(f"seed: found {seed}; allowed: 0 to {seeds.MOST}")
     fitting, notice = check_loss(settings, [pair_set.name for pair_set in sets])
     parts = pairs.split_all(sets, fitting.splits)
     return RewardRequest(name, fitting, backbone, revision, parts, seed, results, notice, as_given or {})

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Self
 
 from moalign.core.errors import RequestError, WorkError
-from moalign.runs.atomic import read_only
+from moalign.runs.atomic import read_only, require_writable
 
 APPLICATION_ID = 0x6D6F616C
 """Marks the sqlite file as a score store (``moal``), so that another program's database is never written to."""
@@ -42,9 +42,10 @@ class Store:
     """Scores by (scorer revision, prompt, response). Use as a context manager or call :meth:`close`."""
 
     def __init__(self, path: Path, timeout: float = 60.0) -> None:
-        """Open or create the file and its folder; ``timeout``: seconds to wait for other processes' writes.
+        """Open the file; ``timeout``: seconds to wait for other processes' writes.
 
-        In a folder that is read-only what is there is read, and no score is kept.
+        Where there is none, it and its folder are made with the first score that is kept: a command that is refused
+        leaves nothing behind. In a folder that is read-only what is there is read, and no score is kept.
 
         Raises RequestError when the file is damaged or not a score store, or its folder cannot be made.
         """
@@ -53,17 +54,24 @@ class Store:
         self._lock = threading.Lock()
         self._connection: sqlite3.Connection | None = None
         self._read_only = read_only(self.path.parent)
+        self._missing = not self._read_only and not self.path.exists()
+        """No process has kept a score yet: an empty store in memory stands for the file."""
+        if self._missing:
+            require_writable(self.path.parent)
         with self._explained():
-            if self._read_only:
-                self._connection = self._opened_to_read()
-                return
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._connection = self._connected(str(path))
-            try:
-                self._set_up(self._connection)
-            except BaseException:
-                self.close()
-                raise
+            in_place = not (self._read_only or self._missing)
+            self._connection = self._opened_to_write() if in_place else self._opened_to_read()
+
+    def _opened_to_write(self) -> sqlite3.Connection:
+        """Open the store, made now where it is missing."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        connection = self._connected(str(self.path))
+        try:
+            self._set_up(connection)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
 
     def _connected(self, name: str) -> sqlite3.Connection:
         # isolation_level None: transactions begin and end where the code says so.
@@ -72,7 +80,7 @@ class Store:
         )
 
     def _opened_to_read(self) -> sqlite3.Connection:
-        """Open a store that cannot be written; one in memory, without a score, where there is none."""
+        """Open the store without writing; one in memory, without a score, where there is none."""
         if self.path.is_file():
             place = self.path.absolute().as_uri()
             # Immutable is right, and works, only while no other process has the file open: sqlite then keeps files of
@@ -110,7 +118,7 @@ class Store:
             raise WorkError(f"{self.path}: a score that is not finite cannot be stored")
         if self._read_only:
             return
-        with self._using() as connection:
+        with self._using(to_write=bool(rows)) as connection:
             for start in range(0, len(rows), _CHUNK):
                 with connection:
                     connection.execute("BEGIN IMMEDIATE")
@@ -192,9 +200,13 @@ class Store:
             ) from error
 
     @contextmanager
-    def _using(self) -> Iterator[sqlite3.Connection]:
+    def _using(self, to_write: bool = False) -> Iterator[sqlite3.Connection]:
         """Give the connection to one thread at a time."""
         with self._lock, self._explained():
             if self._connection is None:
                 raise ValueError(f"the score store {self.path} is closed")
+            if self._missing and (to_write or self.path.exists()):
+                opened = self._opened_to_write()
+                self._connection.close()
+                self._connection, self._missing = opened, False
             yield self._connection

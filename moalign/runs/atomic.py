@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import math
@@ -134,7 +135,10 @@ def directory(path: Path | str, *, replace: bool = True, remedy: str = REMEDY) -
 
 @contextlib.contextmanager
 def _temporary(path: Path | str, fits: Callable[[Path], bool], noun: str, remedy: str) -> Iterator[tuple[Path, Path]]:
-    """Yield the real path to write and a hidden name beside it, which is removed on any exception."""
+    """Yield the real path to write and a hidden name beside it, which is removed on any exception.
+
+    What writers of the same path that were killed left beside it is removed, too.
+    """
     target = Path(os.path.realpath(path))  # a link is written through, as open() would
     shown = Path(path).parent
     with refusals(shown, remedy):
@@ -144,6 +148,7 @@ def _temporary(path: Path | str, fits: Callable[[Path], bool], noun: str, remedy
             raise RequestError(f"{shown}: cannot write here: not a folder; {remedy}") from None
         if target.exists() and not fits(target):
             raise RequestError(f"{path}: exists and is not a {noun}; choose another name")
+        _remove_leftovers(target, "tmp")
         temporary = _beside(target, "tmp")
         try:
             yield target, temporary
@@ -174,6 +179,7 @@ def _swap_in(temporary: Path, target: Path, replace: bool) -> None:
     _sync(target.parent)
     if old is not None:
         shutil.rmtree(old)
+    _remove_leftovers(target, "old")
 
 
 def _sync(path: Path) -> None:
@@ -303,6 +309,14 @@ def sweep(folder: Path) -> None:
         for temporary in sorted(folder.rglob(".tmp-*")):
             if _abandoned(temporary):
                 _remove(temporary)
+
+
+def _remove_leftovers(target: Path, kind: str) -> None:
+    """Remove what killed writers of ``target`` left beside it; another process may be doing the same."""
+    for path in target.parent.glob(f".{kind}-*-{glob.escape(target.name)}"):
+        with contextlib.suppress(FileNotFoundError):
+            if path.name.split("-", 4)[-1] == target.name and _abandoned(path):
+                _remove(path)
 
 
 def _remove(path: Path) -> None:

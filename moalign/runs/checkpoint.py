@@ -53,7 +53,7 @@ def save(folder: Path, step: int, tensors: Mapping[str, torch.Tensor], state: Ma
     target = folder / f"step-{step:08d}"
     with atomic.directory(target) as temporary:
         _write_tensors(tensors, temporary / TENSORS)
-        sums = {"content": hashlib.sha256(content.encode()).hexdigest(), "tensors": _file_sum(temporary / TENSORS)}
+        sums = {"content": hashlib.sha256(content.encode()).hexdigest(), "tensors": file_sum(temporary / TENSORS)}
         text = f'{{"format": 1, "sha256": {json.dumps(sums)}, "content": {json.dumps(content)}}}\n'
         (temporary / STATE).write_text(text, encoding="utf-8")
     older = [saved for saved in _steps(folder) if saved < step]
@@ -104,7 +104,7 @@ def _read(path: Path) -> Checkpoint:
     content = stored["content"]
     if hashlib.sha256(content.encode()).hexdigest() != stored["sha256"]["content"]:
         raise ValueError(f"{STATE} does not match its checksum")
-    if _file_sum(path / TENSORS) != stored["sha256"]["tensors"]:
+    if file_sum(path / TENSORS) != stored["sha256"]["tensors"]:
         raise ValueError(f"{TENSORS} does not match its checksum")
     parsed = json.loads(content)
     return Checkpoint(int(parsed["step"]), dict(load_file(path / TENSORS)), dict(parsed["state"]))
@@ -148,6 +148,7 @@ def _write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     save_file(ready, path)
 
 
-def _file_sum(path: Path) -> str:
+def file_sum(path: Path) -> str:
+    """Return the SHA-256 of a file's content, in hex digits."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moalign.core.errors import RequestError
+from moalign.core.paths import shown
 from moalign.core.preferences import Preference
 from moalign.runs import atomic
 
@@ -58,6 +61,8 @@ class RunRecord(BaseModel):
     cost: Cost = Field(default_factory=Cost)
     phases: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Finished phases of training, with the small results of each."""
+    weights: dict[str, str] = Field(default_factory=dict)
+    """SHA-256 of every final weight file, by its path in the folder; empty in records of older versions."""
     notes: dict[str, Any] = Field(default_factory=dict)
     error: str | None = None
     environment: dict[str, Any] = Field(default_factory=dict)
@@ -97,6 +102,25 @@ def read(folder: Path) -> RunRecord:
             f"{'.'.join(map(str, problem['loc'])) or 'the whole file'}: {problem['msg']}" for problem in error.errors()
         )
         raise RequestError(f"{path}: not a run record of this moalign: {details}; {remedy}") from error
+
+
+def again(as_given: Mapping[str, Any], seed: int, prefs: Sequence[Preference] | None, results: Path) -> list[str]:
+    """Return the ``moalign`` arguments that ask for a run again."""
+    from moalign.config import find
+
+    method, task = str(as_given["method"]), str(as_given["task"])
+    parts = ["train", method, "--task", task]
+    recipe = as_given.get("recipe_file")
+    default = None
+    with contextlib.suppress(RequestError):  # the task was moved since, so the recipe has to be named
+        default = find.find_recipe_file(task, method)
+    if recipe is not None and (default is None or recipe != shown(default)):
+        parts += ["--recipe", str(recipe)]
+    own = (as_given.get("recipe") or {}).get("prefs")
+    if prefs and [list(row) for row in prefs] != own:
+        parts += [part for row in prefs for part in ("--prefs", ",".join(map(repr, row)))]
+    parts += [part for text in as_given.get("set") or [] for part in ("--set", str(text))]
+    return [*parts, "--seed", str(seed), "--results", str(results)]
 
 
 def now() -> datetime:

@@ -7,6 +7,7 @@ import errno
 import os
 import platform
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,8 @@ METRICS = "metrics.jsonl"
 LOCK = ".lock"
 OWNER = ".owner.json"
 CHECKPOINTS = "checkpoints"
+STAGES = "stages"
+"""Folder of the weights that a finished stage ended with, from which an interrupted training goes on."""
 
 _POLL = 0.5
 """Seconds between two looks at a lock that is waited for."""
@@ -158,6 +161,7 @@ class Run:
             except BaseException as error:
                 self.mark("failed", error=f"{type(error).__name__}: {error}")
                 raise
+            self.record.weights = self._weight_sums()
             self.mark("done", meter=meter)
             self.drop_checkpoints()
 
@@ -302,6 +306,36 @@ class Run:
         place = self.checkpoint_dir(phase)
         for folder in [place, *place.parent.glob(f"{phase}-*")]:
             atomic.remove_directory(folder)
+
+    # -- final weights ------------------------------------------------------------------------------
+
+    def require_weights(self) -> None:
+        """Raise RequestError for a final weight file whose content is not what training wrote.
+
+        Files that are missing are left to whoever reads them, and records of older versions hold no sums.
+        """
+        for name, known in self.record.weights.items():
+            path = self.path / name
+            if path.is_file() and checkpoint.file_sum(path) != known:
+                command, given = "the command that made it", self.record.as_given
+                if given.keys() >= {"method", "task"}:
+                    above = self.path.parents
+                    results = above[3] if len(above) > 3 else Path("results")
+                    words = records.again(given, self.record.seed, self.record.preferences, results)
+                    command = shlex.join(["moalign", *words])
+                raise RequestError(
+                    f"damaged: {path}: its content is not what training wrote; delete {self.path} and train again: "
+                    f"{command}"
+                )
+
+    def _weight_sums(self) -> dict[str, str]:
+        """Return the SHA-256 of every weight file by its path in the run, but for what training alone goes on from."""
+        files = {path.relative_to(self.path): path for path in sorted(self.path.rglob("*.safetensors"))}
+        return {
+            name.as_posix(): checkpoint.file_sum(path)
+            for name, path in files.items()
+            if name.parts[0] not in (CHECKPOINTS, STAGES)
+        }
 
     # -- tables and tensors --------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 from moalign.core.errors import WorkError
 from moalign.core.preferences import Preference
 from moalign.core.progress import Progress, silent
+from moalign.runs.run import STAGES
 
 if TYPE_CHECKING:
     from moalign.config.recipe import PolicySpec
@@ -107,7 +108,7 @@ class Job(RunContext):
         if lm is not None:
             from moalign.lm import adapters
 
-            adapters.set_tensors(lm, self.run.load_tensors(f"stages/{name}"))
+            adapters.set_tensors(lm, self.run.load_tensors(f"{STAGES}/{name}"))
         return True
 
     def finish_stage(self, name: str, lm: LanguageModel | None = None) -> None:
@@ -115,6 +116,6 @@ class Job(RunContext):
         if lm is not None:
             from moalign.lm import adapters
 
-            self.run.save_tensors(f"stages/{name}", adapters.tensors(lm))
+            self.run.save_tensors(f"{STAGES}/{name}", adapters.tensors(lm))
         self.finished_here.add(name)
         self.run.finish_phase(name, meter=self.meter.state(), notes=self.notes)

@@ -189,8 +189,7 @@ class OnlineTrainer:
     def backward(self, loss: Tensor, metrics: Mapping[str, float] | None = None) -> None:
         """Add the gradient of a part's mean loss over its groups (a scalar); metrics are averaged over parts."""
         self.accelerator.backward(loss * self._share)
-        found = self.check.number("loss", float(loss.detach()))
-        for name, value in {"loss": found, **(metrics or {})}.items():
+        for name, value in {"loss": self.check.number("loss", float(loss.detach())), **(metrics or {})}.items():
             self._sums[name] = self._sums.get(name, 0.0) + self._share * value
 
     def step(self, metrics: Mapping[str, float] | None = None) -> None:
@@ -203,6 +202,7 @@ class OnlineTrainer:
         norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.config.clip))
         self.check.number("gradient norm", norm)
         self.optimizer.step()
+        self.check.norm(self.parameters)
         self._metrics, self._sums = {**(metrics or {}), **self._sums, "grad_norm": norm}, {}
 
     def skip(self, metrics: Mapping[str, float] | None = None) -> None:

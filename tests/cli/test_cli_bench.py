@@ -92,8 +92,9 @@ def test_the_table(moalign: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ric = next(line for line in lines if line.startswith("ric"))
     assert "offline 0.500, round 1.000" in ric and "2.00 k" in ric and "600 MiB" in ric and "3.2 s" in ric
     assert any(line.startswith("moc (failed)") for line in lines)
-    assert lines[-2:] == ["moc failed: no room", "prompting: no update step to measure; it trains nothing (steps: 0?)"]
-    assert "Traceback" not in ended.err
+    assert lines[-1] == "prompting: no update step to measure; it trains nothing (steps: 0?)"
+    assert ended.errors == ["moc failed: no room"] and "Traceback" not in ended.err
+    assert moalign("bench", "ric", "moc", "--json").errors == ["moc failed: no room"]
     assert "Traceback: no room" in moalign("bench", "ric", "moc", "--debug").err
 
 

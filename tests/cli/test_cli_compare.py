@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from moalign.comparison import compare as workflow
-from moalign.comparison.result import CompareResult
+from moalign.comparison.result import CompareResult, Entry
 
 
 class Asked:
@@ -23,6 +23,7 @@ class Asked:
     def __call__(self, request: workflow.CompareRequest, progress: Any) -> CompareResult:
         self.request = request
         print("chatter")
+        entry = Entry(method="x", label="x", status="failed", seeded=True, runs=[], error="no room")
         return CompareResult(
             task="sandbox",
             card_hash="abc",
@@ -32,7 +33,7 @@ class Asked:
             samples=1,
             draws=100,
             level=0.95,
-            entries=[],
+            entries=[entry] if self.failed else [],
             pairs=[],
             winner=None,
             sensitivity=None,
@@ -71,7 +72,7 @@ def test_a_run_that_failed_makes_the_exit_code_1(moalign: Any, monkeypatch: pyte
     ended = moalign("compare", "--json")
     assert ended.code == 1
     assert json.loads(ended.out)["failed"] == ["x"]
-    assert "a trace" not in ended.err
+    assert ended.err == "chatter\nerror: x failed: no room\n"
     assert "a trace" in moalign("compare", "--json", "--debug").err
 
 

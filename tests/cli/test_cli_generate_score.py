@@ -252,6 +252,9 @@ def test_a_scorer_that_fails_is_named_with_the_sample(
     assert not Path("o.parquet").exists()
 
 
+NO_MODEL = "{name: harmlessness, kind: hf-classifier, model: nobody/nothing}"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -261,6 +264,7 @@ def test_a_scorer_that_fails_is_named_with_the_sample(
         (["--task", "sandbox", "--in", "in.jsonl", "--set", "steps=3"], "--set steps: unknown setting"),
         (["--task", "sandbox", "--in", "empty.jsonl"], "empty.jsonl: the file is empty"),
         (["--task", "sandbox", "--in", "other.jsonl"], "other.jsonl:1: no column 'response'"),
+        (["--task", "sandbox", "--in", "in.jsonl", "--set", f"task.objectives.1={NO_MODEL}"], "hub model 'nobody/"),
     ],
 )
 def test_wrong_requests_to_score(moalign: Any, toys: None, arguments: list[str], message: str) -> None:
@@ -270,3 +274,4 @@ def test_wrong_requests_to_score(moalign: Any, toys: None, arguments: list[str],
     ended = moalign("score", *arguments)
     assert (ended.code, ended.out) == (2, "")
     assert message in ended.errors[0]
+    assert not list(Path().glob("results/tasks/scores*"))

@@ -41,7 +41,17 @@ def damaged(trained: Run, moalign: Any) -> Path:
     """The folder of a copy of the trained run, below the current folder, for a test to damage."""
     results = trained.path.parents[3]
     shutil.copytree(results, "results")
-    return Path("results") / trained.path.relative_to(results)
+    folder = Path("results") / trained.path.relative_to(results)
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**record, "weights": {}}))  # as older versions wrote it
+    return folder
+
+
+@pytest.fixture
+def whole(damaged: Path, trained: Run) -> Path:
+    """The same with the sums of its weights in the record."""
+    shutil.copy(trained.path / "run.json", damaged)
+    return damaged
 
 
 def sets(texts: tuple[str, ...]) -> list[str]:
@@ -103,6 +113,30 @@ def test_an_expert_that_is_missing_damaged_or_of_another_base_is_refused(
     commands = [("generate", str(damaged), PROMPT, "--prefs", "0.3,0.7"), ("eval", str(damaged))]
     for command in commands if damage is _gone else commands[:1]:
         refused(moalign(*command), message, *(() if damage is _other_base_unnamed else ("adapter-expert-1",)))
+
+
+@pytest.mark.parametrize("name", ["control.safetensors", f"adapter-expert-1/{WEIGHTS}"])
+def test_weights_that_training_did_not_write_are_refused(moalign: Any, whole: Path, name: str) -> None:
+    """Damage inside the numbers, which the format cannot show: a byte of the last number of the file is another."""
+    data = bytearray((whole / name).read_bytes())
+    data[-2] ^= 1
+    (whole / name).write_bytes(data)
+    commands = (("generate", str(whole), PROMPT), ("eval", str(whole)), ("export", str(whole), "--out", "out"))
+    for command in commands:
+        ended = moalign(*command, "--prefs", "0.3,0.7")
+        refused(ended, f"damaged: {whole / name}: its content is not what training wrote; delete {whole}")
+        assert "train again: moalign train pcm --task sandbox " in ended.errors[0]
+        assert "--results results" in ended.errors[0] and not Path("out").exists()
+
+
+def test_a_run_that_was_moved_answers_as_before(moalign: Any, whole: Path) -> None:
+    ask = ("--prefs", "0.3,0.7", "--json")
+    before = json.loads(moalign("generate", str(whole), PROMPT, *ask).out)["answers"]
+    shutil.move(whole, "elsewhere")
+    ended = moalign("generate", "./elsewhere", PROMPT, *ask)
+    assert ended.code == 0 and json.loads(ended.out)["answers"] == before
+    (Path("elsewhere") / "control.safetensors").write_bytes(b"")
+    refused(moalign("generate", "./elsewhere", PROMPT, *ask), "damaged: elsewhere/control.safetensors")
 
 
 def test_a_control_model_of_another_number_of_experts_is_refused(moalign: Any, damaged: Path) -> None:

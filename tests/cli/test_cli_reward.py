@@ -148,6 +148,11 @@ def test_changed_pairs_are_noticed(moalign: Any, files: tuple[Path, Path], rando
         (("train", "--pairs", "ann.jsonl", "--pairs", "bob.jsonl", "--model", "m"), "loss bt is for one data set"),
         (("train", "--pairs", "ann.jsonl", "--model", "./nowhere"), "there is no model folder './nowhere'"),
         (("train", "--task", "stories", "--model", "m"), "its card has no data.pairs"),
+        (
+            ("train", "--pairs", "ann.jsonl", "--model", "m", "--seed", str(2**63)),
+            f"seed: found {2**63}; allowed: 0 to",
+        ),
+        (("train", "--pairs", "ann.jsonl", "--model", "m", "--seed", "-1"), "seed: found -1; allowed: 0 to"),
         (("eval", "abcdef"), "unknown run 'abcdef'"),
         (("eval", "./nowhere", "--pairs", "ann.jsonl"), "there is no model folder './nowhere'"),
         (("eval", "./nowhere"), "it has no pairs of its own"),
@@ -180,6 +185,10 @@ def test_a_wrong_split_and_label(moalign: Any, files: tuple[Path, Path], random_
     assert (ended.code, "--split: unknown split 'tset'" in ended.errors[0]) == (2, True)
     ended = moalign("reward", "eval", run, "--label", "4")
     assert (ended.code, "the model has no label 4" in ended.errors[0]) == (2, True)
+    weights = Path(run) / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-2] + b"xx")
+    ended = moalign("reward", "eval", run)
+    assert (ended.code, ended.errors[0].startswith(f"damaged: {weights}: its content is not what")) == (2, True)
 
 
 def test_a_dry_run_of_a_real_recipe_needs_nothing_but_the_recipe(moalign: Any) -> None:

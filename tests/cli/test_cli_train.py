@@ -138,6 +138,8 @@ def test_a_run_that_another_process_trains_is_refused(moalign: Any) -> None:
 
 # -- wrong requests --------------------------------------------------------------------------------
 
+NO_MODEL = "{name: harmlessness, kind: hf-classifier, model: nobody/nothing}"
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -157,6 +159,7 @@ def test_a_run_that_another_process_trains_is_refused(moalign: Any) -> None:
         (["--set", "steps=many"], "--set steps: config.steps: found 'many'; allowed: a whole number"),
         (["--set", "steps"], "--set steps"),
         (["--set", "task.grd=3"], "did you mean 'grid'?"),
+        (["--set", f"task.objectives.1={NO_MODEL}"], "hub model 'nobody/nothing' is not in the local cache"),
     ],
 )
 def test_wrong_requests_are_one_message_and_leave_nothing(

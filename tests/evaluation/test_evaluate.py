@@ -154,6 +154,27 @@ def test_collapse_is_judged_by_the_policys_tokens_and_what_short_means_on_the_ta
     assert [text.partition(" (")[0] for text in result.warnings or ()] == ["100 % of its responses are collapsed"]
 
 
+def test_a_preference_that_collapses_alone_is_named(
+    small_task: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One empty answer of 24 is no warning by itself; it is one of the 8 at its preference."""
+    method, context = opened(small_task, tmp_path, Steered())
+    one = f"0.5|{context.task.eval_prompts[0]}"
+    answers = Speaker.generate
+
+    def generate(self: Speaker, texts: Sequence[str], *rest: Any) -> tuple[list[str], int]:
+        responses, tokens = answers(self, texts, *rest)
+        return ["" if text == one else response for text, response in zip(texts, responses, strict=True)], tokens
+
+    monkeypatch.setattr(Speaker, "generate", generate)
+    result = evaluate(method, context).result
+    assert [point.collapsed for point in result.points] == [0, 1 / 8, 0]
+    assert result.quality.mean_length == pytest.approx(np.mean([point.mean_length for point in result.points]))
+    assert [text.partition(" (")[0] for text in result.warnings or ()] == [
+        "at 0.5,0.5 12 % of its responses are collapsed"
+    ]
+
+
 def test_the_table_holds_every_answer_with_its_raw_scores(steered: Opened) -> None:
     method, context = steered
     evaluate(method, context)

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from moalign.comparison.jobs import arguments
 from moalign.core.errors import RequestError
 from moalign.evaluation import evaluate
 from moalign.experiment.train import Plan, TrainRequest, context_of, expert_plan, plan, train
 from moalign.lm.generator import RESIDENT
 from moalign.policies.policy import respond_all
+from moalign.runs import record
 from moalign.runs.run import Run
 
 CORNERS = [(1.0, 0.0), (0.0, 1.0)]
@@ -95,7 +95,7 @@ def test_the_experts_run_is_the_one_a_user_would_ask_for(ask: Any, tmp_path: Pat
 
 def test_the_command_that_a_record_of_experts_tells_asks_for_them_again(ask: Any, tmp_path: Path) -> None:
     made = expert_plan(ask("picky-soup", "experts.steps=3"), "picky", {"steps": 3, "lr": 0.5}, CORNERS)
-    told = arguments(made.as_given, made.seed, made.given, tmp_path / "results")
+    told = record.again(made.as_given, made.seed, made.given, tmp_path / "results")
     assert told[:3] == ["train", "picky", "--task"]
 
     def values(option: str) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ def test_what_is_finite_passes() -> None:
     assert CHECK.number("loss", -1e300) == -1e300
     modules = {"a": {"x": torch.full((3,), 1e18)}, "b": {"x": torch.ones(2, dtype=torch.bfloat16)}}
     assert CHECK.weights(modules) is modules
+    CHECK.norm([torch.full((3,), 1e18), torch.ones(2, dtype=torch.bfloat16)])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -29,3 +30,5 @@ def test_a_number_that_is_not_finite_is_told_with_where_and_what_to_try(value: f
 def test_weights_that_are_not_finite_or_without_a_finite_norm_are_named(bad: float) -> None:
     with pytest.raises(WorkError, match=r"step 3: 1 of 2 tensors .* \(first a\.y\)"):
         CHECK.weights({"a": {"x": torch.ones(3), "y": torch.tensor([[0.0, bad]])}})
+    with pytest.raises(WorkError, match="step 3: the norm of the weights is (nan|inf), so training has diverged"):
+        CHECK.norm([torch.ones(3), torch.tensor([[0.0, bad]])])

@@ -86,6 +86,24 @@ def test_a_policy_that_left_the_bases_language_is_told(compared: Build) -> None:
     assert "b: its KL to base is 73.5 nats per token" in " ".join(verdict.sentences(record))
 
 
+def test_one_preference_beyond_a_limit_is_told_where_the_mean_is_not() -> None:
+    fine = {"prefs": [0.0, 1.0], "collapsed": 0.0, "mean_length": 20.0, "kl": 10.0, "kl_bound": False}
+    points = [
+        fine,
+        {**fine, "prefs": [0.3, 0.7], "collapsed": 0.12},
+        {**fine, "prefs": [1.0, 0.0], "kl": 3.5 * 20},
+        {**fine, "kl": 3.5 * 20, "kl_bound": True},
+        {"prefs": [0.5, 0.5], "kl": 900.0, "collapsed": None, "mean_length": None},  # an older file
+    ]
+    mean = {"rate": 0.03, "mean_length": 20.0, "kl": 25.0}
+    assert [text.partition(" (")[0] for text in verdict.cautions_at(mean, points)] == [
+        "at 0.3,0.7 12 % of its responses are collapsed",
+        "at 1,0 its KL to base is 3.5 nats per token",
+    ]
+    assert [text[:5] for text in verdict.cautions_at({**mean, "rate": 0.06}, points)] == ["at 1,"]
+    assert verdict.cautions_at({**mean, "rate": 0.06, "kl": 61.0}, points) == []
+
+
 def test_a_ranking_that_depends_on_the_reference_point(compared: Build) -> None:
     record = compared({"a": 0.3, "b": 0.1})
     assert "reference point" not in " ".join(record["verdict"])

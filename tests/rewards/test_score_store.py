@@ -40,6 +40,17 @@ def test_values_come_back_exactly_and_in_order(tmp_path: Path) -> None:
         assert store.get_many("a", []) == []
 
 
+def test_the_file_is_made_with_the_first_score(tmp_path: Path) -> None:
+    """Until then nothing is left behind, and what another process keeps meanwhile is read."""
+    pairs = [("p", "r")]
+    with Store(tmp_path / "new" / "s.sqlite") as store, Store(tmp_path / "new" / "s.sqlite") as other:
+        assert store.get_many("a", pairs) == [None] and len(store) == 0
+        store.put_many("a", [], [])
+        assert list(tmp_path.iterdir()) == []
+        other.put_many("a", pairs, [1.0])
+        assert store.get_many("a", pairs) == [1.0]
+
+
 def test_the_first_score_stays(tmp_path: Path) -> None:
     with Store(tmp_path / "s.sqlite") as store:
         store.put_many("a", [("p", "r")], [1.0])
@@ -109,9 +120,10 @@ def test_unwritable_place_names_the_remedy(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["locked", "malformed"])
 def test_the_name_of_a_folder_is_not_taken_for_the_reason(tmp_path: Path, name: str) -> None:
+    store = Store(tmp_path / name / "s.sqlite")
     (tmp_path / name).write_text("")
     with pytest.raises(RequestError, match=r"cannot be written \((File exists|Not a directory)\).*--results DIR"):
-        Store(tmp_path / name / "s.sqlite")
+        store.put_many("a", [("p", "r")], [1.0])
 
 
 def test_full_disk_names_the_remedy_and_keeps_what_was_there(tmp_path: Path) -> None:
@@ -126,12 +138,12 @@ def test_full_disk_names_the_remedy_and_keeps_what_was_there(tmp_path: Path) -> 
 
 def test_a_lock_that_stays_is_told(tmp_path: Path) -> None:
     path = tmp_path / "s.sqlite"
-    with Store(path):
-        pass
+    with Store(path) as store:
+        store.put_many("a", [("p", "r")], [1.0])
     holder = sqlite3.connect(path, isolation_level=None)
     holder.execute("BEGIN IMMEDIATE")
     with Store(path, timeout=0.05) as store, pytest.raises(WorkError, match="locked"):
-        store.put_many("a", [("p", "r")], [1.0])
+        store.put_many("a", [("p", "s")], [1.0])
     holder.close()
 
 

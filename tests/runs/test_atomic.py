@@ -297,6 +297,31 @@ for content in ("old", "new"):
     assert (names(tmp_path), names(target)) == (["a-b-c-d-adapter"], ["old"])
 
 
+def test_whoever_writes_again_removes_what_killed_writers_left(tmp_path: Path) -> None:
+    """A command that is given again after a kill leaves no half folder beside the whole one."""
+    code = """
+import os, signal, sys
+from pathlib import Path
+from moalign.runs import atomic
+with atomic.directory(Path(sys.argv[1])) as temporary:
+    (temporary / "half").write_text("half")
+    if sys.argv[2:]:
+        rename = os.rename
+        os.rename = lambda source, target: (rename(source, target), os.kill(os.getpid(), signal.SIGKILL))
+    else:
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+    target, other = tmp_path / "run-a", tmp_path / "other-run-a"
+    target.mkdir()
+    for arguments in ([str(target)], [str(target), "between the renames"], [str(other)]):
+        python(code, *arguments).communicate(timeout=60)
+    assert not target.exists() and len(names(tmp_path)) == 3, "the old one, a new one, and one of another name"
+    with atomic.directory(target) as mine, atomic.directory(target) as theirs:
+        assert theirs.exists() and mine.exists(), "writers at work are left alone"
+    assert [name for name in names(tmp_path) if not name.endswith("other-run-a")] == ["run-a"]
+    assert len(names(tmp_path)) == 2
+
+
 def test_sweep_judges_leftovers_of_other_machines_by_age(tmp_path: Path) -> None:
     gone = python("")
     gone.communicate(timeout=60)  # no such process here, but there may be one over there
