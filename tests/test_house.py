@@ -203,10 +203,12 @@ BESIDE = {
     "training.dropout",
     "training.grid",  # which adapter is trained
     "training.job",
+    "training.kl_budget",  # off by default, as is support
     "training.preference_draws",
     "training.reference",  # log-probabilities of fixed rows, kept on disk
     "training.rollout",  # sampling and scoring
     "training.settings",
+    "training.support",
 }
 """What the files on the way import from these rooms without its being on the way. A module between a method and its
 loss belongs into the table of CONTRIBUTING.md, not here."""

@@ -193,9 +193,3 @@ def gate(ratios: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
 def clipped(ratios: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
     """Return PPO's clipped loss of each token (arXiv 1707.06347, eq. 7, negated)."""
     return -torch.minimum(ratios * advantages, ratios.clamp(1 - clip_range, 1 + clip_range) * advantages)
-
-
-def adapted(coef: float, kl: float, target: float, responses: int, horizon: int) -> float:
-    """Return the next KL coefficient (arXiv 1909.08593, section 2.2): up when ``kl`` is above ``target``."""
-    error = min(max(kl / target - 1, -0.2), 0.2)
-    return coef * (1 + error * responses / horizon)

@@ -67,6 +67,9 @@ class Config(OnlineConfig, WarmStart):
     at ``pi_ref exp(s / beta) / Z`` (:func:`moalign.losses.dpo.pair_loss`). Needs pairing: weighted."""
 
     extremes: Literal["score", "advantage"] = "score"
+    """Which two responses of a prompt are paired: those of the largest and smallest score s, or of the largest and
+    smallest ``s - beta * D``. That is alike for all responses where the policy is ``pi_ref exp(s / beta) / Z``, so the
+    pair is the one that is furthest from it, and what was preferred too much is preferred less again."""
 
     @model_validator(mode="after")
     def _pairing_fits(self) -> Config:
@@ -111,12 +114,13 @@ class MoOdpo:
 
 def learn_from_pairs(job: Job, lm: LanguageModel, config: Config) -> None:
     """Train the active adapter of ``lm`` on pairs of its own samples (algorithm 1)."""
-    from moalign.training.online import KlStrength, OnlineTrainer
+    from moalign.training.kl_budget import KlStrength
+    from moalign.training.online import OnlineTrainer
     from moalign.training.preference_draws import independent
 
     draw = independent(job.given_preferences, len(job.task.names), config.alpha, config.resolution)
     trainer = OnlineTrainer(job, lm, config, draw)
-    strength = KlStrength(trainer, "beta", config.beta)
+    strength = KlStrength(config, "beta", config.beta, trainer.state, job.notes)
     for rollout in trainer.rollouts():
         pairs = paired(rollout, config, strength.now)
         trainer.counts["pairs_dropped"] = trainer.counts.get("pairs_dropped", 0) + pairs.dropped

@@ -27,12 +27,14 @@ from moalign.core.seeds import derive
 from moalign.lm.finite import FiniteCheck, Modules
 from moalign.lm.language_model import LanguageModel
 from moalign.losses import ppo
-from moalign.training import checkpoints, support
+from moalign.training import checkpoints
 from moalign.training.actor import Actor, AdapterActor, Style
 from moalign.training.constant_rewards import ConstantRewards
+from moalign.training.kl_budget import KlStrength
 from moalign.training.preference_draws import Draw
-from moalign.training.rollout import Rollout, ValueHeads, mean_kl, policy_logps, rollout_metrics, sample_rollout
+from moalign.training.rollout import Rollout, ValueHeads, policy_logps, rollout_metrics, sample_rollout
 from moalign.training.settings import OnlineConfig, PpoConfig
+from moalign.training.support import Support
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -98,7 +100,7 @@ class OnlineTrainer:
         """What else a method needs to continue after an interruption; kept in checkpoints."""
         self.check = FiniteCheck(job.run.record.method, phase, config.lr, config.clip)
         self.constant = ConstantRewards(job.task.names)
-        self._support: float | None = None
+        self.support = Support(job, lm, config)
         self._rollout: Rollout | None = None
         self._metrics: dict[str, float] | None = None
         self._sums: dict[str, float] = {}
@@ -147,12 +149,7 @@ class OnlineTrainer:
         rollout = sample_rollout(
             self.job, self.lm, self.actor, self.config, self.draw, self.phase, step, self.value_heads
         )
-        if self.config.support is not None:
-            if self._support is None:
-                self._support = support.end_of(self.job, self.lm, self.config.temperature) - self.config.support
-            out = support.outside(rollout.ref_logps(), rollout.samples.response_mask, self._support)
-            rollout.z = support.believed(rollout.z, out, self.job.panel.z_bounds())
-            rollout.outside = float(out.mean())
+        self.support.apply(rollout)
         return rollout
 
     def parts(self, rows: NDArray[np.intp], group: int = 1, *, tensors: Mapping[str, Tensor]) -> Iterator[Part]:
@@ -241,39 +238,6 @@ class OnlineTrainer:
         return checkpoint.step
 
 
-class KlStrength:
-    """The strength of a loss's KL term, steered so that a response's KL to the reference keeps to ``kl_budget``.
-
-    Proportional control in log space (Ziegler et al. 2019, arXiv 1909.08593, section 2.2); without a budget it is
-    fixed. What it is at the end goes to the run's notes.
-    """
-
-    def __init__(self, trainer: OnlineTrainer, name: str, strength: float) -> None:
-        """``name`` is the setting whose value ``strength`` is; kept in the trainer's checkpoints."""
-        self.trainer, self.name = trainer, name
-        trainer.state[name] = strength
-
-    @property
-    def now(self) -> float:
-        """The strength of the next update."""
-        return self.trainer.state[self.name]
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """The strength by its name, where it is steered."""
-        return {} if self.trainer.config.kl_budget is None else {self.name: self.now}
-
-    def adapt(self, rollout: Rollout) -> None:
-        """Take the KL of a rollout into account; one response of each prompt stands for it."""
-        config = self.trainer.config
-        if config.kl_budget is None:
-            return
-        nats, responses = mean_kl(rollout), len(rollout.responses)
-        after = ppo.adapted(self.now, nats, config.kl_budget, responses, config.kl_horizon)
-        self.trainer.state[self.name] = after
-        self.trainer.job.notes["kl_budget"] = {"nats": config.kl_budget, f"{self.name}_at_the_end": after}
-
-
 class PpoTrainer(OnlineTrainer):
     """An online trainer with value heads, for clipped PPO (:mod:`moalign.losses.ppo`)."""
 
@@ -293,7 +257,7 @@ class PpoTrainer(OnlineTrainer):
         """Prepare the trainer; ``heads`` name the value heads in the metrics."""
         super().__init__(job, lm, config, draw, phase, style, len(heads), config.value_lr, actor)
         self.heads = list(heads)
-        self.strength = KlStrength(self, "kl_coef", config.kl_coef)
+        self.strength = KlStrength(config, "kl_coef", config.kl_coef, self.state, job.notes)
 
     def experience(self, rewards: NDArray[np.float64], kl_apart: bool = False) -> ppo.Experience:
         """Return advantages and returns of the rollout in hand, then adapt the KL coefficient to what it shows.

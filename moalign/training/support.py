@@ -27,6 +27,27 @@ if TYPE_CHECKING:
 
     from moalign.lm.language_model import LanguageModel
     from moalign.training.job import Job
+    from moalign.training.rollout import Rollout
+    from moalign.training.settings import OnlineConfig
+
+
+class Support:
+    """Applies it to rollouts, where ``support`` is set."""
+
+    def __init__(self, job: Job, lm: LanguageModel, config: OnlineConfig) -> None:
+        """Nothing is computed before the first rollout."""
+        self.job, self.lm, self.config = job, lm, config
+        self.end: float | None = None
+
+    def apply(self, rollout: Rollout) -> None:
+        """Lower the normalised rewards of responses outside, and note their share in the rollout."""
+        if self.config.support is None:
+            return
+        if self.end is None:
+            self.end = end_of(self.job, self.lm, self.config.temperature) - self.config.support
+        out = outside(rollout.ref_logps(), rollout.samples.response_mask, self.end)
+        rollout.z = believed(rollout.z, out, self.job.panel.z_bounds())
+        rollout.outside = float(out.mean())
 
 
 def end_of(job: Job, lm: LanguageModel, temperature: float) -> float:

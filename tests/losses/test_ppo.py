@@ -10,7 +10,6 @@ import torch
 
 from moalign.losses.ppo import (
     Experience,
-    adapted,
     beside,
     clipped,
     experience,
@@ -20,6 +19,7 @@ from moalign.losses.ppo import (
     token_rewards,
     whitened,
 )
+from moalign.training.kl_budget import adapted
 
 MASK = torch.tensor([[True, True, True], [True, False, False]])
 
@@ -119,10 +119,10 @@ def test_the_clipped_objective_and_its_gate(ratio: float, advantage: float, loss
 
 
 def test_the_kl_coefficient_moves_towards_its_target() -> None:
-    assert adapted(0.2, kl=6.0, target=6.0, responses=64, horizon=640) == pytest.approx(0.2)
-    assert adapted(0.2, kl=6.6, target=6.0, responses=64, horizon=640) == pytest.approx(0.2 * (1 + 0.1 * 0.1))
-    assert adapted(0.2, kl=60.0, target=6.0, responses=64, horizon=640) == pytest.approx(0.2 * 1.02)  # at most 20 %
-    assert adapted(0.2, kl=-3.0, target=6.0, responses=64, horizon=640) == pytest.approx(0.2 * 0.98)
+    assert adapted(0.2, kl=6.0, budget=6.0, responses=64, horizon=640) == pytest.approx(0.2)
+    assert adapted(0.2, kl=6.6, budget=6.0, responses=64, horizon=640) == pytest.approx(0.2 * (1 + 0.1 * 0.1))
+    assert adapted(0.2, kl=60.0, budget=6.0, responses=64, horizon=640) == pytest.approx(0.2 * 1.02)  # at most 20 %
+    assert adapted(0.2, kl=-3.0, budget=6.0, responses=64, horizon=640) == pytest.approx(0.2 * 0.98)
 
 
 # -- the loss on hand-made numbers -------------------------------------------------------------------------------------

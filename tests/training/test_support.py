@@ -52,7 +52,7 @@ def test_a_rollout_believes_no_reward_outside_and_logs_how_many_were(make_job: M
         job = make_job("mo-odpo", "batch=8", "steps=1", "support=0", "log_every=1", where=str(end))
         config = job.config
         trainer = OnlineTrainer(job, job.task.language_model, config, independent(None, 2, config.alpha))
-        trainer._support = end
+        trainer.support.end = end
         rollout = next(trainer.rollouts())
         found[end] = rollout
         lower = job.panel.z_bounds()[:, 0]
