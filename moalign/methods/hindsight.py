@@ -1,24 +1,38 @@
-"""Hindsight: distil the best of n for every preference, then online DPO.
+"""Hindsight: distil the base's own scored samples for every preference, then online DPO.
 
 Source: none yet, the method is ours. From a base for which a stated preference means nothing, online methods mostly
 improve the average and answer all preferences alike. The remedy needs no new data: the base's own scored samples
 already show what to answer at each preference.
 
 1. Pool: n scored responses per training prompt.
-2. Distil: supervised training on the best of n for drawn preferences (:mod:`moalign.training.distil`).
+2. Distil: supervised training on one of the n for drawn preferences (:mod:`moalign.training.distil`).
 3. Online: MO-ODPO from there; the reference is the base (``reference: base``) or the distilled policy
    (``reference: start``).
 
-So it is MO-ODPO with its ``warm_start`` always on (:meth:`moalign.methods.mo_odpo.MoOdpo.train`).
+So it is MO-ODPO with its ``warm_start`` always on (:meth:`moalign.methods.mo_odpo.MoOdpo.train`). ``steps: 0`` leaves
+the online part out: a preference-conditioned distillation, an offline method.
 
-``steps: 0`` leaves the online part out: a preference-conditioned distillation of best-of-n, an offline method. The
-parts are known (best-of-n distillation, hindsight relabelling, online DPO). What each of them is worth is measured in
-results/ablations/hindsight.md: by hypervolume the online part alone is not told apart from both together; with the
-distillation seeds end closer together and answers are nearer to what was asked (regret .008, without it .016).
+**What it minimises** (second version: ``labels: bradley-terry``, ``extremes: advantage``). For every preference w
 
-With learned rewards the settings of recipes/sandbox find what the reward model wrongly likes, until nothing else is
-left (README, results/published/sandbox-learned). ``beta``, the temperature or ``sft_coef`` alone do not help; with all
-three as MO-ODPO's it does as well as that. ``steps: 0`` moves least from the base.
+    max_pi  E_x [ E_{y ~ pi} s_w(x, y) - beta KL(pi(.|x) || pi_base(.|x)) ]
+
+with a score s_w of :mod:`moalign.pareto.scalarisation`. Its one solution is ``pi_w(y|x) = pi_base(y|x) exp(s_w(x, y) /
+beta) / Z_w(x)``, and both parts have it as their fixed point:
+
+* Distillation: the base's samples drawn with weights ``exp(s_w / beta)`` are samples of pi_w as n grows (``choose:
+  tilted``); with few of them, or a small beta, it is the best of n, ``log n - (n - 1) / n`` nats on the way to it.
+* Online: with ``D = log pi - log pi_base`` the expected loss of a pair, ``-p log sigma(beta (D1 - D2)) - (1 - p) log
+  sigma(beta (D2 - D1))`` with ``p = sigma(s1 - s2)``, is least where ``beta (D1 - D2) = s1 - s2``. That holds for all
+  pairs if and only if ``pi = pi_w``. Labels that only say which is better (``order``) have no such place: their margin
+  grows as long as a policy is trained, and with a learned reward the policy ends where that reward is most wrong.
+
+Distillation comes first since the online part only sees what the policy says already. As long as it reads nothing in
+a preference, it draws the same responses for all of them, and what it learns for one it unlearns for another; the
+targets of the distillation depend on w from the first step.
+
+**Where rewards are learned**, three things keep it from what they are wrong about, none of which has to know that
+they are (results/learned): the minimum itself; ``scalarisation: exponential``, which lets no large reward outweigh
+the lack of another; ``support``, which does not believe rewards of responses that the base would never give.
 """
 
 from __future__ import annotations
@@ -42,7 +56,7 @@ class Hindsight(mo_odpo.MoOdpo):
     """One policy for every preference: first taught what a preference means, then trained online."""
 
     name: ClassVar[str] = "hindsight"
-    summary: ClassVar[str] = "best of n distilled for every preference, then online DPO (ours)"
+    summary: ClassVar[str] = "scored samples distilled for every preference, then online DPO (ours)"
     Config: ClassVar[type[Config]] = Config
     quick: ClassVar[dict[str, Any]] = {
         "distil": {"steps": 2, "batch": 4, "n": 2, "max_tokens": 128},
