@@ -56,8 +56,8 @@ class PairsRequest:
         """Return the pairs of the files, or of the task."""
         return task.pair_sets() if task is not None else pairs.read([_source(text) for text in self.pairs], Path.cwd())
 
-    def settings(self, task: Task | None, loss: str | None = None) -> RewardSettings:
-        """Return the checked settings; RequestError with every problem."""
+    def settings(self, task: Task | None, **options: Any) -> RewardSettings:
+        """Return the checked settings, ``options`` (None: not given) last; RequestError with every problem."""
         data: dict[str, Any] = {}
         if task is not None:
             data = {"splits": task.card.splits.model_dump(), **task.reward_settings}
@@ -75,9 +75,10 @@ class PairsRequest:
             elif problem := overrides.put(data, keys, value):
                 problems.append(f"{label}: {problem}")
             labels[keys] = label
-        if loss is not None:
-            data["loss"] = loss
-            labels[("loss",)] = "--loss"
+        for key, value in options.items():
+            if value is not None:
+                data[key] = value
+                labels[(key,)] = f"--{key}"
         settings, more = validate.check(RewardSettings, data, validate.Origin("reward train", None, (), labels))
         if problems or settings is None:
             raise RequestError(*problems, *more)
@@ -106,12 +107,13 @@ class RewardTrainRequest(PairsRequest):
     revision: str | None = None
     loss: str | None = None
     seed: int = 0
+    members: int | None = None
 
 
 def plan(request: RewardTrainRequest, progress: Progress = silent) -> RewardRequest:
     """Check a request to train and read its pairs; raises RequestError with every problem."""
     task = request.loaded_task(progress)
-    settings = request.settings(task, request.loss)
+    settings = request.settings(task, loss=request.loss, members=request.members)
     sets = request.pair_sets(task)
     if request.model is not None:
         backbone, revision = request.model, request.revision
