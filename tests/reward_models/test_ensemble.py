@@ -114,13 +114,9 @@ def test_the_revision_changes_with_what_changes_a_score_and_with_nothing_else(tr
     plain = revision()
     moved = shutil.copytree(run.path / "model", tmp_path / "moved")
     assert plain == revision(model=str(moved), name="y", members=["member-1", 0], maximise=False, batch_tokens=99)
-    others: list[dict[str, Any]] = [
-        {"pessimism": 1},
-        {"pessimism": 2},
-        {"aggregate": "variance", "pessimism": 1},
-        {"aggregate": "worst"},
-    ]
-    found = [revision(**other) for other in [*others, {"label": "careful"}, {"pessimism": 1, "maximise": False}]]
+    others: list[dict[str, Any]] = [{"pessimism": 1}, {"pessimism": 2}, {"pessimism": 1, "maximise": False}]
+    others += [{"aggregate": "variance", "pessimism": 1}, {"aggregate": "worst"}, {"label": "careful"}]
+    found = [revision(**other) for other in others]
     assert len({plain, *found}) == 7
     scales = json.loads((moved / "heads.json").read_text())
     (moved / "heads.json").write_text(json.dumps({**scales, "eager": {"mean": 0.0, "sd": 1.0}}))
