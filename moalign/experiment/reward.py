@@ -19,6 +19,7 @@ from moalign.reward_models import evaluation, pairs, runs
 from moalign.reward_models.pairs import PairSet
 from moalign.reward_models.runs import RewardRequest, RewardStore
 from moalign.reward_models.settings import RewardSettings
+from moalign.rewards.ensemble import member_folders
 from moalign.runs import atomic, record
 from moalign.runs.run import Run
 from moalign.tasks.load import make_task
@@ -212,7 +213,9 @@ def judge(
     if run is None:
         if not request.pairs and request.task is None:
             raise RequestError(f"{model}: it is no run of moalign reward train, so it has no pairs of its own; --pairs")
-        objective = ClassifierObjective(name="reward", kind="hf-classifier", model=model, revision=revision)
+        members = "all" if len(member_folders(Path(model))) > 1 else None
+        given = {"name": "reward", "kind": "hf-classifier", "model": model, "revision": revision, "members": members}
+        objective = ClassifierObjective.model_validate(given)
     else:
         if run.status != "done":
             raise RequestError(f"run {run.path}: it is {run.status}, not done; finish it with the same train command")

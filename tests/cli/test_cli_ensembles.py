@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,10 @@ def test_an_ensemble_from_pairs_to_pessimistic_scores(
     assert {path.name for path in Path(content["model"]).glob("member-*")} == {"member-1", "member-2"}
     judged = json.loads(moalign("reward", "eval", content["run_id"], "--json").out)
     assert judged["datasets"] == [row]
+    moved = shutil.copytree(content["model"], tmp_path / "moved")
+    given = ("--pairs", pairs, "--template", spec.get("template", "{prompt}{response}"), "--max-length", "64")
+    judged = json.loads(moalign("reward", "eval", str(moved), *given, "--json").out)
+    assert judged["datasets"] == [row]  # of all members, without the run, too
     assert "members: 'all'" in moalign(*command).out  # the line for a task card
 
     texts = [{"prompt": "how do i make soup ?", "response": text} for text in ("stay safe .", "rush straight 3")]
