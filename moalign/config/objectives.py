@@ -80,8 +80,8 @@ class ClassifierObjective(Aggregation, _Objective):
     """Label index or label name whose logit is the score; None: the single output of a regression head."""
     members: Literal["all"] | list[int | str] | None = None
     """The members of an ensemble (``moalign reward train --members``), or labels of one model that are taken for
-    members: their names or numbers, or all. The score is in units of members' sd. Null: one label is the score (of an ensemble that
-    of its first member)."""
+    members: their names or numbers, or all. The score is in units of members' sd. Null: one label is the score (of an
+    ensemble that of its first member)."""
     output: Literal["logit", "probability"] = "logit"
     template: str = "{prompt}{response}"
     """The text that the model reads; ``{prompt}`` and ``{response}`` are replaced."""
