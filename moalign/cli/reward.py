@@ -56,6 +56,9 @@ def train(
     ] = None,
     revision: Revision = None,
     loss: Annotated[str | None, typer.Option(metavar="bt|multitask|more", help="bt: one data set.")] = None,
+    members: Annotated[
+        int | None, typer.Option(metavar="K", help="An ensemble: K models, each on its own bootstrap sample.")
+    ] = None,
     set_: Set = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of heads and of the order of pairs.")] = 0,
     results: Results = DEFAULT_RESULTS,
@@ -67,7 +70,7 @@ def train(
     from moalign.experiment import reward as workflow
 
     request = workflow.RewardTrainRequest(
-        tuple(pairs or ()), task, tuple(set_ or ()), results, model, revision, loss, seed
+        tuple(pairs or ()), task, tuple(set_ or ()), results, model, revision, loss, seed, members
     )
     with output.working() as progress:
         plan = workflow.plan(request, progress)

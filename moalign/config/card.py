@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from moalign.config.objectives import ObjectiveSpec
+from moalign.config.objectives import Aggregation, ObjectiveSpec
 from moalign.config.strict import Strict
 from moalign.core.errors import did_you_mean
 
@@ -196,6 +196,26 @@ class AnnotatorSpec(Strict):
     sharpness: float = Field(default=1.0, ge=0)
     """How sure the annotators are of what they like; 0 tosses a coin."""
     seed: int = Field(default=0, ge=0)
+    flipped: float = Field(default=0.0, ge=0, le=0.5)
+    """Share of the labels, of all splits, that are turned round at random. The true probabilities stay those of what
+    annotators like: a flipped label is a mistake, and no reward model should learn it."""
+
+
+class RewardModelSpec(Aggregation):
+    """What the sandbox's rewards are learned with; see :mod:`moalign.tasks.sandbox.learned`."""
+
+    members: int = Field(default=1, ge=1)
+    """More than 1: an ensemble."""
+    seed: int | None = Field(default=None, ge=0)
+    """Null: the annotators'."""
+    steps: int | None = Field(default=None, ge=1)
+    """Null: as many passes over the pairs, however many there are."""
+
+    @model_validator(mode="after")
+    def _of_members(self) -> RewardModelSpec:
+        if problem := self.aggregation_problem(self.members > 1):
+            raise ValueError(problem)
+        return self
 
 
 class SandboxSpec(Strict):
@@ -205,6 +225,8 @@ class SandboxSpec(Strict):
     seed: int = Field(default=0, ge=0)
     annotators: AnnotatorSpec | None = None
     """Who labels the pairs that reward models are trained on; null: the defaults."""
+    reward_model: RewardModelSpec = RewardModelSpec()
+    """For ``rewards: learned``."""
 
 
 class TaskCard(Strict):
@@ -300,6 +322,8 @@ class TaskCard(Strict):
             yield f"template.end must be one of template.stop, or answers would not stop there; found {end!r}"
         if self.kind == "sandbox" and self.sandbox is None:
             yield "kind: sandbox needs a section sandbox"
+        if self.rewards is None and self.sandbox is not None and self.sandbox.reward_model != RewardModelSpec():
+            yield "sandbox.reward_model is for rewards: learned; found rewards: exact"
         if self.rewards is not None:
             if self.sandbox is None:
                 yield "rewards: learned is for the sandbox, whose truth is known; name reward models instead"

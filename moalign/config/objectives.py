@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from moalign.config.strict import Strict
 from moalign.core.preferences import words_in
@@ -51,7 +51,26 @@ class RuleObjective(_Objective):
     options: dict[str, Any] = Field(default_factory=dict)
 
 
-class ClassifierObjective(_Objective):
+class Aggregation(Strict):
+    """How the members of an ensemble of reward models become one score; see :mod:`moalign.rewards.ensemble`."""
+
+    pessimism: float = Field(default=0.0, ge=0)
+    """How much members' disagreement costs: k in mean - k x spread."""
+    aggregate: Literal["mean", "worst", "variance"] = "mean"
+    """mean: mean - pessimism x sd over members; variance: mean - pessimism x variance; worst: the smallest member."""
+
+    def aggregation_problem(self, several: bool) -> str | None:
+        """Return what is wrong with these settings for a model that has members (``several``) or has none."""
+        if not several:
+            for key in ("pessimism", "aggregate"):
+                if (value := getattr(self, key)) != type(self).model_fields[key].default:
+                    return f"{key} is for a model with members; found {key}: {value} without them"
+        if self.aggregate == "worst" and self.pessimism:
+            return f"aggregate: worst takes no pessimism; found {self.pessimism:g}"
+        return None
+
+
+class ClassifierObjective(Aggregation, _Objective):
     """Any ``AutoModelForSequenceClassification`` folder or hub id."""
 
     kind: Literal["hf-classifier"]
@@ -59,6 +78,10 @@ class ClassifierObjective(_Objective):
     revision: str | None = None
     label: int | str | None = None
     """Label index or label name whose logit is the score; None: the single output of a regression head."""
+    members: Literal["all"] | list[int | str] | None = None
+    """The members of an ensemble (``moalign reward train --members``), or labels of one model that are taken for
+    members: their names or numbers, or all. The score is in units of members' sd. Null: one label is the score (of an
+    ensemble that of its first member)."""
     output: Literal["logit", "probability"] = "logit"
     template: str = "{prompt}{response}"
     """The text that the model reads; ``{prompt}`` and ``{response}`` are replaced."""
@@ -68,6 +91,15 @@ class ClassifierObjective(_Objective):
     batch_tokens: int = Field(default=16384, ge=64)
     """Upper bound of rows x longest row in one forward pass."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    @model_validator(mode="after")
+    def _of_members(self) -> ClassifierObjective:
+        problem = self.aggregation_problem(self.members is not None)
+        if self.members is not None and self.output == "probability":
+            problem = "members are put together by their logits; found output: probability"
+        if problem is not None:
+            raise ValueError(problem)
+        return self
 
     @property
     def reading(self) -> tuple[object, ...]:

@@ -19,6 +19,7 @@ from moalign.reward_models import evaluation, pairs, runs
 from moalign.reward_models.pairs import PairSet
 from moalign.reward_models.runs import RewardRequest, RewardStore
 from moalign.reward_models.settings import RewardSettings
+from moalign.rewards.ensemble import member_folders
 from moalign.runs import atomic, record
 from moalign.runs.run import Run
 from moalign.tasks.load import make_task
@@ -56,8 +57,8 @@ class PairsRequest:
         """Return the pairs of the files, or of the task."""
         return task.pair_sets() if task is not None else pairs.read([_source(text) for text in self.pairs], Path.cwd())
 
-    def settings(self, task: Task | None, loss: str | None = None) -> RewardSettings:
-        """Return the checked settings; RequestError with every problem."""
+    def settings(self, task: Task | None, **options: Any) -> RewardSettings:
+        """Return the checked settings, ``options`` (None: not given) last; RequestError with every problem."""
         data: dict[str, Any] = {}
         if task is not None:
             data = {"splits": task.card.splits.model_dump(), **task.reward_settings}
@@ -75,9 +76,10 @@ class PairsRequest:
             elif problem := overrides.put(data, keys, value):
                 problems.append(f"{label}: {problem}")
             labels[keys] = label
-        if loss is not None:
-            data["loss"] = loss
-            labels[("loss",)] = "--loss"
+        for key, value in options.items():
+            if value is not None:
+                data[key] = value
+                labels[(key,)] = f"--{key}"
         settings, more = validate.check(RewardSettings, data, validate.Origin("reward train", None, (), labels))
         if problems or settings is None:
             raise RequestError(*problems, *more)
@@ -106,12 +108,13 @@ class RewardTrainRequest(PairsRequest):
     revision: str | None = None
     loss: str | None = None
     seed: int = 0
+    members: int | None = None
 
 
 def plan(request: RewardTrainRequest, progress: Progress = silent) -> RewardRequest:
     """Check a request to train and read its pairs; raises RequestError with every problem."""
     task = request.loaded_task(progress)
-    settings = request.settings(task, request.loss)
+    settings = request.settings(task, loss=request.loss, members=request.members)
     sets = request.pair_sets(task)
     if request.model is not None:
         backbone, revision = request.model, request.revision
@@ -210,7 +213,9 @@ def judge(
     if run is None:
         if not request.pairs and request.task is None:
             raise RequestError(f"{model}: it is no run of moalign reward train, so it has no pairs of its own; --pairs")
-        objective = ClassifierObjective(name="reward", kind="hf-classifier", model=model, revision=revision)
+        members = "all" if len(member_folders(Path(model))) > 1 else None
+        given = {"name": "reward", "kind": "hf-classifier", "model": model, "revision": revision, "members": members}
+        objective = ClassifierObjective.model_validate(given)
     else:
         if run.status != "done":
             raise RequestError(f"run {run.path}: it is {run.status}, not done; finish it with the same train command")

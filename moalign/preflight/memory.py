@@ -36,13 +36,14 @@ from typing import Any
 
 from moalign.config.card import TaskCard
 from moalign.config.load import ResolvedRequest
-from moalign.config.objectives import ModelObjective
+from moalign.config.objectives import ClassifierObjective, ModelObjective
 from moalign.config.recipe import LoraSpec
 from moalign.config.strict import Strict
 from moalign.lm import architecture, builtin
 from moalign.lm.architecture import Architecture
 from moalign.methods.base import Capabilities
 from moalign.policies.control_spec import ControlSpec
+from moalign.rewards.ensemble import member_folders
 from moalign.training.settings import CostHints, DpoStage, OnlineConfig, PpoConfig, SftConfig
 
 GIB = 2**30
@@ -177,7 +178,8 @@ def reward_models(card: TaskCard, judging: bool = False) -> tuple[list[tuple[Mod
         if sizes is None:
             unknown.append(spec.model)
         else:
-            models.append((spec, sizes))
+            several = isinstance(spec, ClassifierObjective) and spec.members is not None
+            models += [(spec, sizes)] * (len(member_folders(Path(os.path.expanduser(spec.model)))) if several else 1)
     return models, unknown
 
 

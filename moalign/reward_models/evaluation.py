@@ -12,6 +12,7 @@ from moalign.config.objectives import ClassifierObjective
 from moalign.reward_models import calibration
 from moalign.reward_models.calibration import CalibrationReport, Vector
 from moalign.reward_models.pairs import PairSet
+from moalign.rewards.ensemble import EnsembleScorer, classifier
 from moalign.rewards.hf_classifier import ClassifierScorer
 
 
@@ -48,9 +49,11 @@ class Evaluation(TypedDict):
     mean: Mean
 
 
-def deltas(scorer: ClassifierScorer, pairs: PairSet) -> Vector:
-    """Return ``r(chosen) - r(rejected)`` of every pair, ``[pairs]``; turned where smaller scores are better."""
+def deltas(scorer: ClassifierScorer | EnsembleScorer, pairs: PairSet) -> Vector:
+    """Return ``r(chosen) - r(rejected)`` of every pair in log odds, ``[pairs]``; turned where smaller is better."""
     scores = np.asarray(scorer.score(pairs.prompts * 2, pairs.chosen + pairs.rejected))
+    if isinstance(scorer, EnsembleScorer):
+        scores = scores * scorer.scale
     delta: Vector = scores[: len(pairs)] - scores[len(pairs) :]
     return delta if scorer.maximise else 0.0 - delta
 
@@ -64,12 +67,12 @@ def evaluate(
     ``fitting`` (the calibration split), in the same order of data sets. ``draws`` is the bootstrap's.
     """
     reports: list[DataSetReport] = []
-    labels = list(ClassifierScorer(spec.model_copy(update={"label": 0}), Path()).labels.values())
+    labels = list(classifier(spec.model_copy(update={"label": 0}), Path()).labels.values())
     for number, pairs in enumerate(sets):
         head = spec
         if spec.label is None and len(labels) > 1 and pairs.name in labels:
             head = spec.model_copy(update={"label": pairs.name})
-        scorer = ClassifierScorer(head, Path())
+        scorer = classifier(head, Path())
         delta, shortened = deltas(scorer, pairs), scorer.rows_shortened
         temperature = None
         if fitting and len(fitting[number]):

@@ -49,6 +49,10 @@ class PairSet:
         )
         return PairSet(self.name, prompts, chosen, rejected, [self.chance[row] for row in rows if self.chance])
 
+    def bag(self, seed: int) -> PairSet:
+        """Return a bootstrap sample: as many pairs, drawn with replacement."""
+        return self.pick(np.random.default_rng(seed).integers(len(self), size=len(self)).tolist())
+
     def split(self, spec: SplitSpec) -> dict[str, PairSet]:
         """Return the pairs of every split; which one a pair is in follows from its prompt alone."""
         rows: dict[str, list[int]] = {name: [] for name in splits.SPLITS}

@@ -96,6 +96,11 @@ def make(
         raise RequestError(f"seed: found {seed}; allowed: 0 to {seeds.MOST}")
     fitting, notice = check_loss(settings, [pair_set.name for pair_set in sets])
     parts = pairs.split_all(sets, fitting.splits)
+    if fitting.members > 1 and not any(map(len, parts["calibration"])):
+        raise RequestError(
+            f"members {fitting.members}: members are put on one scale by the pairs of the split calibration, and it is "
+            "empty; give more pairs or larger shares (--set splits={train: .., calibration: .., eval: ..})"
+        )
     return RewardRequest(name, fitting, backbone, revision, parts, seed, results, notice, as_given or {})
 
 
@@ -152,14 +157,14 @@ def settings_of(run: Run) -> RewardSettings:
 def objective(run: Run, name: str = "reward", head: str | None = None) -> ClassifierObjective:
     """Return the trained model as an objective of a task card.
 
-    ``head`` names one of several heads; None is right for a model with one.
+    ``head`` names one of several heads; None is right for a model with one. Of an ensemble it is the members' mean.
     """
     settings = settings_of(run)
-    return ClassifierObjective(
-        name=name,
-        kind="hf-classifier",
-        model=str((run.path / MODEL).resolve()),
-        label=head,
-        template=settings.template,
-        max_length=settings.max_tokens,
-    )
+    members = "all" if settings.members > 1 else None
+    return reading((run.path / MODEL).resolve(), settings, name=name, label=head, members=members)
+
+
+def reading(folder: Path, settings: RewardSettings, **more: Any) -> ClassifierObjective:
+    """Return an objective that reads texts as a model in ``folder`` was trained to; ``more`` of its settings."""
+    how = {"template": settings.template, "max_length": settings.max_tokens}
+    return ClassifierObjective(**{"name": "reward", "kind": "hf-classifier", "model": str(folder), **how, **more})

@@ -9,8 +9,10 @@ weights and optimizer as they were: the result equals the uninterrupted run's bi
 from __future__ import annotations
 
 import inspect
+import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
@@ -30,14 +32,17 @@ from moalign.lm.optimizer_state import pack_optimizer, unpack_optimizer
 from moalign.lm.trainers import checkpointing_option, run_trainer
 from moalign.reward_models.more import Balancer, HeadWatch, weighted
 from moalign.reward_models.pairs import PairSet, row_order
-from moalign.reward_models.runs import MODEL, RewardRequest
+from moalign.reward_models.runs import MODEL, RewardRequest, reading
 from moalign.reward_models.settings import RewardSettings
+from moalign.rewards.ensemble import write_scales
 from moalign.rewards.rows import RowEncoder, check_templates
 from moalign.runs import atomic
 from moalign.runs.meter import Meter
 from moalign.runs.run import Run
 
 PHASE = "train"
+MEMBERS = "members"
+"""Folder, in its run, of an ensemble's finished members until all are there."""
 _LOGGED = ("loss", "grad_norm", "learning_rate", "accuracy", "margin", "mean_reward")
 
 
@@ -52,37 +57,91 @@ class PairRow(TypedDict):
 
 @dataclass(frozen=True)
 class RewardJob:
-    """A reward model being trained."""
+    """A reward model being trained, or one member of an ensemble."""
 
     run: Run
     request: RewardRequest
     meter: Meter
     progress: Progress
+    member: int | None = None
+
+    @property
+    def phase(self) -> str:
+        """The phase's name in the run."""
+        return PHASE if self.member is None else f"member-{self.member}"
+
+    @property
+    def folder(self) -> Path:
+        """Where the model is saved."""
+        return self.run.path / MODEL if self.member is None else self.run.path / MEMBERS / self.phase
+
+    @property
+    def seed(self) -> int:
+        """Seed of heads, of the order of pairs and of dropout."""
+        return self.request.seed if self.member is None else derive(self.request.seed, self.phase)
+
+    @property
+    def sets(self) -> list[PairSet]:
+        """What is trained on: the pairs, or a member's own bootstrap sample of every data set."""
+        sets = self.request.train_sets
+        if self.member is None:
+            return sets
+        return [pairs.bag(derive(self.seed, "bag", number)) for number, pairs in enumerate(sets)]
+
+    def show(self, what: str, done: int, total: int) -> None:
+        """Report progress."""
+        members = self.request.settings.members
+        self.progress(what if self.member is None else f"member {self.member + 1} of {members}: {what}", done, total)
 
 
 def train(job: RewardJob) -> dict[str, Any]:
     """Train the model, save it as ``model`` in its run and return notes for the record.
 
-    Resumes from the run's checkpoint and skips a phase that is done. Raises RequestError for a backbone or tokenizer
-    that cannot be used, WorkError when training diverged.
+    Of an ensemble it trains one member after the other. Resumes from the run's checkpoint and skips a phase that is
+    done. Raises RequestError for a backbone or tokenizer that cannot be used, WorkError when training diverged.
     """
-    if job.run.phase_done(PHASE):
-        finished = job.run.phase_info(PHASE)
+    if job.request.settings.members == 1 or job.run.phase_done(PHASE):
+        return _train_one(job)
+    members = [replace(job, member=number) for number in range(job.request.settings.members)]
+    notes = [_train_one(member) for member in members]
+    with atomic.directory(job.run.path / MODEL) as folder:  # the first member's, with the others inside
+        for member in members:
+            shutil.copytree(member.folder, folder / member.phase if member.member else folder, dirs_exist_ok=True)
+    together = {"rows_shortened": sum(note["rows_shortened"] for note in notes)}
+    job.run.finish_phase(PHASE, meter=job.meter.state(), notes=together)
+    atomic.remove_directory(job.run.path / MEMBERS)
+    return together
+
+
+def _train_one(job: RewardJob) -> dict[str, Any]:
+    if job.run.phase_done(job.phase):
+        finished = job.run.phase_info(job.phase)
         job.meter.load(finished["meter"])
         return dict(finished["notes"])
-    model, tokenizer = load_backbone(job.request)
+    model, tokenizer = load_backbone(job.request, job.seed)
     encoder = make_encoder(job.request.settings, model, tokenizer)
     model = _fit(job, model, tokenizer, encoder)
     notes = {"rows_shortened": encoder.shortened}
-    with atomic.directory(job.run.path / MODEL) as folder:
+    with atomic.directory(job.folder) as folder:
         model.save_pretrained(folder, safe_serialization=True)
         tokenizer.save_pretrained(folder)
-    job.run.finish_phase(PHASE, meter=job.meter.state(), notes=notes)
+        del model  # scoring loads its own
+        _save_scales(folder, job.request)
+    job.run.finish_phase(job.phase, meter=job.meter.state(), notes=notes)
     return notes
 
 
-def load_backbone(request: RewardRequest) -> tuple[Any, Any]:
-    """Return (classifier with fresh heads, tokenizer); the heads depend on the seed alone."""
+def _save_scales(folder: Path, request: RewardRequest) -> None:
+    """Write every head's mean and sd beside a model whose heads may be members of an ensemble."""
+    sets = request.parts["calibration"]
+    if any(map(len, sets)) and (request.settings.members > 1 or len(request.heads) > 1):
+        prompts = [prompt for pairs in sets for prompt in pairs.prompts * 2]
+        responses = [text for pairs in sets for text in pairs.chosen + pairs.rejected]
+        write_scales(folder, reading(folder, request.settings), prompts, responses)
+
+
+def load_backbone(request: RewardRequest, seed: int | None = None) -> tuple[Any, Any]:
+    """Return (classifier with fresh heads, tokenizer); the heads depend on ``seed`` alone (None: the request's)."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # moalign shows its own
@@ -90,7 +149,7 @@ def load_backbone(request: RewardRequest) -> tuple[Any, Any]:
     folder = model_folder.resolve(request.backbone, request.revision, "--model")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        torch.manual_seed(derive(request.seed, "heads"))
+        torch.manual_seed(derive(request.seed if seed is None else seed, "heads"))
         model = AutoModelForSequenceClassification.from_pretrained(
             folder,
             use_safetensors=True,
@@ -142,9 +201,9 @@ def _fit(job: RewardJob, model: Any, tokenizer: Any, encoder: RowEncoder) -> Any
     if settings.lora is not None:
         model = _with_adapters(model, settings)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    rows = encode_pairs(request.train_sets, encoder)
-    sizes = [len(pairs) for pairs in request.train_sets]
-    order = row_order(sizes, request.steps, settings.batch, settings.accumulate, request.seed)
+    sets = job.sets
+    rows = encode_pairs(sets, encoder)
+    order = row_order([len(pairs) for pairs in sets], request.steps, settings.batch, settings.accumulate, job.seed)
     loop = TrainingLoop(job, model)
     loop.restore()
     loop.rows = [rows[at] for at in order[loop.start * settings.batch :].tolist()]
@@ -187,7 +246,7 @@ def make_trainer(loop: TrainingLoop, model: Any, tokenizer: Any) -> PairTrainer:
         disable_tqdm=True,
         use_cpu=on_cpu,
         bf16=not on_cpu,
-        seed=derive(request.seed, PHASE) % 2**32,
+        seed=derive(loop.job.seed, PHASE) % 2**32,
         dataloader_pin_memory=not on_cpu,
         remove_unused_columns=False,
         **{checkpointing_option(): not on_cpu},
@@ -265,15 +324,15 @@ class TrainingLoop(TrainerCallback):  # type: ignore[misc]
         """Steps done before this process began."""
         self.trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=settings.lr, weight_decay=settings.weight_decay)
-        self.check = FiniteCheck(job.run.record.method, PHASE, settings.lr, settings.clip)
+        self.check = FiniteCheck(job.run.record.method, job.phase, settings.lr, settings.clip)
         more = settings.loss == "more"
         self.balancer = Balancer(groups, settings.normalise_gradients, settings.momentum) if more else None
 
     def restore(self) -> None:
         """Go on from the run's checkpoint, if there is one."""
         run = self.job.run
-        checkpoint = run.load_checkpoint(PHASE)
-        run.truncate_metrics(PHASE, 0 if checkpoint is None else checkpoint.step)
+        checkpoint = run.load_checkpoint(self.job.phase)
+        run.truncate_metrics(self.job.phase, 0 if checkpoint is None else checkpoint.step)
         if checkpoint is None:
             return
         with torch.no_grad():
@@ -292,11 +351,12 @@ class TrainingLoop(TrainerCallback):  # type: ignore[misc]
         tensors |= {f"model.{name}": value for name, value in self.trained.items()}
         if self.balancer is not None and self.balancer.memory is not None:
             tensors["more.memory"] = self.balancer.memory
-        self.job.run.save_checkpoint(PHASE, step, tensors, {"optimizer": plain, "meter": self.job.meter.state()})
+        state = {"optimizer": plain, "meter": self.job.meter.state()}
+        self.job.run.save_checkpoint(self.job.phase, step, tensors, state)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         self.check.step = self.start + state.global_step + 1
-        torch.manual_seed(derive(self.job.request.seed, PHASE, self.start + state.global_step))
+        torch.manual_seed(derive(self.job.seed, PHASE, self.start + state.global_step))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         request, settings = self.job.request, self.job.request.settings
@@ -306,7 +366,7 @@ class TrainingLoop(TrainerCallback):  # type: ignore[misc]
         # At checkpoints, too: a line holds means since the last one, and a resumed run starts at its checkpoint.
         due = 0 in (done % settings.log_every, done % settings.checkpoint_every)
         control.should_log = due or done == request.steps
-        self.job.progress(f"training on {sum(map(len, request.train_sets))} pairs", done, request.steps)
+        self.job.show(f"training on {sum(map(len, request.train_sets))} pairs", done, request.steps)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
         if not logs or "loss" not in logs:
@@ -314,7 +374,7 @@ class TrainingLoop(TrainerCallback):  # type: ignore[misc]
         settings, step = self.job.request.settings, self.start + state.global_step
         metrics = {name: float(x) for name, x in logs.items() if name in _LOGGED or name.startswith("weight_")}
         self.check.number("loss", metrics["loss"])
-        self.job.run.log(step, PHASE, **metrics, **self.job.meter.cost())
+        self.job.run.log(step, self.job.phase, **metrics, **self.job.meter.cost())
         # After its line: a kill between the two must not lose the line.
         if step % settings.checkpoint_every == 0 and step < self.job.request.steps:
             self.save(step)

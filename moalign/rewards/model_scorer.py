@@ -142,9 +142,12 @@ class ModelScorer(ABC, Generic[_Spec]):
             yield batch
 
 
-def share(scorers: Sequence[ModelScorer[Any]]) -> None:
-    """Make objectives that read one model in the same way use one copy of it."""
+def share(scorers: Sequence[ModelScorer[Any]], keep: bool = False) -> None:
+    """Make objectives that read one model in the same way use one copy of it.
+
+    What it reads is kept in memory where others use it, too, and with ``keep``.
+    """
     first: dict[tuple[object, ...], ModelScorer[Any]] = {}
     for scorer in scorers:
         scorer._leader = first.setdefault((scorer.spec.kind, *scorer.spec.reading), scorer)
-        scorer._leader._leads |= scorer._leader is not scorer
+        scorer._leader._leads |= keep or scorer._leader is not scorer

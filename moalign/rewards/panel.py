@@ -17,7 +17,7 @@ import numpy as np
 
 from moalign.core.arrays import Matrix
 from moalign.core.errors import RequestError, WorkError
-from moalign.rewards.scorer import Scorer, ScorerFault, build_scorers, digest
+from moalign.rewards.scorer import FunctionScorer, Scorer, ScorerFault, build_scorers, digest
 
 if TYPE_CHECKING:
     from moalign.config.objectives import ObjectiveSpec
@@ -101,23 +101,50 @@ class RewardPanel:
         """
         if len(prompts) != len(responses):
             raise ValueError(f"{len(prompts)} prompts, but {len(responses)} responses")
+        raw = self._columns(self.objectives, prompts, responses, progress)
+        for column, scorer in enumerate(self.objectives):
+            if not scorer.maximise:  # 0 - x instead of -x: a score of 0 stays 0 and is not printed as -0
+                raw[:, column] = 0.0 - raw[:, column]
+        if self.meter is not None:
+            self.meter.add_reward_calls(raw.size)
+        return raw
+
+    def spread(self, prompts: Sequence[str], responses: Sequence[str]) -> Matrix:
+        """Return how far the members of each objective disagree, ``[samples, objectives]``.
+
+        The sd over members of their standardised scores, 0 where an objective has none; kept in the store as scores
+        are. Raises WorkError as :meth:`score` does.
+        """
+        spread = np.zeros((len(prompts), len(self.objectives)))
+        found = {at: scorer for at, scorer in enumerate(self.objectives) if hasattr(scorer, "spread")}
+        scorers = [
+            FunctionScorer(scorer.name, scorer.spread, f"{scorer.revision}:spread", cheap=scorer.cheap)
+            for scorer in found.values()
+        ]
+        spread[:, list(found)] = self._columns(scorers, prompts, responses)
+        return spread
+
+    def _columns(
+        self,
+        scorers: Sequence[Scorer],
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Matrix:
+        """Return what every scorer gives, ``[samples, scorers]``; equal texts are scored once."""
         pairs = list(zip(prompts, responses, strict=True))
         first: dict[Pair, int] = {}
         for sample, pair in enumerate(pairs):
             first.setdefault(pair, sample)
-        raw = np.empty((len(first), len(self.objectives)))
-        for column, scorer in enumerate(self.objectives):
+        raw = np.empty((len(first), len(scorers)))
+        for column, scorer in enumerate(scorers):
 
             def report(done: int, before: int = column * len(first)) -> None:
                 if progress is not None:
                     progress(before + done, raw.size)
 
             store = None if scorer.cheap else self.store
-            values = _Column(scorer, store, list(first), list(first.values()), report).run(self.chunk)
-            # 0 - x instead of -x: a score of 0 stays 0 and is not printed as -0.
-            raw[:, column] = values if scorer.maximise else 0.0 - values
-        if self.meter is not None:
-            self.meter.add_reward_calls(len(pairs) * len(self.objectives))
+            raw[:, column] = _Column(scorer, store, list(first), list(first.values()), report).run(self.chunk)
         row = {pair: number for number, pair in enumerate(first)}
         return raw[[row[pair] for pair in pairs]]
 

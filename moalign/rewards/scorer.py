@@ -25,7 +25,8 @@ class Scorer(Protocol):
 
     ``revision`` names what scores and changes whenever the scores may change. It is the store's key together with the
     texts, so that scorers with equal revisions share their scores. The store is not used for a ``cheap`` scorer, which
-    is faster than a look-up.
+    is faster than a look-up. A scorer with members has ``spread``, too, called as ``score`` is: the sd over members of
+    their standardised scores.
     """
 
     @property
@@ -82,9 +83,9 @@ def build_scorer(spec: ObjectiveSpec, base_dir: Path) -> Scorer:
 
         return PythonScorer(spec, base_dir)
     if spec.kind == "hf-classifier":
-        from moalign.rewards.hf_classifier import ClassifierScorer
+        from moalign.rewards import ensemble
 
-        return ClassifierScorer(spec, base_dir)
+        return ensemble.classifier(spec, base_dir)
     if spec.kind == "lm":
         from moalign.rewards.lm_scorer import LmScorer
 
@@ -111,5 +112,6 @@ def build_scorers(specs: Sequence[ObjectiveSpec], base_dir: Path) -> list[Scorer
     if any(spec.kind in ("hf-classifier", "lm") for spec in specs):
         from moalign.rewards.model_scorer import ModelScorer, share
 
-        share([scorer for scorer in scorers if isinstance(scorer, ModelScorer)])
+        parts = [part for scorer in scorers for part in getattr(scorer, "members", [scorer])]
+        share([part for part in parts if isinstance(part, ModelScorer)])
     return scorers

@@ -160,9 +160,10 @@ def test_a_setting_that_a_later_version_adds_keeps_the_hash() -> None:
 
 # What a card's sections mean where they are silent, at version 1 of the defaults.
 SILENT = """\
-AnnotatorSpec {groups: 'specialists', pairs: 3000, sharpness: 1.0, seed: 0}
-ClassifierObjective {maximise: true, called: [], store: null, revision: null, label: null, output: 'logit', template:
-    '{prompt}{response}', pair_template: null, max_length: 512, batch_tokens: 16384, dtype: 'float32'}
+AnnotatorSpec {groups: 'specialists', pairs: 3000, sharpness: 1.0, seed: 0, flipped: 0.0}
+ClassifierObjective {maximise: true, called: [], store: null, pessimism: 0.0, aggregate: 'mean', revision: null, label:
+    null, members: null, output: 'logit', template: '{prompt}{response}', pair_template: null, max_length: 512,
+    batch_tokens: 16384, dtype: 'float32'}
 DataSpec {prompts: null, prompt_grammar: null, responses: null, pairs: null}
 EvaluationSpec {prompts: 128, samples: 1, seed: 1234, bootstrap: 1000}
 GenerationSpec {max_prompt_tokens: 512, max_new_tokens: 128, temperature: 1.0, top_p: 1.0, batch_size: 256}
@@ -171,9 +172,11 @@ LmObjective {maximise: true, called: [], store: null, revision: null, template: 
 PoolSpec {prompts: 256, per_prompt: 8, calibration_per_prompt: 4, temperature: null, seed: 0}
 PythonObjective {maximise: true, called: [], store: null, revision: '1'}
 QualitySpec {short: null}
+RewardModelSpec {pessimism: 0.0, aggregate: 'mean', members: 1, seed: null, steps: null}
 RuleObjective {maximise: true, called: [], store: null}
 SandboxObjective {maximise: true, called: [], store: null}
-SandboxSpec {base: 'warm', seed: 0, annotators: null}
+SandboxSpec {base: 'warm', seed: 0, annotators: null, reward_model: {pessimism: 0.0, aggregate: 'mean', members: 1,
+    seed: null, steps: null}}
 SourceSpec {split: 'train', revision: null, limit: null}
 SplitSpec {train: 0.8, calibration: 0.1, eval: 0.1, salt: 'moalign'}
 TaskCard {gold_objectives: null, model: null, model_revision: null, dtype: 'float32', sandbox: null, rewards: null,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -402,3 +403,13 @@ def test_the_peak_of_a_real_training_is_in_the_range(checkout: Path) -> None:
     assert ended.returncode == 0, ended.stderr[-2000:]
     row = json.loads(ended.stdout.splitlines()[-1])
     assert row["least"] <= row["measured"] <= row["most"]
+
+
+def test_every_member_of_an_ensemble_is_loaded(random_base: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(random_base, tmp_path / "judges")
+    shutil.copytree(random_base, folder / "member-1")
+    spec = f"{{name: a, kind: hf-classifier, model: {folder}, members: all, label: a}}"
+    plain = CARD.replace("objectives:\n", f"objectives:\n  - {spec}\n  - {spec.replace('a,', 'b,', 1)}\n")
+    (tmp_path / "task.yaml").write_text(plain.replace("[0, 0]", "[0, 0, 0, 0]").replace("[-0.1, -0.1]", "[0, 0, 0, 0]"))
+    models, _ = memory.reward_models(load.load_card(str(tmp_path / "task.yaml")))
+    assert [spec.name for spec, _ in models if spec.model == str(folder)] == ["a", "a"]

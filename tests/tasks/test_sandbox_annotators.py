@@ -68,3 +68,23 @@ def test_pairs_differ_come_from_the_corpus_and_depend_on_the_seed_alone() -> Non
         assert set(one.prompts) == set(PROMPTS[:2])
         assert all(a != b for a, b in zip(one.chosen, one.rejected, strict=True))
         assert set(one.chosen) | set(one.rejected) <= texts
+
+
+def test_flipped_labels_are_those_of_none_turned_round_and_the_truth_stays() -> None:
+    group = annotators.DIVERSE[:2]
+    plain, some, more = (annotators.label(group, PROMPTS, 4000, seed=2, flipped=share) for share in (0, 0.1, 0.25))
+    for one, two, three in zip(plain, some, more, strict=True):
+        first, second, third = (list(zip(p.chosen, p.rejected, strict=True)) for p in (one, two, three))
+        turned = [np.array([a != b for a, b in zip(first, other, strict=True)]) for other in (second, third)]
+        assert turned[0].mean() == pytest.approx(0.1, abs=0.02)
+        assert turned[1].mean() == pytest.approx(0.25, abs=0.03)
+        assert not (turned[0] & ~turned[1]).any()  # a larger share turns round what a smaller one does, and more
+        for pair, other, p, q, flip in zip(first, third, one.chance, three.chance, turned[1], strict=True):
+            assert other == (pair[::-1] if flip else pair)
+            assert q == pytest.approx(1 - p if flip else p)
+
+
+@pytest.mark.slow
+def test_thirty_two_thousand_pairs_hardly_repeat() -> None:
+    (one,) = annotators.label(annotators.specialists(["helpfulness"]), world.prompts(), 32_000, seed=0)
+    assert len(set(zip(one.prompts, one.chosen, one.rejected, strict=True))) > 31_990

@@ -84,6 +84,51 @@ def test_the_reward_model_is_trained_once_and_is_an_ordinary_run(
     assert set(run.record.notes["pairs"]["train"]) == {"helpfulness", "harmlessness"}
 
 
+def test_the_reward_model_of_before_and_other_ones(small_task: tuple[str, ...], tmp_path: Path) -> None:
+    """As many passes however many pairs; what is at its default is trained and hashed as before there were others."""
+    learnt = (*small_task, "task.rewards=learned")
+
+    def made(*more: str) -> SandboxTask:
+        return task((*learnt, *more), tmp_path)
+
+    plain = made()
+    splits = plain.card.splits
+    assert learned.settings_of(plain) == learned.SETTINGS.model_copy(update={"splits": splits})
+    assert plain.identity["rewards"] == learned.VERSION == "2"
+    assert made("task.sandbox.reward_model={members: 1, pessimism: 0}").hash == plain.hash
+    steps = {2000: 200, 8000: 800, 32000: 3200}
+    for pairs, expected in steps.items():
+        other = made(f"task.sandbox.annotators.pairs={pairs}")
+        assert (learned.settings_of(other).steps, other.identity["rewards"]) == (expected, "3")
+    chosen = made("task.sandbox.reward_model={members: 4, steps: 7, seed: 3, pessimism: 1}")
+    assert (learned.settings_of(chosen).steps, learned.settings_of(chosen).members) == (7, 4)
+    others = [
+        chosen.hash,
+        *(made(f"task.sandbox.{one}").hash for one in ("reward_model.seed=1", "annotators.flipped=.1")),
+    ]
+    assert len({plain.hash, *others}) == 4
+
+
+def test_an_ensemble_scores_with_its_doubt_taken_off(quick: None, small_task: tuple[str, ...], tmp_path: Path) -> None:
+    few = (*small_task, "task.rewards=learned", FEW, "task.sandbox.reward_model.members=2")
+    plain, careful = task(few, tmp_path), task((*few, "task.sandbox.reward_model.pessimism=2"), tmp_path)
+    prompts = plain.prompts["eval"][:20]
+    texts = prompts, world.draw_responses(prompts, np.random.default_rng(0))
+    spread = plain.panel.spread(*texts)
+    assert spread.shape == (20, 2) and (spread > 0).any(axis=0).all()
+    np.testing.assert_allclose(careful.panel.score(*texts), plain.panel.score(*texts) - 2 * spread, atol=1e-6)
+    assert np.array_equal(careful.panel.spread(*texts), spread)
+    assert not plain.judge_panel.spread(*texts).any()
+    assert plain.hash != careful.hash
+
+
+def test_the_card_of_learned_rewards_is_the_sandbox_with_them() -> None:
+    card = load_card("sandbox-learned")
+    named = {"name", "description", "suite", "recipes_from", "rewards"}
+    assert card.model_dump(exclude=named) == load_card("sandbox").model_dump(exclude=named)
+    assert (card.rewards, card.recipes_from) == ("learned", "sandbox")
+
+
 @pytest.mark.slow
 def test_a_run_on_learned_rewards_is_judged_on_the_truth_and_tells_the_gap(
     quick: None, small_task: tuple[str, ...], tmp_path: Path
@@ -141,6 +186,13 @@ def test_best_of_n_chooses_by_what_it_sees(quick: None, small_task: tuple[str, .
             "gold_objectives: rewards: learned is judged by the sandbox's own truth",
         ),
         (("task.sandbox.annotators.pairs=2",), "allowed: a whole number >= 10"),
+        (("task.sandbox.annotators.flipped=.6",), "allowed: a number >= 0 and <= 0.5"),
+        (
+            ("task.sandbox.reward_model.members=4",),
+            "sandbox.reward_model is for rewards: learned; found rewards: exact",
+        ),
+        (("task.rewards=learned", "task.sandbox.reward_model.members=0"), "allowed: a whole number >= 1"),
+        (("task.rewards=learned", "task.sandbox.reward_model.pessimism=1"), "pessimism is for a model with members"),
     ],
 )
 def test_wrong_cards(overrides: tuple[str, ...], message: str) -> None:

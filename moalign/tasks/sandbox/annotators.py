@@ -58,13 +58,16 @@ def groups_of(kind: str, objectives: Sequence[str], sharpness: float) -> list[Gr
     return [replace(group, sharpness=sharpness) for group in (DIVERSE if kind == "diverse" else ALIKE)]
 
 
-def label(groups: Sequence[Group], prompts: Sequence[str], count: int, seed: int) -> list[PairSet]:
+def label(
+    groups: Sequence[Group], prompts: Sequence[str], count: int, seed: int, flipped: float = 0.0
+) -> list[PairSet]:
     """Return ``count`` labelled pairs per group, each with its true probability.
 
     Prompts are drawn from ``prompts``, both responses from the corpus without preference; two equal responses are
-    drawn again.
+    drawn again. The share ``flipped`` of the labels is turned round, at random; those of a smaller share are among
+    those of a larger one. The true probability is that of the taste, without flips.
     """
-    rng = np.random.default_rng([seed, 11])
+    rng, turning = np.random.default_rng([seed, 11]), np.random.default_rng([seed, 12])
     pair_sets = []
     for group in groups:
         chosen_prompts = [prompts[i] for i in rng.integers(len(prompts), size=count)]
@@ -73,7 +76,7 @@ def label(groups: Sequence[Group], prompts: Sequence[str], count: int, seed: int
             for i, text in zip(same, world.draw_responses([chosen_prompts[i] for i in same], rng), strict=True):
                 second[i] = text
         chance = sigmoid(group.sharpness * utilities(group, chosen_prompts, first, second))
-        wins = rng.random(count) < chance
+        wins = (rng.random(count) < chance) ^ (turning.random(count) < flipped)
         pair_set = PairSet(group.name)
         for prompt, a, b, p, won in zip(chosen_prompts, first, second, chance.tolist(), wins.tolist(), strict=True):
             pair_set.add(prompt, *((a, b) if won else (b, a)), chance=p if won else 1 - p)

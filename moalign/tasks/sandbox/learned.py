@@ -13,6 +13,7 @@ from moalign.config.objectives import ClassifierObjective
 from moalign.reward_models.settings import RewardSettings
 
 if TYPE_CHECKING:
+    from moalign.config.card import AnnotatorSpec
     from moalign.tasks.sandbox.task import SandboxTask
 
 VERSION = "2"
@@ -29,17 +30,34 @@ SETTINGS = RewardSettings(
     max_tokens=128,
     template="{prompt} {response}",
 )
-"""Choice: about five passes over 2,100 training pairs of each of two objectives; found by their held-out log loss."""
+"""Choice: 3.4 passes over 2,100 training pairs of each of two objectives; found by their held-out log loss."""
+
+PAIRS = 3000
+"""Labelled pairs of each group, over all splits, that SETTINGS are for."""
+
+
+def version(annotators: AnnotatorSpec) -> str:
+    """Return what a card's hash holds of this file; another number of pairs got other steps only from version 3 on."""
+    return VERSION if annotators.pairs == PAIRS else "3"
+
+
+def settings_of(task: SandboxTask) -> RewardSettings:
+    """Return how the task's reward model is trained: as many passes, however many pairs there are."""
+    spec, steps = task.reward_model, SETTINGS.steps
+    assert steps is not None
+    steps = spec.steps or max(1, round(steps * task.annotators.pairs / PAIRS))
+    return SETTINGS.model_copy(update={"splits": task.card.splits, "steps": steps, "members": spec.members})
 
 
 def objectives(task: SandboxTask) -> list[ClassifierObjective]:
     """Return the task's objectives as heads of the trained reward model; it and the base are made where missing."""
     from moalign.reward_models import runs
 
-    settings = SETTINGS.model_copy(update={"splits": task.card.splits})
-    base, seed = task.base_source()[0], task.annotators.seed
+    spec, settings, base = task.reward_model, settings_of(task), task.base_source()[0]
+    seed = task.annotators.seed if spec.seed is None else spec.seed
     request = runs.make(task.card.name, settings, base, task.pair_sets(), seed=seed, results=task.results)
     run, _ = runs.obtain(
         request, lambda what, done, total: task.progress(f"reward models: {what}", done, total), wait=True
     )
-    return [runs.objective(run, name, head=name) for name in task.names]
+    how = spec.model_dump(include={"pessimism", "aggregate"})
+    return [runs.objective(run, name, head=name).model_copy(update=how) for name in task.names]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from moalign.config.card import AnnotatorSpec, SandboxSpec
+from moalign.config.card import AnnotatorSpec, RewardModelSpec, SandboxSpec
 from moalign.config.recipe import LoraSpec
 from moalign.core.arrays import Matrix
 from moalign.core.preferences import Preference
@@ -48,7 +48,7 @@ class SandboxTask(Task):
         if self.card.rewards == "learned":
             from moalign.tasks.sandbox import learned
 
-            content["rewards"] = learned.VERSION
+            content["rewards"] = learned.version(self.annotators)
         return content
 
     def base_source(self) -> tuple[str, str | None]:
@@ -147,7 +147,12 @@ class SandboxTask(Task):
 
         spec = self.annotators
         groups = groups_of(spec.groups, self.names, spec.sharpness)
-        return label(groups, world.prompts(), spec.pairs, spec.seed)
+        return label(groups, world.prompts(), spec.pairs, spec.seed, spec.flipped)
+
+    @property
+    def reward_model(self) -> RewardModelSpec:
+        """What learned rewards are made of."""
+        return self._spec.reward_model
 
     @functools.cached_property
     def gold_panel(self) -> RewardPanel | None:
