@@ -123,14 +123,14 @@ def evaluate(
     started = time.monotonic()
     table, cost, divergences = respond(method, context, preferences, progress, samples)
     context.run.write_table(table_name, table)
-    scores = _scores(context, table, preferences, samples)
+    scores = scores_of(context, table, preferences, samples)
     judgement = judge(context.task, preferences, scores)
     for point, kl in zip(judgement.points, divergences, strict=True):
         point.kl, point.kl_bound = kl.nats, kl.bound
     proxy = proxy_reward(context, table, preferences)
     held = held_out(context)
     separate = bool(held) and not all(_has(held, w) for w in preferences)
-    judged = _quality(context.task, table["response"].tolist(), divergences)
+    judged = quality_of(context.task, table["response"].tolist(), divergences)
     warnings = [*context.run.record.notes.get("warnings", ()), *verdict.cautions(judged.content)]
     result = EvalResult(
         run=str(context.run.path),
@@ -250,7 +250,7 @@ def respond(
     return table, {"tokens_generated": answers.tokens, "reward_calls": meter.reward_calls}, divergences
 
 
-def _quality(task: Task, responses: list[str], divergences: Sequence[KlToBase]) -> Quality:
+def quality_of(task: Task, responses: list[str], divergences: Sequence[KlToBase]) -> Quality:
     """Return how many responses are collapsed, and the mean KL to base over the preferences, None if one is unknown."""
     known = [kl.nats for kl in divergences if kl.nats is not None]
     mean = float(np.mean(known)) if len(known) == len(divergences) else None
@@ -264,7 +264,7 @@ def _stored_scores(
     """Return the scores of a stored table of answers; RequestError unless it is the one that ``made`` comes from."""
     table = context.run.read_table(name)
     try:
-        return _scores(context, table, preferences, samples)
+        return scores_of(context, table, preferences, samples)
     except (LookupError, TypeError, ValueError) as error:
         raise RequestError(
             f"{context.run.path / name}.parquet: not the answers that {made.name} was made from "
@@ -272,7 +272,7 @@ def _stored_scores(
         ) from error
 
 
-def _scores(context: RunContext, table: pd.DataFrame, preferences: Sequence[Preference], samples: int) -> Matrix:
+def scores_of(context: RunContext, table: pd.DataFrame, preferences: Sequence[Preference], samples: int) -> Matrix:
     """Return normalised scores ``[prompts, preferences, objectives]``, several samples of a prompt averaged."""
     raw = table[context.task.names].to_numpy(dtype=np.float64)
     unit = context.task.judge_normaliser.unit(raw).reshape(len(preferences), -1, len(context.task.names))
