@@ -65,7 +65,7 @@ class CurveRow(Content):
     """Of all the run's steps that were done, 0 to 1."""
     kl: float | None
     """Mean KL to base over the preferences, in nats per response; None where one is not known."""
-    kls: tuple[float | None, ...]
+    kl_by_preference: tuple[float | None, ...]
     """By preference."""
     true: Reward
     believed: Reward | None
@@ -221,7 +221,7 @@ def _judge(
         step=point.step,
         share=point.share,
         kl=quality.kl,
-        kls=tuple(divergence.nats for divergence in divergences),
+        kl_by_preference=tuple(divergence.nats for divergence in divergences),
         true=Reward.of(preferences, means, corner),
         believed=None if believed is None else Reward.of(preferences, believed, corner),
         collapse_rate=quality.rate,
