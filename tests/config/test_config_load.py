@@ -198,8 +198,8 @@ def test_errors_of_card_recipe_config_and_options_are_one_error(recipes: Path) -
         + "did you mean 'rule'?",
         "recipes/demo/task.yaml:11: reference_point.1: found 'x'; allowed: a number",
         "--set policy.lora.r: found 0; allowed: a whole number >= 1 and <= 65536",
-        "recipes/demo/ric.yaml:3: sede: unknown key; allowed: method, task, description, seed, prefs, holdout, snapshots, "
-        + "policy, config, needs, reported, trackers, sources; did you mean 'seed'?",
+        "recipes/demo/ric.yaml:3: sede: unknown key; allowed: method, task, description, seed, prefs, holdout, "
+        + "snapshots, policy, config, needs, reported, trackers, sources; did you mean 'seed'?",
         "--set steps: config.steps: found 'none'; allowed: a whole number >= 1",
         "recipes/demo/ric.yaml:7: config.lr: found 'fast'; allowed: a number",
         "recipes/demo/ric.yaml:8: config.stpes: unknown key; allowed: steps, lr, pairing; did you mean 'steps'?",
