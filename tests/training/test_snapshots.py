@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from moalign.experiment.train import TrainRequest, plan, train
 from moalign.methods import registry
 from moalign.runs.run import Run
 from moalign.training import snapshots
+from moalign.training.job import RunContext
 from moalign.training.snapshots import kept, steps_of
 
 STAGE = "{steps: 4, batch: 4, lr: 0.01, max_tokens: 48, checkpoint_every: 3}"
@@ -188,6 +190,16 @@ def test_a_snapshot_that_lacks_an_adapter_is_named(tmp_path: Path) -> None:
 def test_a_snapshot_that_is_gone_is_named(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="online-1: adapter is missing"):
         kept(finished(tmp_path, {"online": 4}, 2, "online-4/adapter"))
+
+
+def test_an_adapter_that_no_step_trained_is_the_finished_one(tmp_path: Path) -> None:
+    """MODPO's corner with an implicit margin: an expert's adapter, taken over as it is."""
+    run = finished(tmp_path, {"pref": 4}, 1, "pref-4/adapter-pref-1")
+    parts: dict[str, Any] = dict.fromkeys(("task", "config", "policy_spec", "panel"))
+    now = RunContext(run=run, preferences=[], **parts)
+    then = replace(now, snapshot=kept(finished(tmp_path, {"pref": 4}, 2, "pref-1/adapter-pref-1"))[0].folder)
+    assert then.adapter_folder("adapter-pref-1") == tmp_path / "snapshots/pref-1/adapter-pref-1"
+    assert then.adapter_folder("adapter-pref-0") == now.adapter_folder("adapter-pref-0") == tmp_path / "adapter-pref-0"
 
 
 def test_a_run_without_snapshots_says_how_to_get_some(tmp_path: Path) -> None:
