@@ -9,13 +9,25 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moalign.api import best, compare, evaluate, evaluate_all, generate, hypervolume, load, score, score_file, train
+    from moalign.api import (
+        best,
+        compare,
+        curve,
+        evaluate,
+        evaluate_all,
+        generate,
+        hypervolume,
+        load,
+        score,
+        score_file,
+        train,
+    )
     from moalign.core.errors import MoalignError, RequestError, WorkError
 
     __version__: str
 
-__all__ = ["MoalignError", "RequestError", "WorkError", "__version__", "best", "compare", "evaluate", "evaluate_all"]
-__all__ += ["generate", "hypervolume", "load", "score", "score_file", "train"]
+__all__ = ["MoalignError", "RequestError", "WorkError", "__version__", "best", "compare", "curve", "evaluate"]
+__all__ += ["evaluate_all", "generate", "hypervolume", "load", "score", "score_file", "train"]
 
 _ERRORS = ("MoalignError", "RequestError", "WorkError")
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
     from moalign.comparison.result import CompareResult
+    from moalign.evaluation.curve import Curve
     from moalign.evaluation.result import EvalResult
     from moalign.evaluation.score import Scores
     from moalign.experiment.arguments import Settings, Vector
@@ -41,8 +42,8 @@ if TYPE_CHECKING:
     from moalign.experiment.handle import Best, RunHandle
     from moalign.experiment.train import Plan
 
-__all__ = ["best", "compare", "evaluate", "evaluate_all", "generate", "hypervolume", "load", "score", "score_file"]
-__all__ += ["train"]
+__all__ = ["best", "compare", "curve", "evaluate", "evaluate_all", "generate", "hypervolume", "load", "score"]
+__all__ += ["score_file", "train"]
 
 
 def train(
@@ -209,6 +210,33 @@ def evaluate_all(
         made = workflow.evaluate(method, context, requested, progress, samples)
         evaluated.append(made.result if corner is None else workflow.at_reference(made, context.task, corner))
     return evaluated
+
+
+def curve(
+    run: RunHandle | str | Path | None = None,
+    *,
+    prefs: Vector | Iterable[Vector] | None = None,
+    grid: int | None = None,
+    samples: int | None = None,
+    results: str | Path = "results",
+    progress: Progress = silent,
+) -> Curve:
+    """Judge the snapshots of a run, one trained with the setting ``snapshots``: true and believed reward, KL to base.
+
+    Arguments and errors are those of :func:`evaluate`; a run without snapshots is a RequestError, too.
+
+    >>> whole = moalign.curve(moalign.train("mo-odpo", settings={**tiny, "snapshots": 2}))
+    >>> [(row.part, row.step, row.share) for row in whole.rows], whole.best["inner_product"].lost >= 0
+    ([('online', 1, 0.5), ('online', 2, 1.0)], True)
+    """
+    from moalign.evaluation import curve as workflow
+    from moalign.experiment import arguments
+
+    vectors = arguments.vector_texts(prefs)
+    arguments.refuse_both(vectors, grid)
+    method, context = _handle(run, results).open(progress)
+    requested = arguments.requested(vectors, grid, context.task.card.objective_words)
+    return workflow.curve(method, context, requested, progress, samples)
 
 
 def _path(given: str | Path | None) -> Path | None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from moalign.cli import output
-from moalign.cli.options import DEFAULT_RESULTS, Json, Results, Settings, Task
+from moalign.cli.options import DEFAULT_RESULTS, Json, Results, Samples, Settings, Task
 from moalign.core.errors import RequestError
 
 
@@ -24,9 +24,7 @@ def compare(
     ] = None,
     seeds: Annotated[int | None, typer.Option(min=1, metavar="N", help="Train every method with N seeds.")] = None,
     grid: Annotated[int | None, typer.Option(metavar="N", help="Compare on an even grid of N preferences.")] = None,
-    samples: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Answers to each prompt.  [default: the task card's]")
-    ] = None,
+    samples: Samples = None,
     jobs: Annotated[
         int | None,
         typer.Option(min=1, metavar="N", help="Runs trained at a time.  [default: 1; tiny models: 1 per CPU]"),

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moalign.cli import output
-from moalign.cli.options import DEFAULT_RESULTS, Json, PrefsText, Results, preferences_of
+from moalign.cli.options import DEFAULT_RESULTS, Json, PrefsText, Results, Samples, preferences_of
 from moalign.cli.outcome import show_points, show_summary
 from moalign.core.errors import RequestError
 
 if TYPE_CHECKING:
+    from moalign.evaluation.curve import Curve
     from moalign.evaluation.result import EvalResult
     from moalign.experiment.handle import RunHandle
 
@@ -32,12 +33,10 @@ def evaluate(
     ] = None,
     prefs_text: PrefsText = None,
     grid: Annotated[int | None, typer.Option(metavar="N", help="Evaluate an even grid of N preferences.")] = None,
-    samples: Annotated[
-        int | None,
-        typer.Option(
-            min=1, metavar="N", help="Answers to each prompt: more of them, less noise.  [default: the card's]"
-        ),
-    ] = None,
+    samples: Samples = None,
+    snapshots: Annotated[
+        bool, typer.Option("--snapshots", help="Judge the snapshots kept in training: what was gained, and is it true.")
+    ] = False,
     points: Annotated[
         Path | None,
         typer.Option(metavar="FILE.csv", help="Calculate from a table of reward vectors; its header names objectives."),
@@ -52,6 +51,11 @@ def evaluate(
 ) -> None:
     """Evaluate finished runs, or calculate from a table of points."""
     prefs = preferences_of(prefs, prefs_text)
+    if snapshots:
+        refused = {"--points": points, "--ref": ref, "--minimise": minimise, "--hypervolume": hypervolume}
+        _refuse_with_snapshots(refused)
+        _curves(runs or [], prefs, grid, samples, results, as_json)
+        return
     if points is not None:
         _refuse_with_points(runs, grid, samples)
         calculated = _calculate(points, ref, minimise, prefs or [])
@@ -91,6 +95,63 @@ def _evaluate(
         return api.evaluate_all(
             runs, prefs=prefs, grid=grid, samples=samples, reference_point=ref, results=results, progress=progress
         )
+
+
+# -- snapshots -----------------------------------------------------------------------------------------------------
+
+
+def _refuse_with_snapshots(given: Mapping[str, Any]) -> None:
+    for option, value in given.items():
+        if value:
+            raise RequestError(f"--snapshots and {option} exclude each other; found both")
+
+
+def _curves(
+    names: list[str], prefs: list[str], grid: int | None, samples: int | None, results: Path, as_json: bool
+) -> None:
+    from moalign import api
+
+    with output.working() as progress:
+        runs = [api.load(name, results=results) for name in names] or [api.load(results=results)]
+        curves = [
+            api.curve(run, prefs=prefs, grid=grid, samples=samples, results=results, progress=progress) for run in runs
+        ]
+    if as_json:
+        contents = [curve.content for curve in curves]
+        output.as_json(contents[0] if len(contents) == 1 else {"runs": contents})
+        return
+    for curve in curves:
+        output.line(f"{curve.method} on {curve.task}, seed {curve.seed}: {curve.run}")
+        _show_curve(curve)
+
+
+def _show_curve(curve: Curve) -> None:
+    """Print a row for each snapshot, and where the truth is best."""
+    from moalign.report.units import number, percent
+
+    rows = []
+    for row in curve.rows:
+        cells = {"part": row.part, "step": str(row.step), "share": percent(row.share), "KL": number(row.kl, 2)}
+        for name, reward in (("true", row.true), ("believed", row.believed)):
+            if reward is not None:
+                cells[f"w·n\n{name}"] = number(reward.inner_product)
+                cells[f"hypervolume\n{name}"] = number(reward.hypervolume)
+        if row.spread is not None:
+            cells["spread"] = number(row.spread)
+        rows.append({**cells, "collapsed": percent(row.collapse_rate, 1)})
+    output.table([*output.columns("part", left=True), *output.columns(*list(rows[0])[1:])], rows)
+    names = {"inner_product": "w·n", "hypervolume": "hypervolume"}
+    output.pairs(
+        [
+            (
+                f"truth best by {names[name]}",
+                f"{number(best.value)} at step {best.step} of {best.part}, KL {number(best.kl, 2)} nats; the finished "
+                f"policy has {number(best.lost)} less",
+            )
+            for name, best in curve.best.items()
+        ]
+    )
+    output.line()
 
 
 # -- the calculator ------------------------------------------------------------------------------------------------

@@ -14,6 +14,10 @@ Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; repeatable.")
 ]
 Results = Annotated[Path, typer.Option(metavar="DIR", help="Where runs are kept.")]
+Samples = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Answers to each prompt: more of them, less noise.  [default: the card's]"),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 PrefsText = Annotated[

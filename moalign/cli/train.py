@@ -30,6 +30,9 @@ def train(
     grid: Annotated[int | None, typer.Option(metavar="N", help="Train (on) an even grid of N preferences.")] = None,
     set_: Settings = None,
     seed: Annotated[int | None, typer.Option(min=0, metavar="N", help="Random seed; else the recipe's.")] = None,
+    snapshots: Annotated[
+        int | None, typer.Option(min=0, metavar="K", help="Keep K snapshots of each stage, for eval --snapshots.")
+    ] = None,
     results: Results = DEFAULT_RESULTS,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop; nothing is written.")] = False,
     no_eval: Annotated[bool, typer.Option("--no-eval", help="Train only.")] = False,
@@ -40,6 +43,8 @@ def train(
     The same command again finds the finished run; after an interruption it resumes.
     """
     prefs = preferences_of(prefs, prefs_text)
+    if snapshots is not None:
+        set_ = [*(set_ or ()), f"snapshots={snapshots}"]
     if dry_run:
         from moalign.experiment.train import TrainRequest
 

@@ -18,12 +18,12 @@ from pydantic import Field
 
 from moalign.comparison.compare import CompareRequest, plan_all
 from moalign.comparison.executors import Child, ending
-from moalign.comparison.jobs import ComparedRun, prefixed
+from moalign.comparison.jobs import ComparedRun
 from moalign.comparison.timed import BenchRow, Timing, TimingRequest, machine
 from moalign.config.card import TaskCard
 from moalign.config.strict import Strict
 from moalign.core.errors import RequestError
-from moalign.core.progress import Progress, silent
+from moalign.core.progress import Progress, prefixed, silent
 from moalign.evaluation.result import Content
 from moalign.training.settings import CostHints
 

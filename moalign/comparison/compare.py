@@ -183,6 +183,8 @@ def _settings(texts: Sequence[str], methods: Mapping[str, Method]) -> dict[str, 
             own = keys[1] if keys[0] == "config" and len(keys) > 1 else keys[0]
             shared = keys[0] == "task" or (keys[0] != "config" and keys[0] in Recipe.model_fields)
             fitting = [name for name, method in methods.items() if own in method.Config.model_fields]
+            if keys == ("snapshots",):  # the others are compared as they are
+                shared, fitting = False, [name for name, method in methods.items() if method.capabilities.snapshots]
             for name in methods if shared or not fitting else fitting:
                 settings[name].append(text)
     if problems:

@@ -25,7 +25,7 @@ from moalign.config.recipe import ReportedSpec
 from moalign.core import foreign, preferences
 from moalign.core.errors import MoalignError, RequestError, WorkError
 from moalign.core.preferences import Preference
-from moalign.core.progress import Progress
+from moalign.core.progress import Progress, prefixed
 from moalign.evaluation import evaluate
 from moalign.evaluation.evaluate import Evaluation
 from moalign.evaluation.result import EvalResult
@@ -326,8 +326,3 @@ def _failure_kept(run: ComparedRun, passing: type[Exception] | tuple[()] = ()) -
     except BaseException as error:  # a method's sys.exit() too
         run.error = str(error) if isinstance(error, MoalignError) else f"{type(error).__name__}: {error}"
         run.trace = traceback.format_exc()
-
-
-def prefixed(progress: Progress, prefix: str) -> Progress:
-    """Return a ``progress`` that puts ``prefix: `` before every message."""
-    return lambda what, done, total: progress(f"{prefix}: {what}", done, total)

@@ -74,6 +74,8 @@ class Recipe(Strict):
     prefs: list[list[float]] | None = None
     holdout: list[list[float]] | None = None
     """Preferences that training must not see; evaluation reports them beside those that it saw."""
+    snapshots: int = Field(default=0, ge=0, le=1000)
+    """How many times along each stage the adapter in training is kept, for ``moalign eval --snapshots``."""
     policy: PolicySpec = PolicySpec()
     config: dict[str, Any] = Field(default_factory=dict)
     needs: NeedsSpec = NeedsSpec()

@@ -10,3 +10,8 @@ Progress = Callable[[str, int, int], None]
 
 def silent(what: str, done: int, total: int) -> None:
     """Ignore a progress report."""
+
+
+def prefixed(progress: Progress, prefix: str) -> Progress:
+    """Return a ``progress`` that puts ``prefix: `` before every message."""
+    return lambda what, done, total: progress(f"{prefix}: {what}", done, total)

@@ -125,13 +125,13 @@ def evaluate(
     started = time.monotonic()
     table, cost, divergences = respond(method, context, preferences, progress, samples)
     context.run.write_table(table_name, table)
-    scores = _scores(context, table, preferences, samples)
+    scores = scores_of(context, table, preferences, samples)
     judgement = judge(context.task, preferences, scores)
     _describe(judgement.points, context.task, table["response"].tolist(), divergences)
     proxy = proxy_reward(context, table, preferences, samples)
     held = held_out(context)
     separate = bool(held) and not all(_has(held, w) for w in preferences)
-    judged = _quality(context.task, table["response"].tolist(), divergences)
+    judged = quality_of(context.task, table["response"].tolist(), divergences)
     points = [point.content for point in judgement.points]
     cautions = [*verdict.cautions(judged.content), *verdict.cautions_at(judged.content, points)]
     warnings = [*context.run.record.notes.get("warnings", ()), *cautions]
@@ -262,12 +262,12 @@ def _describe(
     """Add the KL to base and the collapse of each preference to its point."""
     each = len(responses) // len(points)
     for k, (point, kl) in enumerate(zip(points, divergences, strict=True)):
-        own = _quality(task, responses[k * each : (k + 1) * each], [kl])
+        own = quality_of(task, responses[k * each : (k + 1) * each], [kl])
         point.kl, point.kl_bound = kl.nats, kl.bound
         point.collapsed, point.mean_length = own.rate, own.mean_length
 
 
-def _quality(task: Task, responses: list[str], divergences: Sequence[KlToBase]) -> Quality:
+def quality_of(task: Task, responses: list[str], divergences: Sequence[KlToBase]) -> Quality:
     """Return how many responses are collapsed, and the mean KL to base over the preferences, None if one is unknown."""
     known = [kl.nats for kl in divergences if kl.nats is not None]
     mean = float(np.mean(known)) if len(known) == len(divergences) else None
@@ -281,7 +281,7 @@ def _stored_scores(
     """Return the scores of a stored table of answers; RequestError unless it is the one that ``made`` comes from."""
     table = context.run.read_table(name)
     try:
-        return _scores(context, table, preferences, samples)
+        return scores_of(context, table, preferences, samples)
     except (LookupError, TypeError, ValueError) as error:
         raise RequestError(
             f"{context.run.path / name}.parquet: not the answers that {made.name} was made from "
@@ -289,7 +289,7 @@ def _stored_scores(
         ) from error
 
 
-def _scores(context: RunContext, table: pd.DataFrame, preferences: Sequence[Preference], samples: int) -> Matrix:
+def scores_of(context: RunContext, table: pd.DataFrame, preferences: Sequence[Preference], samples: int) -> Matrix:
     """Return normalised scores ``[prompts, preferences, objectives]``, several samples of a prompt averaged."""
     raw = table[context.task.names].to_numpy(dtype=np.float64)
     return _per_prompt(context.task.judge_normaliser.unit(raw), preferences, samples)

@@ -81,6 +81,8 @@ class Plan(ResolvedRequest):
         }
         if self.holdout:
             identity["holdout"] = self.holdout
+        if self.recipe.snapshots:
+            identity["snapshots"] = self.recipe.snapshots
         models = self.config.models if isinstance(self.config, NamesModels) else {}
         if models:  # their content: another model in the same folder makes another run
             identity["models"] = {name: fingerprint(model, None, name) for name, model in models.items()}
@@ -148,6 +150,7 @@ class Plan(ResolvedRequest):
             seed=self.seed,
             given_preferences=self.given,
             progress=progress,
+            snapshots=self.recipe.snapshots,
             experts=experts,
         )
 

@@ -36,6 +36,9 @@ class Capabilities:
     needs_online_rewards: bool = False
     trains: bool = True
     """False: nothing is trained (the base answers); the run holds only its record and evaluation."""
+    snapshots: bool = True
+    """Its own stages train the adapters that answer, so that those kept along training answer, too; False: it answers
+    by experts, a control model or the base."""
     mixes: bool = False
     """An expert for each objective reads every token of an answer."""
     objectives: Literal["any", "2"] = "any"

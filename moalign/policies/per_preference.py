@@ -38,5 +38,5 @@ def trained_for(context: RunContext, preference: Sequence[float]) -> Policy:
     """
     index = index_of(context, preference)
     lm, name = context.task.language_model, adapter_name(context, f"pref_{index}")
-    load = partial(adapters.load, lm, context.run.path / adapter_of(index), name)
+    load = partial(adapters.load, lm, context.adapter_folder(adapter_of(index)), name)
     return Policy(LazyGenerator(lm, name, load, context.cache), context.task.renderer.plain)

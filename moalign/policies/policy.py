@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -78,5 +79,6 @@ def respond_all(
 
 
 def adapter_name(context: RunContext, what: str) -> str:
-    """Return the name, on the model, of one of the run's adapters."""
-    return f"run_{context.run.record.run_id}_{what}"
+    """Return the name, on the model, of one of the run's adapters; those of its snapshots have names of their own."""
+    at = re.sub(r"\W", "_", f"{context.snapshot}_") if context.snapshot else ""
+    return f"run_{context.run.record.run_id}_{at}{what}"

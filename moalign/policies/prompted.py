@@ -19,7 +19,7 @@ def trained(context: RunContext, folder: str = "adapter") -> ModelGenerator:
     key = f"generator:{folder}"
     if key not in context.cache:
         lm, name = context.task.language_model, adapter_name(context, folder.replace("-", "_"))
-        adapters.load(lm, context.run.path / folder, name)
+        adapters.load(lm, context.adapter_folder(folder), name)
         context.cache[key] = ModelGenerator(lm, name)
     generator: ModelGenerator = context.cache[key]
     return generator

@@ -14,7 +14,10 @@ from moalign.runs import trackers
 
 
 def require_sound(method: Method, resolved: ResolvedRequest, seed: int | None = None) -> None:
-    """Raise RequestError for trackers that are not installed, too many objectives, or a ``seed`` that is none."""
+    """Raise RequestError for trackers that are not installed, and for what the method cannot have.
+
+    That is, a number of objectives, snapshots, or a ``seed`` that is none.
+    """
     problems: list[str] = []
     try:
         trackers.require_installed(resolved.recipe.trackers)
@@ -23,6 +26,11 @@ def require_sound(method: Method, resolved: ResolvedRequest, seed: int | None = 
     card, count = resolved.card, len(resolved.card.objectives)
     if method.capabilities.objectives == "2" and count != 2:
         problems.append(f"method {method.name} works with 2 objectives; task {card.name} has {count}")
+    if resolved.recipe.snapshots and not method.capabilities.snapshots:
+        problems.append(
+            f"snapshots: {method.name} trains no adapter of its own that answers, so there is none to keep; leave "
+            "snapshots away, or train a method that has them (moalign show METHOD)"
+        )
     if seed is not None and not 0 <= seed <= MOST:
         problems.append(f"seed: found {seed}; allowed: 0 to {MOST}")
     if problems:

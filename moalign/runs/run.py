@@ -365,6 +365,11 @@ class Run:
         """Read ``<name>.safetensors`` onto the CPU; RequestError when it is missing or truncated."""
         return checkpoint.load_tensors(self._named(name, ".safetensors"))
 
+    def folder(self, name: str) -> Path:
+        """Return where a folder of the run is to be written; WorkError when the locked run was removed meanwhile."""
+        self._require_kept()
+        return self._named(name, "")
+
     def _named(self, name: str, suffix: str) -> Path:
         inside = PurePosixPath(name if name.endswith(suffix) else name + suffix)
         if inside.is_absolute() or ".." in inside.parts:

@@ -128,12 +128,12 @@ class RunCallback(TrainerCallback):  # type: ignore[misc,unused-ignore]
         torch.manual_seed(derive(self.job.seed, self.phase, self.start + state.global_step))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Count the step's tokens and decide whether it is logged."""
+        """Count the step's tokens, keep what is due of it and decide whether it is logged."""
         config, step = self.config, self.start + state.global_step
         self.job.meter.add_tokens_trained(sum(self.tokens[(step - 1) * config.batch : step * config.batch]))
         # At checkpoints, too: a line is a mean since the last one, and a resume must not need what came before it.
         control.should_log = step == config.steps or 0 in (step % config.log_every, step % config.checkpoint_every)
-        self.job.progress(self.phase, step, config.steps)
+        self.job.advance(self.lm, self.phase, step, config.steps)
         if not control.should_log:
             self._save_checkpoint(step)
 

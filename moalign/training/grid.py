@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from moalign.core.preferences import Preference, label
 from moalign.core.progress import Progress
+from moalign.training.snapshots import Trained
 
 if TYPE_CHECKING:
     from moalign.lm.language_model import LanguageModel
@@ -69,10 +70,11 @@ def each_preference(job: Job, walk: str = LAST) -> Iterator[tuple[LanguageModel,
         job.notes.pop("diagnostics", None)
         title = f"{'' if walk == LAST else f'{walk}: '}preference {label(preference)} ({index + 1}/{total})"
         job.progress = partial(_named, progress, title, stage)
+        job.trained = Trained(adapter_of(index), stage, walk)
         try:
             yield lm, preference, stage
         finally:
-            job.progress = progress
+            job.progress, job.trained = progress, Trained()
         diagnostics = job.notes.pop("diagnostics", None)
         if diagnostics:
             of_vectors = job.notes.get(PER_PREFERENCE, {})

@@ -13,8 +13,12 @@ from moalign.core.errors import WorkError
 from moalign.core.preferences import Preference
 from moalign.core.progress import Progress, silent
 from moalign.runs.run import STAGES
+from moalign.training import snapshots
+from moalign.training.snapshots import Trained
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from moalign.config.recipe import PolicySpec
     from moalign.lm.language_model import LanguageModel
     from moalign.rewards.panel import RewardPanel
@@ -38,6 +42,8 @@ class RunContext:
     """The task's scorers with its normaliser."""
     cache: dict[str, Any] = field(default_factory=dict, kw_only=True)
     """What policies of one run share (a loaded adapter)."""
+    snapshot: str = field(default="", kw_only=True)
+    """Folder inside the run in which policies find their adapters; empty: the run's own, as training left them."""
 
     @classmethod
     def of(cls, task: Task, run: Run, *, meter: Meter | None = None, **parts: Any) -> Self:
@@ -46,6 +52,11 @@ class RunContext:
         if meter is not None:
             panel, parts["meter"] = panel.with_meter(meter), meter
         return cls(task=task, run=run, panel=panel, **parts)
+
+    def adapter_folder(self, name: str) -> Path:
+        """Return where an adapter lies; what no step trained (an expert's, taken over) has no snapshots."""
+        folder = self.run.path / self.snapshot / name
+        return folder if folder.is_dir() else self.run.path / name
 
 
 Experts = Callable[[str, dict[str, Any], Sequence[Preference]], "Run"]
@@ -67,6 +78,9 @@ class Job(RunContext):
     """Progress: ``progress(phase, done, total)``."""
     notes: dict[str, Any] = field(default_factory=dict)
     """Small results of training (counts of dropped ties, filter shares); saved in the record."""
+    snapshots: int = 0
+    """How many are kept of each stage: :mod:`moalign.training.snapshots`."""
+    trained: Trained = field(default_factory=Trained)
     finished_here: set[str] = field(default_factory=set)
     """Stages whose cost the meter already holds."""
     experts: Experts = _no_experts
@@ -86,6 +100,11 @@ class Job(RunContext):
         self.meter.add_tokens_generated(scored.sampled)
         self.meter.add_reward_calls(scored.raw.size)
         return scored
+
+    def advance(self, lm: LanguageModel, phase: str, step: int, steps: int) -> None:
+        """Go on after a step of a phase: keep a snapshot of the active adapter where one is due, report progress."""
+        snapshots.keep(self, lm, phase, step, steps)
+        self.progress(phase, step, steps)
 
     def warn(self, texts: Sequence[str]) -> None:
         """Add warnings to the notes; evaluations and comparisons show them."""

@@ -132,7 +132,7 @@ class OnlineTrainer:
                     run.log(
                         done, self.phase, **self._metrics, **rollout_metrics(rollout, names), **self.job.meter.cost()
                     )
-                self.job.progress(self.phase, done, config.steps)
+                self.job.advance(self.lm, self.phase, done, config.steps)
                 if done % config.checkpoint_every == 0 and done < config.steps:
                     self._save_checkpoint(done)
             self._modules()  # while a reference is still there
