@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 from pydantic import Field
 
 from moalign.config.strict import Strict
 from moalign.core.preferences import Preference
 from moalign.methods.base import Capabilities
+from moalign.pareto.scalarisation import Scalarisation, scores
 from moalign.training.job import Job, RunContext
 
 if TYPE_CHECKING:
@@ -25,6 +27,8 @@ class Config(Strict):
 
     n: int = Field(default=4, ge=1)
     """Candidates per answer."""
+    scalarisation: Scalarisation = "linear"
+    """What they are ordered by: :mod:`moalign.pareto.scalarisation`."""
 
 
 class BestOfN:
@@ -50,7 +54,8 @@ class BestOfN:
         def choose(prompts: Sequence[str], candidates: Sequence[Sequence[str]]) -> list[int]:
             flat = [text for row in candidates for text in row]
             repeated = [prompt for prompt, row in zip(prompts, candidates, strict=True) for _ in row]
-            utility = panel.z(panel.score(repeated, flat)) @ list(preference)
+            z = panel.z(panel.score(repeated, flat))
+            utility = scores(z, np.array(preference), context.config.scalarisation)
             return [int(i) for i in utility.reshape(len(prompts), -1).argmax(axis=1)]
 
         return Policy(base(context), context.task.renderer.plain, samples=context.config.n, choose=choose)

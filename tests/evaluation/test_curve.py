@@ -166,8 +166,6 @@ def test_the_spread_is_weighed_by_the_preference_in_normalised_units() -> None:
     assert curves.spread_of(context, table, [(0.0, 1.0), (0.75, 0.25)]) == pytest.approx(wanted)
     spread[:] = 0.0
     assert curves.spread_of(context, table, [(0.0, 1.0), (0.75, 0.25)]) is None, "no objective has members"
-    del panel.spread
-    assert curves.spread_of(context, table, [(0.0, 1.0), (0.75, 0.25)]) is None
 
 
 def made_of(*truths: tuple[float, float]) -> Curve:
