@@ -16,10 +16,10 @@ PYTEST  := $(BIN)/python -m pytest -q
 test test-slow break check: export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup llm demo llm-demo test test-slow mutants break check results bench clean
+.PHONY: help setup llm demo llm-demo test test-slow mutants break check results results-learned bench clean
 
 help:  ## show this
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' Makefile
 
 setup: $(STAMP)  ## create .venv with the pinned packages (every other target does this by itself)
 
@@ -69,6 +69,11 @@ check: $(STAMP)  ## ruff and mypy
 
 results: $(STAMP)  ## make results/LEADERBOARD.md and its figures from the records in results/published
 	@$(BIN)/python -m moalign.comparison.publish results/published results/LEADERBOARD.md
+
+results-learned: $(STAMP)  ## over-optimisation of learned rewards: trains what is missing (hours), writes results/learned
+	@$(BIN)/python results/learned/curves.py
+	@$(BIN)/python results/learned/closed_form.py
+	@$(BIN)/python results/ablations/ablate.py remedies
 
 bench: $(STAMP)  ## measure time and memory of the main commands; writes results/bench/cpu.json and cpu.md
 	@$(BIN)/python results/bench/bench.py
