@@ -149,7 +149,7 @@ def train(
     run, reused = runs.obtain(request, progress)
     path = run.path / EVALUATION
     if path.is_file():
-        return run, reused, atomic.read_json(path, f"remove it and judge again: moalign reward eval {run.path}")
+        return run, reused, evaluation.read(path, f"remove it and judge again: moalign reward eval {run.path}")
     if not judge:
         return run, reused, None
     progress("judging", 0, 1)

@@ -12,10 +12,9 @@ the result is then the true calibration error, without the labels' noise.
 
 from __future__ import annotations
 
-from typing import TypedDict
-
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from typing_extensions import TypedDict
 
 from moalign.core.arrays import Matrix
 from moalign.core.errors import RequestError

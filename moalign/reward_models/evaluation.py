@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # pydantic cannot read typing's before Python 3.12
 
 from moalign.config.objectives import ClassifierObjective
+from moalign.core.errors import RequestError
 from moalign.reward_models import calibration
 from moalign.reward_models.calibration import CalibrationReport, Vector
 from moalign.reward_models.pairs import PairSet
 from moalign.rewards.ensemble import EnsembleScorer, classifier
 from moalign.rewards.hf_classifier import ClassifierScorer
+from moalign.runs import atomic
 
 
 class Agreement(TypedDict):
@@ -47,6 +51,24 @@ class Evaluation(TypedDict):
 
     datasets: list[DataSetReport]
     mean: Mean
+
+
+class Judged(Evaluation):
+    """The part of a stored evaluation that is shown."""
+
+    figures: list[str]
+
+
+def read(path: Path, remedy: str) -> dict[str, Any]:
+    """Return a stored evaluation; RequestError, with what to do, for one that is damaged."""
+    content = atomic.read_json(path, remedy)
+    try:
+        TypeAdapter(Judged).validate_python(content, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise RequestError(f"{path}: {where}: not what moalign wrote ({first['msg']}); {remedy}") from error
+    return dict(content)
 
 
 def deltas(scorer: ClassifierScorer | EnsembleScorer, pairs: PairSet) -> Vector:

@@ -210,3 +210,29 @@ def test_the_run_of_a_policy_is_no_reward_model(moalign: Any) -> None:
             f"run {run}: it is no run of moalign reward train: its record (method toy) holds no settings of a reward "
             "model; moalign eval is for runs of moalign train"
         ]
+
+
+@pytest.mark.parametrize(
+    ("place", "value"), [(("datasets", 0, "ece_ci", "10"), ["a", "b"]), (("mean",), None), (("figures",), 3)]
+)
+def test_a_stored_evaluation_that_is_damaged_is_one_message(tmp_path: Path, place: Any, value: Any) -> None:
+    """What is printed as a number must be one: the file, the place and what to do are named."""
+    from moalign.core.errors import RequestError
+    from moalign.reward_models.evaluation import read
+
+    report = {
+        "name": "ann", "pairs": 4, "accuracy": 0.5, "accuracy_ci": [0.1, 0.9], "log_loss": 0.7, "ece": {"10": 0.1},
+        "ece_ci": {"10": [0.0, 0.2]}, "ece_by_chance": {"10": 0.1}, "reliability": [], "rows_shortened": 0,
+        "temperature": None, "ece_scaled": None, "truth": None,
+    }  # fmt: skip
+    content: Any = {"datasets": [report], "mean": {"accuracy": 0.5, "ece": {"10": 0.1}}, "figures": [], "run": "x"}
+    path = tmp_path / "eval.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    assert read(path, "judge again") == content
+    inner = content
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    path.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(RequestError, match=rf"eval\.json: {'.'.join(map(str, place))}.*not what moalign wrote.*again"):
+        read(path, "judge again")
