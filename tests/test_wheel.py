@@ -62,7 +62,7 @@ def test_it_holds_the_package_the_recipes_and_nothing_else(wheel: Path, checkout
     assert {"task.yaml.j2", "prompts.jsonl"} <= templates <= {Path(name).name for name in names}
     files = [path for path in (checkout / "recipes").rglob("*") if path.is_file()]
     recipes = {str(path.relative_to(checkout / "recipes")) for path in files}
-    assert {path.suffix for path in files} == {".yaml", ".jsonl", ".md"}
+    assert {path.suffix for path in files} == {".yaml", ".jsonl", ".gz", ".md"}
     assert recipes == {name.removeprefix("moalign/_recipes/") for name in names if name.startswith("moalign/_recipes/")}
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 

@@ -62,13 +62,18 @@ def local_folder(model: str, base_dir: Path, where: str) -> Path | None:
     if not _HUB_ID.match(model):
         raise RequestError(
             f"{where}: there is no model folder {model!r} (looked in {base_dir} and the current folder), and it is not "
-            f"of the form owner/name of a hub id{_near(model)}"
+            f"of the form owner/name of a hub id{near(model)}"
         )
     return None
 
 
-def _near(model: str) -> str:
-    """Return a hint when ``model`` looks like a mistyped built-in name; a name with an owner is a hub id."""
+def near(model: str) -> str:
+    """Return a hint when ``model`` is a reward model's place, or looks like a mistyped built-in name.
+
+    A name with an owner is a hub id.
+    """
+    if "reward-models" in Path(model).parts:
+        return "; moalign reward train makes it: the card says of what"
     return "" if "/" in model else did_you_mean(model, list(builtin.MODELS))
 
 
@@ -242,7 +247,7 @@ def fetch(model: str, revision: str | None, where: str, config_only: bool = Fals
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "no connection"
         raise RequestError(
             f"{name} is not in the local cache and the hub cannot be reached ({why}), and there is no folder of that "
-            f"name; {folder_instead}: model: path/to/folder{_near(model)}"
+            f"name; {folder_instead}: model: path/to/folder{near(model)}"
         ) from error
     except errors.GatedRepoError as error:
         raise RequestError(f"{name} is gated: accept its terms and log in, or name a folder") from error
@@ -251,5 +256,5 @@ def fetch(model: str, revision: str | None, where: str, config_only: bool = Fals
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
         why = f"{type(error).__name__}: {first_line(error)}"
         raise RequestError(
-            f"{name} cannot be fetched ({why}); check the id, or {folder_instead}{_near(model)}"
+            f"{name} cannot be fetched ({why}); check the id, or {folder_instead}{near(model)}"
         ) from error

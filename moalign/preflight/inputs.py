@@ -12,7 +12,7 @@ from moalign.config.card import SourceSpec, TaskCard
 from moalign.config.objectives import ModelObjective, ObjectiveSpec
 from moalign.config.recipe import LoraSpec
 from moalign.core.errors import RequestError, placed
-from moalign.lm import builtin
+from moalign.lm import builtin, model_folder
 from moalign.lm.chat import Renderer
 from moalign.preflight.report import Preflight
 from moalign.tasks.load import make_task
@@ -98,14 +98,15 @@ def _in_cache(report: Preflight, source: str, revision: str | None, what: str) -
     """
     from huggingface_hub.errors import HFValidationError
 
-    if revision is None:
-        report.notes.append(f"{what} {source}: no revision is pinned; the newest one is used, whatever it is then")
     try:
         folder = _cached(source, revision)
     except HFValidationError:
         raise RequestError(
             f"{what} {source!r}: there is no such folder, and a hub id has the form owner/name"
+            f"{model_folder.near(source)}"
         ) from None
+    if revision is None:
+        report.notes.append(f"{what} {source}: no revision is pinned; the newest one is used, whatever it is then")
     if folder is None and os.environ.get("HF_HUB_OFFLINE") == "1":
         raise RequestError(
             f"{what} {source!r}: not in the local hub cache, and HF_HUB_OFFLINE=1 is set; give a local folder "
@@ -119,8 +120,6 @@ def _in_cache(report: Preflight, source: str, revision: str | None, what: str) -
 
 def _check_model(report: Preflight, card: TaskCard) -> Path | None:
     """Check the policy's folder; return it when it is there."""
-    from moalign.lm import model_folder
-
     if card.built_in_base:
         report.add("model", "built in (about 0.1 M parameters); trained on first use, then cached")
         return None
