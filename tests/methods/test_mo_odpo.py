@@ -203,9 +203,9 @@ def preferences_seen(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
     seen: list[np.ndarray] = []
     plain = mo_odpo.paired
 
-    def look(rollout: Rollout, pairing: Any) -> Pairs:
+    def look(rollout: Rollout, *rest: Any) -> Pairs:
         seen.append(rollout.preferences)
-        return plain(rollout, pairing)
+        return plain(rollout, *rest)
 
     monkeypatch.setattr(mo_odpo, "paired", look)
     return seen
