@@ -43,9 +43,9 @@ def cell(part: str, **more: Any) -> dict[str, Any]:
 
 def test_a_median_and_the_interval_of_the_mean_over_seeds() -> None:
     """Of 1..5: sd 1.5811, over sqrt 5 .7071, times Student's 2.7764 = 1.9632."""
-    one = page.over_seeds([5, 1, 4, 2, 3])
-    assert (one["median"], one["mean"], one["seeds"]) == (3, 3, 5)
-    assert (one["lo"], one["hi"]) == pytest.approx((3 - 1.9632, 3 + 1.9632), abs=1e-4)
+    seeds = page.over_seeds([5, 1, 4, 2, 3])
+    assert (seeds["median"], seeds["mean"], seeds["seeds"]) == (3, 3, 5)
+    assert (seeds["lo"], seeds["hi"]) == pytest.approx((3 - 1.9632, 3 + 1.9632), abs=1e-4)
     assert page.over_seeds([0.25]) == {"median": 0.25, "mean": 0.25, "lo": 0.25, "hi": 0.25, "seeds": 1}
 
 
@@ -84,12 +84,12 @@ def test_an_interval_of_a_correlation_holds_it_and_depends_on_the_data_alone() -
     rng = np.random.default_rng(2)
     x = rng.normal(size=24)
     y = x + 0.8 * rng.normal(size=24)
-    one = page.with_interval(page.spearman, x, y)
-    assert one == page.with_interval(page.spearman, x, y)
-    assert 0 < one["lo"] < one["value"] < one["hi"] <= 1
+    interval = page.with_interval(page.spearman, x, y)
+    assert interval == page.with_interval(page.spearman, x, y)
+    assert 0 < interval["lo"] < interval["value"] < interval["hi"] <= 1
     # Fisher's interval, another way to the same: atanh(r) -+ 1.96 / sqrt(n - 3)
-    low, high = np.tanh(np.arctanh(one["value"]) + np.array([-1.96, 1.96]) / np.sqrt(21))
-    assert (one["lo"], one["hi"]) == pytest.approx((low, high), abs=0.15)
+    low, high = np.tanh(np.arctanh(interval["value"]) + np.array([-1.96, 1.96]) / np.sqrt(21))
+    assert (interval["lo"], interval["hi"]) == pytest.approx((low, high), abs=0.15)
     alike = page.with_interval(page.kendall, x, 2 * x)
     assert tuple(alike.values()) == pytest.approx((1, 1, 1))
 
@@ -110,23 +110,23 @@ def test_the_best_of_n_by_a_reward_model_is_judged_by_the_truth() -> None:
 def test_reward_models_of_one_cell_share_no_labels_with_another(spec: dict[str, Any]) -> None:
     every = script.cells(spec, "ranking")
     assert len(every) >= 20
-    assert len({ranking.seed_of(one) for one in every}) == len(every)
+    assert len({ranking.seed_of(wanted) for wanted in every}) == len(every)
 
 
 def test_policies_are_trained_on_models_from_end_to_end_of_the_range(spec: dict[str, Any]) -> None:
     models = [cell("ranking", seed=seed, ece=0.01 * seed) for seed in (3, 1, 4, 0, 5, 2, 8, 7, 6, 9, 10)]
     others = [cell("ranking", layers=1, ece=0.5)]
     wanted = ranking.chosen({"cells": models + others}, {**spec, "policies": {"count": 6}})
-    assert [one["seed"] for one in wanted] == [0, 2, 4, 6, 8, 10]
-    assert {one["part"] for one in wanted} == {"policies"}
+    assert [model["seed"] for model in wanted] == [0, 2, 4, 6, 8, 10]
+    assert {model["part"] for model in wanted} == {"policies"}
     with pytest.raises(RequestError, match="first run the part ranking"):
         ranking.chosen({"cells": others}, spec)
 
 
 def test_a_cells_card_is_the_one_its_policies_are_trained_on(spec: dict[str, Any], tmp_path: Path) -> None:
-    one = script.cells(spec, "ranking")[1]
-    people = ranking.sandbox_task(spec, ranking.card_settings(one), tmp_path).annotators
-    assert (people.pairs, people.flipped, people.seed) == (one["pairs"], one["flipped"], ranking.seed_of(one))
+    wanted = script.cells(spec, "ranking")[1]
+    people = ranking.sandbox_task(spec, ranking.card_settings(wanted), tmp_path).annotators
+    assert (people.pairs, people.flipped, people.seed) == (wanted["pairs"], wanted["flipped"], ranking.seed_of(wanted))
 
 
 # -- backbones ------------------------------------------------------------------------------------------------------
@@ -163,9 +163,9 @@ def logits(folder: Path) -> np.ndarray:
 def test_a_grown_model_computes_what_it_did(random_base: Path, tmp_path: Path) -> None:
     grown = training.resized(random_base, 4, tmp_path / "four")
     np.testing.assert_allclose(logits(grown), logits(random_base), atol=1e-6)
-    one = training.parameters(random_base)
+    before = training.parameters(random_base)
     per_layer = 4 * 16 * 16 + 3 * 16 * 24 + 2 * 16
-    assert training.parameters(grown) == one + 3 * per_layer
+    assert training.parameters(grown) == before + 3 * per_layer
 
 
 def test_a_cut_model_is_the_first_layers_and_the_norm(three_layers: Path, tmp_path: Path) -> None:
@@ -208,10 +208,10 @@ def test_every_combination_is_a_cell_and_seed_0_comes_first(spec: dict[str, Any]
     assert counts == {"ranking": 3 * 4 * 2 * 2, "sandbox": 3 * 3 * 3 * 5, "hh": (smol + stories) * 3 * 5}
     for part in script.PARTS:
         every = script.cells(spec, part)
-        assert len({script.key(one) for one in every}) == len(every)
-        assert [one["seed"] for one in every] == sorted(one["seed"] for one in every)
+        assert len({script.key(wanted) for wanted in every}) == len(every)
+        assert [wanted["seed"] for wanted in every] == sorted(wanted["seed"] for wanted in every)
     first = script.cells(spec, "sandbox")[:3]
-    assert {(one["layers"], one["pairs"]) for one in first} == {(1, 1000)}
+    assert {(wanted["layers"], wanted["pairs"]) for wanted in first} == {(1, 1000)}
 
 
 @pytest.fixture
@@ -229,17 +229,17 @@ def small(spec: dict[str, Any]) -> dict[str, Any]:
 def counted(monkeypatch: pytest.MonkeyPatch, fails_at: int | None = None) -> list[int]:
     done: list[int] = []
 
-    def work(one: Mapping[str, Any], *_: Any) -> dict[str, Any]:
-        if one["seed"] == fails_at:
+    def work(wanted: Mapping[str, Any], *_: Any) -> dict[str, Any]:
+        if wanted["seed"] == fails_at:
             raise KeyboardInterrupt
-        done.append(one["seed"])
+        done.append(wanted["seed"])
         truth = {
             "share": 0.5,
             "inner_product": 0.6,
             "ceiling": {"share": 0.8, "inner_product": 0.9},
             "ece_scaled": 0.02,
         }
-        return {name: value for name, value in {**cell("ranking"), **truth}.items() if name not in one}
+        return {name: value for name, value in {**cell("ranking"), **truth}.items() if name not in wanted}
 
     monkeypatch.setitem(script.WORK, "ranking", work)
     monkeypatch.setattr(page, "DRAWS", 20)
@@ -257,7 +257,7 @@ def test_the_same_command_goes_on_where_it_ended(
         script.run(options, small)
     assert done == [0, 1]
     kept = json.loads((options.out / "reward_models.json").read_text())
-    assert [one["seed"] for one in kept["cells"]] == [0, 1]
+    assert [wanted["seed"] for wanted in kept["cells"]] == [0, 1]
     more = counted(monkeypatch)
     script.run(options, small)
     assert more == [2]
@@ -368,8 +368,16 @@ def test_a_cell_of_the_sandbox_for_real(
     monkeypatch.setattr(training, "sandbox_base", lambda: random_base)
     mine = {**spec["sandbox"], "labelled": 40, "held_out": 30, "pairs": [20]}
     mine["settings"] = {**mine["settings"], "batch": 20}
-    one = {"part": "sandbox", "backbone": "sandbox", "layers": 2, "loss": loss, "pairs": 20, "flipped": 0.0, "seed": 0}
-    numbers = training.of_sandbox(one, {"sandbox": mine}, tmp_path)
+    case = {
+        "part": "sandbox",
+        "backbone": "sandbox",
+        "layers": 2,
+        "loss": loss,
+        "pairs": 20,
+        "flipped": 0.0,
+        "seed": 0,
+    }
+    numbers = training.of_sandbox(wanted, {"sandbox": mine}, tmp_path)
     assert 0.2 < numbers["accuracy"] < 0.8
     assert {"ece", "log_loss", "true_ece", "true_accuracy", "by_chance", "parameters"} <= set(numbers)
     assert not list(tmp_path.glob("reward-models/scaling-sandbox/*/*/model"))  # hundreds of models would fill the disk
@@ -393,8 +401,16 @@ def test_a_cell_of_people_adapts_the_last_layers_alone(
     monkeypatch.setattr(runs, "obtain", lambda request: requests.append(request) or obtain(request))
     how = {"model": str(random_base), "adapted": 1, "lora": {"r": 2, "alpha": 4}, "settings": {"lr": 1e-3}}
     mine = {**spec["hh"], "file": "people.jsonl", "backbones": {"tiny": how}}
-    one = {"part": "hh", "backbone": "tiny", "layers": 2, "loss": "multitask", "pairs": 32, "flipped": 0.0, "seed": 0}
-    numbers = training.of_people(one, {"hh": mine}, tmp_path)
+    wanted = {
+        "part": "hh",
+        "backbone": "tiny",
+        "layers": 2,
+        "loss": "multitask",
+        "pairs": 32,
+        "flipped": 0.0,
+        "seed": 0,
+    }
+    numbers = training.of_people(wanted, {"hh": mine}, tmp_path)
     assert requests[0].settings.lora.targets == r".*\.layers\.(1)\..*_proj"
     assert requests[0].steps == 4  # 64 pairs, 16 a step
     assert len(numbers["held_out"]) == 2 and "true_ece" not in numbers

@@ -168,11 +168,12 @@ def main() -> None:
     for part in PARTS:
         spec[part]["seeds"] = options.seeds or spec[part]["seeds"]
     try:
-        options.out.mkdir(parents=True, exist_ok=True)
-        with FileLock(str(options.out / ".reward_models.lock"), timeout=0):
+        for folder in (options.out, options.results / "reward-models"):
+            folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(str(options.results / "reward-models" / "scaling.lock"), timeout=0):
             run(options, spec)
     except Timeout:
-        sys.exit(f"error: {options.out}: another process is at work on this record")
+        sys.exit(f"error: {options.results}: another process is at work on these reward models")
     except MoalignError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -104,9 +104,9 @@ def size(count: int) -> str:
 
 
 def _numbers(values: Sequence[float], digits: int = 3, sign: str = "") -> str:
-    told = over_seeds(values)
-    median = f"{told['median']:{sign}.{digits}f}"
-    return median + (f" [{told['lo']:{sign}.{digits}f}, {told['hi']:{sign}.{digits}f}]" if len(values) > 1 else "")
+    spread = over_seeds(values)
+    median = f"{spread['median']:{sign}.{digits}f}"
+    return median + (f" [{spread['lo']:{sign}.{digits}f}, {spread['hi']:{sign}.{digits}f}]" if len(values) > 1 else "")
 
 
 def scaling_table(cells: Sequence[Cell], part: str) -> list[str]:
@@ -294,11 +294,11 @@ def draw(record: Mapping[str, Any]) -> bytes:
         for axes, ((part, backbone, _), losses) in zip(places, panels.items(), strict=True):
             name = "true_ece" if part == "sandbox" else "ece"
             for number, loss in enumerate(loss for loss in ("bt", "multitask", "more") if loss in losses):
-                told = {n: over_seeds([cell[name] for cell in row]) for n, row in sorted(losses[loss].items())}
-                middle = [numbers["mean"] for numbers in told.values()]
-                ends = [[numbers["hi"] - numbers["mean"] for numbers in told.values()]]
+                spread = {n: over_seeds([cell[name] for cell in row]) for n, row in sorted(losses[loss].items())}
+                middle = [numbers["mean"] for numbers in spread.values()]
+                ends = [[numbers["hi"] - numbers["mean"] for numbers in spread.values()]]
                 look = style.look(number, colours)
-                axes.errorbar(list(told), middle, yerr=ends[0], capsize=2, label=loss, **look.marks(5, 1.2))
+                axes.errorbar(list(spread), middle, yerr=ends[0], capsize=2, label=loss, **look.marks(5, 1.2))
             count = next(iter(next(iter(losses.values())).values()))[0]["parameters"]
             axes.set(title=f"{backbone}, {size(count)}", xscale="log", xlabel="pairs a group")
             axes.set_ylabel("true ECE" if part == "sandbox" else "ECE")
