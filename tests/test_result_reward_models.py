@@ -31,11 +31,21 @@ def spec() -> dict[str, Any]:
     return dict(yaml_lines.load(FOLDER / "reward_models.yaml").data)
 
 
+NAMES = {
+    "part": "-",
+    "backbone": "sandbox",
+    "layers": 2,
+    "loss": "multitask",
+    "pairs": 1000,
+    "flipped": 0.0,
+    "seed": 0,
+}
+
+
 def cell(part: str, **more: Any) -> dict[str, Any]:
     numbers = {"accuracy": 0.6, "ece": 0.05, "log_loss": 0.66, "by_chance": 0.02, "cpu_seconds": 36.0, "seconds": 40.0}
     truth = {"true_accuracy": 0.61, "true_ece": 0.04, "true_log_loss": 0.65, "parameters": 107_000}
-    names = {"backbone": "sandbox", "layers": 2, "loss": "multitask", "pairs": 1000, "flipped": 0.0, "seed": 0}
-    return {"part": part, **names, **numbers, **truth, **more}
+    return {**NAMES, "part": part, **numbers, **truth, **more}
 
 
 # -- statistics -----------------------------------------------------------------------------------------------------
@@ -368,19 +378,12 @@ def test_a_cell_of_the_sandbox_for_real(
     monkeypatch.setattr(training, "sandbox_base", lambda: random_base)
     mine = {**spec["sandbox"], "labelled": 40, "held_out": 30, "pairs": [20]}
     mine["settings"] = {**mine["settings"], "batch": 20}
-    case = {
-        "part": "sandbox",
-        "backbone": "sandbox",
-        "layers": 2,
-        "loss": loss,
-        "pairs": 20,
-        "flipped": 0.0,
-        "seed": 0,
-    }
-    numbers = training.of_sandbox(wanted, {"sandbox": mine}, tmp_path)
+    case = {**NAMES, "layers": 2, "loss": loss, "pairs": 20}
+    numbers = training.of_sandbox(case, {"sandbox": mine}, tmp_path)
     assert 0.2 < numbers["accuracy"] < 0.8
     assert {"ece", "log_loss", "true_ece", "true_accuracy", "by_chance", "parameters"} <= set(numbers)
-    assert not list(tmp_path.glob("reward-models/scaling-sandbox/*/*/model"))  # hundreds of models would fill the disk
+    # Hundreds of models would fill the disk: only the backbone stays.
+    assert [path.parent.name for path in tmp_path.rglob("model.safetensors")] == ["sandbox-2"]
 
 
 @pytest.mark.slow
@@ -401,16 +404,8 @@ def test_a_cell_of_people_adapts_the_last_layers_alone(
     monkeypatch.setattr(runs, "obtain", lambda request: requests.append(request) or obtain(request))
     how = {"model": str(random_base), "adapted": 1, "lora": {"r": 2, "alpha": 4}, "settings": {"lr": 1e-3}}
     mine = {**spec["hh"], "file": "people.jsonl", "backbones": {"tiny": how}}
-    wanted = {
-        "part": "hh",
-        "backbone": "tiny",
-        "layers": 2,
-        "loss": "multitask",
-        "pairs": 32,
-        "flipped": 0.0,
-        "seed": 0,
-    }
-    numbers = training.of_people(wanted, {"hh": mine}, tmp_path)
+    case = {**NAMES, "backbone": "tiny", "layers": 2, "pairs": 32}
+    numbers = training.of_people(case, {"hh": mine}, tmp_path)
     assert requests[0].settings.lora.targets == r".*\.layers\.(1)\..*_proj"
     assert requests[0].steps == 4  # 64 pairs, 16 a step
     assert len(numbers["held_out"]) == 2 and "true_ece" not in numbers

@@ -30,6 +30,7 @@ def resized(source: str | Path, layers: int, folder: Path) -> Path:
     import copy
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
     from moalign.lm import model_folder
     from moalign.lm.trainers import quiet_libraries
@@ -40,6 +41,7 @@ def resized(source: str | Path, layers: int, folder: Path) -> Path:
         return origin
     if (folder / "model.safetensors").is_file():
         return folder
+    logging.disable_progress_bar()
     with quiet_libraries():
         model = AutoModelForCausalLM.from_pretrained(origin, use_safetensors=True, trust_remote_code=False)
         stack = model.model.layers
