@@ -16,7 +16,7 @@ Every finished cell is kept in ``reward_models.json`` at once; the same command 
 interrupted training from its checkpoint. After ``--minutes`` no further cell is begun. ``reward_models.md`` and
 ``reward_models.png`` are made of the record (by reward_models_page.py).
 
-    python results/learned/reward_models.py [--minutes M] [--parts ranking sandbox hh] [--seeds N] [--policies]
+    python results/learned/reward_models.py [--minutes M] [--parts [ranking] [sandbox] [hh]] [--seeds N] [--policies]
         [--page] [--settings FILE] [--results DIR] [--out DIR]
 """
 
@@ -156,7 +156,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no cell after so many")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS), help="none, with --policies alone")
     parser.add_argument("--seeds", type=int, help="fewer or more seeds than the settings say, for every part")
     parser.add_argument("--policies", action="store_true", help="train the method on some of the ranked reward models")
     parser.add_argument("--page", action="store_true", help="train nothing; make page and figure from the record")

@@ -10,7 +10,10 @@ import numpy as np
 
 Cell = Mapping[str, Any]
 
+LOSSES = ("bt", "multitask", "more")
 DRAWS = 2000
+FEWEST = 6
+"""Reward models below which no correlation is given."""
 MEASURES = {"accuracy": "accuracy", "ece": "ECE", "log_loss": "log loss"}
 PREDICTORS = {
     "ece": "ECE",
@@ -40,7 +43,7 @@ def kendall(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Return Kendall's tau-b of ``x`` and ``y`` over their last axis, ``[..., n]``; 0 where either is all ties."""
     signs_x, signs_y = (np.sign(values[..., :, None] - values[..., None, :]) for values in (x, y))
     untied = np.sqrt((signs_x**2).sum(axis=(-2, -1)) * (signs_y**2).sum(axis=(-2, -1)))
-    return _share((signs_x * signs_y).sum(axis=(-2, -1)), untied)
+    return _ratio((signs_x * signs_y).sum(axis=(-2, -1)), untied)
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -49,7 +52,7 @@ def spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
     ranks = np.stack([rankdata(x, axis=-1), rankdata(y, axis=-1)])
     centred = ranks - ranks.mean(axis=-1, keepdims=True)
-    return _share((centred[0] * centred[1]).sum(axis=-1), np.sqrt((centred**2).sum(axis=-1).prod(axis=0)))
+    return _ratio((centred[0] * centred[1]).sum(axis=-1), np.sqrt((centred**2).sum(axis=-1).prod(axis=0)))
 
 
 def partial_spearman(x: np.ndarray, y: np.ndarray, given: np.ndarray) -> np.ndarray:
@@ -58,10 +61,10 @@ def partial_spearman(x: np.ndarray, y: np.ndarray, given: np.ndarray) -> np.ndar
     0 where ``given`` leaves nothing of either.
     """
     xy, xg, yg = spearman(x, y), spearman(x, given), spearman(y, given)
-    return _share(xy - xg * yg, np.sqrt(np.maximum((1 - xg**2) * (1 - yg**2), 0)))
+    return _ratio(xy - xg * yg, np.sqrt(np.maximum((1 - xg**2) * (1 - yg**2), 0)))
 
 
-def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     """Return ``part / whole``, 0 where the whole is (but for rounding)."""
     nothing = whole < 1e-9
     return np.where(nothing, 0.0, part / np.where(nothing, 1.0, whole))
@@ -103,6 +106,10 @@ def size(count: int) -> str:
     return f"{count / 1e6:.0f} M" if count >= 1e6 else f"{count / 1e3:.0f} k"
 
 
+def _layers(count: int) -> str:
+    return f"{count} layer" + ("s" if count > 1 else "")
+
+
 def _numbers(values: Sequence[float], digits: int = 3, sign: str = "") -> str:
     spread = over_seeds(values)
     median = f"{spread['median']:{sign}.{digits}f}"
@@ -119,10 +126,8 @@ def scaling_table(cells: Sequence[Cell], part: str) -> list[str]:
     head = ["backbone", "pairs a group", "loss", "seeds", *measures.values()]
     lines = ["| " + " | ".join(head) + " |", "| --- | ---: | --- |" + " ---: |" * (len(head) - 3)]
     for (backbone, layers, pairs), rows in every.items():
-        for loss in ("bt", "multitask", "more"):
-            if loss not in rows:
-                continue
-            name = f"{backbone}, {layers} layers, {size(rows[loss][0]['parameters'])}"
+        for loss in (loss for loss in LOSSES if loss in rows):
+            name = f"{backbone}, {_layers(layers)}, {size(rows[loss][0]['parameters'])}"
             values = [_numbers([cell[measure] for cell in rows[loss]]) for measure in measures]
             lines.append(f"| {name} | {pairs} | {loss} | {len(rows[loss])} | {' | '.join(values)} |")
     return lines
@@ -137,7 +142,7 @@ def difference_table(cells: Sequence[Cell], part: str) -> list[str]:
         names = [name for name in measure if all(name in cell for cell in (*both[0], *both[1]))]
         if paired(*both, "ece"):
             values = [_numbers(paired(*both, name), 4, "+") for name in names]
-            rows.append(f"| {backbone}, {layers} layers | {pairs} | {' | '.join(values)} |")
+            rows.append(f"| {backbone}, {_layers(layers)} | {pairs} | {' | '.join(values)} |")
     if not rows:
         return []
     head = ["MORE - multitask", "pairs a group", *(measure[name] for name in names)]
@@ -169,7 +174,7 @@ def ranking_table(cells: Sequence[Cell]) -> list[str]:
     mine = [cell for cell in cells if cell["part"] == "ranking"]
     lines = []
     for title, chosen in (("all", mine), ("no label flipped", [cell for cell in mine if not cell["flipped"]])):
-        if len(chosen) < 4 or (title != "all" and len(chosen) == len(mine)):
+        if len(chosen) < FEWEST or (title != "all" and len(chosen) == len(mine)):
             continue
         for outcome, noun in OUTCOMES.items():
             low, high = min(cell[outcome] for cell in chosen), max(cell[outcome] for cell in chosen)
@@ -278,38 +283,49 @@ def markdown(record: Mapping[str, Any]) -> str:
 
 
 def draw(record: Mapping[str, Any]) -> bytes:
-    """Return the figure: ECE against pairs for each backbone, and the truth of best-of-n against ECE."""
+    """Return the figure: the truth of best-of-n against ECE, and ECE against pairs for each backbone."""
     from moalign.report import style
 
     cells = record["cells"]
-    panels: dict[tuple[str, str, int], dict[str, dict[int, list[Cell]]]] = {}
+    ranking = [cell for cell in cells if cell["part"] == "ranking"]
+    sizes: dict[tuple[str, str, int], dict[int, dict[str, list[Cell]]]] = {}
     for part in ("sandbox", "hh"):
         for (backbone, layers, pairs), losses in groups(cells, part).items():
-            for loss, row in losses.items():
-                panels.setdefault((part, backbone, layers), {}).setdefault(loss, {})[pairs] = row
-    ranking = [cell for cell in cells if cell["part"] == "ranking"]
-    with style.canvas(10.5, 2.7 * max(1, -(-(len(panels) + 1) // 4)) + 0.4, "light") as (figure, colours):
-        every = style.panels(figure, len(panels) + 1, 4)
-        scatter, *places = every
-        for axes, ((part, backbone, _), losses) in zip(places, panels.items(), strict=True):
-            name = "true_ece" if part == "sandbox" else "ece"
-            for number, loss in enumerate(loss for loss in ("bt", "multitask", "more") if loss in losses):
-                spread = {n: over_seeds([cell[name] for cell in row]) for n, row in sorted(losses[loss].items())}
-                middle = [numbers["mean"] for numbers in spread.values()]
-                ends = [[numbers["hi"] - numbers["mean"] for numbers in spread.values()]]
-                look = style.look(number, colours)
-                axes.errorbar(list(spread), middle, yerr=ends[0], capsize=2, label=loss, **look.marks(5, 1.2))
-            count = next(iter(next(iter(losses.values())).values()))[0]["parameters"]
-            axes.set(title=f"{backbone}, {size(count)}", xscale="log", xlabel="pairs a group")
+            sizes.setdefault((part, backbone, layers), {})[pairs] = losses
+    count = len(OUTCOMES) + len(sizes)
+    with style.canvas(9.0, 2.6 * -(-count // 3) + 0.3, "light") as (figure, colours):
+        every = style.panels(figure, count, 3)
+        for axes, (outcome, noun) in zip(every, OUTCOMES.items(), strict=False):
+            _scatter(axes, ranking, outcome, colours)
+            axes.set(title="best-of-n", xlabel="ECE", ylabel=f"true {noun}, share")
+        for axes, ((part, backbone, _), by_pairs) in zip(every[len(OUTCOMES) :], sizes.items(), strict=True):
+            _lines(axes, by_pairs, "true_ece" if part == "sandbox" else "ece", colours)
+            weights = next(iter(next(iter(by_pairs.values())).values()))[0]["parameters"]
+            axes.set(title=f"{backbone}, {size(weights)}", xscale="log", xlabel="pairs a group")
             axes.set_ylabel("true ECE" if part == "sandbox" else "ECE")
             axes.set_ylim(bottom=0)
-        for number, flipped in enumerate(sorted({cell["flipped"] for cell in ranking})):
-            mine = [cell for cell in ranking if cell["flipped"] == flipped]
-            look = style.look(number, colours)
-            points = [cell["ece"] for cell in mine], [cell["share"] for cell in mine]
-            scatter.plot(*points, label=f"{flipped:.0%} flipped", **look.marks(5, 0))
-        scatter.set(title="best-of-n", xlabel="ECE", ylabel="true hypervolume, share")
-        for axes in (scatter, *places[:1]):
+        for axes in (every[0], *every[len(OUTCOMES) :][:1]):
             if axes.get_legend_handles_labels()[0]:
                 axes.legend(fontsize=7)
         return style.content(figure, "", ".png")
+
+
+def _scatter(axes: Any, models: Sequence[Cell], outcome: str, colours: Any) -> None:
+    from moalign.report import style
+
+    for number, flipped in enumerate(sorted({cell["flipped"] for cell in models})):
+        mine = [cell for cell in models if cell["flipped"] == flipped]
+        points = [cell["ece"] for cell in mine], [cell[outcome] for cell in mine]
+        axes.plot(*points, label=f"{flipped:.0%} flipped", **style.look(number, colours).marks(5, 0))
+
+
+def _lines(axes: Any, by_pairs: Mapping[int, Mapping[str, Sequence[Cell]]], name: str, colours: Any) -> None:
+    from moalign.report import style
+
+    for number, loss in enumerate(LOSSES):
+        spread = {n: over_seeds([cell[name] for cell in rows[loss]]) for n, rows in by_pairs.items() if loss in rows}
+        if spread:
+            middle = [numbers["mean"] for numbers in spread.values()]
+            half = [numbers["hi"] - numbers["mean"] for numbers in spread.values()]
+            marks = style.look(number, colours).marks(5, 1.2)
+            axes.errorbar(list(spread), middle, yerr=half, capsize=2, label=loss, **marks)
