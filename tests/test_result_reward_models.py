@@ -200,13 +200,35 @@ def test_dialogues_are_grouped_by_human_turns() -> None:
     mixed = PairSet("mixed")
     for turns in (1, 3, 2, 5):
         mixed.add(turn * turns, f" yes {turns}", " no")
-    short, long = training.by_turns([mixed], 2)
-    assert (short.name, short.chosen, long.name, long.chosen) == (
-        "short",
-        [" yes 1", " yes 2"],
-        "long",
-        [" yes 3", " yes 5"],
-    )
+    groups = training.by_turns([mixed], 3)
+    assert [(pairs.name, pairs.chosen) for pairs in groups] == [
+        ("turns-1", [" yes 1"]),
+        ("turns-2", [" yes 2"]),
+        ("turns-3", [" yes 3", " yes 5"]),
+    ]
+
+
+def test_measures_are_means_over_groups_or_of_all_pairs_together() -> None:
+    """Three pairs of which two are right, and one that is: accuracies 2/3 and 1, mean 5/6, together 3/4."""
+    deltas = [np.array([1.0, 2.0, -1.0]), np.array([3.0])]
+    sets = [PairSet("a", [""] * 3, [""] * 3, [""] * 3, [0.5, 0.75, 1.0]), PairSet("b", [""], [""], [""], [0.25])]
+    apart, together = training.measures(deltas, sets), training.measures(deltas, sets, pooled=True)
+    assert (apart["accuracy"], together["accuracy"]) == pytest.approx((5 / 6, 3 / 4))
+    # By the true chances: .5, .75 and 0 of the first, .25 of the second.
+    assert (apart["true_accuracy"], together["true_accuracy"]) == pytest.approx(((1.25 / 3 + 0.25) / 2, 1.5 / 4))
+    assert together["log_loss"] == pytest.approx(np.log1p(np.exp([-1, -2, 1, -3])).mean())
+
+
+def test_a_temperature_moves_the_calibration_error_and_no_answer() -> None:
+    """Right with sigma(2) and twice as sure of it: the error is gone after the temperature 2; accuracy stays."""
+    rng = np.random.default_rng(0)
+    fair = np.abs(rng.normal(size=4000)) * 2
+    right = rng.random(4000) < 1 / (1 + np.exp(-fair))
+    sure = 2 * np.where(right, fair, -fair)
+    sets = [PairSet("a", [""] * 2000, [""] * 2000, [""] * 2000)]
+    numbers = training.measures([sure[:2000]], sets, [sure[2000:]])
+    assert numbers["ece_scaled"] < 0.03 < 0.05 < numbers["ece"]
+    assert numbers["accuracy"] == training.measures([sure[:2000] / 2], sets)["accuracy"]
 
 
 # -- what is done and what is left ----------------------------------------------------------------------------------
@@ -393,7 +415,7 @@ def test_a_cell_of_people_adapts_the_last_layers_alone(
     from moalign.reward_models import runs
 
     lines = [
-        {side: "\n\nHuman: q" + f" {n}" + "\n\nAssistant: ok\n\nHuman: why" * (n % 4) + f"\n\nAssistant: {side}"
+        {side: "\n\nHuman: q" + f" {n}" + "\n\nAssistant: ok\n\nHuman: why" * (n % 3) + f"\n\nAssistant: {side}"
          for side in ("chosen", "rejected")}
         for n in range(200)
     ]  # fmt: skip
@@ -403,9 +425,10 @@ def test_a_cell_of_people_adapts_the_last_layers_alone(
     obtain: Callable[..., Any] = runs.obtain
     monkeypatch.setattr(runs, "obtain", lambda request: requests.append(request) or obtain(request))
     how = {"model": str(random_base), "adapted": 1, "lora": {"r": 2, "alpha": 4}, "settings": {"lr": 1e-3}}
-    mine = {**spec["hh"], "file": "people.jsonl", "backbones": {"tiny": how}}
+    mine = {**spec["hh"], "file": "people.jsonl", "turns": 3, "backbones": {"tiny": how}}
+    mine["settings"] = {**mine["settings"], "batch": 15}
     case = {**NAMES, "backbone": "tiny", "layers": 2, "pairs": 32}
     numbers = training.of_people(case, {"hh": mine}, tmp_path)
     assert requests[0].settings.lora.targets == r".*\.layers\.(1)\..*_proj"
-    assert requests[0].steps == 4  # 64 pairs, 16 a step
-    assert len(numbers["held_out"]) == 2 and "true_ece" not in numbers
+    assert requests[0].steps == 6  # 96 pairs in 3 groups, 15 a step
+    assert numbers["held_out"] > 20 and "true_ece" not in numbers

@@ -242,8 +242,9 @@ TEXTS = {
         group; `multitask` and `more` are one for all groups. Sizes: the sandbox's base (2 layers), its first layer
         alone, and the base with four layers more that begin as the identity.""",
     "hh": """
-        {passes} pass. The file has one group of annotators; dialogues of up to {turns} human turns and longer ones
-        stand in for two, which differ in what is read more than in taste. SmolLM2-135M is cut to its first layers and
+        {passes} pass. The file has one group of annotators; dialogues of 1 to {turns} human turns (the last: and more)
+        stand in for groups, which differ in what is read more than in taste. Measured on all groups' held-out pairs
+        together. SmolLM2-135M is cut to its first layers and
         trained by adapters on its last four, and the head; stories260k is trained whole. Every seed has held-out
         prompts of its own. Learning rates were not tuned.""",
 }

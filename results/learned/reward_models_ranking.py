@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from reward_models_training import backbone_of, measures, parameters, prompts_of
+from reward_models_training import backbone_of, differences, measures, parameters, prompts_of
 
 from moalign.core.errors import RequestError
 
@@ -97,7 +97,8 @@ def of_ranking(cell: Mapping[str, Any], spec: Mapping[str, Any], results: Path) 
     groups = annotators.groups_of(people.groups, task.names, people.sharpness)
     held_out = annotators.label(groups, prompts_of("eval"), mine["held_out"], 10**6 + people.seed, people.flipped)
     fitting = annotators.label(groups, prompts_of("calibration"), 500, 2 * 10**6 + people.seed, people.flipped)
-    numbers = measures(runs.objective(run, head=task.names[0]), held_out, fitting)
+    head = runs.objective(run, head=task.names[0])
+    numbers = measures(differences(head, held_out), held_out, differences(head, fitting))
     pool = candidates(mine["task"], mine["n"], mine["answers"], results)
     heads = [runs.objective(run, name, head=name) for name in task.names]
     scores = RewardPanel.from_specs(heads, Path()).score(pool.prompts, pool.texts)

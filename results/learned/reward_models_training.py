@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moalign.core.arrays import Matrix
 from moalign.core.errors import RequestError
 from moalign.core.paths import CHECKOUT
 
@@ -87,32 +88,42 @@ def backbone_of(cell: Mapping[str, Any], source: str | Path, results: Path) -> P
 # -- training and judging -------------------------------------------------------------------------------------------
 
 
-def measures(
-    objective: ClassifierObjective, sets: Sequence[PairSet], fitting: Sequence[PairSet] = ()
-) -> dict[str, float]:
-    """Return a reward model's accuracy, ECE (10 bins) and log loss on held-out pairs, means over the data sets.
-
-    ``true_*`` are against the annotators' probabilities, where they are known; ``by_chance`` is the ECE that a
-    calibrated model has on so few pairs. ``ece_scaled``: after a temperature, fitted on the pairs of ``fitting``.
-    """
-    from moalign.reward_models import calibration, evaluation
+def differences(objective: ClassifierObjective, sets: Sequence[PairSet]) -> list[Matrix]:
+    """Return ``r(chosen) - r(rejected)`` of every data set's pairs, each by its own head where there are several."""
+    from moalign.reward_models import evaluation
     from moalign.rewards.ensemble import classifier
 
-    rows: list[dict[str, float]] = []
     labels = list(classifier(objective.model_copy(update={"label": 0}), Path()).labels.values())
-    for number, pairs in enumerate(sets):
-        label = pairs.name if len(labels) > 1 else None
-        scorer = classifier(objective.model_copy(update={"label": label}), Path())
-        delta = evaluation.deltas(scorer, pairs)
+    if len(labels) > 1:
+        scorers = [classifier(objective.model_copy(update={"label": pairs.name}), Path()) for pairs in sets]
+    else:
+        scorers = [classifier(objective, Path())] * len(sets)
+    return [evaluation.deltas(scorer, pairs) for scorer, pairs in zip(scorers, sets, strict=True)]
+
+
+def measures(
+    deltas: Sequence[Matrix], sets: Sequence[PairSet], fitting: Sequence[Matrix] = (), pooled: bool = False
+) -> dict[str, float]:
+    """Return accuracy, ECE (10 bins) and log loss of held-out pairs' differences, means over the data sets.
+
+    ``true_*`` are against the annotators' probabilities, where they are known; ``by_chance`` is the ECE that a
+    calibrated model has on so few pairs. ``ece_scaled``: after a temperature, fitted on the differences ``fitting``.
+    ``pooled``: of all pairs together instead, where data sets are so small that chance would be most of an ECE.
+    """
+    from moalign.reward_models import calibration
+
+    chances = [pairs.chance for pairs in sets]
+    if pooled:
+        deltas, chances = [np.concatenate(deltas)], [[chance for part in chances for chance in part]]
+    rows: list[dict[str, float]] = []
+    for number, (delta, chance) in enumerate(zip(deltas, chances, strict=True)):
         row = {"by_chance": float(calibration.by_chance(delta, draws=50).mean())}
-        for prefix, preferred in (("", 1.0), *((("true_", pairs.chance),) if pairs.chance else ())):
+        for prefix, preferred in (("", 1.0), *((("true_", chance),) if chance else ())):
             row[prefix + "accuracy"] = calibration.accuracy(delta, preferred)
             row[prefix + "ece"] = calibration.ece(delta, preferred)
             row[prefix + "log_loss"] = calibration.log_loss(delta, preferred)
         if fitting:
-            row["ece_scaled"] = calibration.ece(
-                delta / calibration.temperature(evaluation.deltas(scorer, fitting[number]))
-            )
+            row["ece_scaled"] = calibration.ece(delta / calibration.temperature(fitting[number]))
         rows.append(row)
     return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
 
@@ -125,15 +136,19 @@ def trained(
     held_out: Sequence[PairSet],
     passes: float,
     results: Path,
-) -> dict[str, float]:
-    """Train a cell's reward model, or one for each group with ``bt``, and return its measures; the weights go."""
+) -> list[Matrix]:
+    """Train a cell's reward model, or one for each group with ``bt``; returns the held-out pairs' differences.
+
+    The weights go: they take up to half a gigabyte, and there are hundreds.
+    """
     from moalign.reward_models import runs
     from moalign.reward_models.settings import RewardSettings
     from moalign.runs import atomic
 
     steps = max(1, round(passes * cell["pairs"] * len(train) / settings["batch"]))
     parts = [([a], [b]) for a, b in zip(train, held_out, strict=True)] if cell["loss"] == "bt" else [(train, held_out)]
-    name, rows = f"scaling-{cell['part']}", []
+    name = f"scaling-{cell['part']}"
+    deltas: list[Matrix] = []
     finished: list[Path] = []
     for mine, judging in parts:
         own: dict[str, Any] = {**settings, "batch": settings["batch"] * len(mine) // len(train), "steps": steps}
@@ -147,11 +162,11 @@ def trained(
             results,
         )
         run, _ = runs.obtain(request)
-        rows.append(measures(runs.objective(run), judging))
+        deltas += differences(runs.objective(run), judging)
         finished.append(run.path)
-    for path in finished:  # up to half a gigabyte, and there are hundreds
+    for path in finished:
         atomic.remove_directory(path)
-    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    return deltas
 
 
 @functools.lru_cache(maxsize=2)
@@ -182,19 +197,19 @@ def of_sandbox(cell: Mapping[str, Any], spec: Mapping[str, Any], results: Path) 
     sets, held_out = annotated(mine["groups"], mine["sharpness"], mine["labelled"], mine["held_out"], cell["seed"])
     backbone = backbone_of(cell, sandbox_base(), results)
     train = [pairs.pick(range(cell["pairs"])) for pairs in sets]
-    numbers = trained(cell, mine["settings"], backbone, train, held_out, mine["passes"], results)
-    return {"parameters": parameters(backbone), **numbers}
+    deltas = trained(cell, mine["settings"], backbone, train, held_out, mine["passes"], results)
+    return {"parameters": parameters(backbone), **measures(deltas, held_out)}
 
 
-def by_turns(sets: Sequence[PairSet], turns: int) -> list[PairSet]:
-    """Return dialogues of up to so many human turns, and longer ones, as two data sets."""
+def by_turns(sets: Sequence[PairSet], most: int) -> list[PairSet]:
+    """Return dialogues of 1, 2, ... human turns as data sets; the last has those of ``most`` and more."""
     from moalign.reward_models.pairs import PairSet
 
-    short, long = PairSet("short"), PairSet("long")
+    by_length = [PairSet(f"turns-{number}") for number in range(1, most + 1)]
     for pairs in sets:
         for prompt, chosen, rejected in zip(pairs.prompts, pairs.chosen, pairs.rejected, strict=True):
-            (short if prompt.count("\n\nHuman:") <= turns else long).add(prompt, chosen, rejected)
-    return [short, long]
+            by_length[min(prompt.count("\n\nHuman:"), most) - 1].add(prompt, chosen, rejected)
+    return by_length
 
 
 def of_people(cell: Mapping[str, Any], spec: Mapping[str, Any], results: Path) -> dict[str, Any]:
@@ -220,8 +235,9 @@ def of_people(cell: Mapping[str, Any], spec: Mapping[str, Any], results: Path) -
     if "lora" in how:
         last = "|".join(str(layer) for layer in range(cell["layers"] - how["adapted"], cell["layers"]))
         settings["lora"] = {**how["lora"], "targets": rf".*\.layers\.({last})\..*_proj"}
+    deltas = trained(cell, settings, backbone, train, parts["eval"], mine["passes"], results)
     return {
         "parameters": parameters(backbone),
-        "held_out": [len(pairs) for pairs in parts["eval"]],
-        **trained(cell, settings, backbone, train, parts["eval"], mine["passes"], results),
+        "held_out": sum(map(len, parts["eval"])),
+        **measures(deltas, parts["eval"], pooled=True),
     }
