@@ -80,6 +80,11 @@ def check_loss(settings: RewardSettings, names: Sequence[str]) -> tuple[RewardSe
     if len(names) == 1 and settings.loss != "bt" and settings.heads == "shared":
         notice = f"loss {settings.loss}: there is one data set only ({names[0]}), so this is plain Bradley-Terry (bt)"
         settings = settings.model_copy(update={"loss": "bt"})
+    if len(names) == 2 and settings.loss == "more" and settings.normalise_gradients:
+        notice = (
+            "loss more: the min-norm point of two gradients of length 1 is always their middle, so that this trains as "
+            "multitask; three data sets or more, or --set normalise_gradients=false, leave it something to weigh"
+        )
     if len(names) > 1 and settings.loss == "bt":
         raise RequestError(
             f"loss bt is for one data set; found {len(names)} ({', '.join(names[:5])}); "

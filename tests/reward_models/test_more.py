@@ -125,6 +125,14 @@ def test_normalising_is_what_makes_scales_irrelevant() -> None:
     assert Balancer(2, False, 1.0).weights(*given).tolist() == pytest.approx([0.9, 0.1])
 
 
+def test_two_normalised_groups_always_weigh_the_same() -> None:
+    """Of two vectors of length 1 the shortest mixture is their middle, whatever the angle: MORE is multitask there."""
+    for seed in range(5):
+        winner, loser, head, group = batch(groups=2, seed=seed)
+        weights = Balancer(2, True, 0.99).weights(winner, 3 * loser, (winner - loser) @ head, group)
+        np.testing.assert_allclose(weights, [0.5, 0.5], atol=1e-6)
+
+
 def test_momentum_keeps_a_hundredth_of_the_old() -> None:
     first, other = torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([[0.0, 4.0], [4.0, 0.0]])
     given = torch.zeros(2, 2), torch.zeros(2), torch.tensor([0, 1])

@@ -262,6 +262,13 @@ def test_one_data_set_makes_more_plain_bradley_terry_and_says_so(ask: Ask) -> No
     assert request.identity() == plain.identity()
 
 
+def test_more_on_two_data_sets_says_that_it_weighs_nothing(ask: Ask) -> None:
+    notice = ask(2, loss="more").notice
+    assert notice is not None and "trains as multitask" in notice
+    assert ask(2, loss="more", normalise_gradients=False).notice is None
+    assert ask(2, loss="multitask").notice is ask(3, loss="more", batch=6).notice is None
+
+
 @pytest.mark.parametrize(
     ("groups", "settings", "message"),
     [
