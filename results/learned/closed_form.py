@@ -6,7 +6,8 @@ For a preference w the policy that maximises ``E[s_w] - beta KL(pi || pi_base)``
 On the sandbox base and rewards of all 15,625 well-formed answers are known, so that the mean true reward of that policy
 is a sum, whatever s_w is made of: the exact rewards, those of a reward model, or the mean of several; linear or any
 other scalarisation. What is left out: malformed answers (.15 % of the base's), which a reward model may like better
-than any well-formed one. So these numbers say what the reward model's errors cost among answers such as it was trained on.
+than any well-formed one. So these numbers say what the reward model's errors cost among answers such as those that it
+was trained on.
 """
 
 from __future__ import annotations
