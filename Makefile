@@ -81,7 +81,7 @@ results: $(STAMP)  ## make results/LEADERBOARD.md and its figures from the recor
 results-learned: $(STAMP)  ## over-optimisation of learned rewards: trains what is missing (hours), writes results/learned
 	@$(BIN)/python results/learned/curves.py
 	@$(BIN)/python results/learned/closed_form.py
-	@$(BIN)/python results/ablations/ablate.py remedies
+	@$(BIN)/python results/ablations/ablate.py ../learned/remedies
 
 bench: $(STAMP)  ## measure time and memory of the main commands; writes results/bench/cpu.json and cpu.md
 	@$(BIN)/python results/bench/bench.py

@@ -232,7 +232,7 @@ def draw(record: Mapping[str, Any]) -> bytes:
 def main() -> None:
     """Train what is missing, evaluate, and write the three files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", help="a list beside this file, without .yaml")
+    parser.add_argument("name", help="a list beside this file (or a path from here), without .yaml")
     parser.add_argument("--results", type=Path, default=Path("results"))
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
     parser.add_argument("--seeds", type=int, help="fewer or more seeds than the list says")
@@ -261,7 +261,7 @@ def main() -> None:
 
     given = f" --seeds {options.seeds}" if options.seeds else ""
     record = {
-        "name": options.name,
+        "name": Path(options.name).name,
         "command": f"python results/ablations/ablate.py {options.name}{given}",
         **{key: spec[key] for key in ("title", "text", "task", "method")},
         "seeds": seeds,

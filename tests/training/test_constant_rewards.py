@@ -44,7 +44,7 @@ def test_it_is_in_the_notes_also_of_a_run_that_was_interrupted(
         settings = ("batch=2", f"steps={LONG + 2}", "checkpoint_every=3", "log_every=5")
         job = make_job("mo-odpo", *settings, where=where, **more)
         z = job.panel.z
-        monkeypatch.setattr(type(job.panel), "z", lambda self, raw: z(raw) * [1, 0])
+        monkeypatch.setattr(type(job.panel), "z", lambda self, raw, cap: z(raw, cap) * [1, 0])
         try:
             mo_odpo.learn_from_pairs(job, job.task.language_model, job.config)
         finally:
