@@ -68,7 +68,7 @@ class Config(OnlineConfig, WarmStart):
 
     extremes: Literal["score", "advantage"] = "score"
     """Which two responses of a prompt are paired: those of the largest and smallest score s, or of the largest and
-    smallest ``s - beta * D``. That is alike for all responses where the policy is ``pi_ref exp(s / beta) / Z``, so the
+    smallest ``s - beta * D`` (needs pairing: weighted). That is alike for all responses where the policy is ``pi_ref exp(s / beta) / Z``, so the
     pair is the one that is furthest from it, and what was preferred too much is preferred less again."""
 
     @model_validator(mode="after")
@@ -79,10 +79,11 @@ class Config(OnlineConfig, WarmStart):
             raise ValueError(
                 f"sft_coef needs pairing: weighted, where one response is preferred; found {self.sft_coef}"
             )
-        if self.pairing == "per_objective" and (self.scalarisation, self.labels) != ("linear", "order"):
+        chosen = self.scalarisation, self.labels, self.extremes
+        if self.pairing == "per_objective" and chosen != ("linear", "order", "score"):
             raise ValueError(
-                "pairing: per_objective orders responses by each reward alone, so it needs scalarisation: linear and "
-                f"labels: order; found {self.scalarisation} and {self.labels}"
+                "pairing: per_objective orders responses by each reward alone, so it needs scalarisation: linear, "
+                f"labels: order and extremes: score; found {', '.join(chosen)}"
             )
         return self
 

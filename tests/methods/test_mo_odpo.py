@@ -329,8 +329,10 @@ def test_the_chance_of_a_pair_is_that_of_its_scores() -> None:
 def test_what_does_not_go_with_labels_per_objective_is_refused() -> None:
     with pytest.raises(ValueError, match="per_objective orders responses by each reward alone"):
         Config(pairing="per_objective", labels="bradley-terry")
-    with pytest.raises(ValueError, match="found tchebycheff and order"):
+    with pytest.raises(ValueError, match="found tchebycheff, order, score"):
         Config(pairing="per_objective", scalarisation="tchebycheff")
+    with pytest.raises(ValueError, match="found linear, order, advantage"):
+        Config(pairing="per_objective", extremes="advantage")
 
 
 def test_by_advantage_the_pair_is_what_is_furthest_from_the_closed_form() -> None:
