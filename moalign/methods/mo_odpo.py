@@ -68,8 +68,9 @@ class Config(OnlineConfig, WarmStart):
 
     extremes: Literal["score", "advantage"] = "score"
     """Which two responses of a prompt are paired: those of the largest and smallest score s, or of the largest and
-    smallest ``s - beta * D`` (needs pairing: weighted). That is alike for all responses where the policy is ``pi_ref exp(s / beta) / Z``, so the
-    pair is the one that is furthest from it, and what was preferred too much is preferred less again."""
+    smallest ``s - beta * D`` (needs pairing: weighted). That is alike for all responses where the policy is ``pi_ref
+    exp(s / beta) / Z``, so the pair is the one that is furthest from it, and what was preferred too much is preferred
+    less again."""
 
     @model_validator(mode="after")
     def _pairing_fits(self) -> Config:
