@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
 
 from moalign.config.card import DataSpec, SourceSpec
-from moalign.config.objectives import PythonObjective
+from moalign.config.objectives import ClassifierObjective, LmObjective, PythonObjective
 from moalign.core.amounts import Amounts
 from moalign.core.errors import RequestError
 from moalign.core.records import Pair, Response
 from moalign.data import load, readers, splits
 from moalign.rewards import python_scorer
+from moalign.rewards.scorer import build_scorer
 from moalign.tasks.responses import Responses
 from moalign.tasks.task import Task, fingerprint
 
@@ -26,7 +28,10 @@ class TextTask(Task):
 
     @functools.cached_property
     def identity(self) -> dict[str, str]:
-        """Fingerprints of the model, every data file and every scorer file: any change there makes another task."""
+        """Fingerprints of the model, every data file, scorer file and folder of a reward model.
+
+        A change there makes another task: a folder of the same name is not the same reward model.
+        """
         content = {"model": fingerprint(*self.base_source())}
         for name in ("prompts", "responses", "pairs"):
             source = getattr(self._data, name)
@@ -39,6 +44,8 @@ class TextTask(Task):
                 file = python_scorer.file_of(spec.function, Path.cwd()) if isinstance(spec, PythonObjective) else None
                 if file is not None and file.is_file():
                     content[f"{role}.{spec.name}"] = python_scorer.fingerprint(file)
+                if isinstance(spec, ClassifierObjective | LmObjective) and os.path.isdir(spec.model):
+                    content[f"{role}.{spec.name}"] = build_scorer(spec, Path.cwd()).revision
         return content
 
     def base_source(self) -> tuple[str, str | None]:

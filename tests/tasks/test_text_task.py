@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from moalign.config.card import TaskCard
 from moalign.core.errors import RequestError
@@ -112,6 +112,31 @@ def test_hash_follows_model_and_data_by_content(tmp_path: Path, model: Path) -> 
     assert text_task(tmp_path, model, {"prompts": copy}).hash == first.hash
     longer = write_lines(moved / "prompts.jsonl", [{"prompt": prompt} for prompt in [*PROMPTS, "one more"]])
     assert text_task(tmp_path, model, {"prompts": longer}).hash != first.hash
+
+
+def test_hash_follows_reward_models_by_content(tmp_path: Path, model: Path) -> None:
+    """Two folders that are both called model are two tasks; a copy of one elsewhere is the same."""
+
+    def classifier(place: Path, seed: int) -> Path:
+        torch.manual_seed(seed)
+        config = LlamaConfig(vocab_size=120, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_labels=1,
+                             num_attention_heads=2, num_key_value_heads=2)  # fmt: skip
+        LlamaForSequenceClassification(config).save_pretrained(place / "model")
+        base.make_tokenizer().save_pretrained(place / "model")
+        return place / "model"
+
+    def hash_with(folder: Path, gold: bool) -> str:
+        learned = {"name": "short", "kind": "hf-classifier", "model": str(folder)}
+        varied = {"name": "varied", "kind": "rule", "rule": "regex-count", "options": {"pattern": "[aeiou]"}}
+        short = {"name": "short", "kind": "rule", "rule": "brevity", "options": {"unit": "tokens"}}
+        more: dict[str, Any] = {"objectives": [short if gold else learned, varied]}
+        return text_task(
+            tmp_path, model, {"prompts": PROMPTS}, **more, gold_objectives=[learned] if gold else None
+        ).hash
+
+    one, other, again = (classifier(tmp_path / name, seed) for name, seed in (("a", 0), ("b", 1), ("c", 0)))
+    for gold in (False, True):
+        assert hash_with(one, gold) == hash_with(again, gold) != hash_with(other, gold)
 
 
 def test_stop_text_and_marker_reach_the_policy(tmp_path: Path, model: Path) -> None:
