@@ -143,13 +143,7 @@ def curve(
 
     def result() -> Curve:
         return Curve(
-            run=str(context.run.path),
-            run_id=context.run.record.run_id,
-            method=method.name,
-            task=context.task.card.name,
-            card_hash=context.task.hash,
-            seed=context.run.record.seed,
-            objectives=tuple(context.task.names),
+            **evaluate.about(method, context),
             prefs=tuple(preferences),
             samples=samples,
             prompts=len(context.task.eval_prompts),

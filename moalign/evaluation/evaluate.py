@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -136,13 +136,7 @@ def evaluate(
     cautions = [*verdict.cautions(judged.content), *verdict.cautions_at(judged.content, points)]
     warnings = [*context.run.record.notes.get("warnings", ()), *cautions]
     result = EvalResult(
-        run=str(context.run.path),
-        run_id=context.run.record.run_id,
-        method=method.name,
-        task=context.task.card.name,
-        card_hash=context.task.hash,
-        seed=context.run.record.seed,
-        objectives=tuple(context.task.names),
+        **about(method, context),
         **dict(judgement),
         samples=samples,
         quality=judged,
@@ -160,6 +154,19 @@ def evaluate(
     if result.frontier is not None:
         atomic.write_json(path, result.content)
     return Evaluation(result, scores)
+
+
+def about(method: Method, context: RunContext) -> dict[str, Any]:
+    """Return the fields of :class:`~moalign.evaluation.result.EvaluatedRun`."""
+    return {
+        "run": str(context.run.path),
+        "run_id": context.run.record.run_id,
+        "method": method.name,
+        "task": context.task.card.name,
+        "card_hash": context.task.hash,
+        "seed": context.run.record.seed,
+        "objectives": tuple(context.task.names),
+    }
 
 
 def held_out(context: RunContext) -> list[Preference]:

@@ -80,6 +80,8 @@ class Config(PpoConfig, CostHints, NamesModels):
     def _pairs(self) -> Config:
         if self.trainer == "rebel" and self.samples % 2:
             raise ValueError(f"trainer: rebel compares pairs, so samples must be even; found {self.samples}")
+        if self.trainer == "rebel" and self.kl_budget is not None:
+            raise ValueError(f"kl_budget steers a KL term, and trainer: rebel has none; found {self.kl_budget:g}")
         return self
 
     def responses_sampled(self, task: Amounts) -> int:

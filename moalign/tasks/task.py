@@ -282,14 +282,9 @@ class Task(abc.ABC):
 
     @functools.cached_property
     def judge_panel(self) -> RewardPanel:
-        """The scorers that answers are judged by, without normaliser: the gold ones, and methods' where there is none.
-
-        Of a task without gold scorers it is :attr:`panel` itself.
-        """
+        """The scorers that answers are judged by, without normaliser: gold ones, and methods' own for the rest."""
         gold = self.gold_panel
-        if gold is None:
-            return self.panel
-        return gold if gold.names == self.names else self.panel.replaced(gold)
+        return self.panel if gold is None else gold if gold.names == self.names else self.panel.replaced(gold)
 
     @functools.cached_property
     def normaliser(self) -> Normaliser:
@@ -300,9 +295,7 @@ class Task(abc.ABC):
 
     @functools.cached_property
     def judge_normaliser(self) -> Normaliser:
-        """The normaliser of :attr:`judge_panel`'s scores: the gold scorers' are fitted once, even where the card has
-        numbers for the methods' own.
-        """
+        """The normaliser of :attr:`judge_panel`'s; gold scores' is fitted even where the card has methods' numbers."""
         gold = self.gold_panel
         if gold is None:
             return self.normaliser
@@ -318,7 +311,7 @@ class Task(abc.ABC):
         return Normaliser.from_json(path)
 
     def _fit_normaliser(self, panel: RewardPanel) -> Normaliser:
-        base, data = self._calibration_samples(), self.data_responses("calibration")
+        base, data = self._calibration_samples, self.data_responses("calibration")
         of_data = None if data is None else panel.score(data.prompts, shown(data.responses))
         self._keep_short((data or base).responses)  # now that the base was sampled for it
         prompts = base.prompts + (data.prompts if data else [])
@@ -333,6 +326,7 @@ class Task(abc.ABC):
                 scorer_hash=panel.scorer_hash,
             )
 
+    @functools.cached_property
     def _calibration_samples(self) -> Responses:
         return self._sample_base("calibration", self.card.pool.calibration_per_prompt, "calibrating")
 
@@ -349,7 +343,7 @@ class Task(abc.ABC):
         path, remedy = self._kept(SHORT), "delete it to have it made again"
         with self._once(path) as missing:
             if missing:
-                self._keep_short((self.data_responses("calibration") or self._calibration_samples()).responses)
+                self._keep_short((self.data_responses("calibration") or self._calibration_samples).responses)
         content = atomic.read_json(path, remedy)
         limit = content.get("short_below") if isinstance(content, dict) else None
         if not isinstance(limit, int):
@@ -367,7 +361,7 @@ class Task(abc.ABC):
 
     def calibration(self) -> Scored:
         """Return the scored responses of the calibration split: the data's own, else samples of the base."""
-        return self._score(self.data_responses("calibration") or self._calibration_samples())
+        return self._score(self.data_responses("calibration") or self._calibration_samples)
 
     def scored(self) -> Scored:
         """Return the scored responses of the training split: the data's own, else a pool sampled from the base once."""

@@ -165,8 +165,9 @@ class OnlineConfig(Strict):
     """What a normalised reward is worth beyond the upper bound of the calibration data (``bounds`` of the normaliser),
     where nothing in the data ever was: as much as below it, its logarithm, or nothing."""
     support: float | None = Field(default=None, ge=0)
-    """How many nats a token of a response may be less likely, to the reference, than any of the calibration responses
-    before the response's rewards are no longer believed (:mod:`moalign.training.support`); None: they always are."""
+    """How many nats a token of a response may be less likely, to the reference, than to the base any token of the
+    calibration responses is, before the response's rewards are no longer believed (:mod:`moalign.training.support`);
+    None: they always are."""
     checkpoint_every: int = Field(default=50, ge=1)
     log_every: int = Field(default=5, ge=1)
 

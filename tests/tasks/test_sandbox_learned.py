@@ -207,3 +207,12 @@ def test_only_the_sandbox_has_a_truth_to_judge_by() -> None:
     points = {"reference_point": [0, 0], "sensitivity_point": [0, 0], "data": {"prompts": ["hi"]}}
     (told,) = validate.check(TaskCard, {**card, **points})[1]
     assert "rewards: learned is for the sandbox" in told
+
+
+def test_another_judge_than_the_sandboxs_own_has_no_optimum(small_task: tuple[str, ...], tmp_path: Path) -> None:
+    """The best answers and those at a KL are enumerated by exact rewards: by other ones they would be untrue."""
+    rule = "task.gold_objectives=[{name: helpfulness, kind: rule, rule: brevity, options: {unit: tokens}}]"
+    task = make_task(load_card("sandbox", [*small_task, rule]), tmp_path)
+    assert task.optimum([(0.5, 0.5)], task.eval_prompts) is None
+    built_in = make_task(load_card("sandbox", [rule]), tmp_path)
+    assert built_in.frontier([(0.5, 0.5)]) is None

@@ -494,37 +494,3 @@ def test_reference_log_probabilities_are_computed_when_asked_for_and_once(make_j
     assert torch.equal(few[0], more[2])
     whole = score(torch.arange(16))
     torch.testing.assert_close(more, whole[[2, 7, 5]], rtol=0.0, atol=1e-5)
-
-
-# -- a KL budget, and rewards beyond the data ----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("budget", "way"), [(1e-3, "up"), (1e3, "down")])
-def test_beta_is_steered_to_the_kl_budget(make_job: MakeJob, budget: float, way: str) -> None:
-    """A policy that has moved is too far for .001 nats and too near for 1,000: a fifth a step, at this horizon."""
-    job = make_job("mo-odpo", "batch=8", "steps=2", "lr=0.01", f"kl_budget={budget}", "kl_horizon=16", "log_every=1")
-    warm_up(job)
-    train(job)
-    factor = 1.2 if way == "up" else 0.8
-    assert [line["beta"] for line in job.run.metrics()] == pytest.approx([0.1, 0.1 * factor])
-    assert job.notes["kl_budget"] == {"nats": budget, "beta_at_the_end": pytest.approx(0.1 * factor**2)}
-
-
-def test_without_a_budget_beta_stays_and_nothing_is_noted(make_job: MakeJob) -> None:
-    job = make_job("mo-odpo", "batch=4", "steps=1")
-    train(job)
-    assert "kl_budget" not in job.notes
-    assert "beta" not in job.run.metrics()[0]
-
-
-def test_a_capped_reward_is_what_methods_see(make_job: MakeJob) -> None:
-    """With bounds four deviations below the means, no reward is worth more than that; without a cap some are."""
-    most = {}
-    for cap in ("none", "clip"):
-        job = make_job("mo-odpo", "batch=8", f"reward_cap={cap}", where=cap)
-        scale = job.task.normaliser
-        low = replace(scale, bounds=tuple((m - 9 * sd, m - 4 * sd) for m, sd in zip(scale.mean, scale.sd, strict=True)))
-        job.panel = job.panel.with_normaliser(low)
-        most[cap] = next(trainer_of(job).rollouts()).z.max()
-    assert most["none"] > -3.9
-    assert most["clip"] == pytest.approx(-4)

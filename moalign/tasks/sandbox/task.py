@@ -92,6 +92,12 @@ class SandboxTask(Task):
             return self.codec
         return Codec(base.make_tokenizer(), self.card.template, source="the sandbox's base")
 
+    @property
+    def _judged_exactly(self) -> bool:
+        """Whether the judge's scorers are the sandbox's own, so that the best there is can be enumerated."""
+        gold = {spec.name: spec for spec in self.card.gold_objectives or ()}
+        return all(gold.get(spec.name, spec).kind == "sandbox" for spec in self.card.objectives)
+
     def optimum(self, prefs: Sequence[Preference], prompts: Sequence[str], beta: float = 0.0) -> Matrix | None:
         """Return the exact optimum's mean raw rewards ``[preferences, objectives]``; see :mod:`.optimum`.
 
@@ -99,7 +105,7 @@ class SandboxTask(Task):
         """
         from moalign.tasks.sandbox.optimum import optimum
 
-        if any(spec.kind != "sandbox" for spec in self.card.gold_objectives or ()):
+        if not self._judged_exactly:
             return None
         columns = [world.OBJECTIVES.index(name) for name in self.names]
         truth = self.judge_normaliser
@@ -114,7 +120,9 @@ class SandboxTask(Task):
         from moalign.tasks.sandbox import optimum, reference
 
         limits = self.card.generation
-        if not self.card.built_in_base or limits.temperature <= 0 or self.card.template.stop:
+        if not self._judged_exactly or not self.card.built_in_base:
+            return None
+        if limits.temperature <= 0 or self.card.template.stop:
             return None
         if limits.max_new_tokens < reference.LONGEST:
             return None
