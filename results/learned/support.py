@@ -2,7 +2,9 @@
 
     python results/learned/support.py RUN [RUN]...       # seconds each; writes support.md beside this file
 
-For every run (of the sandbox or sandbox-learned) the answers of its evaluation are divided into well-formed ones, of
+The published table is of three: ``moalign train hindsight --task sandbox`` (exact rewards), ``moalign train hindsight
+--task sandbox-learned --set snapshots=6`` and ``moalign train hindsight --task sandbox-learned --set support=null``.
+For every run the answers of its evaluation are divided into well-formed ones, of
 the 15,625 that the world has, and malformed ones. Log-probabilities are the base's, with the bare prompt, in nats.
 """
 
@@ -16,7 +18,6 @@ import numpy as np
 
 from moalign.experiment.train import context_of
 from moalign.lm.chat import training_row
-from moalign.runs.record import again
 from moalign.runs.run import Run
 from moalign.tasks.responses import Responses, from_columns
 from moalign.tasks.sandbox import world
@@ -49,7 +50,9 @@ def main(folders: Sequence[str]) -> None:
     lines = [
         "# The least likely token of an answer, to the base",
         "",
-        "Made by `python results/learned/support.py RUN...`: log-probability in nats, with the bare prompt.",
+        "Made by `python results/learned/support.py` of runs of `moalign train hindsight --task sandbox`,",
+        "`moalign train hindsight --task sandbox-learned --set snapshots=6` and",
+        "`moalign train hindsight --task sandbox-learned --set support=null`: log-probability in nats, bare prompt.",
         "",
         "| answers | number | least | 1 % | median | largest |",
         "|---|---:|---:|---:|---:|---:|",
@@ -65,9 +68,9 @@ def main(folders: Sequence[str]) -> None:
         table = run.read_table("responses")[::EVERY]
         values = least(task, Responses(table["prompt"].tolist(), from_columns(table)))
         whole = table["response"].isin(well_formed).to_numpy()
-        command = " ".join(again(record.as_given, record.seed, None, Path("results"))[:-2])
+        name = f"{record.method} on {task.card.name}, seed {record.seed} ({record.run_id})"
         for kind, chosen in (("well-formed", whole), ("malformed", ~whole)):
-            lines.append(line(f"{kind}, of `moalign {command}`", values[chosen]))
+            lines.append(line(f"{kind}, of {name}", values[chosen]))
     (HERE / "support.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
