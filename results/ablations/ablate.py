@@ -2,10 +2,11 @@
 
 A list is a YAML file beside this one: the task, the method, the seeds and groups of rows; a row is a label and the
 ``--set`` settings that make it (or another method), and may have fewer seeds of its own; ``set`` beside the groups
-holds for all rows, and ``samples`` is how often each prompt is answered when runs are judged (``moalign eval RUN
---samples N``). Every run is an ordinary ``moalign train``: what was trained before is found again, and the same command
-after an interruption goes on. Written beside the list: ``NAME.json`` (every run with its command), ``NAME.md`` and
-``NAME.png``. Where the optimum is not known, the page tells hypervolumes instead of shares of it.
+holds for all rows, or, as ``{METHOD: [...]}``, for those of a method, and ``samples`` is how often each prompt is
+answered when runs are judged (``moalign eval RUN --samples N``). Every run is an ordinary ``moalign train``: what was
+trained before is found again, and the same command after an interruption goes on. Written beside the list:
+``NAME.json`` (every run with its command), ``NAME.md`` and ``NAME.png``. Where the optimum is not known, the page tells
+hypervolumes instead of shares of it.
 
     python results/ablations/ablate.py NAME [--results DIR] [--jobs N] [--seeds N]
 """
@@ -34,8 +35,10 @@ COSTS = ("tokens_generated", "tokens_trained", "reward_calls")
 
 def arguments(spec: Mapping[str, Any], row: Mapping[str, Any], seed: int, results: Path) -> list[str]:
     """Return the ``moalign`` arguments of one run."""
-    settings = [part for text in (*spec.get("set", ()), *row.get("set", ())) for part in ("--set", str(text))]
-    method, task = row.get("method", spec["method"]), spec["task"]
+    method, task, shared = row.get("method", spec["method"]), spec["task"], spec.get("set", ())
+    if isinstance(shared, Mapping):
+        shared = shared.get(method, ())
+    settings = [part for text in (*shared, *row.get("set", ())) for part in ("--set", str(text))]
     return ["train", method, "--task", task, "--seed", str(seed), *settings, "--results", str(results)]
 
 
