@@ -31,13 +31,15 @@ def draw_over_optimisation(curves: Sequence[Row], suffix: str = ".png", theme: T
     columns = min(4, len(methods))
     size = (5.6, 4.2) if len(methods) == 1 else (3.1 * columns + 0.4, 2.9 * -(-len(methods) // columns) + 0.7)
     with style.canvas(*size, theme) as (figure, colours):
-        panels = style.panels(figure, len(methods), columns, sharey=True)
+        panels = style.panels(figure, len(methods), columns, sharex=True, sharey=True)
         for panel, method in zip(panels, methods, strict=True):
             own = [curve for curve in curves if curve["method"] == method]
             for curve in own:
                 _draw(panel, curve, colours.colours, 1.6 if len(own) == 1 else 0.8)
             panel.set_title(style.wrapped(method))
+        for panel in panels[-columns:]:  # with none below
             panel.set_xlabel("√KL to base (KL in nats per response)")
+            panel.tick_params(labelbottom=True)
         panels[0].set_ylabel("mean w·n over the preferences")
         handles = {
             label: line for panel in panels for line, label in zip(*panel.get_legend_handles_labels(), strict=True)

@@ -12,8 +12,8 @@ from moalign.report import style
 from moalign.report.overoptimisation import draw_over_optimisation
 
 
-def curve(method: str, seed: int = 0, believed: bool = True) -> dict[str, Any]:
-    kl, true = [-0.01, 1.0, 4.0, 16.0], [0.2, 0.5, 0.7, 0.4 + 0.01 * seed]
+def curve(method: str, seed: int = 0, believed: bool = True, furthest: float = 16.0) -> dict[str, Any]:
+    kl, true = [-0.01, 1.0, 4.0, furthest], [0.2, 0.5, 0.7, 0.4 + 0.01 * seed]
     rows = [
         {
             "kl": nats,
@@ -54,6 +54,16 @@ def test_a_panel_for_each_method_a_thin_line_for_each_seed(monkeypatch: pytest.M
     assert alpha.lines[0].get_linewidth() < beta.lines[0].get_linewidth()
     names = [text.get_text() for text in figure.legends[0].get_texts()]
     assert len(names) == len(set(names)) == 3
+
+
+def test_panels_can_be_read_against_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All have the same axes, and every column names its x below its lowest panel."""
+    figure = drawn(monkeypatch, *(curve(name) for name in "abcde"), curve("far", furthest=81.0))
+    shown = [panel for panel in figure.axes if panel.get_visible()]
+    assert len({(panel.get_xlim(), panel.get_ylim()) for panel in shown}) == 1
+    assert shown[0].get_xlim()[1] > 8
+    assert [bool(panel.get_xlabel()) for panel in shown] == [False, False, True, True, True, True]
+    assert all(panel.xaxis.get_tick_params()["labelbottom"] for panel in shown[2:])
 
 
 def test_without_other_rewards_there_is_only_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
