@@ -263,6 +263,17 @@ def damaged(run: Run) -> Iterator[None]:
         ) from error
 
 
+RENAMED = {"kl_target": "kl_budget"}
+"""Settings by the names that older records have."""
+
+
+def _by_todays_names(config: Any) -> Any:
+    """Return a record's settings, those of stages and experts included, with today's names."""
+    if not isinstance(config, dict):
+        return config
+    return {RENAMED.get(name, name): _by_todays_names(value) for name, value in config.items()}
+
+
 def context_of(run: Run, results: Path, progress: Progress = silent) -> tuple[Method, RunContext]:
     """Return the method and context of a finished run, from its record alone.
 
@@ -275,7 +286,7 @@ def context_of(run: Run, results: Path, progress: Progress = silent) -> tuple[Me
     method = registry.get(record.method)
     with damaged(run):
         card = TaskCard.model_validate(record.recipe["card"])
-        config = method.Config.model_validate(record.recipe["config"])
+        config = method.Config.model_validate(_by_todays_names(record.recipe["config"]))
         policy = PolicySpec.model_validate(record.recipe["policy"])
     task = make_task(card, results, progress)
     if task.hash != record.card_hash:

@@ -314,3 +314,16 @@ def test_a_run_whose_card_was_edited_is_not_reopened(small_task: tuple[str, ...]
     path.write_text(json.dumps(told))
     with pytest.raises(RequestError, match="its task card has changed since"):
         context_of(type(run).load(run.path), results)
+
+
+def test_a_run_that_knows_a_setting_by_its_former_name_is_read() -> None:
+    """PPO's kl_target became kl_budget; stages and experts have settings of their own inside."""
+    from moalign.experiment.train import _by_todays_names
+    from moalign.methods import registry
+
+    method = registry.get("rewarded-soups")
+    then = {"experts": {**method.Config().model_dump(mode="json")["experts"], "kl_target": 4.0}}
+    del then["experts"]["kl_budget"]
+    with pytest.raises(ValueError, match="kl_target"):
+        method.Config.model_validate(then)
+    assert method.Config.model_validate(_by_todays_names(then)).model_dump()["experts"]["kl_budget"] == 4.0
