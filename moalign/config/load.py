@@ -57,8 +57,9 @@ def load_card(name_or_path: str | Path, overrides: Sequence[str] = ()) -> TaskCa
     """Return the checked card of a task's name, a card file, or a folder that holds ``task.yaml``.
 
     ``overrides`` are ``--set`` texts, each ``task.key=value``. Paths in the card (``model``, ``data.*.path``, a
-    classifier's ``model``, the file of a ``function``) become absolute when such a file or folder exists: relative to
-    the card's folder, or to the current directory for ``--set``. Hub ids stay. Raises RequestError with every problem.
+    classifier's ``model``, the file of a ``function``, a judge's ``template``) become absolute when such a file or
+    folder exists: relative to the card's folder, or to the current directory for ``--set``. Hub ids stay. Raises
+    RequestError with every problem.
     """
     problems: list[str] = []
     card_sets, _ = _sort(overrides, None, problems)
@@ -234,7 +235,8 @@ def _card(
 def _paths(holder: Any, place: tuple[Key, ...]) -> Iterator[tuple[dict[str, Any], tuple[Key, ...]]]:
     """Yield every path at and below a place of the card, as the section that holds it and its place."""
     key, value = place[-1], holder[place[-1]]
-    if key in {"path", "model", "function"} and isinstance(value, str):
+    judged = isinstance(holder, dict) and holder.get("kind") == "judge"  # its model is elsewhere, its template a file
+    if key in ({"template"} if judged else {"path", "model", "function"}) and isinstance(value, str):
         yield holder, place
     elif isinstance(value, dict | list) and key not in {"columns", "options"}:
         for below in value if isinstance(value, dict) else range(len(value)):
@@ -250,6 +252,10 @@ def _resolve_path(holder: dict[str, Any], key: str, base: Path) -> str | None:
     path = base / os.path.expanduser(scorer["file"] if scorer else value)
     if os.path.isfile(path) if scorer else os.path.exists(path):  # a Path's own raise for a name that is too long
         holder[key] = str(path.resolve()) + (scorer["attribute"] if scorer else "")
+    elif key == "template":
+        folder = Path(path).parent
+        beside = [file.name for file in folder.iterdir() if file.is_file()] if folder.is_dir() else []
+        return f"found {value!r}; there is no such file: {path}{errors.did_you_mean(Path(path).name, beside)}"
     elif scorer or value.startswith(("/", "./", "../", "~")) or (key == "path" and _DATA_FILE.search(value)):
         kind = "file" if scorer else "file or folder" if key == "path" else "model folder"
         return f"found {value!r}; there is no such {kind}: {path}"
