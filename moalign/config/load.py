@@ -102,8 +102,8 @@ def load_recipe(
         path: the recipe file; None for a method's defaults.
         method: the requested method; a recipe of another method is refused.
         task: task name or card file; None for the recipe's own. It goes before the recipe's.
-        overrides: ``--set`` texts. ``task.X`` goes to the card; ``policy.X``, ``config.X``, ``needs.X``, ``seed``
-            and the like go to the recipe; ``X`` alone, a key of ``config_class``, is short for ``config.X``.
+        overrides: ``--set`` texts. ``task.X`` goes to the card; ``policy.X``, ``config.X``, ``needs.X``, ``seed``,
+            ``budget`` and the like go to the recipe; ``X`` alone, a key of ``config_class``, is short for ``config.X``.
         config_class: the method's ``Config``.
 
     Raises RequestError with every problem of recipe, config, card and options.
@@ -122,6 +122,7 @@ def load_recipe(
     origin = _origin(document, recipe_sets, f"{method} without a recipe")
     requested, where = task, "--task"
     if content is not None:
+        content = _within_budget(content, recipe_sets, origin, problems)
         content = _apply(content if task is None else {**content, "task": str(task)}, recipe_sets, problems)
         if task is None:
             requested, where = _named_task(content, path), f"{origin.at(('task',))}: task"
@@ -263,6 +264,27 @@ def _resolve_path(holder: dict[str, Any], key: str, base: Path) -> str | None:
 
 
 # --- the recipe -------------------------------------------------------------------------------------------------
+
+
+def _within_budget(
+    content: Mapping[str, Any], sets: Sequence[_Set], origin: Origin, problems: list[str]
+) -> dict[str, Any]:
+    """Return the recipe with the settings of its ``quick`` section, where that budget is asked for; options go first."""
+    options = [item.value for item in sets if item.keys == ("budget",)]
+    quick = content.get("quick")
+    if (options[-1] if options else content.get("budget")) != "quick":
+        return dict(content)
+    if not isinstance(quick, dict):
+        problems.append(origin.sentence(("budget",), "found 'quick', but the recipe has no section quick"))
+        return dict(content)
+    return {**content, "config": _merged(content.get("config", {}), quick)}
+
+
+def _merged(settings: Any, changes: Any) -> Any:
+    """Return settings with those of ``changes`` in their place, section by section."""
+    if not (isinstance(settings, dict) and isinstance(changes, dict)):
+        return changes
+    return {**settings, **{key: _merged(settings.get(key), value) for key, value in changes.items()}}
 
 
 def _named_task(content: Mapping[str, Any], path: str | Path | None) -> str | Path | None:
