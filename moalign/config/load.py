@@ -269,7 +269,7 @@ def _resolve_path(holder: dict[str, Any], key: str, base: Path) -> str | None:
 def _within_budget(
     content: Mapping[str, Any], sets: Sequence[_Set], origin: Origin, problems: list[str]
 ) -> dict[str, Any]:
-    """Return the recipe with the settings of its ``quick`` section, where that budget is asked for; options go first."""
+    """Return the recipe with the settings of its ``quick`` section, where that budget is asked for."""
     options = [item.value for item in sets if item.keys == ("budget",)]
     quick = content.get("quick")
     if (options[-1] if options else content.get("budget")) != "quick":
