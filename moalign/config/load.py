@@ -275,7 +275,7 @@ def _within_budget(
     if (options[-1] if options else content.get("budget")) != "quick":
         return dict(content)
     if not isinstance(quick, dict):
-        problems.append(origin.sentence(("budget",), "found 'quick', but the recipe has no section quick"))
+        problems.append(origin.sentence(("budget",), f"found 'quick', but {origin.source} has no section quick"))
         return dict(content)
     return {**content, "config": _merged(content.get("config", {}), quick)}
 

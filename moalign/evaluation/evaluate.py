@@ -137,6 +137,7 @@ def evaluate(
     judged = quality_of(context.task, table["response"].tolist(), divergences)
     points = [point.content for point in judgement.points]
     cautions = [*verdict.cautions(judged.content), *verdict.cautions_at(judged.content, points)]
+    cautions += verdict.unread(judges)
     warnings = [*context.run.record.notes.get("warnings", ()), *cautions]
     result = EvalResult(
         **about(method, context),

@@ -105,7 +105,9 @@ def test_a_quick_budget_goes_before_the_config_and_options_before_both(recipes: 
 
 def test_a_quick_budget_that_a_recipe_lacks_and_one_that_is_none(recipes: Path) -> None:
     texts = problems(RECIPE, "budget=quick")
-    assert texts == ("--set budget: found 'quick', but the recipe has no section quick",)
+    assert texts == ("--set budget: found 'quick', but recipes/demo/ric.yaml has no section quick",)
+    texts = problems(None, "budget=quick", task="demo")
+    assert texts == ("--set budget: found 'quick', but ric without a recipe has no section quick",)
     assert problems(RECIPE, "budget=quik") == (
         "--set budget: found 'quik'; allowed: 'full' or 'quick'; did you mean 'quick'?",
     )
