@@ -76,7 +76,8 @@ def of_judge(usage: Row) -> str:
     """
     failed = f", {usage['unreadable']} of them unreadable ({percent(usage['failure_rate'], 1)})"
     tokens = f"{count(usage['prompt_tokens'])} tokens read, {count(usage['completion_tokens'])} written"
-    return f"{usage['verdicts']} verdicts of {usage['model']} ({tokens}){failed if usage['unreadable'] else ''}"
+    noun = "verdict" if usage["verdicts"] == 1 else "verdicts"
+    return f"{usage['verdicts']} {noun} of {usage['model']} ({tokens}){failed if usage['unreadable'] else ''}"
 
 
 def memory(size: float | None) -> str:

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from moalign.config.card import DataSpec, SourceSpec
-from moalign.config.objectives import ClassifierObjective, JudgeObjective, LmObjective, PythonObjective
+from moalign.config.objectives import ClassifierObjective, LmObjective, PythonObjective
 from moalign.core.amounts import Amounts
 from moalign.core.errors import RequestError
 from moalign.core.records import Pair, Response
@@ -46,9 +46,7 @@ class TextTask(Task):
                     content[f"{role}.{spec.name}"] = python_scorer.fingerprint(file)
                 if isinstance(spec, ClassifierObjective | LmObjective) and os.path.isdir(spec.model):
                     content[f"{role}.{spec.name}"] = build_scorer(spec, Path.cwd()).revision
-                if isinstance(spec, JudgeObjective):  # without its key: a stored run needs none
-                    content[f"{role}.{spec.name}"] = judge.revision(spec, judge.read_template(spec, Path.cwd()))
-        return content
+        return content | judge.fingerprints(self.card)
 
     def base_source(self) -> tuple[str, str | None]:
         """Return the card's model and its revision."""

@@ -114,7 +114,7 @@ def test_a_verdict_left_out_is_null_and_counted_never_zero(
     assert told["summary"]["help"]["mean"] == told["summary"]["help"]["min"] == 3
     assert told["judges"]["help"]["unreadable"] == 1
     ended = moalign(*SCORE)
-    assert "help: 1 verdicts of small (10 tokens read, 3 written), 1 of them unreadable (100.0 %)" in ended.out
+    assert "help: 1 verdict of small (10 tokens read, 3 written), 1 of them unreadable (100.0 %)" in ended.out
     assert "– (–)" in ended.out
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moalign.config.card import TaskCard
 from moalign.config.objectives import JudgeObjective
 from moalign.core.errors import RequestError, WorkError
 from moalign.core.records import Response
@@ -21,6 +22,7 @@ from moalign.rewards.judge import JudgeScorer, Verdict, read, revision, total
 from moalign.rewards.panel import RewardPanel
 from moalign.rewards.scorer import ScorerFault
 from moalign.rewards.store import Store
+from moalign.tasks.load import make_task
 from moalign.tasks.responses import Scored
 
 KEY = "sk-test-9f8e7d6c"
@@ -131,6 +133,35 @@ def test_the_revision_holds_what_can_change_a_verdict_and_nothing_else() -> None
     assert len({base, revision(objective(), TEMPLATE + " "), *revisions}) == len(changes) + 2
     for same in ({"timeout": 1}, {"max_retries": 9}, {"concurrency": 1}, {"api_key_env": "KEY"}, {"template": "b.txt"}):
         assert revision(objective(**same), TEMPLATE) == base
+
+
+@pytest.mark.parametrize("kind", ["sandbox", "text"])
+def test_a_task_with_another_template_is_another_task_and_a_moved_one_is_the_same(
+    kind: str, random_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No key is needed to know that: a finished run can be looked at without one."""
+    monkeypatch.delenv("JUDGE_KEY", raising=False)
+
+    def identity(folder: str, text: str) -> str:
+        place = tmp_path / folder
+        place.mkdir()
+        (place / "judge.txt").write_text(text)
+        judge = objective(
+            name="helpfulness", template=str(place / "judge.txt"), api_key_env="JUDGE_KEY", timeout=len(folder)
+        )
+        other = {"name": "harmlessness", "kind": "sandbox"}
+        own = (
+            {"kind": "text", "data": {"prompts": ["a", "b"]}} if kind == "text" else {"kind": "sandbox", "sandbox": {}}
+        )
+        card = TaskCard(
+            **own, name="t", description="d", model=str(random_base), objectives=[judge.model_dump(), other],
+            gold_objectives=[judge.model_dump()], reference_point=[0, 0], sensitivity_point=[0, 0],
+        )  # fmt: skip
+        return make_task(card, tmp_path).hash
+
+    first = identity("one", TEMPLATE)
+    assert identity("moved", TEMPLATE) == first
+    assert identity("other", TEMPLATE + "!") != first
 
 
 def test_usage_of_two_parts_of_the_work_is_added_up() -> None:
