@@ -16,7 +16,7 @@ PYTEST  := $(BIN)/python -m pytest -q
 test test-slow break check: export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup llm llm-human demo llm-demo test test-slow mutants break check results results-learned bench clean
+.PHONY: help setup llm llm-human demo llm-demo test test-slow mutants break check results results-learned bench gpu-test clean
 
 help:  ## show this
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' Makefile
@@ -85,6 +85,9 @@ results-learned: $(STAMP)  ## over-optimisation of learned rewards: trains what 
 
 bench: $(STAMP)  ## measure time and memory of the main commands; writes results/bench/cpu.json and cpu.md
 	@$(BIN)/python results/bench/bench.py
+
+gpu-test: $(STAMP)  ## after make llm, on a CUDA machine (<= 20 minutes): memory, speed, one training; writes results/bench/gpu-*.json
+	@$(BIN)/python results/bench/gpu.py
 
 clean:  ## remove caches and build output; keeps .venv and results/
 	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -296,7 +296,7 @@ def score(
     results: str | Path = "results",
     progress: Progress = silent,
 ) -> NDArray[np.float64]:
-    """Score responses with a task's objectives; float64 ``[n, m]``, larger is better, in the task's order.
+    """Score responses with a task's objectives; float64 ``[n, m]``, larger is better (NaN: a judge left it out).
 
     Args:
         task: a task's name, a card file or its folder.
@@ -320,7 +320,7 @@ def score(
 
     arguments.refuse_unequal(prompts, responses)
     scoring = make_task(load_card(task, arguments.setting_texts(settings)), Path(results), progress)
-    raw = scoring.panel.score(list(prompts), list(responses), lambda done, total: progress("scoring", done, total))
+    raw = scoring.panel.score(list(prompts), list(responses), lambda d, n: progress("scoring", d, n), gaps=True)
     return scoring.normaliser.unit(raw) if normalised else raw
 
 

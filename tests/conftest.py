@@ -49,12 +49,29 @@ def _beside(name: str) -> ModuleType:
 _chats = _beside("chat_families")
 chat_folder, chat_families = _chats.chat_folder, _chats.chat_families
 _hostile = _beside("hostile_texts")
+_judge = _beside("judge_server")
 
 
 @pytest.fixture(scope="session")
 def hostile() -> Any:
     """Texts that attack what shows them, and what of them acts: see ``hostile_texts.py``."""
     return _hostile
+
+
+@pytest.fixture
+def judge_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """An endpoint for objectives of kind judge, which says "Score: 7" to all: see ``judge_server.py``."""
+    pytest.importorskip("openai", reason="the library openai (extra judge) is not installed")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    server = _judge.JudgeServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def judge_replies() -> Any:
+    """What such an endpoint can reply: ``Reply`` and ``verdict`` of ``judge_server.py``."""
+    return _judge
 
 
 @pytest.fixture(scope="session", autouse=True)

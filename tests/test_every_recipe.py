@@ -82,6 +82,25 @@ def test_recipe_is_valid_with_the_settings_of_its_method(task: str, method: str,
     assert set(yaml_lines.load(path).data.get("config") or {}) <= set(type(resolved.config).model_fields)
 
 
+@pytest.mark.parametrize(("task", "method", "path"), RECIPES, ids=NAMES)
+def test_a_quick_budget_changes_only_what_it_names(task: str, method: str, path: Path) -> None:
+    quick = yaml_lines.load(path).data.get("quick")
+    if quick is None:
+        return
+    full, less = (
+        load.load_recipe(path, method, None, [f"budget={name}"], registry.get(method).Config).recipe.config
+        for name in ("full", "quick")
+    )
+    named = {".".join(map(str, keys)) for keys in numbers(quick)}
+    changed = {".".join(map(str, keys)) for keys in numbers(less) if at(less, keys) != at(full, keys)}
+    assert changed == named
+
+
+def at(value: Any, keys: Keys) -> Any:
+    """Return what stands at a key path."""
+    return at(value[keys[0]], keys[1:]) if keys else value
+
+
 @pytest.mark.parametrize("path", FILES, ids=IDS)
 def test_header_says_the_command_and_what_it_needs(path: Path) -> None:
     header = []

@@ -12,7 +12,7 @@ from moalign.cli import output
 from moalign.cli.options import DEFAULT_RESULTS, Json
 from moalign.report.record import Row
 from moalign.report.tables import Column
-from moalign.report.units import number
+from moalign.report.units import number, of_judge
 
 if TYPE_CHECKING:
     from moalign.evaluation.score import Scores
@@ -68,6 +68,8 @@ def _show_summary(scores: Scores) -> None:
     for name in ("mean", "sd", "min", "max", "normalised_mean"):
         columns.append(Column(name.replace("_", " "), name, number))
     output.table(columns, [{**numbers, "objective": name} for name, numbers in scores.summary.items()])
+    for name, usage in scores.judges.items():
+        output.line(f"{name}: {of_judge(usage)}")
     where = "" if scores.out is None else f": {scores.out}"
     output.line(f"{scores.rows} rows scored on {scores.task}{where}")
 

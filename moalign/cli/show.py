@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,11 +16,12 @@ from moalign.cli.outcome import cost_of, show_points, show_summary
 from moalign.core.errors import RequestError
 from moalign.core.text import PROSE
 from moalign.report.tables import Column
-from moalign.report.units import NONE, number
+from moalign.report.units import NONE, interval, number
 
 if TYPE_CHECKING:
     from moalign.config.recipe import Recipe
     from moalign.config.yaml_lines import Document
+    from moalign.report.record import Row
     from moalign.runs.run import Run
 
 
@@ -43,7 +45,7 @@ def show(
     if name in registry.names():
         _method(name, as_json)
     elif (card := find.find_card(name)) is not None:
-        _task(name, card, as_json)
+        _task(name, card, results, as_json)
     elif name in recipes or name.endswith((".yaml", ".yml")):
         _recipe(name, find.find_recipe(name), as_json)
     else:
@@ -91,13 +93,15 @@ def _method(name: str, as_json: bool) -> None:
     output.next_commands(output.command("train", name), output.command("train", name, "--dry-run"))
 
 
-def _task(name: str, path: Path, as_json: bool) -> None:
+def _task(name: str, path: Path, results: Path, as_json: bool) -> None:
     from moalign.config.load import load_card
+    from moalign.preflight.scales import scales
 
     card = load_card(path)
-    settings = card.model_dump(mode="json")
+    settings, fitted = card.model_dump(mode="json"), scales(card, results)
     if as_json:
-        output.as_json({"task": card.name, "path": str(path), "card": settings})
+        more = {"normaliser": fitted} if fitted else {}
+        output.as_json({"task": card.name, "path": str(path), "card": settings, **more})
         return
     output.line(f"{card.name}: {card.description}")
     output.line(str(path))
@@ -108,7 +112,21 @@ def _task(name: str, path: Path, as_json: bool) -> None:
         if key not in ("name", "description")
         for item in (value if key in ("objectives", "gold_objectives") and value else [value])
     )
+    if fitted:
+        output.line(
+            "normaliser: raw scores (larger is better) of the calibration split; low and high become 0 and 1 in "
+            "normalised units; bounds: of the data's responses; published: what a paper reports"
+        )
+        columns = [Column("objective", "objective", left=True), Column("count", "count")]
+        columns += [Column(heading, heading, number) for heading in ("mean", "sd", "low", "high")]
+        columns += [Column("bounds", "bounds", interval), Column("published", _of_paper)]
+        output.table(columns, fitted)
     output.next_commands(output.command("check", name), output.command("preview", "--task", name))
+
+
+def _of_paper(row: Row) -> str:
+    paper = row["published"]
+    return NONE if paper is None else f"{number(paper['mean'])} (sd {number(paper['sd'])})"
 
 
 # -- recipe ------------------------------------------------------------------------------------------------------------
@@ -151,6 +169,8 @@ def _recipe(name: str, path: Path, as_json: bool) -> None:
 
 def _about(path: Path, recipe: Recipe, task: str) -> list[tuple[str, str]]:
     """Return what a recipe is for and what it needs, in lines."""
+    from moalign.config.describe import yaml_form
+
     needs = recipe.needs
     rows = [("recipe", str(path)), ("method", recipe.method), ("task", task)]
     rows += [("about", recipe.description)] if recipe.description else []
@@ -160,9 +180,16 @@ def _about(path: Path, recipe: Recipe, task: str) -> list[tuple[str, str]]:
         ("peak memory", NONE if needs.peak_gib is None else f"{needs.peak_gib:g} GiB"),
         ("measured", needs.measured),
     ]
-    for paper in recipe.reported:
-        origin = "; ".join(filter(None, (paper.source, paper.setting)))
-        rows.append((f"reported {paper.method}", f"{paper.metric} {paper.value:g} ({origin})"))
+    rows += [("quick budget", yaml_form(recipe.quick))] if recipe.quick else []
+    return rows + _reported(paper.model_dump() for paper in recipe.reported)
+
+
+def _reported(papers: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Return what papers report for a recipe, in lines: never measured here, and in their setting and units."""
+    rows = []
+    for paper in papers:
+        origin = "; ".join(filter(None, (paper["source"], paper.get("setting"))))
+        rows.append((f"reported {paper['method']}", f"{paper['metric']} {paper['value']:g} ({origin})"))
     return rows
 
 
@@ -227,6 +254,9 @@ def _run(run: Run, as_json: bool) -> None:
     if evaluation is not None:
         show_points(evaluation)
         show_summary(evaluation)
+    if papers := record.recipe.get("reported"):
+        output.line("what papers report, each in its own setting and from its own reference point:")
+        output.pairs(_reported(papers))
 
 
 def _about_run(run: Run) -> list[tuple[str, str]]:

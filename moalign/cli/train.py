@@ -197,6 +197,7 @@ def _json(run: RunHandle) -> dict[str, Any]:
 def _show(run: RunHandle, results: Path) -> None:
     from moalign.cli.outcome import cost_of, overlong, show_points, show_summary
     from moalign.core.preferences import example, label
+    from moalign.report.units import of_judge
 
     record, evaluation = run.record, run.evaluation
     outcome = "found finished, nothing to train" if run.reused else "done"
@@ -204,6 +205,7 @@ def _show(run: RunHandle, results: Path) -> None:
     rows = [("run", str(run.path)), ("cost", cost_of(record))]
     if record.notes.get("overlong") and evaluation is None:  # the evaluation tells it, too
         rows.append(("prompts", overlong(record.notes["overlong"])))
+    rows += [(f"judge {name}", of_judge(usage)) for name, usage in record.notes.get("judges", {}).items()]
     rows += [("warning", text) for text in record.notes.get("warnings", ()) if evaluation is None]
     output.pairs(rows)
     output.line()

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from moalign.config.objectives import Aggregation, ObjectiveSpec
+from moalign.config.objectives import Aggregation, JudgeObjective, ObjectiveSpec
 from moalign.config.strict import Strict
 from moalign.core.errors import did_you_mean
 
@@ -25,7 +25,7 @@ DEFAULTS_VERSION = 1
 :mod:`moalign.config.objectives` raises it, or cards of before and after would count as the same task."""
 
 _NOT_HASHED = {"description", "suite", "recipes_from", "published"}
-"""Keys that change no score; nor does ``called`` of the objectives and of the gold ones."""
+"""Keys that change no score; nor do ``called`` of the objectives and of the gold ones, and how a judge is reached."""
 
 COLUMNS = {"prompt", "preference", "response", "ids", "finished", "chosen", "rejected", "nondominated", "kl"}
 """Columns that tables of answers, scores and points, and files of data, have beside those of the objectives."""
@@ -364,6 +364,10 @@ class TaskCard(Strict):
             card["template"]["words"] = list(card["template"]["words"].items())  # their order is that of the prompts
         for objective in [*card["objectives"], *card.get("gold_objectives", ())]:
             objective.pop("called", None)
+            if objective["kind"] == "judge":
+                for key in JudgeObjective.NOT_HASHED:
+                    objective.pop(key, None)
+                objective["template"] = PurePath(objective["template"]).name
         text = json.dumps([DEFAULTS_VERSION, card, identity], sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -57,8 +57,9 @@ def load_card(name_or_path: str | Path, overrides: Sequence[str] = ()) -> TaskCa
     """Return the checked card of a task's name, a card file, or a folder that holds ``task.yaml``.
 
     ``overrides`` are ``--set`` texts, each ``task.key=value``. Paths in the card (``model``, ``data.*.path``, a
-    classifier's ``model``, the file of a ``function``) become absolute when such a file or folder exists: relative to
-    the card's folder, or to the current directory for ``--set``. Hub ids stay. Raises RequestError with every problem.
+    classifier's ``model``, the file of a ``function``, a judge's ``template``) become absolute when such a file or
+    folder exists: relative to the card's folder, or to the current directory for ``--set``. Hub ids stay. Raises
+    RequestError with every problem.
     """
     problems: list[str] = []
     card_sets, _ = _sort(overrides, None, problems)
@@ -101,8 +102,8 @@ def load_recipe(
         path: the recipe file; None for a method's defaults.
         method: the requested method; a recipe of another method is refused.
         task: task name or card file; None for the recipe's own. It goes before the recipe's.
-        overrides: ``--set`` texts. ``task.X`` goes to the card; ``policy.X``, ``config.X``, ``needs.X``, ``seed``
-            and the like go to the recipe; ``X`` alone, a key of ``config_class``, is short for ``config.X``.
+        overrides: ``--set`` texts. ``task.X`` goes to the card; ``policy.X``, ``config.X``, ``needs.X``, ``seed``,
+            ``budget`` and the like go to the recipe; ``X`` alone, a key of ``config_class``, is short for ``config.X``.
         config_class: the method's ``Config``.
 
     Raises RequestError with every problem of recipe, config, card and options.
@@ -121,6 +122,7 @@ def load_recipe(
     origin = _origin(document, recipe_sets, f"{method} without a recipe")
     requested, where = task, "--task"
     if content is not None:
+        content = _within_budget(content, recipe_sets, origin, problems)
         content = _apply(content if task is None else {**content, "task": str(task)}, recipe_sets, problems)
         if task is None:
             requested, where = _named_task(content, path), f"{origin.at(('task',))}: task"
@@ -234,7 +236,8 @@ def _card(
 def _paths(holder: Any, place: tuple[Key, ...]) -> Iterator[tuple[dict[str, Any], tuple[Key, ...]]]:
     """Yield every path at and below a place of the card, as the section that holds it and its place."""
     key, value = place[-1], holder[place[-1]]
-    if key in {"path", "model", "function"} and isinstance(value, str):
+    judged = isinstance(holder, dict) and holder.get("kind") == "judge"  # its model is elsewhere, its template a file
+    if key in ({"template"} if judged else {"path", "model", "function"}) and isinstance(value, str):
         yield holder, place
     elif isinstance(value, dict | list) and key not in {"columns", "options"}:
         for below in value if isinstance(value, dict) else range(len(value)):
@@ -250,6 +253,10 @@ def _resolve_path(holder: dict[str, Any], key: str, base: Path) -> str | None:
     path = base / os.path.expanduser(scorer["file"] if scorer else value)
     if os.path.isfile(path) if scorer else os.path.exists(path):  # a Path's own raise for a name that is too long
         holder[key] = str(path.resolve()) + (scorer["attribute"] if scorer else "")
+    elif key == "template":
+        folder = Path(path).parent
+        beside = [file.name for file in folder.iterdir() if file.is_file()] if folder.is_dir() else []
+        return f"found {value!r}; there is no such file: {path}{errors.did_you_mean(Path(path).name, beside)}"
     elif scorer or value.startswith(("/", "./", "../", "~")) or (key == "path" and _DATA_FILE.search(value)):
         kind = "file" if scorer else "file or folder" if key == "path" else "model folder"
         return f"found {value!r}; there is no such {kind}: {path}"
@@ -257,6 +264,27 @@ def _resolve_path(holder: dict[str, Any], key: str, base: Path) -> str | None:
 
 
 # --- the recipe -------------------------------------------------------------------------------------------------
+
+
+def _within_budget(
+    content: Mapping[str, Any], sets: Sequence[_Set], origin: Origin, problems: list[str]
+) -> dict[str, Any]:
+    """Return the recipe with the settings of its ``quick`` section, where that budget is asked for."""
+    options = [item.value for item in sets if item.keys == ("budget",)]
+    quick = content.get("quick")
+    if (options[-1] if options else content.get("budget")) != "quick":
+        return dict(content)
+    if not isinstance(quick, dict):
+        problems.append(origin.sentence(("budget",), f"found 'quick', but {origin.source} has no section quick"))
+        return dict(content)
+    return {**content, "config": _merged(content.get("config", {}), quick)}
+
+
+def _merged(settings: Any, changes: Any) -> Any:
+    """Return settings with those of ``changes`` in their place, section by section."""
+    if not (isinstance(settings, dict) and isinstance(changes, dict)):
+        return changes
+    return {**settings, **{key: _merged(settings.get(key), value) for key, value in changes.items()}}
 
 
 def _named_task(content: Mapping[str, Any], path: str | Path | None) -> str | Path | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import re
+from typing import Annotated, Any, ClassVar, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
@@ -137,6 +139,90 @@ ModelObjective = ClassifierObjective | LmObjective
 """Objectives that a model scores."""
 
 
+class JudgeObjective(_Objective):
+    """The verdict of a language model behind an OpenAI-compatible endpoint; see :mod:`moalign.rewards.judge`."""
+
+    NOT_HASHED: ClassVar[tuple[str, ...]] = ("api_key_env", "timeout", "max_retries", "concurrency", "unreadable")
+    """Settings that change no verdict."""
+
+    kind: Literal["judge"]
+    base_url: str
+    """Where the endpoint is, such as ``http://localhost:8000/v1``; ``/chat/completions`` is added to it."""
+    model: str = Field(min_length=1)
+    """The name by which the endpoint knows its model."""
+    api_key_env: str | None = None
+    """The environment variable that holds the key; null: no key is sent."""
+    template: str = Field(min_length=1)
+    """A text file (relative to the card): what the judge is asked, with ``{prompt}`` and ``{response}``."""
+    field: str | None = Field(default=None, min_length=1)
+    """The key of the JSON object in the verdict that holds the score; ``a.b`` is key b of the section a."""
+    pattern: str | None = Field(default=None, min_length=1)
+    """A regular expression with one group, which matches the score; of several matches the last one counts."""
+    range: tuple[float, float]
+    """Smallest and largest score that the template asks for; a verdict beyond them cannot be read."""
+    unreadable: Literal["raise", "leave-out"] = "raise"
+    """What a verdict without a score does: end the command, or be left out of every mean and counted."""
+    temperature: float | None = Field(default=0.0, ge=0)
+    """Null: the endpoint's own."""
+    max_tokens: int = Field(default=256, ge=1)
+    """Of a verdict; the score of one that is cut off inside it is not read."""
+    seed: int | None = Field(default=0, ge=0)
+    """Null: none is sent."""
+    timeout: float = Field(default=60.0, gt=0)
+    """Seconds that one request may take."""
+    max_retries: int = Field(default=5, ge=0, le=100)
+    """Further tries, after pauses that double, where the endpoint is busy, fails or cannot be reached."""
+    concurrency: int = Field(default=8, ge=1, le=512)
+    """Requests on their way at a time, per process."""
+
+    @field_validator("base_url")
+    @classmethod
+    def _is_endpoint(cls, url: str) -> str:
+        example = "an address such as http://localhost:8000/v1"
+        if re.search("[@?#]", url):  # not repeated here: a key may be in it
+            raise ValueError(f"found more than an address; allowed: {example}; a key comes by api_key_env")
+        try:
+            parts = urlsplit(url)
+            host, _ = parts.hostname, parts.port
+        except ValueError:
+            raise ValueError(f"found {url!r}; allowed: {example}") from None
+        if parts.scheme not in ("http", "https") or not host or re.search(r"\s", url):
+            near = re.sub(r"^(https?:?)?/*", "", url)
+            hint = f"; did you mean 'http://{near}'?" if near and not re.search(r"\s|:/", near) else ""
+            raise ValueError(f"found {url!r}; allowed: {example}{hint}")
+        return url.rstrip("/").removesuffix("/chat/completions")
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _names_a_variable(cls, name: str | None) -> str | None:
+        if name is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name):  # not repeated here: it may be the key
+            raise ValueError(
+                "found something else than a variable's name; allowed: the name (capitals, digits and _) of an "
+                "environment variable that holds the key, such as OPENAI_API_KEY; never the key itself"
+            )
+        return name
+
+    @field_validator("pattern")
+    @classmethod
+    def _has_one_group(cls, pattern: str | None) -> str | None:
+        if pattern is not None:
+            try:
+                groups = re.compile(pattern).groups
+            except re.error as error:
+                raise ValueError(f"found {pattern!r}, which is no regular expression: {error}") from None
+            if groups != 1:
+                raise ValueError(f"found {pattern!r} with {groups} groups; needed: one, around the score")
+        return pattern
+
+    @model_validator(mode="after")
+    def _readable(self) -> JudgeObjective:
+        if (self.field is None) == (self.pattern is None):
+            raise ValueError("field: one of field and pattern is needed, as either says where the score stands")
+        if self.range[0] >= self.range[1]:
+            raise ValueError(f"range: found {list(self.range)}; needed: the smallest score, then the largest")
+        return self
+
+
 class SandboxObjective(_Objective):
     """An exact scorer of the built-in sandbox; the name is one of its three objectives."""
 
@@ -144,5 +230,6 @@ class SandboxObjective(_Objective):
 
 
 ObjectiveSpec = Annotated[
-    PythonObjective | RuleObjective | ClassifierObjective | LmObjective | SandboxObjective, Field(discriminator="kind")
+    PythonObjective | RuleObjective | ClassifierObjective | LmObjective | JudgeObjective | SandboxObjective,
+    Field(discriminator="kind"),
 ]

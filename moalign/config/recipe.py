@@ -78,6 +78,10 @@ class Recipe(Strict):
     """How many times along each stage the adapter in training is kept, for ``moalign eval --snapshots``."""
     policy: PolicySpec = PolicySpec()
     config: dict[str, Any] = Field(default_factory=dict)
+    budget: Literal["full", "quick"] = "full"
+    """quick: ``config`` with the settings of ``quick`` in it; another run, but on the same task."""
+    quick: dict[str, Any] | None = None
+    """The settings of ``config`` that a first look has otherwise: less of the same training."""
     needs: NeedsSpec = NeedsSpec()
     reported: list[ReportedSpec] = Field(default_factory=list)
     """Numbers that papers report for this setting; shown apart from measured ones."""

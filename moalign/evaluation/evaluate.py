@@ -11,13 +11,14 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from moalign.core.arrays import Matrix
-from moalign.core.errors import RequestError
+from moalign.core.errors import RequestError, WorkError
 from moalign.core.preferences import Preference, label, same
 from moalign.core.progress import Progress, silent
 from moalign.evaluation import at_kl, divergence
@@ -43,6 +44,7 @@ from moalign.methods.base import Method, policies_of
 from moalign.pareto import front, indicators, statistics
 from moalign.pareto.hypervolume import hypervolume
 from moalign.report import verdict
+from moalign.rewards.panel import usage_of
 from moalign.runs import atomic
 from moalign.tasks.responses import columns
 from moalign.tasks.task import Task
@@ -129,11 +131,13 @@ def evaluate(
     judgement = judge(context.task, preferences, scores)
     _describe(judgement.points, context.task, table["response"].tolist(), divergences)
     proxy = proxy_reward(context, table, preferences, samples)
+    judges = usage_of(context.task.panel, context.task.gold_panel)
     held = held_out(context)
     separate = bool(held) and not all(_has(held, w) for w in preferences)
     judged = quality_of(context.task, table["response"].tolist(), divergences)
     points = [point.content for point in judgement.points]
     cautions = [*verdict.cautions(judged.content), *verdict.cautions_at(judged.content, points)]
+    cautions += verdict.unread(judges)
     warnings = [*context.run.record.notes.get("warnings", ()), *cautions]
     result = EvalResult(
         **about(method, context),
@@ -144,6 +148,7 @@ def evaluate(
         proxy_reward=proxy,
         gap=None if proxy is None else proxy.hypervolume - judgement.hypervolume,
         overlong=context.task.overlong() or None,
+        judges=judges or None,
         generalisation=_generalisation(method, context, preferences, scores, held, progress, samples)
         if separate
         else None,
@@ -249,7 +254,8 @@ def respond(
         answers = respond_all(policies, prompts, sampling, answered)
         divergences = divergence.from_base(context.task, policies, prompts, answers, sampling, progress)
         flat = [text for row in answers.responses for text in row]
-        raw = context.task.judge_panel.score(prompts * len(preferences), flat, lambda d, n: progress("scoring", d, n))
+        scoring = partial(progress, "scoring")
+        raw = context.task.judge_panel.score(prompts * len(preferences), flat, scoring, gaps=True)
     records = [response for k in range(len(preferences)) for response in answers.records(k)]
     table = pd.DataFrame(
         {
@@ -303,8 +309,22 @@ def scores_of(context: RunContext, table: pd.DataFrame, preferences: Sequence[Pr
 
 
 def _per_prompt(unit: Matrix, preferences: Sequence[Preference], samples: int) -> Matrix:
-    """Return scores ``[preferences x prompts x samples, objectives]`` as ``[prompts, preferences, objectives]``."""
-    means: Matrix = unit.reshape(len(preferences), -1, samples, unit.shape[-1]).mean(axis=2)
+    """Return scores ``[preferences x prompts x samples, objectives]`` as ``[prompts, preferences, objectives]``.
+
+    A score that a judge left out (NaN) is in no mean: that of its prompt is over the other samples, and a prompt
+    without any counts as the mean of the others at its preference. WorkError where that has none, either.
+    """
+    each = unit.reshape(len(preferences), -1, samples, unit.shape[-1])
+    means: Matrix = each.mean(axis=2)
+    if np.isnan(means).any():
+        known = np.ma.masked_invalid(each).mean(axis=2)
+        of_preference = known.mean(axis=1, keepdims=True)
+        if np.ma.getmaskarray(of_preference).any():
+            raise WorkError(
+                "a judge left out every score of an objective at a preference, so that it has no mean; moalign check "
+                "shows what the judge answers to an example"
+            )
+        means = np.where(np.ma.getmaskarray(known), of_preference.data, known.data)
     return means.transpose(1, 0, 2)
 
 
@@ -403,7 +423,7 @@ def proxy_reward(
     if task.judge_panel is task.panel:
         return None
     spec, ref = task.card.evaluation, task.card.reference_point
-    raw = task.panel.score(table["prompt"].tolist(), table["response"].tolist())
+    raw = task.panel.score(table["prompt"].tolist(), table["response"].tolist(), gaps=True)
     scores = _per_prompt(task.normaliser.unit(raw), preferences, samples)
     means = scores.mean(axis=0)
     points = [ProxyPoint(preference=w, mean=row) for w, row in zip(preferences, means.tolist(), strict=True)]

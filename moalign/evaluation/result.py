@@ -278,6 +278,7 @@ class EvalResult(Judgement, EvaluatedRun):
         "share_at_kl",
         "frontier",
         "overlong",
+        "judges",
         "generalisation",
         "warnings",
     )
@@ -299,6 +300,9 @@ class EvalResult(Judgement, EvaluatedRun):
     """The optimum by KL at the corners of the grid and at its middle, where it is known."""
     overlong: dict[str, int] | None = None
     """How many prompts were cut or dropped, where any was."""
+    judges: dict[str, dict[str, Any]] | None = None
+    """What each LLM judge was asked for it (:func:`moalign.rewards.judge.total`), by objective; a gold one as
+    ``gold NAME``. None without such a judge."""
     generalisation: Generalisation | None = None
     """Where preferences were held out of training."""
     warnings: tuple[str, ...] | None = None

@@ -15,7 +15,7 @@ import numpy as np
 from moalign.config.card import SourceSpec
 from moalign.config.load import load_card
 from moalign.core.arrays import Matrix
-from moalign.core.errors import RequestError
+from moalign.core.errors import RequestError, WorkError
 from moalign.core.progress import Progress, silent
 from moalign.data import readers
 from moalign.tasks.load import make_task
@@ -35,7 +35,9 @@ class Scores:
     rows: int = 0
     out: Path | None = None
     summary: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Objective -> mean, sd, min, max of the raw scores and ``normalised_mean``."""
+    """Objective -> mean, sd, min, max of the raw scores and ``normalised_mean``, of those that no judge left out."""
+    judges: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Objective -> what its LLM judge was asked (:func:`moalign.rewards.judge.total`)."""
     scored: list[dict[str, Any]] = field(default_factory=list)
     """Per row prompt, response, ``raw`` and ``normalised``; empty when a file was written."""
 
@@ -48,6 +50,7 @@ class Scores:
     def as_dict(self) -> dict[str, Any]:
         """Return everything for ``--json``."""
         record = {key: getattr(self, key) for key in ("task", "objectives", "rows", "out", "summary")}
+        record |= {"judges": self.judges} if self.judges else {}
         return record if self.out is not None else {**record, "scores": self.scored}
 
 
@@ -91,14 +94,20 @@ def score(
         while rows_now := list(islice(rows, CHUNK)):
             prompts = [row.values["prompt"] for row in rows_now]
             responses = [row.values["response"] for row in rows_now]
-            raw = panel.score(prompts, responses, partial(progress, f"scoring from row {scores.rows + 1}"))
+            raw = panel.score(prompts, responses, partial(progress, f"scoring from row {scores.rows + 1}"), True)
             keep(prompts, responses, raw, panel.unit(raw))
             chunks.append(raw)
             scores.rows += len(prompts)
     raw = np.concatenate(chunks)
-    columns = [raw.mean(axis=0), raw.std(axis=0), raw.min(axis=0), raw.max(axis=0), panel.unit(raw).mean(axis=0)]
-    for name, numbers in zip(names, np.transpose(columns).tolist(), strict=True):
-        scores.summary[name] = dict(zip(("mean", "sd", "min", "max", "normalised_mean"), numbers, strict=True))
+    for name, column, unit in zip(names, raw.T, panel.unit(raw).T, strict=True):
+        known = ~np.isnan(column)
+        if not known.any():
+            raise WorkError(f"objective {name!r}: none of the judge's {len(column)} verdicts can be read")
+        of = column[known]
+        numbers = {"mean": of.mean(), "sd": of.std(), "min": of.min(), "max": of.max()}
+        numbers["normalised_mean"] = unit[known].mean()
+        scores.summary[name] = {key: float(value) for key, value in numbers.items()}
+    scores.judges = panel.take_usage()
     return scores
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from moalign.core.errors import RequestError
@@ -29,7 +30,7 @@ class Answer:
     response: str
     preference: Preference
     raw: dict[str, float]
-    """Objective -> raw score, larger is better."""
+    """Objective -> raw score, larger is better; NaN where an LLM judge left it out."""
     normalised: dict[str, float]
     """Objective -> score in normalised units."""
     words: str | None = None
@@ -80,7 +81,8 @@ def generate(
     raw = context.panel.score(
         [prompt for _, _, prompt, _ in rows],
         [response for *_, response in rows],
-        lambda done, total: progress("scoring", done, total),
+        partial(progress, "scoring"),
+        gaps=True,
     )
     unit = context.panel.unit(raw)
     return [

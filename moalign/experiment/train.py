@@ -24,6 +24,8 @@ from moalign.experiment.arguments import refuse_both
 from moalign.methods import registry
 from moalign.methods.base import Method
 from moalign.preflight.request import of_recipe, require_sound, to_train
+from moalign.rewards.judge import total
+from moalign.rewards.panel import usage_of
 from moalign.runs import trackers
 from moalign.runs.meter import Meter
 from moalign.runs.record import FILE
@@ -232,20 +234,39 @@ def train(plan: Plan, progress: Progress = silent, wait: bool = False) -> tuple[
     existing = plan.existing_run
     if existing is not None and existing.record.status == "done":
         return existing, True
+    judges: dict[str, dict[str, Any]] = {}
     if plan.card.gold_objectives:  # a judge that cannot judge is seen before training, and holds no memory during it
-        _ = make_task(plan.card, plan.request.results, progress).judge_normaliser
+        judging = make_task(plan.card, plan.request.results, progress)
+        _ = judging.judge_normaliser
+        judges = usage_of(judging.panel, judging.gold_panel)
     run = plan.open()
     if wait and run.is_locked():
         progress(f"waiting for {run.path.name}, which another process trains", 0, 1)
     with run.training(wait) as meter:
         if meter is None:
             return run, True
-        job = plan.job(run, meter, progress)
-        with plan.mirrors(run) as run.mirrors:
-            plan.method.train(job)
-        overlong = plan.task.overlong()
-        run.record.notes = {**job.notes, "overlong": overlong} if overlong else job.notes
+        with _counting_judges(plan, run, judges):
+            job = plan.job(run, meter, progress)
+            with plan.mirrors(run) as run.mirrors:
+                plan.method.train(job)
+            overlong = plan.task.overlong()
+            run.record.notes = {**job.notes, "overlong": overlong} if overlong else job.notes
     return run, False
+
+
+@contextlib.contextmanager
+def _counting_judges(plan: Plan, run: Run, asked: Mapping[str, dict[str, Any]]) -> Iterator[None]:
+    """Note what LLM judges were asked for a run, before the block and in it, also when it fails or is interrupted."""
+    judged = any(spec.kind == "judge" for spec in (*plan.card.objectives, *(plan.card.gold_objectives or ())))
+    earlier = run.record.notes.get("judges", {})
+    try:
+        yield
+    finally:
+        if judged:
+            parts, judges = (asked, usage_of(plan.task.panel)), dict(earlier)
+            for part in parts:
+                judges |= {name: total(usage, judges.get(name, {})) for name, usage in part.items()}
+            run.record.notes = {**run.record.notes, "judges": judges}
 
 
 @contextlib.contextmanager

@@ -54,6 +54,8 @@ KNOWN = {
     "meta-llama/Llama-2-7b-hf": _llama(6_738_415_616, 4096, 11008, 32, 4096, 32000),
     "meta-llama/Llama-3.2-1B": _llama(1_235_814_400, 2048, 8192, 16, 512, 128256),
     "Qwen/Qwen2.5-0.5B": _llama(494_032_768, 896, 4864, 24, 128, 151936),
+    "Qwen/Qwen2.5-0.5B-Instruct": _llama(494_032_768, 896, 4864, 24, 128, 151936),
+    "Qwen/Qwen2.5-1.5B-Instruct": _llama(1_543_714_304, 1536, 8960, 28, 256, 151936),
     "smollm2-135m-instruct": _llama(134_515_008, 576, 1536, 30, 192, 49152),
     "Ray2333/gpt2-large-harmless-reward_model": _GPT2_LARGE,
     "Ray2333/gpt2-large-helpful-reward_model": _GPT2_LARGE,

@@ -231,11 +231,17 @@ def _check_overlong(report: Preflight, card: TaskCard, task: Task | None) -> Non
 
 
 def _objective(report: Preflight, spec: ObjectiveSpec) -> str:
+    from moalign.rewards.judge import JudgeScorer
     from moalign.rewards.scorer import build_scorer
 
     if isinstance(spec, ModelObjective) and not is_local(spec.model):
         return _in_cache(report, spec.model, spec.revision, f"objective {spec.name}: model")[0]
     scorer = build_scorer(spec, Path.cwd())
+    if isinstance(scorer, JudgeScorer):
+        text, was_read = scorer.probe()
+        if not was_read:
+            report.notes.append(f"objective {spec.name}: {text}")
+        return f"judge, {text}, revision {scorer.revision}"
     return f"{spec.kind}, {'larger' if scorer.maximise else 'smaller'} is better, revision {scorer.revision}"
 
 

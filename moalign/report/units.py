@@ -11,12 +11,12 @@ NONE = "–"
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """Return a fixed number of decimals, never ``-0.000``.
+    """Return a fixed number of decimals, never ``-0.000``; NaN is no number.
 
     >>> number(0.98765), number(-0.0001)
     ('0.988', '0.000')
     """
-    return NONE if value is None else f"{value:z.{digits}f}"
+    return NONE if value is None or value != value else f"{value:z.{digits}f}"
 
 
 def signed(value: float | None, digits: int = 3) -> str:
@@ -65,6 +65,19 @@ def count(value: float | None) -> str:
         if value >= 0.9995 * size:
             return f"{_three_figures(value / size)} {unit}"
     return f"{value:.0f}"
+
+
+def of_judge(usage: Row) -> str:
+    """Return what an LLM judge was asked, and how many of its verdicts could not be read.
+
+    >>> usage = {"model": "small", "verdicts": 40, "unreadable": 2, "failure_rate": 0.05}
+    >>> of_judge({**usage, "prompt_tokens": 5200, "completion_tokens": 310})
+    '40 verdicts of small (5.20 k tokens read, 310 written), 2 of them unreadable (5.0 %)'
+    """
+    failed = f", {usage['unreadable']} of them unreadable ({percent(usage['failure_rate'], 1)})"
+    tokens = f"{count(usage['prompt_tokens'])} tokens read, {count(usage['completion_tokens'])} written"
+    noun = "verdict" if usage["verdicts"] == 1 else "verdicts"
+    return f"{usage['verdicts']} {noun} of {usage['model']} ({tokens}){failed if usage['unreadable'] else ''}"
 
 
 def memory(size: float | None) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moalign.core import preferences
@@ -12,6 +12,9 @@ from moalign.report.units import interval, number, percent, signed
 
 COLLAPSED = 0.05
 """Share of collapsed responses at which a row gets a warning."""
+
+UNREAD = 0.05
+"""Share of a judge's verdicts without a score above which an evaluation gets a warning."""
 
 KL_PER_TOKEN = 3.0
 """Nats of KL to base for each token of a response above which a row gets a warning.
@@ -74,6 +77,16 @@ def sentences(record: Row) -> list[str]:
     if len(different) > 1:
         lines.append(f"Trained on different machines ({'; '.join(different)}): times of training cannot be compared.")
     return lines
+
+
+def unread(judges: Mapping[str, Row]) -> list[str]:
+    """Return a warning for each LLM judge of whose verdicts many could not be read; usage by objective."""
+    rates = {name: usage["failure_rate"] for name, usage in judges.items()}
+    return [
+        f"{percent(rate)} of the verdicts on {name} could not be read and are in no mean"
+        for name, rate in rates.items()
+        if rate is not None and rate > UNREAD
+    ]
 
 
 def cautions(quality: Row) -> list[str]:

@@ -6,12 +6,13 @@ objectives. Scores made before a failure stay in the store.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -91,10 +92,12 @@ class RewardPanel:
         prompts: Sequence[str],
         responses: Sequence[str],
         progress: Callable[[int, int], None] | None = None,
+        gaps: bool = False,
     ) -> Matrix:
         """Return raw scores ``[samples, objectives]``, turned so that larger is better in every column.
 
-        ``progress`` is called with (done, total) scores over distinct texts as the work goes on.
+        ``progress`` is called with (done, total) scores over distinct texts as the work goes on. A score that a judge
+        leaves out is NaN with ``gaps``; else the mean of its prompt's others, or of all where it has none.
 
         Raises WorkError when a scorer raises or gives NaN, an infinity or the wrong number of scores; the message names
         objective and sample, and every score made until then is in the store.
@@ -107,7 +110,26 @@ class RewardPanel:
                 raw[:, column] = 0.0 - raw[:, column]
         if self.meter is not None:
             self.meter.add_reward_calls(raw.size)
-        return raw
+        return raw if gaps else self._without_gaps(raw, prompts)
+
+    def take_usage(self) -> dict[str, dict[str, Any]]:
+        """Return what the panel's judges were asked since the last call, by objective; empty without a judge."""
+        taken = {scorer.name: getattr(scorer, "take_usage", None) for scorer in self.objectives}
+        return {name: take() for name, take in taken.items() if take is not None}
+
+    def _without_gaps(self, raw: Matrix, prompts: Sequence[str]) -> Matrix:
+        """Return the scores with a mean in place of each one that was left out; WorkError where there is none."""
+        known, filled = ~np.isnan(raw), raw.copy()
+        of_prompt = np.array(prompts, dtype=object)
+        for row, column in np.argwhere(~known).tolist():
+            if not known[:, column].any():
+                raise WorkError(
+                    f"objective {self.names[column]!r}: none of the judge's {len(raw)} verdicts can be read; "
+                    "moalign check shows what it answers to an example"
+                )
+            same = known[:, column] & (of_prompt == prompts[row])
+            filled[row, column] = raw[same if same.any() else known[:, column], column].mean()
+        return filled
 
     def spread(self, prompts: Sequence[str], responses: Sequence[str]) -> Matrix:
         """Return how far the members of each objective disagree, ``[samples, objectives]``.
@@ -175,6 +197,15 @@ class RewardPanel:
         return self.normaliser
 
 
+def usage_of(panel: RewardPanel, gold: RewardPanel | None = None) -> dict[str, dict[str, Any]]:
+    """Return what the LLM judges of two panels were asked since the last call, by objective; gold ones as ``gold X``.
+
+    Judges that a panel shares with the other one are counted once.
+    """
+    of_gold = {} if gold is None else gold.take_usage()
+    return panel.take_usage() | {f"gold {name}": usage for name, usage in of_gold.items()}
+
+
 @dataclass
 class _Column:
     """One objective's scores of distinct texts: from the store, then from the scorer chunk by chunk."""
@@ -200,10 +231,34 @@ class _Column:
             self.values[:] = [math.nan if value is None else value for value in known]
         missing = np.flatnonzero(np.isnan(self.values)).tolist()
         self.report(self.done)
+        if missing and hasattr(self.scorer, "stream"):
+            self._stream(missing)
+            return self.values
         for start in range(0, len(missing), chunk):
             self._score(missing[start : start + chunk])
             self.report(self.done)
         return self.values
+
+    def _stream(self, rows: Sequence[int]) -> None:
+        """Score the texts of ``rows`` with a scorer that gives scores as they come, and keep each at once."""
+        prompts, responses = zip(*(self.pairs[row] for row in rows), strict=True)
+        try:
+            with contextlib.closing(self.scorer.stream(prompts, responses)) as scores:  # type: ignore[attr-defined]
+                for at, score in scores:
+                    if isinstance(score, ScorerFault):
+                        raise self._error(f"{score} for {self._shown(rows[at])}")
+                    self._keep([(rows[at], score)] if math.isfinite(score) else [])
+                    self.report(self.done)
+        except RequestError as error:
+            raise RequestError(f"{error}; {self._saved()}") from None
+
+    def _keep(self, scores: Sequence[tuple[int, float]]) -> None:
+        """Take finite scores by row, and put them into the store."""
+        for row, value in scores:
+            self.values[row] = value
+        if self.store is not None and scores:
+            pairs = [self.pairs[row] for row, _ in scores]
+            self.store.put_many(self.scorer.revision, pairs, [value for _, value in scores])
 
     def _score(self, rows: Sequence[int]) -> None:
         """Score the texts of ``rows`` and keep their scores.
@@ -221,12 +276,7 @@ class _Column:
                 f"{fault} for {len(rows)} texts together (samples {self.first[rows[0]]} to {self.first[rows[-1]]}), "
                 "but not for each half of them"
             ) from fault
-        finite = [(row, value) for row, value in zip(rows, scores.tolist(), strict=True) if math.isfinite(value)]
-        for row, value in finite:
-            self.values[row] = value
-        if self.store is not None:
-            pairs = [self.pairs[row] for row, _ in finite]
-            self.store.put_many(self.scorer.revision, pairs, [value for _, value in finite])
+        self._keep([row for row in zip(rows, scores.tolist(), strict=True) if math.isfinite(row[1])])
         for row, value in zip(rows, scores, strict=True):
             if not math.isfinite(value):
                 raise self._error(f"gave {value}, which is not a finite number, for {self._shown(row)}")
@@ -255,11 +305,12 @@ class _Column:
         return f"sample {self.first[row]} (prompt {prompt}, response {response})"
 
     def _error(self, what: str) -> WorkError:
+        return WorkError(f"objective {self.scorer.name!r}: the scorer {what}; {self._saved()}")
+
+    def _saved(self) -> str:
         if self.store is None:
-            saved = f"{self.done} of {len(self.pairs)} texts had a score"
-        else:
-            saved = f"the {self.done} of {len(self.pairs)} scores made so far are kept in {self.store.path}"
-        return WorkError(f"objective {self.scorer.name!r}: the scorer {what}; {saved}")
+            return f"{self.done} of {len(self.pairs)} texts had a score"
+        return f"the {self.done} of {len(self.pairs)} scores made so far are kept in {self.store.path}"
 
 
 def _short(text: str, most: int = 60) -> str:

@@ -26,7 +26,8 @@ class Scorer(Protocol):
     ``revision`` names what scores and changes whenever the scores may change. It is the store's key together with the
     texts, so that scorers with equal revisions share their scores. The store is not used for a ``cheap`` scorer, which
     is faster than a look-up. A scorer with members has ``spread``, too, called as ``score`` is: the sd over members of
-    their standardised scores.
+    their standardised scores. A slow one may have ``stream``, called as ``score`` is: it yields (sample, score) as
+    scores come, each of which is kept at once; NaN is a score that it leaves out.
     """
 
     @property
@@ -71,8 +72,8 @@ def build_scorer(spec: ObjectiveSpec, base_dir: Path) -> Scorer:
 
     Relative model folders and modules are looked up in ``base_dir``, the card's folder.
 
-    Raises RequestError for an unknown rule, function, option, label or model, and a model folder that cannot be used;
-    WorkError for a kind that :data:`BUILDERS` does not hold yet.
+    Raises RequestError for an unknown rule, function, option, label or model, a model folder that cannot be used, and a
+    judge without template or key; WorkError for a kind that :data:`BUILDERS` does not hold yet.
     """
     if spec.kind == "rule":
         from moalign.rewards.rules import RuleScorer
@@ -90,6 +91,10 @@ def build_scorer(spec: ObjectiveSpec, base_dir: Path) -> Scorer:
         from moalign.rewards.lm_scorer import LmScorer
 
         return LmScorer(spec, base_dir)
+    if spec.kind == "judge":
+        from moalign.rewards.judge import JudgeScorer
+
+        return JudgeScorer(spec, base_dir)
     if spec.kind not in BUILDERS:
         raise WorkError(f"objective {spec.name}: kind {spec.kind} is a task's own; import moalign.tasks first")
     return BUILDERS[spec.kind](spec, base_dir)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from moalign.core.arrays import Matrix
 from moalign.core.records import Response
 
@@ -46,12 +48,23 @@ class Scored:
             seen[prompt] += 1
             if seen[prompt] <= per_prompt:
                 rows.append(row)
+        return self._of(rows, round(self.sampled * len(rows) / max(1, len(self.prompts))))
+
+    def complete(self) -> Scored:
+        """Return the responses of which a judge left out no score: nothing is learned from the others."""
+        known = ~np.isnan(self.raw).any(axis=1)
+        return self if known.all() else self._of(np.flatnonzero(known).tolist(), self.sampled)
+
+    def _of(self, rows: Sequence[int], sampled: int) -> Scored:
         return Scored(
-            [self.prompts[row] for row in rows],
-            [self.responses[row] for row in rows],
-            self.raw[rows],
-            round(self.sampled * len(rows) / max(1, len(self.prompts))),
+            [self.prompts[row] for row in rows], [self.responses[row] for row in rows], self.raw[rows], sampled
         )
+
+
+def complete(raw: Matrix) -> Matrix:
+    """Return the rows of scores ``[samples, objectives]`` without those of which a judge left one out."""
+    rows: Matrix = raw[~np.isnan(raw).any(axis=1)]
+    return rows
 
 
 def shown(responses: Sequence[Response]) -> list[str]:

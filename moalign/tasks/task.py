@@ -31,7 +31,7 @@ from moalign.data import splits
 from moalign.rewards.normaliser import Normaliser
 from moalign.rewards.panel import RewardPanel
 from moalign.tasks.pairs import Pairs, from_scores
-from moalign.tasks.responses import Responses, Scored, columns, from_columns, shown
+from moalign.tasks.responses import Responses, Scored, columns, complete, from_columns, shown
 
 if TYPE_CHECKING:
     from moalign.config.objectives import ObjectiveSpec
@@ -312,11 +312,11 @@ class Task(abc.ABC):
 
     def _fit_normaliser(self, panel: RewardPanel) -> Normaliser:
         base, data = self._calibration_samples, self.data_responses("calibration")
-        of_data = None if data is None else panel.score(data.prompts, shown(data.responses))
+        of_data = None if data is None else complete(panel.score(data.prompts, shown(data.responses), gaps=True))
         self._keep_short((data or base).responses)  # now that the base was sampled for it
         prompts = base.prompts + (data.prompts if data else [])
         responses = shown(base.responses + (data.responses if data else []))
-        raw = panel.score(prompts, responses)
+        raw = complete(panel.score(prompts, responses, gaps=True))
         with placed("gold_objectives" if panel is self.gold_panel else ""):
             return Normaliser.fit(
                 raw,
@@ -368,7 +368,8 @@ class Task(abc.ABC):
         return self._score(self.data_responses("train") or self._pool())
 
     def _score(self, rows: Responses) -> Scored:
-        return Scored(rows.prompts, rows.responses, self.panel.score(rows.prompts, shown(rows.responses)), rows.sampled)
+        raw = self.panel.score(rows.prompts, shown(rows.responses), gaps=True)
+        return Scored(rows.prompts, rows.responses, raw, rows.sampled).complete()
 
     def _pool(self) -> Responses:
         import pandas as pd

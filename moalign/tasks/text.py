@@ -12,7 +12,7 @@ from moalign.core.amounts import Amounts
 from moalign.core.errors import RequestError
 from moalign.core.records import Pair, Response
 from moalign.data import load, readers, splits
-from moalign.rewards import python_scorer
+from moalign.rewards import judge, python_scorer
 from moalign.rewards.scorer import build_scorer
 from moalign.tasks.responses import Responses
 from moalign.tasks.task import Task, fingerprint
@@ -28,7 +28,7 @@ class TextTask(Task):
 
     @functools.cached_property
     def identity(self) -> dict[str, str]:
-        """Fingerprints of the model, every data file, scorer file and folder of a reward model.
+        """Fingerprints of the model, every data file, scorer file, judge and folder of a reward model.
 
         A change there makes another task: a folder of the same name is not the same reward model.
         """
@@ -46,7 +46,7 @@ class TextTask(Task):
                     content[f"{role}.{spec.name}"] = python_scorer.fingerprint(file)
                 if isinstance(spec, ClassifierObjective | LmObjective) and os.path.isdir(spec.model):
                     content[f"{role}.{spec.name}"] = build_scorer(spec, Path.cwd()).revision
-        return content
+        return content | judge.fingerprints(self.card)
 
     def base_source(self) -> tuple[str, str | None]:
         """Return the card's model and its revision."""

@@ -178,6 +178,56 @@ def test_a_task_is_shown_in_full(moalign: Any) -> None:
     assert json.loads(moalign("show", "sandbox", "--json").out)["card"]["grid"] == 11
 
 
+def test_a_task_is_shown_with_its_scale_once_that_was_fitted_beside_what_a_paper_reports(
+    moalign: Any, tmp_path: Path
+) -> None:
+    from moalign.config.load import load_card
+    from moalign.rewards.normaliser import Normaliser
+    from moalign.tasks.load import make_task
+
+    (tmp_path / "own").mkdir()
+    text = CARD.read_text().replace("name: sandbox\n", "name: own\n")
+    (tmp_path / "own" / "task.yaml").write_text(text + "published: {helpfulness: {mean: 0.25, sd: 2}}\n")
+    assert "normaliser" not in json.loads(moalign("show", "own", "--json").out)
+    folder = make_task(load_card("own"), Path("results")).folder
+    scale = Normaliser(
+        ("helpfulness", "harmlessness"), (0.5, -1), (1.5, 2), (-3, -4), (3, 4), ((-3.5, 3.25), (-4, 4)), count=320
+    )
+    scale.to_json(folder / "normaliser.json")
+    rows = json.loads(moalign("show", "own", "--json").out)["normaliser"]
+    assert rows[0] == {
+        "objective": "helpfulness", "count": 320, "mean": 0.5, "sd": 1.5, "low": -3.0, "high": 3.0,
+        "bounds": [-3.5, 3.25], "published": {"mean": 0.25, "sd": 2.0},
+    }  # fmt: skip
+    assert (rows[1]["objective"], rows[1]["published"]) == ("harmlessness", None)
+    lines = moalign("show", "own").out.splitlines()
+    (line,) = [line.split() for line in lines if line.startswith("helpfulness ")]
+    assert line == [
+        "helpfulness",
+        "320",
+        "0.500",
+        "1.500",
+        "-3.000",
+        "3.000",
+        "[-3.500,",
+        "3.250]",
+        "0.250",
+        "(sd",
+        "2.000)",
+    ]
+    other = json.loads(moalign("show", "own", "--results", "elsewhere", "--json").out)
+    assert "normaliser" not in other
+
+
+def test_a_run_is_shown_with_what_papers_report(moalign: Any, toys: None, tmp_path: Path) -> None:
+    paper = '{method: Toy, metric: hypervolume, value: 1.5, source: "arXiv 1, table 2", setting: "reference point 0"}'
+    (tmp_path / "toy.yaml").write_text(f"method: toy\ntask: sandbox\nreported: [{paper}]\n")
+    run = json.loads(moalign("train", "toy", "--recipe", "toy.yaml", "--json").out)["run"]
+    out = moalign("show", run).out
+    assert "what papers report, each in its own setting and from its own reference point:" in out
+    assert "reported Toy  hypervolume 1.5 (arXiv 1, table 2; reference point 0)" in out
+
+
 def test_a_card_is_shown_by_file_or_folder(moalign: Any, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "task.yaml").write_text(CARD.read_text().replace("name: sandbox\n", "name: own\n"))

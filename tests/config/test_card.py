@@ -167,6 +167,8 @@ ClassifierObjective {maximise: true, called: [], store: null, pessimism: 0.0, ag
 DataSpec {prompts: null, prompt_grammar: null, responses: null, pairs: null}
 EvaluationSpec {prompts: 128, samples: 1, seed: 1234, bootstrap: 1000}
 GenerationSpec {max_prompt_tokens: 512, max_new_tokens: 128, temperature: 1.0, top_p: 1.0, batch_size: 256}
+JudgeObjective {maximise: true, called: [], store: null, api_key_env: null, field: null, pattern: null, unreadable:
+    'raise', temperature: 0.0, max_tokens: 256, seed: 0, timeout: 60.0, max_retries: 5, concurrency: 8}
 LmObjective {maximise: true, called: [], store: null, revision: null, template: null, max_length: 512, batch_tokens:
     4096, dtype: 'float32'}
 PoolSpec {prompts: 256, per_prompt: 8, calibration_per_prompt: 4, temperature: null, seed: 0}

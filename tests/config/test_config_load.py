@@ -90,6 +90,29 @@ def test_a_whole_config_and_the_last_of_two_options(recipes: Path) -> None:
     assert recipe(None, "config={steps: 4}", "steps=5", "steps=6", task="demo").config == Config(steps=6)
 
 
+def test_a_quick_budget_goes_before_the_config_and_options_before_both(recipes: Path) -> None:
+    edit(recipes / "demo" / "ric.yaml", ("lr: 1e-4", "lr: 1e-4\nquick: {steps: 2, pairing: {kind: best}}"))
+    assert recipe().config == Config(lr=1e-4)
+    assert recipe(RECIPE, "budget=quick").config == Config(lr=1e-4, steps=2, pairing=Pairing(kind="best"))
+    assert recipe(RECIPE, "steps=3", "budget=quick").config.steps == 3
+    assert recipe(RECIPE, "budget=quick", "budget=full").config == Config(lr=1e-4)
+    edit(recipes / "demo" / "ric.yaml", ("seed: 7", "seed: 7\nbudget: quick"))
+    assert recipe().config.steps == 2
+    edit(recipes / "demo" / "ric.yaml", ("steps: 2", "stpes: 2"))
+    (text,) = problems()
+    assert "config.stpes: unknown key; allowed: steps, lr, pairing; did you mean 'steps'?" in text
+
+
+def test_a_quick_budget_that_a_recipe_lacks_and_one_that_is_none(recipes: Path) -> None:
+    texts = problems(RECIPE, "budget=quick")
+    assert texts == ("--set budget: found 'quick', but recipes/demo/ric.yaml has no section quick",)
+    texts = problems(None, "budget=quick", task="demo")
+    assert texts == ("--set budget: found 'quick', but ric without a recipe has no section quick",)
+    assert problems(RECIPE, "budget=quik") == (
+        "--set budget: found 'quik'; allowed: 'full' or 'quick'; did you mean 'quick'?",
+    )
+
+
 def test_the_task_option_goes_before_the_recipes_task(recipes: Path) -> None:
     other = recipes / "other"
     other.mkdir()
@@ -191,15 +214,16 @@ def test_errors_of_card_recipe_config_and_options_are_one_error(recipes: Path) -
     texts = problems(RECIPE, "steps=none", "task.grid=1", "grdi=3", "policy.lora.r=0", "x")
     assert texts == (
         "--set grdi: unknown setting; allowed: steps, lr, pairing, description, seed, prefs, holdout, snapshots, "
-        + "policy.KEY, config.KEY, needs.KEY, reported, trackers, sources.KEY, task.KEY; did you mean 'task.grid'?",
+        + "policy.KEY, config.KEY, budget, quick, needs.KEY, reported, trackers, sources.KEY, task.KEY; "
+        + "did you mean 'task.grid'?",
         "--set x: no '=' found; write --set key=value, like --set seed=3",
         "--set task.grid: found 1; allowed: a whole number >= 2",
-        "recipes/demo/task.yaml:6: objectives.0.kind: found 'ruel'; allowed: hf-classifier, lm, python, rule, sandbox; "
-        + "did you mean 'rule'?",
+        "recipes/demo/task.yaml:6: objectives.0.kind: found 'ruel'; allowed: hf-classifier, judge, lm, python, rule, "
+        + "sandbox; did you mean 'rule'?",
         "recipes/demo/task.yaml:11: reference_point.1: found 'x'; allowed: a number",
         "--set policy.lora.r: found 0; allowed: a whole number >= 1 and <= 65536",
         "recipes/demo/ric.yaml:3: sede: unknown key; allowed: method, task, description, seed, prefs, holdout, "
-        + "snapshots, policy, config, needs, reported, trackers, sources; did you mean 'seed'?",
+        + "snapshots, policy, config, budget, quick, needs, reported, trackers, sources; did you mean 'seed'?",
         "--set steps: config.steps: found 'none'; allowed: a whole number >= 1",
         "recipes/demo/ric.yaml:7: config.lr: found 'fast'; allowed: a number",
         "recipes/demo/ric.yaml:8: config.stpes: unknown key; allowed: steps, lr, pairing; did you mean 'steps'?",

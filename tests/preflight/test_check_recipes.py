@@ -15,6 +15,8 @@ from moalign.preflight.report import Preflight
 REAL = ("hh-rlhf", "hh-rlhf-2", "reddit-summary", "safe-rlhf", "helpsteer2")
 SMALL = ("Qwen/Qwen2.5-0.5B", "meta-llama/Llama-3.2-1B")
 METHODS = registry.names()
+FIVE = ("moc", "mo-odpo", "ric", "modpo", "paretohqd")
+"""The methods whose recipes have a quick budget beside the papers' own."""
 
 
 @pytest.fixture(autouse=True)
@@ -101,6 +103,29 @@ def test_cost_counts_policies_and_experts() -> None:
     assert told("hh-rlhf-2", "morlhf", "conditioned=true").policies == 1
     assert told("hh-rlhf-2", "best-of-n").policies == 0
     assert told("hh-rlhf-2", "mo-odpo", "needs.gpu=a toaster").hours is None
+
+
+@pytest.mark.parametrize("task", [*REAL, "qwen-instruct"])
+def test_the_quick_budget_of_five_methods_stays_within_eight_hours_of_an_a100(task: str) -> None:
+    hours = {"full": 0.0, "quick": 0.0}
+    for budget in hours:
+        for method in FIVE:
+            path, found = find.find_recipe_file(task, method), registry.get(method)
+            sets = [f"budget={budget}", "needs.gpu=A100 80GB"]
+            resolved = load.load_recipe(path, method, task, sets, found.Config)
+            told = cost.estimate(resolved, found.capabilities, memory.sizes_of(str(resolved.card.model)))
+            assert told.hours is not None
+            hours[budget] += told.hours
+    assert hours["quick"] <= 8 < hours["full"]
+
+
+@pytest.mark.parametrize("method", [*FIVE, "sft", "prompting", "best-of-n"])
+@pytest.mark.parametrize("model", ["Qwen/Qwen2.5-1.5B-Instruct", "Qwen/Qwen2.5-0.5B-Instruct"])
+def test_the_small_instruct_model_fits_a_card_of_24_gb(method: str, model: str) -> None:
+    report = check.check(f"qwen-instruct/{method}", ["budget=quick", f"task.model={model}"])
+    assert report.problems == []
+    assert 0 < report.memory["total_gib"] <= report.memory["stated_gib"] == 24
+    assert report.memory["unknown"] == []
 
 
 def test_names_too_long_for_a_file_are_problems_of_the_request() -> None:

@@ -152,3 +152,8 @@ def test_long_lists_are_cut(compared: Build) -> None:
     record["winner"] = None
     record["pairs"][0]["certain"] = False
     assert "m2, m3, m4, m5 and 3 others" in verdict.sentences(record)[0]
+
+
+def test_a_judge_that_is_seldom_understood_is_a_warning() -> None:
+    usage = {"help": {"failure_rate": 0.12}, "gold help": {"failure_rate": 0.05}, "tone": {"failure_rate": None}}
+    assert verdict.unread(usage) == ["12 % of the verdicts on help could not be read and are in no mean"]

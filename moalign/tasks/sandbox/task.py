@@ -14,6 +14,7 @@ from moalign.config.recipe import LoraSpec
 from moalign.core.arrays import Matrix
 from moalign.core.preferences import Preference
 from moalign.core.records import Response
+from moalign.rewards import judge
 from moalign.rewards.panel import RewardPanel
 from moalign.tasks.responses import Responses
 from moalign.tasks.sandbox import base, world
@@ -40,7 +41,7 @@ class SandboxTask(Task):
 
     @property
     def identity(self) -> dict[str, str]:
-        """The base's content address (of a user's own base its fingerprint), and what the rewards are learned with."""
+        """The base's content address (a user's own: its fingerprint), what rewards are learned with, and LLM judges."""
         if self.card.model is not None:
             content = {"model": fingerprint(self.card.model, self.card.model_revision)}
         else:
@@ -49,7 +50,7 @@ class SandboxTask(Task):
             from moalign.tasks.sandbox import learned
 
             content["rewards"] = learned.version(self.annotators)
-        return content
+        return content | judge.fingerprints(self.card)
 
     def base_source(self) -> tuple[str, str | None]:
         """Return the base's folder, having trained it first when it is built in and not there yet."""

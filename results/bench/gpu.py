@@ -1,0 +1,318 @@
+"""Measures moalign on this machine's GPU in at most 20 minutes; run by ``make gpu-test``, after ``make llm``.
+
+Every part is a process of its own with a time limit, and nothing needs a network: the limit of matrix multiplication;
+methods of the task ``assistant`` on the built-in model (135 M parameters) and on one of the size of Llama-3.2-1B with
+random weights, for memory and speed do not depend on what a model has learnt; vLLM against transformers, where vLLM is
+installed; and one training to its end with its evaluation. Written beside this file, once: ``gpu-NAME.json``, with what
+could not be measured and why. Without a CUDA device it ends with one message and exit code 2, and writes nothing.
+
+    python results/bench/gpu.py [--out FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+MINUTES = 20
+GIB = 2**30
+SMALL, LARGE = "smollm2-135m-instruct", "random weights in the shape of Llama-3.2-1B"
+METHODS = ("mo-odpo", "moc", "modpo")
+FLOPS = 4
+"""Operations for one parameter and token under LoRA: 2 forward, 2 backward to the activations; what is computed again
+is not counted."""
+HEADROOM = "rest"
+"""The part of an estimate that torch does not allocate: context and fragmentation."""
+
+
+class Failed(Exception):
+    """A part that gave no numbers; the message says why."""
+
+
+class Parts:
+    """Runs the parts as processes, none of them beyond the time that is left."""
+
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
+
+    def json(self, *arguments: str, limit: float = 600.0) -> dict[str, Any]:
+        """Return the JSON object that a command prints; raises Failed with its last message when it gives none."""
+        seconds = min(limit, self._end - time.monotonic())
+        if seconds <= 0:
+            raise Failed(f"no time left of {MINUTES} minutes")
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        # A session of its own: what it started ends with it.
+        process = subprocess.Popen(arguments, env=environment, start_new_session=True, **pipes)
+        try:
+            out, err = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            raise Failed(f"not finished within {seconds:.0f} s") from None
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        try:
+            content = json.loads(out)
+        except ValueError:
+            content = None
+        if not isinstance(content, dict):
+            lines = [line for line in err.splitlines() if line.strip()]
+            raise Failed(lines[-1] if lines else f"ended with code {process.returncode} and no result")
+        return content
+
+    def moalign(self, *arguments: str, limit: float = 600.0) -> dict[str, Any]:
+        """Return what a ``moalign ... --json`` prints."""
+        return self.json(sys.executable, "-m", "moalign", *arguments, "--json", limit=limit)
+
+    def inside(self, *arguments: str, limit: float = 300.0) -> dict[str, Any]:
+        """Return what this file prints with a hidden option."""
+        return self.json(sys.executable, str(Path(__file__).resolve()), *arguments, limit=limit)
+
+
+# -- the parts ---------------------------------------------------------------------------------------------------------
+
+
+def rows_of(parts: Parts, name: str, settings: Sequence[str], device: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return a row for each method on one model: memory beside its estimate, tokens a second, share of the limit."""
+    sets = [part for text in (*settings, "task.dtype=bfloat16") for part in ("--set", text)]
+    measured = parts.moalign("bench", *METHODS, "--task", "assistant", *sets, "--steps", "6", limit=420)
+    gib = device["memory_bytes"] / GIB
+    needs = ["--set", f"needs.gpu={device['gpu']}", "--set", f"needs.gpu_memory_gib={gib:.1f}"]
+    rows = []
+    for bench in measured["rows"]:
+        if bench["status"] != "done":
+            rows.append({"model": name, "method": bench["method"], "failed": bench["error"]})
+            continue
+        memory = parts.moalign("check", f"assistant/{bench['method']}", *sets, *needs, limit=120)["memory"]
+        rows.append({"model": name, "method": bench["method"], **numbers(bench, memory, device["matmul_flops"])})
+    return rows
+
+
+def numbers(bench: dict[str, Any], memory: dict[str, Any], matmul: float) -> dict[str, Any]:
+    """Return the numbers of one method: ``bench`` and ``memory`` as ``moalign bench`` and ``check`` print them."""
+    phase = max(memory["phases"], key=lambda each: float(each["total_gib"]))
+    estimate = phase["total_gib"] - phase["parts_gib"].get(HEADROOM, 0.0)
+    peak, trained = bench["peak_gpu_bytes"], bench["tokens_trained_per_second"]
+    return {
+        "peak_gib": None if peak is None else peak / GIB,
+        "estimate_gib": estimate,
+        "peak_over_estimate": None if peak is None else peak / GIB / estimate,
+        "tokens_generated_per_second": bench["tokens_generated_per_second"],
+        "tokens_trained_per_second": trained,
+        "seconds_per_step": bench["seconds_per_step"],
+        "share_of_matmul": None if trained is None else trained * FLOPS * memory["parameters"] / matmul,
+    }
+
+
+def side_by_side(parts: Parts) -> dict[str, Any]:
+    """Return tokens a second of vLLM and of transformers on the same prompts, and how far log-probabilities differ."""
+    if importlib.util.find_spec("vllm") is None:
+        return {"not_measured": "vLLM is not installed"}
+    engines = {name: parts.inside("--engine", name) for name in ("transformers", "vllm")}
+    of = [[value for row in numbers["logps"] for value in row] for numbers in engines.values()]
+    gaps = [abs(a - b) for a, b in zip(*of, strict=True)]
+    speed = {name: numbers["tokens_per_second"] for name, numbers in engines.items()}
+    return {
+        "tokens_per_second": speed,
+        "ratio": speed["vllm"] / speed["transformers"],
+        "mean_logp_gap": sum(gaps) / len(gaps),
+        "max_logp_gap": max(gaps),
+    }
+
+
+def training(parts: Parts, folder: Path) -> dict[str, Any]:
+    """Train MO-ODPO on ``assistant`` by its recipe and evaluate it; return what it took and reached."""
+    told = parts.moalign("train", "mo-odpo", "--task", "assistant", "--results", str(folder), limit=480)
+    evaluation = told["evaluation"]
+    return {
+        "method": told["method"],
+        "task": told["task"],
+        "seconds": told["seconds"],
+        "cost": told["cost"],
+        "hypervolume": evaluation["hypervolume"],
+        "hypervolume_ci": evaluation["hypervolume_ci"],
+        "tau": evaluation["indicators"]["tau"],
+        "collapsed": evaluation["quality"]["rate"],
+    }
+
+
+def record_of(parts: Parts, device: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return the whole record; a part that fails says so in its place, and the others go on."""
+    started = time.monotonic()
+
+    def part(name: str, measure: Callable[[], Any]) -> Any:
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        try:
+            return measure()
+        except Failed as error:
+            print(f"{name}: {error}", file=sys.stderr, flush=True)
+            return {"failed": str(error)}
+
+    def large() -> list[dict[str, Any]]:
+        parts.inside("--make", str(folder / "large"))
+        return rows_of(parts, LARGE, [f"task.model={folder / 'large'}"], device)
+
+    record = {
+        "measured": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "device": device,
+        "small": part("methods on the built-in model", lambda: rows_of(parts, SMALL, [], device)),
+        "large": part("methods on a model of 1B parameters", large),
+        "vllm": part("vLLM against transformers", lambda: side_by_side(parts)),
+        "training": part("one training to its end", lambda: training(parts, folder / "results")),
+    }
+    return {**record, "seconds": round(time.monotonic() - started, 1)}
+
+
+def failures(record: dict[str, Any]) -> list[str]:
+    """Return what could not be measured, in lines."""
+    lines = []
+    for name, value in record.items():
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, dict) and "failed" in each:
+                lines.append(f"{name}{' ' * ('method' in each)}{each.get('method', '')}: {each['failed']}")
+    return lines
+
+
+# -- inside a process of its own: the only places that import torch ----------------------------------------------------
+
+
+def inside_device() -> dict[str, Any]:
+    """Return the GPU, and how many operations a second it does in one large product in bfloat16."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    size, rounds = 8192, 20
+    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    for at in range(rounds + 5):  # the first ones wake it up
+        if at == 5:
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+        a @ b
+    torch.cuda.synchronize()
+    about = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": about.name,
+        "memory_bytes": about.total_memory,
+        "matmul_flops": 2 * size**3 * rounds / (time.perf_counter() - started),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+    }
+
+
+def inside_make(folder: Path) -> dict[str, Any]:
+    """Write a model of about a billion parameters, random, with the built-in model's tokenizer."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from moalign.lm import model_folder
+
+    tokenizer = AutoTokenizer.from_pretrained(model_folder.resolve(SMALL, None, "model"))
+    shape = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": True}
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape, **heads, **ends)).to(torch.bfloat16)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return {"parameters": model.num_parameters()}
+
+
+def inside_engine(name: str, count: int = 64, length: int = 128) -> dict[str, Any]:
+    """Sample ``count`` answers of ``length`` tokens in one call, and score the prompts' own tokens, by one engine."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from moalign.lm import model_folder
+
+    folder = str(model_folder.resolve(SMALL, None, "model"))
+    lines = (HERE.parents[1] / "recipes/assistant/questions.jsonl").read_text(encoding="utf-8").splitlines()
+    texts = [json.loads(line)["prompt"] for line in lines[:count]]
+    ids = AutoTokenizer.from_pretrained(folder)(texts, add_special_tokens=False)["input_ids"]
+    if name == "vllm":
+        from vllm import LLM, SamplingParams
+
+        llm = LLM(model=folder, dtype="bfloat16", gpu_memory_utilization=0.5)
+        prompts = [{"prompt_token_ids": row} for row in ids]
+        scored = llm.generate(prompts, SamplingParams(max_tokens=1, prompt_logprobs=0))
+        logps = [
+            [float(step[token].logprob) for token, step in zip(row[1:], output.prompt_logprobs[1:], strict=True)]
+            for row, output in zip(ids, scored, strict=True)
+        ]
+        started = time.perf_counter()
+        llm.generate(prompts, SamplingParams(max_tokens=length, min_tokens=length, ignore_eos=True))
+        return {"tokens_per_second": count * length / (time.perf_counter() - started), "logps": logps}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to("cuda").eval()
+    with torch.inference_mode():
+        logps = []
+        for row in ids:
+            all_logps = model(torch.tensor([row], device="cuda")).logits[0, :-1].float().log_softmax(-1)
+            logps.append(all_logps.gather(1, torch.tensor(row[1:], device="cuda")[:, None])[:, 0].tolist())
+        longest = max(map(len, ids))
+        padded = torch.tensor([[0] * (longest - len(row)) + row for row in ids], device="cuda")
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids], device="cuda")
+        lengths = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": True, "pad_token_id": 0}
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        model.generate(padded, attention_mask=mask, **lengths)
+        torch.cuda.synchronize()
+    return {"tokens_per_second": count * length / (time.perf_counter() - started), "logps": logps}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run as a script; returns the exit code."""
+    parser = argparse.ArgumentParser(description="Measure moalign on this machine's GPU, in at most 20 minutes.")
+    parser.add_argument("--out", type=Path, default=HERE, help="where gpu-NAME.json is written")
+    for hidden in ("--make", "--engine"):
+        parser.add_argument(hidden, help=argparse.SUPPRESS)
+    parser.add_argument("--device", action="store_true", help=argparse.SUPPRESS)
+    asked = parser.parse_args(arguments)
+    if asked.device or asked.make or asked.engine:
+        output = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)  # what libraries print is no result
+        content = inside_device() if asked.device else inside_make(Path(asked.make)) if asked.make else None
+        print(json.dumps(inside_engine(asked.engine) if content is None else content), file=output, flush=True)
+        return 0
+    from moalign.lm import builtin
+    from moalign.runs import atomic
+
+    parts = Parts(MINUTES * 60 - 30)
+    try:
+        device = parts.inside("--device")
+    except Failed as error:
+        print(f"error: the GPU cannot be used: {error}", file=sys.stderr)
+        return 2
+    if not device:
+        print("error: no CUDA device here; make gpu-test measures one (torch sees none)", file=sys.stderr)
+        return 2
+    if builtin.installed(SMALL) is None and builtin.converted(SMALL) is None:
+        print(f"error: the built-in model {SMALL} is not installed; make llm brings it", file=sys.stderr)
+        return 2
+    with tempfile.TemporaryDirectory(prefix="moalign-gpu-") as folder:
+        record = record_of(parts, device, Path(folder))
+    name = re.sub(r"[^a-z0-9]+", "-", device["gpu"].lower()).strip("-")
+    path = asked.out / f"gpu-{name}.json"
+    atomic.write_json(path, record)
+    print(path)
+    lines = failures(record)
+    for line in lines:
+        print(f"error: {line}", file=sys.stderr)
+    return 1 if lines else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
