@@ -60,6 +60,11 @@ def fingerprint(model: str, revision: str | None, where: str = WHERE) -> str:
 class Task(abc.ABC):
     """What every kind of task shares; subclasses define where prompts, responses and the base come from."""
 
+    attention: str | None = None
+    """The base's kind of attention (a recipe's ``policy.attention``)."""
+    offload: bool = False
+    """Whether reward models leave the GPU between uses (a recipe's ``rewards.offload``)."""
+
     def __init__(self, card: TaskCard, results: Path, progress: Progress = silent) -> None:
         self.card = card
         self.results = results
@@ -181,8 +186,10 @@ class Task(abc.ABC):
         from moalign.lm import language_model
 
         source, revision = self.base_source()
-        lm = language_model.load(source, revision, self.card.dtype, codec=self.codec)
+        how = {"attention": self.attention, "in_4bit": self.card.load_in_4bit}
+        lm = language_model.load(source, revision, self.card.dtype, codec=self.codec, **how)
         language_model.set_threads(lm.model.num_parameters())
+        language_model.give_memory_back(lm.model.num_parameters())
         return lm
 
     @functools.cached_property
@@ -264,7 +271,7 @@ class Task(abc.ABC):
         return self._panel_of(self.card.objectives)
 
     def _panel_of(self, objectives: Sequence[ObjectiveSpec]) -> RewardPanel:
-        return RewardPanel.from_specs(objectives, Path.cwd(), self._store)
+        return RewardPanel.from_specs(objectives, Path.cwd(), self._store, self.offload)
 
     @functools.cached_property
     def _store(self) -> Store:
