@@ -336,7 +336,7 @@ class _Phases:
         kept = self._kept(tokens, again, autocast=self.width == 2 and not self.on_cpu, dropout=dropout)
         if not self.on_cpu:
             logits = min(TILE, tokens) * COLUMNS * self.width
-        elif logits > AT_ONCE:  # not trl's, see moalign.training.marked
+        elif logits > AT_ONCE:  # not trl's, see moalign.lm.marked
             logits = AT_ONCE * 16
         else:
             logits = int(logits * 4 * COPIES)

@@ -25,11 +25,11 @@ from moalign.core.errors import RequestError
 from moalign.core.records import Response
 from moalign.core.seeds import derive
 from moalign.lm.chat import pair_row
+from moalign.lm.marked import log_probs
 from moalign.losses.dpo import modpo_loss
 from moalign.training.callbacks import order, train_rows
 from moalign.training.diagnostics import at_the_end
 from moalign.training.dropout import without_dropout
-from moalign.training.marked import log_probs
 from moalign.training.reference import Row, pad_rows, reference_log_probs
 from moalign.training.settings import DpoConfig, DpoStage
 

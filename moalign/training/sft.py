@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on rendered (prompt, response) rows, by trl's SFTTrainer (:mod:`.marked`)."""
+"""Supervised fine-tuning on rendered (prompt, response) rows, by trl's SFTTrainer (:mod:`moalign.lm.marked`)."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from moalign.core.errors import RequestError
 from moalign.core.records import Response
 from moalign.core.seeds import derive
 from moalign.lm.chat import training_row
+from moalign.lm.marked import RowTrainer
 from moalign.training.callbacks import order, train_rows
-from moalign.training.marked import RowTrainer
 from moalign.training.settings import SftConfig
 
 if TYPE_CHECKING:

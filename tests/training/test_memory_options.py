@@ -12,14 +12,13 @@ from trl.trainer.utils import add_fused_lm_head
 
 from moalign.config.recipe import LoraSpec
 from moalign.core.errors import RequestError
-from moalign.lm import adapters
+from moalign.lm import adapters, marked
 from moalign.lm.language_model import LanguageModel
 from moalign.lm.log_probs import token_outputs
 from moalign.lm.sample_parts import in_parts
 from moalign.lm.sampler import Samples, sample, uniforms
 from moalign.lm.trainers import checkpointed
 from moalign.methods import mo_odpo
-from moalign.training import marked
 from moalign.training.actor import AdapterActor
 from moalign.training.dropout import without_dropout
 from moalign.training.job import Job
@@ -197,7 +196,7 @@ def test_lean_log_probabilities_are_those_of_trl(adapted: LanguageModel, monkeyp
     assert (ours[~responses[:, 1:]] == 0).all() and (ours != 0).sum() == 15
     assert len(gradients) == len(wanted) >= 28
     for own, other in zip(gradients, wanted, strict=True):
-        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-5)
+        assert (own - other).norm() <= 1e-4 * other.norm()
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
