@@ -219,6 +219,8 @@ def expert_plan(of: Plan, name: str, settings: Mapping[str, Any], wanted: Sequen
     )  # fmt: skip
     sets = [text for text in of.as_given["set"] if str(text).startswith("task.")]
     sets += [f"policy={policy.model_dump_json()}", *(f"{key}={json.dumps(value)}" for key, value in plain.items())]
+    if of.recipe.rewards != RewardsSpec():
+        sets.append(f"rewards={of.recipe.rewards.model_dump_json()}")
     as_given = {"method": name, "task": of.as_given["task"], "recipe_file": None, "recipe": None, "set": sets}
     return replace(of, method=method, recipe=recipe, config=config, as_given=as_given, recipe_path=None, given=vectors)
 

@@ -51,5 +51,5 @@ def options(dtype: str, attention: str | None, in_4bit: bool, device: Any) -> di
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=kind["dtype"],
         )
-        kind["device_map"] = {"": device}
+        kind["device_map"] = {"": str(device)}
     return kind

@@ -128,6 +128,7 @@ def load(
         raise RequestError(
             f"model {path}: it cannot be loaded as a causal language model ({first_line(error)})"
         ) from None
+    give_memory_back(model.num_parameters())
     return wrap(model, codec.tokenizer, source, model_folder.fingerprint(path, WHERE), device, codec)
 
 

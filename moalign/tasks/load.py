@@ -27,6 +27,6 @@ def make_task(
     else:
         from moalign.tasks.text import TextTask as kind
     task = kind(card, results, progress)
-    task.attention = None if policy is None else policy.attention
+    task.attention = policy.attention if policy is not None else None
     task.offload = rewards is not None and rewards.offload
     return task

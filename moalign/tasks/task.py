@@ -60,16 +60,12 @@ def fingerprint(model: str, revision: str | None, where: str = WHERE) -> str:
 class Task(abc.ABC):
     """What every kind of task shares; subclasses define where prompts, responses and the base come from."""
 
-    attention: str | None = None
-    """The base's kind of attention (a recipe's ``policy.attention``)."""
-    offload: bool = False
-    """Whether reward models leave the GPU between uses (a recipe's ``rewards.offload``)."""
-
     def __init__(self, card: TaskCard, results: Path, progress: Progress = silent) -> None:
-        self.card = card
-        self.results = results
+        self.card, self.results = card, results
         self.progress = progress
         self.names = card.objective_names
+        self.attention: str | None = None  # a recipe's policy.attention
+        self.offload = False  # a recipe's rewards.offload
 
     # -- what a kind of task fills in ----------------------------------------------------------------------
 
@@ -185,11 +181,9 @@ class Task(abc.ABC):
         """The frozen base, loaded once per process."""
         from moalign.lm import language_model
 
-        source, revision = self.base_source()
-        how = {"attention": self.attention, "in_4bit": self.card.load_in_4bit}
-        lm = language_model.load(source, revision, self.card.dtype, codec=self.codec, **how)
+        card = self.card
+        lm = language_model.load(*self.base_source(), card.dtype, None, self.codec, self.attention, card.load_in_4bit)
         language_model.set_threads(lm.model.num_parameters())
-        language_model.give_memory_back(lm.model.num_parameters())
         return lm
 
     @functools.cached_property
