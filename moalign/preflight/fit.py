@@ -7,9 +7,10 @@ Tried in this order, each kept while more is needed, and the largest that fits i
 2. ``micro_batch`` of each online stage, halved, ``accumulate`` of each supervised one, raised;
 3. ``policy.gradient_checkpointing``;
 4. ``rewards.offload``;
-5. ``policy.load_in_4bit``, which makes another task of it: its base has other probabilities.
+5. ``policy.load_in_4bit``.
 
-None of 1 to 4 changes what is learned.
+Nothing but the last changes what is learned. It and ``task.generation.batch_size`` are of the task: runs are compared
+with runs that have the same.
 """
 
 from __future__ import annotations

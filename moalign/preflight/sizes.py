@@ -130,8 +130,10 @@ def _add_card(
     parts = [f"{settings}: {peak}"]
     parts += ["about " + " or ".join(f"{number:.1f} h on {gpu}" for gpu, number in hours.items())] if hours else []
     report.add(name, f"{', '.join(parts)}; {UNMEASURED}")
-    if "policy.load_in_4bit" in fitted.settings:
-        report.notes.append(f"{name}: with 4-bit weights the base is another one, and the task another task")
+    of_task = [key for key in ("task.generation.batch_size", "policy.load_in_4bit") if key in fitted.settings]
+    if of_task:
+        only = "runs are compared with runs that have the same"
+        report.notes.append(f"{name}: {' and '.join(of_task)} make another task of it: {only}")
 
 
 def _check_fit(report: Preflight, resolved: ResolvedRequest, estimate: memory.Estimate) -> None:
