@@ -289,10 +289,12 @@ class _Phases:
         adapters = self.adapted * TRAINED + reference
         rows = min(config.micro_batch, config.batch * config.samples)
         tokens = rows * self.tokens
-        heads, kept = 0, self._kept(tokens, bool(self.how.gradient_checkpointing), autocast=False, dropout=False)
+        again = bool(self.how.gradient_checkpointing)
+        heads, kept = 0, self._kept(tokens, again, autocast=False, dropout=False)
         if isinstance(config, PpoConfig):
             heads = self.objectives * (self.policy.hidden + 1) * TRAINED
-            kept += tokens * (self.policy.layers + 1) * self.policy.hidden * self.width
+            # Every layer's state, of which a checkpointed layer's input is one.
+            kept += tokens * (1 if again else self.policy.layers + 1) * self.policy.hidden * self.width
         count = rows * (self.limits.max_new_tokens + 1) * self.policy.vocabulary
         logits = min(count, max(AT_ONCE, self.policy.vocabulary)) * (self.width + 12)
         parts = {**self.resident, "adapters": adapters, "value heads": heads, "activations": kept, "logits": logits}
