@@ -120,7 +120,7 @@ def merged(lm: LanguageModel) -> Iterator[None]:
     """
     layers = lora_layers(lm)
     active = layers[0].active_adapters if layers else []
-    if not active or lm.model.num_parameters() > MERGE_BELOW:
+    if not active or lm.in_4bit or lm.model.num_parameters() > MERGE_BELOW:
         yield
         return
     weights = [layer.get_base_layer().weight for layer in layers]

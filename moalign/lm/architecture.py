@@ -105,6 +105,12 @@ def adapted(shapes: Shapes, rank: int, targets: list[str] | str) -> int:
     return sum(rank * sum(shape) for name, shape in matrices.items() if pattern.fullmatch(name.removesuffix(".weight")))
 
 
+def linear(shapes: Shapes) -> list[int]:
+    """Return the parameters of each linear layer, the output layer left out: what 4-bit loading quantises."""
+    matrices = {name: shape for name, shape in shapes.items() if len(shape) == 2 and name.endswith(".weight")}
+    return [prod(shape) for name, shape in matrices.items() if re.fullmatch(_ALL_LINEAR, name.removesuffix(".weight"))]
+
+
 def examine(folder: Path, where: str, lora: LoraSpec | None) -> str:
     """Build a folder's language model on the meta device, where it takes no memory, and put LoRA on it.
 

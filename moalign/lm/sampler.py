@@ -10,7 +10,8 @@ samples only. Truncating while training on full log-probabilities lets a policy 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -129,6 +130,26 @@ def pad_left(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> t
     return ids.to(device), mask.to(device)
 
 
+@contextmanager
+def last_states(model: Any, keep: bool = True) -> Iterator[list[Tensor]]:
+    """Yield a list that holds, if ``keep``, the last hidden states of the newest pass, ``[rows, tokens, width]``.
+
+    ``output_hidden_states`` would hold those of every layer, too.
+    """
+    states: list[Tensor] = []
+
+    def note(module: Any, inputs: Any, output: Any) -> None:
+        states[:] = [output.last_hidden_state]
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    handle = base.base_model.register_forward_hook(note) if keep else None
+    try:
+        yield states
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
 class NextToken:
     """Next-token distributions of a model as it stands: it reads tokens and remembers those that it has read.
 
@@ -149,17 +170,17 @@ class NextToken:
 
         Returns logits of the token after the last, ``[rows, vocabulary]``, up to a constant of each row.
         """
-        output = self.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=place,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-            output_hidden_states=self.hidden,
-        )
+        with last_states(self.model, self.hidden) as last:
+            output = self.model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=place,
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
         if self.hidden:
-            self.state = output.hidden_states[-1][:, -1]
+            self.state = last[0][:, -1]
         logits: Tensor = output.logits[:, -1]
         return logits
 

@@ -9,6 +9,7 @@ from moalign.core import preferences
 from moalign.core.errors import RequestError
 from moalign.core.preferences import Preference
 from moalign.core.seeds import MOST
+from moalign.lm import backends
 from moalign.methods.base import Method
 from moalign.runs import trackers
 
@@ -16,7 +17,7 @@ from moalign.runs import trackers
 def require_sound(method: Method, resolved: ResolvedRequest, seed: int | None = None) -> None:
     """Raise RequestError for trackers that are not installed, and for what the method cannot have.
 
-    That is, a number of objectives, snapshots, or a ``seed`` that is none.
+    That is, a number of objectives, snapshots, a ``seed`` that is none, or packages that ``policy`` needs.
     """
     problems: list[str] = []
     try:
@@ -33,6 +34,7 @@ def require_sound(method: Method, resolved: ResolvedRequest, seed: int | None = 
         )
     if seed is not None and not 0 <= seed <= MOST:
         problems.append(f"seed: found {seed}; allowed: 0 to {MOST}")
+    problems += backends.problems(resolved.recipe.policy, card)
     if problems:
         raise RequestError(*problems)
 

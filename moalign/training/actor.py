@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
@@ -12,7 +13,9 @@ from moalign.lm import adapters
 from moalign.lm.finite import Modules
 from moalign.lm.language_model import LanguageModel, reference_mode
 from moalign.lm.log_probs import TokenOutputs, token_outputs
+from moalign.lm.sample_parts import in_parts
 from moalign.lm.sampler import Samples, sample
+from moalign.lm.trainers import checkpointed
 from moalign.training.dropout import without_dropout
 
 if TYPE_CHECKING:
@@ -85,6 +88,7 @@ class AdapterActor:
         self.lm, self.config, self.style, self.task = lm, config, style, job.task
         self.width = int(lm.model.config.hidden_size)
         self.parameters: Sequence[torch.nn.Parameter] = [p for p in lm.model.parameters() if p.requires_grad]
+        self._checkpointing, self._memory = bool(job.policy_spec.gradient_checkpointing), ExitStack()
         if config.own_reference:
             adapters.attach(lm, job.policy_spec.lora, seed=0, name=REFERENCE)
             self.sync_reference()
@@ -99,8 +103,14 @@ class AdapterActor:
         else:
             texts = [renderer.preference(p, w, self.style) for p, w in zip(prompts, preferences, strict=True)]
         encoded = self.lm.encode(texts, card.generation.max_prompt_tokens)
+
+        def draw(prompts: slice, rows: slice, repeat: int) -> Samples:
+            return sample(
+                self.lm, encoded[prompts], numbers[rows], self.config.temperature, repeat=repeat, hidden=hidden
+            )
+
         with adapters.merged(self.lm):
-            return sample(self.lm, encoded, numbers, self.config.temperature, repeat=repeat, hidden=hidden)
+            return in_parts(draw, len(encoded), repeat, self.config.sample_batch, self.lm.pad)
 
     def outputs(self, samples: Samples, rows: Tensor, hidden: bool = False) -> TokenOutputs:
         """See :class:`Actor`. The adapter is not folded into the weights, which rounds."""
@@ -125,7 +135,9 @@ class AdapterActor:
 
     def learning(self, begin: bool) -> None:
         """See :class:`Actor`. Dropout stays off: every loss here is made of ratios of probabilities."""
+        self._memory.close()
         if begin:
+            self._memory.enter_context(checkpointed(self.lm.model, self._checkpointing))
             without_dropout(self.lm.model)
         else:
             self.lm.model.eval()
@@ -143,5 +155,6 @@ class AdapterActor:
 
     def close(self) -> None:
         """See :class:`Actor`."""
+        self._memory.close()
         if self.config.own_reference:
             adapters.drop(self.lm, REFERENCE)

@@ -25,6 +25,7 @@ from moalign.core.errors import RequestError
 from moalign.core.records import Response
 from moalign.core.seeds import derive
 from moalign.lm.chat import pair_row
+from moalign.lm.marked import log_probs
 from moalign.losses.dpo import modpo_loss
 from moalign.training.callbacks import order, train_rows
 from moalign.training.diagnostics import at_the_end
@@ -291,21 +292,15 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc,unused-ignore]
     ) -> Tensor:
         """Return the loss of a batch of :class:`Batches`."""
         without_dropout(model)  # the trainer has just put the model into training mode
-        out = model(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            labels=inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100),
-            use_cache=False,
-            fused_lm_head=True,
-        )
+        logps = self._log_probs(model, inputs)
         loss, metrics = modpo_loss(
-            out.log_probs,
+            logps,
             inputs["ref_logps"],
             inputs["completion_mask"],
             inputs["margins"],
             inputs["chance"],
             inputs["weights"],
-            margin_weights=torch.as_tensor(list(self.margin.weights), dtype=torch.float32, device=out.log_probs.device),
+            margin_weights=torch.as_tensor(list(self.margin.weights), dtype=torch.float32, device=logps.device),
             share=self.margin.share,
             beta=self.stage.beta,
             kind=self.stage.loss,
@@ -314,6 +309,11 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc,unused-ignore]
         )
         self.seen.append(metrics)
         return loss
+
+    def _log_probs(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
+        """Return the tokens' log-probabilities, 0 outside responses, ``[2 * pairs, T]``."""
+        ids, mask, response = inputs["input_ids"], inputs["attention_mask"], inputs["completion_mask"]
+        return log_probs(model, ids, mask, response.bool())
 
     def mean_metrics(self) -> dict[str, float]:
         """Return means of the loss's metrics since the last call.

@@ -56,7 +56,8 @@ def _content(lm: LanguageModel, rows: Sequence[Row], own: bool) -> str:
     """Return 16 hex digits over all that the log-probabilities depend on."""
     from moalign.lm import adapters
 
-    digest = hashlib.sha256(f"{lm.fingerprint} {lm.model.dtype} {lm.device.type}".encode())
+    held = f"{lm.model.dtype} 4-bit" if lm.in_4bit else lm.model.dtype
+    digest = hashlib.sha256(f"{lm.fingerprint} {held} {lm.device.type}".encode())
     if own:
         for name, value in adapters.tensors(lm).items():
             digest.update(name.encode() + value.float().numpy().tobytes())

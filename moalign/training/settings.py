@@ -150,6 +150,8 @@ class OnlineConfig(Strict):
     """Largest gradient norm."""
     micro_batch: int = Field(default=256, ge=1)
     """Most rows in one forward and backward pass; a step's gradient does not depend on it."""
+    sample_batch: int | None = Field(default=None, ge=1)
+    """Most rows sampled at once, of ``batch * samples``; None: all. What is drawn does not depend on it."""
     epochs: int = Field(default=1, ge=1)
     """Updates on each rollout."""
     reference: Literal["base", "start"] = "base"
