@@ -156,6 +156,7 @@ class OnlineTrainer:
         """Yield micro-batches of some rows of the rollout, for one update; each weighs as many groups as it holds.
 
         Consecutive ``group`` rows belong together (2 for pairs); ``tensors`` ``[groups, ...]`` go along with them.
+        With ``group_by_length`` the groups come in the order of their lengths.
         """
         assert self._rollout is not None, "parts belong to the rollout in hand"
         rollout, samples, groups, config = self._rollout, self._rollout.samples, len(rows) // group, self.config
@@ -163,11 +164,14 @@ class OnlineTrainer:
             parameters["lr"] = parameters["peak"] * factor(config.schedule, rollout.step, config.steps, config.warmup)
         self.optimizer.zero_grad(set_to_none=True)
         self._sums = {}
-        size = max(1, config.micro_batch // group)
+        size, order = max(1, config.micro_batch // group), np.arange(groups)
+        if config.group_by_length:
+            order = by_length(rows.reshape(groups, group), rollout)
         self.actor.learning(True)
         for first in range(0, groups, size):
             last = min(first + size, groups)
-            chosen = torch.as_tensor(rows[first * group : last * group]).cpu()
+            part = order[first:last]
+            chosen = torch.as_tensor(rows.reshape(groups, group)[part].reshape(-1)).cpu()
             mask, heads = samples.response_mask[chosen], self.value_heads
             outputs = self.actor.outputs(samples, chosen, hidden=heads is not None)
             self._share = (last - first) / groups
@@ -177,7 +181,7 @@ class OnlineTrainer:
                 response_mask=mask,
                 old_logps=samples.logps[chosen],
                 ref_logps=rollout.ref_logps(chosen),
-                tensors={name: value[first:last] for name, value in tensors.items()},
+                tensors={name: value[part] for name, value in tensors.items()},
                 values=None if heads is None else heads(outputs.hidden),
             )
             self.job.meter.add_tokens_trained(int(samples.attention_mask[chosen].sum()))
@@ -236,6 +240,18 @@ class OnlineTrainer:
         self.state.update(checkpoint.state["method"])
         self.constant.load(checkpoint.state.get("constant", {}))  # older checkpoints have none
         return checkpoint.step
+
+
+def by_length(groups: NDArray[np.intp], rollout: Rollout) -> NDArray[np.intp]:
+    """Return the order of groups of rows ``[groups, rows]`` by the longest row of their prompt, int ``[groups]``.
+
+    So the rows of one prompt stay side by side, where they may share it.
+    """
+    lengths = rollout.samples.attention_mask.sum(-1).cpu().numpy()[groups].max(axis=1)
+    prompts = groups[:, 0] // rollout.per_prompt
+    longest = np.zeros(len(rollout.prompts), dtype=np.intp)
+    np.maximum.at(longest, prompts, lengths)
+    return np.lexsort((prompts, longest[prompts]))
 
 
 class PpoTrainer(OnlineTrainer):
