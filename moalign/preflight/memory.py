@@ -9,7 +9,9 @@ All in bytes; w = 2 (bfloat16) or 4 (float32), H = hidden, I = inner width, L = 
     one layer       tokens x [ norms 8 H + LoRA inputs + attention 4 w H + feed-forward 3 w I + LoRA between 28 r ]
                     LoRA inputs: a float32 copy for each layer, 24 H + 4 I; in float32 without dropout they are shared,
                     8 H + 4 I; under autocast (trl's trainers) w (6 H + I) and 14 r; dropout masks 6 H + I more
-    activations     L x one layer; trl's trainers on a GPU, with checkpointing: tokens x L x H x w + one layer
+    activations     L x one layer; trl's trainers on a GPU, with checkpointing: tokens x L x H x w + one layer; L is
+                    ``policy.lora.layers`` where it is set. With ``share_prompts``, which has no checkpointing, a prompt
+                    counts once for its responses, and 2 KV w in each layer for each of them
     logits          in the online engine (w + 12) a number (float32, log-softmax, entropy), at most 2**23 at a time;
                     trl's fused head works in tiles: 4096 x 32768 x w + tokens x H x 4; on the CPU a tile is as wide as
                     the vocabulary, and nine copies of it are made
@@ -143,7 +145,8 @@ def estimate(resolved: ResolvedRequest, policy: Architecture, capabilities: Capa
     ``policy`` are the sizes of the task's base, ``capabilities`` those of the recipe's method.
     """
     card, lora, trains = resolved.card, resolved.recipe.policy.lora, capabilities.trains
-    adapted = architecture.adapted(policy.shapes, lora.r, lora.targets) if trains else 0
+    first = architecture.first_adapted(lora, policy.layers)
+    adapted = architecture.adapted(policy.shapes, lora.r, lora.targets, first) if trains else 0
     models, _ = reward_models(card)
     needs = resolved.recipe.needs
     on_cpu = needs.gpu == "none" and needs.gpu_memory_gib is None
@@ -241,6 +244,8 @@ class _Phases:
         self.policy, self.lora, self.adapted = policy, lora, adapted
         self.objectives, self.limits, self.width = len(card.objectives), card.generation, WIDTH[card.dtype]
         self.tokens = self.limits.max_prompt_tokens + self.limits.max_new_tokens
+        self.layers = policy.layers - architecture.first_adapted(lora, policy.layers)
+        """Through which the backward pass goes."""
         weights = sum(sizes.parameters * WIDTH[spec.dtype] for spec, sizes in models)
         self.resident = {"base": policy.parameters * self.width, "reward models": weights}
         activations = (
@@ -266,7 +271,8 @@ class _Phases:
         adapters = self.adapted * TRAINED + reference
         rows = min(config.micro_batch, config.batch * config.samples)
         tokens = rows * self.tokens
-        heads, kept = 0, int(tokens * self.policy.layers * self._layer(autocast=False, dropout=False))
+        read, repeated = self._shared(rows, config) if config.share_prompts else (tokens, 0)
+        heads, kept = 0, int(read * self.layers * self._layer(autocast=False, dropout=False)) + repeated
         if isinstance(config, PpoConfig):
             heads = self.objectives * (self.policy.hidden + 1) * TRAINED
             kept += tokens * (self.policy.layers + 1) * self.policy.hidden * self.width
@@ -278,13 +284,22 @@ class _Phases:
             Phase(f"{name}: update", {**parts, "rest": self.rest}),
         ]
 
+    def _shared(self, rows: int, config: OnlineConfig) -> tuple[int, int]:
+        """Return the tokens read where rows share their prompts, and the bytes of the keys repeated for them."""
+        together = config.samples if isinstance(config, PpoConfig) else 2
+        prompts, limits = -(-rows // together), self.limits
+        keys = 2 * self.policy.key_value * self.policy.layers * self.width
+        read = prompts * limits.max_prompt_tokens + rows * limits.max_new_tokens
+        return read, rows * limits.max_prompt_tokens * keys
+
     def mixture(self, name: str, config: OnlineConfig, control: ControlSpec, readers: int) -> list[Phase]:
         """Return the phases in which frozen experts are mixed, and the small model that weighs them is trained."""
         tokens = min(config.micro_batch, config.batch * config.samples) * self.tokens
         body = sizes_of(control.model) if control.model is not None else None
         if control.form == "adapter":
-            count = architecture.adapted(self.policy.shapes, control.lora.r, control.lora.targets)
-            kept = self.policy.layers * self._layer(autocast=False, dropout=False)
+            first = architecture.first_adapted(control.lora, self.policy.layers, "control.lora")
+            count = architecture.adapted(self.policy.shapes, control.lora.r, control.lora.targets, first)
+            kept = (self.policy.layers - first) * self._layer(autocast=False, dropout=False)
         else:
             w, layers = control.width, control.layers
             body = body or Architecture(w * (16 * w * layers + self.policy.hidden), w, 4 * w, layers, w, 0)
@@ -309,11 +324,12 @@ class _Phases:
         tokens = rows * config.max_tokens
         dropout = not isinstance(config, DpoStage)
         if self.on_cpu:
-            layers = self.policy.layers * self._layer(autocast=False, dropout=dropout)
+            layers = self.layers * self._layer(autocast=False, dropout=dropout)
             tile = min(COLUMNS, self.policy.vocabulary) * 4 * COPIES
         else:
-            inputs = self.policy.layers * self.policy.hidden * self.width
-            layers = inputs + self._layer(autocast=self.width == 2, dropout=dropout)
+            one, inputs = self._layer(autocast=self.width == 2, dropout=dropout), self.policy.hidden * self.width
+            shares = isinstance(config, DpoStage) and config.share_prompts
+            layers = self.layers * one if shares else self.layers * inputs + one
             tile = COLUMNS * self.width
         parts = {
             "adapters": self.adapted * TRAINED,
