@@ -11,7 +11,7 @@ All in bytes; w = 2 (bfloat16) or 4 (float32), H = hidden, I = inner width, L = 
                     8 H + 4 I; under autocast (trl's trainers) w (6 H + I) and 14 r; dropout masks 6 H + I more
     activations     L x one layer; trl's trainers on a GPU, with checkpointing: tokens x L x H x w + one layer; L is
                     ``policy.lora.layers`` where it is set. With ``share_prompts``, which has no checkpointing, a prompt
-                    counts once for its responses, and 2 KV w in each layer for each of them
+                    counts once for its responses, and 2 w H in each layer for each of them
     logits          in the online engine (w + 12) a number (float32, log-softmax, entropy), at most 2**23 at a time;
                     trl's fused head works in tiles: 4096 x 32768 x w + tokens x H x 4; on the CPU a tile is as wide as
                     the vocabulary, and nine copies of it are made
@@ -288,7 +288,7 @@ class _Phases:
         """Return the tokens read where rows share their prompts, and the bytes of the keys repeated for them."""
         together = config.samples if isinstance(config, PpoConfig) else 2
         prompts, limits = -(-rows // together), self.limits
-        keys = 2 * self.policy.key_value * self.policy.layers * self.width
+        keys = 2 * self.policy.hidden * self.policy.layers * self.width  # as wide as queries: attention expands them
         read = prompts * limits.max_prompt_tokens + rows * limits.max_new_tokens
         return read, rows * limits.max_prompt_tokens * keys
 

@@ -164,17 +164,15 @@ class OnlineTrainer:
             parameters["lr"] = parameters["peak"] * factor(config.schedule, rollout.step, config.steps, config.warmup)
         self.optimizer.zero_grad(set_to_none=True)
         self._sums = {}
-        size, order = max(1, config.micro_batch // group), np.arange(groups)
-        if config.group_by_length:
-            order = by_length(rows.reshape(groups, group), rollout)
+        size, grouped = max(1, config.micro_batch // group), rows[: groups * group].reshape(groups, group)
+        order = rollout.by_length(grouped) if config.group_by_length else np.arange(groups)
         self.actor.learning(True)
         for first in range(0, groups, size):
-            last = min(first + size, groups)
-            part = order[first:last]
-            chosen = torch.as_tensor(rows.reshape(groups, group)[part].reshape(-1)).cpu()
+            part = order[first : first + size]
+            chosen = torch.as_tensor(grouped[part].reshape(-1)).cpu()
             mask, heads = samples.response_mask[chosen], self.value_heads
             outputs = self.actor.outputs(samples, chosen, hidden=heads is not None)
-            self._share = (last - first) / groups
+            self._share = len(part) / groups
             yield Part(
                 logps=outputs.logps,
                 entropy=outputs.entropy,
@@ -240,18 +238,6 @@ class OnlineTrainer:
         self.state.update(checkpoint.state["method"])
         self.constant.load(checkpoint.state.get("constant", {}))  # older checkpoints have none
         return checkpoint.step
-
-
-def by_length(groups: NDArray[np.intp], rollout: Rollout) -> NDArray[np.intp]:
-    """Return the order of groups of rows ``[groups, rows]`` by the longest row of their prompt, int ``[groups]``.
-
-    So the rows of one prompt stay side by side, where they may share it.
-    """
-    lengths = rollout.samples.attention_mask.sum(-1).cpu().numpy()[groups].max(axis=1)
-    prompts = groups[:, 0] // rollout.per_prompt
-    longest = np.zeros(len(rollout.prompts), dtype=np.intp)
-    np.maximum.at(longest, prompts, lengths)
-    return np.lexsort((prompts, longest[prompts]))
 
 
 class PpoTrainer(OnlineTrainer):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -153,38 +152,3 @@ def test_the_command_line_says_so(
     assert capsys.readouterr().err.count(told) == 1
     assert main(["train", "mo-odpo", *wanted, "--results", str(tmp_path / "results")]) == 2
     assert capsys.readouterr().err.count(told) == 1
-
-
-def test_memory_and_hours_follow(make_estimate: Callable[..., tuple[float, float, float]]) -> None:
-    whole, top = make_estimate(), make_estimate("policy.lora.layers=8")
-    assert top[0] == pytest.approx(whole[0] / 4)  # adapters, of 32 layers
-    assert top[1] == pytest.approx(whole[1] / 4)  # activations
-    assert 0.3 < top[2] / whole[2] < 0.9  # hours: all of the forward pass, sampling, a quarter of the rest
-
-
-@pytest.fixture
-def make_estimate(tmp_path: Path) -> Callable[..., tuple[float, float, float]]:
-    """``make_estimate(*overrides)``: bytes of adapters and activations of an update, and hours."""
-    from moalign.config import load
-    from moalign.methods import registry
-    from moalign.preflight import cost, memory
-
-    (tmp_path / "task.yaml").write_text(
-        "name: tales\nkind: text\ndescription: short stories\nmodel: meta-llama/Llama-2-7b-hf\ndtype: bfloat16\n"
-        "objectives: [{name: words, kind: rule, rule: length}, {name: formal, kind: rule, rule: brevity}]\n"
-        "reference_point: [0, 0]\nsensitivity_point: [-0.1, -0.1]\ndata: {prompts: [hello]}\n"
-        "generation: {max_prompt_tokens: 128, max_new_tokens: 16}\n"
-    )
-    (tmp_path / "mo-odpo.yaml").write_text("method: mo-odpo\ntask: ./task.yaml\nneeds: {gpu: A100}\n")
-
-    def make(*overrides: str) -> tuple[float, float, float]:
-        method = registry.get("mo-odpo")
-        resolved = load.load_recipe(tmp_path / "mo-odpo.yaml", "mo-odpo", None, overrides, method.Config)
-        sizes = memory.sizes_of(str(resolved.card.model))
-        assert sizes is not None
-        parts = memory.estimate(resolved, sizes, method.capabilities).phases[-2].parts
-        hours = cost.estimate(resolved, method.capabilities, sizes).hours
-        assert hours is not None
-        return parts["adapters"], parts["activations"], hours
-
-    return make

@@ -20,7 +20,6 @@ from moalign.training.callbacks import order, trainable, trainer_settings
 from moalign.training.job import Job
 from moalign.training.offline_dpo import Batches, Margin, PairRows, PairTrainer, by_length, encode_pairs, train_dpo
 from moalign.training.online import OnlineTrainer, PpoTrainer
-from moalign.training.online import by_length as groups_by_length
 from moalign.training.preference_draws import independent
 from moalign.training.reference import pad_around, pad_rows
 from moalign.training.settings import DpoStage
@@ -117,9 +116,9 @@ def test_groups_come_by_length_and_rows_of_a_prompt_stay_together(make_job: Make
     trainer = OnlineTrainer(job, job.task.language_model, job.config, draw_of(job))
     rollout = next(trainer.rollouts())
     rollout.samples.attention_mask = (torch.arange(9) < torch.tensor([4, 9, 1, 2, 6, 6])[:, None]).long()
-    assert groups_by_length(np.arange(6)[:, None], rollout).tolist() == [2, 3, 4, 5, 0, 1]
-    assert groups_by_length(np.array([[0, 1], [2, 3], [4, 5]]), rollout).tolist() == [1, 2, 0]
-    assert groups_by_length(np.array([[0], [4], [3]]), rollout).tolist() == [2, 0, 1]  # row 1 is not trained on
+    assert rollout.by_length(np.arange(6)[:, None]).tolist() == [2, 3, 4, 5, 0, 1]
+    assert rollout.by_length(np.array([[0, 1], [2, 3], [4, 5]])).tolist() == [1, 2, 0]
+    assert rollout.by_length(np.array([[0], [4], [3]])).tolist() == [2, 0, 1]  # row 1 is not trained on
 
 
 SMALL = ("batch=4", "steps=4", "lr=0.001", "log_every=1", "checkpoint_every=2", "micro_batch=4")
