@@ -19,19 +19,20 @@ FAR = {torch.float32: 0.01, torch.float64: 0.01}
 FAR_IN_HALF = 0.2
 
 
-def require(lm: LanguageModel) -> None:
+def require(lm: LanguageModel, checkpointing: bool = False) -> None:
     """Raise RequestError unless ``lm``, as it stands, gives the same whether a shared prompt is read once or each time.
 
-    Two prompts with two and three responses are read both ways, with the gradients of what is trained.
+    Two prompts with two and three responses are read both ways, with the gradients of what is trained. Refused without
+    a try where layers will be computed again for the gradient (``checkpointing``), or are set to be.
     """
     kind = type(lm.model.get_base_model() if hasattr(lm.model, "get_base_model") else lm.model).__name__
     where = f"share_prompts: {lm.source} ({kind})"
-    if any(getattr(module, "gradient_checkpointing", False) for module in lm.model.modules()):
+    if checkpointing or any(getattr(module, "gradient_checkpointing", False) for module in lm.model.modules()):
         raise RequestError(
             f"{where}: gradient checkpointing keeps no cache, so a prompt cannot be read once for several responses; "
             "switch off one of the two"
         )
-    trained, modes = [p for p in lm.model.parameters() if p.requires_grad], lm.model.training
+    trained, training = [p for p in lm.model.parameters() if p.requires_grad], lm.model.training
     lm.model.eval()
     try:
         once, each_time = (_read(lm, trained, share) for share in (True, False))
@@ -40,7 +41,7 @@ def require(lm: LanguageModel) -> None:
     except Exception as error:  # caches refuse in many ways
         raise RequestError(_cannot(where, f"{type(error).__name__}: {first_line(error)}")) from None
     finally:
-        lm.model.train(modes)
+        lm.model.train(training)
     allowed = FAR.get(lm.model.dtype, FAR_IN_HALF)
     for what, left, right in zip(("log-probabilities", "gradients"), once, each_time, strict=True):
         apart, largest = float((left - right).abs().max()), float(right.abs().max())

@@ -194,6 +194,12 @@ def test_a_cache_that_loses_the_gradient_or_the_prompt_is_noticed(monkeypatch: p
 
 def test_gradient_checkpointing_is_refused() -> None:
     lm = made("llama")
+    refused = pytest.raises(RequestError, match="gradient checkpointing keeps no cache")
+    with refused:
+        shared_prompts.require(lm, checkpointing=True)
     lm.model.gradient_checkpointing_enable()
-    with pytest.raises(RequestError, match="gradient checkpointing keeps no cache"):
+    with refused:
         shared_prompts.require(lm)
+    lm.model.train()  # layers check-point in this mode alone
+    with pytest.raises(RequestError, match="the model kept no cache of the prompts that it read"):
+        token_outputs(lm.model, *batch([2, 2]), share_prompts=True)
