@@ -53,11 +53,11 @@ def check_sizes(
     if policy is None or not policy.shapes:
         report.notes.append("memory: not known, because the model's sizes are not (no folder, and no model known here)")
         return
+    estimate = None
     with report.collecting():
-        _add_memory(report, resolved, memory.estimate(resolved, policy, able))
-
-
-def _add_memory(report: Preflight, resolved: ResolvedRequest, estimate: memory.Estimate) -> None:
+        estimate = memory.estimate(resolved, policy, able)
+    if estimate is None:
+        return
     report.memory |= estimate.as_dict()
     report.add("memory", estimate.sentence())
     for phase in estimate.phases:
