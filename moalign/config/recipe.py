@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from moalign.config.strict import Strict
 from moalign.core.errors import did_you_mean
@@ -19,6 +19,8 @@ class LoraSpec(Strict):
     dropout: float = Field(default=0.05, ge=0, lt=1)
     targets: list[str] | str = "all-linear"
     """Names of layers, or a regular expression over their whole names."""
+    layers: int | None = Field(default=None, ge=1)
+    """Adapters in the last so many of the model's layers alone: the backward pass ends there. None: in all."""
 
     @field_validator("targets")
     @classmethod
@@ -28,6 +30,15 @@ class LoraSpec(Strict):
         except re.error as error:
             raise ValueError(f"found {value!r}; allowed: names of layers, or a regular expression ({error})") from None
         return value
+
+    @model_validator(mode="after")
+    def _named(self) -> LoraSpec:
+        if self.layers is not None and isinstance(self.targets, str) and self.targets != "all-linear":
+            raise ValueError(
+                f"layers needs targets: all-linear, or a list of names; found the expression {self.targets!r}, which "
+                "itself says in which layers"
+            )
+        return self
 
 
 ATTENTION = ("eager", "sdpa", "flash_attention_2")

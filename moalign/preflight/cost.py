@@ -176,7 +176,9 @@ def _hours(
     if name is None or policy is None or not policy.parameters:
         return name, None
     flops, bandwidth = GPUS[name]
-    # Frozen base with adapters: forward 2, backward to the activations 2, recomputed forward 2 operations a parameter.
-    training = trained * 6 * policy.parameters / (flops * 1e12 * TRAINING_SHARE)
+    # Frozen base with adapters: forward 2, backward to the activations 2, recomputed forward 2 operations a parameter;
+    # the last two in those layers alone that the backward pass reaches.
+    reached = min(1.0, (resolved.recipe.policy.lora.layers or policy.layers) / policy.layers)
+    training = trained * (2 + 4 * reached) * policy.parameters / (flops * 1e12 * TRAINING_SHARE)
     decoding = passes * policy.parameters * WIDTH[resolved.card.dtype] / (bandwidth * 1e9 * DECODING_SHARE)
     return name, (training + decoding) / 3600

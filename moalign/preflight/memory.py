@@ -10,7 +10,9 @@ All in bytes; w = 2 (bfloat16) or 4 (float32), H = hidden, I = inner width, L = 
     one layer       tokens x [ norms 8 H + LoRA inputs + attention 4 w H + feed-forward 3 w I + LoRA between 28 r ]
                     LoRA inputs: a float32 copy for each layer, 24 H + 4 I; in float32 without dropout they are shared,
                     8 H + 4 I; under autocast (trl's trainers) w (6 H + I) and 14 r; dropout masks 6 H + I more
-    activations     L x one layer; with gradient checkpointing tokens x L x H x w + one layer
+    activations     L x one layer; with gradient checkpointing tokens x L x H x w + one layer; L is
+                    ``policy.lora.layers`` where it is set. With ``share_prompts``, which has no checkpointing, a prompt
+                    counts once for its responses, and 2 w H in each layer for each of them
     logits          in the online engine (w + 12) a number (float32, log-softmax, entropy), at most 2**23 at a time;
                     trl's fused head works in tiles: 4096 x 32768 x w + tokens x H x 4; on the CPU it is used for at
                     most 2**23 logits, of which nine copies are made
@@ -148,7 +150,8 @@ def estimate(resolved: ResolvedRequest, policy: Architecture, capabilities: Capa
     ``policy`` are the sizes of the task's base, ``capabilities`` those of the recipe's method.
     """
     card, lora, trains = resolved.card, resolved.recipe.policy.lora, capabilities.trains
-    adapted = architecture.adapted(policy.shapes, lora.r, lora.targets) if trains else 0
+    first = architecture.first_adapted(lora, policy.layers)
+    adapted = architecture.adapted(policy.shapes, lora.r, lora.targets, first) if trains else 0
     models, _ = reward_models(card)
     needs = resolved.recipe.needs
     on_cpu = needs.gpu == "none" and needs.gpu_memory_gib is None
@@ -260,6 +263,8 @@ class _Phases:
         self.policy, self.lora, self.adapted = policy, self.how.lora, adapted
         self.objectives, self.limits, self.width = len(card.objectives), card.generation, WIDTH[card.dtype]
         self.tokens = self.limits.max_prompt_tokens + self.limits.max_new_tokens
+        self.layers = policy.layers - architecture.first_adapted(self.lora, policy.layers)
+        """Through which the backward pass goes."""
         weights = [sizes.parameters * WIDTH[spec.dtype] for spec, sizes in models]
         self.resident = {"base": _base(policy, card), "reward models": sum(weights)}
         activations = (
@@ -290,7 +295,8 @@ class _Phases:
         rows = min(config.micro_batch, config.batch * config.samples)
         tokens = rows * self.tokens
         again = bool(self.how.gradient_checkpointing)
-        heads, kept = 0, self._kept(tokens, again, autocast=False, dropout=False)
+        read, repeated = self._shared(rows, config) if config.share_prompts else (tokens, 0)
+        heads, kept = 0, self._kept(read, again, autocast=False, dropout=False) + repeated
         if isinstance(config, PpoConfig):
             heads = self.objectives * (self.policy.hidden + 1) * TRAINED
             # Every layer's state, of which a checkpointed layer's input is one.
@@ -303,13 +309,22 @@ class _Phases:
             Phase(f"{name}: update", {**parts, "rest": self.rest}),
         ]
 
+    def _shared(self, rows: int, config: OnlineConfig) -> tuple[int, int]:
+        """Return the tokens read where rows share their prompts, and the bytes of the keys repeated for them."""
+        together = config.samples if isinstance(config, PpoConfig) else 2
+        prompts, limits = -(-rows // together), self.limits
+        keys = 2 * self.policy.hidden * self.policy.layers * self.width  # as wide as queries: attention expands them
+        read = prompts * limits.max_prompt_tokens + rows * limits.max_new_tokens
+        return read, rows * limits.max_prompt_tokens * keys
+
     def mixture(self, name: str, config: OnlineConfig, control: ControlSpec, readers: int) -> list[Phase]:
         """Return the phases in which frozen experts are mixed, and the small model that weighs them is trained."""
         tokens = min(config.micro_batch, config.batch * config.samples) * self.tokens
         body = sizes_of(control.model) if control.model is not None else None
         if control.form == "adapter":
-            count = architecture.adapted(self.policy.shapes, control.lora.r, control.lora.targets)
-            kept = self.policy.layers * self._layer(autocast=False, dropout=False)
+            first = architecture.first_adapted(control.lora, self.policy.layers, "control.lora")
+            count = architecture.adapted(self.policy.shapes, control.lora.r, control.lora.targets, first)
+            kept = (self.policy.layers - first) * self._layer(autocast=False, dropout=False)
         else:
             w, layers = control.width, control.layers
             body = body or Architecture(w * (16 * w * layers + self.policy.hidden), w, 4 * w, layers, w, 0)
@@ -335,6 +350,8 @@ class _Phases:
         dropout, logits = not isinstance(config, DpoStage), tokens * self.policy.vocabulary
         checkpointing = self.how.gradient_checkpointing
         again = not self.on_cpu if checkpointing is None else checkpointing
+        if isinstance(config, DpoStage) and config.share_prompts:
+            again = False
         kept = self._kept(tokens, again, autocast=self.width == 2 and not self.on_cpu, dropout=dropout)
         if not self.on_cpu:
             logits = min(TILE, tokens) * COLUMNS * self.width
@@ -351,7 +368,7 @@ class _Phases:
 
     def _kept(self, tokens: int, checkpointing: bool, autocast: bool, dropout: bool) -> int:
         """Return what autograd keeps of all layers; with checkpointing their inputs, and one layer while it is read."""
-        one, layers = self._layer(autocast, dropout), self.policy.layers
+        one, layers = self._layer(autocast, dropout), self.layers
         return int(tokens * (layers * self.policy.hidden * self.width + one if checkpointing else layers * one))
 
     def _layer(self, autocast: bool, dropout: bool) -> float:

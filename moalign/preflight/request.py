@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from moalign.config.load import ResolvedRequest
 from moalign.core import preferences
@@ -35,8 +36,20 @@ def require_sound(method: Method, resolved: ResolvedRequest, seed: int | None = 
     if seed is not None and not 0 <= seed <= MOST:
         problems.append(f"seed: found {seed}; allowed: 0 to {MOST}")
     problems += backends.problems(resolved.recipe.policy, card)
+    if resolved.recipe.policy.gradient_checkpointing and _shares_prompts(resolved.recipe.config):
+        problems.append(
+            "share_prompts: policy.gradient_checkpointing keeps no cache, so a prompt cannot be read once for several "
+            "responses; switch off one of the two"
+        )
     if problems:
         raise RequestError(*problems)
+
+
+def _shares_prompts(settings: Any) -> bool:
+    """Whether a stage of these settings, or the method itself, reads shared prompts once."""
+    if not isinstance(settings, dict):
+        return False
+    return settings.get("share_prompts") is True or any(map(_shares_prompts, settings.values()))
 
 
 def to_train(

@@ -63,7 +63,11 @@ def check_sizes(
         text = "memory: not known, because the model's sizes are not (no folder, and no model known here)"
         (report.problems if required else report.notes).append(text)
         return
-    estimate = memory.estimate(resolved, policy, able)
+    estimate = None
+    with report.collecting():
+        estimate = memory.estimate(resolved, policy, able)
+    if estimate is None:
+        return
     report.memory |= estimate.as_dict()
     report.add("memory", estimate.sentence())
     for phase in estimate.phases:

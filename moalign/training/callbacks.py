@@ -64,8 +64,8 @@ def train_rows(
         optimizer, lambda step: factor(config.schedule, start + step, config.steps, config.warmup)
     )
     on = job.policy_spec.gradient_checkpointing
-    if on is None:
-        on = lm.device.type != "cpu"
+    if on is None:  # a prompt that is read once is kept in a cache, which checkpointing has none of
+        on = lm.device.type != "cpu" and not getattr(config, "share_prompts", False)
     with quiet_libraries(), trainable(lm), checkpointed(lm.model, on):
         trainer = make(
             start * config.batch,

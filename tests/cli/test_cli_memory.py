@@ -64,3 +64,16 @@ def test_settings_that_fit_are_printed_as_they_are_typed(moalign: Any, monkeypat
     assert set(card) == {
         "card_gib", "fits", "settings", "peak_gib", "peak_phase", "smallest_gib", "hours", "measured",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("method", "share"),
+    [("mo-odpo", "share_prompts=true"), ("modpo", "share_prompts=true"), ("cpo", "cdpo.share_prompts=true")],
+)
+def test_checkpointing_and_shared_prompts_are_refused_together(
+    moalign: Any, method: str, share: str, tmp_path: Any
+) -> None:
+    """Before anything is loaded, whichever stage shares its prompts."""
+    ended = moalign("train", method, "--set", share, "--set", "policy.gradient_checkpointing=true")
+    assert ended.code == 2 and ended.err.count("share_prompts: policy.gradient_checkpointing keeps no cache") == 1
+    assert not list(tmp_path.iterdir())
