@@ -120,8 +120,9 @@ class _Search:
 
     def _useful(self) -> Iterator[str]:
         policy, models = self.resolved.recipe.policy, memory.reward_models(self.resolved.card, judging=True)[0]
+        shares = any(getattr(stage, "share_prompts", False) for stage in self.stages.values())  # excludes checkpointing
         useful = (
-            bool(self.stages) and not policy.gradient_checkpointing,
+            bool(self.stages) and not policy.gradient_checkpointing and not shares,
             bool(models) and not self.resolved.recipe.rewards.offload,
             not self.resolved.card.load_in_4bit,
         )
