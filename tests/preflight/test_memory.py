@@ -336,7 +336,7 @@ def test_checkpointing_is_counted_in_the_online_engine_where_it_is_on(tmp_path: 
     again = parts_of(tmp_path, "mo-odpo", "update", *few, "policy.gradient_checkpointing=true")["activations"]
     assert again == 8 * 256 * 32 * 4096 * 2 + plain // 32
     off = parts_of(tmp_path, "sft", "update", "steps=1", "policy.gradient_checkpointing=false")["activations"]
-    assert off > 20 * parts_of(tmp_path, "sft", "update", "steps=1")["activations"], "trl's trainers: on by default"
+    assert off > 15 * parts_of(tmp_path, "sft", "update", "steps=1")["activations"], "trl's trainers: on by default"
 
 
 def test_sampling_in_parts_and_reward_models_off_the_gpu_are_counted(tmp_path: Path) -> None:

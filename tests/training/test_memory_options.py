@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -130,6 +131,16 @@ def test_the_online_engine_trains_the_same_with_it_and_in_parts(make_job: MakeJo
         mo_odpo.learn_from_pairs(job, job.task.language_model, job.config)
         results[where] = weights(job)
     assert_same(results["plain"], results["less memory"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed (extra gpu)")
+def test_a_run_on_a_4_bit_base_learns_and_is_of_a_task_of_its_own(make_job: MakeJob) -> None:
+    few = ("batch=4", "steps=1", "lr=0.01")
+    plain, job = make_job("mo-odpo", *few), make_job("mo-odpo", *few, "policy.load_in_4bit=true")
+    assert job.task.hash != plain.task.hash and job.task.language_model.in_4bit
+    before = weights(job)
+    mo_odpo.learn_from_pairs(job, job.task.language_model, job.config)
+    assert any(not value.equal(before[name]) for name, value in weights(job).items())
 
 
 # -- sampling in parts -----------------------------------------------------------------------------------------------
