@@ -5,7 +5,7 @@ Tried in this order, each kept while more is needed, and the largest that fits i
 1. ``sample_batch`` of each online stage (and ``task.generation.batch_size``, where the base or the trained policy
    answers), halved;
 2. ``micro_batch`` of each online stage, halved, ``accumulate`` of each supervised one, raised;
-3. ``policy.gradient_checkpointing``;
+3. ``policy.gradient_checkpointing``, in place of ``share_prompts`` where that is on;
 4. ``rewards.offload``;
 5. ``policy.load_in_4bit``.
 
@@ -110,19 +110,21 @@ class _Search:
 
     def settings(self, gib: float) -> tuple[Settings | None, Phase]:
         """Return the first settings that fit (None: none do) and their peak, or that of the smallest."""
-        switches: list[str] = []
+        switches: dict[str, bool] = {}
         for name in (None, *self._useful()):
-            switches += [] if name is None else [name]
-            found, peak = self._sizes(dict.fromkeys(switches, True), gib)
+            switches |= {} if name is None else {name: True}
+            if name == "policy.gradient_checkpointing":
+                sharing = (stage for stage, config in self.stages.items() if getattr(config, "share_prompts", False))
+                switches |= {f"{_where(stage)}.share_prompts": False for stage in sharing}
+            found, peak = self._sizes(dict(switches), gib)
             if found is not None:
                 return self._without_idle(found, gib), peak
         return None, peak
 
     def _useful(self) -> Iterator[str]:
         policy, models = self.resolved.recipe.policy, memory.reward_models(self.resolved.card, judging=True)[0]
-        shares = any(getattr(stage, "share_prompts", False) for stage in self.stages.values())  # excludes checkpointing
         useful = (
-            bool(self.stages) and not policy.gradient_checkpointing and not shares,
+            bool(self.stages) and not policy.gradient_checkpointing,
             bool(models) and not self.resolved.recipe.rewards.offload,
             not self.resolved.card.load_in_4bit,
         )
@@ -152,7 +154,7 @@ class _Search:
         """Yield the settings that make a phase smaller, one after another."""
         stage, _, what = phase.rpartition(": ")
         config = self.stages.get(stage)
-        where = "config" if stage == "training" else f"config.{stage}"
+        where = _where(stage)
         if config is None:
             yield from _halves("task.generation.batch_size", self.resolved.card.generation.batch_size, 1)
         elif isinstance(config, SftConfig):
@@ -164,6 +166,10 @@ class _Search:
         else:  # pairs are learned from together
             rows, least = config.batch * config.samples, 1 if isinstance(config, PpoConfig) else 2
             yield from _halves(f"{where}.micro_batch", min(rows, config.micro_batch), least)
+
+
+def _where(stage: str) -> str:
+    return "config" if stage == "training" else f"config.{stage}"
 
 
 def _halves(name: str, number: int, least: int) -> Iterator[tuple[str, int]]:

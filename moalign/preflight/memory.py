@@ -349,9 +349,8 @@ class _Phases:
         tokens = rows * config.max_tokens
         dropout, logits = not isinstance(config, DpoStage), tokens * self.policy.vocabulary
         checkpointing = self.how.gradient_checkpointing
-        again = not self.on_cpu if checkpointing is None else checkpointing
-        if isinstance(config, DpoStage) and config.share_prompts:
-            again = False
+        shares = isinstance(config, DpoStage) and config.share_prompts
+        again = not (self.on_cpu or shares) if checkpointing is None else checkpointing
         kept = self._kept(tokens, again, autocast=self.width == 2 and not self.on_cpu, dropout=dropout)
         if not self.on_cpu:
             logits = min(TILE, tokens) * COLUMNS * self.width

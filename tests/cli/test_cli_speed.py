@@ -84,3 +84,14 @@ def test_wrong_settings(moalign: Any, method: str, setting: str, message: str) -
     ended = moalign("train", method, "--set", setting)
     assert (ended.code, ended.out) == (2, "")
     assert len(ended.errors) == 1 and message in ended.errors[0]
+
+
+@pytest.mark.parametrize(("method", "few"), [("mo-odpo", FEW), ("dpo-lw", ("steps=1", "batch=2", "per_prompt=1"))])
+def test_sharing_excludes_checkpointing(
+    moalign: Any, small_task: tuple[str, ...], tmp_path: Path, method: str, few: tuple[str, ...]
+) -> None:
+    both = ("share_prompts=true", "policy.gradient_checkpointing=true")
+    sets = options(small_task, folder_of(tmp_path / "model", "llama"), *few, TOP, *both)
+    ended = moalign("train", method, "--no-eval", *sets)
+    assert ended.code == 2
+    assert len(ended.errors) == 1 and "gradient checkpointing keeps no cache" in ended.errors[0]
