@@ -38,8 +38,8 @@ def require_sound(method: Method, resolved: ResolvedRequest, seed: int | None = 
     problems += backends.problems(resolved.recipe.policy, card)
     if resolved.recipe.policy.gradient_checkpointing and _shares_prompts(resolved.recipe.config):
         problems.append(
-            "share_prompts: policy.gradient_checkpointing keeps no cache, so a prompt cannot be read once for several "
-            "responses; switch off one of the two"
+            "share_prompts: gradient checkpointing keeps no cache, so a prompt cannot be read once for several "
+            "responses; switch off one of the two (policy.gradient_checkpointing)"
         )
     if problems:
         raise RequestError(*problems)
