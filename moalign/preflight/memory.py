@@ -59,7 +59,7 @@ LIBRARIES, BUFFERS = int(0.5 * GIB), 96 * 2**20
 KEPT = 1.5
 """How many times what is in use the CPU's allocator holds at most (measured)."""
 TILE, COLUMNS, COPIES = 4096, 32768, 8.5
-"""Tokens and words of one tile of trl's fused output layer, and how many such are held at once on the CPU (measured)."""
+"""Tokens and words of one tile of trl's fused output layer, and how many such are held at once on a CPU (measured)."""
 AT_ONCE = 2**23
 """Logits held at a time in the online engine, where the head is a linear map (:mod:`moalign.lm.log_probs`)."""
 FOLDS_BELOW = 20_000_000
