@@ -15,7 +15,7 @@ All in bytes; w = 2 (bfloat16) or 4 (float32), H = hidden, I = inner width, L = 
                     counts once for its responses, and 2 w H in each layer for each of them
     logits          in the online engine (w + 12) a number (float32, log-softmax, entropy), at most 2**23 at a time;
                     trl's fused head works in tiles: 4096 x 32768 x w + tokens x H x 4; on the CPU it is used for at
-                    most 2**23 logits, of which nine copies are made
+                    most 2**23 logits, of which eight or nine copies are made
     folded          while a model below 20 M parameters samples, a copy of the layers that adapters change
     control         what PCM trains in place of adapters: parameters x 16 and its own activations
     reward models   parameters x w of each, all resident, + the largest one's activations while scoring:
@@ -60,8 +60,8 @@ LIBRARIES, BUFFERS = int(0.5 * GIB), 96 * 2**20
 (measured)."""
 KEPT = 1.5
 """How many times what is in use the CPU's allocator holds at most (measured)."""
-TILE, COLUMNS, COPIES = 4096, 32768, 9.25
-"""Tokens and words of one tile of trl's fused output layer, and how many such are held at once on the CPU."""
+TILE, COLUMNS, COPIES = 4096, 32768, 8.5
+"""Tokens and words of one tile of trl's fused output layer, and how many such are held at once on a CPU (measured)."""
 AT_ONCE = 2**23
 """Logits held at a time in the online engine, where the head is a linear map (:mod:`moalign.lm.log_probs`)."""
 FOLDS_BELOW = 20_000_000
