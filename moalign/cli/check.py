@@ -19,6 +19,12 @@ def check(
             help="Recipe file, or task/method as moalign ls recipes names it; a task's name, card file or folder.",
         ),
     ],
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            metavar="24GB", help="Memory of a card: say which settings make the recipe fit it, or why none does."
+        ),
+    ] = None,
     set_: Settings = None,
     results: Results = DEFAULT_RESULTS,
     as_json: Json = False,
@@ -31,7 +37,7 @@ def check(
     from moalign.preflight import check as workflow
 
     with output.working():
-        report = workflow.check(recipe, tuple(set_ or ()), results)
+        report = workflow.check(recipe, tuple(set_ or ()), results, gpu)
     if as_json:
         output.as_json(report.as_dict())
     else:

@@ -244,6 +244,10 @@ class TaskCard(Strict):
     """Policy: a model folder or hub id. Null: the sandbox's built-in base; needed for text tasks."""
     model_revision: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
+    load_in_4bit: bool = False
+    """The base's linear layers in 4 bits (NF4 with double quantisation, by bitsandbytes), computed with in ``dtype``;
+    embeddings, norms and output layer stay in ``dtype``, adapters in single precision. It is another base: samples,
+    scale and KL are its own."""
     sandbox: SandboxSpec | None = None
     rewards: Literal["exact", "learned"] | None = None
     """learned (sandbox only): methods see reward models trained on the annotators' pairs, the judge sees the truth.

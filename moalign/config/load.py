@@ -39,6 +39,7 @@ class ResolvedRequest:
     config: Strict
     """The method's own ``Config``."""
     card: TaskCard
+    """The recipe's ``policy.dtype`` and ``policy.load_in_4bit`` are in it."""
     as_given: dict[str, Any]
     """Method, task, the recipe file with its unchanged content, the ``--set`` texts: for the run record."""
     card_path: Path
@@ -141,6 +142,8 @@ def load_recipe(
         "set": list(overrides),
     }
     recipe = recipe.model_copy(update={"config": config.model_dump(mode="json")})
+    held = recipe.policy.model_dump(include={"dtype", "load_in_4bit"}, exclude_defaults=True)
+    card = card.model_copy(update=held)  # what a base is, is the card's: all that is made with it goes by its hash
     return ResolvedRequest(recipe, config, card, as_given, card_path, None if path is None else Path(path))
 
 

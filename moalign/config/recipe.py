@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from moalign.config.strict import Strict
+from moalign.core.errors import did_you_mean
 
 
 class LoraSpec(Strict):
@@ -18,6 +19,8 @@ class LoraSpec(Strict):
     dropout: float = Field(default=0.05, ge=0, lt=1)
     targets: list[str] | str = "all-linear"
     """Names of layers, or a regular expression over their whole names."""
+    layers: int | None = Field(default=None, ge=1)
+    """Adapters in the last so many of the model's layers alone: the backward pass ends there. None: in all."""
 
     @field_validator("targets")
     @classmethod
@@ -28,11 +31,50 @@ class LoraSpec(Strict):
             raise ValueError(f"found {value!r}; allowed: names of layers, or a regular expression ({error})") from None
         return value
 
+    @model_validator(mode="after")
+    def _named(self) -> LoraSpec:
+        if self.layers is not None and isinstance(self.targets, str) and self.targets != "all-linear":
+            raise ValueError(
+                f"layers needs targets: all-linear, or a list of names; found the expression {self.targets!r}, which "
+                "itself says in which layers"
+            )
+        return self
+
+
+ATTENTION = ("eager", "sdpa", "flash_attention_2")
+"""Kinds of attention; another is a kernel of the hub, ``owner/name``."""
+
 
 class PolicySpec(Strict):
-    """What is trained: adapters on the task's base model."""
+    """What is trained: adapters on the task's base model; and how that is held in memory."""
 
     lora: LoraSpec = LoraSpec()
+    gradient_checkpointing: bool | None = None
+    """Layers keep nothing for the backward pass but compute it again: much less memory, about a third more time, the
+    same gradient. Null: where trl's trainers run on a GPU."""
+    attention: str | None = None
+    """One of :data:`ATTENTION`, or a kernel of the hub; null: what transformers chooses for the model."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """In place of the card's, and a part of the task as that is: another precision is another base."""
+    load_in_4bit: bool = False
+    """The base's linear layers in 4 bits, as the card's ``load_in_4bit`` has it, and a part of the task as that is."""
+
+    @field_validator("attention")
+    @classmethod
+    def _a_kind(cls, value: str | None) -> str | None:
+        if value is None or value in ATTENTION or re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", value):
+            return value
+        listed = ", ".join(ATTENTION)
+        near = did_you_mean(value, list(ATTENTION))
+        raise ValueError(f"found {value!r}; allowed: {listed}, or a kernel of the hub (owner/name){near}")
+
+
+class RewardsSpec(Strict):
+    """How reward models are held in memory."""
+
+    offload: bool = False
+    """Reward models leave the GPU whenever they have scored: memory for the larger of policy and reward model, and a
+    few seconds a step. The scores are the same."""
 
 
 class NeedsSpec(Strict):
@@ -77,6 +119,7 @@ class Recipe(Strict):
     snapshots: int = Field(default=0, ge=0, le=1000)
     """How many times along each stage the adapter in training is kept, for ``moalign eval --snapshots``."""
     policy: PolicySpec = PolicySpec()
+    rewards: RewardsSpec = RewardsSpec()
     config: dict[str, Any] = Field(default_factory=dict)
     budget: Literal["full", "quick"] = "full"
     """quick: ``config`` with the settings of ``quick`` in it; another run, but on the same task."""

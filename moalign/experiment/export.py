@@ -10,6 +10,7 @@ part of the policy that was trained and judged.
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -240,14 +241,27 @@ def _settings(exported: Exported, pad: int) -> dict[str, Any]:
 
 
 def _write_whole(context: RunContext, model: ModelGenerator, place: Path, limits: GenerationConfig) -> None:
-    model.lm.model.set_adapter(model.adapter)
-    whole: Any = model.lm.model.merge_and_unload()
+    lm = _unquantised(context, model) if model.lm.in_4bit else model.lm
+    lm.model.set_adapter(model.adapter)
+    whole: Any = lm.model.merge_and_unload()
     whole.generation_config = limits
     whole.save_pretrained(place, safe_serialization=True)
     model.lm.tokenizer.save_pretrained(place)
     # The adapter is now in the base's weights: nobody else may take them for the base.
     context.task.__dict__.pop("language_model", None)
     context.cache.clear()
+
+
+def _unquantised(context: RunContext, model: ModelGenerator) -> LanguageModel:
+    """Return the base in its own precision with the model's adapter: into 4-bit weights it would be rounded."""
+    from moalign.lm import adapters, language_model
+
+    task, name = context.task, str(model.adapter)
+    lm = language_model.load(*task.base_source(), task.card.dtype, codec=task.codec)
+    with tempfile.TemporaryDirectory() as folder:
+        adapters.save(model.lm, Path(folder) / name, name)
+        adapters.load(lm, Path(folder) / name, name)
+    return lm
 
 
 _AROUND = {

@@ -15,12 +15,13 @@ from pydantic import ValidationError
 from moalign.config import find, load
 from moalign.config.card import TaskCard
 from moalign.config.load import ResolvedRequest
-from moalign.config.recipe import PolicySpec, Recipe
+from moalign.config.recipe import PolicySpec, Recipe, RewardsSpec
 from moalign.core import preferences
 from moalign.core.errors import RequestError
 from moalign.core.preferences import Preference
 from moalign.core.progress import Progress, silent
 from moalign.experiment.arguments import refuse_both
+from moalign.lm import backends
 from moalign.methods import registry
 from moalign.methods.base import Method
 from moalign.preflight.request import of_recipe, require_sound, to_train
@@ -185,7 +186,8 @@ def plan(request: TrainRequest, progress: Progress = silent) -> Plan:
     seed = resolved.recipe.seed if request.seed is None else request.seed
     require_sound(method, resolved, seed)
     given, holdout = to_train(method, resolved, _preferences(request, resolved))
-    task = make_task(resolved.card, request.results, progress)
+    recipe = resolved.recipe
+    task = make_task(resolved.card, request.results, progress, recipe.policy, recipe.rewards)
     made = Plan(**vars(resolved), request=request, method=method, task=task, seed=seed, given=given, holdout=holdout)
     _ = made.identity  # a model that is not there is a problem of the request
     return made
@@ -214,10 +216,13 @@ def expert_plan(of: Plan, name: str, settings: Mapping[str, Any], wanted: Sequen
         raise RequestError(f"experts of {of.method.name}, trained by {name}: {details}") from None
     plain, policy, vectors = config.model_dump(mode="json"), of.recipe.policy, list(wanted)
     recipe = Recipe(
-        method=name, task=of.recipe.task, policy=policy, config=plain, prefs=list(map(list, vectors)), seed=of.seed
-    )
+        method=name, task=of.recipe.task, policy=policy, rewards=of.recipe.rewards, config=plain,
+        prefs=list(map(list, vectors)), seed=of.seed,
+    )  # fmt: skip
     sets = [text for text in of.as_given["set"] if str(text).startswith("task.")]
     sets += [f"policy={policy.model_dump_json()}", *(f"{key}={json.dumps(value)}" for key, value in plain.items())]
+    if of.recipe.rewards != RewardsSpec():
+        sets.append(f"rewards={of.recipe.rewards.model_dump_json()}")
     as_given = {"method": name, "task": of.as_given["task"], "recipe_file": None, "recipe": None, "set": sets}
     return replace(of, method=method, recipe=recipe, config=config, as_given=as_given, recipe_path=None, given=vectors)
 
@@ -309,7 +314,10 @@ def context_of(run: Run, results: Path, progress: Progress = silent) -> tuple[Me
         card = TaskCard.model_validate(record.recipe["card"])
         config = method.Config.model_validate(_by_todays_names(record.recipe["config"]))
         policy = PolicySpec.model_validate(record.recipe["policy"])
-    task = make_task(card, results, progress)
+        rewards = RewardsSpec.model_validate(record.recipe.get("rewards") or {})
+    if wrong := backends.problems(policy, card):
+        raise RequestError(*(f"run {run.path}: {text}" for text in wrong))
+    task = make_task(card, results, progress, policy, rewards)
     if task.hash != record.card_hash:
         raise RequestError(
             f"run {run.path}: its task card has changed since (hash {record.card_hash} then, {task.hash} now): "

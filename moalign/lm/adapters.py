@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moalign.config.recipe import LoraSpec
 from moalign.core.errors import RequestError
+from moalign.lm.architecture import first_adapted
 from moalign.lm.language_model import TINY, LanguageModel, reference_mode
 from moalign.lm.model_folder import header
 from moalign.runs import atomic
@@ -42,12 +43,13 @@ def attach(lm: LanguageModel, spec: LoraSpec, seed: int, name: str = ADAPTER) ->
 
 
 def with_adapter(model: Any, spec: LoraSpec, name: str = ADAPTER) -> Any:
-    """Return the model, wrapped by peft, with a fresh adapter; RequestError when the targets name no layer."""
-    from peft import LoraConfig, get_peft_model
+    """Return the model, wrapped by peft, with a fresh adapter.
 
-    config = LoraConfig(
-        r=spec.r, lora_alpha=spec.alpha, lora_dropout=spec.dropout, target_modules=spec.targets, task_type="CAUSAL_LM"
-    )
+    Raises RequestError when the targets name no layer, or the model has fewer layers than are to have adapters.
+    """
+    from peft import get_peft_model
+
+    config = lora_config(model, spec, "CAUSAL_LM", "policy.lora")
     try:
         if not hasattr(model, "peft_config"):
             return get_peft_model(model, config, adapter_name=name)
@@ -55,6 +57,46 @@ def with_adapter(model: Any, spec: LoraSpec, name: str = ADAPTER) -> Any:
     except ValueError as error:
         raise RequestError(f"policy.lora.targets {spec.targets!r}: {str(error).splitlines()[0]}") from None
     return model
+
+
+def lora_config(model: Any, spec: LoraSpec, task: str, where: str) -> Any:
+    """Return peft's settings of adapters on a model; ``where`` is how a message names ``spec``.
+
+    Raises RequestError when the model has fewer layers than are to have adapters.
+    """
+    from peft import LoraConfig
+
+    targets: Any = spec.targets
+    within: dict[str, Any] = {}
+    if spec.layers is not None:
+        stack, count = _stack(model, where)
+        chosen = range(first_adapted(spec, count, where), count)
+        if targets == "all-linear":  # peft takes it for a whole model alone
+            targets = _linear_names(model, [f"{stack}.{number}." for number in chosen])
+        within = {"layers_to_transform": list(chosen), "layers_pattern": stack.rpartition(".")[2]}
+    known = {"r": spec.r, "lora_alpha": spec.alpha, "lora_dropout": spec.dropout, "task_type": task}
+    return LoraConfig(target_modules=targets, **known, **within)
+
+
+def _stack(model: Any, where: str) -> tuple[str, int]:
+    """Return the name of the list that holds a model's layers, and how many they are."""
+    count = int(getattr(model.config.get_text_config(), "num_hidden_layers", 0))
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
+            return name, count
+    raise RequestError(f"{where}.layers: the layers of a {type(model).__name__} are not known; leave it away")
+
+
+def _linear_names(model: Any, inside: Sequence[str]) -> list[str]:
+    """Return the last parts of the names of all linear layers whose names begin with one of ``inside``."""
+    from transformers.pytorch_utils import Conv1D
+
+    names = {
+        name.removesuffix(".base_layer").rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D) and name.startswith(tuple(inside)) and ".lora_" not in name
+    }
+    return sorted(names)
 
 
 def drop(lm: LanguageModel, name: str = ADAPTER) -> None:
@@ -120,7 +162,7 @@ def merged(lm: LanguageModel) -> Iterator[None]:
     """
     layers = lora_layers(lm)
     active = layers[0].active_adapters if layers else []
-    if not active or lm.model.num_parameters() > MERGE_BELOW:
+    if not active or lm.in_4bit or lm.model.num_parameters() > MERGE_BELOW:
         yield
         return
     weights = [layer.get_base_layer().weight for layer in layers]
@@ -222,7 +264,11 @@ def read(lm: LanguageModel, folder: Path) -> Adapter:
     try:
         config = atomic.parsed_json(config_path.read_bytes())
         spec = LoraSpec(
-            r=config["r"], alpha=config["lora_alpha"], dropout=config["lora_dropout"], targets=config["target_modules"]
+            r=config["r"],
+            alpha=config["lora_alpha"],
+            dropout=config["lora_dropout"],
+            targets=config["target_modules"],
+            layers=len(config.get("layers_to_transform") or ()) or None,
         )
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise RequestError(f"{where}: {config_path.name} is damaged ({type(error).__name__})") from error

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moalign.config.recipe import LoraSpec
+from moalign.core.errors import RequestError
 from moalign.lm import model_folder
 
 Shapes = dict[str, list[int]]
@@ -95,14 +96,36 @@ _ALL_LINEAR = r"(?!.*(?i:embed|wte|wpe|lm_head|score|norm|ln_)).*"
 """peft's ``all-linear`` leaves out the output layer; embeddings and norms are not linear layers."""
 
 
-def adapted(shapes: Shapes, rank: int, targets: list[str] | str) -> int:
-    """Return the parameters of LoRA adapters: two matrices ``[r, in]`` and ``[out, r]`` beside each ``[out, in]``."""
+def first_adapted(lora: LoraSpec, layers: int, where: str = "policy.lora") -> int:
+    """Return the first of a model's ``layers``, from 0, that ``lora`` puts adapters into; RequestError for too many."""
+    if lora.layers is None:
+        return 0
+    if lora.layers > layers:
+        raise RequestError(f"{where}.layers: found {lora.layers}; allowed: 1 to {layers}, the layers of the model")
+    return layers - lora.layers
+
+
+def adapted(shapes: Shapes, rank: int, targets: list[str] | str, first: int = 0) -> int:
+    """Return the parameters of LoRA adapters: two matrices ``[r, in]`` and ``[out, r]`` beside each ``[out, in]``.
+
+    Those in layers from ``first`` on.
+    """
     if isinstance(targets, str):  # peft reads a text as a regular expression over the whole name
         pattern = re.compile(_ALL_LINEAR if targets == "all-linear" else targets)
     else:
         pattern = re.compile(rf"(.*\.)?({'|'.join(map(re.escape, targets))})")
     matrices = {name: shape for name, shape in shapes.items() if len(shape) == 2 and name.endswith(".weight")}
-    return sum(rank * sum(shape) for name, shape in matrices.items() if pattern.fullmatch(name.removesuffix(".weight")))
+    chosen = [name for name in matrices if pattern.fullmatch(name.removesuffix(".weight"))]
+    if first:
+        places = {name: re.search(r"\.(\d+)\.", name) for name in chosen}
+        chosen = [name for name, place in places.items() if place and int(place[1]) >= first]
+    return sum(rank * sum(matrices[name]) for name in chosen)
+
+
+def linear(shapes: Shapes) -> list[int]:
+    """Return the parameters of each linear layer, the output layer left out: what 4-bit loading quantises."""
+    matrices = {name: shape for name, shape in shapes.items() if len(shape) == 2 and name.endswith(".weight")}
+    return [prod(shape) for name, shape in matrices.items() if re.fullmatch(_ALL_LINEAR, name.removesuffix(".weight"))]
 
 
 def examine(folder: Path, where: str, lora: LoraSpec | None) -> str:

@@ -10,7 +10,8 @@ samples only. Truncating while training on full log-probabilities lets a policy 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -21,12 +22,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
-from moalign.lm.language_model import LanguageModel
+from moalign.lm.language_model import TINY, LanguageModel
 from moalign.lm.log_probs import positions
 
 KEEP_ABOVE = 0.9
 """Ended rows leave the batch once at most this share of its rows is alive; each time, the cache is copied."""
+
+SAVED = 128
+"""Tokens that reading the beginning of all prompts once must save."""
 
 CHUNK = 256
 """Tokens that are summed at once to find where in a large vocabulary a draw falls."""
@@ -129,6 +134,26 @@ def pad_left(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> t
     return ids.to(device), mask.to(device)
 
 
+@contextmanager
+def last_states(model: Any, keep: bool = True) -> Iterator[list[Tensor]]:
+    """Yield a list that holds, if ``keep``, the last hidden states of the newest pass, ``[rows, tokens, width]``.
+
+    ``output_hidden_states`` would hold those of every layer, too.
+    """
+    states: list[Tensor] = []
+
+    def note(module: Any, inputs: Any, output: Any) -> None:
+        states[:] = [output.last_hidden_state]
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    handle = base.base_model.register_forward_hook(note) if keep else None
+    try:
+        yield states
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
 class NextToken:
     """Next-token distributions of a model as it stands: it reads tokens and remembers those that it has read.
 
@@ -149,17 +174,17 @@ class NextToken:
 
         Returns logits of the token after the last, ``[rows, vocabulary]``, up to a constant of each row.
         """
-        output = self.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=place,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-            output_hidden_states=self.hidden,
-        )
+        with last_states(self.model, self.hidden) as last:
+            output = self.model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=place,
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
         if self.hidden:
-            self.state = output.hidden_states[-1][:, -1]
+            self.state = last[0][:, -1]
         logits: Tensor = output.logits[:, -1]
         return logits
 
@@ -187,6 +212,8 @@ def sample(
 ) -> Samples:
     """Sample ``repeat`` responses for each tokenised prompt in one batch; prompts are read once.
 
+    What all of them begin with is read once for all where that pays.
+
     Row ``i * repeat + j`` of the result is response ``j`` to prompt ``i``. A row ends at any of ``lm.end_ids``.
 
     Args:
@@ -196,15 +223,16 @@ def sample(
         hidden: keep the hidden state that each token was drawn from.
         source: where next-token distributions come from, fresh for this batch; None: the model as it stands.
     """
+    common = _common(lm, prompts) if source is None else 0
     source = NextToken(lm.model, hidden) if source is None else source
     ids, mask = pad_left(prompts, lm.pad, lm.device)
-    logits = source.read(ids, mask, positions(mask))
+    logits, seen = _read(source, prompts, ids, mask, common)
     if repeat > 1:
         source.repeat(repeat)
-        ids, mask, logits = (each.repeat_interleave(repeat, dim=0) for each in (ids, mask, logits))
+        ids, mask, seen, logits = (each.repeat_interleave(repeat, dim=0) for each in (ids, mask, seen, logits))
     ends = torch.tensor(sorted(lm.end_ids), device=lm.device)
     tokens, logps, response, states = _continue(
-        source, logits, mask, numbers.to(lm.device), ends, partial(draw, temperature=temperature, top_p=top_p)
+        source, logits, seen, numbers.to(lm.device), ends, partial(draw, temperature=temperature, top_p=top_p)
     )
     return Samples(
         input_ids=torch.cat([ids, tokens.masked_fill(~response, lm.pad)], dim=1),
@@ -214,6 +242,42 @@ def sample(
         finished=(torch.isin(tokens, ends) & response).any(-1),
         hidden=None if states is None else states.masked_fill(~response.unsqueeze(-1), 0.0),
     )
+
+
+def _common(lm: LanguageModel, prompts: Sequence[Sequence[int]]) -> int:
+    """Return how many tokens all prompts begin with, a system prompt mostly, if it pays to read them once for all.
+
+    It does not for tiny models, whose samples so stay what they were, bit for bit. 0 too where a window of tokens, or a
+    state, is all that a layer remembers: what follows is read with padding between, in several tokens at once.
+    """
+    rows = [list(prompt) for prompt in prompts]
+    first, last = min(rows), max(rows)  # all others lie between
+    alike = next((at for at, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    alike = min(alike, *(len(row) - 1 for row in rows))
+    if alike * (len(prompts) - 1) < SAVED or lm.model.num_parameters() <= TINY:
+        return 0
+    whole = all(type(layer) is DynamicLayer for layer in DynamicCache(config=lm.model.config).layers)
+    return alike if whole else 0
+
+
+def _read(
+    source: NextToken, prompts: Sequence[Sequence[int]], ids: Tensor, mask: Tensor, common: int
+) -> tuple[Tensor, Tensor]:
+    """Read prompts, of which the first ``common`` tokens are the same, into a fresh source.
+
+    Returns logits of what follows each, and the mask of what was read, ``[rows, prompt]``: the source's memory has the
+    padding after the tokens in common, where ``ids`` and ``mask`` have it before.
+    """
+    if not common:
+        return source.read(ids, mask, positions(mask)), mask
+    head = ids[:1, -len(prompts[0]) :][:, :common]
+    one = torch.ones_like(head)
+    source.read(head, one, positions(one))
+    source.repeat(len(prompts))
+    padding = ids.shape[1] - mask.sum(-1, keepdim=True)
+    rest = torch.arange(ids.shape[1] - common, device=ids.device) >= padding
+    seen = torch.cat([one.expand(len(prompts), -1), rest.long()], dim=1)
+    return source.read(ids[:, common:], seen, positions(seen)[:, common:]), seen
 
 
 def _continue(
@@ -226,8 +290,10 @@ def _continue(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Sample until all rows have ended, beginning with the ``logits`` of their first token.
 
-    Rows that have ended leave the batch in groups, which changes nothing for the others. ``mask`` is the prompts',
-    ``[rows, prompt]``. Returns tokens, log-probabilities, which of them belong to a response, all ``[rows, T]``, and
+    Rows that have ended leave the batch in groups, which changes nothing for the others. ``mask`` is that of what was
+    read, ``[rows, prompt]``.
+
+    Returns tokens, log-probabilities, which of them belong to a response, all ``[rows, T]``, and
     the states they were drawn from; outside a response anything may stand.
     """
     (count, steps), prompt = numbers.shape, mask.shape[1]

@@ -35,7 +35,7 @@ class SideBySide:
         layers = [layer for layer in lora_layers(lm) if any(changes(layer, name) for name in names)]
         if any(name in layer.lora_magnitude_vector for layer in layers for name in names):
             raise RequestError("experts cannot be read side by side: one of their adapters is a DoRA adapter")
-        fold = lm.model.num_parameters() <= MERGE_BELOW
+        fold = not lm.in_4bit and lm.model.num_parameters() <= MERGE_BELOW
         makers = [_embedded if layer.lora_embedding_A else _folded if fold else _stacked for layer in layers]
         self.lm, self.names = lm, list(names)
         self._forwards = [(layer, make(layer, names)) for layer, make in zip(layers, makers, strict=True)]

@@ -9,7 +9,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from moalign.lm.loading import quiet
+from moalign.core.errors import RequestError
+from moalign.lm.loading import first_line, quiet
 
 
 def checkpointing_option() -> str:
@@ -21,6 +22,29 @@ def checkpointing_option() -> str:
 
     known = TrainingArguments.__dataclass_fields__
     return "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+
+
+@contextlib.contextmanager
+def checkpointed(model: Any, on: bool) -> Iterator[None]:
+    """Within the block, if ``on``, a causal model's layers keep only their inputs, and compute again for the gradient.
+
+    The recomputation is torch's non-reentrant one: it finds the adapters' parameters by itself, so that the
+    embeddings' output, which transformers would make require a gradient, need not. A layer does it in training mode
+    alone. Raises RequestError for a model that cannot.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    kind = checkpointing_option()  # the model's methods have the same two names
+    if on:
+        try:
+            getattr(base, f"{kind}_enable")({"use_reentrant": False})
+        except ValueError as error:
+            raise RequestError(f"policy.gradient_checkpointing: {first_line(error)}") from None
+        base.disable_input_require_grads()
+    try:
+        yield
+    finally:
+        if on:
+            getattr(base, f"{kind}_disable")()
 
 
 def run_trainer(trainer: Any, watch: Callable[[str, float], Any]) -> None:

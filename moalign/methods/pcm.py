@@ -75,6 +75,8 @@ class Config(PpoConfig, CostHints, NamesModels):
     """What the experts find of the sampled tokens does not tell a mixture at another temperature."""
     reference: Literal["base"] = "base"
     ref_sync_steps: None = None
+    share_prompts: Literal[False] = False
+    """The experts are frozen and read beside the prompts of their own; it is ``experts.share_prompts`` that pays."""
 
     @model_validator(mode="after")
     def _pairs(self) -> Config:

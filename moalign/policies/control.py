@@ -18,6 +18,7 @@ from moalign.core.errors import RequestError
 from moalign.lm import adapters, language_model, loading, model_folder
 from moalign.lm.chat import Codec
 from moalign.lm.language_model import LanguageModel
+from moalign.lm.sampler import last_states
 from moalign.policies.control_spec import ControlSpec
 
 ADAPTER = "control"
@@ -118,9 +119,9 @@ class Control(torch.nn.Module):
             "use_cache": cache is not None,
         }
         if self.spec.form == "adapter":
-            output = self.lm.model(input_ids=ids, output_hidden_states=True, logits_to_keep=1, **known)
-            state: Tensor = output.hidden_states[-1]
-            return state
+            with last_states(self.lm.model) as last:
+                self.lm.model(input_ids=ids, logits_to_keep=1, **known)
+            return last[0]
         if self.spec.form == "small":
             with torch.no_grad():
                 embedded = self.lm.model.get_input_embeddings()(ids).float()

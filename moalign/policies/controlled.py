@@ -15,6 +15,7 @@ from moalign.lm import adapters
 from moalign.lm.chat import Rendered
 from moalign.lm.log_probs import TokenOutputs, positions
 from moalign.lm.mixture import Mixture, OwnPrompt, Space, expert_log_probs, logit_mixture_logps, mixture_logps
+from moalign.lm.sample_parts import in_parts
 from moalign.lm.sampler import Generated, NextToken, Samples, Sampling, generate, pad_left, sample
 from moalign.lm.side_by_side import SideBySide
 from moalign.policies.control import Control, ControlWeights
@@ -75,8 +76,12 @@ class MixtureActor:
         bare = lm.encode([renderer.plain(prompt) for prompt in prompts], limit)
         weights = torch.as_tensor(preferences, dtype=torch.float32, device=lm.device)
         self.control.activate()
-        mixture = source(self.control, self.experts, self.space, bare, weights, hidden)
-        samples = sample(lm, read, numbers, repeat=repeat, source=mixture)
+
+        def draw(prompts: slice, rows: slice, repeat: int) -> Samples:
+            mixture = source(self.control, self.experts, self.space, bare[prompts], weights[prompts], hidden)
+            return sample(lm, read[prompts], numbers[rows], repeat=repeat, source=mixture)
+
+        samples = in_parts(draw, len(read), repeat, self.job.config.sample_batch, lm.pad)
         self._bare = pad_left([row for row in bare for _ in range(repeat)], lm.pad, lm.device)
         self._preferences = weights.repeat_interleave(repeat, dim=0)
         if self.space == "probability":

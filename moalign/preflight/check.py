@@ -17,6 +17,7 @@ from moalign.core.errors import RequestError
 from moalign.core.preferences import Preference
 from moalign.methods import registry
 from moalign.methods.base import Method
+from moalign.preflight import fit
 from moalign.preflight.inputs import check_inputs, named_model
 from moalign.preflight.report import Preflight
 from moalign.preflight.request import of_recipe, require_sound, to_train
@@ -25,14 +26,20 @@ from moalign.tasks.task import Task
 from moalign.training.settings import NamesModels
 
 
-def check(name_or_path: str, overrides: Sequence[str] = (), results: Path = Path("results")) -> Preflight:
+def check(
+    name_or_path: str, overrides: Sequence[str] = (), results: Path = Path("results"), gpu: str | None = None
+) -> Preflight:
     """Check a recipe or a card and everything that it points to.
 
-    ``task/method`` may also name a recipe that the task borrows (``recipes_from``). Raises RequestError only when there
-    is no such recipe or card; every other problem is in ``problems``.
+    ``task/method`` may also name a recipe that the task borrows (``recipes_from``). ``gpu`` is a card's memory, such as
+    ``24GB``, for which settings are looked for; None: three sizes, for a recipe that needs a GPU. Raises RequestError
+    only when there is no such recipe or card, and for a ``gpu`` that is no size; other problems are in ``problems``.
     """
+    gib = None if gpu is None else fit.gib_of(gpu)
     card_file = find.find_card(name_or_path)
     if card_file is not None:
+        if gpu is not None:
+            raise RequestError(f"--gpu: {name_or_path} is a task card; name a recipe, like {card_file.parent.name}/sft")
         return _check_card(card_file, overrides, results)
     path, task = _borrowed(name_or_path) or (find.find_recipe(name_or_path), None)
     report = Preflight(path)
@@ -44,7 +51,10 @@ def check(name_or_path: str, overrides: Sequence[str] = (), results: Path = Path
         if isinstance(resolved.config, NamesModels):
             for name, named in resolved.config.models.items():
                 report.look(name, partial(named_model, report, name, named))
-        check_sizes(report, resolved, inputs.model, inputs.task)
+        needs = resolved.recipe.needs
+        shown = fit.SHOWN if needs.gpu != "none" or needs.gpu_memory_gib is not None else ()
+        cards = shown if gib is None else (gib,)
+        check_sizes(report, resolved, inputs.model, inputs.task, cards=cards, required=gib is not None)
         return report
     card, with_options = _card_alone(path, overrides)
     if card is not None:

@@ -31,6 +31,8 @@ GPUS = {
     "RTX 4090": (165.0, 1008.0),
     "RTX 3090": (71.0, 936.0),
 }
+CARDS = {"RTX 3090": 24, "RTX 4090": 24, "A6000": 48, "A100": 80, "H100": 80, "H200": 141}
+"""Memory of each, in GiB."""
 TRAINING_SHARE = 0.35
 """Share of a GPU's peak that training reaches (assumed)."""
 DECODING_SHARE = 0.5
@@ -146,7 +148,8 @@ def _add_stage(work: _Work, stage: SftConfig | OnlineConfig, times: int, row_tok
         work.sampled += rows
         work.scored += rows
         work.trained += rows * stage.epochs * row_tokens
-        work.waits += times * stage.steps
+        at_once = min(stage.batch * stage.samples, stage.sample_batch or stage.batch * stage.samples)
+        work.waits += times * stage.steps * -(-stage.batch * stage.samples // at_once)
     else:
         per_row = 2 if isinstance(stage, DpoStage) else 1
         work.trained += times * stage.steps * stage.batch * per_row * stage.max_tokens
@@ -173,7 +176,9 @@ def _hours(
     if name is None or policy is None or not policy.parameters:
         return name, None
     flops, bandwidth = GPUS[name]
-    # Frozen base with adapters: forward 2, backward to the activations 2, recomputed forward 2 operations a parameter.
-    training = trained * 6 * policy.parameters / (flops * 1e12 * TRAINING_SHARE)
+    # Frozen base with adapters: forward 2, backward to the activations 2, recomputed forward 2 operations a parameter;
+    # the last two in those layers alone that the backward pass reaches.
+    reached = min(1.0, (resolved.recipe.policy.lora.layers or policy.layers) / policy.layers)
+    training = trained * (2 + 4 * reached) * policy.parameters / (flops * 1e12 * TRAINING_SHARE)
     decoding = passes * policy.parameters * WIDTH[resolved.card.dtype] / (bandwidth * 1e9 * DECODING_SHARE)
     return name, (training + decoding) / 3600

@@ -2,21 +2,24 @@
 
 All in bytes; w = 2 (bfloat16) or 4 (float32), H = hidden, I = inner width, L = layers, KV = width of a token's keys.
 
-    base            parameters x w
+    base            parameters x w; in 4 bits its linear layers x .516 (NF4 and the constants of its blocks of 64, which
+                    are quantised again in blocks of 256), the others x w, and one layer's weight at a time x w
     adapters        parameters x 16 while training (float32 weight, gradient, Adam's two moments), x 4 while answering
     value heads     objectives x (H + 1) x 16
     KV cache        rows x tokens x 2 x L x KV x w
     one layer       tokens x [ norms 8 H + LoRA inputs + attention 4 w H + feed-forward 3 w I + LoRA between 28 r ]
                     LoRA inputs: a float32 copy for each layer, 24 H + 4 I; in float32 without dropout they are shared,
                     8 H + 4 I; under autocast (trl's trainers) w (6 H + I) and 14 r; dropout masks 6 H + I more
-    activations     L x one layer; trl's trainers on a GPU, with checkpointing: tokens x L x H x w + one layer
+    activations     L x one layer; with gradient checkpointing tokens x L x H x w + one layer; L is
+                    ``policy.lora.layers`` where it is set. With ``share_prompts``, which has no checkpointing, a prompt
+                    counts once for its responses, and 2 w H in each layer for each of them
     logits          in the online engine (w + 12) a number (float32, log-softmax, entropy), at most 2**23 at a time;
-                    trl's fused head works in tiles: 4096 x 32768 x w + tokens x H x 4; on the CPU a tile is as wide as
-                    the vocabulary, and nine copies of it are made
+                    trl's fused head works in tiles: 4096 x 32768 x w + tokens x H x 4; on the CPU it is used for at
+                    most 2**23 logits, of which eight or nine copies are made
     folded          while a model below 20 M parameters samples, a copy of the layers that adapters change
     control         what PCM trains in place of adapters: parameters x 16 and its own activations
     reward models   parameters x w of each, all resident, + the largest one's activations while scoring:
-                    batch_tokens x (6 H + 2 I) x w
+                    batch_tokens x (6 H + 2 I) x w; with rewards.offload on a GPU one at a time, and only then
     rest            2 GiB for the CUDA context and fragmentation (assumed); on the CPU the interpreter and its libraries
 
 On the CPU the system's allocator keeps up to half as much again of what was freed; results/bench/memory.md compares
@@ -48,6 +51,8 @@ from moalign.training.settings import CostHints, DpoStage, OnlineConfig, PpoConf
 
 GIB = 2**30
 WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
+NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""Bytes of a 4-bit number: a block of 64 has a constant of a byte, 256 of these one of four bytes."""
 TRAINED = 16
 REST = 2 * GIB
 LIBRARIES, BUFFERS = int(0.5 * GIB), 96 * 2**20
@@ -55,8 +60,8 @@ LIBRARIES, BUFFERS = int(0.5 * GIB), 96 * 2**20
 (measured)."""
 KEPT = 1.5
 """How many times what is in use the CPU's allocator holds at most (measured)."""
-TILE, COLUMNS, COPIES = 4096, 32768, 9.25
-"""Tokens and words of one tile of trl's fused output layer, and how many such are held at once on the CPU."""
+TILE, COLUMNS, COPIES = 4096, 32768, 8.5
+"""Tokens and words of one tile of trl's fused output layer, and how many such are held at once on a CPU (measured)."""
 AT_ONCE = 2**23
 """Logits held at a time in the online engine, where the head is a linear map (:mod:`moalign.lm.log_probs`)."""
 FOLDS_BELOW = 20_000_000
@@ -93,6 +98,7 @@ class Estimate:
     unknown: list[str]
     """Reward models whose sizes are not known."""
     on_cpu: bool = False
+    in_4bit: bool = False
 
     @property
     def peak(self) -> Phase:
@@ -109,7 +115,7 @@ class Estimate:
         return {
             "parameters": self.policy.parameters,
             "adapter_parameters": self.adapted,
-            "weights_gib": self.policy.parameters * WIDTH[self.dtype] / GIB,
+            "weights_gib": self.phases[0].parts["base"] / GIB,
             "adapters_gib": self.adapted * TRAINED / GIB,
             "device": "cpu" if self.on_cpu else "gpu",
             "total_gib": self.peak.total / GIB,
@@ -127,7 +133,8 @@ class Estimate:
             where = f"{gib['total_gib']:.2f} to {gib['most_gib']:.2f} GiB on the CPU"
         return (
             f"peak {where} ({self.peak.name}): weights {gib['weights_gib']:.2f} "
-            f"({self.policy.parameters / 1e6:.1f} M parameters in {self.dtype}), adapters with gradients and optimiser "
+            f"({self.policy.parameters / 1e6:.1f} M parameters in {'4 bits' if self.in_4bit else self.dtype}), "
+            "adapters with gradients and optimiser "
             f"{gib['adapters_gib']:.2f} ({self.adapted / 1e6:.1f} M parameters)"
         )
 
@@ -143,11 +150,12 @@ def estimate(resolved: ResolvedRequest, policy: Architecture, capabilities: Capa
     ``policy`` are the sizes of the task's base, ``capabilities`` those of the recipe's method.
     """
     card, lora, trains = resolved.card, resolved.recipe.policy.lora, capabilities.trains
-    adapted = architecture.adapted(policy.shapes, lora.r, lora.targets) if trains else 0
+    first = architecture.first_adapted(lora, policy.layers)
+    adapted = architecture.adapted(policy.shapes, lora.r, lora.targets, first) if trains else 0
     models, _ = reward_models(card)
     needs = resolved.recipe.needs
     on_cpu = needs.gpu == "none" and needs.gpu_memory_gib is None
-    phases_of = _Phases(card, policy, lora, adapted, models, on_cpu)
+    phases_of = _Phases(resolved, policy, adapted, models, on_cpu)
     readers = len(card.objectives) if capabilities.mixes else 1
     phases = [phases_of.sampling("sampling the base", adapters=0)]
     for name, config in stages(resolved.config) if trains else ():
@@ -159,9 +167,9 @@ def estimate(resolved: ResolvedRequest, policy: Architecture, capabilities: Capa
         else:
             phases += phases_of.sft(name, config)
     judging, unknown = reward_models(card, judging=True)
-    answering = _Phases(card, policy, lora, adapted, judging, on_cpu)
+    answering = _Phases(resolved, policy, adapted, judging, on_cpu)
     phases.append(answering.sampling("answering", adapters=adapted * 4 * readers, readers=readers))
-    return Estimate(policy, adapted, card.dtype, phases, unknown, on_cpu)
+    return Estimate(policy, adapted, card.dtype, phases, unknown, on_cpu, card.load_in_4bit)
 
 
 def reward_models(card: TaskCard, judging: bool = False) -> tuple[list[tuple[ModelObjective, Architecture]], list[str]]:
@@ -225,30 +233,50 @@ def layer_bytes(sizes: Architecture, width: int, lora: LoraSpec, adapters: int, 
     return 8 * hidden + inputs + masks + 4 * width * hidden + 3 * width * inner + between
 
 
+def _base(sizes: Architecture, card: TaskCard) -> int:
+    width = WIDTH[card.dtype]
+    if not card.load_in_4bit:
+        return sizes.parameters * width
+    linear = architecture.linear(sizes.shapes)
+    return int(sum(linear) * NF4) + (sizes.parameters - sum(linear)) * width + max(linear, default=0) * width
+
+
+def _at_once(config: OnlineConfig) -> int:
+    """Return the rows that are sampled together."""
+    rows = config.batch * config.samples
+    return min(rows, config.sample_batch or rows)
+
+
 class _Phases:
     """The phases of one recipe."""
 
     def __init__(
         self,
-        card: TaskCard,
+        resolved: ResolvedRequest,
         policy: Architecture,
-        lora: LoraSpec,
         adapted: int,
         models: Sequence[tuple[ModelObjective, Architecture]],
         on_cpu: bool = False,
     ) -> None:
+        card, self.how = resolved.card, resolved.recipe.policy
         self.on_cpu, self.rest = on_cpu, LIBRARIES if on_cpu else REST
-        self.policy, self.lora, self.adapted = policy, lora, adapted
+        self.policy, self.lora, self.adapted = policy, self.how.lora, adapted
         self.objectives, self.limits, self.width = len(card.objectives), card.generation, WIDTH[card.dtype]
         self.tokens = self.limits.max_prompt_tokens + self.limits.max_new_tokens
-        weights = sum(sizes.parameters * WIDTH[spec.dtype] for spec, sizes in models)
-        self.resident = {"base": policy.parameters * self.width, "reward models": weights}
+        self.layers = policy.layers - architecture.first_adapted(self.lora, policy.layers)
+        """Through which the backward pass goes."""
+        weights = [sizes.parameters * WIDTH[spec.dtype] for spec, sizes in models]
+        self.resident = {"base": _base(policy, card), "reward models": sum(weights)}
         activations = (
             spec.batch_tokens * (6 * size.hidden + 2 * size.inner) * WIDTH[spec.dtype] for spec, size in models
         )
-        self.scoring = max(activations, default=0)
+        self.scoring = {"scoring": max(activations, default=0)}
+        if resolved.recipe.rewards.offload and not on_cpu:
+            self.scoring["reward models"] = max(weights, default=0)
+            del self.resident["reward models"]
         inside = max(0, policy.parameters - policy.vocabulary * policy.hidden)  # embeddings have no adapters
-        self.folded = inside * self.width if adapted and policy.parameters <= FOLDS_BELOW else 0
+        folds = policy.parameters <= FOLDS_BELOW and not card.load_in_4bit
+        self.folded = inside * self.width if adapted and folds else 0
 
     def sampling(self, name: str, adapters: int, rows: int | None = None, readers: int = 1) -> Phase:
         """Return a phase in which texts are sampled and scored; ``adapters`` in bytes, ``readers`` read each row."""
@@ -256,35 +284,47 @@ class _Phases:
         cache = rows * self.tokens * 2 * self.policy.layers * self.policy.key_value * self.width
         logits = rows * self.policy.vocabulary * (self.width + 8)
         # One after the other: what takes more counts.
-        busy = {"KV cache": cache, "logits": logits} if cache + logits > self.scoring else {"scoring": self.scoring}
+        busy = {"KV cache": cache, "logits": logits} if cache + logits > sum(self.scoring.values()) else self.scoring
         folded = {"folded": self.folded * readers} if self.folded and adapters else {}
         return Phase(name, {**self.resident, "adapters": adapters, **folded, **busy, "rest": self.rest})
 
     def online(self, name: str, config: OnlineConfig) -> list[Phase]:
-        """Return the phases of a stage in the online engine, which micro-batches instead of checkpointing layers."""
+        """Return the phases of a stage in the online engine."""
         reference = self.adapted * 4 if config.reference == "start" or config.ref_sync_steps else 0
         adapters = self.adapted * TRAINED + reference
         rows = min(config.micro_batch, config.batch * config.samples)
         tokens = rows * self.tokens
-        heads, kept = 0, int(tokens * self.policy.layers * self._layer(autocast=False, dropout=False))
+        again = bool(self.how.gradient_checkpointing)
+        read, repeated = self._shared(rows, config) if config.share_prompts else (tokens, 0)
+        heads, kept = 0, self._kept(read, again, autocast=False, dropout=False) + repeated
         if isinstance(config, PpoConfig):
             heads = self.objectives * (self.policy.hidden + 1) * TRAINED
-            kept += tokens * (self.policy.layers + 1) * self.policy.hidden * self.width
+            # Every layer's state, of which a checkpointed layer's input is one.
+            kept += tokens * (1 if again else self.policy.layers + 1) * self.policy.hidden * self.width
         count = rows * (self.limits.max_new_tokens + 1) * self.policy.vocabulary
         logits = min(count, max(AT_ONCE, self.policy.vocabulary)) * (self.width + 12)
         parts = {**self.resident, "adapters": adapters, "value heads": heads, "activations": kept, "logits": logits}
         return [
-            self.sampling(f"{name}: rollout", adapters + heads, config.batch * config.samples),
+            self.sampling(f"{name}: rollout", adapters + heads, _at_once(config)),
             Phase(f"{name}: update", {**parts, "rest": self.rest}),
         ]
+
+    def _shared(self, rows: int, config: OnlineConfig) -> tuple[int, int]:
+        """Return the tokens read where rows share their prompts, and the bytes of the keys repeated for them."""
+        together = config.samples if isinstance(config, PpoConfig) else 2
+        prompts, limits = -(-rows // together), self.limits
+        keys = 2 * self.policy.hidden * self.policy.layers * self.width  # as wide as queries: attention expands them
+        read = prompts * limits.max_prompt_tokens + rows * limits.max_new_tokens
+        return read, rows * limits.max_prompt_tokens * keys
 
     def mixture(self, name: str, config: OnlineConfig, control: ControlSpec, readers: int) -> list[Phase]:
         """Return the phases in which frozen experts are mixed, and the small model that weighs them is trained."""
         tokens = min(config.micro_batch, config.batch * config.samples) * self.tokens
         body = sizes_of(control.model) if control.model is not None else None
         if control.form == "adapter":
-            count = architecture.adapted(self.policy.shapes, control.lora.r, control.lora.targets)
-            kept = self.policy.layers * self._layer(autocast=False, dropout=False)
+            first = architecture.first_adapted(control.lora, self.policy.layers, "control.lora")
+            count = architecture.adapted(self.policy.shapes, control.lora.r, control.lora.targets, first)
+            kept = (self.policy.layers - first) * self._layer(autocast=False, dropout=False)
         else:
             w, layers = control.width, control.layers
             body = body or Architecture(w * (16 * w * layers + self.policy.hidden), w, 4 * w, layers, w, 0)
@@ -292,7 +332,7 @@ class _Phases:
             kept = body.layers * layer_bytes(body, 4, LoraSpec(r=1, dropout=0.0), 1, autocast=False)
         # Each expert's adapter, and the stack of all that one pass reads.
         experts = self.adapted * 4 * readers * (1 if self.folded else 2)
-        rollout = self.sampling(f"{name}: rollout", experts, config.batch * config.samples, readers)
+        rollout = self.sampling(f"{name}: rollout", experts, _at_once(config), readers)
         parts = {part: size for part, size in rollout.parts.items() if part in {*self.resident, "adapters", "folded"}}
         parts |= {"control": count * TRAINED, "activations": int(tokens * kept), "rest": self.rest}
         if getattr(config, "space", None) == "logit":  # the experts' logits and log-probabilities, and their mixture
@@ -307,20 +347,28 @@ class _Phases:
         """Return the phase of a stage on fixed rows or pairs, by trl's trainers."""
         rows = config.batch // config.accumulate * (2 if isinstance(config, DpoStage) else 1)
         tokens = rows * config.max_tokens
-        dropout = not isinstance(config, DpoStage)
-        if self.on_cpu:
-            layers = self.policy.layers * self._layer(autocast=False, dropout=dropout)
-            tile = min(COLUMNS, self.policy.vocabulary) * 4 * COPIES
+        dropout, logits = not isinstance(config, DpoStage), tokens * self.policy.vocabulary
+        checkpointing = self.how.gradient_checkpointing
+        shares = isinstance(config, DpoStage) and config.share_prompts
+        again = not (self.on_cpu or shares) if checkpointing is None else checkpointing
+        kept = self._kept(tokens, again, autocast=self.width == 2 and not self.on_cpu, dropout=dropout)
+        if not self.on_cpu:
+            logits = min(TILE, tokens) * COLUMNS * self.width
+        elif logits > AT_ONCE:  # not trl's, see moalign.lm.marked
+            logits = AT_ONCE * 16
         else:
-            inputs = self.policy.layers * self.policy.hidden * self.width
-            layers = inputs + self._layer(autocast=self.width == 2, dropout=dropout)
-            tile = COLUMNS * self.width
+            logits = int(logits * 4 * COPIES)
         parts = {
             "adapters": self.adapted * TRAINED,
-            "activations": int(tokens * layers),
-            "logits": int(min(TILE, tokens) * tile) + tokens * self.policy.hidden * 4,
+            "activations": kept,
+            "logits": logits + tokens * self.policy.hidden * 4,
         }
         return [Phase(f"{name}: update", {**self.resident, **parts, "rest": self.rest})]
+
+    def _kept(self, tokens: int, checkpointing: bool, autocast: bool, dropout: bool) -> int:
+        """Return what autograd keeps of all layers; with checkpointing their inputs, and one layer while it is read."""
+        one, layers = self._layer(autocast, dropout), self.layers
+        return int(tokens * (layers * self.policy.hidden * self.width + one if checkpointing else layers * one))
 
     def _layer(self, autocast: bool, dropout: bool) -> float:
         """Return :func:`layer_bytes` of the policy; ``dropout`` False where training switches it off."""

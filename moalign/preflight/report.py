@@ -34,6 +34,8 @@ class Preflight:
     """See :meth:`moalign.preflight.memory.Estimate.as_dict`."""
     cost: dict[str, Any] = field(default_factory=dict)
     """Upper bounds of training: :class:`moalign.preflight.cost.CostBounds`."""
+    cards: list[dict[str, Any]] = field(default_factory=list)
+    """For cards of several sizes, the settings with which the recipe fits."""
     of_card: bool = False
     """The file is a card."""
 
@@ -65,6 +67,7 @@ class Preflight:
             "checked": [line._asdict() for line in self.checked],
             "memory": self.memory,
             "cost": self.cost,
+            "cards": self.cards,
             "notes": self.notes,
             "problems": self.problems,
         }

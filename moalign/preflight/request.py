@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from moalign.config.load import ResolvedRequest
 from moalign.core import preferences
 from moalign.core.errors import RequestError
 from moalign.core.preferences import Preference
 from moalign.core.seeds import MOST
+from moalign.lm import backends
 from moalign.methods.base import Method
 from moalign.runs import trackers
 
@@ -16,7 +18,7 @@ from moalign.runs import trackers
 def require_sound(method: Method, resolved: ResolvedRequest, seed: int | None = None) -> None:
     """Raise RequestError for trackers that are not installed, and for what the method cannot have.
 
-    That is, a number of objectives, snapshots, or a ``seed`` that is none.
+    That is, a number of objectives, snapshots, a ``seed`` that is none, or packages that ``policy`` needs.
     """
     problems: list[str] = []
     try:
@@ -33,8 +35,21 @@ def require_sound(method: Method, resolved: ResolvedRequest, seed: int | None = 
         )
     if seed is not None and not 0 <= seed <= MOST:
         problems.append(f"seed: found {seed}; allowed: 0 to {MOST}")
+    problems += backends.problems(resolved.recipe.policy, card)
+    if resolved.recipe.policy.gradient_checkpointing and _shares_prompts(resolved.recipe.config):
+        problems.append(
+            "share_prompts: gradient checkpointing keeps no cache, so a prompt cannot be read once for several "
+            "responses; switch off one of the two (policy.gradient_checkpointing)"
+        )
     if problems:
         raise RequestError(*problems)
+
+
+def _shares_prompts(settings: Any) -> bool:
+    """Whether a stage of these settings, or the method itself, reads shared prompts once."""
+    if not isinstance(settings, dict):
+        return False
+    return settings.get("share_prompts") is True or any(map(_shares_prompts, settings.values()))
 
 
 def to_train(

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from moalign.config.load import ResolvedRequest
 from moalign.core.preferences import Preference
+from moalign.lm.architecture import Architecture
 from moalign.methods import registry
-from moalign.preflight import cost, memory
+from moalign.methods.base import Capabilities
+from moalign.preflight import cost, fit, memory
 from moalign.preflight.memory import GIB
 from moalign.preflight.report import Preflight
 from moalign.tasks.task import WHERE, Task
 
+UNMEASURED = "not measured on a GPU yet"
 _SMALLER_MICRO_BATCH = "a smaller micro_batch (supervised: a larger accumulate)"
 _REMEDIES = {
-    "base": "a smaller model, dtype bfloat16",
-    "reward models": "dtype bfloat16 for the objectives",
-    "KV cache": "a smaller task.generation.batch_size (in training: batch or samples)",
+    "base": "a smaller model, policy.dtype: bfloat16, policy.load_in_4bit",
+    "reward models": "dtype bfloat16 for the objectives, rewards.offload",
+    "KV cache": "a smaller task.generation.batch_size (in training: sample_batch)",
     "logits": _SMALLER_MICRO_BATCH,
-    "activations": _SMALLER_MICRO_BATCH,
+    "activations": f"{_SMALLER_MICRO_BATCH}, policy.gradient_checkpointing",
     "scoring": "smaller batch_tokens for the objectives",
     "adapters": "a smaller policy.lora.r",
 }
@@ -33,11 +37,14 @@ def check_sizes(
     model: Path | None = None,
     task: Task | None = None,
     given: Sequence[Preference] | None = None,
+    cards: Sequence[float] = (),
+    required: bool = False,
 ) -> None:
     """Estimate cost, and memory phase by phase, and compare the memory with the GPU that the recipe states.
 
     ``model`` is the policy's folder where it is a hub model in the local cache; ``task`` and ``given`` as
-    :func:`moalign.preflight.cost.estimate` has them.
+    :func:`moalign.preflight.cost.estimate` has them. For each of ``cards``, in GiB, settings that fit are looked for;
+    that there are none is a problem if they are ``required``.
     """
     card, able = resolved.card, registry.get(resolved.recipe.method).capabilities
     report.memory = {"stated_gib": resolved.recipe.needs.gpu_memory_gib, "total_gib": None, "phases": []}
@@ -49,11 +56,18 @@ def check_sizes(
     with report.collecting():
         _add_cost(report, cost.estimate(resolved, able, policy, task, given))
     if card.built_in_base:
+        if required:
+            report.problems.append(f"--gpu: the task {card.name} needs none: its built-in base is a few hundred KiB")
         return
     if policy is None or not policy.shapes:
-        report.notes.append("memory: not known, because the model's sizes are not (no folder, and no model known here)")
+        text = "memory: not known, because the model's sizes are not (no folder, and no model known here)"
+        (report.problems if required else report.notes).append(text)
         return
-    estimate = memory.estimate(resolved, policy, able)
+    estimate = None
+    with report.collecting():
+        estimate = memory.estimate(resolved, policy, able)
+    if estimate is None:
+        return
     report.memory |= estimate.as_dict()
     report.add("memory", estimate.sentence())
     for phase in estimate.phases:
@@ -62,6 +76,68 @@ def check_sizes(
     for name in estimate.unknown:
         report.notes.append(f"memory: the size of the reward model {name} is not known; it comes on top")
     _check_fit(report, resolved, estimate)
+    for gib in cards:
+        hours = partial(_hours, resolved, able, policy, task, given)
+        _add_card(report, fit.fit(resolved, policy, able, gib), hours, required)
+
+
+def _hours(
+    resolved: ResolvedRequest,
+    able: Capabilities,
+    policy: Architecture,
+    task: Task | None,
+    given: Sequence[Preference] | None,
+    fitted: fit.Fit,
+) -> dict[str, float]:
+    """Return the hours of training on each card of this memory whose data sheet is known."""
+    hours = {}
+    for gpu in (name for name, gib in cost.CARDS.items() if gib == fitted.card_gib):
+        request = fit.changed(resolved, {**(fitted.settings or {}), "needs.gpu": gpu})
+        bounds = cost.estimate(request, able, policy, task, given)
+        if bounds.hours is not None:
+            hours[gpu] = bounds.hours
+    return hours
+
+
+def _add_card(
+    report: Preflight, fitted: fit.Fit, hours_of: Callable[[fit.Fit], dict[str, float]], required: bool
+) -> None:
+    """Report the settings with which a card is large enough."""
+    name, peak = f"{fitted.card_gib:g} GB", f"{fitted.peak.total / GIB:.1f} GiB ({fitted.peak.name})"
+    hours = {} if fitted.settings is None else hours_of(fitted)
+    report.cards.append(
+        {
+            "card_gib": fitted.card_gib,
+            "fits": fitted.settings is not None,
+            "settings": None if fitted.settings is None else dict(fitted.settings),
+            "peak_gib": fitted.peak.total / GIB,
+            "peak_phase": fitted.peak.name,
+            "smallest_gib": fitted.card_gib if fitted.settings is not None else fitted.smallest_gib,
+            "hours": hours,
+            "measured": UNMEASURED,
+        }
+    )
+    if fitted.settings is None:
+        larger = f"no card of up to {fit.CARDS[-1]} GB is large enough"
+        if fitted.smallest_gib is not None:
+            larger = f"the smallest card that would do has {fitted.smallest_gib} GB"
+        largest = max(fitted.peak.parts, key=lambda part: fitted.peak.parts[part])
+        text = (
+            f"no settings fit: with all that save memory {peak}, most of it {largest} "
+            f"({fitted.peak.parts[largest] / GIB:.1f}); {larger}"
+        )
+        report.add(name, text)
+        if required:
+            report.problems.append(f"--gpu {fitted.card_gib:g}GB: {text}")
+        return
+    settings = " ".join(f"--set {text}" for text in fitted.texts) or "as it is"
+    parts = [f"{settings}: {peak}"]
+    parts += ["about " + " or ".join(f"{number:.1f} h on {gpu}" for gpu, number in hours.items())] if hours else []
+    report.add(name, f"{', '.join(parts)}; {UNMEASURED}")
+    of_task = [key for key in ("task.generation.batch_size", "policy.load_in_4bit") if key in fitted.settings]
+    if of_task:
+        only = "runs are compared with runs that have the same"
+        report.notes.append(f"{name}: {' and '.join(of_task)} make another task of it: {only}")
 
 
 def _check_fit(report: Preflight, resolved: ResolvedRequest, estimate: memory.Estimate) -> None:

@@ -26,6 +26,7 @@ from moalign.core.progress import Progress
 from moalign.core.schedule import factor
 from moalign.core.seeds import derive
 from moalign.lm import model_folder
+from moalign.lm.adapters import lora_config
 from moalign.lm.finite import FiniteCheck
 from moalign.lm.language_model import set_threads
 from moalign.lm.optimizer_state import pack_optimizer, unpack_optimizer
@@ -214,16 +215,12 @@ def _fit(job: RewardJob, model: Any, tokenizer: Any, encoder: RowEncoder) -> Any
 
 
 def _with_adapters(model: Any, settings: RewardSettings) -> Any:
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
     spec = settings.lora
     assert spec is not None
-    targets: Any = spec.targets
-    config = LoraConfig(
-        r=spec.r, lora_alpha=spec.alpha, lora_dropout=spec.dropout, target_modules=targets, task_type="SEQ_CLS"
-    )
     try:
-        return get_peft_model(model, config)
+        return get_peft_model(model, lora_config(model, spec, "SEQ_CLS", "lora"))
     except ValueError as error:
         raise RequestError(f"lora.targets {spec.targets!r}: {str(error).splitlines()[0]}") from None
 

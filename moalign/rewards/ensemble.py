@@ -125,6 +125,11 @@ class EnsembleScorer:
         for member in self.members:
             member.prepare()
 
+    def rest(self) -> None:
+        """Take the members off the GPU until they are used again."""
+        for member in self.members:
+            member.rest()
+
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         """Return the aggregate of each pair, ``[samples]``; of a cost (``maximise: false``) doubt makes it larger."""
         apart = self._standardised(prompts, responses)

@@ -47,6 +47,8 @@ class ModelScorer(ABC, Generic[_Spec]):
         """The scorer whose model is used: another one where both name the same model (:func:`share`)."""
         self._leads = False
         """Whether other scorers use this one's model."""
+        self._resting = False
+        """Whether the model was taken off the GPU."""
         self._folder = model_folder.local_folder(spec.model, base_dir, self.where)
         if self._folder is not None:
             model_folder.require_complete(self._folder, self.where)
@@ -69,6 +71,13 @@ class ModelScorer(ABC, Generic[_Spec]):
     def prepare(self) -> None:
         """Load the model now, so that problems of its files show before other work begins."""
         _ = self._model
+
+    def rest(self) -> None:
+        """Take the model off the GPU, if it is there, until it is used again."""
+        leader = self._leader
+        if "_loaded" in leader.__dict__ and not leader._resting:
+            leader._loaded[0].to("cpu")
+            leader._resting = True
 
     # --- what a kind of model adds
 
@@ -109,13 +118,17 @@ class ModelScorer(ABC, Generic[_Spec]):
                     f"{few(info['missing_keys'])}; a folder saved from {self.auto_class} is needed"
                 )
             model.eval().requires_grad_(False)
-            model.to("cuda" if torch.cuda.is_available() else "cpu")
+            model.to(_place())
             self._settle(model)
         return model, tokenizer
 
     @property
     def _model(self) -> Any:
-        return self._leader._loaded[0]
+        leader = self._leader
+        if leader._resting:
+            leader._loaded[0].to(_place())
+            leader._resting = False
+        return leader._loaded[0]
 
     @property
     def _tokenizer(self) -> Any:
@@ -140,6 +153,12 @@ class ModelScorer(ABC, Generic[_Spec]):
             batch.append(row)
         if batch:
             yield batch
+
+
+def _place() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def share(scorers: Sequence[ModelScorer[Any]], keep: bool = False) -> None:

@@ -34,12 +34,18 @@ class RewardPanel:
     """Named, ordered objectives with their store, meter and normaliser."""
 
     def __init__(
-        self, objectives: Sequence[Scorer], store: Store | None = None, meter: Meter | None = None, chunk: int = 512
+        self,
+        objectives: Sequence[Scorer],
+        store: Store | None = None,
+        meter: Meter | None = None,
+        chunk: int = 512,
+        offload: bool = False,
     ) -> None:
         """Put scorers together, in the task's order.
 
         Scores of scorers that are not cheap are kept in ``store``. ``meter`` counts requested scores. A scorer gets
-        ``chunk`` texts in a call; a finished chunk is stored at once. Raises RequestError for names that repeat.
+        ``chunk`` texts in a call; a finished chunk is stored at once. With ``offload`` a scorer that has a model
+        leaves the GPU (its ``rest``) once it has scored. Raises RequestError for names that repeat.
         """
         self.objectives = list(objectives)
         self.names = [scorer.name for scorer in objectives]
@@ -51,12 +57,15 @@ class RewardPanel:
         self.store = store
         self.meter = meter
         self.chunk = chunk
+        self.offload = offload
         self.normaliser: Normaliser | None = None
 
     @classmethod
-    def from_specs(cls, specs: Sequence[ObjectiveSpec], base_dir: Path, store: Store | None = None) -> RewardPanel:
+    def from_specs(
+        cls, specs: Sequence[ObjectiveSpec], base_dir: Path, store: Store | None = None, offload: bool = False
+    ) -> RewardPanel:
         """Build the panel of a task card; the problems of all objectives come in one RequestError."""
-        return cls(build_scorers(specs, base_dir), store)
+        return cls(build_scorers(specs, base_dir), store, offload=offload)
 
     def with_normaliser(self, normaliser: Normaliser) -> RewardPanel:
         """Return the same panel (scorers, store and meter shared) with another normaliser."""
@@ -79,7 +88,10 @@ class RewardPanel:
         """Return a panel in this one's order whose objectives are ``other``'s where that has one of the same name."""
         theirs = {scorer.name: scorer for scorer in other.objectives}
         return RewardPanel(
-            [theirs.get(scorer.name, scorer) for scorer in self.objectives], self.store, chunk=self.chunk
+            [theirs.get(scorer.name, scorer) for scorer in self.objectives],
+            self.store,
+            chunk=self.chunk,
+            offload=self.offload,
         )
 
     @property
@@ -166,7 +178,11 @@ class RewardPanel:
                     progress(before + done, raw.size)
 
             store = None if scorer.cheap else self.store
-            raw[:, column] = _Column(scorer, store, list(first), list(first.values()), report).run(self.chunk)
+            try:
+                raw[:, column] = _Column(scorer, store, list(first), list(first.values()), report).run(self.chunk)
+            finally:
+                if self.offload and hasattr(scorer, "rest"):
+                    scorer.rest()
         row = {pair: number for number, pair in enumerate(first)}
         return raw[[row[pair] for pair in pairs]]
 

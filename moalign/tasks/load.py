@@ -5,16 +5,28 @@ from __future__ import annotations
 from pathlib import Path
 
 from moalign.config.card import TaskCard
+from moalign.config.recipe import PolicySpec, RewardsSpec
 from moalign.core.progress import Progress, silent
 from moalign.tasks.task import Task
 
 
-def make_task(card: TaskCard, results: Path, progress: Progress = silent) -> Task:
-    """Return the task of a card; everything is loaded and computed at first use."""
+def make_task(
+    card: TaskCard,
+    results: Path,
+    progress: Progress = silent,
+    policy: PolicySpec | None = None,
+    rewards: RewardsSpec | None = None,
+) -> Task:
+    """Return the task of a card; everything is loaded and computed at first use.
+
+    ``policy`` and ``rewards`` are a recipe's and say how models are held in memory; None: the defaults.
+    """
+    kind: type[Task]
     if card.kind == "sandbox":
-        from moalign.tasks.sandbox.task import SandboxTask
-
-        return SandboxTask(card, results, progress)
-    from moalign.tasks.text import TextTask
-
-    return TextTask(card, results, progress)
+        from moalign.tasks.sandbox.task import SandboxTask as kind
+    else:
+        from moalign.tasks.text import TextTask as kind
+    task = kind(card, results, progress)
+    task.attention = policy.attention if policy is not None else None
+    task.offload = rewards is not None and rewards.offload
+    return task

@@ -61,10 +61,11 @@ class Task(abc.ABC):
     """What every kind of task shares; subclasses define where prompts, responses and the base come from."""
 
     def __init__(self, card: TaskCard, results: Path, progress: Progress = silent) -> None:
-        self.card = card
-        self.results = results
+        self.card, self.results = card, results
         self.progress = progress
         self.names = card.objective_names
+        self.attention: str | None = None  # a recipe's policy.attention
+        self.offload = False  # a recipe's rewards.offload
 
     # -- what a kind of task fills in ----------------------------------------------------------------------
 
@@ -180,8 +181,8 @@ class Task(abc.ABC):
         """The frozen base, loaded once per process."""
         from moalign.lm import language_model
 
-        source, revision = self.base_source()
-        lm = language_model.load(source, revision, self.card.dtype, codec=self.codec)
+        card = self.card
+        lm = language_model.load(*self.base_source(), card.dtype, None, self.codec, self.attention, card.load_in_4bit)
         language_model.set_threads(lm.model.num_parameters())
         return lm
 
@@ -264,7 +265,7 @@ class Task(abc.ABC):
         return self._panel_of(self.card.objectives)
 
     def _panel_of(self, objectives: Sequence[ObjectiveSpec]) -> RewardPanel:
-        return RewardPanel.from_specs(objectives, Path.cwd(), self._store)
+        return RewardPanel.from_specs(objectives, Path.cwd(), self._store, self.offload)
 
     @functools.cached_property
     def _store(self) -> Store:

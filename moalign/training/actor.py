@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from moalign.lm import adapters
+from moalign.lm import adapters, shared_prompts
 from moalign.lm.finite import Modules
 from moalign.lm.language_model import LanguageModel, reference_mode
-from moalign.lm.log_probs import TokenOutputs, token_outputs
+from moalign.lm.log_probs import TokenOutputs, token_outputs, without_padding
+from moalign.lm.sample_parts import in_parts
 from moalign.lm.sampler import Samples, sample
+from moalign.lm.trainers import checkpointed
 from moalign.training.dropout import without_dropout
 
 if TYPE_CHECKING:
@@ -81,10 +84,16 @@ class AdapterActor:
     """
 
     def __init__(self, job: Job, lm: LanguageModel, config: OnlineConfig, style: Style) -> None:
-        """Train the active adapter of ``lm``; ``style`` says how preferences are written."""
+        """Train the active adapter of ``lm``; ``style`` says how preferences are written.
+
+        Raises RequestError for ``share_prompts`` with a model that cannot share them.
+        """
         self.lm, self.config, self.style, self.task = lm, config, style, job.task
         self.width = int(lm.model.config.hidden_size)
         self.parameters: Sequence[torch.nn.Parameter] = [p for p in lm.model.parameters() if p.requires_grad]
+        self._checkpointing, self._memory = bool(job.policy_spec.gradient_checkpointing), ExitStack()
+        if config.share_prompts:
+            shared_prompts.require(lm, self._checkpointing)
         if config.own_reference:
             adapters.attach(lm, job.policy_spec.lora, seed=0, name=REFERENCE)
             self.sync_reference()
@@ -99,13 +108,24 @@ class AdapterActor:
         else:
             texts = [renderer.preference(p, w, self.style) for p, w in zip(prompts, preferences, strict=True)]
         encoded = self.lm.encode(texts, card.generation.max_prompt_tokens)
+
+        def draw(prompts: slice, rows: slice, repeat: int) -> Samples:
+            return sample(
+                self.lm, encoded[prompts], numbers[rows], self.config.temperature, repeat=repeat, hidden=hidden
+            )
+
         with adapters.merged(self.lm):
-            return sample(self.lm, encoded, numbers, self.config.temperature, repeat=repeat, hidden=hidden)
+            return in_parts(draw, len(encoded), repeat, self.config.sample_batch, self.lm.pad)
 
     def outputs(self, samples: Samples, rows: Tensor, hidden: bool = False) -> TokenOutputs:
         """See :class:`Actor`. The adapter is not folded into the weights, which rounds."""
+        config = self.config
         tokens = (samples.input_ids[rows], samples.attention_mask[rows], samples.response_mask[rows])
-        return token_outputs(self.lm.model, *tokens, self.config.temperature, hidden=hidden)
+        if not (config.share_prompts or config.group_by_length):
+            return token_outputs(self.lm.model, *tokens, config.temperature, hidden)
+        used = without_padding(*tokens)
+        outputs = token_outputs(self.lm.model, *used, config.temperature, hidden, config.share_prompts)
+        return outputs.padded(samples.response_mask.shape[1])
 
     def reference_logps(self, samples: Samples, rows: Tensor) -> Tensor:
         """See :class:`Actor`."""
@@ -125,7 +145,9 @@ class AdapterActor:
 
     def learning(self, begin: bool) -> None:
         """See :class:`Actor`. Dropout stays off: every loss here is made of ratios of probabilities."""
+        self._memory.close()
         if begin:
+            self._memory.enter_context(checkpointed(self.lm.model, self._checkpointing))
             without_dropout(self.lm.model)
         else:
             self.lm.model.eval()
@@ -143,5 +165,6 @@ class AdapterActor:
 
     def close(self) -> None:
         """See :class:`Actor`."""
+        self._memory.close()
         if self.config.own_reference:
             adapters.drop(self.lm, REFERENCE)

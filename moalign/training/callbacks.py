@@ -18,7 +18,7 @@ from moalign.core.schedule import factor
 from moalign.core.seeds import derive
 from moalign.lm import adapters
 from moalign.lm.finite import FiniteCheck
-from moalign.lm.trainers import checkpointing_option, quiet_libraries, run_trainer
+from moalign.lm.trainers import checkpointed, checkpointing_option, quiet_libraries, run_trainer
 from moalign.training.checkpoints import modules, resume, save_checkpoint
 from moalign.training.settings import SftConfig
 
@@ -63,7 +63,10 @@ def train_rows(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: factor(config.schedule, start + step, config.steps, config.warmup)
     )
-    with quiet_libraries(), trainable(lm):
+    on = job.policy_spec.gradient_checkpointing
+    if on is None:  # a prompt that is read once is kept in a cache, which checkpointing has none of
+        on = lm.device.type != "cpu" and not getattr(config, "share_prompts", False)
+    with quiet_libraries(), trainable(lm), checkpointed(lm.model, on):
         trainer = make(
             start * config.batch,
             trainer_settings(job, lm, config, config.steps - start, phase),
@@ -96,7 +99,7 @@ def trainer_settings(job: Job, lm: LanguageModel, config: SftConfig, steps: int,
         "disable_tqdm": True,
         "use_cpu": on_cpu,
         "bf16": not on_cpu,
-        checkpointing_option(): not on_cpu,
+        checkpointing_option(): False,  # trl's default is True; see train_rows
         "seed": derive(job.seed, phase) % 2**32,
         "dataloader_pin_memory": not on_cpu,
         "remove_unused_columns": False,

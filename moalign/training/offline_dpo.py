@@ -2,13 +2,15 @@
 
 From a task's preference pairs (:func:`objective_pairs`) through tokens (:func:`encode_pairs`) to training
 (:func:`train_dpo`); the loss is :func:`moalign.losses.dpo.modpo_loss`, given to the trainer by the public hook
-``compute_loss``. One private hook is overridden, ``_prepare_dataset``, since the trainer takes no tokenised pairs. The
-reference's log-probabilities are computed before (:mod:`.reference`): the trainer holds no reference model.
+``compute_loss``. Log-probabilities come from the trainer's own output layer, or with ``share_prompts`` from
+:func:`moalign.lm.log_probs.token_outputs`. One private hook is overridden, ``_prepare_dataset``, since the trainer
+takes no tokenised pairs. The reference's log-probabilities are computed before (:mod:`.reference`): the trainer holds
+no reference model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -24,12 +26,15 @@ from moalign.core.arrays import Matrix
 from moalign.core.errors import RequestError
 from moalign.core.records import Response
 from moalign.core.seeds import derive
+from moalign.lm import shared_prompts
 from moalign.lm.chat import pair_row
+from moalign.lm.log_probs import token_outputs
+from moalign.lm.marked import log_probs
 from moalign.losses.dpo import modpo_loss
 from moalign.training.callbacks import order, train_rows
 from moalign.training.diagnostics import at_the_end
 from moalign.training.dropout import without_dropout
-from moalign.training.reference import Row, pad_rows, reference_log_probs
+from moalign.training.reference import Row, pad_around, pad_rows, reference_log_probs
 from moalign.training.settings import DpoConfig, DpoStage
 
 if TYPE_CHECKING:
@@ -218,16 +223,36 @@ def train_dpo(
         places = order(len(pairs), config.steps, config.batch, derive(job.seed, phase, "order"))
     if weights is None:
         weights = np.ones(len(places))
-    batches = Batches(pairs, margin, places, weights, lm.pad)
+    if config.share_prompts:
+        shared_prompts.require(lm, bool(job.policy_spec.gradient_checkpointing))
+    if config.group_by_length:
+        places, weights = by_length(pairs, places, weights, config.batch)
+    batches = Batches(pairs, margin, places, weights, lm.pad, pad_around if config.share_prompts else pad_rows)
     train_rows(job, lm, config, phase, batches.tokens(), partial(PairTrainer, config, batches))
     return at_the_end(job.run.metrics(), phase, config.steps, METRICS)
+
+
+def by_length(pairs: PairRows, places: np.ndarray, weights: np.ndarray, batch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return places and weights ``[steps * batch]`` with each batch in the order of its pairs' lengths."""
+    lengths = np.array([max(len(c), len(r)) for (c, _), (r, _) in zip(pairs.chosen, pairs.rejected, strict=True)])
+    order = np.argsort(lengths[places].reshape(-1, batch), axis=1, kind="stable")
+    places, weights = (np.take_along_axis(a.reshape(-1, batch), order, axis=1).reshape(-1) for a in (places, weights))
+    return places, weights
 
 
 class Batches:
     """Makes the trainer's batches; its rows are places in the order of training."""
 
-    def __init__(self, pairs: PairRows, margin: Margin, places: np.ndarray, weights: np.ndarray, pad: int) -> None:
-        self.pairs, self.margin, self.places, self.pad = pairs, margin, places, pad
+    def __init__(
+        self,
+        pairs: PairRows,
+        margin: Margin,
+        places: np.ndarray,
+        weights: np.ndarray,
+        pad: int,
+        padded: Callable[[Sequence[Row], int], dict[str, Tensor]] = pad_rows,
+    ) -> None:
+        self.pairs, self.margin, self.places, self.pad, self.padded = pairs, margin, places, pad, padded
         self.of_pair = {
             "ref_logps": torch.from_numpy(pairs.reference),
             "margins": torch.as_tensor(margin.values, dtype=torch.float32),
@@ -243,9 +268,8 @@ class Batches:
         """Return a batch: chosen responses first, then rejected ones, and what the loss needs of each pair."""
         places = [row["place"] for row in rows]
         pairs = self.places[places].tolist()
-        padded = pad_rows([self.pairs.chosen[i] for i in pairs] + [self.pairs.rejected[i] for i in pairs], self.pad)
         return {
-            **padded,
+            **self.padded([self.pairs.chosen[i] for i in pairs] + [self.pairs.rejected[i] for i in pairs], self.pad),
             **{name: value[pairs] for name, value in self.of_pair.items()},
             "weights": self.weights[places],
         }
@@ -291,21 +315,15 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc,unused-ignore]
     ) -> Tensor:
         """Return the loss of a batch of :class:`Batches`."""
         without_dropout(model)  # the trainer has just put the model into training mode
-        out = model(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            labels=inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100),
-            use_cache=False,
-            fused_lm_head=True,
-        )
+        logps = self._log_probs(model, inputs)
         loss, metrics = modpo_loss(
-            out.log_probs,
+            logps,
             inputs["ref_logps"],
             inputs["completion_mask"],
             inputs["margins"],
             inputs["chance"],
             inputs["weights"],
-            margin_weights=torch.as_tensor(list(self.margin.weights), dtype=torch.float32, device=out.log_probs.device),
+            margin_weights=torch.as_tensor(list(self.margin.weights), dtype=torch.float32, device=logps.device),
             share=self.margin.share,
             beta=self.stage.beta,
             kind=self.stage.loss,
@@ -314,6 +332,13 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc,unused-ignore]
         )
         self.seen.append(metrics)
         return loss
+
+    def _log_probs(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
+        """Return the tokens' log-probabilities, 0 outside responses, ``[2 * pairs, T]``."""
+        ids, mask, response = inputs["input_ids"], inputs["attention_mask"], inputs["completion_mask"]
+        if self.stage.share_prompts:
+            return token_outputs(model, ids, mask, response.bool(), share_prompts=True).logps
+        return log_probs(model, ids, mask, response.bool())
 
     def mean_metrics(self) -> dict[str, float]:
         """Return means of the loss's metrics since the last call.

@@ -156,6 +156,7 @@ class OnlineTrainer:
         """Yield micro-batches of some rows of the rollout, for one update; each weighs as many groups as it holds.
 
         Consecutive ``group`` rows belong together (2 for pairs); ``tensors`` ``[groups, ...]`` go along with them.
+        With ``group_by_length`` the groups come in the order of their lengths.
         """
         assert self._rollout is not None, "parts belong to the rollout in hand"
         rollout, samples, groups, config = self._rollout, self._rollout.samples, len(rows) // group, self.config
@@ -163,21 +164,22 @@ class OnlineTrainer:
             parameters["lr"] = parameters["peak"] * factor(config.schedule, rollout.step, config.steps, config.warmup)
         self.optimizer.zero_grad(set_to_none=True)
         self._sums = {}
-        size = max(1, config.micro_batch // group)
+        size, grouped = max(1, config.micro_batch // group), rows[: groups * group].reshape(groups, group)
+        order = rollout.by_length(grouped) if config.group_by_length else np.arange(groups)
         self.actor.learning(True)
         for first in range(0, groups, size):
-            last = min(first + size, groups)
-            chosen = torch.as_tensor(rows[first * group : last * group]).cpu()
+            part = order[first : first + size]
+            chosen = torch.as_tensor(grouped[part].reshape(-1)).cpu()
             mask, heads = samples.response_mask[chosen], self.value_heads
             outputs = self.actor.outputs(samples, chosen, hidden=heads is not None)
-            self._share = (last - first) / groups
+            self._share = len(part) / groups
             yield Part(
                 logps=outputs.logps,
                 entropy=outputs.entropy,
                 response_mask=mask,
                 old_logps=samples.logps[chosen],
                 ref_logps=rollout.ref_logps(chosen),
-                tensors={name: value[first:last] for name, value in tensors.items()},
+                tensors={name: value[part] for name, value in tensors.items()},
                 values=None if heads is None else heads(outputs.hidden),
             )
             self.job.meter.add_tokens_trained(int(samples.attention_mask[chosen].sum()))

@@ -56,7 +56,8 @@ def _content(lm: LanguageModel, rows: Sequence[Row], own: bool) -> str:
     """Return 16 hex digits over all that the log-probabilities depend on."""
     from moalign.lm import adapters
 
-    digest = hashlib.sha256(f"{lm.fingerprint} {lm.model.dtype} {lm.device.type}".encode())
+    held = f"{lm.model.dtype} 4-bit" if lm.in_4bit else lm.model.dtype
+    digest = hashlib.sha256(f"{lm.fingerprint} {held} {lm.device.type}".encode())
     if own:
         for name, value in adapters.tensors(lm).items():
             digest.update(name.encode() + value.float().numpy().tobytes())
@@ -141,3 +142,21 @@ def pad_rows(rows: Sequence[Row], pad: int, device: Any = None) -> dict[str, tor
         response[number, len(tokens) - length : len(tokens)] = 1
     batch = {"input_ids": ids, "attention_mask": mask, "completion_mask": response}
     return batch if device is None else {name: value.to(device) for name, value in batch.items()}
+
+
+def pad_around(rows: Sequence[Row], pad: int) -> dict[str, torch.Tensor]:
+    """Return rows as tensors, prompts padded on the left and responses on the right.
+
+    ``input_ids`` and ``attention_mask`` ``[rows, prompt + T]``, ``completion_mask`` ``[rows, T]``.
+    """
+    import torch
+
+    before = max(len(ids) - length for ids, length in rows)
+    width = max(length for _, length in rows)
+    ids = torch.full((len(rows), before + width), pad, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for number, (tokens, length) in enumerate(rows):
+        place = slice(before - (len(tokens) - length), before + length)
+        ids[number, place] = torch.tensor(tokens)
+        mask[number, place] = 1
+    return {"input_ids": ids, "attention_mask": mask, "completion_mask": mask[:, before:]}

@@ -24,6 +24,8 @@ from moalign.training.preference_draws import Draw
 from moalign.training.settings import OnlineConfig
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from moalign.training.job import Job
 
 
@@ -69,6 +71,17 @@ class Rollout:
             for row, logps in zip(missing, self.score_reference(torch.tensor(missing)), strict=True):
                 self._reference[row] = logps
         return torch.stack([self._reference[row] for row in requested])
+
+    def by_length(self, groups: NDArray[np.intp]) -> NDArray[np.intp]:
+        """Return the order of groups of rows ``[groups, rows]`` by the longest row of their prompt, int ``[groups]``.
+
+        So the rows of one prompt stay side by side, where they may share it.
+        """
+        lengths = self.samples.attention_mask.sum(-1).cpu().numpy()[groups].max(axis=1)
+        prompts = groups[:, 0] // self.per_prompt
+        longest = np.zeros(len(self.prompts), dtype=np.intp)
+        np.maximum.at(longest, prompts, lengths)
+        return np.lexsort((prompts, longest[prompts]))
 
 
 @torch.no_grad()

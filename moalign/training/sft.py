@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on rendered (prompt, response) rows, by trl's SFTTrainer."""
+"""Supervised fine-tuning on rendered (prompt, response) rows, by trl's SFTTrainer (:mod:`moalign.lm.marked`)."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from moalign.core.errors import RequestError
 from moalign.core.records import Response
 from moalign.core.seeds import derive
 from moalign.lm.chat import training_row
+from moalign.lm.marked import RowTrainer
 from moalign.training.callbacks import order, train_rows
 from moalign.training.settings import SftConfig
 
@@ -61,10 +62,10 @@ def train_sft(
     inputs, labels = encode_rows(lm, texts, responses, config.max_tokens)
     places = order(len(inputs), config.steps, config.batch, derive(job.seed, phase, "order"))
 
-    def make(start: int, settings: dict[str, Any], **arguments: Any) -> SFTTrainer:
+    def make(start: int, settings: dict[str, Any], **arguments: Any) -> RowTrainer:
         rows = places[start:]
         data = {"input_ids": [inputs[row] for row in rows], "labels": [labels[row] for row in rows]}
         options = SFTConfig(dataset_kwargs={"skip_prepare_dataset": True}, **settings)
-        return SFTTrainer(args=options, train_dataset=Dataset.from_dict(data), **arguments)
+        return RowTrainer(args=options, train_dataset=Dataset.from_dict(data), **arguments)
 
     train_rows(job, lm, config, phase, [len(inputs[row]) for row in places], make)

@@ -181,8 +181,9 @@ SandboxSpec {base: 'warm', seed: 0, annotators: null, reward_model: {pessimism: 
     seed: null, steps: null}}
 SourceSpec {split: 'train', revision: null, limit: null}
 SplitSpec {train: 0.8, calibration: 0.1, eval: 0.1, salt: 'moalign'}
-TaskCard {gold_objectives: null, model: null, model_revision: null, dtype: 'float32', sandbox: null, rewards: null,
-    data: null, normaliser: null, grid: 11, overlong: null, quality: null, recipes_from: null}
+TaskCard {gold_objectives: null, model: null, model_revision: null, dtype: 'float32', load_in_4bit: false,
+    sandbox: null, rewards: null, data: null, normaliser: null, grid: 11, overlong: null, quality: null,
+    recipes_from: null}
 TemplateSpec {preference: '[{preference}] {prompt}', words: null, plain: '{prompt}', scores: '{prompt} {scores}',
     marker: '', end: null, system: null, chat: false, chat_kwargs: null, date: null}
 """

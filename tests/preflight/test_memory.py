@@ -325,6 +325,34 @@ def test_checkpointing_is_counted_where_trl_trains(tmp_path: Path) -> None:
     assert update["activations"] < tokens * layer_inputs + tokens * 350 * 1024  # and one layer
 
 
+def parts_of(tmp_path: Path, method: str, phase: str, *overrides: str) -> dict[str, int]:
+    return next(each.parts for each in estimated(tmp_path, method, *overrides).phases if each.name.endswith(phase))
+
+
+def test_checkpointing_is_counted_in_the_online_engine_where_it_is_on(tmp_path: Path) -> None:
+    """The inputs of 32 layers of 4,096 half-precision numbers a token, and what one layer keeps."""
+    few = ("micro_batch=8", "policy.lora.dropout=0")
+    plain = parts_of(tmp_path, "mo-odpo", "update", *few)["activations"]
+    again = parts_of(tmp_path, "mo-odpo", "update", *few, "policy.gradient_checkpointing=true")["activations"]
+    assert again == 8 * 256 * 32 * 4096 * 2 + plain // 32
+    off = parts_of(tmp_path, "sft", "update", "steps=1", "policy.gradient_checkpointing=false")["activations"]
+    assert off > 15 * parts_of(tmp_path, "sft", "update", "steps=1")["activations"], "trl's trainers: on by default"
+
+
+def test_sampling_in_parts_and_reward_models_off_the_gpu_are_counted(tmp_path: Path) -> None:
+    few = ("batch=16", "samples=2")
+    plain = parts_of(tmp_path, "mo-odpo", "rollout", *few)
+    part = parts_of(tmp_path, "mo-odpo", "rollout", *few, "sample_batch=8")
+    assert plain["KV cache"] == 4 * part["KV cache"]
+    off = parts_of(tmp_path, "mo-odpo", "rollout", *few, "sample_batch=1", "rewards.offload=true")
+    assert off["reward models"] * 2 == plain["reward models"], "one of the two at a time, while it scores"
+    assert "reward models" not in parts_of(tmp_path, "mo-odpo", "update", *few, "rewards.offload=true")
+    whole, four = (
+        parts_of(tmp_path, "sft", "answering", *more)["base"] for more in ((), ("policy.load_in_4bit=true",))
+    )
+    assert four / GIB == pytest.approx(3.69, abs=0.02) and whole / GIB == pytest.approx(12.55, abs=0.01)
+
+
 def test_stages_of_no_steps_and_switched_off_ones_are_left_out(tmp_path: Path) -> None:
     names = [phase.name for phase in estimated(tmp_path, "sft", "steps=0").phases]
     assert names == ["sampling the base", "answering"]
