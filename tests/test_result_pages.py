@@ -166,3 +166,38 @@ def test_the_table_of_the_real_llm_says_what_the_record_says(checkout: Path) -> 
         at = {tuple(point["prefs"]): point["mean"] for point in one["points"]}
         for head, corner in (("brevity, detail at (0,1)", (0.0, 1.0)), ("at (1,0)", (1.0, 0.0))):
             assert row[head] == " ".join(f"{mean:.2f}".lstrip("0") for mean in at[corner])
+
+
+def rows_under(page: str, head: str) -> dict[str, list[str]]:
+    """The cells of the table whose head begins so, by its first column without marks."""
+    table = page[page.index(head) :].partition("\n\n")[0].splitlines()[2:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    return {first.strip("`"): rest for first, *rest in cells}
+
+
+def test_the_page_on_learned_rewards_says_what_the_records_say() -> None:
+    """Both tables of results/learned/README.md, from its curves and the published comparisons."""
+    import statistics
+
+    curves = script("learned/curves.py")
+    page = (RESULTS / "learned/README.md").read_text(encoding="utf-8")
+    records = json.loads((RESULTS / "learned/curves.json").read_text(encoding="utf-8"))
+    published = {
+        task: {row["method"]: row for row in reversed(record(RESULTS / f"published/{task}/compare.yaml")["rows"])}
+        for task in ("sandbox", "sandbox-learned")
+    }
+    methods = rows_under(page, "| method | true hypervolume")
+    assert set(methods) == set(curves.METHODS)
+    for method, cells in methods.items():
+        own = [one for one in records if one["method"] == method]
+        learned, exact = published["sandbox-learned"][method], published["sandbox"][method]
+        assert len(own) == len(learned["runs"]) == 5
+        best = statistics.mean(max(row["true"] for row in one["rows"]) for one in own)
+        believed, end = learned["believed"]["inner_product"], learned["indicators"]["inner_product"]
+        wanted = [f"{100 * learned['optimal_share']:.0f}", f"{end:.3f}", f"{best:.3f}", f"{believed:.3f}"]
+        assert cells == [*wanted, f"{learned['quality']['kl']:.1f}", f"{100 * exact['optimal_share']:.0f}"], method
+    losses = {method: [curves.stopped(one) for one in records if one["method"] == method] for method in methods}
+    for rule, (mean, worst) in rows_under(page, "| rule | mean").items():
+        by_method = {method: statistics.mean(loss[rule] for loss in own) for method, own in losses.items()}
+        assert mean == f"{statistics.mean(by_method.values()):.3f}"
+        assert worst == f"{max(by_method.values()):.3f} (`{max(by_method, key=lambda name: by_method[name])}`)"
