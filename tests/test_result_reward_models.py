@@ -331,7 +331,8 @@ def test_a_missing_file_of_people_ends_in_one_message(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("MOALIGN_SHARED", str(tmp_path))
-    monkeypatch.setattr(sys, "argv", ["reward_models.py", "--parts", "hh", "--out", str(tmp_path / "out")])
+    places = ["--out", str(tmp_path / "out"), "--results", str(tmp_path / "results")]
+    monkeypatch.setattr(sys, "argv", ["reward_models.py", "--parts", "hh", *places])
     with pytest.raises(SystemExit) as ended:
         script.main()
     assert ended.value.code == 2

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moalign.config.objectives import JudgeObjective, ObjectiveSpec
 from moalign.core.arrays import Matrix
 from moalign.core.errors import RequestError, WorkError
 from moalign.core.preferences import Preference, label, same
@@ -304,27 +305,37 @@ def _stored_scores(
 
 def scores_of(context: RunContext, table: pd.DataFrame, preferences: Sequence[Preference], samples: int) -> Matrix:
     """Return normalised scores ``[prompts, preferences, objectives]``, several samples of a prompt averaged."""
+    card = context.task.card
     raw = table[context.task.names].to_numpy(dtype=np.float64)
-    return _per_prompt(context.task.judge_normaliser.unit(raw), preferences, samples)
+    unit = context.task.judge_normaliser.unit(raw)
+    return _per_prompt(unit, preferences, samples, _with_gaps((*card.objectives, *(card.gold_objectives or ()))))
 
 
-def _per_prompt(unit: Matrix, preferences: Sequence[Preference], samples: int) -> Matrix:
+def _with_gaps(specs: Sequence[ObjectiveSpec]) -> list[bool]:
+    """Return of each objective whether its judge may leave a score out; of two of a name the later one judges."""
+    judged = {spec.name: spec for spec in specs}
+    return [isinstance(spec, JudgeObjective) and spec.unreadable == "leave-out" for spec in judged.values()]
+
+
+def _per_prompt(unit: Matrix, preferences: Sequence[Preference], samples: int, gaps: Sequence[bool]) -> Matrix:
     """Return scores ``[preferences x prompts x samples, objectives]`` as ``[prompts, preferences, objectives]``.
 
-    A score that a judge left out (NaN) is in no mean: that of its prompt is over the other samples, and a prompt
-    without any counts as the mean of the others at its preference. WorkError where that has none, either.
+    A score that a judge left out (NaN; of objectives with ``gaps``) is in no mean: that of its prompt is over the other
+    samples, and a prompt without any counts as the mean of the others at its preference. WorkError where that has none,
+    either. Any other NaN is damage, and stays.
     """
     each = unit.reshape(len(preferences), -1, samples, unit.shape[-1])
     means: Matrix = each.mean(axis=2)
-    if np.isnan(means).any():
+    if np.isnan(means[..., list(gaps)]).any():
         known = np.ma.masked_invalid(each).mean(axis=2)
         of_preference = known.mean(axis=1, keepdims=True)
-        if np.ma.getmaskarray(of_preference).any():
+        if np.ma.getmaskarray(of_preference)[..., list(gaps)].any():
             raise WorkError(
                 "a judge left out every score of an objective at a preference, so that it has no mean; moalign check "
                 "shows what the judge answers to an example"
             )
-        means = np.where(np.ma.getmaskarray(known), of_preference.data, known.data)
+        filled = np.where(np.ma.getmaskarray(known), of_preference.data, known.data)
+        means = np.where(np.array(gaps), filled, means)
     return means.transpose(1, 0, 2)
 
 
@@ -424,7 +435,7 @@ def proxy_reward(
         return None
     spec, ref = task.card.evaluation, task.card.reference_point
     raw = task.panel.score(table["prompt"].tolist(), table["response"].tolist(), gaps=True)
-    scores = _per_prompt(task.normaliser.unit(raw), preferences, samples)
+    scores = _per_prompt(task.normaliser.unit(raw), preferences, samples, _with_gaps(task.card.objectives))
     means = scores.mean(axis=0)
     points = [ProxyPoint(preference=w, mean=row) for w, row in zip(preferences, means.tolist(), strict=True)]
     return ProxyReward(

@@ -398,12 +398,14 @@ def test_an_evaluation_s_means_are_over_what_could_be_read() -> None:
     """Two preferences, three prompts, two samples: by hand."""
     nan = math.nan
     unit = np.array([1, 3, nan, 4, nan, nan, 0, 0, 2, 2, 4, nan])[:, None]
-    scores = _per_prompt(unit, [(1.0,), (0.0,)], 2)[:, :, 0]
+    scores = _per_prompt(unit, [(1.0,), (0.0,)], 2, [True])[:, :, 0]
     assert scores[:, 0].tolist() == [2, 4, 3]  # the last prompt has none: it counts as the mean of the others
     assert scores[:, 1].tolist() == [0, 2, 4]
     assert scores.mean(axis=0).tolist() == [3, 2]
+    damaged = _per_prompt(unit, [(1.0,), (0.0,)], 2, [False])[:, :, 0]
+    assert np.isnan(damaged).sum() == 3, "of a scorer that leaves none out a NaN is no gap"
     with pytest.raises(WorkError, match="left out every score of an objective at a preference"):
-        _per_prompt(np.where(np.arange(12)[:, None] < 6, nan, unit), [(1.0,), (0.0,)], 2)
+        _per_prompt(np.where(np.arange(12)[:, None] < 6, nan, unit), [(1.0,), (0.0,)], 2, [True])
 
 
 def test_nothing_is_learned_from_a_response_whose_score_was_left_out() -> None:
