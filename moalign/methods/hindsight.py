@@ -10,7 +10,8 @@ already show what to answer at each preference.
    (``reference: start``).
 
 So it is MO-ODPO with its ``warm_start`` always on (:meth:`moalign.methods.mo_odpo.MoOdpo.train`). ``steps: 0`` leaves
-the online part out: a preference-conditioned distillation, an offline method.
+the online part out: a preference-conditioned distillation, an offline method. ``distil.steps: 0`` leaves the
+distillation out, for a base that steers already when it is asked (``moalign train prompting`` says whether it does).
 
 **What it minimises** (second version: ``labels: bradley-terry``, ``extremes: advantage``). For every preference w
 
@@ -47,6 +48,7 @@ from moalign.methods import mo_odpo
 class Config(mo_odpo.Config):
     """Settings of hindsight: ``distil`` for the distillation, the others for the online part."""
 
+    may_distil_nothing: ClassVar[bool] = True
     warm_start: Literal["hindsight"] = "hindsight"
     resolution: int | None = Field(default=20, ge=1)
     """As ``distil.resolution``."""

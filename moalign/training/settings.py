@@ -116,6 +116,17 @@ class WarmStart(CostHints):
     """hindsight: distil the best of n for every preference before the method's own training."""
     distil: DistilConfig = DistilConfig()
     """Settings of ``warm_start: hindsight``; what is not given is taken from the task's recipe of hindsight."""
+    may_distil_nothing: ClassVar[bool] = False
+    """Whether ``distil.steps: 0`` goes with ``warm_start: hindsight``."""
+
+    @model_validator(mode="after")
+    def _warm(self) -> WarmStart:
+        if self.warm_start == "hindsight" and not self.distil.steps and not self.may_distil_nothing:
+            raise ValueError(
+                "warm_start: hindsight needs distil.steps of 1 or more; found 0 (the task's recipe of hindsight, where "
+                "it is not given here)"
+            )
+        return self
 
     def learns_from(self, task: Amounts) -> Amount:
         """See :class:`CostHints`."""

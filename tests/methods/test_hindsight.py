@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from moalign.core.errors import RequestError
 from moalign.experiment.train import TrainRequest, plan, train
 from moalign.methods import registry
 from moalign.methods.hindsight import Config
@@ -50,3 +51,13 @@ def test_without_online_steps_it_is_the_distillation_alone(small_task: tuple[str
     assert {line["phase"] for line in run.metrics()} == {PHASE}
     assert run.record.cost.tokens_generated == 0
     assert registry.get("hindsight").capabilities.steerable
+
+
+def test_a_warm_start_that_would_distil_nothing_is_refused(tmp_path: Path) -> None:
+    """As on a task whose recipe of hindsight leaves the distillation out; hindsight itself may."""
+    nothing = ("distil.steps=0", "warm_start=hindsight")
+    with pytest.raises(RequestError, match=r"warm_start: hindsight needs distil\.steps of 1 or more; found 0"):
+        plan(TrainRequest("moc", task="sandbox", overrides=nothing, results=tmp_path))
+    with pytest.raises(RequestError, match="warm_start: hindsight needs"):
+        plan(TrainRequest("moc", task="assistant", overrides=nothing[1:], results=tmp_path))
+    assert plan(TrainRequest("hindsight", task="sandbox", overrides=nothing[:1], results=tmp_path)).config.steps > 0
