@@ -8,7 +8,9 @@ trained before is found again, and the same command after an interruption goes o
 ``NAME.json`` (every run with its command), ``NAME.md`` and ``NAME.png``. Where the optimum is not known, the page tells
 hypervolumes instead of shares of it.
 
-    python results/ablations/ablate.py NAME [--results DIR] [--jobs N] [--seeds N]
+With ``--finished`` nothing is trained, and the rows that lack a run are left out.
+
+    python results/ablations/ablate.py NAME [--results DIR] [--jobs N] [--seeds N] [--finished]
 """
 
 from __future__ import annotations
@@ -40,6 +42,11 @@ def arguments(spec: Mapping[str, Any], row: Mapping[str, Any], seed: int, result
         shared = shared.get(method, ())
     settings = [part for text in (*shared, *row.get("set", ())) for part in ("--set", str(text))]
     return ["train", method, "--task", task, "--seed", str(seed), *settings, "--results", str(results)]
+
+
+def is_finished(command: Sequence[str]) -> bool:
+    """Whether a run is there, trained to its end."""
+    return train([*command, "--dry-run"])["status"] == "done"
 
 
 def train(command: Sequence[str]) -> dict[str, Any]:
@@ -239,11 +246,20 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("results"))
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
     parser.add_argument("--seeds", type=int, help="fewer or more seeds than the list says")
+    parser.add_argument("--finished", action="store_true", help="train nothing; only rows whose runs are there")
     options = parser.parse_args()
     spec = yaml_lines.load(HERE / f"{options.name}.yaml").data
-    rows = [row for group in spec["groups"] for row in group["rows"]]
-    for row in rows:
+    for row in (row for group in spec["groups"] for row in group["rows"]):
         row["seeds"] = min(options.seeds or spec["seeds"], row.get("seeds", spec["seeds"]))
+    if options.finished:
+        for group in spec["groups"]:
+            group["rows"] = [
+                row
+                for row in group["rows"]
+                if all(is_finished(arguments(spec, row, seed, options.results)) for seed in range(row["seeds"]))
+            ]
+        spec["groups"] = [group for group in spec["groups"] if group["rows"]]
+    rows = [row for group in spec["groups"] for row in group["rows"]]
     seeds = max(row["seeds"] for row in rows)
     # All rows at seed 0 first, so that an interrupted list has numbers for each. A row in two groups is one run.
     commands = {
@@ -262,7 +278,7 @@ def main() -> None:
         row["command"] = shlex.join(["moalign", *arguments(spec, row, 0, Path("results"))])
     from moalign.runs import environment
 
-    given = f" --seeds {options.seeds}" if options.seeds else ""
+    given = (f" --seeds {options.seeds}" if options.seeds else "") + (" --finished" if options.finished else "")
     record = {
         "name": Path(options.name).name,
         "command": f"python results/ablations/ablate.py {options.name}{given}",
