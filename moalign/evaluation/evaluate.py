@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -136,10 +136,6 @@ def evaluate(
     held = held_out(context)
     separate = bool(held) and not all(_has(held, w) for w in preferences)
     judged = quality_of(context.task, table["response"].tolist(), divergences)
-    points = [point.content for point in judgement.points]
-    cautions = [*verdict.cautions(judged.content), *verdict.cautions_at(judged.content, points)]
-    cautions += verdict.unread(judges)
-    warnings = [*context.run.record.notes.get("warnings", ()), *cautions]
     result = EvalResult(
         **about(method, context),
         **dict(judgement),
@@ -153,13 +149,20 @@ def evaluate(
         generalisation=_generalisation(method, context, preferences, scores, held, progress, samples)
         if separate
         else None,
-        warnings=tuple(warnings) or None,
+        warnings=_warnings(context, judged, judgement, judges) or None,
     )
     atomic.write_json(path, result.content)
     at_kl.add(result, context.task)  # may take half a minute once: should it be interrupted, it is added when read
     if result.frontier is not None:
         atomic.write_json(path, result.content)
     return Evaluation(result, scores)
+
+
+def _warnings(context: RunContext, judged: Quality, judgement: Judgement, judges: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the run's own warnings, and those about its answers and its judges."""
+    points = [point.content for point in judgement.points]
+    of_answers = [*verdict.cautions(judged.content), *verdict.cautions_at(judged.content, points)]
+    return (*context.run.record.notes.get("warnings", ()), *of_answers, *verdict.unread(judges))
 
 
 def about(method: Method, context: RunContext) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,6 +15,9 @@ from moalign.core.records import Response
 if TYPE_CHECKING:
     import pandas as pd
 
+    from moalign.lm.language_model import LanguageModel
+    from moalign.lm.sampler import Sampling
+
 
 class Responses(NamedTuple):
     """Responses to bare prompts, one row each."""
@@ -23,6 +26,27 @@ class Responses(NamedTuple):
     responses: list[Response]
     sampled: int = 0
     """Tokens that the base sampled for them; 0 when they are the data's own."""
+
+
+def sampled(
+    lm: LanguageModel,
+    prompts: list[str],
+    texts: Sequence[str],
+    sampling: Sampling,
+    progress: Callable[[int, int], None],
+) -> Responses:
+    """Return a response of the base to each bare prompt, rendered as ``texts``; ``progress(done, total)`` is called."""
+    from moalign.lm.generator import ModelGenerator, in_chunks, records
+
+    done = 0
+
+    def moved(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(done, len(prompts))
+
+    generated = in_chunks(ModelGenerator(lm), [(text, row) for row, text in enumerate(texts)], sampling, moved)
+    return Responses(prompts, records(generated.responses, generated.traces), generated.tokens)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from moalign.data import splits
 from moalign.rewards.normaliser import Normaliser
 from moalign.rewards.panel import RewardPanel
 from moalign.tasks.pairs import Pairs, from_scores
-from moalign.tasks.responses import Responses, Scored, columns, complete, from_columns, shown
+from moalign.tasks.responses import Responses, Scored, columns, complete, from_columns, sampled, shown
 
 if TYPE_CHECKING:
     from moalign.config.objectives import ObjectiveSpec
@@ -61,7 +61,8 @@ class Task(abc.ABC):
     """What every kind of task shares; subclasses define where prompts, responses and the base come from."""
 
     def __init__(self, card: TaskCard, results: Path, progress: Progress = silent) -> None:
-        self.card, self.results = card, results
+        self.card = card
+        self.results = results
         self.progress = progress
         self.names = card.objective_names
         self.attention: str | None = None  # a recipe's policy.attention
@@ -241,21 +242,11 @@ class Task(abc.ABC):
 
     def _sample_base(self, split: str, per_prompt: int, what: str) -> Responses:
         """Sample the base on bare prompts of a split, ``per_prompt`` responses each."""
-        from moalign.lm.generator import ModelGenerator, in_chunks, records
-
         prompts = [prompt for prompt in self._to_sample(split) for _ in range(per_prompt)]
-        done = 0
-
-        def moved(count: int) -> None:
-            nonlocal done
-            done += count
-            self.progress(what, done, len(prompts))
-
         temperature = self.card.pool.temperature or self.card.generation.temperature or 1.0
         sampling = self.sampling(self.card.pool.seed, temperature)
-        requests = [(self.renderer.plain(prompt), row) for row, prompt in enumerate(prompts)]
-        generated = in_chunks(ModelGenerator(self.language_model), requests, sampling, moved)
-        return Responses(prompts, records(generated.responses, generated.traces), generated.tokens)
+        texts = [self.renderer.plain(prompt) for prompt in prompts]
+        return sampled(self.language_model, prompts, texts, sampling, functools.partial(self.progress, what))
 
     # -- scorers and their scale ---------------------------------------------------------------------------
 
@@ -283,9 +274,14 @@ class Task(abc.ABC):
 
     @functools.cached_property
     def judge_panel(self) -> RewardPanel:
-        """The scorers that answers are judged by, without normaliser: gold ones, and methods' own for the rest."""
+        """The scorers that answers are judged by, without normaliser: gold ones, and methods' own for the rest.
+
+        Of a task without gold scorers it is :attr:`panel` itself.
+        """
         gold = self.gold_panel
-        return self.panel if gold is None else gold if gold.names == self.names else self.panel.replaced(gold)
+        if gold is None:
+            return self.panel
+        return gold if gold.names == self.names else self.panel.replaced(gold)
 
     @functools.cached_property
     def normaliser(self) -> Normaliser:

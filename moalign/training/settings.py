@@ -183,7 +183,7 @@ class OnlineConfig(Strict):
     None: they always are."""
     share_prompts: bool = False
     """Read a prompt once for all its responses in a micro-batch, in place of once for each: the same gradients, up to
-    rounding, in about half the time where prompts are longer than responses. It excludes gradient checkpointing."""
+    rounding, in less time where prompts are long. It excludes gradient checkpointing."""
     group_by_length: bool = False
     """Put rows of like length into the same micro-batch, without the padding that others need: the same gradients, up
     to rounding, in less time."""
@@ -256,8 +256,8 @@ class DpoStage(SftConfig):
     sft_on: Literal["chosen", "both"] = "chosen"
     """Of which responses: chosen favours them, both only keeps to the language of the data."""
     share_prompts: bool = False
-    """Read the prompt of a pair once for both responses: the same gradients, up to rounding, in about half the time
-    where prompts are longer than responses. It excludes gradient checkpointing, which a GPU has otherwise."""
+    """Read the prompt of a pair once for both responses: the same gradients, up to rounding, in less time where prompts
+    are long. It excludes gradient checkpointing, which a GPU has otherwise."""
     group_by_length: bool = False
     """Put pairs of like length into the same part of a batch (of ``accumulate``): the same gradients, up to rounding,
     in less time."""

@@ -294,8 +294,9 @@ def draw(record: Mapping[str, Any]) -> bytes:
         for (backbone, layers, pairs), losses in groups(cells, part).items():
             sizes.setdefault((part, backbone, layers), {})[pairs] = losses
     count = len(OUTCOMES) + len(sizes)
-    with style.canvas(9.0, 2.6 * -(-count // 3) + 0.3, "light") as (figure, colours):
-        every = style.panels(figure, count, 3)
+    columns = min(3, count)
+    with style.canvas(3.0 * columns, 2.6 * -(-count // columns) + 0.3, "light") as (figure, colours):
+        every = style.panels(figure, count, columns)
         for axes, (outcome, noun) in zip(every, OUTCOMES.items(), strict=False):
             _scatter(axes, ranking, outcome, colours)
             axes.set(title="best-of-n", xlabel="ECE", ylabel=f"true {noun}, share")
