@@ -72,7 +72,28 @@ class Aggregation(Strict):
         return None
 
 
-class ClassifierObjective(Aggregation, _Objective):
+class Quantised(Strict):
+    """How few bits the linear layers of a scoring model have, but for a classifier's head; by bitsandbytes, computed
+    with in ``dtype``. Scores are another model's, so both are part of what identifies them."""
+
+    load_in_4bit: bool = False
+    """NF4 with double quantisation."""
+    load_in_8bit: bool = False
+    """LLM.int8(): rows of 8-bit numbers, outliers apart; its layers compute in float16 whatever ``dtype``."""
+
+    @model_validator(mode="after")
+    def _in_one_of_them(self) -> Quantised:
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("load_in_4bit and load_in_8bit are both true; set one of them")
+        return self
+
+    @property
+    def bits(self) -> Literal[4, 8] | None:
+        """Bits of a number in a linear layer; None: as many as ``dtype`` has."""
+        return 4 if self.load_in_4bit else 8 if self.load_in_8bit else None
+
+
+class ClassifierObjective(Quantised, Aggregation, _Objective):
     """Any ``AutoModelForSequenceClassification`` folder or hub id."""
 
     kind: Literal["hf-classifier"]
@@ -106,11 +127,11 @@ class ClassifierObjective(Aggregation, _Objective):
     @property
     def reading(self) -> tuple[object, ...]:
         """All that determines what the model reads and answers: objectives that agree in it are labels of one model."""
-        same = self.model, self.revision, self.dtype
+        same = self.model, self.revision, self.dtype, self.bits
         return *same, self.template, self.pair_template, self.max_length, self.batch_tokens
 
 
-class LmObjective(_Objective):
+class LmObjective(Quantised, _Objective):
     """Mean log-likelihood under a frozen causal language model, in nats per token; see
     :mod:`moalign.rewards.lm_scorer`."""
 
@@ -132,7 +153,7 @@ class LmObjective(_Objective):
     @property
     def reading(self) -> tuple[object, ...]:
         """What identifies a loaded model: objectives that agree in it share one."""
-        return self.model, self.revision, self.dtype
+        return self.model, self.revision, self.dtype, self.bits
 
 
 ModelObjective = ClassifierObjective | LmObjective

@@ -1,26 +1,36 @@
-"""What settings need of the machine, found out without importing it: packages for attention and for 4-bit weights."""
+"""What settings need of the machine, found out without importing it: packages for attention and for few bits."""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Literal
 
 from moalign.config.card import TaskCard
+from moalign.config.objectives import ClassifierObjective, LmObjective
 from moalign.config.recipe import ATTENTION, PolicySpec
 
 
 def problems(policy: PolicySpec, card: TaskCard) -> list[str]:
     """Return what keeps a policy from being loaded as it is set, a message each."""
-    return [*_of_4bit(card), *_of_attention(policy.attention, card.dtype)]
+    return [*_of_few_bits(card), *_of_attention(policy.attention, card.dtype)]
 
 
-def _of_4bit(card: TaskCard) -> list[str]:
-    if not card.load_in_4bit or find_spec("bitsandbytes") is not None:
+def _of_few_bits(card: TaskCard) -> list[str]:
+    if find_spec("bitsandbytes") is not None:
         return []
-    return [
-        "policy.load_in_4bit: found true, but the package bitsandbytes is not installed; install it "
-        "(pip install 'moalign[gpu]'), or leave the setting away (policy.dtype: bfloat16 takes four times as much)"
+    lacking = "but the package bitsandbytes is not installed; install it (pip install 'moalign[gpu]'), or"
+    problems = [
+        f"objective {spec.name!r}: load_in_{spec.bits}bit: found true, {lacking} leave the setting away (dtype: "
+        f"bfloat16 takes {16 // spec.bits} times as much)"
+        for spec in (*card.objectives, *(card.gold_objectives or ()))
+        if isinstance(spec, ClassifierObjective | LmObjective) and spec.bits is not None
     ]
+    if card.load_in_4bit:
+        problems.append(
+            f"policy.load_in_4bit: found true, {lacking} leave the setting away (policy.dtype: bfloat16 takes four "
+            "times as much)"
+        )
+    return problems
 
 
 def _of_attention(attention: str | None, dtype: str) -> list[str]:
@@ -42,14 +52,29 @@ def options(dtype: str, attention: str | None, in_4bit: bool, device: Any) -> di
     kind: dict[str, Any] = {"dtype": getattr(torch, dtype)}
     if attention is not None:
         kind["attn_implementation"] = attention
-    if in_4bit:
-        from transformers import BitsAndBytesConfig
+    return kind | (few_bits(4, dtype, device) if in_4bit else {})
 
-        kind["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=kind["dtype"],
-        )
-        kind["device_map"] = {"": str(device)}
-    return kind
+
+def few_bits(bits: Literal[4, 8], dtype: str, device: Any, whole: list[str] | None = None) -> dict[str, Any]:
+    """Return the arguments of ``from_pretrained`` for linear layers of few bits, loaded onto ``device``.
+
+    ``whole`` are the last parts of names of layers that stay as they are; None: the output layer.
+    """
+    import logging
+
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    # It warns at every layer of every pass that 8-bit layers compute in float16.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    nf4 = {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": getattr(torch, dtype),
+    }
+    how = nf4 if bits == 4 else {"load_in_8bit": True}
+    return {
+        "quantization_config": BitsAndBytesConfig(**how, llm_int8_skip_modules=whole),
+        "device_map": {"": str(device)},
+    }

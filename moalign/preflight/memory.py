@@ -241,6 +241,16 @@ def _base(sizes: Architecture, card: TaskCard) -> int:
     return int(sum(linear) * NF4) + (sizes.parameters - sum(linear)) * width + max(linear, default=0) * width
 
 
+def _scorer(spec: ModelObjective, sizes: Architecture) -> int:
+    """Return the bytes of a scoring model's weights."""
+    width = WIDTH[spec.dtype]
+    if spec.bits is None:
+        return sizes.parameters * width
+    # Of models that are known by their sizes alone: all but the embeddings are taken for linear layers.
+    linear = sum(architecture.linear(sizes.shapes)) or max(0, sizes.parameters - sizes.vocabulary * sizes.hidden)
+    return int(linear * (NF4 if spec.bits == 4 else 1)) + (sizes.parameters - linear) * width
+
+
 def _at_once(config: OnlineConfig) -> int:
     """Return the rows that are sampled together."""
     rows = config.batch * config.samples
@@ -265,7 +275,7 @@ class _Phases:
         self.tokens = self.limits.max_prompt_tokens + self.limits.max_new_tokens
         self.layers = policy.layers - architecture.first_adapted(self.lora, policy.layers)
         """Through which the backward pass goes."""
-        weights = [sizes.parameters * WIDTH[spec.dtype] for spec, sizes in models]
+        weights = [_scorer(spec, sizes) for spec, sizes in models]
         self.resident = {"base": _base(policy, card), "reward models": sum(weights)}
         activations = (
             spec.batch_tokens * (6 * size.hidden + 2 * size.inner) * WIDTH[spec.dtype] for spec, size in models

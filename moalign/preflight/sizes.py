@@ -21,7 +21,7 @@ UNMEASURED = "not measured on a GPU yet"
 _SMALLER_MICRO_BATCH = "a smaller micro_batch (supervised: a larger accumulate)"
 _REMEDIES = {
     "base": "a smaller model, policy.dtype: bfloat16, policy.load_in_4bit",
-    "reward models": "dtype bfloat16 for the objectives, rewards.offload",
+    "reward models": "dtype bfloat16 or load_in_4bit for the objectives, rewards.offload",
     "KV cache": "a smaller task.generation.batch_size (in training: sample_batch)",
     "logits": _SMALLER_MICRO_BATCH,
     "activations": f"{_SMALLER_MICRO_BATCH}, policy.gradient_checkpointing",

@@ -30,6 +30,7 @@ class ClassifierScorer(ModelScorer[ClassifierObjective]):
 
     auto_class = "AutoModelForSequenceClassification"
     noun = "classifier"
+    head = ["score", "classifier"]  # noqa: RUF012
     _leader: ClassifierScorer
 
     def __init__(self, spec: ClassifierObjective, base_dir: Path) -> None:
@@ -47,7 +48,7 @@ class ClassifierScorer(ModelScorer[ClassifierObjective]):
 
     def _identity(self, content: str) -> list[Any]:
         included = {"output", "template", "pair_template", "max_length", "dtype"}
-        return [content, self.index, self.spec.model_dump(include=included)]
+        return [content, self.index, self.spec.model_dump(include=included) | self._few_bits()]
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         """Return the label's logit (or probability) of each pair, ``[samples]``, in the order given."""

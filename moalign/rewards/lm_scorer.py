@@ -64,7 +64,7 @@ class LmScorer(ModelScorer[LmObjective]):
 
     def _identity(self, content: str) -> list[Any]:
         settings = self.spec.model_dump(include={"score", "template", "max_length", "dtype"})
-        return [_VERSION, content, settings, ASK, JOIN]
+        return [_VERSION, content, settings | self._few_bits(), ASK, JOIN]
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         """Return nats per token of each (prompt, response), ``[samples]``, in the order given."""

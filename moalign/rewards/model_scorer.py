@@ -11,9 +11,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
-from moalign.config.objectives import ModelObjective
+from moalign.config.objectives import ModelObjective, Quantised
 from moalign.core.errors import RequestError
-from moalign.lm import model_folder
+from moalign.lm import backends, model_folder
 from moalign.lm.loading import explained, few, quiet
 from moalign.rewards.rows import vocabulary_of
 from moalign.rewards.scorer import digest
@@ -32,6 +32,8 @@ class ModelScorer(ABC, Generic[_Spec]):
     """The class of transformers that loads the model."""
     noun: ClassVar[str]
     """What messages call the model."""
+    head: ClassVar[list[str] | None] = None
+    """Layers that are never of few bits (``load_in_4bit``), by the last part of their names; None: the output layer."""
 
     def __init__(self, spec: _Spec, base_dir: Path) -> None:
         """Check what can be checked without torch; ``base_dir`` is the task card's folder.
@@ -94,6 +96,10 @@ class ModelScorer(ABC, Generic[_Spec]):
 
     # --- for kinds of model to use
 
+    def _few_bits(self) -> dict[str, Any]:
+        """Return what identifies scores of a model of few bits; nothing where it has all of them."""
+        return self.spec.model_dump(include=set(Quantised.model_fields), exclude_defaults=True)
+
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
         import torch
@@ -110,6 +116,7 @@ class ModelScorer(ABC, Generic[_Spec]):
                 output_loading_info=True,
                 **local,
                 **self._loading(),
+                **(backends.few_bits(bits, self.spec.dtype, _place(), self.head) if (bits := self.spec.bits) else {}),
             )
             if info["missing_keys"]:
                 # The library would fill them with random numbers and only warn.

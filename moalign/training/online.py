@@ -32,7 +32,14 @@ from moalign.training.actor import Actor, AdapterActor, Style
 from moalign.training.constant_rewards import ConstantRewards
 from moalign.training.kl_budget import KlStrength
 from moalign.training.preference_draws import Draw
-from moalign.training.rollout import Rollout, ValueHeads, policy_logps, rollout_metrics, sample_rollout
+from moalign.training.rollout import (
+    Rollout,
+    ValueHeads,
+    mean_kl,
+    policy_logps,
+    rollout_metrics,
+    sample_rollout,
+)
 from moalign.training.settings import OnlineConfig, PpoConfig
 from moalign.training.support import Support
 
@@ -121,6 +128,8 @@ class OnlineTrainer:
                 self._rollout = rollout = self.sample(done - 1)
                 self.check.step = done
                 self.check.number("log-probability of the responses", float(rollout.samples.logps.sum()))
+                if self._beyond(rollout):
+                    break
                 self.constant.add(done, rollout.z)
                 self._metrics, self._sums = None, {}
                 yield rollout
@@ -143,6 +152,20 @@ class OnlineTrainer:
         self.job.warn(self.constant.warnings(self.phase))
         if self.value_heads is not None:
             run.save_tensors(f"value_heads-{self.phase}", self.value_heads.state_dict())
+
+    def _beyond(self, rollout: Rollout) -> bool:
+        """Whether a rollout is further from the reference than ``kl_stop``; then the stage's end is noted."""
+        limit, steps, done, run = self.config.kl_stop, self.config.steps, rollout.step + 1, self.job.run
+        if limit is None or (kl := mean_kl(rollout)) <= limit:
+            return False
+        self.job.notes.setdefault("kl_stop", {})[self.phase] = {"steps": rollout.step, "of": steps, "kl": kl}
+        if rollout.step == 0:
+            away = f"{kl:.3g} nats from the reference at the start (kl_stop: {limit:g})"
+            self.job.warn([f"{self.phase}: nothing was trained: {away}"])
+        run.log(done, self.phase, **rollout_metrics(rollout, self.job.task.names), **self.job.meter.cost())
+        for later in range(done, steps + 1):  # snapshots that are still due are of the policy as it stays
+            self.job.advance(self.lm, self.phase, later, steps)
+        return True
 
     def sample(self, step: int) -> Rollout:
         """Return the rollout of a step, from 0."""

@@ -174,6 +174,9 @@ class OnlineConfig(Strict):
     steered to (Ziegler et al. 2019, arXiv 1909.08593, section 2.2); None keeps it fixed."""
     kl_horizon: int = Field(default=10_000, ge=1)
     """Responses that it takes to change the strength by up to a fifth, when steered."""
+    kl_stop: float | None = Field(default=None, gt=0)
+    """A stage ends before its steps are done once responses are further from the reference, in nats each, on average
+    over a rollout; the policy stays as it is then. None: never."""
     reward_cap: Literal["none", "log", "clip"] = "none"
     """What a normalised reward is worth beyond the upper bound of the calibration data (``bounds`` of the normaliser),
     where nothing in the data ever was: as much as below it, its logarithm, or nothing."""

@@ -109,6 +109,38 @@ def test_without_a_budget_beta_stays_and_nothing_is_noted(make_job: MakeJob) -> 
     assert "beta" not in job.run.metrics()[0]
 
 
+def test_training_ends_at_the_first_rollout_beyond_kl_stop_with_the_policy_as_it_was(
+    make_job: MakeJob, assert_same: Callable[..., None]
+) -> None:
+    """The same as training with as many steps, where the learning rate does not depend on how many there are."""
+    settings = ("batch=8", "lr=0.02", "log_every=1", "schedule=constant", "snapshots=2")
+    whole = make_job("mo-odpo", "steps=8", *settings, where="whole")
+    train(whole)
+    kls = [line["kl"] for line in whole.run.metrics()]
+    limit = kls[4]
+    steps = next(done for done, kl in enumerate(kls) if kl > limit)
+    assert 4 < steps < 8, "the policy moves away, or there is nothing to see"
+    stopped = make_job("mo-odpo", "steps=8", f"kl_stop={limit}", *settings, where="stopped")
+    train(stopped)
+    found = {name: value.clone() for name, value in adapters.tensors(stopped.task.language_model).items()}
+    assert stopped.notes["kl_stop"] == {"online": {"steps": steps, "of": 8, "kl": kls[steps]}}
+    assert [line["kl"] for line in stopped.run.metrics()] == kls[: steps + 1]
+    assert (stopped.run.path / "snapshots/online-8/adapter").is_dir(), "curves go on with the policy as it stays"
+    short = make_job("mo-odpo", f"steps={steps}", *settings, where="short")
+    train(short)
+    assert_same(found, adapters.tensors(short.task.language_model))
+
+
+def test_a_policy_beyond_kl_stop_from_the_start_is_not_trained_and_says_so(make_job: MakeJob) -> None:
+    job = make_job("mo-odpo", "batch=8", "steps=2", "kl_stop=0.001")
+    move(job)
+    before = {name: value.clone() for name, value in adapters.tensors(job.task.language_model).items()}
+    train(job)
+    (warning,) = job.notes["warnings"]
+    assert warning.startswith("online: nothing was trained: ") and warning.endswith("at the start (kl_stop: 0.001)")
+    assert all(value.equal(before[name]) for name, value in adapters.tensors(job.task.language_model).items())
+
+
 def test_a_capped_reward_is_what_methods_see(make_job: MakeJob) -> None:
     """With bounds four deviations below the means, no reward is worth more than that; without a cap some are."""
     most = {}
@@ -136,7 +168,14 @@ def test_a_resume_with_every_remedy_goes_on_bit_for_bit(
 ) -> None:
     """The end of the support is found again by a new process, and the strength of the KL term is kept."""
     settings = ("batch=4", "samples=3", "steps=4", "lr=0.01", "log_every=1", "checkpoint_every=2")
-    remedies = ("kl_budget=0.01", "kl_horizon=20", "reward_cap=log", "support=0", "scalarisation=exponential")
+    remedies = (
+        "kl_budget=0.01",
+        "kl_horizon=20",
+        "kl_stop=1000",
+        "reward_cap=log",
+        "support=0",
+        "scalarisation=exponential",
+    )
     every = (*settings, *remedies, "labels=bradley-terry", "extremes=advantage")
 
     def run(where: str, **more: Any) -> tuple[Job, dict[str, torch.Tensor]]:
