@@ -2,8 +2,7 @@
 
 Nothing is merged: folded into weights of half precision or four bits an adapter is rounded, and the error adds up from
 update to update. Nothing is loaded in place: vLLM then serves stale weights (vllm issues 41482, 42125). A new state
-is written into a folder with a new name and passed as a new request; the version before stays until the next one comes,
-since answers to it may still be on their way.
+is written into a folder with a new name and passed as a new request; what was served before is unloaded.
 
 vLLM draws by its own random numbers, seeded for each response: the same request gives the same response, but not the
 one that :mod:`moalign.lm.sampler` would give, and how responses are batched may change the last digits.
@@ -11,163 +10,145 @@ one that :mod:`moalign.lm.sampler` would give, and how responses are batched may
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
+import logging
+import math
+import os
 import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
+from moalign.config.recipe import RolloutSpec
 from moalign.core.errors import RequestError
+from moalign.core.seeds import derive
+from moalign.lm.backends import RANKS
+from moalign.lm.loading import first_line
 
 if TYPE_CHECKING:
-    from moalign.lm.adapters import Adapter
+    from torch import Tensor
 
-RANKS = (1, 8, 16, 32, 64)
-"""Ranks that vLLM reserves room for; a rank between two of them takes the larger one. It knows larger ones, too, with
-kernels that are not tried here."""
+    from moalign.lm.generator import Advance, OneModel
+    from moalign.lm.language_model import LanguageModel
+    from moalign.lm.sampler import Generated, Samples, Sampling
 
-
-def refusal(rank: int | None = None) -> str | None:
-    """Return why vLLM cannot sample: it is not installed, or serves no adapter of this rank; None: it can."""
-    if importlib.util.find_spec("vllm") is None:
-        return "vLLM is not installed; pip install 'moalign[vllm]' (README.md), or use engine: hf"
-    if rank is not None and rank > RANKS[-1]:
-        return f"vLLM serves adapters up to rank {RANKS[-1]}; found policy.lora.r = {rank}; or use engine: hf"
-    return None
+ADAPTERS = 4
+"""Adapters that one pass of vLLM mixes at most; those of a larger batch take turns."""
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """One response."""
-
-    ids: list[int]
-    """With the end token, where one was drawn."""
-    logps: list[float]
-    """log pi of each token, in nats, at the temperature it was drawn at."""
-    finished: bool
-    """Whether it ended at an end token, not by the limit."""
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # a process of its own would hold its memory when this one is killed
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the trainer's threads are the same ones
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB, on a CPU
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+"""What vLLM reads when it is imported, where the user has set nothing else."""
 
 
-@dataclass
-class Versions:
-    """The states of adapters that vLLM serves, each in a folder of its own."""
-
-    folder: Path
-    base: str
-    """What the adapters' config names as their base."""
-    made: int = 0
-    served: dict[int, str] = field(default_factory=dict)
-    """Number of each version that is there -> hash of its weights."""
-
-    def publish(self, adapter: Adapter) -> tuple[int, Path]:
-        """Return number and folder of an adapter's version; written, atomically, where it is not there yet."""
-        content = _content(adapter)
-        for number, known in self.served.items():
-            if known == content:
-                return number, self._place(number)
-        self.made += 1
-        _write(self._place(self.made), adapter, self.base)
-        self.served[self.made] = content
-        return self.made, self._place(self.made)
-
-    def superseded(self, keep: int) -> list[int]:
-        """Return the versions that are older than the newest ``keep``, oldest first."""
-        return sorted(self.served)[: max(0, len(self.served) - keep)]
-
-    def drop(self, number: int) -> None:
-        """Forget a version and remove its folder."""
-        del self.served[number]
-        shutil.rmtree(self._place(number), ignore_errors=True)
-
-    def _place(self, number: int) -> Path:
-        return self.folder / f"adapter-v{number}"
+_loaded: WeakSet[VllmEngine] = WeakSet()
+"""The engine whose base is in memory, of this process: there is room for one."""
 
 
 class VllmEngine:
-    """A base served by vLLM, with adapters on top."""
+    """A base served by vLLM, with adapters on top; loaded when it first samples."""
 
-    def __init__(
-        self,
-        model: Path | str,
-        folder: Path,
-        rank: int,
-        max_tokens: int,
-        dtype: str = "float32",
-        adapters: int = 2,
-        gpu_memory: float = 0.4,
-    ) -> None:
-        """Load the base.
+    def __init__(self, spec: RolloutSpec, base: Callable[[], Path], dtype: str, rank: int, max_tokens: int) -> None:
+        """Prepare to sample; nothing is loaded.
 
         Args:
-            model: its folder.
-            folder: where versions of adapters are written; emptied at :meth:`close`.
-            rank: the largest of the adapters.
+            spec: a recipe's.
+            base: gives the folder of the base.
+            dtype: of the base.
+            rank: the largest of the adapters, at most the last of :data:`~moalign.lm.backends.RANKS`.
             max_tokens: of prompt and response together.
-            adapters: most that one batch mixes.
-            gpu_memory: share of a GPU's memory that vLLM takes for weights and cache.
-
-        Raises RequestError where vLLM is not installed or refuses the rank.
         """
-        if problem := refusal(rank):
-            raise RequestError(problem)
+        self.spec, self._base, self._dtype, self._rank, self._max_tokens = spec, base, dtype, rank, max_tokens
+        self._folder = tempfile.TemporaryDirectory(prefix="moalign-adapters-")
+        self._made = 0
+        self._served: list[int] = []
+
+    @cached_property
+    def llm(self) -> Any:
+        """vLLM's own object. Raises RequestError for a base that vLLM cannot serve."""
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        for other in list(_loaded):
+            other.close()
         import torch
         from vllm import LLM
 
-        gpu = torch.cuda.is_available()
-        # Log-probabilities of the distribution that is drawn from, the temperature included, not of the raw logits.
-        self.llm: Any = LLM(
-            model=str(model),
-            dtype=dtype,
-            enable_lora=True,
-            max_lora_rank=next(size for size in RANKS if size >= rank),
-            max_loras=adapters,
-            max_model_len=max_tokens,
-            logprobs_mode="processed_logprobs",
-            enforce_eager=not gpu,
-            enable_sleep_mode=gpu,
-            disable_log_stats=True,
-            **({"gpu_memory_utilization": gpu_memory} if gpu else {}),
-        )
-        self.adapters, self.gpu = adapters, gpu
-        self.versions = Versions(folder, str(model))
+        logging.getLogger("vllm").setLevel(logging.ERROR)
+        base, gpu = self._base(), torch.cuda.is_available()
+        _loaded.add(self)
+        try:
+            with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # it seeds the global generators
+                return LLM(
+                    model=str(base),
+                    dtype=self._dtype,
+                    enable_lora=True,
+                    max_lora_rank=next(size for size in RANKS if size >= self._rank),
+                    max_loras=ADAPTERS,
+                    max_model_len=self._max_tokens,
+                    # Of the distribution that is drawn from, the temperature included, not of the raw logits.
+                    logprobs_mode="processed_logprobs",
+                    enforce_eager=not gpu,
+                    disable_log_stats=True,
+                    **({"gpu_memory_utilization": self.spec.gpu_memory} if gpu else {}),
+                )
+        except Exception as error:  # whatever a model, or a machine, is not served for
+            why = first_line(error)
+            raise RequestError(f"rollout.engine: vllm does not serve {base} ({why}); take hf") from error
 
-    def use(self, adapter: Adapter) -> int:
-        """Make an adapter's state one that :meth:`sample` may name; returns its version.
+    def serve(self, lm: LanguageModel, names: Iterable[str | None]) -> list[int | None]:
+        """Make adapters, as they are on ``lm`` now, the ones that :meth:`sample` may name; those of before are gone.
 
-        Of one-adapter training this is called once an update: the state before last is unloaded.
+        Each is written when the next of the ``names`` is taken, so that they may take turns on the model. Returns a
+        version for each; None: of the base.
         """
-        number, _ = self.versions.publish(adapter)
-        for old in self.versions.superseded(keep=max(2, self.adapters)):
-            self.llm.llm_engine.remove_lora(old)
-            self.versions.drop(old)
-        return number
+        from moalign.lm import adapters
+
+        before, self._served = self._served, []
+        versions: list[int | None] = []
+        for name in names:
+            if name is not None:
+                self._made += 1
+                adapters.save(lm, self._place(self._made), name)
+                self._served.append(self._made)
+            versions.append(None if name is None else self._made)
+        for old in before:
+            self._unload(old)
+        return versions
 
     def sample(
         self,
+        lm: LanguageModel,
         prompts: Sequence[Sequence[int]],
         seeds: Sequence[int],
         versions: Sequence[int | None],
         max_new_tokens: int,
-        ends: Sequence[int],
         temperature: float = 1.0,
         top_p: float = 1.0,
-    ) -> list[Drawn]:
+    ) -> Samples:
         """Return a response to each tokenised prompt; row ``i`` is drawn with ``seeds[i]`` by ``versions[i]``.
 
-        One call may mix adapters and the base (None). ``ends`` end a response; they are tokens of it.
+        One call may mix adapters and the base. A row ends at any of ``lm.end_ids``. ``logps`` are vLLM's own, of the
+        nucleus alone where ``top_p`` is below 1. Raises RequestError for an adapter that vLLM cannot serve.
         """
+        llm = self.llm
         from vllm import SamplingParams
         from vllm.lora.request import LoRARequest
 
+        ends = sorted(lm.end_ids)
         how = [
             SamplingParams(
                 temperature=temperature,
                 top_p=top_p,
                 top_k=0,
                 max_tokens=max_new_tokens,
-                stop_token_ids=list(ends),
+                stop_token_ids=ends,
                 ignore_eos=True,  # the end token is one of ``ends``, which stay in the response
                 seed=seed,
                 logprobs=0,  # of the drawn token alone
@@ -175,70 +156,124 @@ class VllmEngine:
             )
             for seed in seeds
         ]
-        requests = [
-            None if version is None else LoRARequest(f"adapter-v{version}", version, str(self.versions._place(version)))
+        adapters = [
+            None if version is None else LoRARequest(f"adapter-v{version}", version, str(self._place(version)))
             for version in versions
         ]
         texts = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-        return [_drawn(output.outputs[0]) for output in self.llm.generate(texts, how, lora_request=requests, use_tqdm=False)]
-
-    @contextlib.contextmanager
-    def asleep(self) -> Iterator[None]:
-        """Within the block vLLM's weights wait in the CPU's memory and its cache is gone; on a GPU alone.
-
-        Level 1: of level 2 adapters do not come back (vllm issue 39934).
-        """
-        if not self.gpu:
-            yield
-            return
-        self.llm.sleep(level=1)
         try:
-            yield
-        finally:
-            self.llm.wake_up()
+            outputs = llm.generate(texts, how, lora_request=adapters, use_tqdm=False)
+        except ValueError as error:
+            raise RequestError(f"rollout.engine: vllm refuses the adapter ({first_line(error)}); take hf") from error
+        return _samples(lm, prompts, [output.outputs[0] for output in outputs])
+
+    def rollout(
+        self, lm: LanguageModel, adapter: str, prompts: Sequence[Sequence[int]], numbers: Tensor, temperature: float
+    ) -> Samples:
+        """Return a response of an adapter, as it is now, to each tokenised prompt, by numbers ``[rows, T]``.
+
+        As the sampler's they are in [0, 1), and T is the limit; the first of a row is its seed.
+        """
+        (version,) = self.serve(lm, [adapter])
+        seeds = (numbers[:, 0].double() * 2**53).long().tolist()
+        return self.sample(lm, prompts, seeds, [version] * len(prompts), numbers.shape[1], temperature)
 
     def close(self) -> None:
-        """Remove the adapters' folders, and let go of the base."""
-        for number in list(self.versions.served):
-            self.versions.drop(number)
-        self.llm = None
+        """Let go of the base; should this sample again, it is loaded again."""
+        _loaded.discard(self)
+        llm = self.__dict__.pop("llm", None)
+        if llm is not None:
+            from vllm.distributed import cleanup_dist_env_and_memory
+
+            llm.llm_engine.engine_core.shutdown()
+            del llm
+            cleanup_dist_env_and_memory()
+
+    def _place(self, version: int) -> Path:
+        return Path(self._folder.name) / f"adapter-v{version}"
+
+    def _unload(self, version: int) -> None:
+        if "llm" in self.__dict__:
+            self.llm.llm_engine.remove_lora(version)
+        shutil.rmtree(self._place(version), ignore_errors=True)
 
 
-def _drawn(output: Any) -> Drawn:
-    ids = [int(token) for token in output.token_ids]
-    logps = [float(place[token].logprob) for token, place in zip(ids, output.logprobs, strict=True)]
-    return Drawn(ids, logps, output.finish_reason == "stop")
+def answers(
+    engine: VllmEngine,
+    generators: Sequence[OneModel],
+    requests: Sequence[Sequence[tuple[str, int]]],
+    sampling: Sampling,
+    progress: Advance | None = None,
+) -> list[Generated]:
+    """Answer the requests (text, row) of each of several models, in batches that mix their adapters.
+
+    All have the same base. Rows fix each response's randomness, whoever gives it. Log-probabilities of a nucleus, or of
+    greedy answers, are not known (NaN).
+    """
+    from moalign.lm.sampler import keep, unknown
+
+    lm = generators[0].as_model().lm
+    versions = engine.serve(lm, (generator.as_model().adapter for generator in generators))
+    flat = [(text, row, at) for at, part in enumerate(requests) for text, row in part]
+    whole = unknown(lm, len(flat))
+    for start in range(0, len(flat), sampling.batch_size * 4):
+        part = flat[start : start + sampling.batch_size * 4]
+        drawn = engine.sample(
+            lm,
+            lm.encode([text for text, _, _ in part], sampling.max_prompt_tokens),
+            [derive(sampling.seed, row) for _, row, _ in part],
+            [versions[at] for _, _, at in part],
+            sampling.max_new_tokens,
+            sampling.temperature,
+            sampling.top_p,
+        )
+        if sampling.top_p < 1 or sampling.temperature == 0:
+            drawn.logps.fill_(math.nan)
+        keep(lm, drawn, whole, range(start, start + len(part)), sampling.stop)
+        if progress is not None:
+            progress(len(part))
+    return _divided(whole, [len(part) for part in requests])
 
 
-def _content(adapter: Adapter) -> str:
-    """Return a hash of an adapter's weights and settings."""
-    import hashlib
+def _divided(whole: Generated, sizes: Sequence[int]) -> list[Generated]:
+    """Return the parts of what several models answered; the tokens of each are those of its responses."""
+    from moalign.lm.sampler import Generated
 
-    digest = hashlib.sha256(adapter.spec.model_dump_json().encode())
-    for name, value in sorted(adapter.weights.items()):
-        digest.update(name.encode() + value.float().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    parts, begin = [], 0
+    for size in sizes:
+        places = range(begin, begin + size)
+        traces = None if whole.traces is None else whole.traces.at(places)
+        parts.append(Generated([whole.responses[place] for place in places], 0, traces))
+        begin += size
+    if parts:
+        parts[0].tokens = whole.tokens
+    return parts
 
 
-def _write(place: Path, adapter: Adapter, base: str) -> None:
-    """Write an adapter as peft writes it, atomically."""
-    import json
+def _samples(lm: LanguageModel, prompts: Sequence[Sequence[int]], outputs: Sequence[Any]) -> Samples:
+    """Return vLLM's outputs as tensors, aligned as the sampler's are."""
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
 
-    from peft import LoraConfig
-    from safetensors.torch import save_file
+    from moalign.lm.sampler import Samples, pad_left
 
-    from moalign.runs import atomic
+    rows = [[int(token) for token in output.token_ids] for output in outputs]
+    known = [
+        [float(place[token].logprob) for token, place in zip(row, output.logprobs, strict=True)]
+        for row, output in zip(rows, outputs, strict=True)
+    ]
+    lengths = torch.tensor([len(row) for row in rows])
+    response = (torch.arange(int(lengths.max()))[None, :] < lengths[:, None]).to(lm.device)
 
-    spec = adapter.spec
-    config = LoraConfig(
-        r=spec.r,
-        lora_alpha=spec.alpha,
-        target_modules=spec.targets,
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=base,
-        inference_mode=True,
-    ).to_dict()
-    config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-    with atomic.directory(place) as folder:
-        save_file(dict(adapter.weights), folder / "adapter_model.safetensors")
-        atomic.write_text(folder / "adapter_config.json", json.dumps(config, indent=2, default=str) + "\n")
+    def tensor(of: Sequence[Sequence[float]], dtype: Any, padding: float) -> Tensor:
+        tensors = [torch.tensor(row, dtype=dtype) for row in of]
+        return pad_sequence(tensors, batch_first=True, padding_value=padding).to(lm.device)
+
+    ids, mask = pad_left(prompts, lm.pad, lm.device)
+    return Samples(
+        input_ids=torch.cat([ids, tensor(rows, torch.long, lm.pad)], dim=1),
+        attention_mask=torch.cat([mask, response.to(mask.dtype)], dim=1),
+        response_mask=response,
+        logps=tensor(known, torch.float32, 0.0),
+        finished=torch.tensor([output.finish_reason == "stop" for output in outputs], device=lm.device),
+    )

@@ -304,6 +304,8 @@ class PpoTrainer(OnlineTrainer):
             whiten=config.whiten,
             kl_apart=kl_apart,
         )
+        engine = self.job.task.engine
+        experience.importance = None if engine is None else self._rollout.importance(engine.spec.correction)
         self.strength.adapt(self._rollout)
         return experience
 
