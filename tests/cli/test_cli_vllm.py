@@ -1,0 +1,119 @@
+"""vLLM as typed: what it is refused for, a training and an evaluation with a stand-in for it, and life without it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moalign.lm import backends
+
+ON = ("--set", "rollout.engine=vllm")
+
+
+def without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on vLLM is not installed."""
+    monkeypatch.setattr(backends, "find_spec", lambda name: None)
+
+
+@pytest.mark.parametrize("verb", [("check", "sandbox/mo-odpo"), ("train", "mo-odpo")])
+def test_without_vllm_one_message_says_how_to_get_it(
+    moalign: Any, monkeypatch: pytest.MonkeyPatch, small_task: tuple[str, ...], verb: tuple[str, ...], tmp_path: Path
+) -> None:
+    without(monkeypatch)
+    ended = moalign(*verb, *ON, "--set", small_task[0])
+    assert ended.code == 2 and ended.errors == [
+        "rollout.engine: found 'vllm', but vLLM is not installed; pip install 'moalign[vllm]' into an environment of "
+        "its own; or take hf"
+    ]
+    assert "Traceback" not in ended.err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "message"),
+    [
+        ("mo-odpo", ["policy.lora.r=65"], "it serves adapters up to rank 64; found policy.lora.r = 65; or take hf"),
+        (
+            "rewarded-soups",
+            ["policy.lora.r=33"],
+            "it serves adapters up to rank 64; found policy.lora.r = 33, which makes 66 of 2 experts interpolated",
+        ),
+        ("mod", [], "the method mixes the next-token distributions of experts, and vLLM samples from one model"),
+        ("pcm", [], "the method mixes the next-token distributions of experts, and vLLM samples from one model"),
+        ("mo-odpo", ["task.model=null"], "the task's base is the sandbox's built-in one, too small for vLLM's kernels"),
+        ("mo-odpo", ["policy.lora.use_dora=true"], "use_dora"),
+        ("mo-odpo", ["rollout.engine=vlm"], "rollout.engine: found 'vlm'"),
+        ("mo-odpo", ["rollout.engine=hf", "rollout.correction=3"], "needs engine: vllm; found correction"),
+        ("mo-odpo", ["rollout.correction=0.5"], "rollout.correction: found 0.5"),
+        ("mo-odpo", ["rollout.motor=vllm"], "motor"),
+    ],
+)
+def test_what_vllm_does_not_serve_is_refused_before_anything_is_trained(
+    moalign: Any,
+    vllm: list[Any],
+    small_task: tuple[str, ...],
+    method: str,
+    settings: list[str],
+    message: str,
+    tmp_path: Path,
+) -> None:
+    sets = [part for text in (small_task[0], *settings) for part in ("--set", text)]
+    ended = moalign("train", method, *ON, *sets)
+    assert ended.code == 2 and len(ended.errors) == 1 and message in ended.errors[0], ended.err
+    assert "Traceback" not in ended.err and not list(tmp_path.iterdir()) and not vllm
+
+
+def test_a_base_that_vllm_does_not_know_is_refused_before_there_is_a_run(
+    moalign: Any, vllm: list[Any], small_task: tuple[str, ...], random_base: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(random_base, tmp_path / "refused")
+    sets = [part for text in (*small_task, f"task.model={tmp_path / 'refused'}", "steps=1") for part in ("--set", text)]
+    ended = moalign("train", "mo-odpo", *ON, *sets)
+    assert ended.code == 2 and "(Model architectures ['Odd'] are not supported)" in ended.errors[0], ended.err
+    assert not list(tmp_path.glob("results/runs/*/*/*"))
+
+
+def test_a_run_is_trained_and_judged_by_vllm_and_lives_on_without_it(
+    moalign: Any, vllm: list[Any], small_task: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = (*small_task, "steps=2", "batch=4", "warmup=0", "log_every=1", "policy.lora.r=4")
+    sets = [part for text in settings for part in ("--set", text)]
+    ended = moalign("train", "mo-odpo", *sets, *ON, "--json")
+    assert ended.code == 0, ended.err
+    run = Path(json.loads(ended.out)["run"])
+    record = json.loads((run / "run.json").read_text())
+    assert record["identity"]["rollout"] == {"engine": "vllm"}
+    assert record["recipe"]["rollout"] == {"engine": "vllm", "correction": 2.0, "gpu_memory": 0.4}
+    assert all(json.loads(line)["mismatch"] > 0 for line in (run / "metrics.jsonl").read_text().splitlines())
+    assert json.loads((run / "eval.json").read_text())["engine"] == "vllm"
+    (llm,) = vllm
+    assert len(llm.calls) == 3, "two steps and one evaluation, of one base"
+    assert len(llm.calls[2]) == 8 * 3 and {request.adapter.number for request in llm.calls[2]} == {3}
+    planned = moalign("train", "mo-odpo", *sets, *ON, "--set", "rollout.gpu_memory=0.6", "--dry-run", "--json")
+    assert json.loads(planned.out)["run_id"] == record["run_id"], "memory is no part of what a run is"
+    planned = moalign("train", "mo-odpo", *sets, "--dry-run", "--json")
+    assert json.loads(planned.out)["run_id"] != record["run_id"], "other random numbers: another run"
+
+    without(monkeypatch)
+    ended = moalign("eval", str(run), "--grid", "2", "--json")
+    assert ended.code == 0, ended.err
+    again = next(json.loads(path.read_text()) for path in run.glob("eval-*.json"))
+    assert "engine" not in again
+    assert again["warnings"][-1].startswith("answers by our own engine: vLLM, which sampled in training, is not instal")
+    ended = moalign("export", str(run), "--prefs", "1,0", "--out", "exported")
+    assert ended.code == 0 and (tmp_path / "exported" / "adapter_model.safetensors").is_file(), ended.err
+    assert len(llm.calls) == 3
+
+
+def test_a_grid_of_trained_preferences_is_one_call(moalign: Any, vllm: list[Any], small_task: tuple[str, ...]) -> None:
+    """modpo has an adapter for each preference: an evaluation mixes them all, and nothing else is asked of vLLM."""
+    settings = (*small_task, "steps=1", "batch=2", "max_tokens=128", "per_prompt=1", "policy.lora.r=4")
+    sets = [part for text in settings for part in ("--set", text)]
+    ended = moalign("train", "modpo", *sets, *ON, "--prefs", "1,0", "--prefs", "0,1", "--json")
+    assert ended.code == 0, ended.err
+    (llm,) = vllm
+    (asked,) = llm.calls
+    assert [request.adapter.number for request in asked] == [1] * 8 + [2] * 8
