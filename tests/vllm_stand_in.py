@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import random
 import types
 from collections.abc import Callable
@@ -62,5 +63,7 @@ def modules() -> dict[str, types.ModuleType]:
     made.LoRARequest = lambda name, number, path: types.SimpleNamespace(name=name, number=number, path=path)
     record: Callable[..., Any] = lambda **settings: types.SimpleNamespace(**settings)  # noqa: E731
     named["vllm"].LLM, named["vllm"].SamplingParams = type("LLM", (StandIn,), {"loaded": []}), record
+    for name, module in named.items():
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None)  # who only looks whether it is there looks at this
     named["vllm.distributed"].cleanup_dist_env_and_memory = lambda: None
     return named

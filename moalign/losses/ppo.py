@@ -9,10 +9,9 @@ are those of Ziegler et al., arXiv 1909.08593.
     loss = -mean_t min(u A, clip(u, 1 - eps, 1 + eps) A) + vf_coef * sum_i mean_t (V_i - (A_i + V_i,old))^2
     u = pi / pi_old
 
-Where tokens are drawn by another engine than the trainer's, with log-probabilities log mu, min(u A, clip(u) A) is
-multiplied by min(pi_old / mu, C): the mean is then again one over tokens of pi_old (truncated importance sampling,
-Ionides 2008; of an engine's rollouts, Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL
-training").
+Where another engine drew the tokens, from mu, the policy's loss of each is multiplied by min(pi_old / mu, C): truncated
+importance sampling (Ionides 2008; of rollouts Yao et al. 2025, "Your efficient RL framework secretly brings you
+off-policy RL training").
 
 With ``kl_apart`` the KL cost is no part of the heads' rewards but a stream with a head of its own, which foresees the
 cost to come: without it GAE would forget the cost of tokens 20 steps ahead (lambda^20 = .36), and what all responses
@@ -52,7 +51,7 @@ class Experience:
     kl: Tensor | None = None
     """Advantages of the KL cost where it is apart, on the scale of the others, ``[rows, T]``."""
     importance: Tensor | None = None
-    """What the policy's loss of each token is multiplied by, where another engine drew the tokens, ``[rows, T]``."""
+    """Weights of the policy's loss, where another engine drew the tokens, ``[rows, T]``."""
 
     def tensors(self, combined: Tensor) -> dict[str, Tensor]:
         """Return the ``tensors`` of :func:`loss`; ``combined`` is the one advantage of the update, ``[rows, T]``."""

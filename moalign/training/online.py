@@ -304,8 +304,7 @@ class PpoTrainer(OnlineTrainer):
             whiten=config.whiten,
             kl_apart=kl_apart,
         )
-        engine = self.job.task.engine
-        experience.importance = None if engine is None else self._rollout.importance(engine.spec.correction)
+        experience.importance = self._rollout.importance
         self.strength.adapt(self._rollout)
         return experience
 

@@ -53,6 +53,8 @@ class Rollout:
     """The training step that drew it, from 0."""
     drawn_logps: Tensor | None = None
     """By the engine that drew the responses, where that is not the trainer's own model, ``[rows, T]``."""
+    correction: float | None = None
+    """The largest importance weight of a token that an engine drew (:attr:`importance`)."""
     values: Tensor | None = None
     """Value heads' outputs as the responses were sampled, ``[rows, T, heads]``, when the trainer has them."""
     _reference: dict[int, Tensor] = field(default_factory=dict, repr=False)
@@ -85,15 +87,15 @@ class Rollout:
         np.maximum.at(longest, prompts, lengths)
         return np.lexsort((prompts, longest[prompts]))
 
-    def importance(self, most: float | None) -> Tensor | None:
-        """Return ``min(pi / pi_drawn, most)`` of every token, ``[rows, T]``: truncated importance weights.
+    @property
+    def importance(self) -> Tensor | None:
+        """``min(pi / pi_drawn, correction)`` of every token, ``[rows, T]``; None where there is no ``correction``.
 
         pi is the trainer's policy that the engine was to draw from (Ionides 2008, "Truncated Importance Sampling").
-        None where ``most`` is, or the trainer itself drew.
         """
-        if most is None or self.drawn_logps is None:
+        if self.correction is None or self.drawn_logps is None:
             return None
-        return (self.samples.logps - self.drawn_logps).exp().clamp_max(most)
+        return (self.samples.logps - self.drawn_logps).exp().clamp_max(self.correction)
 
 
 @torch.no_grad()
@@ -168,9 +170,9 @@ def sample_rollout(
         samples = actor.sample(bare, preferences, numbers, config.samples, value_heads is not None)
         values = None if value_heads is None or samples.hidden is None else value_heads(samples.hidden)
     job.meter.add_tokens_generated(samples.tokens)
-    samples, drawn_logps = trim(lm, samples, stop), None
-    if job.task.engine is not None:
-        drawn_logps = samples.logps
+    samples, engine = trim(lm, samples, stop), job.task.engine
+    drawn_logps = None if engine is None else samples.logps
+    if engine is not None:
         samples, values = _rescored(actor, samples, config, value_heads)
     elif lm.model.dtype != torch.float32:
         # Token by token, with a cache, half precision rounds differently from the one pass that is trained on
@@ -189,6 +191,7 @@ def sample_rollout(
         score_reference=lambda rows: _in_parts(partial(actor.reference_logps, samples), rows, config),
         step=step,
         drawn_logps=drawn_logps,
+        correction=None if engine is None else engine.spec.correction,
         values=values,
     )
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from moalign.lm import backends
+from moalign.methods import registry
 
 ON = ("--set", "rollout.engine=vllm")
 
@@ -108,12 +109,21 @@ def test_a_run_is_trained_and_judged_by_vllm_and_lives_on_without_it(
     assert len(llm.calls) == 3
 
 
-def test_a_grid_of_trained_preferences_is_one_call(moalign: Any, vllm: list[Any], small_task: tuple[str, ...]) -> None:
-    """modpo has an adapter for each preference: an evaluation mixes them all, and nothing else is asked of vLLM."""
-    settings = (*small_task, "steps=1", "batch=2", "max_tokens=128", "per_prompt=1", "policy.lora.r=4")
-    sets = [part for text in settings for part in ("--set", text)]
-    ended = moalign("train", "modpo", *sets, *ON, "--prefs", "1,0", "--prefs", "0,1", "--json")
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["modpo", "rewarded-soups", "moc", "ric", "paretohqd", "best-of-n"])
+def test_whatever_answers_is_sampled_by_vllm(
+    moalign: Any, vllm: list[Any], small_task: tuple[str, ...], method: str
+) -> None:
+    """One call for a whole grid: of an adapter each, of experts interpolated, of one policy, or of the base."""
+    quick = [f"{key}={json.dumps(value)}" for key, value in registry.get(method).quick.items()]
+    sets = [part for text in (*small_task, *quick, "policy.lora.r=4") for part in ("--set", text)]
+    ended = moalign("train", method, *sets, *ON, "--json")
     assert ended.code == 0, ended.err
+    told = json.loads(ended.out)
+    assert told["evaluation"]["engine"] == "vllm" and len(told["evaluation"]["points"]) == 3
     (llm,) = vllm
-    (asked,) = llm.calls
-    assert [request.adapter.number for request in asked] == [1] * 8 + [2] * 8
+    asked = llm.calls[-1]
+    served = sorted({request.adapter.number for request in asked if request.adapter is not None})
+    assert len(served) == {"modpo": 3, "paretohqd": 3, "rewarded-soups": 3, "best-of-n": 0}.get(method, 1)
+    assert llm.settings["max_lora_rank"] == 8, "of two experts of rank 4 interpolated, too"
+    assert len(asked) >= 8 * max(1, len(served))

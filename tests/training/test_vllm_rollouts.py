@@ -63,15 +63,15 @@ def test_the_mismatch_is_logged_and_the_weights_are_truncated(ppo: PpoTrainer) -
     own = torch.zeros(mask.shape)
     own[0, 0], own[0, 1], own[1, 0] = LOGP + 0.5, LOGP + 1.0, LOGP - 2.0
     rollout.samples.response_mask, rollout.samples.logps = mask, own
-    rollout.drawn_logps = torch.where(mask, LOGP, 0.0)
+    rollout.drawn_logps, rollout.correction = torch.where(mask, LOGP, 0.0), 2.0
     metrics = rollout_metrics(rollout, ppo.job.task.names)
     assert metrics["mismatch"] == pytest.approx(3.5 / 3) and metrics["mismatch_max"] == pytest.approx(2.0)
-    weights = rollout.importance(2.0)
+    weights = rollout.importance
     assert weights is not None
     assert weights[mask].tolist() == pytest.approx([math.exp(0.5), 2.0, math.exp(-2.0)])
-    assert weights[~mask].eq(1).all() and rollout.importance(None) is None
+    assert weights[~mask].eq(1).all()
     rollout.drawn_logps = None
-    assert rollout.importance(2.0) is None and "mismatch" not in rollout_metrics(rollout, ppo.job.task.names)
+    assert rollout.importance is None and "mismatch" not in rollout_metrics(rollout, ppo.job.task.names)
 
 
 @pytest.mark.parametrize(("correction", "most"), [("rollout.correction=1.5", 1.5), ("rollout.correction=null", None)])
