@@ -119,8 +119,8 @@ def test_whatever_answers_is_sampled_by_vllm(
     sets = [part for text in (*small_task, *quick, "policy.lora.r=4") for part in ("--set", text)]
     ended = moalign("train", method, *sets, *ON, "--json")
     assert ended.code == 0, ended.err
-    told = json.loads(ended.out)
-    assert told["evaluation"]["engine"] == "vllm" and len(told["evaluation"]["points"]) == 3
+    result = json.loads((Path(json.loads(ended.out)["run"]) / "eval.json").read_text())
+    assert result["engine"] == "vllm" and len(result["points"]) == 3
     (llm,) = vllm
     asked = llm.calls[-1]
     served = sorted({request.adapter.number for request in asked if request.adapter is not None})
