@@ -108,6 +108,27 @@ def test_a_run_is_trained_and_judged_by_vllm_and_lives_on_without_it(
     assert ended.code == 0 and (tmp_path / "exported" / "adapter_model.safetensors").is_file(), ended.err
     assert len(llm.calls) == 3
 
+    other = moalign("train", "prompting", *sets[: 2 * len(small_task)], "--json")
+    ended = moalign("compare", str(run), json.loads(other.out)["run"], "--json")
+    assert ended.code == 0, ended.err
+    warned = {row["method"]: row.get("warnings") for row in json.loads(ended.out)["rows"]}
+    said = "answered by vLLM, other rows not: their answers share no random numbers"
+    assert said in warned["mo-odpo"] and said not in (warned["prompting"] or [])
+
+
+def test_check_leaves_vllm_its_share_of_a_card(moalign: Any, vllm: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """And proposes no 4-bit base, which vLLM is not served with."""
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    ended = moalign("check", "hh-rlhf/mo-odpo", "--gpu", "80GB", *ON, "--set", "rollout.gpu_memory=0.5", "--json")
+    assert ended.code == 0, ended.err
+    told = json.loads(ended.out)
+    (card,) = told["cards"]
+    assert card["fits"] is True and card["peak_gib"] <= 0.48 * 80 and "policy.load_in_4bit" not in card["settings"]
+    alone = moalign("check", "hh-rlhf/mo-odpo", "--gpu", "80GB", "--json")
+    assert json.loads(alone.out)["cards"][0]["peak_gib"] > 0.48 * 80, "it takes more where it may"
+    note = "memory: vLLM takes 0.5 of a GPU (rollout.gpu_memory) on top of this; not measured on a GPU yet"
+    assert note in told["notes"]
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["modpo", "rewarded-soups", "moc", "ric", "paretohqd", "best-of-n"])
