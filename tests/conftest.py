@@ -50,6 +50,7 @@ _chats = _beside("chat_families")
 chat_folder, chat_families = _chats.chat_folder, _chats.chat_families
 _hostile = _beside("hostile_texts")
 _judge = _beside("judge_server")
+_vllm = _beside("vllm_stand_in")
 
 
 @pytest.fixture(scope="session")
@@ -72,6 +73,20 @@ def judge_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 def judge_replies() -> Any:
     """What such an endpoint can reply: ``Reply`` and ``verdict`` of ``judge_server.py``."""
     return _judge
+
+
+@pytest.fixture
+def vllm(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """vLLM stands in for itself (``vllm_stand_in.py``); returns the list of all that are loaded from then on."""
+    from moalign.lm import backends
+
+    made = _vllm.modules()
+    for name, module in made.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    find_spec = backends.find_spec
+    monkeypatch.setattr(backends, "find_spec", lambda name: object() if name == "vllm" else find_spec(name))
+    loaded: list[Any] = made["vllm"].LLM.loaded
+    return loaded
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from moalign.comparison.jobs import ComparedRun
 from moalign.comparison.ranking import EntryRuns, SeedResult
-from moalign.config.recipe import PolicySpec
+from moalign.config.recipe import PolicySpec, RolloutSpec
 from moalign.report import figures, verdict
 from moalign.runs import store
 
@@ -16,6 +16,7 @@ from moalign.runs import store
 def entries_of(runs: Sequence[ComparedRun]) -> list[EntryRuns]:
     """Return one entry per method and settings, with the results of its runs."""
     entries = []
+    engines = {run.evaluation.result.engine for run in runs if run.evaluation is not None}
     for label, group in grouped(runs).items():
         finished = []
         for run in group:
@@ -27,6 +28,8 @@ def entries_of(runs: Sequence[ComparedRun]) -> list[EntryRuns]:
                 result, which = run.evaluation.result.content, f"seed {run.seed}, " if len(group) > 1 else ""
                 local = verdict.cautions_at(result["quality"], result["points"])
                 warnings = [*(record.notes.get("warnings") or []), *(f"{which}{text}" for text in local)]
+                if len(engines) > 1 and run.evaluation.result.engine is not None:
+                    warnings.append("answered by vLLM, other rows not: their answers share no random numbers")
                 finished.append(SeedResult(run.seed, run.evaluation, cost, diagnostics, learned, warnings))
         method, summaries = group[0].method, [run.summary for run in group]
         entries.append(EntryRuns(label, method.name, summaries, finished, seeded=method.capabilities.trains))
@@ -90,7 +93,7 @@ def _settings(group: Sequence[ComparedRun]) -> dict[str, Any]:
 
 
 def _defaults(run: ComparedRun) -> dict[str, Any]:
-    sections = {"config": run.method.Config.model_construct(), "policy": PolicySpec()}
+    sections = {"config": run.method.Config.model_construct(), "policy": PolicySpec(), "rollout": RolloutSpec()}
     return {name: section.model_dump(mode="json") for name, section in sections.items()}
 
 

@@ -77,6 +77,25 @@ class RewardsSpec(Strict):
     few seconds a step. The scores are the same."""
 
 
+class RolloutSpec(Strict):
+    """What samples responses: the rollouts of online training, and the answers of the run's evaluation."""
+
+    engine: Literal["hf", "vllm"] = "hf"
+    """vllm: :mod:`moalign.lm.vllm_engine`. Its random numbers are its own, so that it makes another run."""
+    correction: float | None = Field(default=2.0, ge=1)
+    """Of vllm: what PPO's loss of a token is multiplied by, the probability that the trainer gives it over vLLM's, is
+    at most this (truncated importance sampling); null: no such weights."""
+    gpu_memory: float = Field(default=0.4, gt=0, lt=1)
+    """Of vllm: the share of a GPU's memory that it takes for weights and cache, beside the trainer's base."""
+
+    @model_validator(mode="after")
+    def _of_vllm(self) -> RolloutSpec:
+        stray = sorted(self.model_fields_set - {"engine"})
+        if self.engine == "hf" and any(getattr(self, name) != RolloutSpec.model_fields[name].default for name in stray):
+            raise ValueError(f"needs engine: vllm; found {', '.join(stray)} with engine: hf")
+        return self
+
+
 class NeedsSpec(Strict):
     """What a run takes; shown by ``show`` and compared with the estimate by ``check``."""
 
@@ -120,6 +139,7 @@ class Recipe(Strict):
     """How many times along each stage the adapter in training is kept, for ``moalign eval --snapshots``."""
     policy: PolicySpec = PolicySpec()
     rewards: RewardsSpec = RewardsSpec()
+    rollout: RolloutSpec = RolloutSpec()
     config: dict[str, Any] = Field(default_factory=dict)
     budget: Literal["full", "quick"] = "full"
     """quick: ``config`` with the settings of ``quick`` in it; another run, but on the same task."""

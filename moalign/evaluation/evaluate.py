@@ -146,6 +146,7 @@ def evaluate(
         gap=None if proxy is None else proxy.hypervolume - judgement.hypervolume,
         overlong=context.task.overlong() or None,
         judges=judges or None,
+        engine=None if context.task.engine is None else "vllm",
         generalisation=_generalisation(method, context, preferences, scores, held, progress, samples)
         if separate
         else None,
@@ -162,6 +163,9 @@ def _warnings(context: RunContext, judged: Quality, judgement: Judgement, judges
     """Return the run's own warnings, and those about its answers and its judges."""
     points = [point.content for point in judgement.points]
     of_answers = [*verdict.cautions(judged.content), *verdict.cautions_at(judged.content, points)]
+    recorded = context.run.record.recipe.get("rollout") or {}
+    if recorded.get("engine") == "vllm" and context.task.engine is None:
+        of_answers.append("answers by our own engine: vLLM, which sampled in training, is not installed here")
     return (*context.run.record.notes.get("warnings", ()), *of_answers, *verdict.unread(judges))
 
 
@@ -255,7 +259,7 @@ def respond(
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         policies = policies_of(method, metered, preferences)
         sampling = context.task.sampling(spec.seed)
-        answers = respond_all(policies, prompts, sampling, answered)
+        answers = respond_all(policies, prompts, sampling, answered, context.task.engine)
         divergences = divergence.from_base(context.task, policies, prompts, answers, sampling, progress)
         flat = [text for row in answers.responses for text in row]
         scoring = partial(progress, "scoring")

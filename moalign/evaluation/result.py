@@ -279,6 +279,7 @@ class EvalResult(Judgement, EvaluatedRun):
         "frontier",
         "overlong",
         "judges",
+        "engine",
         "generalisation",
         "warnings",
     )
@@ -303,6 +304,8 @@ class EvalResult(Judgement, EvaluatedRun):
     judges: dict[str, dict[str, Any]] | None = None
     """What each LLM judge was asked for it (:func:`moalign.rewards.judge.total`), by objective; a gold one as
     ``gold NAME``. None without such a judge."""
+    engine: Literal["vllm"] | None = None
+    """What sampled the answers, where it was not our own engine."""
     generalisation: Generalisation | None = None
     """Where preferences were held out of training."""
     warnings: tuple[str, ...] | None = None

@@ -15,13 +15,14 @@ from pydantic import ValidationError
 from moalign.config import find, load
 from moalign.config.card import TaskCard
 from moalign.config.load import ResolvedRequest
-from moalign.config.recipe import PolicySpec, Recipe, RewardsSpec
+from moalign.config.recipe import PolicySpec, Recipe, RewardsSpec, RolloutSpec
 from moalign.core import preferences
 from moalign.core.errors import RequestError
 from moalign.core.preferences import Preference
 from moalign.core.progress import Progress, silent
 from moalign.experiment.arguments import refuse_both
-from moalign.lm import backends
+from moalign.lm import backends, model_folder
+from moalign.lm.vllm_engine import VllmEngine
 from moalign.methods import registry
 from moalign.methods.base import Method
 from moalign.preflight.request import of_recipe, require_sound, to_train
@@ -33,7 +34,7 @@ from moalign.runs.record import FILE
 from moalign.runs.run import Run
 from moalign.runs.store import RunStore
 from moalign.tasks.load import make_task
-from moalign.tasks.task import Task, fingerprint
+from moalign.tasks.task import WHERE, Task, fingerprint
 from moalign.training.job import Job, RunContext
 from moalign.training.settings import NamesModels
 
@@ -84,6 +85,9 @@ class Plan(ResolvedRequest):
         }
         if self.holdout:
             identity["holdout"] = self.holdout
+        rollout = self.recipe.rollout.model_dump(mode="json", exclude_defaults=True, exclude={"gpu_memory"})
+        if rollout:  # other random numbers: other samples
+            identity["rollout"] = rollout
         if self.recipe.snapshots:
             identity["snapshots"] = self.recipe.snapshots
         models = self.config.models if isinstance(self.config, NamesModels) else {}
@@ -107,9 +111,11 @@ class Plan(ResolvedRequest):
         return self.store.lookup(self.method.name, self.card.name, self.identity, self.recipe.model_dump(mode="json"))
 
     def open(self) -> Run:
-        """Return the run, made now or as it was left; scorers that cannot be built are refused before it is made."""
+        """Return the run, made now or as it was left; before it is made, what cannot be built or served is refused."""
         if self.card.rewards is None:  # reward models of the task's own are trained on first use
             _ = self.task.panel
+        if self.task.engine is not None and self.method.capabilities.needs_online_rewards:
+            _ = self.task.engine.llm
         return self.store.open(
             self.method.name,
             self.card.name,
@@ -188,9 +194,25 @@ def plan(request: TrainRequest, progress: Progress = silent) -> Plan:
     given, holdout = to_train(method, resolved, _preferences(request, resolved))
     recipe = resolved.recipe
     task = make_task(resolved.card, request.results, progress, recipe.policy, recipe.rewards)
+    task.engine = _engine(method, task, recipe.policy, recipe.rollout)
     made = Plan(**vars(resolved), request=request, method=method, task=task, seed=seed, given=given, holdout=holdout)
     _ = made.identity  # a model that is not there is a problem of the request
     return made
+
+
+def _engine(method: Method, task: Task, policy: PolicySpec, rollout: RolloutSpec) -> VllmEngine | None:
+    """Return what samples for a run where that is not our own engine; nothing is loaded yet."""
+    if rollout.engine == "hf":
+        return None
+    experts = len(task.names) if method.capabilities.interpolates else 1
+    limits = task.card.generation
+    return VllmEngine(
+        rollout,
+        lambda: model_folder.resolve(*task.base_source(), WHERE),
+        task.card.dtype,
+        policy.lora.r * experts,
+        limits.max_prompt_tokens + limits.max_new_tokens,
+    )
 
 
 def _preferences(request: TrainRequest, resolved: ResolvedRequest) -> list[Preference] | None:
@@ -216,13 +238,15 @@ def expert_plan(of: Plan, name: str, settings: Mapping[str, Any], wanted: Sequen
         raise RequestError(f"experts of {of.method.name}, trained by {name}: {details}") from None
     plain, policy, vectors = config.model_dump(mode="json"), of.recipe.policy, list(wanted)
     recipe = Recipe(
-        method=name, task=of.recipe.task, policy=policy, rewards=of.recipe.rewards, config=plain,
-        prefs=list(map(list, vectors)), seed=of.seed,
+        method=name, task=of.recipe.task, policy=policy, rewards=of.recipe.rewards, rollout=of.recipe.rollout,
+        config=plain, prefs=list(map(list, vectors)), seed=of.seed,
     )  # fmt: skip
     sets = [text for text in of.as_given["set"] if str(text).startswith("task.")]
     sets += [f"policy={policy.model_dump_json()}", *(f"{key}={json.dumps(value)}" for key, value in plain.items())]
     if of.recipe.rewards != RewardsSpec():
         sets.append(f"rewards={of.recipe.rewards.model_dump_json()}")
+    if of.recipe.rollout != RolloutSpec():
+        sets.append(f"rollout={of.recipe.rollout.model_dump_json()}")
     as_given = {"method": name, "task": of.as_given["task"], "recipe_file": None, "recipe": None, "set": sets}
     return replace(of, method=method, recipe=recipe, config=config, as_given=as_given, recipe_path=None, given=vectors)
 
@@ -315,6 +339,7 @@ def context_of(run: Run, results: Path, progress: Progress = silent) -> tuple[Me
         config = method.Config.model_validate(_by_todays_names(record.recipe["config"]))
         policy = PolicySpec.model_validate(record.recipe["policy"])
         rewards = RewardsSpec.model_validate(record.recipe.get("rewards") or {})
+        rollout = RolloutSpec.model_validate(record.recipe.get("rollout") or {})
     if wrong := backends.problems(policy, card):
         raise RequestError(*(f"run {run.path}: {text}" for text in wrong))
     task = make_task(card, results, progress, policy, rewards)
@@ -324,6 +349,8 @@ def context_of(run: Run, results: Path, progress: Progress = silent) -> tuple[Me
             "the base model or the data it points to is not the same (restore it), or an older moalign, whose hashes "
             "were made otherwise, made this run; train again"
         )
+    if backends.has_vllm():  # without it, it answers by our own engine
+        task.engine = _engine(method, task, policy, rollout)
     return method, RunContext.of(
         task,
         run,

@@ -1,4 +1,4 @@
-"""What settings need of the machine, found out without importing it: packages for attention and for few bits."""
+"""What settings need of the machine, found out without importing it: packages for attention, few bits and vLLM."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from typing import Any, Literal
 
 from moalign.config.card import TaskCard
 from moalign.config.objectives import ClassifierObjective, LmObjective
-from moalign.config.recipe import ATTENTION, PolicySpec
+from moalign.config.recipe import ATTENTION, PolicySpec, RolloutSpec
+
+RANKS = (1, 8, 16, 32, 64)
+"""Ranks of adapters that vLLM reserves room for; one between two of them takes the larger one. It knows larger ones,
+too, with kernels that are not tried here."""
 
 
 def problems(policy: PolicySpec, card: TaskCard) -> list[str]:
@@ -43,6 +47,37 @@ def _of_attention(attention: str | None, dtype: str) -> list[str]:
     if attention in ATTENTION and dtype == "float32":
         return [f"{found} it computes in half precision only and dtype is float32; set policy.dtype: bfloat16"]
     return []
+
+
+def has_vllm() -> bool:
+    """Whether vLLM is installed."""
+    return find_spec("vllm") is not None
+
+
+def engine_problems(rollout: RolloutSpec, card: TaskCard, rank: int, experts: int, mixes: bool) -> list[str]:
+    """Return why vLLM cannot sample for a run, a message each; none where it does not have to.
+
+    Args:
+        rank: of the run's adapters.
+        experts: how many of them are put together into the one that answers.
+        mixes: whether several adapters sample every token together.
+    """
+    if rollout.engine == "hf":
+        return []
+    found = "rollout.engine: found 'vllm', but"
+    wrong = {
+        "vLLM is not installed; pip install 'moalign[vllm]' into an environment of its own": not has_vllm(),
+        "the method mixes the next-token distributions of experts, and vLLM samples from one model": mixes,
+        "the task's base is the sandbox's built-in one, too small for vLLM's kernels": card.built_in_base,
+        "the task's base is in 4 bits, where it is not the base that vLLM would sample from": card.load_in_4bit,
+        _too_large(rank, experts): rank * experts > RANKS[-1],
+    }
+    return [f"{found} {why}; or take hf" for why, applies in wrong.items() if applies]
+
+
+def _too_large(rank: int, experts: int) -> str:
+    each = f", which makes {rank * experts} of {experts} experts interpolated" if experts > 1 else ""
+    return f"it serves adapters up to rank {RANKS[-1]}; found policy.lora.r = {rank}{each}"
 
 
 def options(dtype: str, attention: str | None, in_4bit: bool, device: Any) -> dict[str, Any]:

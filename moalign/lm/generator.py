@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from moalign.core.records import Response
 from moalign.lm.adapters import drop, merged
@@ -49,6 +49,13 @@ class ModelGenerator:
 
     def as_model(self) -> ModelGenerator:
         return self
+
+
+@runtime_checkable
+class OneModel(Protocol):
+    """A generator whose answers are those of one language model, which :meth:`as_model` puts in place."""
+
+    def as_model(self) -> ModelGenerator: ...
 
 
 RESIDENT = "resident adapter"

@@ -445,8 +445,7 @@ def generate(
     lm.model.eval()
     encoded, count = lm.encode(texts, sampling.max_prompt_tokens), len(texts)
     order = sorted(range(count), key=lambda i: len(encoded[i]))
-    traces = Traces(lm.tokenizer, [np.empty(0, dtype=np.int64)] * count, [0.0] * count, [False] * count)
-    generated = Generated([""] * count, 0, traces)
+    generated = unknown(lm, count)
     for start in range(0, count, sampling.batch_size):
         part = order[start : start + sampling.batch_size]
         drawn = sample(
@@ -457,13 +456,26 @@ def generate(
             sampling.top_p,
             source=None if source is None else source(part),
         )
-        generated.tokens += drawn.tokens
-        ids, logps = _tokens(drawn), drawn.logps.cpu().double().numpy()
-        for i, row, logp, end, text in zip(part, ids, logps, drawn.finished.tolist(), lm.decode(ids), strict=True):
-            stopped = any(marker in text for marker in sampling.stop)
-            used = _length(lm, row.tolist(), sampling.stop) if stopped else len(row)
-            generated.responses[i] = cut(text, sampling.stop)
-            # A copy: a view of one row would keep the whole batch in memory.
-            traces.ids[i], traces.logps[i] = row[:used].copy(), float(logp[:used].sum())
-            traces.finished[i] = end or stopped
+        keep(lm, drawn, generated, part, sampling.stop)
     return generated
+
+
+def keep(lm: LanguageModel, drawn: Samples, generated: Generated, places: Sequence[int], stop: Sequence[str]) -> None:
+    """Put samples into ``generated``, whose traces are known, at ``places``; a text is cut at its first stop text."""
+    traces = generated.traces
+    assert traces is not None
+    generated.tokens += drawn.tokens
+    ids, logps = _tokens(drawn), drawn.logps.cpu().double().numpy()
+    for i, row, logp, end, text in zip(places, ids, logps, drawn.finished.tolist(), lm.decode(ids), strict=True):
+        stopped = any(marker in text for marker in stop)
+        used = _length(lm, row.tolist(), stop) if stopped else len(row)
+        generated.responses[i] = cut(text, stop)
+        # A copy: a view of one row would keep the whole batch in memory.
+        traces.ids[i], traces.logps[i] = row[:used].copy(), float(logp[:used].sum())
+        traces.finished[i] = end or stopped
+
+
+def unknown(lm: LanguageModel, count: int) -> Generated:
+    """Return ``count`` empty responses, for :func:`keep`."""
+    traces = Traces(lm.tokenizer, [np.empty(0, dtype=np.int64)] * count, [0.0] * count, [False] * count)
+    return Generated([""] * count, 0, traces)

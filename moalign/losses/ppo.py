@@ -9,6 +9,10 @@ are those of Ziegler et al., arXiv 1909.08593.
     loss = -mean_t min(u A, clip(u, 1 - eps, 1 + eps) A) + vf_coef * sum_i mean_t (V_i - (A_i + V_i,old))^2
     u = pi / pi_old
 
+Where another engine drew the tokens, from mu, the policy's loss of each is multiplied by min(pi_old / mu, C): truncated
+importance sampling (Ionides 2008; of rollouts Yao et al. 2025, "Your efficient RL framework secretly brings you
+off-policy RL training").
+
 With ``kl_apart`` the KL cost is no part of the heads' rewards but a stream with a head of its own, which foresees the
 cost to come: without it GAE would forget the cost of tokens 20 steps ahead (lambda^20 = .36), and what all responses
 cost alike would push every sampled token down. Its advantage A_kl is added, with weight 1, to the one that the method
@@ -46,6 +50,8 @@ class Experience:
     """Targets of the value heads, ``[rows, T, heads]``."""
     kl: Tensor | None = None
     """Advantages of the KL cost where it is apart, on the scale of the others, ``[rows, T]``."""
+    importance: Tensor | None = None
+    """Weights of the policy's loss, where another engine drew the tokens, ``[rows, T]``."""
 
     def tensors(self, combined: Tensor) -> dict[str, Tensor]:
         """Return the ``tensors`` of :func:`loss`; ``combined`` is the one advantage of the update, ``[rows, T]``."""
@@ -55,6 +61,7 @@ class Experience:
             "returns": self.returns,
             # Sums over a row times this, averaged over rows, are means over the batch's tokens.
             "per_token": torch.full((rows,), rows / tokens, device=combined.device),
+            **({} if self.importance is None else {"importance": self.importance}),
         }
 
 
@@ -116,7 +123,8 @@ def loss(
         return (torch.where(mask, tokens, torch.zeros_like(tokens)).sum(-1) * tensors["per_token"]).mean()
 
     ratios, advantages = (logps - old_logps).exp(), tensors["advantages"]
-    policy = mean(clipped(ratios, advantages, clip_range))
+    losses = clipped(ratios, advantages, clip_range)
+    policy = mean(tensors["importance"] * losses if "importance" in tensors else losses)
     errors = [mean(error) for error in (values - tensors["returns"]).square().unbind(-1)]
     clipped_away = ~gate(ratios.detach(), advantages, clip_range)
     metrics = {

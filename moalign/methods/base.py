@@ -41,6 +41,8 @@ class Capabilities:
     by experts, a control model or the base."""
     mixes: bool = False
     """An expert for each objective reads every token of an answer."""
+    interpolates: bool = False
+    """The adapter that answers is put together of an expert's for each objective; its rank is the sum of theirs."""
     objectives: Literal["any", "2"] = "any"
 
 

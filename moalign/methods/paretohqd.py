@@ -164,7 +164,7 @@ class ParetoHqd:
 
         for index in chosen:
             _put_first(job, lm, index)
-            answers = respond_all([policy], prompts, limits, advance)
+            answers = respond_all([policy], prompts, limits, advance, job.task.engine)
             job.meter.add_tokens_generated(answers.tokens)
             responses, records = answers.responses[0], answers.records(0)
             tokens, short = job.task.tokens(responses), job.task.short_below

@@ -178,7 +178,8 @@ class Ric:
             job.progress(stage, done, len(texts))
 
         # The texts are rendered already: each has its own target.
-        answers = respond_all([Policy(ModelGenerator(lm, "policy"), lambda text: text)], texts, limits, advance)
+        policy = Policy(ModelGenerator(lm, "policy"), lambda text: text)
+        answers = respond_all([policy], texts, limits, advance, job.task.engine)
         job.meter.add_tokens_generated(answers.tokens)
         responses, records = answers.responses[0], answers.records(0)
         short = job.task.short_below

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from moalign.core.records import Response
-from moalign.lm.generator import Advance, Generator, in_chunks, records
-from moalign.lm.sampler import Sampling, Traces
+from moalign.lm import vllm_engine
+from moalign.lm.generator import Advance, Generator, OneModel, in_chunks, records
+from moalign.lm.sampler import Generated, Sampling, Traces
 
 if TYPE_CHECKING:
+    from moalign.lm.vllm_engine import VllmEngine
     from moalign.training.job import RunContext
 
 Chooser = Callable[[Sequence[str], Sequence[Sequence[str]]], Sequence[int]]
@@ -51,9 +53,15 @@ class Answers:
 
 
 def respond_all(
-    policies: Sequence[Policy], prompts: Sequence[str], sampling: Sampling, progress: Advance | None = None
+    policies: Sequence[Policy],
+    prompts: Sequence[str],
+    sampling: Sampling,
+    progress: Advance | None = None,
+    engine: VllmEngine | None = None,
 ) -> Answers:
     """Answer every prompt with every policy; those that share a generator are answered in batches together.
+
+    With an ``engine`` those that are one language model each are, whatever adapters they have.
 
     Prompt ``i`` draws from the same random numbers whatever the policy (common random numbers), and policies whose
     rendered prompts agree share the sample: an unsteered policy answers every preference alike.
@@ -66,7 +74,16 @@ def respond_all(
         known = requests[id(policy.generator)]
         rows = [[(text, i + n * len(prompts)) for n in range(policy.samples)] for i, text in enumerate(rendered)]
         places.append([[known.setdefault(request, len(known)) for request in row] for row in rows])
-    drawn = {key: in_chunks(generators[key], list(requests[key]), sampling, progress) for key in generators}
+    drawn: dict[int, Generated] = {}
+    if engine is not None:
+        single = {key: generator for key, generator in generators.items() if isinstance(generator, OneModel)}
+        together = vllm_engine.answers(
+            engine, list(single.values()), [list(requests[key]) for key in single], sampling, progress
+        )
+        drawn = dict(zip(single, together, strict=True))
+    for key, generator in generators.items():
+        if key not in drawn:
+            drawn[key] = in_chunks(generator, list(requests[key]), sampling, progress)
     answers = Answers([], sum(output.tokens for output in drawn.values()), [])
     for policy, samples in zip(policies, places, strict=True):
         output = drawn[id(policy.generator)]

@@ -101,6 +101,8 @@ class _Search:
         # Any card: what is not stated would be taken for the CPU.
         self.resolved = changed(resolved, {"needs.gpu_memory_gib": 1.0})
         self.policy, self.able = policy, able
+        rollout = resolved.recipe.rollout
+        self.usable = GIB * (USABLE - (rollout.gpu_memory if rollout.engine == "vllm" else 0.0))
         self.stages = dict(memory.stages(resolved.config)) if able.trains else {}
 
     def phases(self, settings: Settings) -> dict[str, Phase]:
@@ -126,13 +128,13 @@ class _Search:
         useful = (
             bool(self.stages) and not policy.gradient_checkpointing,
             bool(models) and not self.resolved.recipe.rewards.offload,
-            not self.resolved.card.load_in_4bit,
+            not self.resolved.card.load_in_4bit and self.resolved.recipe.rollout.engine == "hf",
         )
         return (name for name, use in zip(SWITCHES, useful, strict=True) if use)
 
     def _sizes(self, settings: dict[str, Any], gib: float) -> tuple[dict[str, Any] | None, Phase]:
         """Make batches small until each phase fits; None where one does not at its smallest, with the peak then."""
-        limit, phases = gib * GIB * USABLE, self.phases(settings)
+        limit, phases = gib * self.usable, self.phases(settings)
         for phase in list(phases):
             for name, value in self._smaller(phase):
                 if phases[phase].total <= limit:
@@ -146,7 +148,7 @@ class _Search:
         """Leave out switches without which the same sizes fit."""
         for name in SWITCHES:
             fewer = {key: value for key, value in settings.items() if key != name}
-            if name in settings and all(phase.total <= gib * GIB * USABLE for phase in self.phases(fewer).values()):
+            if name in settings and all(phase.total <= gib * self.usable for phase in self.phases(fewer).values()):
                 settings = fewer
         return settings
 

@@ -36,6 +36,13 @@ def require_sound(method: Method, resolved: ResolvedRequest, seed: int | None = 
     if seed is not None and not 0 <= seed <= MOST:
         problems.append(f"seed: found {seed}; allowed: 0 to {MOST}")
     problems += backends.problems(resolved.recipe.policy, card)
+    problems += backends.engine_problems(
+        resolved.recipe.rollout,
+        card,
+        resolved.recipe.policy.lora.r,
+        count if method.capabilities.interpolates else 1,
+        method.capabilities.mixes,
+    )
     if resolved.recipe.policy.gradient_checkpointing and _shares_prompts(resolved.recipe.config):
         problems.append(
             "share_prompts: gradient checkpointing keeps no cache, so a prompt cannot be read once for several "

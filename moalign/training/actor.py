@@ -109,6 +109,10 @@ class AdapterActor:
             texts = [renderer.preference(p, w, self.style) for p, w in zip(prompts, preferences, strict=True)]
         encoded = self.lm.encode(texts, card.generation.max_prompt_tokens)
 
+        if self.task.engine is not None:
+            rows = [row for row in encoded for _ in range(repeat)]
+            return self.task.engine.rollout(self.lm, adapters.ADAPTER, rows, numbers, self.config.temperature)
+
         def draw(prompts: slice, rows: slice, repeat: int) -> Samples:
             return sample(
                 self.lm, encoded[prompts], numbers[rows], self.config.temperature, repeat=repeat, hidden=hidden

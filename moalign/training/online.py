@@ -304,6 +304,7 @@ class PpoTrainer(OnlineTrainer):
             whiten=config.whiten,
             kl_apart=kl_apart,
         )
+        experience.importance = self._rollout.importance
         self.strength.adapt(self._rollout)
         return experience
 

@@ -51,6 +51,10 @@ class Rollout:
     """Share of the responses outside the data's support, where it is looked at (:mod:`moalign.training.support`)."""
     step: int = 0
     """The training step that drew it, from 0."""
+    drawn_logps: Tensor | None = None
+    """By the engine that drew the responses, where that is not the trainer's own model, ``[rows, T]``."""
+    correction: float | None = None
+    """The largest importance weight of a token that an engine drew (:attr:`importance`)."""
     values: Tensor | None = None
     """Value heads' outputs as the responses were sampled, ``[rows, T, heads]``, when the trainer has them."""
     _reference: dict[int, Tensor] = field(default_factory=dict, repr=False)
@@ -83,6 +87,16 @@ class Rollout:
         np.maximum.at(longest, prompts, lengths)
         return np.lexsort((prompts, longest[prompts]))
 
+    @property
+    def importance(self) -> Tensor | None:
+        """``min(pi / pi_drawn, correction)`` of every token, ``[rows, T]``; None where there is no ``correction``.
+
+        pi is the trainer's policy that the engine was to draw from (Ionides 2008, "Truncated Importance Sampling").
+        """
+        if self.correction is None or self.drawn_logps is None:
+            return None
+        return (self.samples.logps - self.drawn_logps).exp().clamp_max(self.correction)
+
 
 @torch.no_grad()
 def mean_kl(rollout: Rollout) -> float:
@@ -107,7 +121,14 @@ def rollout_metrics(rollout: Rollout, names: Sequence[str]) -> dict[str, float]:
         **{f"reward/{name}": float(value) for name, value in rewards},
         "utility": float(rollout.utility.mean()),
         **({} if rollout.outside is None else {"outside": rollout.outside}),
+        **({} if rollout.drawn_logps is None else _mismatch(rollout.drawn_logps, samples)),
     }
+
+
+def _mismatch(drawn_logps: Tensor, samples: Samples) -> dict[str, float]:
+    """Return how far the engine's log-probabilities of the tokens are from the trainer's: mean and largest, in nats."""
+    gaps = (samples.logps - drawn_logps)[samples.response_mask].abs()
+    return {"mismatch": float(gaps.mean()), "mismatch_max": float(gaps.max())}
 
 
 class ValueHeads(torch.nn.Module):
@@ -147,10 +168,13 @@ def sample_rollout(
     lm.model.eval()
     with torch.no_grad():
         samples = actor.sample(bare, preferences, numbers, config.samples, value_heads is not None)
-        values = None if value_heads is None else value_heads(samples.hidden)
+        values = None if value_heads is None or samples.hidden is None else value_heads(samples.hidden)
     job.meter.add_tokens_generated(samples.tokens)
-    samples = trim(lm, samples, stop)
-    if lm.model.dtype != torch.float32:
+    samples, engine = trim(lm, samples, stop), job.task.engine
+    drawn_logps = None if engine is None else samples.logps
+    if engine is not None:
+        samples, values = _rescored(actor, samples, config, value_heads)
+    elif lm.model.dtype != torch.float32:
         # Token by token, with a cache, half precision rounds differently from the one pass that is trained on
         # (measured: .04 nats a token, .8 % of PPO's ratios outside the clip before any update).
         samples = replace(samples, logps=policy_logps(actor, samples, config))
@@ -166,6 +190,8 @@ def sample_rollout(
         z=job.panel.z(raw, config.reward_cap),
         score_reference=lambda rows: _in_parts(partial(actor.reference_logps, samples), rows, config),
         step=step,
+        drawn_logps=drawn_logps,
+        correction=None if engine is None else engine.spec.correction,
         values=values,
     )
 
@@ -181,6 +207,17 @@ def drawn_prompts(job: Job, config: OnlineConfig, phase: str, step: int) -> tupl
 def policy_logps(actor: Actor, samples: Samples, config: OnlineConfig) -> Tensor:
     """Return the samples' log-probabilities under the policy as it is now, ``[rows, T]``, without gradient."""
     return _in_parts(lambda rows: actor.outputs(samples, rows).logps, torch.arange(len(samples.input_ids)), config)
+
+
+@torch.no_grad()
+def _rescored(
+    actor: Actor, samples: Samples, config: OnlineConfig, value_heads: ValueHeads | None
+) -> tuple[Samples, Tensor | None]:
+    """Return samples with the trainer's own log-probabilities, and what value heads make of its states."""
+    rows = torch.split(torch.arange(len(samples.input_ids)), config.micro_batch)
+    parts = [actor.outputs(samples, part, hidden=value_heads is not None) for part in rows]
+    values = None if value_heads is None else torch.cat([value_heads(part.hidden) for part in parts])
+    return replace(samples, logps=torch.cat([part.logps for part in parts])), values
 
 
 @torch.no_grad()

@@ -214,8 +214,8 @@ def test_errors_of_card_recipe_config_and_options_are_one_error(recipes: Path) -
     texts = problems(RECIPE, "steps=none", "task.grid=1", "grdi=3", "policy.lora.r=0", "x")
     assert texts == (
         "--set grdi: unknown setting; allowed: steps, lr, pairing, description, seed, prefs, holdout, snapshots, "
-        + "policy.KEY, rewards.KEY, config.KEY, budget, quick, needs.KEY, reported, trackers, sources.KEY, task.KEY; "
-        + "did you mean 'task.grid'?",
+        + "policy.KEY, rewards.KEY, rollout.KEY, config.KEY, budget, quick, needs.KEY, reported, trackers, "
+        + "sources.KEY, task.KEY; did you mean 'task.grid'?",
         "--set x: no '=' found; write --set key=value, like --set seed=3",
         "--set task.grid: found 1; allowed: a whole number >= 2",
         "recipes/demo/task.yaml:6: objectives.0.kind: found 'ruel'; allowed: hf-classifier, judge, lm, python, rule, "
@@ -223,7 +223,8 @@ def test_errors_of_card_recipe_config_and_options_are_one_error(recipes: Path) -
         "recipes/demo/task.yaml:11: reference_point.1: found 'x'; allowed: a number",
         "--set policy.lora.r: found 0; allowed: a whole number >= 1 and <= 65536",
         "recipes/demo/ric.yaml:3: sede: unknown key; allowed: method, task, description, seed, prefs, holdout, "
-        + "snapshots, policy, rewards, config, budget, quick, needs, reported, trackers, sources; did you mean 'seed'?",
+        + "snapshots, policy, rewards, rollout, config, budget, quick, needs, reported, trackers, sources; "
+        + "did you mean 'seed'?",
         "--set steps: config.steps: found 'none'; allowed: a whole number >= 1",
         "recipes/demo/ric.yaml:7: config.lr: found 'fast'; allowed: a number",
         "recipes/demo/ric.yaml:8: config.stpes: unknown key; allowed: steps, lr, pairing; did you mean 'steps'?",

@@ -189,9 +189,12 @@ def test_it_is_on_the_scale_of_the_others() -> None:
     assert torch.equal(beside(constant, MASK, "scale")[MASK], cost)
 
 
-def loss_of(rows: slice, logps: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
+def loss_of(
+    rows: slice, logps: torch.Tensor, values: torch.Tensor, importance: torch.Tensor | None = None
+) -> tuple[torch.Tensor, dict[str, float]]:
     """Return loss and metrics of some rows of :func:`made`, where the advantages of both heads are added up."""
     found = made()
+    found.importance = importance
     tensors = {name: value[rows] for name, value in found.tensors(found.advantages.sum(-1)).items()}
     entropy = torch.where(MASK, torch.tensor(2.0), torch.tensor(0.0))
     tokens = (logps[rows], entropy[rows], values[rows], LOGPS[rows], MASK[rows])
@@ -215,6 +218,19 @@ def test_the_loss_of_a_part_by_hand() -> None:
     _, metrics = loss_of(slice(0, 2), logps, torch.full((2, 3, 2), 0.5))
     assert metrics["value_loss/r0"] == pytest.approx(2.25)
     assert metrics["value_loss/r1"] == pytest.approx(0.1875)
+
+
+def test_tokens_that_another_engine_drew_by_hand() -> None:
+    """Weights (1/2, 2, 1) and 3 of tokens that lose -(3, 3.6, 3) and .5: -(1.5 + 7.2 + 3 - 1.5) / 4; values as ever."""
+    logps = torch.tensor([[-1.0, -1.0 + np.log(1.5), -1.0], [-1.0, 0.0, 0.0]])
+    plain, values = loss_of(slice(0, 2), logps, torch.zeros(2, 3, 2))
+    weights = torch.tensor([[0.5, 2.0, 1.0], [3.0, 9.0, 9.0]])
+    found, metrics = loss_of(slice(0, 2), logps, torch.zeros(2, 3, 2), weights)
+    assert metrics["policy_loss"] == pytest.approx(-2.55)
+    assert found.item() == pytest.approx(plain.item() + 2.275 - 2.55)
+    assert {name: value for name, value in metrics.items() if name != "policy_loss"} == {
+        name: value for name, value in values.items() if name != "policy_loss"
+    }
 
 
 def test_parts_add_up_whatever_their_lengths() -> None:
