@@ -32,7 +32,8 @@ def entries_of(runs: Sequence[ComparedRun]) -> list[EntryRuns]:
                     warnings.append("answered by vLLM, other rows not: their answers share no random numbers")
                 finished.append(SeedResult(run.seed, run.evaluation, cost, diagnostics, learned, warnings))
         method, summaries = group[0].method, [run.summary for run in group]
-        entries.append(EntryRuns(label, method.name, summaries, finished, seeded=method.capabilities.trains))
+        able = method.capabilities
+        entries.append(EntryRuns(label, method.name, summaries, finished, able.trains, able.family))
     return entries
 
 

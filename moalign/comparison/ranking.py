@@ -33,6 +33,7 @@ from moalign.core.errors import WorkError
 from moalign.core.preferences import Preference
 from moalign.evaluation.evaluate import Evaluation
 from moalign.evaluation.result import AnsweringCost, EvalResult, Indicators, Point, Quality
+from moalign.methods.base import Family
 from moalign.pareto import front, indicators, statistics
 from moalign.pareto.hypervolume import hypervolume
 from moalign.pareto.statistics import Resampled
@@ -73,6 +74,8 @@ class EntryRuns:
     finished: list[SeedResult] = field(default_factory=list)
     seeded: bool = True
     """False: nothing in it depends on the training seed, so its one run stands for every seed."""
+    family: Family = "other"
+    """Of the method."""
 
     @property
     def seeds(self) -> list[int]:
@@ -205,6 +208,7 @@ def _header(group: EntryRuns) -> dict[str, Any]:
     complete = all(run.status == "done" for run in group.runs)
     return {
         "method": group.method,
+        "family": group.family,
         "label": group.label,
         "status": "failed" if not group.finished else "done" if complete else "partial",
         "seeded": group.seeded,

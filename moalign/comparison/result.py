@@ -19,6 +19,7 @@ from moalign.evaluation.result import (
     Quality,
     StoredResult,
 )
+from moalign.methods.base import Family
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -91,6 +92,8 @@ class Entry(Content):
     """A method with one setting, over its training seeds; None for every number of an entry that failed."""
 
     method: str
+    family: Family = "other"
+    """Of the method; older files do not have it."""
     label: str
     """The method, with its settings where several entries are of one method."""
     status: Literal["done", "partial", "failed"]

@@ -24,9 +24,17 @@ if TYPE_CHECKING:
     from moalign.policies.policy import Policy
 
 
+Family = Literal["prompted", "offline", "online", "merged", "mixed", "other"]
+"""What a method's answers come from: the base as it is; training on fixed responses or pairs; training on responses of
+its own, scored as they come; experts whose weights are interpolated; experts whose next-token distributions are."""
+
+
 @dataclass(frozen=True)
 class Capabilities:
     """What the rest of moalign may ask of a method."""
+
+    family: Family = "other"
+    """How reports of many methods group it."""
 
     one_policy: bool = True
     """One policy serves every preference; False: one training run per preference."""

@@ -36,7 +36,9 @@ class BestOfN:
 
     name: ClassVar[str] = "best-of-n"
     summary: ClassVar[str] = "the best of n samples of the base by w.r; no training, n times the cost per answer"
-    capabilities: ClassVar[Capabilities] = Capabilities(trains=False, needs_online_rewards=True, snapshots=False)
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        family="prompted", trains=False, needs_online_rewards=True, snapshots=False
+    )
     Config: ClassVar[type[Config]] = Config
     quick: ClassVar[dict[str, Any]] = {"n": 2}
 

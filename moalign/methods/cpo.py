@@ -71,7 +71,7 @@ class Cpo:
 
     name: ClassVar[str] = "cpo"
     summary: ClassVar[str] = "SFT with levels in the prompt, then DPO towards the levels asked for (arXiv 2402.19085)"
-    capabilities: ClassVar[Capabilities] = Capabilities()
+    capabilities: ClassVar[Capabilities] = Capabilities(family="offline")
     Config: ClassVar[type[Config]] = Config
     quick: ClassVar[dict[str, Any]] = {
         "cpsft": {"steps": 2, "batch": 4, "max_tokens": 128},

@@ -28,7 +28,9 @@ class DpoLw:
 
     name: ClassVar[str] = "dpo-lw"
     summary: ClassVar[str] = "DPO per preference on all objectives' pairs, losses weighted by w (arXiv 2310.03708)"
-    capabilities: ClassVar[Capabilities] = Capabilities(one_policy=False, steerable=False, needs_pairs=True)
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        family="offline", one_policy=False, steerable=False, needs_pairs=True
+    )
     Config: ClassVar[type[DpoConfig]] = DpoConfig
     quick: ClassVar[dict[str, Any]] = {"steps": 2, "batch": 4, "max_tokens": 128, "per_prompt": 1}
 

@@ -40,7 +40,9 @@ class DpoSoups:
 
     name: ClassVar[str] = "dpo-soups"
     summary: ClassVar[str] = "one DPO expert per objective, weights interpolated by the preference (arXiv 2306.04488)"
-    capabilities: ClassVar[Capabilities] = Capabilities(needs_pairs=True, snapshots=False, interpolates=True)
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        family="merged", needs_pairs=True, snapshots=False, interpolates=True
+    )
     Config: ClassVar[type[Config]] = Config
     quick: ClassVar[dict[str, Any]] = {"experts": {"steps": 2, "batch": 4, "max_tokens": 128, "per_prompt": 1}}
 

@@ -94,7 +94,7 @@ class MoOdpo:
 
     name: ClassVar[str] = "mo-odpo"
     summary: ClassVar[str] = "online DPO on pairs of the policy's own samples, ordered by w.r (arXiv 2503.00295)"
-    capabilities: ClassVar[Capabilities] = Capabilities(needs_online_rewards=True)
+    capabilities: ClassVar[Capabilities] = Capabilities(family="online", needs_online_rewards=True)
     Config: ClassVar[type[Config]] = Config
     quick: ClassVar[dict[str, Any]] = {"steps": 2, "batch": 4, "warmup": 0}
 

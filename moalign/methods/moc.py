@@ -82,7 +82,7 @@ class Moc:
 
     name: ClassVar[str] = "moc"
     summary: ClassVar[str] = "PPO with a critic per objective, min-norm step and preference control (arXiv 2604.04497)"
-    capabilities: ClassVar[Capabilities] = Capabilities(needs_online_rewards=True)
+    capabilities: ClassVar[Capabilities] = Capabilities(family="online", needs_online_rewards=True)
     Config: ClassVar[type[Config]] = Config
     quick: ClassVar[dict[str, Any]] = {"steps": 2, "batch": 4, "groups": 2}
 

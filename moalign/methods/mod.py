@@ -28,7 +28,7 @@ class Mod(DpoSoups):
 
     name: ClassVar[str] = "mod"
     summary: ClassVar[str] = "DPO experts, next-token distributions mixed by the preference (arXiv 2406.18853)"
-    capabilities: ClassVar[Capabilities] = Capabilities(needs_pairs=True, mixes=True, snapshots=False)
+    capabilities: ClassVar[Capabilities] = Capabilities(family="mixed", needs_pairs=True, mixes=True, snapshots=False)
 
     def policy(self, context: RunContext, preference: Preference) -> Policy:
         """Return the policy that samples every token from the experts' mixture."""

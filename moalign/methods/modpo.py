@@ -72,7 +72,9 @@ class Modpo:
 
     name: ClassVar[str] = "modpo"
     summary: ClassVar[str] = "DPO per preference with the other objectives as margin (arXiv 2310.03708)"
-    capabilities: ClassVar[Capabilities] = Capabilities(one_policy=False, steerable=False, needs_pairs=True)
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        family="offline", one_policy=False, steerable=False, needs_pairs=True
+    )
     Config: ClassVar[type[Config]] = Config
     quick: ClassVar[dict[str, Any]] = {"steps": 2, "batch": 4, "max_tokens": 128, "per_prompt": 1}
 

@@ -58,7 +58,9 @@ class Morlhf:
 
     name: ClassVar[str] = "morlhf"
     summary: ClassVar[str] = "PPO on w.r, one policy per preference (MORLHF, as in arXiv 2306.04488)"
-    capabilities: ClassVar[Capabilities] = Capabilities(one_policy=False, steerable=False, needs_online_rewards=True)
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        family="online", one_policy=False, steerable=False, needs_online_rewards=True
+    )
     Config: ClassVar[type[Config]] = Config
     quick: ClassVar[dict[str, Any]] = {"steps": 2, "batch": 4, "groups": 2}
 

@@ -31,7 +31,7 @@ class PMorl:
 
     name: ClassVar[str] = "p-morl"
     summary: ClassVar[str] = "PPO on w.r, one policy that reads w from its prompt (P-MORL, as in arXiv 2503.00295)"
-    capabilities: ClassVar[Capabilities] = Capabilities(needs_online_rewards=True)
+    capabilities: ClassVar[Capabilities] = Capabilities(family="online", needs_online_rewards=True)
     Config: ClassVar[type[Config]] = Config
     quick: ClassVar[dict[str, Any]] = {"steps": 2, "batch": 4, "groups": 2}
 

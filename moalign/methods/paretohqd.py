@@ -78,7 +78,9 @@ class ParetoHqd:
 
     name: ClassVar[str] = "paretohqd"
     summary: ClassVar[str] = "SFT per preference on the few non-dominated responses near its ray (arXiv 2504.16628)"
-    capabilities: ClassVar[Capabilities] = Capabilities(one_policy=False, steerable=False, needs_online_rewards=True)
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        family="offline", one_policy=False, steerable=False, needs_online_rewards=True
+    )
     Config: ClassVar[type[Config]] = Config
     quick: ClassVar[dict[str, Any]] = {
         "k": 8,

@@ -121,7 +121,7 @@ class Pcm:
     name: ClassVar[str] = "pcm"
     summary: ClassVar[str] = "experts mixed at every token by a model that reads the preference (PCM, arXiv 2407.04181)"
     capabilities: ClassVar[Capabilities] = Capabilities(
-        needs_pairs=True, needs_online_rewards=True, mixes=True, snapshots=False
+        family="mixed", needs_pairs=True, needs_online_rewards=True, mixes=True, snapshots=False
     )
     Config: ClassVar[type[Config]] = Config
     quick: ClassVar[dict[str, Any]] = {

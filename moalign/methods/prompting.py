@@ -29,7 +29,7 @@ class Prompting:
 
     name: ClassVar[str] = "prompting"
     summary: ClassVar[str] = "the untrained base, asked with the preference in its prompt"
-    capabilities: ClassVar[Capabilities] = Capabilities(trains=False, snapshots=False)
+    capabilities: ClassVar[Capabilities] = Capabilities(family="prompted", trains=False, snapshots=False)
     Config: ClassVar[type[Config]] = Config
     quick: ClassVar[dict[str, Any]] = {}
 

@@ -43,7 +43,9 @@ class RewardedSoups:
 
     name: ClassVar[str] = "rewarded-soups"
     summary: ClassVar[str] = "one RL expert per objective, weights interpolated by the preference (arXiv 2306.04488)"
-    capabilities: ClassVar[Capabilities] = Capabilities(needs_online_rewards=True, snapshots=False, interpolates=True)
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        family="merged", needs_online_rewards=True, snapshots=False, interpolates=True
+    )
     Config: ClassVar[type[Config]] = Config
     quick: ClassVar[dict[str, Any]] = {"experts": {"steps": 2, "batch": 4, "warmup": 0}}
 

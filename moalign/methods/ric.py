@@ -76,7 +76,7 @@ class Ric:
 
     name: ClassVar[str] = "ric"
     summary: ClassVar[str] = "SFT on scores in the prompt, then on its own filtered samples (arXiv 2402.10207)"
-    capabilities: ClassVar[Capabilities] = Capabilities(needs_online_rewards=True)
+    capabilities: ClassVar[Capabilities] = Capabilities(family="offline", needs_online_rewards=True)
     Config: ClassVar[type[Config]] = Config
     quick: ClassVar[dict[str, Any]] = {
         "offline": {"steps": 3, "batch": 4, "max_tokens": 128},

@@ -32,7 +32,7 @@ class Sft:
 
     name: ClassVar[str] = "sft"
     summary: ClassVar[str] = "the base fine-tuned on the task's responses (steps: 0: the base itself), unsteered"
-    capabilities: ClassVar[Capabilities] = Capabilities(steerable=True)
+    capabilities: ClassVar[Capabilities] = Capabilities(family="offline", steerable=True)
     Config: ClassVar[type[Config]] = Config
     quick: ClassVar[dict[str, Any]] = {"steps": 3, "batch": 4, "max_tokens": 128}
 

@@ -29,6 +29,8 @@ Array = NDArray[np.float64]
 # --- fronts -----------------------------------------------------------------------------------------------------------
 
 
+CROWD = 8
+"""Methods beyond which their lines in one panel are no longer told apart."""
 _LABEL = 8
 """Size of the preferences' labels, in points."""
 _ANGLES = [math.radians(degrees) for degrees in (45, 90, 0, 135, -45, 180, -90, -135)]
@@ -38,9 +40,13 @@ _ANGLES = [math.radians(degrees) for degrees in (45, 90, 0, 135, -45, 180, -90, 
 def draw_fronts(record: Row, suffix: str = ".png", theme: ThemeName = "light") -> bytes:
     """Draw every method's points in preference order with their intervals, and the optimum when known.
 
-    Two objectives: one panel. More: one panel per pair of objectives, without connecting lines (a simplex of
-    preferences has no single order).
+    Two objectives: one panel; of more than :data:`CROWD` methods one with the best of each family, and a small one for
+    each family. More objectives: one panel per pair of them, without connecting lines (a simplex of preferences has no
+    single order).
     """
+    families = list(dict.fromkeys(row["family"] for row in judged(record) if "family" in row))
+    if len(record["objectives"]) == 2 and len(judged(record)) > CROWD and len(families) > 1:
+        return _family_panels(record, families, suffix, theme)
     pairs = list(itertools.combinations(range(len(record["objectives"])), 2))
     single, columns = len(pairs) == 1, min(3, len(pairs))
     tall = max(4.8, style.legend_height([row["label"] for row in record["rows"]]))  # it stands beside a single panel
@@ -59,6 +65,45 @@ def draw_fronts(record: Row, suffix: str = ".png", theme: ThemeName = "light") -
         return style.content(figure, title, suffix)
 
 
+def _family_panels(record: Row, families: Sequence[str], suffix: str, theme: ThemeName) -> bytes:
+    """Draw the best method of each family in one panel, and below it the methods of each in a panel of its own."""
+    rows, columns = judged(record), 3
+    best = [next(index for index, row in enumerate(rows) if row["family"] == family) for family in families]
+    lines = math.ceil(len(families) / columns)
+    points = [point["mean"] for row in rows for point in row["points"]]
+    points += record["optimum"]["points"] if record["optimum"] else []
+    with style.canvas(10.5, 5.2 + 3.1 * lines, theme) as (figure, colours):
+        grid = figure.add_gridspec(1 + lines, columns, height_ratios=[5.2, *[3.1] * lines])
+        large = figure.add_subplot(grid[0, :])
+        _front_panel(large, record, (0, 1), colours, best)
+        large.set_title("the best of each family")
+        _within(large, points)
+        _inner_legend(large, 9)
+        for place, family in enumerate(families):
+            panel = figure.add_subplot(grid[1 + place // columns, place % columns])
+            _front_panel(panel, record, (0, 1), colours, [i for i, row in enumerate(rows) if row["family"] == family])
+            panel.set_title(family)
+            _within(panel, points)
+            _inner_legend(panel, 7)
+        figure.draw_without_rendering()  # settles the layout: only then is it known where there is room
+        _name_preferences(large, record, colours)
+        return style.content(figure, _fronts_title(record), suffix)
+
+
+def _within(panel: Axes, points: Sequence[Sequence[float]]) -> None:
+    """Show all of the means, and of long intervals what lies there: a few noisy points would shrink all others."""
+    low, high = np.min(points, axis=0), np.max(points, axis=0)
+    room = 0.06 * (high - low)
+    # Fronts leave their lower left empty: that is where the legend goes.
+    panel.set(xlim=(low[0] - room[0], high[0] + room[0]), ylim=(low[1] - 2 * room[1], high[1] + room[1]))
+
+
+def _inner_legend(panel: Axes, size: float) -> None:
+    handles, labels = panel.get_legend_handles_labels()
+    flat = [label.replace("\n", "  ") for label in labels]
+    panel.legend(handles, flat, loc="lower left", fontsize=size, frameon=True, framealpha=0.8, edgecolor="none")
+
+
 def _fronts_title(record: Row) -> str:
     seeds = {len(row["seeds"]) for row in record["rows"]}
     upto = "" if len(seeds) == 1 else "up to "
@@ -66,7 +111,10 @@ def _fronts_title(record: Row) -> str:
     return f"{record['task']}: mean rewards by preference, 95 % intervals over {record['prompts']} prompts{over}"
 
 
-def _front_panel(panel: Axes, record: Row, pair: tuple[int, int], colours: Theme) -> None:
+def _front_panel(
+    panel: Axes, record: Row, pair: tuple[int, int], colours: Theme, chosen: Sequence[int] | None = None
+) -> None:
+    """Draw methods by two objectives: those whose numbers in the ranking, from 0, are ``chosen``; None: all."""
     joined = len(record["objectives"]) == 2
     if record["optimum"]:
         best = np.array(record["optimum"]["points"])[:, pair]
@@ -77,7 +125,8 @@ def _front_panel(panel: Axes, record: Row, pair: tuple[int, int], colours: Theme
         else:
             panel.scatter(best[:, 0], best[:, 1], s=9, color=colours.optimum, alpha=0.6, zorder=1, label=name)
     for index, row in enumerate(judged(record)):
-        _front(panel, row, pair, joined, style.look(index, colours))
+        if chosen is None or index in chosen:
+            _front(panel, row, pair, joined, style.look(index, colours))
     panel.margins(0.08)
     names = [f"{record['objectives'][axis]} (normalised)" for axis in pair]
     panel.set(xlabel=names[0], ylabel=names[1])

@@ -27,6 +27,8 @@ def page(record: Row, folder: Path) -> str:
         "compare.md",
         {
             **tables.of_comparison(record, _RANKING, _COST),
+            "pairs": tables.leads(record),
+            "differences": tables.differences(record),
             "record": record,
             "legend": tables.legend(record["rows"]),
             "link": lambda path: quote(Path(os.path.relpath(path, folder)).as_posix()),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from operator import itemgetter
 from typing import Any
 
@@ -242,6 +243,38 @@ PAIRS = {
     "certain": Column("certain", lambda pair: "yes" if pair["certain"] else "no"),
 }
 """Columns of paired differences."""
+
+
+MANY = 6
+"""Methods beyond which every pair in a row of its own is more than a reader takes in."""
+
+
+def leads(record: Row) -> Table:
+    """Return the differences of the best method from each other one; of a few methods those of every pair."""
+    rows, pairs = judged(record), record["pairs"]
+    if len(rows) > MANY:
+        pairs = [pair for pair in pairs if rows[0]["label"] in (pair["a"], pair["b"])]
+    return select(PAIRS, " ".join(PAIRS), pairs)
+
+
+def differences(record: Row) -> Table:
+    """Return the differences of many methods as a matrix, row minus column, certain ones in bold Markdown.
+
+    Columns are named by their number in the order of the rows, which is that of the ranking. Without rows where
+    :func:`leads` has every pair.
+    """
+    rows = judged(record) if len(judged(record)) > MANY else []
+    known = {(pair["a"], pair["b"]): pair for pair in record["pairs"]}
+
+    def between(row: Row, other: str) -> str:
+        if (pair := known.get((row["label"], other))) is None:
+            return ""
+        return f"**{signed(pair['difference'], 3)}**" if pair["certain"] else signed(pair["difference"], 3)
+
+    names = [row["label"] for row in rows]
+    columns = [Column(str(index), partial(between, other=name), markdown=True) for index, name in enumerate(names, 1)]
+    first = Column("method", lambda row: f"{names.index(row['label']) + 1} {row['label']}", left=True)
+    return Table([first, *columns[1:]], rows[:-1])
 
 
 _SIDES = (

@@ -98,3 +98,35 @@ def test_more_methods_than_colours(compared: Build) -> None:
     assert len(looks) == 63 and draw_fronts(record)
     lines = {(look.colour, look.dashes) for look in (style.look(i, style.THEMES["light"]) for i in range(24))}
     assert len(lines) == 24, "no two are told apart by their marks alone"
+
+
+def in_families(compared: Build, count: int) -> dict[str, Any]:
+    record = compared({f"m{n}": 0.3 - 0.03 * n for n in range(count)})
+    for index, row in enumerate(record["rows"]):
+        row["family"] = ("online", "offline", "prompted")[index % 3]
+    return record
+
+
+def test_many_methods_stand_in_panels_of_their_family(compared: Build) -> None:
+    """Each is drawn in its family's panel, the best of each family in the large one, too; the optimum in all four."""
+    import matplotlib
+
+    record = in_families(compared, 9)
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        text = draw_fronts(record, ".svg").decode()
+    counts = {row["label"]: text.count(f">{row['label']}  ") for row in record["rows"]}
+    assert counts == {f"m{n}": 2 if n < 3 else 1 for n in range(9)}
+    assert text.count(">optimum  ") == 4
+    assert all(f">{name}</text>" in text for name in ("the best of each family", "online", "offline", "prompted"))
+
+
+def test_few_methods_or_one_family_stay_in_one_panel(compared: Build) -> None:
+    few, alike = in_families(compared, 8), in_families(compared, 9)
+    for row in alike["rows"]:
+        row["family"] = "online"
+    for record in (few, alike):
+        plain = {
+            **record,
+            "rows": [{key: value for key, value in row.items() if key != "family"} for row in record["rows"]],
+        }
+        assert draw_fronts(record) == draw_fronts(plain)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from markdown_it import MarkdownIt
 
 from moalign.report import leaderboard, markdown
@@ -166,3 +167,30 @@ def test_hostile_text_acts_neither_in_a_terminal_nor_as_markdown(compared: Build
             assert literal.count(part) >= 8
         for lines in tables(page):
             assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
+
+
+def test_the_pairs_of_many_methods_are_a_matrix(compared: Build) -> None:
+    """By hand from the record: a row for each but the last, a column for each but the first, certain ones in bold."""
+    record = compared({f"m{n}": 0.3 - 0.05 * n for n in range(7)})
+    text = markdown.page(record, Path())
+    lines = text.split("Every pair: ")[1].split("\n\n")[1].splitlines()
+    assert lines[0] == "| method | 2 | 3 | 4 | 5 | 6 | 7 |"
+    assert len(lines) == 2 + 6
+    known = {(pair["a"], pair["b"]): pair for pair in record["pairs"]}
+    for index, line in enumerate(lines[2:]):
+        name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        assert name == f"{index + 1} m{index}"
+        for other, cell in enumerate(cells, 1):
+            if other <= index:
+                assert cell == ""
+                continue
+            pair = known[f"m{index}", f"m{other}"]
+            assert cell.startswith("**") == pair["certain"]
+            assert float(cell.strip("*")) == pytest.approx(pair["difference"], abs=5e-4)
+    listed = text.split("## Paired differences")[1].split("Every pair: ")[0]
+    assert listed.count("| m0 | m") == 6 and "| m1 | m" not in listed, "the best against each other, with intervals"
+
+
+def test_the_pairs_of_few_methods_are_a_list(compared: Build) -> None:
+    text = markdown.page(compared({f"m{n}": 0.3 - 0.05 * n for n in range(6)}), Path())
+    assert "Every pair: " not in text and "| m1 | m5 |" in text

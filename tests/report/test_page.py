@@ -276,6 +276,37 @@ def shown(browser: Any, tmp_path: Path) -> Callable[..., Any]:
     return show
 
 
+FAMILIES = {"a": "online", "b": "online", "c'<&\"": "offline"}
+
+
+def test_one_family_is_shown_in_every_table_and_chart(compared: Build, shown: Callable[..., Any]) -> None:
+    """Of pairs those stay in which one of the two is of it; a label may hold any character."""
+    record = compared({label: 0.2 - 0.1 * n for n, label in enumerate(FAMILIES)})
+    for row in record["rows"]:
+        row["family"] = FAMILIES[row["label"]]
+    browser = shown(record, answered(record))
+
+    def seen(table: str) -> int:
+        return int(
+            browser.run(f"[...document.querySelectorAll('#{table} tbody tr')].filter((row) => !row.hidden).length")
+        )
+
+    def choose(name: str) -> tuple[int, ...]:
+        browser.run(f"document.getElementById('family').value = '{name}'")
+        browser.run("document.getElementById('family').dispatchEvent(new Event('change'))")
+        return seen("board"), seen("cost"), seen("pairs"), len(cards(browser))
+
+    assert choose("offline") == (1, 1, 2, 1)
+    assert browser.run("document.querySelectorAll('#front .mark').length") == len(record["grid"])
+    assert choose("online") == (2, 2, 3, 2)
+    assert choose("") == (3, 3, 3, 3)
+
+
+def test_without_families_there_is_nothing_to_choose(compared: Build, shown: Callable[..., Any]) -> None:
+    record = compared({"a": 0.2, "b": 0.0})
+    assert shown(record, answered(record)).run("document.getElementById('family')") is None
+
+
 def cards(browser: Any) -> list[str]:
     result: list[str] = browser.run("[...document.querySelectorAll('.answer')].map((one) => one.textContent)")
     return result

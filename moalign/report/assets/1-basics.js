@@ -5,7 +5,7 @@
 const record = JSON.parse(document.getElementById("data").textContent);
 const two = record.objectives.length === 2;
 const judged = record.rows.filter((row) => row.points.length);
-const state = { preference: Math.floor(record.grid.length / 2), prompt: 0, x: 0, y: 1, hidden: new Set() };
+const state = { preference: Math.floor(record.grid.length / 2), prompt: 0, x: 0, y: 1, hidden: new Set(), family: "" };
 let answers = null;
 
 const $ = (id) => document.getElementById(id);

@@ -23,3 +23,27 @@ function sorted(rows, index, down) {
   };
   return [...rows].sort(order);
 }
+
+const familyOf = new Map(record.rows.map((row) => [row.label, row.family]));
+const inFamily = (label) => !state.family || familyOf.get(label) === state.family;
+
+// One family of methods, in every table and chart, where there are several. A pair stays if one of its two is of it.
+function families() {
+  const names = [...new Set(judged.map((row) => row.family))].filter(Boolean);
+  if (names.length < 2) return;
+  const choice = element("select", null, { id: "family" });
+  choice.append(element("option", "all methods", { value: "" }), ...names.map((name) => element("option", name)));
+  choice.addEventListener("change", () => {
+    state.family = choice.value;
+    for (const row of document.querySelectorAll("tr[data-rows]")) {
+      const labels = JSON.parse(row.dataset.rows).filter((label) => familyOf.has(label));
+      row.hidden = labels.length > 0 && !labels.some(inFamily);
+    }
+    for (const label of $("legend").querySelectorAll("[data-label]")) label.hidden = !inFamily(label.dataset.label);
+    front();
+    cards();
+  });
+  const label = element("label", "show ");
+  label.append(choice);
+  $("families").append(label);
+}

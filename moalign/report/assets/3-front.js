@@ -2,7 +2,7 @@
 
 const SIZE = { width: 860, height: 520, left: 60, right: 16, top: 14, bottom: 48 };
 
-const visible = () => judged.filter((row) => !state.hidden.has(row.label));
+const visible = () => judged.filter((row) => !state.hidden.has(row.label) && inFamily(row.label));
 
 function ticks(low, high, count) {
   const rough = (high - low) / count;
@@ -129,7 +129,7 @@ function tip(text, left, top) {
 
 function legend() {
   for (const row of judged) {
-    const label = element("label");
+    const label = element("label", null, { "data-label": row.label });
     const box = element("input", null, { type: "checkbox", checked: "" });
     box.addEventListener("change", () => {
       if (box.checked) state.hidden.delete(row.label);

@@ -13,6 +13,7 @@ async function start() {
   fromAddress(Infinity);
   axes();
   legend();
+  families();
   chooser();
   front();
   believed();
