@@ -47,10 +47,11 @@ def checkpointed(model: Any, on: bool) -> Iterator[None]:
             getattr(base, f"{kind}_disable")()
 
 
-def run_trainer(trainer: Any, watch: Callable[[str, float], Any]) -> None:
+def run_trainer(trainer: Any, watch: Callable[[str, float], Any], complete: Callable[[], None] = lambda: None) -> None:
     """Train without the library's own printing.
 
-    ``watch("gradient norm", norm)`` is called before every update; what it raises ends the training.
+    Before every update ``complete()`` is called, once the gradients of the step are there, then, when they are clipped,
+    ``watch("gradient norm", norm)``; what these raise ends the training.
     """
     from transformers import PrinterCallback
 
@@ -58,6 +59,7 @@ def run_trainer(trainer: Any, watch: Callable[[str, float], Any]) -> None:
     clip = trainer.accelerator.clip_grad_norm_  # no callback is given the norm, and the log has that of some steps only
 
     def watched(*arguments: Any, **options: Any) -> Any:
+        complete()
         norm = clip(*arguments, **options)
         watch("gradient norm", float(norm))
         return norm

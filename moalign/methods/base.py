@@ -41,6 +41,8 @@ class Capabilities:
     by experts, a control model or the base."""
     mixes: bool = False
     """An expert for each objective reads every token of an answer."""
+    whole: str = ""
+    """Why its training cannot be shared by several processes; empty: it can."""
     objectives: Literal["any", "2"] = "any"
 
 

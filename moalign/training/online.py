@@ -22,6 +22,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from moalign.core import processes
 from moalign.core.schedule import factor
 from moalign.core.seeds import derive
 from moalign.lm.finite import FiniteCheck, Modules
@@ -53,8 +54,7 @@ class Part:
     response_mask: Tensor
     """``[rows, T]``."""
     old_logps: Tensor
-    """Log-probabilities under the policy that sampled, ``[rows, T]``: the sampler's own in float32, where they agree
-    with a pass over whole rows to 1e-4; else of such a pass."""
+    """Under the policy that sampled, ``[rows, T]``; of a pass over whole rows, or the same as those to 1e-4."""
     ref_logps: Tensor
     """``[rows, T]``."""
     tensors: dict[str, Tensor]
@@ -165,9 +165,10 @@ class OnlineTrainer:
         self.optimizer.zero_grad(set_to_none=True)
         self._sums = {}
         size, grouped = max(1, config.micro_batch // group), rows[: groups * group].reshape(groups, group)
-        order = rollout.by_length(grouped) if config.group_by_length else np.arange(groups)
+        order = rollout.order(grouped, config.group_by_length)
+        self.job.meter.add_tokens_trained(int(samples.attention_mask[torch.as_tensor(grouped.reshape(-1))].sum()))
         self.actor.learning(True)
-        for first in range(0, groups, size):
+        for first in range(0, len(order), size):
             part = order[first : first + size]
             chosen = torch.as_tensor(grouped[part].reshape(-1)).cpu()
             mask, heads = samples.response_mask[chosen], self.value_heads
@@ -182,7 +183,6 @@ class OnlineTrainer:
                 tensors={name: value[part] for name, value in tensors.items()},
                 values=None if heads is None else heads(outputs.hidden),
             )
-            self.job.meter.add_tokens_trained(int(samples.attention_mask[chosen].sum()))
         self.actor.learning(False)
 
     def backward(self, loss: Tensor, metrics: Mapping[str, float] | None = None) -> None:
@@ -196,6 +196,7 @@ class OnlineTrainer:
 
         Raises RuntimeError when :meth:`backward` was not called since the last step.
         """
+        self._sums = processes.added(self._sums, self.parameters)
         if not self._sums:
             raise RuntimeError(f"{self.phase}: trainer.step() without trainer.parts() and trainer.backward() before it")
         norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.config.clip))
