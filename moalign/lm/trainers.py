@@ -24,6 +24,15 @@ def checkpointing_option() -> str:
     return "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
 
 
+def on_one_gpu(options: Any) -> Any:
+    """Return a trainer's arguments for one GPU, also where there are several.
+
+    transformers would make each batch as many times larger and spread it over copies of the model, past our losses.
+    """
+    options._n_gpu = min(options.n_gpu, 1)
+    return options
+
+
 @contextlib.contextmanager
 def checkpointed(model: Any, on: bool) -> Iterator[None]:
     """Within the block, if ``on``, a causal model's layers keep only their inputs, and compute again for the gradient.

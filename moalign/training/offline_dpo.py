@@ -31,6 +31,7 @@ from moalign.lm import shared_prompts
 from moalign.lm.chat import pair_row
 from moalign.lm.log_probs import token_outputs
 from moalign.lm.marked import log_probs
+from moalign.lm.trainers import on_one_gpu
 from moalign.losses.dpo import modpo_loss
 from moalign.training.callbacks import order, own_places, train_rows
 from moalign.training.diagnostics import at_the_end
@@ -299,7 +300,7 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc,unused-ignore]
             model=model,
             ref_model=NoReference(model.config),
             # Dropout would be disabled for good, that is, also for what runs after us; see compute_loss.
-            args=DPOConfig(beta=stage.beta, disable_dropout=False, **settings),
+            args=on_one_gpu(DPOConfig(beta=stage.beta, disable_dropout=False, **settings)),
             train_dataset=Dataset.from_dict({"place": own_places(np.arange(start, len(batches.places)), stage.batch)}),
             data_collator=batches,
             **arguments,

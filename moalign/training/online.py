@@ -6,9 +6,8 @@
             trainer.backward(*loss_of(part))
         trainer.step()                                  # or trainer.skip(): nothing to learn from
 
-The trainer owns sampling and scoring (:mod:`moalign.training.rollout`), value heads, the optimizer, the log,
-checkpoints and resume. What it trains, and what that is compared with, is an actor (:mod:`moalign.training.actor`): the
-active adapter and its reference, unless another is given.
+It owns sampling and scoring (:mod:`moalign.training.rollout`), value heads, optimizer, log, checkpoints and resume. What
+it trains, and what that is compared with, is an actor (:mod:`moalign.training.actor`): by default the active adapter.
 """
 
 from __future__ import annotations
@@ -81,8 +80,7 @@ class OnlineTrainer:
         """Prepare to train ``actor`` (None: the active adapter of ``lm``); ``phase`` names record and checkpoints.
 
         ``draw`` and ``style`` say which preferences prompts are conditioned on, and how they are written.
-        ``value_heads`` heads are trained along and kept as ``value_heads-<phase>.safetensors``, with the learning rate
-        ``value_lr`` (None: the policy's) on the same schedule.
+        So many ``value_heads`` are trained along, at ``value_lr`` (None: the policy's), and kept with the run.
         """
         self.job, self.lm, self.config, self.draw, self.phase = job, lm, config, draw, phase
         self.actor = AdapterActor(job, lm, config, style) if actor is None else actor
