@@ -6,7 +6,7 @@
             trainer.backward(*loss_of(part))
         trainer.step()                                  # or trainer.skip(): nothing to learn from
 
-It owns sampling and scoring (:mod:`moalign.training.rollout`), value heads, optimizer, log, checkpoints and resume. What
+It owns sampling and scoring (:mod:`moalign.training.rollout`), value heads, optimizer, log, checkpoints, resume. What
 it trains, and what that is compared with, is an actor (:mod:`moalign.training.actor`): by default the active adapter.
 """
 
