@@ -71,7 +71,7 @@ def train(
         seed: of training; None: the recipe's, which is 0 unless it says otherwise.
         settings: changes of the recipe, and with keys that begin with ``task`` of the task card.
         recipe: a recipe file; None: the one that moalign has for this task and method, if any.
-        evaluate: whether to evaluate the run, too, when that was not done before.
+        evaluate: whether to evaluate the run, too, when that was not done before (the first of several processes does).
         progress: called as ``progress(what, done, total)``.
         planned: called with the checked plan before any work begins.
 
@@ -83,6 +83,7 @@ def train(
     >>> run.reused, run.record.cost.tokens_trained > 0
     (True, True)
     """
+    from moalign.core import processes
     from moalign.evaluation import evaluate as evaluation
     from moalign.experiment import arguments
     from moalign.experiment import train as workflow
@@ -98,10 +99,12 @@ def train(
         seed=seed,
         results=Path(results),
     )
-    plan = workflow.plan(request, progress)
-    if planned is not None:
-        planned(plan)
-    run, reused = workflow.train(plan, progress)
+    with processes.joined():
+        plan = workflow.plan(request, progress)
+        if planned is not None:
+            planned(plan)
+        run, reused = workflow.train(plan, progress)
+        evaluate = evaluate and processes.is_writer()
     handle = RunHandle(run.path, run.record, Path(results), reused)
     if evaluate and handle.evaluation is None:  # with the plan's task, which has the base loaded already
         evaluation.evaluate(plan.method, plan.context(run), None, progress)

@@ -3,7 +3,8 @@
 Read from stdin: a line of JSON per command, its list of arguments. Written to stdout, as lines of JSON: now and then
 the command's progress, [what, done, total], and at its end its exit code. Everything else that a command prints goes
 to stderr, or nowhere. Ends when stdin does, and after a command that failed or was interrupted: what it left behind in
-the process is not known.
+the process is not known. When the process that asks is gone, the command is terminated: nobody would read its answer,
+and it would hold its run against whoever asks next.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from __future__ import annotations
 import gc
 import json
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import TextIO
@@ -26,6 +29,7 @@ EVERY = 0.5
 
 def serve() -> int:
     """Run commands until there are no more; returns the last one's exit code."""
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     with os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8") as answers:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())  # also for what libraries write past Python's streams
@@ -55,6 +59,12 @@ def listener(answers: TextIO, clock: Callable[[], float] = time.monotonic) -> Ca
             answers.flush()
 
     return report
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(EVERY)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _next() -> str:

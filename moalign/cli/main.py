@@ -37,6 +37,7 @@ from moalign.cli import (
     train,
 )
 from moalign.cli import eval as evaluation
+from moalign.core import processes
 from moalign.core.errors import MoalignError, RequestError, did_you_mean, unknown
 from moalign.core.text import PROSE
 
@@ -63,6 +64,12 @@ class Verbs(TyperGroup):
         """Return (name, command, remaining arguments); RequestError for an unknown verb."""
         if args and not args[0].startswith("-") and args[0] not in self.commands:
             raise unknown("command", args[0], list(self.commands))
+        started = processes.launched()[1]
+        if started > 1 and args and args[0] in self.commands and args[0] != "train":
+            raise RequestError(
+                f"moalign {args[0]}: a launcher has started it as {started} processes, but only moalign train shares "
+                f"its work; start it alone: moalign {' '.join(args)}"
+            )
         return super().resolve_command(ctx, args)
 
 
@@ -151,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a character shows ? instead of failing
             stream.reconfigure(errors="replace")
     try:
-        with _termination_raised():
+        with _termination_raised(), output.by_one_process():
             command: Any = typer.main.get_command(app)
             # Not command.main(): it turns an interruption and a closed pipe into exits before we can say anything.
             with command.make_context("moalign", args) as context:

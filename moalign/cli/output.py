@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moalign.cli.options import DEFAULT_RESULTS
-from moalign.core import foreign
+from moalign.core import foreign, processes
 from moalign.core.text import PROSE, visible
 from moalign.report.tables import Column
 
@@ -30,12 +31,16 @@ LONGEST = 2000
 
 debug = False
 """``--debug`` was given; set by :func:`moalign.cli.main.main`."""
+silent = False
+"""Another process of the same training says what there is to say; set by :func:`by_one_process`."""
 listener: Callable[[str, int, int], None] | None = None
 """Who is told of progress instead of stderr; set by :mod:`moalign.cli.jobs`."""
 
 
 def note(text: str, keep: str = "") -> None:
     """Write one message to stderr, on one line unless ``keep`` is :data:`~moalign.core.text.PROSE`."""
+    if silent:
+        return
     print(visible(text, keep), file=sys.stderr, flush=True)
 
 
@@ -71,6 +76,26 @@ def as_json(value: Mapping[str, Any]) -> None:
 
     # Escaped beyond ASCII: a pipe in a C locale takes it, and every reader gives the same text back.
     print(json.dumps(atomic.plain(value), indent=2, allow_nan=False))
+
+
+@contextlib.contextmanager
+def by_one_process() -> Iterator[None]:
+    """Of the processes that a launcher has started, let only the first print; of an error, the first that has one."""
+    global silent
+    silent, (rank, count) = False, processes.launched()
+    if count == 1:
+        yield
+        return
+    with contextlib.ExitStack() as redirected:
+        if rank:
+            nowhere = redirected.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            redirected.enter_context(contextlib.redirect_stdout(nowhere))
+            redirected.enter_context(contextlib.redirect_stderr(nowhere))
+        try:
+            yield
+        except BaseException as error:
+            silent = not processes.first_to_end(error)
+            raise
 
 
 @contextlib.contextmanager

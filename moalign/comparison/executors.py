@@ -33,6 +33,8 @@ JOBS = "MOALIGN_JOBS"
 
 GRACE = 5.0
 """Seconds that an interrupted process has to end by itself."""
+TRIES = 3
+"""How often a run is given to a cluster whose nodes die while they train it."""
 _POLL = 200
 """Milliseconds of a wait for a child: ray cancels a task between two Python instructions, not inside a wait."""
 _PASSED_ON = ("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "OMP_NUM_THREADS")
@@ -241,7 +243,7 @@ class RayTasks:
         """Use ``ray``, the module, which is connected to its cluster."""
         self._ray = ray
         gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
-        # No second try by ray: a crash fails its run, as it does locally, and the same command resumes it.
+        # No second try by ray: it would try what fails by itself, too, for want of memory without end.
         self._task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0)(_on_worker)
         self._lock = threading.Lock()
         self._alive: set[Any] = set()
@@ -250,8 +252,23 @@ class RayTasks:
     def run(self, command: Sequence[str], progress: Progress = silent) -> tuple[int, str]:
         """Run ``moalign`` with these arguments as a task; return (exit code, stderr); its progress is not known.
 
+        When its node dies another one goes on from the last checkpoint, :data:`TRIES` times in all.
+
         Raises WorkError when it could not be run at all, or was lost.
         """
+        of_node = (self._ray.exceptions.NodeDiedError, self._ray.exceptions.WorkerCrashedError)
+        for attempt in range(1, TRIES + 1):
+            try:
+                return self._once(command)
+            except self._ray.exceptions.TaskCancelledError:
+                break
+            except self._ray.exceptions.RayError as error:
+                if attempt == TRIES or not isinstance(error, of_node):
+                    raise WorkError(f"its ray task was lost: {_line(error)}") from error
+                time.sleep(GRACE)  # a node may be lost to its cluster alone: what it trained ends by itself
+        return -signal.SIGINT, ""
+
+    def _once(self, command: Sequence[str]) -> tuple[int, str]:
         with self._lock:
             if self._stopping:
                 return -signal.SIGINT, ""
@@ -260,10 +277,6 @@ class RayTasks:
         try:
             code, messages = self._ray.get(ref)
             return code, messages
-        except self._ray.exceptions.TaskCancelledError:
-            return -signal.SIGINT, ""
-        except self._ray.exceptions.RayError as error:
-            raise WorkError(f"its ray task was lost: {_line(error)}") from error
         finally:
             with self._lock:
                 self._alive.discard(ref)

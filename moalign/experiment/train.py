@@ -16,7 +16,7 @@ from moalign.config import find, load
 from moalign.config.card import TaskCard
 from moalign.config.load import ResolvedRequest
 from moalign.config.recipe import PolicySpec, Recipe, RewardsSpec, RolloutSpec
-from moalign.core import preferences
+from moalign.core import preferences, processes
 from moalign.core.errors import RequestError
 from moalign.core.preferences import Preference
 from moalign.core.progress import Progress, silent
@@ -32,6 +32,7 @@ from moalign.runs import trackers
 from moalign.runs.meter import Meter
 from moalign.runs.record import FILE
 from moalign.runs.run import Run
+from moalign.runs.shadow import held
 from moalign.runs.store import RunStore
 from moalign.tasks.load import make_task
 from moalign.tasks.task import WHERE, Task, fingerprint
@@ -166,7 +167,8 @@ class Plan(ResolvedRequest):
     def mirrors(self, run: Run) -> trackers.Mirrors:
         """Return the recipe's trackers, which show the metrics of a run while it trains."""
         about = {"method": self.method.name, "task": self.card.name, "card": self.task.hash, "seed": self.seed}
-        return trackers.Mirrors(self.recipe.trackers, run.path, {**about, **run.record.recipe["config"]})
+        shown = self.recipe.trackers if processes.is_writer() else []
+        return trackers.Mirrors(shown, run.path, {**about, **run.record.recipe["config"]})
 
 
 # -- planning --------------------------------------------------------------------------------------------------------
@@ -258,11 +260,12 @@ def train(plan: Plan, progress: Progress = silent, wait: bool = False) -> tuple[
     """Train the planned run, or find it finished; returns (run, whether it was found finished).
 
     Raises RequestError when another process is training it (``wait``: waits for that process instead); what was done
-    before a failure or an interruption is kept, and the same request goes on from there.
+    before a failure or an interruption is kept, and the same request goes on from there. Several processes
+    (:mod:`moalign.core.processes`) train the run together.
     """
     existing = plan.existing_run
-    if existing is not None and existing.record.status == "done":
-        return existing, True
+    if processes.agree(existing is not None and existing.record.status == "done"):
+        return existing or Run.load(plan.folder), True
     judges: dict[str, dict[str, Any]] = {}
     if plan.card.gold_objectives:  # a judge that cannot judge is seen before training, and holds no memory during it
         judging = make_task(plan.card, plan.request.results, progress)
@@ -271,28 +274,34 @@ def train(plan: Plan, progress: Progress = silent, wait: bool = False) -> tuple[
     run = plan.open()
     if wait and run.is_locked():
         progress(f"waiting for {run.path.name}, which another process trains", 0, 1)
-    with run.training(wait) as meter:
-        if meter is None:
-            return run, True
-        with _counting_judges(plan, run, judges):
-            job = plan.job(run, meter, progress)
-            with plan.mirrors(run) as run.mirrors:
-                plan.method.train(job)
-            overlong = plan.task.overlong()
-            run.record.notes = {**job.notes, "overlong": overlong} if overlong else job.notes
-    return run, False
+    with held(run, wait) as (mine, meter):
+        if meter is not None:
+            with _counting_judges(plan, mine, judges):
+                job = plan.job(mine, meter, progress)
+                with plan.mirrors(mine) as mine.mirrors:
+                    plan.method.train(job)
+                overlong = plan.task.overlong()
+                mine.record.notes = {**job.notes, "overlong": overlong} if overlong else job.notes
+    return (run if processes.is_writer() else Run.load(run.path)), meter is None
 
 
 @contextlib.contextmanager
 def _counting_judges(plan: Plan, run: Run, asked: Mapping[str, dict[str, Any]]) -> Iterator[None]:
-    """Note what LLM judges were asked for a run, before the block and in it, also when it fails or is interrupted."""
+    """Note what LLM judges were asked for a run, before the block and in it, also when it fails or is interrupted.
+
+    Of several processes' questions those of the others are known when the block has ended well.
+    """
     judged = any(spec.kind == "judge" for spec in (*plan.card.objectives, *(plan.card.gold_objectives or ())))
-    earlier = run.record.notes.get("judges", {})
+    earlier, parts = run.record.notes.get("judges", {}), [asked]
     try:
         yield
+        parts += processes.gather(usage_of(plan.task.panel)) if judged else []
+    except BaseException:
+        parts.append(usage_of(plan.task.panel))
+        raise
     finally:
         if judged:
-            parts, judges = (asked, usage_of(plan.task.panel)), dict(earlier)
+            judges = dict(earlier)
             for part in parts:
                 judges |= {name: total(usage, judges.get(name, {})) for name, usage in part.items()}
             run.record.notes = {**run.record.notes, "judges": judges}

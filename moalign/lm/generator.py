@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+from moalign.core import processes
 from moalign.core.records import Response
 from moalign.lm.adapters import drop, merged
 from moalign.lm.language_model import LanguageModel, reference_mode
@@ -56,6 +57,26 @@ class OneModel(Protocol):
     """A generator whose answers are those of one language model, which :meth:`as_model` puts in place."""
 
     def as_model(self) -> ModelGenerator: ...
+
+
+def shared(generator: Generator) -> Generator:
+    """Return a generator of whose texts each process of a training samples its share; all of them must call it."""
+    return generator if processes.count() == 1 else _Shared(generator)
+
+
+@dataclass(eq=False)
+class _Shared:
+    generator: Generator
+
+    def generate(self, texts: Sequence[str], rows: Sequence[int], sampling: Sampling) -> Generated:
+        own = self.generator.generate(processes.share(texts), processes.share(rows), sampling)
+        assert isinstance(own, Generated) and own.traces is not None
+        vocabulary, own.traces.vocabulary = own.traces.vocabulary, None  # each process has it
+        parts = processes.gather(own)
+        traces = Traces.joined([part.traces for part in parts])
+        assert traces is not None
+        traces.vocabulary = vocabulary
+        return Generated([text for part in parts for text in part.responses], sum(p.tokens for p in parts), traces)
 
 
 RESIDENT = "resident adapter"

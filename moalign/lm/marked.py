@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from trl import SFTTrainer
 
+from moalign.core import processes
 from moalign.lm.log_probs import AT_ONCE, token_outputs
 
 
@@ -44,9 +45,20 @@ class RowTrainer(SFTTrainer):  # type: ignore[misc,unused-ignore]
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Return the loss of a batch."""
+        """Return the loss of a batch: of several processes, this one's summand."""
+        loss = self._own_loss(model, inputs, return_outputs, _of_all(num_items_in_batch))
+        alone = processes.count() == 1 or num_items_in_batch is not None or return_outputs
+        return loss if alone else loss / processes.count()
+
+    def _own_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool, num_items_in_batch: Any) -> Any:
         ids, marked = inputs["input_ids"], inputs["labels"] != -100
         if return_outputs or trl_is_lean(model, ids):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         total = marked[:, 1:].sum() if num_items_in_batch is None else num_items_in_batch
         return -log_probs(model, ids, inputs["attention_mask"], marked).sum() / total
+
+
+def _of_all(tokens: Any) -> Any:
+    """Return the labelled tokens of a step in all processes; None where the trainer does not count them."""
+    alone = tokens is None or processes.count() == 1
+    return tokens if alone else torch.tensor(sum(processes.gather(int(tokens))), device=tokens.device)

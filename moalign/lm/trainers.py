@@ -24,6 +24,15 @@ def checkpointing_option() -> str:
     return "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
 
 
+def on_one_gpu(options: Any) -> Any:
+    """Return a trainer's arguments for one GPU, also where there are several.
+
+    transformers would make each batch as many times larger and spread it over copies of the model, past our losses.
+    """
+    options._n_gpu = min(options.n_gpu, 1)
+    return options
+
+
 @contextlib.contextmanager
 def checkpointed(model: Any, on: bool) -> Iterator[None]:
     """Within the block, if ``on``, a causal model's layers keep only their inputs, and compute again for the gradient.
@@ -47,10 +56,11 @@ def checkpointed(model: Any, on: bool) -> Iterator[None]:
             getattr(base, f"{kind}_disable")()
 
 
-def run_trainer(trainer: Any, watch: Callable[[str, float], Any]) -> None:
+def run_trainer(trainer: Any, watch: Callable[[str, float], Any], complete: Callable[[], None] = lambda: None) -> None:
     """Train without the library's own printing.
 
-    ``watch("gradient norm", norm)`` is called before every update; what it raises ends the training.
+    Before every update ``complete()`` is called, once the gradients of the step are there, then, when they are clipped,
+    ``watch("gradient norm", norm)``; what these raise ends the training.
     """
     from transformers import PrinterCallback
 
@@ -58,6 +68,7 @@ def run_trainer(trainer: Any, watch: Callable[[str, float], Any]) -> None:
     clip = trainer.accelerator.clip_grad_norm_  # no callback is given the norm, and the log has that of some steps only
 
     def watched(*arguments: Any, **options: Any) -> Any:
+        complete()
         norm = clip(*arguments, **options)
         watch("gradient norm", float(norm))
         return norm

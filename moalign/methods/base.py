@@ -51,6 +51,8 @@ class Capabilities:
     """An expert for each objective reads every token of an answer."""
     interpolates: bool = False
     """The adapter that answers is put together of an expert's for each objective; its rank is the sum of theirs."""
+    whole: str = ""
+    """Why its training cannot be shared by several processes; empty: it can."""
     objectives: Literal["any", "2"] = "any"
 
 

@@ -142,7 +142,7 @@ class ParetoHqd:
 
         from moalign.core.seeds import derive
         from moalign.lm.adapters import ADAPTER
-        from moalign.lm.generator import ModelGenerator
+        from moalign.lm.generator import ModelGenerator, shared
         from moalign.lm.quality import collapse, collapse_report
         from moalign.pareto.directions import representatives
         from moalign.policies.policy import Policy, respond_all
@@ -156,7 +156,7 @@ class ParetoHqd:
         prompts = [pool[i] for i in drawn]
         limits = job.task.sampling(derive(job.seed, "paretohqd", "answers"), config.temperature)
         limits = replace(limits, top_p=config.top_p)
-        policy = Policy(ModelGenerator(lm, ADAPTER), job.task.renderer.plain)
+        policy = Policy(shared(ModelGenerator(lm, ADAPTER)), job.task.renderer.plain)
         parts, causes, done = [], {}, 0
 
         def advance(count: int) -> None:
@@ -181,7 +181,7 @@ class ParetoHqd:
                 f"{AUGMENT}: all answers of the stage-1 models collapsed (too short or repeating); train stage 1 with "
                 "fewer steps (first.steps) or a smaller rate (first.lr)"
             )
-        raw = job.panel.score(table["prompt"].tolist(), table["response"].tolist())
+        raw = job.score(table["prompt"].tolist(), table["response"].tolist())
         for column, name in enumerate(job.task.names):
             table[f"raw:{name}"] = raw[:, column]
         return table, causes

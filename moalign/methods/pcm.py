@@ -121,7 +121,12 @@ class Pcm:
     name: ClassVar[str] = "pcm"
     summary: ClassVar[str] = "experts mixed at every token by a model that reads the preference (PCM, arXiv 2407.04181)"
     capabilities: ClassVar[Capabilities] = Capabilities(
-        family="mixed", needs_pairs=True, needs_online_rewards=True, mixes=True, snapshots=False
+        family="mixed",
+        needs_pairs=True,
+        needs_online_rewards=True,
+        mixes=True,
+        snapshots=False,
+        whole="what its experts find of the sampled tokens is known only where these were sampled",
     )
     Config: ClassVar[type[Config]] = Config
     quick: ClassVar[dict[str, Any]] = {

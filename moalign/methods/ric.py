@@ -154,7 +154,7 @@ class Ric:
         import pandas as pd
 
         from moalign.core.seeds import derive
-        from moalign.lm.generator import ModelGenerator
+        from moalign.lm.generator import ModelGenerator, shared
         from moalign.lm.quality import collapse
         from moalign.policies.policy import Policy, respond_all
         from moalign.tasks.responses import columns
@@ -178,7 +178,7 @@ class Ric:
             job.progress(stage, done, len(texts))
 
         # The texts are rendered already: each has its own target.
-        policy = Policy(ModelGenerator(lm, "policy"), lambda text: text)
+        policy = Policy(shared(ModelGenerator(lm, "policy")), lambda text: text)
         answers = respond_all([policy], texts, limits, advance, job.task.engine)
         job.meter.add_tokens_generated(answers.tokens)
         responses, records = answers.responses[0], answers.records(0)
@@ -189,7 +189,7 @@ class Ric:
                 f"{stage}: all {len(responses)} samples collapsed (too short or repeating); "
                 "train the offline stage longer"
             )
-        z = job.panel.z(job.panel.score([prompts[i] for i in usable], [responses[i] for i in usable]))
+        z = job.panel.z(job.score([prompts[i] for i in usable], [responses[i] for i in usable]))
         table = pd.DataFrame({"prompt": [prompts[i] for i in usable], **columns([records[i] for i in usable])})
         for column, objective in enumerate(job.task.names):
             table[f"z:{objective}"] = z[:, column]

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from pydantic import BaseModel
+
 from moalign.config.load import ResolvedRequest
-from moalign.core import preferences
+from moalign.core import preferences, processes
 from moalign.core.errors import RequestError
 from moalign.core.preferences import Preference
 from moalign.core.seeds import MOST
 from moalign.lm import backends
 from moalign.methods.base import Method
 from moalign.runs import trackers
+from moalign.training.settings import CostHints, OnlineConfig, SftConfig
 
 
 def require_sound(method: Method, resolved: ResolvedRequest, seed: int | None = None) -> None:
@@ -48,8 +51,34 @@ def require_sound(method: Method, resolved: ResolvedRequest, seed: int | None = 
             "share_prompts: gradient checkpointing keeps no cache, so a prompt cannot be read once for several "
             "responses; switch off one of the two (policy.gradient_checkpointing)"
         )
+    started = processes.launched()[1]
+    if started > 1 and resolved.recipe.rollout.engine == "vllm":
+        problems.append(
+            f"rollout.engine: found vllm, and a launcher has started {started} processes; vLLM samples for one alone: "
+            "leave the setting away, or start one process"
+        )
+    if started > 1 and method.capabilities.whole:
+        problems.append(
+            f"{method.name} cannot be trained by {started} processes: {method.capabilities.whole}; start it without a "
+            "launcher, or with one process"
+        )
+    elif started > 1:
+        problems += _unequal(resolved.config, started)
     if problems:
         raise RequestError(*problems)
+
+
+def _unequal(config: BaseModel, count: int, where: str = "") -> Iterator[str]:
+    """Yield what is wrong with the batches of stages that ``count`` processes are to share."""
+    if isinstance(config, SftConfig | OnlineConfig) and config.steps and config.batch % count:
+        yield (
+            f"{where}batch: found {config.batch}, which {count} processes cannot share equally; allowed: multiples of "
+            f"{count}, or another number of processes"
+        )
+    off = config.switched_off if isinstance(config, CostHints) else set()
+    for name, value in config:
+        if isinstance(value, BaseModel) and name not in off:
+            yield from _unequal(value, count, f"{where}{name}.")
 
 
 def _shares_prompts(settings: Any) -> bool:

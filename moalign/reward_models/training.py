@@ -30,7 +30,7 @@ from moalign.lm.adapters import lora_config
 from moalign.lm.finite import FiniteCheck
 from moalign.lm.language_model import set_threads
 from moalign.lm.optimizer_state import pack_optimizer, unpack_optimizer
-from moalign.lm.trainers import checkpointing_option, run_trainer
+from moalign.lm.trainers import checkpointing_option, on_one_gpu, run_trainer
 from moalign.reward_models.more import Balancer, HeadWatch, weighted
 from moalign.reward_models.pairs import PairSet, row_order
 from moalign.reward_models.runs import MODEL, RewardRequest, reading
@@ -256,7 +256,7 @@ def make_trainer(loop: TrainingLoop, model: Any, tokenizer: Any) -> PairTrainer:
         settings.heads == "each",
         loop.balancer,
         model=model,
-        args=arguments,
+        args=on_one_gpu(arguments),
         data_collator=lambda pairs: {**pad_pairs(pairs), "group": torch.tensor([pair["group"] for pair in pairs])},
         train_dataset=Dataset.from_list(loop.rows),
         processing_class=tokenizer,

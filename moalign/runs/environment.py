@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from moalign.core import processes
 from moalign.core.paths import CHECKOUT
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "numpy", "moocore", "pymoo", "moalign")
@@ -25,7 +26,8 @@ def capture() -> dict[str, Any]:
     """Return the environment as plain JSON values; what cannot be known is None.
 
     ``cpus`` are those usable by this process; ``threads`` are torch's when it is loaded, else OMP_NUM_THREADS; ``gpus``
-    is empty unless torch is loaded and sees CUDA; ``commit`` and ``dirty`` are of the moalign checkout.
+    is empty unless torch is loaded and sees CUDA; ``commit`` and ``dirty`` are of the moalign checkout; there are
+    ``processes`` when several train together.
     """
     commit, dirty = git_state(CHECKOUT)
     torch = sys.modules.get("torch")
@@ -42,6 +44,7 @@ def capture() -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(index) for index in gpus] if torch is not None else [],
         "commit": commit,
         "dirty": dirty,
+        **({"processes": processes.count()} if processes.count() > 1 else {}),
     }
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
+from moalign.core import processes
 from moalign.core.schedule import factor
 from moalign.core.seeds import derive
 from moalign.lm import adapters
@@ -35,6 +36,24 @@ def order(rows: int, steps: int, batch: int, seed: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
     passes = -(-steps * batch // rows)
     return np.concatenate([rng.permutation(rows) for _ in range(passes)])[: steps * batch]
+
+
+def own_places(places: np.ndarray, batch: int) -> np.ndarray:
+    """Return this process's places of each batch, every n-th one where there are n: of all lengths where these rise."""
+    own: np.ndarray = places.reshape(-1, batch)[:, processes.rank() :: processes.count()].reshape(-1)
+    return own
+
+
+def parts_of(batch: int, accumulate: int, count: int) -> int:
+    """Return in how many parts each of ``count`` processes reads its rows of a batch, all parts of one size.
+
+    They are the fewest that are no larger than one process alone would read.
+
+    >>> parts_of(16, 4, 1), parts_of(16, 4, 2), parts_of(16, 1, 4), parts_of(24, 3, 2)
+    (4, 2, 1, 2)
+    """
+    own, largest = batch // count, batch // accumulate
+    return next(parts for parts in range(1, own + 1) if own % parts == 0 and own // parts <= largest)
 
 
 def train_rows(
@@ -77,17 +96,19 @@ def train_rows(
         metrics = getattr(trainer, "mean_metrics", dict)
         callback = RunCallback(job, lm, optimizer, config, phase, start, tokens, metrics)
         trainer.add_callback(callback)
-        run_trainer(trainer, callback.check.number)
+        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        run_trainer(trainer, callback.check.number, lambda: processes.add_gradients(trained))
     callback.check.weights({"adapter": adapters.tensors(lm)})
 
 
 def trainer_settings(job: Job, lm: LanguageModel, config: SftConfig, steps: int, phase: str) -> dict[str, Any]:
     """Return the arguments that all trainers share; ``steps`` are those left to do."""
     on_cpu = lm.device.type == "cpu"
+    parts = parts_of(config.batch, config.accumulate, processes.count())
     return {
         "output_dir": str(job.run.path / "checkpoints"),
-        "per_device_train_batch_size": config.batch // config.accumulate,
-        "gradient_accumulation_steps": config.accumulate,
+        "per_device_train_batch_size": config.batch // processes.count() // parts,
+        "gradient_accumulation_steps": parts,
         "max_steps": steps,
         "max_grad_norm": config.clip,
         "train_sampling_strategy": "sequential",
@@ -126,9 +147,10 @@ class RunCallback(TrainerCallback):  # type: ignore[misc,unused-ignore]
         self.check = FiniteCheck(job.run.record.method, phase, config.lr, config.clip)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Seed dropout by the step of the run, whatever was drawn before."""
+        """Seed dropout by the step of the run, whatever was drawn before; each process has masks of its own."""
         self.check.step = self.start + state.global_step + 1
-        torch.manual_seed(derive(self.job.seed, self.phase, self.start + state.global_step))
+        apart = () if processes.is_writer() else (processes.rank(),)
+        torch.manual_seed(derive(self.job.seed, self.phase, self.start + state.global_step, *apart))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count the step's tokens, keep what is due of it and decide whether it is logged."""
@@ -145,7 +167,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc,unused-ignore]
         if logs and "loss" in logs:
             step = self.start + state.global_step
             own = {name: float(logs[name]) for name in ("loss", "grad_norm", "learning_rate") if name in logs}
-            self.check.number("loss", own["loss"])
+            own["loss"] = self.check.number("loss", sum(processes.gather(own["loss"])))
             self.job.run.log(step, self.phase, **own, **self.metrics(), **self.job.meter.cost())
             self._save_checkpoint(step)  # after its line: a kill between the two must not lose the line
 

@@ -9,6 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
+import numpy as np
+
+from moalign.core import processes
+from moalign.core.arrays import Matrix
 from moalign.core.errors import WorkError
 from moalign.core.preferences import Preference
 from moalign.core.progress import Progress, silent
@@ -100,6 +104,18 @@ class Job(RunContext):
         self.meter.add_tokens_generated(scored.sampled)
         self.meter.add_reward_calls(scored.raw.size)
         return scored
+
+    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Matrix:
+        """Return raw scores ``[rows, objectives]``; each process of a training scores its share of the rows.
+
+        Raises what :meth:`~moalign.rewards.panel.RewardPanel.score` does.
+        """
+        own = self.panel.score(processes.share(prompts), processes.share(responses))
+        if processes.count() == 1:
+            return own
+        raw = np.concatenate(processes.gather(own))
+        self.meter.add_reward_calls(raw.size - own.size)
+        return raw
 
     def advance(self, lm: LanguageModel, phase: str, step: int, steps: int) -> None:
         """Go on after a step of a phase: keep a snapshot of the active adapter where one is due, report progress."""

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from trl import DPOConfig, DPOTrainer
 
+from moalign.core import processes
 from moalign.core.arrays import Matrix
 from moalign.core.errors import RequestError
 from moalign.core.records import Response
@@ -30,8 +31,9 @@ from moalign.lm import shared_prompts
 from moalign.lm.chat import pair_row
 from moalign.lm.log_probs import token_outputs
 from moalign.lm.marked import log_probs
+from moalign.lm.trainers import on_one_gpu
 from moalign.losses.dpo import modpo_loss
-from moalign.training.callbacks import order, train_rows
+from moalign.training.callbacks import order, own_places, train_rows
 from moalign.training.diagnostics import at_the_end
 from moalign.training.dropout import without_dropout
 from moalign.training.reference import Row, pad_around, pad_rows, reference_log_probs
@@ -111,7 +113,7 @@ def objective_pairs(
         rows = encode_pairs(job, lm, texts, pairs.chosen, pairs.rejected, config.max_tokens, pairs.chance)
         if scores:
             better, worse = pairs.raw or (
-                job.panel.score(pairs.prompts, [response.shown for response in responses])
+                job.score(pairs.prompts, [response.shown for response in responses])
                 for responses in (pairs.chosen, pairs.rejected)
             )
             rows = replace(rows, gaps=(job.panel.z(better) - job.panel.z(worse))[rows.kept])
@@ -298,8 +300,8 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc,unused-ignore]
             model=model,
             ref_model=NoReference(model.config),
             # Dropout would be disabled for good, that is, also for what runs after us; see compute_loss.
-            args=DPOConfig(beta=stage.beta, disable_dropout=False, **settings),
-            train_dataset=Dataset.from_dict({"place": list(range(start, len(batches.places)))}),
+            args=on_one_gpu(DPOConfig(beta=stage.beta, disable_dropout=False, **settings)),
+            train_dataset=Dataset.from_dict({"place": own_places(np.arange(start, len(batches.places)), stage.batch)}),
             data_collator=batches,
             **arguments,
         )
@@ -331,7 +333,7 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc,unused-ignore]
             sft_on=self.stage.sft_on,
         )
         self.seen.append(metrics)
-        return loss
+        return loss if processes.count() == 1 else loss / processes.count()
 
     def _log_probs(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
         """Return the tokens' log-probabilities, 0 outside responses, ``[2 * pairs, T]``."""
@@ -347,7 +349,9 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc,unused-ignore]
         """
         if not self.seen:
             return {}
-        means = {name: float(torch.stack([metrics[name] for metrics in self.seen]).mean()) for name in self.seen[0]}
+        own = {name: float(torch.stack([metrics[name] for metrics in self.seen]).mean()) for name in self.seen[0]}
+        of_all = processes.gather(own)
+        means = {name: sum(part[name] for part in of_all) / len(of_all) for name in own}
         self.seen.clear()
         if means["preference"] > 0:
             means["margin_ratio"] = means["margin"] / means["preference"]

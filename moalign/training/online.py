@@ -6,9 +6,8 @@
             trainer.backward(*loss_of(part))
         trainer.step()                                  # or trainer.skip(): nothing to learn from
 
-The trainer owns sampling and scoring (:mod:`moalign.training.rollout`), value heads, the optimizer, the log,
-checkpoints and resume. What it trains, and what that is compared with, is an actor (:mod:`moalign.training.actor`): the
-active adapter and its reference, unless another is given.
+It owns sampling and scoring (:mod:`moalign.training.rollout`), value heads, optimizer, log, checkpoints, resume. What
+it trains, and what that is compared with, is an actor (:mod:`moalign.training.actor`): by default the active adapter.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from moalign.core import processes
 from moalign.core.schedule import factor
 from moalign.core.seeds import derive
 from moalign.lm.finite import FiniteCheck, Modules
@@ -60,8 +60,7 @@ class Part:
     response_mask: Tensor
     """``[rows, T]``."""
     old_logps: Tensor
-    """Log-probabilities under the policy that sampled, ``[rows, T]``: the sampler's own in float32, where they agree
-    with a pass over whole rows to 1e-4; else of such a pass."""
+    """Under the policy that sampled, ``[rows, T]``; of a pass over whole rows, or the same as those to 1e-4."""
     ref_logps: Tensor
     """``[rows, T]``."""
     tensors: dict[str, Tensor]
@@ -88,8 +87,7 @@ class OnlineTrainer:
         """Prepare to train ``actor`` (None: the active adapter of ``lm``); ``phase`` names record and checkpoints.
 
         ``draw`` and ``style`` say which preferences prompts are conditioned on, and how they are written.
-        ``value_heads`` heads are trained along and kept as ``value_heads-<phase>.safetensors``, with the learning rate
-        ``value_lr`` (None: the policy's) on the same schedule.
+        So many ``value_heads`` are trained along, at ``value_lr`` (None: the policy's), and kept with the run.
         """
         self.job, self.lm, self.config, self.draw, self.phase = job, lm, config, draw, phase
         self.actor = AdapterActor(job, lm, config, style) if actor is None else actor
@@ -188,9 +186,10 @@ class OnlineTrainer:
         self.optimizer.zero_grad(set_to_none=True)
         self._sums = {}
         size, grouped = max(1, config.micro_batch // group), rows[: groups * group].reshape(groups, group)
-        order = rollout.by_length(grouped) if config.group_by_length else np.arange(groups)
+        order = rollout.order(grouped, config.group_by_length)
+        self.job.meter.add_tokens_trained(int(samples.attention_mask[torch.as_tensor(grouped.reshape(-1))].sum()))
         self.actor.learning(True)
-        for first in range(0, groups, size):
+        for first in range(0, len(order), size):
             part = order[first : first + size]
             chosen = torch.as_tensor(grouped[part].reshape(-1)).cpu()
             mask, heads = samples.response_mask[chosen], self.value_heads
@@ -205,7 +204,6 @@ class OnlineTrainer:
                 tensors={name: value[part] for name, value in tensors.items()},
                 values=None if heads is None else heads(outputs.hidden),
             )
-            self.job.meter.add_tokens_trained(int(samples.attention_mask[chosen].sum()))
         self.actor.learning(False)
 
     def backward(self, loss: Tensor, metrics: Mapping[str, float] | None = None) -> None:
@@ -219,6 +217,7 @@ class OnlineTrainer:
 
         Raises RuntimeError when :meth:`backward` was not called since the last step.
         """
+        self._sums = processes.added(self._sums, self.parameters)
         if not self._sums:
             raise RuntimeError(f"{self.phase}: trainer.step() without trainer.parts() and trainer.backward() before it")
         norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.config.clip))

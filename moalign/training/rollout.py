@@ -9,15 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from moalign.core import processes
 from moalign.core.arrays import Matrix
 from moalign.core.seeds import derive
 from moalign.lm.language_model import LanguageModel
+from moalign.lm.sample_parts import joined
 from moalign.lm.sampler import Samples, responses, trim
 from moalign.training.actor import Actor
 from moalign.training.preference_draws import Draw
@@ -58,6 +60,7 @@ class Rollout:
     values: Tensor | None = None
     """Value heads' outputs as the responses were sampled, ``[rows, T, heads]``, when the trainer has them."""
     _reference: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    _every: Tensor | None = field(default=None, repr=False)
 
     @property
     def utility(self) -> Matrix:
@@ -67,14 +70,25 @@ class Rollout:
     def ref_logps(self, rows: Tensor | None = None) -> Tensor:
         """Return the reference's log-probability of each token of some rows (None: all), ``[rows, T]``; 0 outside.
 
-        Computed when first needed: a method that trains on two of eight samples pays for two.
+        Computed when first needed: a method that trains on two of eight samples pays for two. Of all rows each process
+        computes its share, so that all must ask for them.
         """
-        requested = list(range(len(self.responses))) if rows is None else rows.tolist()
+        every = torch.arange(len(self.responses))
+        if rows is None and processes.count() > 1:
+            if self._every is None:
+                self._every = processes.gather_rows(self.ref_logps(processes.share(every)))
+            return self._every
+        requested = (every if rows is None else rows).tolist()
         missing = [row for row in dict.fromkeys(requested) if row not in self._reference]
         if missing:
             for row, logps in zip(missing, self.score_reference(torch.tensor(missing)), strict=True):
                 self._reference[row] = logps
         return torch.stack([self._reference[row] for row in requested])
+
+    def order(self, groups: NDArray[np.intp], by_length: bool) -> NDArray[np.intp]:
+        """Return which groups of rows ``[groups, rows]`` this process reads, in their order or by their lengths."""
+        own = processes.share(np.arange(len(groups)))
+        return own[self.by_length(groups[own])] if by_length else own
 
     def by_length(self, groups: NDArray[np.intp]) -> NDArray[np.intp]:
         """Return the order of groups of rows ``[groups, rows]`` by the longest row of their prompt, int ``[groups]``.
@@ -104,8 +118,9 @@ def mean_kl(rollout: Rollout) -> float:
 
     Over one response of each prompt: an unbiased estimate, also when an update chooses best and worst.
     """
-    first = torch.arange(0, len(rollout.responses), rollout.per_prompt)
-    return float((rollout.samples.logps[first] - rollout.ref_logps(first)).sum(-1).mean())
+    first = processes.share(torch.arange(0, len(rollout.responses), rollout.per_prompt))
+    ratios = (rollout.samples.logps[first] - rollout.ref_logps(first)).sum(-1)
+    return float(processes.gather_rows(ratios).mean())
 
 
 @torch.no_grad()
@@ -160,15 +175,28 @@ def sample_rollout(
     step: int,
     value_heads: ValueHeads | None = None,
 ) -> Rollout:
-    """Sample and score responses for a step's prompts and preferences; the scorers see the bare prompts."""
+    """Sample and score responses for a step's prompts and preferences; the scorers see the bare prompts.
+
+    Each process samples and scores those to its share of the prompts; the rollout holds those of all.
+    """
     generation, stop = job.task.card.generation, job.task.card.template.stop
     rng, bare = drawn_prompts(job, config, phase, step)
     preferences = draw(rng, len(bare))
     numbers = torch.from_numpy(rng.random((len(bare) * config.samples, generation.max_new_tokens)))
     lm.model.eval()
+    own = processes.share(np.arange(len(bare)))
     with torch.no_grad():
-        samples = actor.sample(bare, preferences, numbers, config.samples, value_heads is not None)
-        values = None if value_heads is None or samples.hidden is None else value_heads(samples.hidden)
+        samples = actor.sample(
+            [bare[i] for i in own],
+            preferences[own],
+            numbers.reshape(len(bare), config.samples, -1)[own].flatten(0, 1),
+            config.samples,
+            value_heads is not None,
+        )
+        if value_heads is not None and samples.hidden is not None:  # vLLM gives none: they are read below
+            samples = replace(samples, hidden=value_heads(samples.hidden))
+    samples = of_all(samples, lm)
+    values = samples.hidden
     job.meter.add_tokens_generated(samples.tokens)
     samples, engine = trim(lm, samples, stop), job.task.engine
     drawn_logps = None if engine is None else samples.logps
@@ -179,7 +207,7 @@ def sample_rollout(
         # (measured: .04 nats a token, .8 % of PPO's ratios outside the clip before any update).
         samples = replace(samples, logps=policy_logps(actor, samples, config))
     answers = responses(lm, samples, stop)
-    raw = job.panel.score([prompt for prompt in bare for _ in range(config.samples)], answers)
+    raw = job.score([prompt for prompt in bare for _ in range(config.samples)], answers)
     return Rollout(
         prompts=bare,
         preferences=preferences,
@@ -204,9 +232,25 @@ def drawn_prompts(job: Job, config: OnlineConfig, phase: str, step: int) -> tupl
     return rng, [prompts[i] for i in chosen]
 
 
+def of_all(samples: Samples, lm: LanguageModel) -> Samples:
+    """Return the samples of all processes one after another."""
+    if processes.count() == 1:
+        return samples
+
+    def on(device: Any, part: Samples) -> Samples:
+        moved: Any = {name: None if value is None else value.to(device) for name, value in vars(part).items()}
+        return Samples(**moved)
+
+    return on(lm.device, joined(processes.gather(on("cpu", samples)), lm.pad))
+
+
 def policy_logps(actor: Actor, samples: Samples, config: OnlineConfig) -> Tensor:
-    """Return the samples' log-probabilities under the policy as it is now, ``[rows, T]``, without gradient."""
-    return _in_parts(lambda rows: actor.outputs(samples, rows).logps, torch.arange(len(samples.input_ids)), config)
+    """Return the samples' log-probabilities under the policy as it is now, ``[rows, T]``, without gradient.
+
+    Each process computes those of its share of the rows.
+    """
+    own = processes.share(torch.arange(len(samples.input_ids)))
+    return processes.gather_rows(_in_parts(lambda rows: actor.outputs(samples, rows).logps, own, config))
 
 
 @torch.no_grad()

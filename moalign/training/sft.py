@@ -13,7 +13,8 @@ from moalign.core.records import Response
 from moalign.core.seeds import derive
 from moalign.lm.chat import training_row
 from moalign.lm.marked import RowTrainer
-from moalign.training.callbacks import order, train_rows
+from moalign.lm.trainers import on_one_gpu
+from moalign.training.callbacks import order, own_places, train_rows
 from moalign.training.settings import SftConfig
 
 if TYPE_CHECKING:
@@ -63,9 +64,9 @@ def train_sft(
     places = order(len(inputs), config.steps, config.batch, derive(job.seed, phase, "order"))
 
     def make(start: int, settings: dict[str, Any], **arguments: Any) -> RowTrainer:
-        rows = places[start:]
+        rows = own_places(places[start:], config.batch)
         data = {"input_ids": [inputs[row] for row in rows], "labels": [labels[row] for row in rows]}
-        options = SFTConfig(dataset_kwargs={"skip_prepare_dataset": True}, **settings)
+        options = on_one_gpu(SFTConfig(dataset_kwargs={"skip_prepare_dataset": True}, **settings))
         return RowTrainer(args=options, train_dataset=Dataset.from_dict(data), **arguments)
 
     train_rows(job, lm, config, phase, [len(inputs[row]) for row in places], make)

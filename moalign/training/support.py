@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from moalign.core import processes
 from moalign.core.arrays import Matrix
 from moalign.lm.chat import training_row
 from moalign.training.reference import least_log_probs
@@ -44,7 +45,7 @@ class Support:
         if self.config.support is None:
             return
         if self.end is None:
-            self.end = end_of(self.job, self.lm, self.config.temperature) - self.config.support
+            self.end = processes.agree(end_of(self.job, self.lm, self.config.temperature)) - self.config.support
         out = outside(rollout.ref_logps(), rollout.samples.response_mask, self.end)
         rollout.z = believed(rollout.z, out, self.job.panel.z_bounds())
         rollout.outside = float(out.mean())

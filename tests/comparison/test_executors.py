@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import os
 import subprocess
@@ -16,8 +17,10 @@ from typing import Any
 
 import pytest
 
+from moalign import api
 from moalign.comparison import executors, jobs
 from moalign.core.errors import WorkError
+from moalign.runs.run import Run
 
 
 @pytest.fixture
@@ -170,13 +173,22 @@ class Lost(Exception):
     pass
 
 
+class NodeDiedError(Exception):
+    pass
+
+
 class FakeRay(ModuleType):
     """Runs a task in the thread that asks for its result; a cancelled one ends as cancelled."""
 
     def __init__(self) -> None:
         super().__init__("ray")
         self.__spec__ = importlib.util.spec_from_loader("ray", None)
-        self.exceptions = SimpleNamespace(TaskCancelledError=TaskCancelledError, RayError=Exception)
+        self.exceptions = SimpleNamespace(
+            TaskCancelledError=TaskCancelledError,
+            RayError=Exception,
+            NodeDiedError=NodeDiedError,
+            WorkerCrashedError=NodeDiedError,
+        )
         self.calls: list[Any] = []
         self.here = False
         self.gpus = 0
@@ -278,6 +290,28 @@ def test_a_task_that_was_lost_fails_its_run(ray: FakeRay) -> None:
     ray.task = gone
     with pytest.raises(WorkError, match=r"its ray task was lost: Lost: The worker died unexpectedly$"):
         executors.RayTasks(ray).run([])
+
+
+@pytest.mark.parametrize(("deaths", "code"), [(1, 0), (2, 0), (3, None)])
+def test_a_run_whose_node_died_is_given_to_another_three_times_at_most(
+    ray: FakeRay, monkeypatch: pytest.MonkeyPatch, deaths: int, code: int | None
+) -> None:
+    tries: list[Any] = []
+    monkeypatch.setattr(executors, "GRACE", 0.0)
+
+    def task(command: list[str], *_: Any) -> Any:
+        tries.append(command)
+        if len(tries) <= deaths:
+            raise NodeDiedError("the node is gone")
+        return 0, ""
+
+    ray.task = task
+    if code is None:
+        with pytest.raises(WorkError, match=r"its ray task was lost: NodeDiedError: the node is gone$"):
+            executors.RayTasks(ray).run(["train", "ric"])
+    else:
+        assert executors.RayTasks(ray).run(["train", "ric"]) == (code, "")
+    assert tries == [["train", "ric"]] * min(deaths + 1, executors.TRIES)
 
 
 def test_stopping_cancels_every_task_and_starts_no_more(ray: FakeRay) -> None:
@@ -399,6 +433,53 @@ def test_a_ray_cluster_runs_and_interrupts_commands(waiting: list[str], tmp_path
         thread.join(timeout=30)
         assert ended and ended[0][0] != 0
         until(lambda: not mine & _children(), 10)
+    os.close(writer)
+
+
+@pytest.mark.slow
+def test_when_a_node_dies_its_runs_are_done_again_and_none_twice(
+    small_task: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cluster of two real nodes, one of which is killed while both train a run of a comparison."""
+    ray: Any = pytest.importorskip("ray", reason="ray is not installed (pip install ray)")
+    nodes = importlib.import_module("ray.cluster_utils")
+    monkeypatch.chdir(tmp_path)
+    cluster = nodes.Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    second = cluster.add_node(num_cpus=1)
+    ray.init(address=cluster.address, log_to_driver=False)
+    try:
+        settings = [*small_task, "steps=1000", "batch=4", "max_tokens=48", "log_every=10", "checkpoint_every=10"]
+        thread, ended = in_thread(
+            lambda: api.compare("sandbox", ["sft"], seeds=2, executor="ray", settings=settings, results=tmp_path)
+        )
+        states = "runs/*/sft/*/checkpoints/*/step-*/state.json"
+        until(lambda: len({path.parents[3] for path in tmp_path.glob(states)}) == 2, 300)
+        cluster.remove_node(second, allow_graceful=False)
+        thread.join(timeout=300)
+        (result,) = ended
+        assert not result.failed
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    runs = [Run.load(path) for path in tmp_path.glob("runs/*/sft/*")]
+    assert [run.status for run in runs] == ["done"] * 2
+    for run in runs:
+        steps = [line["step"] for line in run.metrics()]
+        assert steps == list(range(10, 1001, 10)), "each step once"
+
+
+@pytest.mark.slow
+def test_a_command_ends_with_the_process_that_has_started_it(waiting: list[str]) -> None:
+    """Killed, not interrupted: nobody is left to stop it, and it would hold its run against the next command."""
+    before = _children()
+    code = "import sys; from moalign.comparison.executors import Processes; Processes().run(sys.argv[1:])"
+    parent = subprocess.Popen([sys.executable, "-c", code, *waiting])
+    writer = until(lambda: _writer(Path(waiting[2])))
+    mine = _children() - before
+    assert len(mine) == 1
+    parent.kill()
+    parent.wait()
+    until(lambda: not mine & _children(), 30)
     os.close(writer)
 
 

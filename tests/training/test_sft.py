@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from moalign.core.schedule import factor
 from moalign.core.seeds import derive
 from moalign.lm import adapters
 from moalign.lm.language_model import LanguageModel
-from moalign.lm.trainers import checkpointing_option
+from moalign.lm.trainers import checkpointing_option, on_one_gpu
 from moalign.training.callbacks import order
 from moalign.training.job import Job
 from moalign.training.settings import SftConfig
@@ -292,3 +293,14 @@ def test_gradient_checkpointing_goes_by_the_name_that_the_installed_trainer_know
     older = type("TrainingArguments", (), {"__dataclass_fields__": {"gradient_checkpointing": None}})
     monkeypatch.setattr(transformers, "TrainingArguments", older)
     assert checkpointing_option() == "gradient_checkpointing"
+
+
+def test_a_batch_is_as_large_on_a_machine_with_several_gpus(tmp_path: Path) -> None:
+    from transformers import TrainingArguments
+
+    options = TrainingArguments(output_dir=str(tmp_path), per_device_train_batch_size=2, use_cpu=True)
+    options._n_gpu = 4  # what transformers finds there
+    assert options.train_batch_size == 8
+    assert on_one_gpu(options).train_batch_size == 2
+    options._n_gpu = 0
+    assert on_one_gpu(options).n_gpu == 0
