@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from moalign.core import processes
 from moalign.lm import backends
 from moalign.methods import registry
 
@@ -65,6 +66,15 @@ def test_what_vllm_does_not_serve_is_refused_before_anything_is_trained(
     ended = moalign("train", method, *ON, *sets)
     assert ended.code == 2 and len(ended.errors) == 1 and message in ended.errors[0], ended.err
     assert "Traceback" not in ended.err and not list(tmp_path.iterdir()) and not vllm
+
+
+def test_vllm_samples_for_one_process_alone(
+    moalign: Any, vllm: list[Any], small_task: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "launched", lambda: (0, 2))
+    ended = moalign("train", "mo-odpo", *ON, "--set", small_task[0], "--set", "batch=4")
+    assert ended.code == 2 and len(ended.errors) == 1, ended.err
+    assert "vllm, and a launcher has started 2 processes; vLLM samples for one alone" in ended.errors[0]
 
 
 def test_a_base_that_vllm_does_not_know_is_refused_before_there_is_a_run(
