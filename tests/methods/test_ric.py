@@ -182,7 +182,7 @@ def test_the_targets_are_what_the_samples_were_asked_for(
     steps: list[tuple[str, int, int]] = []
     job.progress = lambda *step: steps.append(step)
     Ric()._samples(job, job.task.language_model, 0)
-    _, texts, limits, _ = seen[0]
+    _, texts, limits, *_ = seen[0]
     assert (limits.top_p, limits.temperature) == (0.8, 0.6)
     assert limits.seed == derive(job.seed, "ric", 0, "samples")  # of this round, whatever else is drawn
     assert steps[-1] == ("sampling-1", 9, 9)
