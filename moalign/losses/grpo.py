@@ -12,8 +12,13 @@ arXiv 2601.05242; RVPO, arXiv 2605.05750; DVAO, arXiv 2605.25604.
     loss = mean_t [ -min(u A, clip(u, 1 - eps, 1 + eps) A) + beta (exp(d) - d - 1) ]
     u = pi / pi_old,   d = log pi_ref - log pi
 
-Where the two rewards of an answer have a constant sum, ``sum`` and ``gdpo`` give 0 to all answers at equal weights:
-nothing is preferred, and only the KL term acts.
+``sum`` and ``dvao`` order answers by w . r (dvao is ``w . (r - mean r)`` over ``sum_l w_l sd_l``). The others forget
+what one reward costs of the other: of two answers that trade one for the other each Z_k has the same size, whatever the
+trade, and the larger weight decides. So where a group's answers differ by trades, and near a front they do, all
+preferences on one side of equal weights are taught the same.
+
+Where the two rewards of an answer have a constant sum, ``sum``, ``gdpo`` and ``dvao`` give 0 to all answers at equal
+weights: nothing is preferred, and only the KL term acts.
 
 The gradient of k3, its samples held fixed, is in expectation that of KL(pi_ref, pi), not of KL(pi, pi_ref): the fixed
 point is ``pi = beta pi_ref / (beta + mean A - A)``, not ``pi_ref exp(A / beta) / Z``.

@@ -97,6 +97,25 @@ def test_two_rewards_of_constant_sum_cancel_at_equal_weights() -> None:
     np.testing.assert_allclose(grpo.whitened(near, ALIKE[:1]), grpo.standardised(rewards)[..., 0], atol=2e-3)
 
 
+@pytest.mark.parametrize(("how", "better"), [("sum", 0), ("dvao", 0), ("gdpo", 1), ("rvpo", 1), ("tchebycheff", 1)])
+def test_rewards_standardised_one_by_one_forget_what_one_costs_of_the_other(how: grpo.Aggregation, better: int) -> None:
+    """Of two answers the first has 1 more of the first reward, the second .2 more of the second. At (.3, .7) w . r is
+    .3 and .14; standardised, both differences are alike, and the larger weight decides whatever the trade."""
+    rewards, w = np.array([[[1.0, 0.0], [0.0, 0.2]]]), np.array([[0.3, 0.7]])
+    assert grpo.aggregated(rewards, w, how)[0].argmax() == better
+
+
+def test_dvao_is_the_centred_sum_over_the_weighted_deviations() -> None:
+    """So it orders answers as ``sum`` does, and no advantage is larger than there."""
+    rng = np.random.default_rng(2)
+    rewards, w = rng.normal(size=(4, 5, 3)), rng.dirichlet(np.ones(3), size=4)
+    utility = (rewards * w[:, None]).sum(-1)
+    spread = (w * rewards.std(axis=1, ddof=1)).sum(-1, keepdims=True)
+    found = grpo.aggregated(rewards, w, "dvao")
+    np.testing.assert_allclose(found, (utility - utility.mean(1, keepdims=True)) / spread, rtol=1e-3)
+    assert (abs(found) <= abs(grpo.aggregated(rewards, w, "sum")) + 1e-3).all()
+
+
 def test_whitening_keeps_preferences_apart() -> None:
     """Each kind's answers have mean 0 and deviation 1 of their own, wherever its prompts stand in the batch."""
     rng = np.random.default_rng(1)
