@@ -61,7 +61,7 @@ def conflict_averse(gram: ArrayLike, weights: ArrayLike, c: float) -> Matrix:
             if inside is not None:
                 points.append(np.zeros(len(h)))
                 points[-1][face] = inside
-    return min(points, key=lambda p: float(b @ p + s * np.sqrt(max(p @ h @ p, 0.0))))
+    return min(points, key=lambda p: float(b @ p + s * np.sqrt(max(float(p @ h @ p), 0.0))))
 
 
 def _stationary(h: Matrix, b: Matrix, s: float) -> Matrix | None:

@@ -32,7 +32,6 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.special import logsumexp
 from torch import Tensor
 
 from moalign.core.arrays import Matrix
@@ -64,7 +63,9 @@ def aggregated(rewards: Matrix, weights: Matrix, how: Aggregation, risk: float =
         return standardised((rewards * w).sum(axis=-1))
     z = standardised(rewards)
     if how == "rvpo":
-        return np.asarray(-logsumexp(-risk * z, axis=-1, b=w) / risk)
+        least = np.where(w > 0, z, np.inf).min(axis=-1)
+        worse = (w * np.exp(-risk * np.maximum(z - least[..., None], 0.0))).sum(axis=-1)
+        return np.asarray(least - np.log(worse) / risk)
     if how == "dvao":
         spread = w * rewards.std(axis=1, ddof=1, keepdims=True)
         total = spread.sum(axis=-1, keepdims=True)

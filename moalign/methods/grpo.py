@@ -112,8 +112,8 @@ class Grpo:
                 for _ in range(config.epochs):
                     for part in trainer.parts(np.arange(len(advantages)), tensors=tensors):
                         tokens = (part.logps, part.ref_logps, part.old_logps, part.entropy, part.response_mask)
-                        limits = {"clip_range": config.clip_range, "beta": strength.now}
-                        trainer.backward(*grpo.loss(*tokens, part.tensors, **limits))
+                        loss = grpo.loss(*tokens, part.tensors, clip_range=config.clip_range, beta=strength.now)
+                        trainer.backward(*loss)
                     trainer.step({**metrics, **strength.metrics})
                 strength.adapt(rollout)
         job.notes["diagnostics"] = at_the_end(job.run.metrics(), trainer.phase, config.steps, DIAGNOSTICS)

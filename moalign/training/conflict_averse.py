@@ -69,7 +69,8 @@ class ConflictAverse(PairTrainer):
             # The trainer divides each part's loss by their number.
             step = [self.stage.accumulate * g for g in self._step()]
             nothing = torch.stack([(p * g).sum() for p, g in zip(learned, step, strict=True)]).sum()
-        return losses.mean().detach() + (nothing - nothing.detach())
+        value: Tensor = losses.mean().detach() + (nothing - nothing.detach())
+        return value
 
     def _add_gradients(self, losses: Tensor, part: Tensor, learned: Sequence[Tensor]) -> None:
         """Add the gradients of what a part of the batch adds to each objective's mean loss."""
