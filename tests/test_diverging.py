@@ -18,15 +18,17 @@ CASES = {
     "ric": ("offline.lr=1e30", "offline.steps=6", "offline.batch=4", "offline.max_tokens=48", "online_rounds=0"),
     "modpo": ("lr=1e30", "steps=6", *PAIRS),
     "dpo-lw": ("lr=1e30", "steps=6", *PAIRS),
+    "raco": ("lr=1e30", "steps=6", *PAIRS, "prefs=[[0.5, 0.5]]"),
     "cpo": ("cdpo.lr=1e30", "cdpo.steps=6", "cdpo.batch=4", "cdpo.max_tokens=48", f"cpsft={STAGE}", "per_prompt=1"),
     "mo-odpo": ("lr=1e30", "steps=6", *SMALL, "warmup=0"),
     "moc": ("lr=1e30", "steps=6", *SMALL, "groups=2"),
+    "grpo": ("lr=1e30", "steps=6", *SMALL, "groups=2", "samples=2"),
     "morlhf": ("lr=1e30", "steps=6", *SMALL, "groups=2"),
     "pcm": ("lr=1e30", "steps=6", *SMALL, "control={width: 16, layers: 1}", EXPERTS),
 }
 """Step 1 moves the weights to 1e30, and step 2 is the first that computes with them. Trainers of our own look at the
 weights after each step; those of trl meet them in the next loss."""
-ONLINE = ("mo-odpo", "moc", "morlhf", "pcm")
+ONLINE = ("mo-odpo", "moc", "grpo", "morlhf", "pcm")
 
 
 def diverges(capsys: pytest.CaptureFixture[str], results: Path, method: str, *sets: str) -> str:

@@ -2,7 +2,7 @@
 
 ``D(y) = log pi(y|x) - log pi_ref(y|x)`` summed over response tokens; the loss of a labelled pair is
 ``-log sigma(beta * (D(y+) - D(y-)))`` (DPO, arXiv 2305.18290, eq. 7). MODPO's with its special cases is
-:func:`modpo_loss`.
+:func:`modpo_losses`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def pair_loss(
     return (weights * per_label).sum(-1)
 
 
-def modpo_loss(
+def modpo_losses(
     logps: Tensor,
     ref_logps: Tensor,
     mask: Tensor,
@@ -56,10 +56,11 @@ def modpo_loss(
     kind: Literal["sigmoid", "hinge"] = "sigmoid",
     sft_coef: float = 0.0,
     sft_on: Literal["chosen", "both"] = "chosen",
+    per_token: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the mean MODPO loss of a batch of labelled pairs (a scalar) and metrics.
+    """Return the MODPO loss of each labelled pair times its weight, ``[pairs]``, and metrics.
 
-    With ``share = 1`` and no margins it is plain DPO.
+    With ``share = 1`` and no margins it is plain DPO, and with ``per_token`` AMoPO's loss of one objective.
 
     Args:
         logps: token log-probabilities, 0 outside the response, ``[2 * pairs, T]``: chosen responses, then rejected.
@@ -73,19 +74,22 @@ def modpo_loss(
         beta: strength of the KL term.
         kind: see :func:`preference_loss`.
         sft_coef, sft_on: weight of the mean negative log-likelihood per token, of the chosen or of both responses.
+        per_token: in place of D(y) the mean log-probability of y's tokens, without a reference (AMoPO, arXiv
+            2506.07165, as RACO, arXiv 2602.02495, compares with it).
 
     Returns:
-        The loss, and means over the batch: ``accuracy``; ``preference``, |beta (D(y_w) - D(y_l))|; ``margin``,
+        The losses, and means over the batch: ``accuracy``; ``preference``, |beta (D(y_w) - D(y_l))|; ``margin``,
         |w_-k . mu|; ``chosen_log_ratio``, D(y_w), which falls when the policy leaves what the data shows.
     """
-    chosen, rejected = (logps.sum(-1) - ref_logps.T.reshape(-1)).chunk(2)
+    means = logps.sum(-1) / mask.sum(-1).clamp_min(1)
+    chosen, rejected = (means if per_token else logps.sum(-1) - ref_logps.T.reshape(-1)).chunk(2)
     z = margin_logits(chosen, rejected, margins, margin_weights, share, beta)
     losses = preference_loss(z, chance, kind)
     if sft_coef:
-        of_chosen, of_rejected = (logps.sum(-1) / mask.sum(-1).clamp_min(1)).chunk(2)
+        of_chosen, of_rejected = means.chunk(2)
         losses = losses - sft_coef * (of_chosen if sft_on == "chosen" else (of_chosen + of_rejected) / 2)
     preference = beta * (chosen - rejected).detach()
-    return (weights * losses).mean(), {
+    return weights * losses, {
         "accuracy": (preference > 0).float().mean(),
         "preference": preference.abs().mean(),
         "margin": (margins @ margin_weights).abs().mean(),
@@ -102,7 +106,7 @@ def margin_logits(
 
     Args:
         chosen, rejected: D of the pair's responses, ``[pairs]``.
-        margins, weights, share, beta: see :func:`modpo_loss`.
+        margins, weights, share, beta: see :func:`modpo_losses`.
     """
     return (beta * (chosen - rejected) - margins @ weights) / share
 

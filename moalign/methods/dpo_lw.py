@@ -20,6 +20,8 @@ from moalign.training.job import Job, RunContext
 from moalign.training.settings import DpoConfig
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from moalign.policies.policy import Policy
 
 
@@ -36,32 +38,46 @@ class DpoLw:
 
     def train(self, job: Job) -> None:
         """Train an adapter for every preference; resumes at the preference and step of an interruption."""
-        from moalign.core.seeds import derive
-        from moalign.training.grid import each_preference
-        from moalign.training.offline_dpo import even_order, joined, objective_pairs, train_dpo
-
-        config: DpoConfig = job.config
-        lm = job.task.language_model
-        used = sorted({k for w in job.preferences for k in range(len(w)) if w[k] > 0})
-        most = max(sum(weight > 0 for weight in w) for w in job.preferences)
-        if config.batch < most:
-            raise RequestError(
-                f"batch {config.batch}: every batch holds pairs of each of {most} objectives; allowed: at least {most}"
-            )
-        pairs = objective_pairs(job, lm, config, used)
-
-        for _, w, stage in each_preference(job):
-            parts = [k for k in range(len(w)) if w[k] > 0]
-            rows = [pairs[k] for k in parts]
-            seed = derive(job.seed, stage, "order")
-            places, counts = even_order([len(part) for part in rows], config.steps, config.batch, seed)
-            # The mean over the batch of these times the losses is sum_i w_i (mean loss of objective i's pairs).
-            each = np.repeat([w[k] * config.batch / count for k, count in zip(parts, counts, strict=True)], counts)
-            weights = np.tile(each, config.steps)
-            job.notes["diagnostics"] = train_dpo(job, lm, joined(rows), config, stage, places=places, weights=weights)
+        train_on_all_pairs(job)
 
     def policy(self, context: RunContext, preference: Preference) -> Policy:
         """Return the policy trained for a preference; raises RequestError for one that was not trained."""
         from moalign.policies.per_preference import trained_for
 
         return trained_for(context, preference)
+
+
+def train_on_all_pairs(
+    job: Job, trainer_of: Callable[[Sequence[float], Sequence[str]], Callable[..., Any] | None] = lambda w, names: None
+) -> None:
+    """Train an adapter for every preference of the job on pairs of each objective with a positive weight.
+
+    ``trainer_of`` the positive weights and the objectives' names returns the ``trainer`` of
+    :func:`moalign.training.offline_dpo.train_dpo`.
+    """
+    from moalign.core.seeds import derive
+    from moalign.training.grid import each_preference
+    from moalign.training.offline_dpo import even_order, joined, objective_pairs, train_dpo
+
+    config: DpoConfig = job.config
+    lm, names = job.task.language_model, job.task.names
+    used = sorted({k for w in job.preferences for k in range(len(w)) if w[k] > 0})
+    most = max(sum(weight > 0 for weight in w) for w in job.preferences)
+    if config.batch < most:
+        raise RequestError(
+            f"batch {config.batch}: every batch holds pairs of each of {most} objectives; allowed: at least {most}"
+        )
+    pairs = objective_pairs(job, lm, config, used)
+
+    for _, w, stage in each_preference(job):
+        parts = [k for k in range(len(w)) if w[k] > 0]
+        rows = [pairs[k] for k in parts]
+        seed = derive(job.seed, stage, "order")
+        places, counts = even_order([len(part) for part in rows], config.steps, config.batch, seed)
+        # The mean over the batch of these times the losses is sum_i w_i (mean loss of objective i's pairs).
+        each = np.repeat([w[k] * config.batch / count for k, count in zip(parts, counts, strict=True)], counts)
+        trainer = trainer_of([w[k] for k in parts], [names[k] for k in parts])
+        weights = np.tile(each, config.steps)
+        job.notes["diagnostics"] = train_dpo(
+            job, lm, joined(rows), config, stage, places=places, weights=weights, trainer=trainer
+        )

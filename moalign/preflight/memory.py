@@ -368,8 +368,9 @@ class _Phases:
             logits = AT_ONCE * 16
         else:
             logits = int(logits * 4 * COPIES)
+        beside = 4 * config.gradients_kept(self.objectives) if isinstance(config, DpoStage) else 0
         parts = {
-            "adapters": self.adapted * TRAINED,
+            "adapters": self.adapted * (TRAINED + beside),
             "activations": kept,
             "logits": logits + tokens * self.policy.hidden * 4,
         }

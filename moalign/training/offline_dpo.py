@@ -1,7 +1,7 @@
 """DPO on fixed pairs by trl's DPOTrainer, with margins, shares and soft labels: MODPO and its special cases.
 
 From a task's preference pairs (:func:`objective_pairs`) through tokens (:func:`encode_pairs`) to training
-(:func:`train_dpo`); the loss is :func:`moalign.losses.dpo.modpo_loss`, given to the trainer by the public hook
+(:func:`train_dpo`); the loss is :func:`moalign.losses.dpo.modpo_losses`, given to the trainer by the public hook
 ``compute_loss``. Log-probabilities come from the trainer's own output layer, or with ``share_prompts`` from
 :func:`moalign.lm.log_probs.token_outputs`. One private hook is overridden, ``_prepare_dataset``, since the trainer
 takes no tokenised pairs. The reference's log-probabilities are computed before (:mod:`.reference`): the trainer holds
@@ -32,7 +32,7 @@ from moalign.lm.chat import pair_row
 from moalign.lm.log_probs import token_outputs
 from moalign.lm.marked import log_probs
 from moalign.lm.trainers import on_one_gpu
-from moalign.losses.dpo import modpo_loss
+from moalign.losses.dpo import modpo_losses
 from moalign.training.callbacks import order, own_places, train_rows
 from moalign.training.diagnostics import at_the_end
 from moalign.training.dropout import without_dropout
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from moalign.training.job import Job
 
 
-METRICS = ("loss", "accuracy", "preference", "margin", "margin_ratio", "chosen_log_ratio")
+METRICS = ("loss", "accuracy", "preference", "margin", "margin_ratio", "chosen_log_ratio", "cosine", "share/")
 """Metrics of which a run's diagnostics hold the mean over its last tenth."""
 
 
@@ -89,6 +89,8 @@ class PairRows:
     """Indices of these pairs among the given ones: those that differ in a token after cutting."""
     gaps: Matrix | None = None
     """Normalised scores of the chosen responses less those of the rejected, ``[pairs, objectives]``, if requested."""
+    part: NDArray[np.intp] | None = None
+    """Which of the :func:`joined` parts each pair is of, ``[pairs]``."""
 
     def __len__(self) -> int:
         """Return the number of pairs."""
@@ -180,6 +182,7 @@ def joined(parts: Sequence[PairRows]) -> PairRows:
         reference=np.concatenate([part.reference for part in parts]),
         chance=np.concatenate([part.chance for part in parts]),
         kept=np.concatenate([part.kept for part in parts]),
+        part=np.repeat(np.arange(len(parts)), [len(part) for part in parts]),
     )
 
 
@@ -207,6 +210,7 @@ def train_dpo(
     margin: Margin | None = None,
     places: np.ndarray | None = None,
     weights: np.ndarray | None = None,
+    trainer: Callable[..., PairTrainer] | None = None,
 ) -> dict[str, float]:
     """Train the active adapter of ``lm`` on pairs, and return means of :data:`METRICS` over the last tenth; resumes.
 
@@ -215,6 +219,7 @@ def train_dpo(
         margin: the other objectives' margins; None: plain DPO. RequestError when they do not fit the pairs.
         places: which pair each place of each batch takes, ``[steps * batch]``; None: reshuffled passes.
         weights: of the places' losses, ``[steps * batch]``; None: 1. A step's loss is the mean of weight times loss.
+        trainer: makes one, with the arguments of :class:`PairTrainer`; None: that.
     """
     if margin is None:
         margin = Margin(np.zeros((len(pairs), 0)), [], 1.0)
@@ -230,7 +235,7 @@ def train_dpo(
     if config.group_by_length:
         places, weights = by_length(pairs, places, weights, config.batch)
     batches = Batches(pairs, margin, places, weights, lm.pad, pad_around if config.share_prompts else pad_rows)
-    train_rows(job, lm, config, phase, batches.tokens(), partial(PairTrainer, config, batches))
+    train_rows(job, lm, config, phase, batches.tokens(), partial(trainer or PairTrainer, config, batches))
     return at_the_end(job.run.metrics(), phase, config.steps, METRICS)
 
 
@@ -260,6 +265,8 @@ class Batches:
             "margins": torch.as_tensor(margin.values, dtype=torch.float32),
             "chance": torch.as_tensor(pairs.chance, dtype=torch.float32),
         }
+        if pairs.part is not None:
+            self.of_pair["part"] = torch.as_tensor(pairs.part)
         self.weights = torch.as_tensor(weights, dtype=torch.float32)
 
     def tokens(self) -> list[int]:
@@ -292,6 +299,9 @@ class NoReference(torch.nn.Module):
 class PairTrainer(DPOTrainer):  # type: ignore[misc,unused-ignore]
     """trl's DPOTrainer on tokenised pairs, with our loss."""
 
+    per_token = False
+    """See :func:`moalign.losses.dpo.modpo_losses`."""
+
     def __init__(
         self, stage: DpoStage, batches: Batches, start: int, settings: dict[str, Any], model: Any, **arguments: Any
     ) -> None:
@@ -315,10 +325,15 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc,unused-ignore]
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
-        """Return the loss of a batch of :class:`Batches`."""
+        """Return the loss of a batch of :class:`Batches`: of several processes, this one's summand."""
+        loss = self.losses(model, inputs).mean()
+        return loss if processes.count() == 1 else loss / processes.count()
+
+    def losses(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
+        """Return the losses of a batch's pairs times their weights, ``[pairs]``."""
         without_dropout(model)  # the trainer has just put the model into training mode
         logps = self._log_probs(model, inputs)
-        loss, metrics = modpo_loss(
+        losses, metrics = modpo_losses(
             logps,
             inputs["ref_logps"],
             inputs["completion_mask"],
@@ -331,9 +346,10 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc,unused-ignore]
             kind=self.stage.loss,
             sft_coef=self.stage.sft_coef,
             sft_on=self.stage.sft_on,
+            per_token=self.per_token,
         )
         self.seen.append(metrics)
-        return loss if processes.count() == 1 else loss / processes.count()
+        return losses
 
     def _log_probs(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
         """Return the tokens' log-probabilities, 0 outside responses, ``[2 * pairs, T]``."""

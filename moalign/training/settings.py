@@ -265,6 +265,10 @@ class DpoStage(SftConfig):
     """Put pairs of like length into the same part of a batch (of ``accumulate``): the same gradients, up to rounding,
     in less time."""
 
+    def gradients_kept(self, objectives: int) -> int:
+        """Return how many gradients of all that is trained are held beside the optimizer's own; preflight asks."""
+        return 0
+
 
 class DpoConfig(DpoStage, CostHints):
     """The same with where its pairs come from, shared by MODPO, dpo-lw and the experts trained with it."""

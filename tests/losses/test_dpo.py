@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from moalign.losses.dpo import log_ratios, margin_logits, modpo_loss, pair_loss, preference_loss
+from moalign.losses.dpo import log_ratios, margin_logits, modpo_losses, pair_loss, preference_loss
 
 BETA = 0.1
 WEIGHTS = np.array([0.3, 0.7])
@@ -247,9 +247,9 @@ def batch_loss(**changes: Any) -> tuple[float, dict[str, float]]:
     ref = torch.tensor([[-5.0, -5.0], [-4.0, -5.0]])  # chosen, rejected
     margins, chance = torch.tensor([[1.0, 2.0], [-2.0, 0.0]]), changes.pop("chance", torch.ones(2))
     given: dict[str, Any] = {"margin_weights": torch.tensor([0.4, -0.1]), "share": 0.5, "beta": 0.5, **changes}
-    loss, metrics = modpo_loss(logps, ref, mask, margins, chance, given.pop("weights", torch.ones(2)), **given)
-    assert loss.ndim == 0
-    return float(loss), {name: float(value) for name, value in metrics.items()}
+    losses, metrics = modpo_losses(logps, ref, mask, margins, chance, given.pop("weights", torch.ones(2)), **given)
+    assert losses.shape == (2,)
+    return float(losses.mean()), {name: float(value) for name, value in metrics.items()}
 
 
 def nll_of_sigmoid(z: float) -> float:
@@ -292,14 +292,22 @@ def test_three_pairs_by_hand_one_of_them_undecided() -> None:
     logps = torch.tensor([[-1.0], [-2.0], [-3.0], [-1.0], [-3.0], [-4.0]])
     mask, no_margins, ones = torch.ones(6, 1), torch.zeros(3, 0), torch.ones(3)
     given: dict[str, Any] = {"margin_weights": torch.zeros(0), "share": 1.0, "beta": 0.5}
-    loss, metrics = modpo_loss(logps, torch.zeros(3, 2), mask, no_margins, ones, ones, **given)
-    wanted = (math.log(2) + 2 * nll_of_sigmoid(0.5)) / 3
-    assert float(loss) == pytest.approx(wanted, abs=1e-6)
+    losses, metrics = modpo_losses(logps, torch.zeros(3, 2), mask, no_margins, ones, ones, **given)
+    assert losses.tolist() == pytest.approx([math.log(2), nll_of_sigmoid(0.5), nll_of_sigmoid(0.5)], abs=1e-6)
     assert float(metrics["accuracy"]) == pytest.approx(2 / 3)  # a tie is not right
     assert float(metrics["preference"]) == pytest.approx(1 / 3)
     assert float(metrics["chosen_log_ratio"]) == pytest.approx(-2.0)
 
     logps[5] = mask[5] = 0.0
-    plain, _ = modpo_loss(logps, torch.zeros(3, 2), mask, no_margins, ones, ones, **given)
-    both, _ = modpo_loss(logps, torch.zeros(3, 2), mask, no_margins, ones, ones, **given, sft_coef=0.1, sft_on="both")
-    assert float(both - plain) == pytest.approx(0.1 * (1 + 2.5 + 1.5) / 3, abs=1e-6)
+    plain, _ = modpo_losses(logps, torch.zeros(3, 2), mask, no_margins, ones, ones, **given)
+    both, _ = modpo_losses(logps, torch.zeros(3, 2), mask, no_margins, ones, ones, **given, sft_coef=0.1, sft_on="both")
+    assert (both - plain).tolist() == pytest.approx([0.1, 0.25, 0.15], abs=1e-6)
+
+
+def test_per_token_it_compares_mean_log_probabilities_without_a_reference() -> None:
+    """AMoPO's loss: chosen -3/2 and -5 a token, rejected -6 and -1; beta = 1/2 makes differences of 2.25 and -2."""
+    loss, metrics = batch_loss(per_token=True, margin_weights=torch.zeros(2), share=1.0)
+    assert loss == pytest.approx((nll_of_sigmoid(2.25) + nll_of_sigmoid(-2.0)) / 2, abs=1e-6)
+    assert metrics["accuracy"] == 0.5
+    with_sft, _ = batch_loss(per_token=True, margin_weights=torch.zeros(2), share=1.0, sft_coef=0.1)
+    assert with_sft - loss == pytest.approx(0.1 * (1.5 + 5) / 2, abs=1e-6)

@@ -19,7 +19,7 @@ from moalign.core.seeds import derive
 from moalign.lm import adapters
 from moalign.lm.language_model import LanguageModel
 from moalign.lm.trainers import quiet_libraries
-from moalign.losses.dpo import modpo_loss
+from moalign.losses.dpo import modpo_losses
 from moalign.tasks.sandbox import world
 from moalign.tasks.sandbox.base import z_scale
 from moalign.tasks.sandbox.optimum import all_rewards, corpus_log_probs
@@ -407,10 +407,10 @@ def test_weights_make_the_weighted_sum_of_mean_losses(job: Job) -> None:
     batch = Batches(rows, NO_MARGIN, np.array([0, 1, 3]), each, 0)([{"place": i} for i in range(3)])
     logps = -torch.rand(6, 20, generator=torch.Generator().manual_seed(0))
     per_pair = [batch[name] for name in ("ref_logps", "completion_mask", "margins", "chance", "weights")]
-    found, _ = modpo_loss(logps, *per_pair, margin_weights=torch.zeros(0), share=1.0, beta=0.2)
+    found, _ = modpo_losses(logps, *per_pair, margin_weights=torch.zeros(0), share=1.0, beta=0.2)
     ratio = logps.sum(-1) - torch.tensor(rows.reference[[0, 1, 3]].T.reshape(-1))
     plain = torch.log1p(torch.exp(-0.2 * (ratio[:3] - ratio[3:])))
-    assert found.item() == pytest.approx(float(0.7 * plain[:2].mean() + 0.3 * plain[2]), abs=1e-6)
+    assert found.mean().item() == pytest.approx(float(0.7 * plain[:2].mean() + 0.3 * plain[2]), abs=1e-6)
 
 
 # -- the optimum -----------------------------------------------------------------------------------------------------
@@ -452,7 +452,7 @@ def test_the_closed_form_is_reached_on_the_enumerated_sandbox(w: tuple[float, ..
         optimizer.zero_grad()
         policy = torch.log_softmax(free, 0)
         logps = torch.cat([policy[first], policy[second]])[:, None]
-        loss = modpo_loss(logps, *per_pair, margin_weights=margin_weights, share=w[k], beta=beta)[0] * count
+        loss = modpo_losses(logps, *per_pair, margin_weights=margin_weights, share=w[k], beta=beta)[0].mean() * count
         loss.backward()
         return loss
 

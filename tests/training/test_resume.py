@@ -27,6 +27,8 @@ SETTINGS = {
     "moc": ("steps=6", "batch=4", "groups=2", "lr=0.01", "kl_budget=0.1", "log_every=1", "checkpoint_every=2"),
 }
 SETTINGS["morlhf"] = SETTINGS["moc"]
+SETTINGS["grpo"] = (*SETTINGS["moc"], "samples=2", "epochs=2")
+SETTINGS["raco"] = (*SETTINGS["sft"], "per_prompt=1", "accumulate=2")
 SECOND = "preference 0.5,0.5 (2/3)"
 """How progress names the second vector of the task's grid of three."""
 CLOCKS = {"seconds", "peak_memory_bytes"}
@@ -87,7 +89,9 @@ def whole(
         ("sft", "sft", 5),
         ("mo-odpo", "online", 5),
         ("moc", "online", 5),
+        ("grpo", "online", 5),
         ("morlhf", SECOND, 5),
+        ("raco", SECOND, 5),
         pytest.param("ric", "offline", 3, marks=pytest.mark.slow),
         pytest.param("ric", "sampling-1", 12, marks=pytest.mark.slow),  # all sampled, nothing kept yet
         ("ric", "round-1", 5),
@@ -166,6 +170,7 @@ LONG_SETTINGS = {
     ),
     "mo-odpo": ("steps=120", "batch=4", "samples=2", "lr=0.002", "log_every=20", "checkpoint_every=20"),
     "moc": ("steps=120", "batch=4", "groups=2", "lr=0.002", "log_every=20", "checkpoint_every=20"),
+    "grpo": ("steps=120", "batch=4", "groups=2", "samples=2", "lr=0.002", "log_every=20", "checkpoint_every=20"),
     "pcm": (
         "steps=40",
         "batch=4",
@@ -226,7 +231,7 @@ def finish(method: str, task: tuple[str, ...], results: Path) -> Run:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["mo-odpo", "moc"])
+@pytest.mark.parametrize("method", ["mo-odpo", "moc", "grpo"])
 def test_an_online_method_survives_kill_9(small_task: tuple[str, ...], tmp_path: Path, method: str) -> None:
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     kill_when(start(method, small_task, killed), checkpoint(killed, "online"))

@@ -32,6 +32,7 @@ WAYS: dict[str, tuple[tuple[str, ...], dict[str, list[int]]]] = {
     "mo-odpo": ((*ONLINE, "samples=2"), {"online": [1, 4]}),
     "hindsight": ((*ONLINE, "samples=2", f"distil={STAGE[:-1]}, n: 2}}"), {"distil": [1, 4], "online": [1, 4]}),
     "moc": (PPO, {"online": [1, 4]}),
+    "grpo": ((*PPO, "samples=2"), {"online": [1, 4]}),
     "ric": (
         (f"offline={STAGE}", f"online={STAGE}", "online_rounds=2", "online_prompts=12", "offline_part=12"),
         {"offline": [1, 4], "round-1": [1, 4], "round-2": [1, 4]},
@@ -42,6 +43,7 @@ WAYS: dict[str, tuple[tuple[str, ...], dict[str, list[int]]]] = {
     "sft": (("steps=4", "batch=4", "lr=0.01", "max_tokens=48"), {"sft": [1, 4]}),
     "cpo": ((f"cpsft={STAGE}", f"cdpo={STAGE}"), {"cpsft": [1, 4], "cdpo": [1, 4]}),
     "dpo-lw": (("steps=4", "batch=4", "lr=0.01", "max_tokens=48", "per_prompt=1"), {"pref": [1, 4]}),
+    "raco": (("steps=4", "batch=4", "lr=0.01", "max_tokens=48", "per_prompt=1"), {"pref": [1, 4]}),
     "paretohqd": (
         ("k=8", "min_pool=24", "augment_prompts=48", f"first={STAGE}", f"second={STAGE}"),
         {"stage1": [1, 4], "pref": [1, 4]},
