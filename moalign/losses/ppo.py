@@ -10,8 +10,7 @@ are those of Ziegler et al., arXiv 1909.08593.
     u = pi / pi_old
 
 Where another engine drew the tokens, from mu, the policy's loss of each is multiplied by min(pi_old / mu, C): truncated
-importance sampling (Ionides 2008; of rollouts Yao et al. 2025, "Your efficient RL framework secretly brings you
-off-policy RL training").
+importance sampling (Ionides 2008; Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL").
 
 With ``kl_apart`` the KL cost is no part of the heads' rewards but a stream with a head of its own, which foresees the
 cost to come: without it GAE would forget the cost of tokens 20 steps ahead (lambda^20 = .36), and what all responses

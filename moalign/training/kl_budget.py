@@ -1,15 +1,18 @@
-"""A KL budget: the strength of a loss's KL term is steered so that responses keep to a distance from the reference.
+"""Limits to the KL of responses to the reference: a budget to steer to, and one to stop at.
 
-Proportional control in log space: Ziegler et al. 2019 (arXiv 1909.08593), section 2.2.
+``kl_budget``: the strength of a loss's KL term is adapted so that responses keep to a distance. Proportional control in
+log space: Ziegler et al. 2019 (arXiv 1909.08593), section 2.2. ``kl_stop``: a stage ends where they are beyond one.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from moalign.training.rollout import mean_kl
+from moalign.training.rollout import mean_kl, rollout_metrics
 
 if TYPE_CHECKING:
+    from moalign.lm.language_model import LanguageModel
+    from moalign.training.job import Job
     from moalign.training.rollout import Rollout
     from moalign.training.settings import OnlineConfig
 
@@ -52,3 +55,17 @@ def adapted(strength: float, kl: float, budget: float, responses: int, horizon: 
     """Return the next strength: up when ``kl`` is above ``budget``, by a fifth in ``horizon`` responses at most."""
     error = min(max(kl / budget - 1, -0.2), 0.2)
     return strength * (1 + error * responses / horizon)
+
+
+def beyond(rollout: Rollout, job: Job, *, lm: LanguageModel, config: OnlineConfig, phase: str) -> bool:
+    """Whether a rollout is further from the reference than ``kl_stop``; then the phase's end is noted and logged."""
+    if config.kl_stop is None or (kl := mean_kl(rollout)) <= config.kl_stop:
+        return False
+    job.notes.setdefault("kl_stop", {})[phase] = {"steps": rollout.step, "of": config.steps, "kl": kl}
+    if rollout.step == 0:
+        away = f"{kl:.3g} nats from the reference at the start (kl_stop: {config.kl_stop:g})"
+        job.warn([f"{phase}: nothing was trained: {away}"])
+    job.run.log(rollout.step + 1, phase, **rollout_metrics(rollout, job.task.names), **job.meter.cost())
+    for step in range(rollout.step + 1, config.steps + 1):  # snapshots that are still due are of the policy as it stays
+        job.advance(lm, phase, step, config.steps)
+    return True

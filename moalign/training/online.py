@@ -30,16 +30,9 @@ from moalign.losses import ppo
 from moalign.training import checkpoints
 from moalign.training.actor import Actor, AdapterActor, Style
 from moalign.training.constant_rewards import ConstantRewards
-from moalign.training.kl_budget import KlStrength
+from moalign.training.kl_budget import KlStrength, beyond
 from moalign.training.preference_draws import Draw
-from moalign.training.rollout import (
-    Rollout,
-    ValueHeads,
-    mean_kl,
-    policy_logps,
-    rollout_metrics,
-    sample_rollout,
-)
+from moalign.training.rollout import Rollout, ValueHeads, policy_logps, rollout_metrics, sample_rollout
 from moalign.training.settings import OnlineConfig, PpoConfig
 from moalign.training.support import Support
 
@@ -99,8 +92,7 @@ class OnlineTrainer:
             self.parameters += self.value_heads.parameters()
             groups += [{"params": list(self.value_heads.parameters()), "peak": value_lr or config.lr}]
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
-        self.counts = {"updates_skipped": 0}
-        """Go to the run's notes at the end."""
+        self.counts = {"updates_skipped": 0}  # go to the run's notes at the end
         self.state: dict[str, float] = {}
         """What else a method needs to continue after an interruption; kept in checkpoints."""
         self.check = FiniteCheck(job.run.record.method, phase, config.lr, config.clip)
@@ -114,10 +106,9 @@ class OnlineTrainer:
     def rollouts(self) -> Iterator[Rollout]:
         """Yield a rollout for every step that is left, going on from the phase's checkpoint.
 
-        The reference's adapter is dropped at the end, also when the loop is left by ``break`` or an exception.
-
-        Raises RuntimeError when the method neither stepped nor skipped: a loop that forgets to learn is a bug; and, as
-        :meth:`backward` and :meth:`step` do, WorkError when training diverges (:mod:`moalign.lm.finite`).
+        The reference's adapter is dropped at the end, also when the loop is left early. Raises RuntimeError when the
+        method neither stepped nor skipped, a bug; and, as :meth:`backward` and :meth:`step` do, WorkError when training
+        diverges (:mod:`moalign.lm.finite`).
         """
         config, run, names = self.config, self.job.run, self.job.task.names
         try:
@@ -126,7 +117,7 @@ class OnlineTrainer:
                 self._rollout = rollout = self.sample(done - 1)
                 self.check.step = done
                 self.check.number("log-probability of the responses", float(rollout.samples.logps.sum()))
-                if self._beyond(rollout):
+                if beyond(rollout, self.job, lm=self.lm, config=config, phase=self.phase):
                     break
                 self.constant.add(done, rollout.z)
                 self._metrics, self._sums = None, {}
@@ -136,12 +127,12 @@ class OnlineTrainer:
                 if config.ref_sync_steps and done % config.ref_sync_steps == 0:
                     self.actor.sync_reference()
                 if done % config.log_every == 0 or done == config.steps:
-                    run.log(
-                        done, self.phase, **self._metrics, **rollout_metrics(rollout, names), **self.job.meter.cost()
-                    )
+                    measured = {**self._metrics, **rollout_metrics(rollout, names), **self.job.meter.cost()}
+                    run.log(done, self.phase, **measured)
                 self.job.advance(self.lm, self.phase, done, config.steps)
                 if done % config.checkpoint_every == 0 and done < config.steps:
-                    self._save_checkpoint(done)
+                    kept = {"counts": self.counts, "method": self.state, "constant": self.constant.state}
+                    checkpoints.save_checkpoint(self.job, self._modules(), self.optimizer, self.phase, done, **kept)
             self._modules()  # while a reference is still there
         finally:
             self.actor.close()
@@ -151,25 +142,10 @@ class OnlineTrainer:
         if self.value_heads is not None:
             run.save_tensors(f"value_heads-{self.phase}", self.value_heads.state_dict())
 
-    def _beyond(self, rollout: Rollout) -> bool:
-        """Whether a rollout is further from the reference than ``kl_stop``; then the stage's end is noted."""
-        limit, steps, done, run = self.config.kl_stop, self.config.steps, rollout.step + 1, self.job.run
-        if limit is None or (kl := mean_kl(rollout)) <= limit:
-            return False
-        self.job.notes.setdefault("kl_stop", {})[self.phase] = {"steps": rollout.step, "of": steps, "kl": kl}
-        if rollout.step == 0:
-            away = f"{kl:.3g} nats from the reference at the start (kl_stop: {limit:g})"
-            self.job.warn([f"{self.phase}: nothing was trained: {away}"])
-        run.log(done, self.phase, **rollout_metrics(rollout, self.job.task.names), **self.job.meter.cost())
-        for later in range(done, steps + 1):  # snapshots that are still due are of the policy as it stays
-            self.job.advance(self.lm, self.phase, later, steps)
-        return True
-
     def sample(self, step: int) -> Rollout:
         """Return the rollout of a step, from 0."""
-        rollout = sample_rollout(
-            self.job, self.lm, self.actor, self.config, self.draw, self.phase, step, self.value_heads
-        )
+        given = self.job, self.lm, self.actor, self.config, self.draw, self.phase, step, self.value_heads
+        rollout = sample_rollout(*given)
         self.support.apply(rollout)
         return rollout
 
@@ -177,7 +153,6 @@ class OnlineTrainer:
         """Yield micro-batches of some rows of the rollout, for one update; each weighs as many groups as it holds.
 
         Consecutive ``group`` rows belong together (2 for pairs); ``tensors`` ``[groups, ...]`` go along with them.
-        With ``group_by_length`` the groups come in the order of their lengths.
         """
         assert self._rollout is not None, "parts belong to the rollout in hand"
         rollout, samples, groups, config = self._rollout, self._rollout.samples, len(rows) // group, self.config
@@ -233,7 +208,7 @@ class OnlineTrainer:
 
     def policy_logps(self) -> Tensor:
         """Return the rollout's log-probabilities under the policy as it is now ``[rows, T]``, without gradient."""
-        assert self._rollout is not None, "there is no rollout in hand"
+        assert self._rollout is not None
         return policy_logps(self.actor, self._rollout.samples, self.config)
 
     def _modules(self) -> Modules:
@@ -242,10 +217,6 @@ class OnlineTrainer:
         if self.value_heads is not None:
             modules["values"] = self.value_heads.state_dict()
         return self.check.weights(modules)
-
-    def _save_checkpoint(self, step: int) -> None:
-        state = {"counts": self.counts, "method": self.state, "constant": self.constant.state}
-        checkpoints.save_checkpoint(self.job, self._modules(), self.optimizer, self.phase, step, **state)
 
     def _resume(self) -> int:
         """Restore all from the phase's checkpoint; returns the number of steps already done."""
