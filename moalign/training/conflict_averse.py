@@ -90,11 +90,12 @@ class ConflictAverse(PairTrainer):
             [[sum(float((a * b).sum()) for a, b in zip(self.gradients[i], self.gradients[j], strict=True))
               for j in range(count)] for i in range(count)]
         )  # fmt: skip
-        finite = bool(np.isfinite(gram).all())  # otherwise training has diverged, and the loss's own check says so
-        a, shares = step_weights(gram, self.weights, self.c) if finite else (self.weights, self.weights)
-        lengths = np.sqrt(np.diag(gram).clip(min=np.finfo(float).tiny))
-        cosines = (gram / np.outer(lengths, lengths))[np.triu_indices(count, 1)]
-        self.steps.append({"cosine": float(cosines.min()), **_by_name("share", self.names, shares)})
+        a = self.weights
+        if np.isfinite(gram).all():  # else training has diverged, and the loss's own check says so
+            a, shares = step_weights(gram, self.weights, self.c)
+            lengths = np.sqrt(np.diag(gram).clip(min=np.finfo(float).tiny))
+            cosines = (gram / np.outer(lengths, lengths))[np.triu_indices(count, 1)]
+            self.steps.append({"cosine": float(cosines.min()), **_by_name("share", self.names, shares)})
         rows = zip(*self.gradients, strict=True)
         return [sum((float(x) * g for x, g in zip(a, row, strict=True)), torch.zeros_like(row[0])) for row in rows]
 
