@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -11,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from moalign.cli.main import main
 from moalign.core import processes
-from moalign.core.errors import RequestError, WorkError
+from moalign.core.errors import RequestError
 from moalign.runs.run import Run
 from moalign.training.callbacks import own_places, parts_of
-from moalign.training.job import Job
 
 LORA = "policy.lora={r: 4, alpha: 8, dropout: 0.0}"
 OFTEN = ("log_every=1", "checkpoint_every=2")
@@ -59,43 +56,32 @@ def free_port() -> int:
         return port
 
 
-def started(arguments: Sequence[str], rank: int, variables: dict[str, str], where: Path, before: Any) -> None:
-    """Be a process of a launcher: forked, so that it need not import what its parent has."""
-    os.environ |= {**variables, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-    for number, name in ((1, "stdout"), (2, "stderr")):
-        stream = open(where / f"{name}-{rank}", "w", encoding="utf-8", buffering=1)  # noqa: SIM115
-        os.dup2(stream.fileno(), number)
-        setattr(sys, name, stream)
-        setattr(sys, f"__{name}__", stream)
-    if before is not None:
-        before(rank)
-    os._exit(main(list(arguments)))
-
-
 Launch = Callable[..., list[Ended]]
 
 
-@pytest.fixture
-def launch(tmp_path: Path) -> Launch:
-    """``launch(count, arguments, before)``: run a command in that many processes; each calls ``before(rank)``."""
+@pytest.fixture(scope="module")
+def launcher() -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, str(Path(__file__).with_name("launcher.py"))]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        yield process
 
-    def run(count: int, arguments: Sequence[str], before: Any = None, **variables: str) -> list[Ended]:
+
+@pytest.fixture
+def launch(launcher: subprocess.Popen[str], tmp_path: Path) -> Launch:
+    """``launch(count, arguments, ending)``: run a command in that many processes.
+
+    ``ending``: (rank, step, "kill" or the message of an error), how one of them ends.
+    """
+
+    def run(count: int, arguments: Sequence[str], ending: Any = None, **variables: str) -> list[Ended]:
         given = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **variables}
-        forked = multiprocessing.get_context("fork")
-        every = [forked.Process(target=started, args=(arguments, r, given, tmp_path, before)) for r in range(count)]
-        for process in every:
-            process.start()
-        for process in every:
-            process.join(120)
-        for process in every:
-            process.kill()
+        request = {"count": count, "arguments": arguments, "ending": ending, "variables": given, "where": str(tmp_path)}
+        assert launcher.stdin is not None and launcher.stdout is not None
+        launcher.stdin.write(json.dumps(request) + "\n")
+        launcher.stdin.flush()
         return [
-            Ended(
-                -1000 if process.exitcode is None else process.exitcode,
-                (tmp_path / f"stdout-{rank}").read_text(encoding="utf-8"),
-                (tmp_path / f"stderr-{rank}").read_text(encoding="utf-8"),
-            )
-            for rank, process in enumerate(every)
+            Ended(code, *((tmp_path / f"{name}-{rank}").read_text(encoding="utf-8") for name in ("stdout", "stderr")))
+            for rank, code in enumerate(json.loads(launcher.stdout.readline()))
         ]
 
     return run
@@ -190,26 +176,6 @@ def test_the_parts_of_all_processes_are_all_rows_in_their_order(monkeypatch: pyt
 # -- when one of them ends -------------------------------------------------------------------------------------------
 
 
-def dies(rank: int, step: int, how: Callable[[], None]) -> Callable[[int], None]:
-    """Return what makes a process end after a step."""
-
-    def before(own: int) -> None:
-        def advance(job: Job, lm: Any, phase: str, done: int, steps: int) -> None:
-            plain(job, lm, phase, done, steps)
-            if done == step:
-                how()
-
-        plain, there = Job.advance, own == rank
-        if there:
-            Job.advance = advance  # type: ignore[method-assign]
-
-    return before
-
-
-def kill() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def messages(*ended: Ended) -> list[str]:
     return [line for process in ended for line in process.err.splitlines() if line.startswith("error")]
 
@@ -218,7 +184,7 @@ def messages(*ended: Ended) -> list[str]:
 def test_a_killed_process_ends_all_and_the_run_goes_on_with_two_or_with_one(
     launch: Launch, words: Callable[..., list[str]], tmp_path: Path, method: str
 ) -> None:
-    first, second = launch(2, words(method, "two"), dies(1, 3, kill))
+    first, second = launch(2, words(method, "two"), (1, 3, "kill"))
     assert (first.code, second.code) == (1, -signal.SIGKILL)
     (message,) = messages(first, second)
     assert GONE in message and "the same command goes on" in message and "Traceback" not in first.err
@@ -234,7 +200,7 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_with_two_or_with_one(
 
 @pytest.mark.slow
 def test_without_the_first_process_another_says_so(launch: Launch, words: Callable[..., list[str]]) -> None:
-    first, second = launch(2, words("sft", "two"), dies(0, 3, kill))
+    first, second = launch(2, words("sft", "two"), (0, 3, "kill"))
     assert (first.code, second.code) == (-signal.SIGKILL, 1)
     assert len(messages(first, second)) == 1 and GONE in second.err
 
@@ -242,10 +208,7 @@ def test_without_the_first_process_another_says_so(launch: Launch, words: Callab
 def test_what_fails_in_one_process_is_the_message_and_the_record_of_all(
     launch: Launch, words: Callable[..., list[str]], tmp_path: Path
 ) -> None:
-    def fail() -> None:
-        raise WorkError("objective 'helpfulness': the scorer raised")
-
-    ended = launch(2, words("sft", "two"), dies(1, 1, fail))
+    ended = launch(2, words("sft", "two"), (1, 1, "objective 'helpfulness': the scorer raised"))
     assert [process.code for process in ended] == [1, 1]
     assert messages(*ended) == ["error: objective 'helpfulness': the scorer raised"]
     assert run_of(tmp_path / "two", "sft").record.error == "WorkError: objective 'helpfulness': the scorer raised"
