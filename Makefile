@@ -96,6 +96,8 @@ results-learned: $(STAMP)  ## over-optimisation of learned rewards: trains what 
 	@$(BIN)/python results/learned/curves.py
 	@$(BIN)/python results/learned/closed_form.py
 	@$(BIN)/python results/ablations/ablate.py ../learned/remedies
+	@$(BIN)/python results/ablations/ablate.py ../learned/remedies-exact
+	@$(BIN)/python results/ablations/ablate.py ../learned/remedies-cold
 	@$(BIN)/python results/ablations/ablate.py ../learned/pairs
 
 bench: $(STAMP)  ## measure time and memory of the main commands; writes results/bench/cpu.json and cpu.md
