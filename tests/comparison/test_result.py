@@ -23,6 +23,7 @@ def test_a_published_comparison_is_read_whole(path: Path) -> None:
         row.setdefault("believed", None)
         row["indicators"].setdefault("regularised_regret", None)
         row.setdefault("share_at_kl", None)
+        row.setdefault("family", "other")
         for point in row["points"]:
             point.setdefault("kl", None)
             point.setdefault("kl_bound", False)
