@@ -201,3 +201,25 @@ def test_the_page_on_learned_rewards_says_what_the_records_say() -> None:
         by_method = {method: statistics.mean(loss[rule] for loss in own) for method, own in losses.items()}
         assert mean == f"{statistics.mean(by_method.values()):.3f}"
         assert worst == f"{max(by_method.values()):.3f} (`{max(by_method, key=lambda name: by_method[name])}`)"
+
+
+def test_the_page_on_learned_rewards_says_what_people_and_remedies_gave() -> None:
+    page = " ".join((RESULTS / "learned/README.md").read_text(encoding="utf-8").split())
+    people = record(RESULTS / "published/assistant-human/compare.yaml")
+    for row in people["rows"]:
+        believed, true = row["believed"], (row["hypervolume"], row["indicators"]["inner_product"])
+        numbers = (believed["hypervolume"], true[0], believed["inner_product"], true[1])
+        cells = " | ".join(f"{number:.3f}" for number in numbers)
+        assert f"| `{row['method']}` | {cells} | {row['quality']['kl']:.1f} |" in page
+    rows = {row["label"]: row for group in record(RESULTS / "learned/remedies.yaml")["groups"] for row in group["rows"]}
+
+    def shares(label: str) -> list[str]:
+        return [f"{100 * run['hypervolume'] / run['optimum']:.0f}" for run in rows[label]["runs"]]
+
+    *first, last = shares("MOC + support")
+    assert f"MOC with it: {', '.join(first)} and {last} % in five seeds ({', '.join(shares('MOC'))} without)" in page
+    assert all(a["inner_product"] < b["inner_product"]
+               for a, b in zip(rows["MOC + support"]["runs"], rows["second version"]["runs"], strict=True))  # fmt: skip
+    means = {label: 100 * rows[label]["summary"]["mean"] for label in ("MOC", "MOC + support", "second version")}
+    assert "takes MOC from {:.0f} to {:.0f} %".format(means["MOC"], means["MOC + support"]) in page
+    assert f"level with the {means['second version']:.0f} % of" in page

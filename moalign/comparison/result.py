@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import AliasChoices, Field
 
+from moalign.core.errors import RequestError
 from moalign.core.preferences import Preference
 from moalign.evaluation.result import (
     AnsweringCost,
@@ -19,6 +21,7 @@ from moalign.evaluation.result import (
     Quality,
     StoredResult,
 )
+from moalign.methods import registry
 from moalign.methods.base import Family
 
 if TYPE_CHECKING:
@@ -214,6 +217,14 @@ class Ranking(Content):
     """``optimum`` or ``union front``: what the indicator ``igd_plus`` is the distance to."""
 
 
+def _family(method: object) -> Family:
+    """Return the family of a method that is known here, by name."""
+    with contextlib.suppress(RequestError):
+        if isinstance(method, str):
+            return registry.get(method).capabilities.family
+    return "other"
+
+
 class CompareResult(Ranking, Conditions):
     """Which method is best, by how much, and how sure that is."""
 
@@ -241,6 +252,10 @@ class CompareResult(Ranking, Conditions):
     @classmethod
     def migrated(cls, content: dict[str, Any], folder: Path) -> dict[str, Any]:
         """See :meth:`StoredResult.migrated`."""
+        rows = content.get("rows")
+        for row in rows if isinstance(rows, list) else ():
+            if isinstance(row, dict) and "family" not in row:  # older files lack it
+                row["family"] = _family(row.get("method"))
         return {"samples": 1, **content}  # files of version 0 may lack it: there was one answer then
 
     def __repr__(self) -> str:

@@ -10,6 +10,7 @@ import pytest
 from moalign.comparison.result import CompareResult
 from moalign.core.errors import RequestError
 from moalign.evaluation.result import VERSION
+from moalign.methods import registry
 from tests.comparison.conftest import PUBLISHED, older
 
 
@@ -23,7 +24,7 @@ def test_a_published_comparison_is_read_whole(path: Path) -> None:
         row.setdefault("believed", None)
         row["indicators"].setdefault("regularised_regret", None)
         row.setdefault("share_at_kl", None)
-        row.setdefault("family", "other")
+        row.setdefault("family", registry.get(row["method"]).capabilities.family)
         for point in row["points"]:
             point.setdefault("kl", None)
             point.setdefault("kl_bound", False)

@@ -162,15 +162,16 @@ def test_a_setting_that_a_later_version_adds_keeps_the_hash() -> None:
 SILENT = """\
 AnnotatorSpec {groups: 'specialists', pairs: 3000, sharpness: 1.0, seed: 0, flipped: 0.0}
 ClassifierObjective {maximise: true, called: [], store: null, pessimism: 0.0, aggregate: 'mean', load_in_4bit: false,
-    load_in_8bit: false, revision: null, label: null, members: null, output: 'logit', template: '{prompt}{response}', pair_template: null, max_length: 512,
+    load_in_8bit: false, revision: null, label: null, members: null, output: 'logit', template: '{prompt}{response}',
+    pair_template: null, max_length: 512,
     batch_tokens: 16384, dtype: 'float32'}
 DataSpec {prompts: null, prompt_grammar: null, responses: null, pairs: null}
 EvaluationSpec {prompts: 128, samples: 1, seed: 1234, bootstrap: 1000}
 GenerationSpec {max_prompt_tokens: 512, max_new_tokens: 128, temperature: 1.0, top_p: 1.0, batch_size: 256}
 JudgeObjective {maximise: true, called: [], store: null, api_key_env: null, field: null, pattern: null, unreadable:
     'raise', temperature: 0.0, max_tokens: 256, seed: 0, timeout: 60.0, max_retries: 5, concurrency: 8}
-LmObjective {maximise: true, called: [], store: null, load_in_4bit: false, load_in_8bit: false, revision: null, template:
-    null, max_length: 512, batch_tokens: 4096, dtype: 'float32'}
+LmObjective {maximise: true, called: [], store: null, load_in_4bit: false, load_in_8bit: false, revision: null,
+    template: null, max_length: 512, batch_tokens: 4096, dtype: 'float32'}
 PoolSpec {prompts: 256, per_prompt: 8, calibration_per_prompt: 4, temperature: null, seed: 0}
 PythonObjective {maximise: true, called: [], store: null, revision: '1'}
 QualitySpec {short: null}

@@ -134,7 +134,8 @@ def assert_same_run(run: Run, alone: Run) -> None:
         ("mo-odpo", ()),
         pytest.param("sft", ("accumulate=2",), marks=pytest.mark.slow),
         pytest.param("modpo", ("group_by_length=true", "accumulate=2"), marks=pytest.mark.slow),
-        pytest.param("mo-odpo", ("group_by_length=true", "samples=4", "extremes=advantage"), marks=pytest.mark.slow),
+        # Not with extremes=advantage: at first log-ratios are rounding alone, and choose between equal rewards.
+        pytest.param("mo-odpo", ("group_by_length=true", "samples=4"), marks=pytest.mark.slow),
         pytest.param("moc", (), marks=pytest.mark.slow),
         pytest.param("ric", (), marks=pytest.mark.slow),
         pytest.param("mod", (), marks=pytest.mark.slow),  # experts: a run inside a run
