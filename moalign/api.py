@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moalign.core import processes
 from moalign.core.errors import RequestError
 from moalign.core.progress import Progress, silent
 
@@ -65,25 +66,22 @@ def train(
     Args:
         method: its name, as ``moalign ls methods`` lists it.
         task: a task's name, a card file or its folder; None: the recipe's own, without ``recipe`` the ``sandbox``.
-        prefs: one preference or several: those to train, for a method with one policy per preference; else those to
-            train on. None: the recipe's, else the task's distribution.
+        prefs: what to train for, or on where one policy has them all; None: the recipe's, else the task's distribution.
         grid: the same, as the size of an even grid.
         seed: of training; None: the recipe's, which is 0 unless it says otherwise.
         settings: changes of the recipe, and with keys that begin with ``task`` of the task card.
         recipe: a recipe file; None: the one that moalign has for this task and method, if any.
-        evaluate: whether to evaluate the run, too, when that was not done before (the first of several processes does).
+        evaluate: whether to evaluate the run, too, where that was not done (of several processes the first does).
         progress: called as ``progress(what, done, total)``.
         planned: called with the checked plan before any work begins.
 
-    Raises:
-        RequestError: every problem of the request, before anything is written; or another process trains the run.
-        WorkError: training failed; the next call goes on from the last checkpoint.
+    Raises RequestError for every problem of the request, before anything is written, and where another process trains
+    the run; WorkError when training failed: the next call goes on from the last checkpoint.
 
     >>> run = moalign.train("mo-odpo", "sandbox", seed=0, settings=tiny)
     >>> run.reused, run.record.cost.tokens_trained > 0
     (True, True)
     """
-    from moalign.core import processes
     from moalign.evaluation import evaluate as evaluation
     from moalign.experiment import arguments
     from moalign.experiment import train as workflow
@@ -104,9 +102,9 @@ def train(
         if planned is not None:
             planned(plan)
         run, reused = workflow.train(plan, progress)
-        evaluate = evaluate and processes.is_writer()
+        writer = processes.is_writer()
     handle = RunHandle(run.path, run.record, Path(results), reused)
-    if evaluate and handle.evaluation is None:  # with the plan's task, which has the base loaded already
+    if evaluate and writer and handle.evaluation is None:  # with the plan's task, which has the base loaded already
         evaluation.evaluate(plan.method, plan.context(run), None, progress)
     return handle
 

@@ -75,8 +75,8 @@ def respond_all(
         rows = [[(text, i + n * len(prompts)) for n in range(policy.samples)] for i, text in enumerate(rendered)]
         places.append([[known.setdefault(request, len(known)) for request in row] for row in rows])
     drawn: dict[int, Generated] = {}
-    if engine is not None:
-        single = {key: generator for key, generator in generators.items() if isinstance(generator, OneModel)}
+    single = {key: generator for key, generator in generators.items() if isinstance(generator, OneModel)}
+    if engine is not None and single:
         together = vllm_engine.answers(
             engine, list(single.values()), [list(requests[key]) for key in single], sampling, progress
         )

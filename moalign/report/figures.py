@@ -70,14 +70,14 @@ def _family_panels(record: Row, families: Sequence[str], suffix: str, theme: The
     rows, columns = judged(record), 3
     best = [next(index for index, row in enumerate(rows) if row["family"] == family) for family in families]
     lines = math.ceil(len(families) / columns)
-    points = [point["mean"] for row in rows for point in row["points"]]
-    points += record["optimum"]["points"] if record["optimum"] else []
+    ideal = record["optimum"]["points"] if record["optimum"] else []
+    points = [point["mean"] for row in rows for point in row["points"]] + ideal
     with style.canvas(10.5, 5.2 + 3.1 * lines, theme) as (figure, colours):
         grid = figure.add_gridspec(1 + lines, columns, height_ratios=[5.2, *[3.1] * lines])
         large = figure.add_subplot(grid[0, :])
         _front_panel(large, record, (0, 1), colours, best)
         large.set_title("the best of each family")
-        _within(large, points)
+        _within(large, [point["mean"] for index in best for point in rows[index]["points"]] + ideal)
         _inner_legend(large, 9)
         for place, family in enumerate(families):
             panel = figure.add_subplot(grid[1 + place // columns, place % columns])
@@ -94,14 +94,13 @@ def _within(panel: Axes, points: Sequence[Sequence[float]]) -> None:
     """Show all of the means, and of long intervals what lies there: a few noisy points would shrink all others."""
     low, high = np.min(points, axis=0), np.max(points, axis=0)
     room = 0.06 * (high - low)
-    # Fronts leave their lower left empty: that is where the legend goes.
     panel.set(xlim=(low[0] - room[0], high[0] + room[0]), ylim=(low[1] - 2 * room[1], high[1] + room[1]))
 
 
 def _inner_legend(panel: Axes, size: float) -> None:
     handles, labels = panel.get_legend_handles_labels()
     flat = [label.replace("\n", "  ") for label in labels]
-    panel.legend(handles, flat, loc="lower left", fontsize=size, frameon=True, framealpha=0.8, edgecolor="none")
+    panel.legend(handles, flat, loc="best", fontsize=size, frameon=True, framealpha=0.8, edgecolor="none")
 
 
 def _fronts_title(record: Row) -> str:

@@ -30,7 +30,7 @@ class ClassifierScorer(ModelScorer[ClassifierObjective]):
 
     auto_class = "AutoModelForSequenceClassification"
     noun = "classifier"
-    head = ["score", "classifier"]  # noqa: RUF012
+    head = ["score", "classifier", "classification_head", "logits_proj"]  # noqa: RUF012 (the last two: BART, XLNet)
     _leader: ClassifierScorer
 
     def __init__(self, spec: ClassifierObjective, base_dir: Path) -> None:

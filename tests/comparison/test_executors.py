@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import importlib.util
 import os
 import subprocess
@@ -494,8 +493,8 @@ def _writer(fifo: Path) -> int | None:
 def _children() -> set[str]:
     """Return the numbers of the processes that run commands for a comparison."""
     found = set()
-    for folder in Path("/proc").glob("[0-9]*"):
+    for line in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
-            if b"moalign.cli.jobs" in (folder / "cmdline").read_bytes().split(b"\0"):
-                found.add(folder.name)
+            if b"moalign.cli.jobs" in line.read_bytes().split(b"\0"):
+                found.add(line.parent.name)
     return found

@@ -94,6 +94,12 @@ def test_each_generator_answers_its_own_policies() -> None:
     assert len(first.requests) == len(two.requests) == len(PROMPTS)
 
 
+def test_an_engine_leaves_alone_what_is_no_single_language_model() -> None:
+    echo, refuses = Echo(), object()  # any use of it would raise
+    answered = [respond_all([Policy(echo, str)], PROMPTS, SAMPLING, engine=engine) for engine in (None, refuses)]
+    assert answered[0].responses == answered[1].responses
+
+
 def test_best_of_n_chooses_among_independent_samples() -> None:
     echo = Echo()
     seen: list[tuple[list[str], list[list[str]]]] = []
