@@ -6,7 +6,8 @@ Three parts, in reward_models.yaml beside this file:
   answers of the sandbox's base at every preference, and the exact rewards judge what it picked. Nothing is trained
   against it: best-of-n is the mildest way to optimise. With ``--policies`` a few of them are what a method trains on.
 * ``sandbox``: Bradley-Terry, multitask and MORE on five annotator groups that disagree.
-* ``hh``: the same on real people's pairs. The data is looked for in ``../shared``, or where ``MOALIGN_SHARED`` says.
+* ``hh``: the same on real people's pairs. A model that is a folder is looked for in ``../shared``, or where
+  ``MOALIGN_SHARED`` says; where it is not, its cells are left out.
 
 ``bt`` is a reward model for each group, trained on the group's own pairs alone, in as many steps of a batch as much
 smaller: together they read what ``multitask`` and ``more`` read, and each is judged on its own group. The last two are
@@ -33,7 +34,7 @@ from typing import Any
 
 import reward_models_page as page
 from reward_models_ranking import chosen, of_policy, of_ranking
-from reward_models_training import of_people, of_sandbox
+from reward_models_training import model_of, of_people, of_sandbox
 
 from moalign.config import yaml_lines
 from moalign.core.errors import MoalignError, RequestError
@@ -133,6 +134,10 @@ def run(options: argparse.Namespace, spec: Mapping[str, Any]) -> None:
     path, started = options.out / "reward_models.json", time.monotonic()
     record = opened(path, spec)
     wanted = [cell for part in options.parts for cell in cells(spec, part)]
+    absent = [name for name, how in spec["hh"]["backbones"].items() if model_of(how["model"]) is None]
+    if absent and "hh" in options.parts:
+        wanted = [cell for cell in wanted if cell["backbone"] not in absent]
+        print(f"hh: left out {', '.join(absent)}, which is not there; set MOALIGN_SHARED to the folder that has it")
     if options.policies:
         wanted += chosen(record, spec)
     for cell in missing(record, [] if options.page else wanted):

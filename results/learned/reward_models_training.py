@@ -212,16 +212,23 @@ def by_turns(sets: Sequence[PairSet], most: int) -> list[PairSet]:
     return by_length
 
 
+def model_of(name: str) -> str | None:
+    """Return the folder or name of a model; None for a folder that is neither in ``../shared`` nor where
+    ``MOALIGN_SHARED`` says.
+    """
+    place = Path(os.environ.get("MOALIGN_SHARED") or CHECKOUT.parent / "shared") / name
+    return str(place) if place.is_dir() else None if "/" in name else name
+
+
 def of_people(cell: Mapping[str, Any], spec: Mapping[str, Any], results: Path) -> dict[str, Any]:
     """Train and judge a cell of real people's pairs; every seed has held-out prompts of its own."""
     from moalign.config.card import SourceSpec, SplitSpec
     from moalign.reward_models import pairs as pair_files
 
-    mine, shared = spec["hh"], Path(os.environ.get("MOALIGN_SHARED") or CHECKOUT.parent / "shared")
+    mine = spec["hh"]
     how = mine["backbones"][cell["backbone"]]
-    if not (shared / mine["file"]).is_file():
-        raise RequestError(f"{shared / mine['file']}: it is not there; set MOALIGN_SHARED to the folder that has it")
-    sets = by_turns(pair_files.read([(None, SourceSpec(path=str(shared / mine["file"])))]), mine["turns"])
+    sources = [(None, SourceSpec(path=str(CHECKOUT / file))) for file in mine["files"]]
+    sets = by_turns(pair_files.read(sources), mine["turns"])
     shares = SplitSpec(train=0.7, calibration=0.1, eval=0.2, salt=f"moalign-{cell['seed']}")
     parts = pair_files.split_all(sets, shares)
     few = [pairs.name for pairs in parts["train"] if len(pairs) < cell["pairs"]]
@@ -229,8 +236,10 @@ def of_people(cell: Mapping[str, Any], spec: Mapping[str, Any], results: Path) -
         raise RequestError(f"hh: {cell['pairs']} pairs a group; fewer are there to train on in {', '.join(few)}")
     rng = np.random.default_rng(cell["seed"])
     train = [pairs.pick(rng.permutation(len(pairs))[: cell["pairs"]].tolist()) for pairs in parts["train"]]
-    place = shared / how["model"]
-    backbone = backbone_of(cell, place if place.is_dir() else how["model"], results)
+    source = model_of(how["model"])
+    if source is None:
+        raise RequestError(f"{how['model']}: it is not there; set MOALIGN_SHARED to the folder that has it")
+    backbone = backbone_of(cell, source, results)
     settings = {**mine["settings"], **how["settings"]}
     if "lora" in how:
         last = "|".join(str(layer) for layer in range(cell["layers"] - how["adapted"], cell["layers"]))

@@ -1,0 +1,72 @@
+"""The light part of published runs: kept, restored elsewhere, and compared there as they were."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from moalign.comparison.compare import CompareRequest, compare
+from tests.comparison.conftest import ask
+
+SCRIPT = Path(__file__).resolve().parents[2] / "results" / "published" / "runs.py"
+pytestmark = pytest.mark.usefixtures("_toys")
+
+
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("published_runs", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "HERE", tmp_path / "published")
+    return module
+
+
+def test_restored_runs_compare_as_the_record_says(
+    script: ModuleType, card: str, results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = ask(card, results, seeds=2)
+    assert first.json_file is not None
+    assert script.main(["keep", "toys", str(first.json_file)]) == 0
+    kept = sorted((tmp_path / "published" / "toys" / "runs").iterdir())
+    assert len(kept) == 4
+    assert str(tmp_path) not in (tmp_path / "published" / "toys" / "compare.json").read_text(encoding="utf-8")
+    elsewhere = tmp_path / "elsewhere" / "results"
+    assert script.main(["restore", "toys", "--results", str(elsewhere)]) == 0
+    assert capsys.readouterr().out == "4 runs kept\ntoys: 4 runs restored\n"
+    runs = sorted(map(str, elsewhere.glob("runs/*/*/*")))
+    again = compare(CompareRequest(runs=runs, results=elsewhere))
+    rows, as_before = ([{**row, "runs": len(row["runs"])} for row in told.content["rows"]] for told in (again, first))
+    assert rows == as_before
+    assert again.content["pairs"] == first.content["pairs"]
+    # What is there is left alone; the same content is the same bytes.
+    (Path(runs[0]) / "run.json").write_text("mine", encoding="utf-8")
+    before = [path.read_bytes() for path in kept]
+    assert script.restore(tmp_path / "published" / "toys", elsewhere) == []
+    assert (Path(runs[0]) / "run.json").read_text(encoding="utf-8") == "mine"
+    script.keep(Path(first.json_file), tmp_path / "published" / "toys")
+    assert [path.read_bytes() for path in kept] == before
+
+
+def test_runs_that_the_record_no_longer_names_go(script: ModuleType, card: str, results: Path, tmp_path: Path) -> None:
+    script.keep(Path(str(ask(card, results).json_file)), tmp_path / "kept")
+    script.keep(Path(str(ask(card, results, methods=["good"]).json_file)), tmp_path / "kept")
+    assert [path.name.split("-")[0] for path in (tmp_path / "kept" / "runs").iterdir()] == ["good"]
+    assert len(json.loads((tmp_path / "kept" / "compare.json").read_text(encoding="utf-8"))["rows"]) == 1
+
+
+def test_what_is_not_there_is_named_and_nothing_is_written(
+    script: ModuleType, card: str, results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = Path(str(ask(card, results).json_file))
+    gone = json.loads(record.read_text(encoding="utf-8"))["rows"][0]["runs"][0]["run"]
+    (Path(gone) / "run.json").unlink()
+    assert script.main(["keep", "toys", str(record)]) == 2
+    assert f"it names runs that are not there: {gone}" in capsys.readouterr().err
+    assert not (tmp_path / "published").exists()
+    assert script.main(["restore", "toys", "--results", str(tmp_path)]) == 2
+    assert "toys: no runs were kept of it" in capsys.readouterr().err
