@@ -44,7 +44,7 @@ llm-human: $(STAMP)  ## after make llm: the two reward models of the task assist
 		--model smollm2-135m-instruct $(HUMAN_SETTINGS) || exit; done
 
 demo: $(STAMP)  ## train five methods on the sandbox and compare them: table, figure, next commands
-	@$(BIN)/moalign compare --task sandbox --methods sft,prompting,best-of-n,ric,mo-odpo --results $(RESULTS)
+	@$(BIN)/moalign compare --task sandbox --suite quick --results $(RESULTS)
 
 # Five answers to one question, from the shortest asked for to the richest; what the comparison's best method says.
 QUESTION := What should I know before I try to learn the guitar?

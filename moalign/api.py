@@ -363,6 +363,7 @@ def compare(
     methods: str | Sequence[str] | None = None,
     seeds: int = 1,
     *,
+    suite: str = "full",
     task: str | None = None,
     grid: int | None = None,
     samples: int | None = None,
@@ -379,7 +380,8 @@ def compare(
 
     Args:
         task_or_runs: a task's name or card file (None: ``sandbox``), or else finished, evaluated runs.
-        methods: their names; None: the task card's suite.
+        methods: their names; None: those of the card's suite.
+        suite: which one: ``full``, or ``quick`` for a card that has one.
         seeds: training seeds for each method: its recipe's and those that follow it.
         task: the task that runs must be of, where runs are named.
         grid, samples: as in :func:`evaluate`.
@@ -406,6 +408,7 @@ def compare(
         runs=tuple(str(getattr(run, "path", run)) for run in runs),
         task=task,
         methods=(methods,) if isinstance(methods, str) else tuple(methods or ()),
+        suite=suite,
         seeds=seeds,
         grid=grid,
         samples=samples,

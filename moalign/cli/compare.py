@@ -22,6 +22,9 @@ def compare(
     methods: Annotated[
         str | None, typer.Option(metavar="A,B,..", help="Methods to compare; else the task's suite.")
     ] = None,
+    suite: Annotated[
+        str, typer.Option(metavar="full|quick", help="Which suite of the task, where no methods are named.")
+    ] = "full",
     seeds: Annotated[int | None, typer.Option(min=1, metavar="N", help="Train every method with N seeds.")] = None,
     grid: Annotated[int | None, typer.Option(metavar="N", help="Compare on an even grid of N preferences.")] = None,
     samples: Samples = None,
@@ -52,6 +55,7 @@ def compare(
             runs or task,
             _names(methods),
             1 if seeds is None else seeds,
+            suite=suite,
             task=task,
             grid=grid,
             samples=samples,

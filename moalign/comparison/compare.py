@@ -37,6 +37,9 @@ from moalign.runs import store as stores
 from moalign.runs.run import Run
 from moalign.runs.store import RunStore
 
+SUITES = {"full": "suite", "quick": "quick_suite"}
+"""The suites that a card may have, with the key that each has there."""
+
 
 @dataclass(frozen=True)
 class CompareRequest:
@@ -46,7 +49,9 @@ class CompareRequest:
     """Folders or identifiers of finished, evaluated runs; empty: train and evaluate what is missing."""
     task: str | None = None
     methods: Sequence[str] | None = None
-    """None or empty: the task card's suite."""
+    """None or empty: a suite of the task card."""
+    suite: str = "full"
+    """Which suite, where no methods are named: one of :data:`SUITES`."""
     seeds: int = 1
     """Training seeds per method: the recipe's own and those that follow it."""
     grid: int | None = None
@@ -136,13 +141,19 @@ def plan_all(request: CompareRequest) -> tuple[list[ComparedRun], TaskCard, str]
 
 
 def _names(request: CompareRequest) -> list[str]:
-    """Return the requested methods, or the card's suite; RequestError names all unknown ones at once."""
+    """Return the requested methods, or those of a suite of the card; RequestError names all unknown ones at once."""
+    if request.suite not in SUITES:
+        raise unknown("suite", request.suite, list(SUITES))
     names = list(request.methods or ())
+    if names and request.suite != "full":
+        raise RequestError(f"--suite {request.suite}: --methods says what to compare; leave out one of the two")
     if not names:
         task = DEFAULT_TASK if request.task is None else request.task
-        names = load.load_card(task, [text for text in request.overrides if text.lstrip().startswith("task.")]).suite
+        card = load.load_card(task, [text for text in request.overrides if text.lstrip().startswith("task.")])
+        names = getattr(card, SUITES[request.suite])
         if not names:
-            raise RequestError(f"--task {task}: its card names no suite; name the methods with --methods a,b")
+            which = SUITES[request.suite]
+            raise RequestError(f"--task {task}: its card names no {which}; name the methods with --methods a,b")
     known = registry.names()
     wrong = [str(unknown("method", name, known)) for name in names if name not in known]
     if wrong:
@@ -194,7 +205,12 @@ def _settings(texts: Sequence[str], methods: Mapping[str, Method]) -> dict[str, 
 
 def _named_runs(request: CompareRequest) -> tuple[list[ComparedRun], TaskCard, str]:
     """Return the named runs; RequestError for those that are not finished, not evaluated or not of one task card."""
-    refused = {"--methods": request.methods, "--seeds": request.seeds != 1, "--set": request.overrides}
+    refused = {
+        "--methods": request.methods,
+        "--suite": request.suite != "full",
+        "--seeds": request.seeds != 1,
+        "--set": request.overrides,
+    }
     problems = [
         f"{option}: finished runs are named, so nothing is trained; leave out the runs or {option}"
         for option, given in refused.items()
@@ -233,7 +249,7 @@ def _require_same_card(first: Run, other: Run) -> None:
     if other.record.card_hash == first.record.card_hash:
         return
     names = [f"{run.path} is of {run.record.task} (card {run.record.card_hash})" for run in (first, other)]
-    recorded, idle = [run.record.recipe.get("card") for run in (first, other)], ("description", "suite")
+    recorded, idle = [run.record.recipe.get("card") for run in (first, other)], ("description", "suite", "quick_suite")
     cards = [card if isinstance(card, dict) else {} for card in recorded]
     keys = [key for key in cards[0] | cards[1] if key not in idle and cards[0].get(key) != cards[1].get(key)]
     if len(keys) > 4:
@@ -312,6 +328,7 @@ def _command(request: CompareRequest) -> str:
     options = {
         "--task": request.task,
         "--methods": ",".join(request.methods or ()) or None,
+        "--suite": request.suite if request.suite != "full" else None,
         "--seeds": request.seeds if request.seeds != 1 else None,
         "--grid": request.grid,
         "--samples": request.samples,

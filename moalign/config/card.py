@@ -24,7 +24,7 @@ DEFAULTS_VERSION = 1
 """Part of every hash, which leaves out settings at their default: whoever changes a default here or in
 :mod:`moalign.config.objectives` raises it, or cards of before and after would count as the same task."""
 
-_NOT_HASHED = {"description", "suite", "recipes_from", "published"}
+_NOT_HASHED = {"description", "suite", "quick_suite", "recipes_from", "published"}
 """Keys that change no score; nor do ``called`` of the objectives and of the gold ones, and how a judge is reached."""
 
 COLUMNS = {"prompt", "preference", "response", "ids", "finished", "chosen", "rejected", "nondominated", "kl"}
@@ -273,6 +273,8 @@ class TaskCard(Strict):
     """What counts as collapsed text; null: derived from the task's own responses."""
     suite: list[str] = Field(default_factory=list)
     """Methods that ``moalign compare`` trains when none are named."""
+    quick_suite: list[str] = Field(default_factory=list)
+    """Those of them, or others, that ``moalign compare --suite quick`` trains: an answer in minutes."""
     recipes_from: str | None = None
     """A task whose recipes serve this one for every method that has none here."""
 

@@ -240,6 +240,23 @@ def test_a_card_without_suite(card: str, results: Path) -> None:
     assert "--methods" in refused(card, results)
 
 
+def test_a_card_may_have_a_quick_suite(card: str, results: Path) -> None:
+    Path(card).write_text(f"{CARD}quick_suite: [bad]\n", encoding="utf-8")
+    quick, full = ask(card, results, suite="quick"), ask(card, results)
+    assert (list(by_label(quick)), sorted(by_label(full))) == (["bad"], ["bad", "good"])
+    assert "--suite quick" in quick.command and "--suite" not in full.command
+    assert quick.card_hash == full.card_hash
+
+
+def test_a_suite_that_is_none(card: str, results: Path) -> None:
+    assert "its card names no quick_suite; name the methods with --methods" in refused(card, results, suite="quick")
+    assert "unknown suite 'quik'; allowed: full, quick; did you mean 'quick'?" in refused(card, results, suite="quik")
+    assert "--suite quick: --methods says" in refused(card, results, suite="quick", methods=["good"])
+    run = ask(card, results).entries[0].runs[0].run
+    with pytest.raises(RequestError, match="--suite: finished runs are named"):
+        ask(card, results, suite="quick", task=None, runs=[run])
+
+
 def test_a_figure_of_an_unknown_kind(card: str, results: Path) -> None:
     assert ".png, .pdf, .svg" in refused(card, results, figure=Path("fronts.bmp"))
 
