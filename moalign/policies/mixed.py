@@ -7,6 +7,7 @@ Both give an expert itself for its one-hot preference.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,19 +31,21 @@ if TYPE_CHECKING:
     from moalign.training.job import RunContext
 
 
-def interpolated(context: RunContext, preference: Preference) -> Policy:
-    """Return the policy whose weights are the experts' interpolated at ``preference``, given the bare prompt.
+def interpolated(context: RunContext, *weights: Sequence[float]) -> Policy:
+    """Return the policy whose weights are the experts' interpolated, given the bare prompt.
 
-    The weights are computed once, when the policy first answers, and make room for those of the next preference.
+    ``weights``: one for each expert (a preference, say, but any numbers will do); several such vectors: one for each
+    group of neighbouring layers. The weights are computed once, when the policy first answers, and make room for those
+    of the next policy.
     """
     lm, cache = context.task.language_model, context.cache
-    weights = "_".join(f"{weight:.9f}" for weight in preference)
-    name = adapter_name(context, f"at_{weights}".replace(".", "p"))  # peft allows no dot in a name
+    numbers = "_".join(f"{number:.9f}" for group in weights for number in group)
+    name = adapter_name(context, f"at_{hashlib.sha256(numbers.encode()).hexdigest()[:16]}")
 
     def place() -> None:
         if "experts" not in cache:
             cache["experts"] = [adapters.read(lm, folder) for folder in _folders(context)]
-        adapters.place(lm, adapters.interpolate(cache["experts"], preference), name)
+        adapters.place(lm, adapters.interpolate_groups(cache["experts"], weights), name)
 
     return Policy(LazyGenerator(lm, name, place, cache), context.task.renderer.plain)
 
