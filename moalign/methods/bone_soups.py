@@ -86,16 +86,17 @@ class Config(AnyExperts):
     def _has_an_inverse(cls, beta: float) -> float:
         if beta <= 0.5:
             raise ValueError(
-                "above 0.5: below it an expert's own objective is not the heaviest, and at one over the number of "
-                "objectives all experts are alike and B has no inverse"
+                f"found {beta:g}; allowed: above 0.5, up to 1: at one over the number of objectives all experts are "
+                "alike and B has no inverse, and up to one half an expert's own objective is not half of its reward"
             )
         return beta
 
     @field_validator("extrapolate")
     @classmethod
     def _within(cls, alphas: tuple[float, ...]) -> tuple[float, ...]:
-        if not all(0 <= alpha < 1 for alpha in alphas):
-            raise ValueError("every alpha from 0 up to but not including 1")
+        wrong = [alpha for alpha in alphas if not 0 <= alpha < 1]
+        if wrong:
+            raise ValueError(f"found {wrong[0]:g}; allowed: 0 up to, but not including, 1")
         return alphas
 
     def responses_sampled(self, task: Amounts) -> int:
@@ -152,7 +153,8 @@ def coefficients(preference: Sequence[float], beta: float, stretch: Matrix | Non
     ``stretch``: k, ``[objectives]``; None: all 1.
     """
     wanted = np.asarray(preference, dtype=np.float64) * (1.0 if stretch is None else stretch)
-    weights: list[float] = np.linalg.solve(backbone(len(preference), beta), wanted).tolist()
+    solved = np.linalg.solve(backbone(len(preference), beta), wanted)
+    weights: list[float] = solved.round(12).tolist()  # at a row of B exactly its expert
     return weights
 
 
@@ -162,7 +164,7 @@ def choose_stretch(job: Job) -> None:
 
     from moalign.core.seeds import derive
     from moalign.policies.measured import calibration_prompts, mean_rewards
-    from moalign.policies.mixed import interpolated
+    from moalign.policies.mixed import interpolated, put_away
 
     config, count = job.config, len(job.task.names)
     tried = [1 / (1 - alpha) for alpha in config.extrapolate]
@@ -175,6 +177,7 @@ def choose_stretch(job: Job) -> None:
             found.append(float(mean_rewards(job, interpolated(job, at), prompts, seed)[index]))
             job.progress(STRETCH, index * len(tried) + number + 1, count * len(tried))
         best.append(tried[int(np.argmax(found))])
+    put_away(job)
     job.notes[STRETCH] = dict(zip(job.task.names, best, strict=True))
     job.run.save_tensors(STRETCH, {"k": torch.tensor(best, dtype=torch.float64)})
     job.finish_stage(STRETCH)

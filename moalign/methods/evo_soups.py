@@ -11,8 +11,9 @@ for every expert i, each from ``low`` to ``high``, of any sum:
    merged model's answers to ``prompts`` of the calibration split have on average (``samples`` answers each, all points
    from the same random numbers). The first generation is rewarded soups' own models on an even grid, the experts among
    them, and uniform draws.
-2. front: the points that no other evaluated point dominates are kept with the run, x and their mean rewards z.
-3. a preference w is answered by the point of the front with the largest ``w . z``.
+2. front: the points that no other evaluated point dominates are kept with the run, x and their mean rewards n, in the
+   normalised units that answers are judged in.
+3. a preference w is answered by the point of the front with the largest ``w . n``.
 
 The evaluations' tokens and scores are counted in the run's cost, as the experts' are. A run's front is nearly that of
 the calibration prompts: the more points, the more the best of them owes to chance, which ``prompts`` and ``samples``
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 SEARCH = "search"
 """Name of the stage in record, metrics and checkpoints."""
 FRONT = "front"
-"""Name of the file with the front: ``weights`` ``[points, groups, experts]`` and ``z`` ``[points, objectives]``."""
+"""Name of the file with the front: ``weights`` ``[points, groups, experts]`` and ``n`` ``[points, objectives]``."""
 
 
 class Config(AnyExperts):
@@ -99,18 +100,18 @@ class EvoSoups:
             search(job)
 
     def policy(self, context: RunContext, preference: Preference) -> Policy:
-        """Return the model of the front with the largest ``w . z``."""
+        """Return the model of the front with the largest ``w . n``."""
         from moalign.policies.mixed import interpolated
 
         if FRONT not in context.cache:
             context.cache[FRONT] = {name: part.numpy() for name, part in context.run.load_tensors(FRONT).items()}
         front = context.cache[FRONT]
-        return interpolated(context, *front["weights"][picked(front["z"], preference)].tolist())
+        return interpolated(context, *front["weights"][picked(front["n"], preference)].tolist())
 
 
-def picked(z: Matrix, preference: Preference) -> int:
-    """Return the row of ``z`` ``[points, objectives]`` with the largest ``w . z``; of equal ones the first."""
-    return int(np.argmax(z @ np.asarray(preference)))
+def picked(means: Matrix, preference: Preference) -> int:
+    """Return the row of ``means`` ``[points, objectives]`` with the largest ``w . n``; of equal ones the first."""
+    return int(np.argmax(means @ np.asarray(preference)))
 
 
 def search(job: Job) -> None:
@@ -121,37 +122,39 @@ def search(job: Job) -> None:
     from moalign.pareto.evolution import Search, lattice_and_random
     from moalign.pareto.front import nondominated
     from moalign.pareto.hypervolume import hypervolume
+    from moalign.policies.mixed import put_away
 
     config, experts, ref = job.config, len(job.task.names), job.task.card.reference_point
     seed = derive(job.seed, SEARCH, "start")
     start = lattice_and_random(config.population, experts, config.groups, config.low, config.high, seed)
     evolution = Search(start, config.low, config.high, experts, derive(job.seed, SEARCH, "evolution") % 2**32)
-    points, z = np.empty((0, start.shape[1])), np.empty((0, experts))
+    points, means = np.empty((0, start.shape[1])), np.empty((0, experts))
     before = job.run.load_checkpoint(SEARCH)
     job.run.truncate_metrics(SEARCH, 0 if before is None else before.step)
     if before is not None:
-        points, z = (before.tensors[name].numpy() for name in ("points", "z"))
-        evolution.replay(points, z)
+        points, means = (before.tensors[name].numpy() for name in ("points", "n"))
+        evolution.replay(points, means)
         job.meter.load(before.state["meter"])
     for generation in range(0 if before is None else before.step, config.generations):
         asked = evolution.ask()
         found = evaluated(job, asked)
         evolution.tell(found)
-        points, z = np.concatenate([points, asked]), np.concatenate([z, found])
-        step, best = generation + 1, z[nondominated(z)]
+        points, means = np.concatenate([points, asked]), np.concatenate([means, found])
+        step, best = generation + 1, means[nondominated(means)]
         job.progress(SEARCH, step, config.generations)
         job.run.log(step, SEARCH, hypervolume=hypervolume(best, ref), front=len(best))
-        kept = {"points": torch.from_numpy(points), "z": torch.from_numpy(z)}
+        kept = {"points": torch.from_numpy(points), "n": torch.from_numpy(means)}
         job.run.save_checkpoint(SEARCH, step, kept, {"meter": job.meter.state()})
-    front = nondominated(z)
+    put_away(job)
+    front = nondominated(means)
     weights = points[front].reshape(-1, config.groups, experts)
-    job.notes[SEARCH] = {"evaluated": len(z), "front": len(weights), "hypervolume": hypervolume(z[front], ref)}
-    job.run.save_tensors(FRONT, {"weights": torch.from_numpy(weights), "z": torch.from_numpy(z[front])})
+    job.notes[SEARCH] = {"evaluated": len(means), "front": len(weights), "hypervolume": hypervolume(means[front], ref)}
+    job.run.save_tensors(FRONT, {"weights": torch.from_numpy(weights), "n": torch.from_numpy(means[front])})
     job.finish_stage(SEARCH)
 
 
 def evaluated(job: Job, points: Matrix) -> Matrix:
-    """Return the mean normalised rewards ``[points, objectives]`` of the models with these weights."""
+    """Return the mean rewards ``[points, objectives]``, in normalised units, of the models with these weights."""
     from moalign.core.seeds import derive
     from moalign.policies.measured import calibration_prompts, mean_rewards
     from moalign.policies.mixed import interpolated

@@ -24,11 +24,11 @@ def calibration_prompts(job: Job, count: int, samples: int = 1) -> list[str]:
 
 
 def mean_rewards(job: Job, policy: Policy, prompts: Sequence[str], seed: int) -> Matrix:
-    """Return the mean normalised rewards ``[objectives]`` of a policy's answers; the job's meter counts their cost.
+    """Return the mean rewards ``[objectives]`` of a policy's answers, in normalised units; the meter counts their cost.
 
     The answers are sampled with the card's settings, as those that are judged.
     """
     asked = Policy(shared(policy.generator), policy.render)
     answers = respond_all([asked], prompts, job.task.sampling(seed), engine=job.task.engine)
     job.meter.add_tokens_generated(answers.tokens)
-    return np.asarray(job.panel.z(job.score(prompts, answers.responses[0])).mean(axis=0))
+    return np.asarray(job.panel.unit(job.score(prompts, answers.responses[0])).mean(axis=0))

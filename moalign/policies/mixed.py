@@ -18,7 +18,7 @@ import torch
 from moalign.core.errors import RequestError
 from moalign.core.preferences import Preference
 from moalign.lm import adapters
-from moalign.lm.generator import LazyGenerator, ModelGenerator
+from moalign.lm.generator import RESIDENT, LazyGenerator, ModelGenerator
 from moalign.lm.language_model import LanguageModel
 from moalign.lm.mixture import Constant, Mixture, Space
 from moalign.lm.sampler import Generated, NextToken, Sampling, generate
@@ -48,6 +48,12 @@ def interpolated(context: RunContext, *weights: Sequence[float]) -> Policy:
         adapters.place(lm, adapters.interpolate_groups(cache["experts"], weights), name)
 
     return Policy(LazyGenerator(lm, name, place, cache), context.task.renderer.plain)
+
+
+def put_away(context: RunContext) -> None:
+    """Take the last interpolated adapter, if any, off the model: training that asked for some is done with them."""
+    if RESIDENT in context.cache:
+        adapters.drop(context.task.language_model, context.cache.pop(RESIDENT))
 
 
 def mixed(context: RunContext, preference: Preference) -> Policy:
