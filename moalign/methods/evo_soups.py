@@ -13,7 +13,10 @@ for every expert i, each from ``low`` to ``high``, of any sum:
    them, and uniform draws.
 2. front: the points that no other evaluated point dominates are kept with the run, x and their mean rewards n, in the
    normalised units that answers are judged in.
-3. a preference w is answered by the point of the front with the largest ``w . n``.
+3. a preference w is answered by the point of the front with the least ``max_i w_i (u_i - n_i)``, u the front's best
+   in each objective (``pick: tchebycheff``, augmented as in :mod:`moalign.pareto.scalarisation`): every point of a
+   front can be picked, whatever its shape. ``pick: linear`` takes the largest ``w . n``, which is best for who means by
+   weights the worth of a reward's unit, but on a straight front jumps from one end to the other.
 
 The evaluations' tokens and scores are counted in the run's cost, as the experts' are. A run's front is nearly that of
 the calibration prompts: the more points, the more the best of them owes to chance, which ``prompts`` and ``samples``
@@ -25,7 +28,7 @@ generation, and asks for the same points (it has a random generator of its own).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -64,6 +67,8 @@ class Config(AnyExperts):
     """Prompts of the calibration split that a point is evaluated on; all of them where they are fewer."""
     samples: int = Field(default=1, ge=1)
     """Answers to each."""
+    pick: Literal["tchebycheff", "linear"] = "tchebycheff"
+    """Which point of the front a preference gets."""
 
     def responses_sampled(self, task: Amounts) -> int:
         """See :class:`~moalign.training.settings.CostHints`."""
@@ -100,18 +105,21 @@ class EvoSoups:
             search(job)
 
     def policy(self, context: RunContext, preference: Preference) -> Policy:
-        """Return the model of the front with the largest ``w . n``."""
+        """Return the model of the front that the preference picks."""
         from moalign.policies.mixed import interpolated
 
         if FRONT not in context.cache:
             context.cache[FRONT] = {name: part.numpy() for name, part in context.run.load_tensors(FRONT).items()}
         front = context.cache[FRONT]
-        return interpolated(context, *front["weights"][picked(front["n"], preference)].tolist())
+        return interpolated(context, *front["weights"][picked(front["n"], preference, context.config.pick)].tolist())
 
 
-def picked(means: Matrix, preference: Preference) -> int:
-    """Return the row of ``means`` ``[points, objectives]`` with the largest ``w . n``; of equal ones the first."""
-    return int(np.argmax(means @ np.asarray(preference)))
+def picked(means: Matrix, preference: Preference, how: Literal["tchebycheff", "linear"]) -> int:
+    """Return the row of ``means`` ``[points, objectives]`` that a preference gets; of equal ones the first."""
+    from moalign.pareto.scalarisation import UTOPIA, scores
+
+    short = means - means.max(axis=0) + UTOPIA  # of the utopia point, which is then the front's own
+    return int(np.argmax(scores(short, np.asarray(preference), how)))
 
 
 def search(job: Job) -> None:

@@ -42,10 +42,20 @@ def front_of(run: Run) -> tuple[Matrix, Matrix]:
 # -- choice ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("w", "row"), [((1, 0), 2), ((0, 1), 0), ((0.5, 0.5), 1), ((0.1, 0.9), 0), ((0.15, 0.85), 1)])
-def test_a_preference_picks_the_largest_weighted_sum(w: tuple[float, float], row: int) -> None:
-    """Of (0, 2), (1.5, 1.8) and (2, 0): by hand 1 at .5 .5 for the ends, 1.65 between them."""
-    assert picked(np.array([[0.0, 2.0], [1.5, 1.75], [2.0, 0.0]]), w) == row
+ENDS_AND_MIDDLE = np.array([[0.0, 2.0], [1.0, 0.9], [2.0, 0.0]])
+
+
+@pytest.mark.parametrize(
+    ("w", "nearest", "largest_sum"),
+    [((1, 0), 2, 2), ((0, 1), 0, 0), ((0.5, 0.5), 1, 0), ((0.6, 0.4), 1, 2), ((0.4, 0.6), 1, 0), ((0.9, 0.1), 2, 2)],
+)
+def test_a_preference_picks_by_its_shortfalls_or_by_its_sum(
+    w: tuple[float, float], nearest: int, largest_sum: int
+) -> None:
+    """From the best of each, (2, 2), by hand: at .5 .5 an end falls short by 1, the middle by .55; sums 1, .95, 1."""
+    assert picked(ENDS_AND_MIDDLE, w, "tchebycheff") == nearest
+    assert picked(ENDS_AND_MIDDLE, w, "linear") == largest_sum
+    assert picked(ENDS_AND_MIDDLE * 10 - 7, w, "linear") == largest_sum
 
 
 def test_a_search_keeps_its_front_and_answers_from_it(
@@ -73,7 +83,8 @@ def test_a_search_keeps_its_front_and_answers_from_it(
     method, context = context_of(run, tmp_path)
     for w in ((1.0, 0.0), (0.5, 0.5)):
         method.policy(context, w)
-        assert asked[-1] == (weights[int(np.argmax(z @ w)), 0].tolist(),)
+        short = ((z.max(axis=0) - z) * w).max(axis=1) - 0.05 * (z @ w)
+        assert asked[-1] == (weights[int(np.argmin(short)), 0].tolist(),)
 
 
 # -- what is evaluated -----------------------------------------------------------------------------------------------
@@ -99,7 +110,7 @@ def test_a_point_is_worth_what_its_model_answers_and_all_is_counted(ask: Any, tm
     assert prompts == [*job.task.prompts["calibration"][:3]] * 2
     for w in ((1.0, 0.0), (0.0, 1.0), (0.5, 0.5)):
         again = mean_rewards(job, method.policy(job, w), prompts, derive(0, "search", "answers"))
-        assert np.array_equal(again, z[picked(z, w)])
+        assert np.array_equal(again, z[picked(z, w, "tchebycheff")])
     assert job.meter.reward_calls == 3 * 3 * 2 * 2
 
 
