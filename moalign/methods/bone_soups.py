@@ -1,7 +1,7 @@
 """Bone soups: RL experts on mixed rewards, their weights combined so that the rewards' mixture is the preference.
 
-Source: "Bone Soups: A Seek-and-Soup Model Merging Approach for Controllable Multi-Objective Generation", arXiv
-2502.10762 (ACL 2025); facts of the public code andyclsr/BoneSoups are marked "code".
+Source: "Bone Soups: A Seek-and-Soup Model Merging Approach for Controllable Multi-Objective Generation",
+arXiv 2502.10762 (ACL 2025); facts of the public code andyclsr/BoneSoups are marked "code".
 
 For m objectives expert i is trained on ``h_i = sum_j B_ij r_j``, B circulant and symmetric: ``beta`` on its diagonal,
 ``(1 - beta) / (m - 1)`` elsewhere (two objectives: beta and 1 - beta). A preference w is answered by the base with the
@@ -124,7 +124,7 @@ class BoneSoups:
         from moalign.training.experts import bring_experts
 
         rows = backbone(len(job.task.names), job.config.beta)
-        bring_experts(job, *job.config.expert_runs(), [tuple(row) for row in rows.tolist()])
+        bring_experts(job, *job.config.expert_runs(), vectors=[tuple(row) for row in rows.tolist()])
         if job.config.extrapolate and not job.stage_done(STRETCH):
             choose_stretch(job)
 
