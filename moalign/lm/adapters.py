@@ -146,6 +146,47 @@ def interpolate(experts: Sequence[Adapter], weights: Sequence[float]) -> Adapter
     return Adapter(first.spec.model_copy(update={"r": rank, "alpha": float(rank)}), joined)
 
 
+def interpolate_groups(experts: Sequence[Adapter], weights: Sequence[Sequence[float]]) -> Adapter:
+    """Return :func:`interpolate`'s adapter with weights of their own for each group of layers, ``[groups][experts]``.
+
+    The layers that have adapters are parted, in their order, into as many groups of neighbours, of sizes as equal as
+    can be; what stands outside the layers (an output head) belongs to the last. One group is :func:`interpolate`, but
+    that weights may be all 0, which is the base: the first expert's adapter with B = 0.
+
+    Raises ValueError for more groups than layers, and what :func:`interpolate` raises.
+    """
+    used = [any(group[index] for group in weights) for index in range(len(experts))]
+    if any(used) and all(list(group) == list(weights[0]) for group in weights):
+        return interpolate(experts, weights[0])
+    layers = sorted({number for expert in experts for key in expert.weights if (number := _layer(key)) is not None})
+    if len(weights) > len(layers):
+        raise ValueError(f"{len(weights)} groups need as many layers with adapters; found {len(layers)}")
+    group_of: dict[int | None, Sequence[float]] = {
+        layer: weights[place * len(weights) // len(layers)] for place, layer in enumerate(layers)
+    }
+
+    def scaled(index: int, key: str, tensor: Tensor) -> Tensor:
+        factor = _FACTOR.search(key)
+        return group_of.get(_layer(key), weights[-1])[index] * tensor if factor and factor[1] == "B" else tensor
+
+    weighted = [
+        Adapter(expert.spec, {key: scaled(index, key, tensor) for key, tensor in expert.weights.items()})
+        for index, expert in enumerate(experts)
+    ]
+    return interpolate(weighted, [float(one) for one in used] if any(used) else [1.0] + [0.0] * (len(experts) - 1))
+
+
+def _layer(key: str) -> int | None:
+    """Return the number of the layer that a weight belongs to: the first number in its name; None: it is in none."""
+    return next((int(part) for part in key.split(".") if part.isdecimal()), None)
+
+
+def adapted_layers(lm: LanguageModel, spec: LoraSpec) -> int:
+    """Return how many layers of the model get adapters."""
+    _, count = _stack(lm.model, "policy.lora")
+    return count - first_adapted(spec, count)
+
+
 def place(lm: LanguageModel, adapter: Adapter, name: str) -> None:
     """Put an adapter on the base, frozen; raises RequestError when it does not fit."""
     attach(lm, adapter.spec, seed=0, name=name)

@@ -7,6 +7,7 @@ Both give an expert itself for its one-hot preference.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from moalign.core.errors import RequestError
 from moalign.core.preferences import Preference
 from moalign.lm import adapters
-from moalign.lm.generator import LazyGenerator, ModelGenerator
+from moalign.lm.generator import RESIDENT, LazyGenerator, ModelGenerator
 from moalign.lm.language_model import LanguageModel
 from moalign.lm.mixture import Constant, Mixture, Space
 from moalign.lm.sampler import Generated, NextToken, Sampling, generate
@@ -30,21 +31,29 @@ if TYPE_CHECKING:
     from moalign.training.job import RunContext
 
 
-def interpolated(context: RunContext, preference: Preference) -> Policy:
-    """Return the policy whose weights are the experts' interpolated at ``preference``, given the bare prompt.
+def interpolated(context: RunContext, *weights: Sequence[float]) -> Policy:
+    """Return the policy whose weights are the experts' interpolated, given the bare prompt.
 
-    The weights are computed once, when the policy first answers, and make room for those of the next preference.
+    ``weights``: one for each expert (a preference, say, but any numbers will do); several such vectors: one for each
+    group of neighbouring layers. The weights are computed once, when the policy first answers, and make room for those
+    of the next policy.
     """
     lm, cache = context.task.language_model, context.cache
-    weights = "_".join(f"{weight:.9f}" for weight in preference)
-    name = adapter_name(context, f"at_{weights}".replace(".", "p"))  # peft allows no dot in a name
+    numbers = "_".join(f"{number:.9f}" for group in weights for number in group)
+    name = adapter_name(context, f"at_{hashlib.sha256(numbers.encode()).hexdigest()[:16]}")
 
     def place() -> None:
         if "experts" not in cache:
             cache["experts"] = [adapters.read(lm, folder) for folder in _folders(context)]
-        adapters.place(lm, adapters.interpolate(cache["experts"], preference), name)
+        adapters.place(lm, adapters.interpolate_groups(cache["experts"], weights), name)
 
     return Policy(LazyGenerator(lm, name, place, cache), context.task.renderer.plain)
+
+
+def put_away(context: RunContext) -> None:
+    """Take the last interpolated adapter, if any, off the model: training that asked for some is done with them."""
+    if RESIDENT in context.cache:
+        adapters.drop(context.task.language_model, context.cache.pop(RESIDENT))
 
 
 def mixed(context: RunContext, preference: Preference) -> Policy:

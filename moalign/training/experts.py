@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from moalign.core import preferences
 from moalign.core.errors import RequestError
+from moalign.core.preferences import Preference
 from moalign.training.grid import adapter_of
 from moalign.training.settings import ConditionedPpoConfig, PpoConfig
 
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 
 STAGE = "experts"
 
-STAGES = (STAGE, "rl_experts")
+STAGES = (STAGE, "rl_experts", "dpo_experts")
 """Names of a method's settings of how each expert is trained."""
 
 
@@ -31,11 +33,12 @@ def rl_settings(experts: PpoConfig) -> dict[str, Any]:
     return {**experts.model_dump(mode="json"), "groups": groups}
 
 
-def bring_experts(job: Job, method: str, settings: dict[str, Any]) -> None:
+def bring_experts(job: Job, method: str, settings: dict[str, Any], vectors: Sequence[Preference] | None = None) -> None:
     """Copy the adapter of each objective's expert into the job's run; experts that do not exist are trained.
 
-    The experts are one run of the per-preference ``method`` at the corners of the simplex, shared by all runs with the
-    same ``settings``. The job's run gets copies, so that it stays complete when the experts' run is deleted.
+    The experts are one run of the per-preference ``method`` at ``vectors``, one for each objective (None: the corners
+    of the simplex), shared by all runs with the same ``settings``. The job's run gets copies, so that it stays complete
+    when the experts' run is deleted.
 
     Raises RequestError when a finished run of experts has lost an adapter.
     """
@@ -44,7 +47,9 @@ def bring_experts(job: Job, method: str, settings: dict[str, Any]) -> None:
     if job.stage_done(STAGE):
         return
     count = len(job.task.names)
-    run = job.experts(method, settings, [preferences.corner(count, index) for index in range(count)])
+    if vectors is None:
+        vectors = [preferences.corner(count, index) for index in range(count)]
+    run = job.experts(method, settings, vectors)
     for index in range(count):
         source = run.path / adapter_of(index)
         if not source.is_dir():

@@ -29,6 +29,8 @@ CHANGED = {
     "paretohqd": ["second.steps=0"],
     "pcm": ["rl_experts={steps: 2, batch: 4}", "trainer=ppo"],
     "hindsight": ["steps=0"],
+    "bone-soups": ["extrapolate=[]"],
+    "evo-soups": ['dpo_experts={"steps": 2, "batch": 4, "max_tokens": 128, "per_prompt": 1}', "samples=2"],
 }
 """Settings by which a method goes other ways."""
 

@@ -29,6 +29,9 @@ SETTINGS = {
 SETTINGS["morlhf"] = SETTINGS["moc"]
 SETTINGS["grpo"] = (*SETTINGS["moc"], "samples=2", "epochs=2")
 SETTINGS["raco"] = (*SETTINGS["sft"], "per_prompt=1", "accumulate=2")
+EXPERTS = "experts={steps: 2, batch: 4, lr: 0.05}"
+SETTINGS["evo-soups"] = (EXPERTS, "groups=1", "population=4", "generations=4", "prompts=6")
+SETTINGS["bone-soups"] = (EXPERTS, "extrapolate=[0, 0.2, 0.5]", "prompts=6")
 SECOND = "preference 0.5,0.5 (2/3)"
 """How progress names the second vector of the task's grid of three."""
 CLOCKS = {"seconds", "peak_memory_bytes"}
@@ -46,7 +49,11 @@ def lines(run: Run) -> list[dict[str, Any]]:
 
 
 def assert_same_run(run: Run, whole: Run) -> None:
-    kept = [path for pattern in ("adapter*/*", "value_heads*", "control*") for path in whole.path.glob(pattern)]
+    kept = [
+        path
+        for pattern in ("adapter*/*", "value_heads*", "control*", "front*", "extrapolation*")
+        for path in whole.path.glob(pattern)
+    ]
     assert {path.name for path in kept} >= {"adapter_model.safetensors", "adapter_config.json"}
     for path in kept:
         assert (run.path / path.relative_to(whole.path)).read_bytes() == path.read_bytes()
@@ -92,6 +99,9 @@ def whole(
         ("grpo", "online", 5),
         ("morlhf", SECOND, 5),
         ("raco", SECOND, 5),
+        ("evo-soups", "search", 1),  # before the first generation is kept
+        ("evo-soups", "search", 3),
+        ("bone-soups", "extrapolation", 5),  # all of it is tried again
         pytest.param("ric", "offline", 3, marks=pytest.mark.slow),
         pytest.param("ric", "sampling-1", 12, marks=pytest.mark.slow),  # all sampled, nothing kept yet
         ("ric", "round-1", 5),
@@ -111,7 +121,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     progress = stop(phase, step)
     with pytest.raises(interrupted):
         trained(method, small_task, tmp_path, progress)
-    (left,) = (tmp_path / "runs").glob("*/*/*")
+    (left,) = (tmp_path / "runs").glob(f"*/{method}/*")
     assert Run.load(left).record.status == "failed"
     before = len(progress.seen)
     run = trained(method, small_task, tmp_path, progress)
@@ -119,9 +129,13 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     assert_same_run(run, whole(method))
     again = progress.seen[before:]
     resumed = next((done for what, done in again if what == phase), None)
-    assert resumed == (step if phase.startswith("sampling") else (step - 1) // 2 * 2 + 1)  # from the last checkpoint
+    from_there = phase.startswith("sampling") or phase == "search"  # a generation is a checkpoint
+    expected = 1 if phase == "extrapolation" else step if from_there else (step - 1) // 2 * 2 + 1
+    assert resumed == expected  # from the last checkpoint
     done_before = {
         SECOND: {"preference 0,1 (1/3)"},
+        "search": {"experts by morlhf: preference 1,0 (1/2)"},
+        "extrapolation": {"experts by morlhf: preference 0.7,0.3 (1/2)"},
         "round-1": {"offline", "sampling-1"},
         "round-2": {"offline", "sampling-1", "round-1", "sampling-2"},
     }

@@ -132,7 +132,7 @@ def test_a_method_keeps_snapshots_or_refuses_before_training(
     method: str, small_task: tuple[str, ...], tmp_path: Path
 ) -> None:
     request = TrainRequest(method, overrides=(*small_task, "snapshots=2"), results=tmp_path)
-    if method in {"best-of-n", "prompting", "mod", "pcm", "rewarded-soups", "dpo-soups"}:
+    if method in {"best-of-n", "prompting", "mod", "pcm", "rewarded-soups", "dpo-soups", "bone-soups", "evo-soups"}:
         with pytest.raises(RequestError, match=f"^snapshots: {method} trains no adapter of its own"):
             plan(request)
         assert not (tmp_path / "runs").exists()
