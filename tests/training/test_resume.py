@@ -29,6 +29,9 @@ SETTINGS = {
 SETTINGS["morlhf"] = SETTINGS["moc"]
 SETTINGS["grpo"] = (*SETTINGS["moc"], "samples=2", "epochs=2")
 SETTINGS["raco"] = (*SETTINGS["sft"], "per_prompt=1", "accumulate=2")
+SETTINGS["bapo"] = (*SETTINGS["raco"], "anchors=6")
+SETTINGS["spo"] = (*SETTINGS["raco"], "steps=12")
+SETTINGS["mrpo"] = (*SETTINGS["raco"], f"experts={STAGE[:-1]}, per_prompt: 1}}")
 SECOND = "preference 0.5,0.5 (2/3)"
 """How progress names the second vector of the task's grid of three."""
 CLOCKS = {"seconds", "peak_memory_bytes"}
@@ -92,6 +95,10 @@ def whole(
         ("grpo", "online", 5),
         ("morlhf", SECOND, 5),
         ("raco", SECOND, 5),
+        ("bapo", SECOND, 5),
+        ("spo", f"{SECOND} 1", 5),
+        ("spo", f"{SECOND} 2", 5),
+        ("mrpo", SECOND, 5),
         pytest.param("ric", "offline", 3, marks=pytest.mark.slow),
         pytest.param("ric", "sampling-1", 12, marks=pytest.mark.slow),  # all sampled, nothing kept yet
         ("ric", "round-1", 5),
@@ -121,7 +128,8 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     resumed = next((done for what, done in again if what == phase), None)
     assert resumed == (step if phase.startswith("sampling") else (step - 1) // 2 * 2 + 1)  # from the last checkpoint
     done_before = {
-        SECOND: {"preference 0,1 (1/3)"},
+        SECOND: {"preference 0,1 (1/3)", "anchors: the base answers"},
+        f"{SECOND} 2": {"preference 0,1 (1/3)", f"{SECOND} 1"},
         "round-1": {"offline", "sampling-1"},
         "round-2": {"offline", "sampling-1", "round-1", "sampling-2"},
     }
