@@ -171,7 +171,7 @@ def with_references(job: Job, folders: list[Path], pairs: dict[int, PairRows]) -
 
     from moalign.lm import adapters
     from moalign.losses.references import virtual_reference
-    from moalign.training.reference import reference_log_probs
+    from moalign.training.pair_references import own_log_probs
 
     if not folders:
         return pairs
@@ -180,8 +180,7 @@ def with_references(job: Job, folders: list[Path], pairs: dict[int, PairRows]) -
     for folder in folders:
         adapters.load(lm, folder)
         for k, rows in pairs.items():
-            logps = reference_log_probs(job, lm, [*rows.chosen, *rows.rejected], own=True)
-            of[k].append(logps.reshape(2, -1).T)
+            of[k].append(own_log_probs(job, lm, rows))
         adapters.drop(lm)
     return {
         k: replace(

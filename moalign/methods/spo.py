@@ -28,7 +28,7 @@ parts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -87,7 +87,7 @@ class Spo:
         names = job.task.names
         job.notes["rounds"] = {label(w): {names[k]: round(c, 6) for k, c in plan} for w, plan in plans.items()}
         for lm, w, stage in each_preference(job):
-            _rounds(job, lm, pairs, plans[w], stage)
+            _train_rounds(job, lm, _planned(job, pairs, plans[w], stage), stage)
 
     def policy(self, context: RunContext, preference: Preference) -> Policy:
         """Return the policy trained for a preference; raises RequestError for one that was not trained."""
@@ -127,46 +127,59 @@ def steps_of(steps: int, rounds: int) -> list[int]:
     return [steps // rounds + (n < steps % rounds) for n in range(rounds)]
 
 
-def _rounds(
-    job: Job, lm: LanguageModel, pairs: dict[int, PairRows], plan: Sequence[tuple[int, float]], stage: str
-) -> None:
-    """Train the active adapter through the rounds of one preference; resumes at the round and step in flight."""
-    from moalign.training.offline_dpo import Margin, train_dpo
+@dataclass
+class Round:
+    """One round of one preference, with what is known of its pairs when it begins."""
 
-    config: Config = job.config
-    now = {k: pairs[k].reference for k, _ in plan}
-    """log pi of the policy that the round begins with, of each objective's pairs, ``[pairs, 2]``."""
-    rewards: dict[int, list[Matrix]] = {k: [] for k, _ in plan}
-    """The earlier rounds' implicit rewards of each objective's pairs, ``[rounds][pairs, 2]``."""
-    for n, ((k, c), steps) in enumerate(zip(plan, steps_of(config.steps, len(plan)), strict=True)):
-        phase = stage if len(plan) == 1 else f"{stage}-{n + 1}"
-        if len(plan) == 1 or not job.stage_done(phase, lm):
-            settings = config.model_copy(update={"beta": config.beta / c, "steps": steps})
-            own = replace(pairs[k], reference=now[k])
-            margin = Margin(gaps(rewards[k], len(own)), [config.alpha] * n, 1.0) if n else None
-            places = _order(job, len(own), settings, phase) if len(plan) == 1 else None
-            job.notes["diagnostics"] = train_dpo(job, lm, own, settings, phase, margin, places=places)
-            if len(plan) > 1:
-                job.finish_stage(phase, lm)
-        for later, _ in plan[n + 1 :]:
-            new = _log_probs(job, lm, pairs[later])
-            rewards[later].append(implicit(new, now[later], rewards[later], config.beta / c, config.alpha))
-            now[later] = new
+    objective: int
+    c: float
+    rows: PairRows
+    """The pairs that it reads; their reference is the policy that it begins with (the base until then)."""
+    places: NDArray[np.intp]
+    """Which pair each place of each batch takes, ``[steps * batch]``."""
+    config: Config
+    rewards: list[Matrix] = field(default_factory=list)
+    """The earlier rounds' implicit rewards of its responses, ``[rounds][pairs, 2]``."""
 
 
-def _order(job: Job, count: int, settings: Config, phase: str) -> NDArray[np.intp]:
-    """Return dpo-lw's order of a corner's pairs."""
+def _planned(job: Job, pairs: dict[int, PairRows], plan: Sequence[tuple[int, float]], stage: str) -> list[Round]:
+    """Return the rounds of a preference, those of no steps left out, each with the pairs that it will read."""
+    import numpy as np
+
     from moalign.core.seeds import derive
     from moalign.training.offline_dpo import even_order
+    from moalign.training.pair_references import taken
 
-    return even_order([count], settings.steps, settings.batch, derive(job.seed, phase, "order"))[0]
+    found, parts = [], steps_of(job.config.steps, len(plan))
+    for n, ((k, c), steps) in enumerate(zip(plan, parts, strict=True)):
+        if steps == 0:
+            break
+        config = job.config.model_copy(update={"beta": job.config.beta / c, "steps": steps})
+        # As dpo-lw orders a corner's pairs.
+        seed = derive(job.seed, stage, "order", *([n] if n else []))
+        drawn, _ = even_order([len(pairs[k])], steps, config.batch, seed)
+        read, places = np.unique(drawn, return_inverse=True)
+        found.append(Round(k, c, taken(pairs[k], read), places, config))
+    return found
 
 
-def _log_probs(job: Job, lm: LanguageModel, rows: PairRows) -> NDArray[np.float32]:
-    """Return the active adapter's log-probabilities of pairs, ``[pairs, 2]``."""
-    from moalign.training.reference import reference_log_probs
+def _train_rounds(job: Job, lm: LanguageModel, rounds: Sequence[Round], stage: str) -> None:
+    """Train the active adapter through the rounds of one preference; resumes at the round and step in flight."""
+    from moalign.training.offline_dpo import Margin, train_dpo
+    from moalign.training.pair_references import own_log_probs
 
-    return reference_log_probs(job, lm, [*rows.chosen, *rows.rejected], own=True).reshape(2, -1).T
+    alpha, several = job.config.alpha, len(rounds) > 1
+    for n, own in enumerate(rounds):
+        phase = f"{stage}-{n + 1}" if several else stage
+        if not (several and job.stage_done(phase, lm)):
+            margin = Margin(gaps(own.rewards, len(own.rows)), [alpha] * n, 1.0) if n else None
+            job.notes["diagnostics"] = train_dpo(job, lm, own.rows, own.config, phase, margin, places=own.places)
+            if several:
+                job.finish_stage(phase, lm)
+        for later in rounds[n + 1 :]:
+            new, old = own_log_probs(job, lm, later.rows), later.rows.reference
+            later.rewards.append(implicit(new, old, later.rewards, own.config.beta, alpha))
+            later.rows = replace(later.rows, reference=new)
 
 
 def implicit(new: NDArray[Any], old: NDArray[Any], before: Sequence[Matrix], strength: float, alpha: float) -> Matrix:

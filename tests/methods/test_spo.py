@@ -230,3 +230,9 @@ def test_rounds_follow_each_other(small_task: tuple[str, ...], tmp_path: Path, m
     reward = 0.25 * (second["own"] - second["base"])
     np.testing.assert_allclose(second["margin"].values[:, 0], reward[:, 0] - reward[:, 1], atol=1e-4)
     assert (list(second["margin"].weights), second["margin"].share) == ([0.5], 1.0)
+
+
+def test_fewer_steps_than_rounds_leave_rounds_out(small_task: tuple[str, ...], tmp_path: Path) -> None:
+    run = trained("spo", small_task, tmp_path, "steps=1", prefs=("0.4,0.6",))
+    assert {line["phase"] for line in run.metrics()} == {"pref-0"}
+    assert trained("spo", small_task, tmp_path, "steps=0", prefs=("0.4,0.6",)).metrics() == []
