@@ -38,7 +38,8 @@ def virtual_reference(logps: Matrix, trust: Trust = "confident", region: float |
     with np.errstate(divide="ignore"):  # a weight of 0 leaves its reference out
         terms = np.log(a)[:, :, None] - near
     most = terms.max(axis=0)
-    return -(most + np.log(np.exp(terms - most).sum(axis=0)))
+    virtual: Matrix = -(most + np.log(np.exp(terms - most).sum(axis=0)))
+    return virtual
 
 
 def trusted(logps: Matrix, trust: Trust) -> Matrix:

@@ -67,11 +67,7 @@ class Spo:
     name: ClassVar[str] = "spo"
     summary: ClassVar[str] = "DPO per preference, one objective after the other, the first held (SPO, arXiv 2405.12739)"
     capabilities: ClassVar[Capabilities] = Capabilities(
-        family="offline",
-        one_policy=False,
-        steerable=False,
-        needs_pairs=True,
-        snapshots=False,  # preferences differ in the number of their stages
+        family="offline", one_policy=False, steerable=False, needs_pairs=True
     )
     Config: ClassVar[type[Config]] = Config
     quick: ClassVar[dict[str, Any]] = {"steps": 4, "batch": 4, "max_tokens": 128, "per_prompt": 1}
@@ -171,6 +167,9 @@ def _train_rounds(job: Job, lm: LanguageModel, rounds: Sequence[Round], stage: s
     alpha, several = job.config.alpha, len(rounds) > 1
     for n, own in enumerate(rounds):
         phase = f"{stage}-{n + 1}" if several else stage
+        # Preferences differ in their rounds; along training they are compared as if each had one.
+        before = sum(round_.config.steps for round_ in rounds[:n])
+        job.trained = replace(job.trained, stage=phase, before=before, total=job.config.steps)
         if not (several and job.stage_done(phase, lm)):
             margin = Margin(gaps(own.rewards, len(own.rows)), [alpha] * n, 1.0) if n else None
             job.notes["diagnostics"] = train_dpo(job, lm, own.rows, own.config, phase, margin, places=own.places)
@@ -190,7 +189,8 @@ def implicit(new: NDArray[Any], old: NDArray[Any], before: Sequence[Matrix], str
         before: the rewards of the rounds before it.
         strength: b_n.
     """
-    return strength * (new.astype("float64") - old) - alpha * sum(before)
+    reward: Matrix = strength * (new.astype("float64") - old) - alpha * sum(before)
+    return reward
 
 
 def gaps(rewards: Sequence[Matrix], count: int) -> Matrix:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -73,3 +74,19 @@ def test_an_anchor_that_pushes_away_is_refused(tmp_path: Path, capsys: pytest.Ca
     (message,) = capsys.readouterr().err.splitlines()
     assert message.startswith("error: --set anchor: config.anchor: found -1; allowed: ") and ">= 0" in message
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_it_stays_nearer_to_the_base_outside_the_task_than_dpo_lw(small_task: tuple[str, ...], tmp_path: Path) -> None:
+    """The paper's claim, by tests/outside.py, on a random base: the same pairs and steps, the same answers read."""
+    spec = importlib.util.spec_from_file_location("outside", Path(__file__).parents[1] / "outside.py")
+    assert spec is not None and spec.loader is not None
+    outside = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(outside)
+    more, prefs = ("steps=30", "batch=8", "beta=0.1", "per_prompt=4", "task.evaluation.prompts=64"), ("0.5,0.5",)
+    plain = outside.measure(trained("dpo-lw", small_task, tmp_path, *more, prefs=prefs), tmp_path)
+    held = outside.measure(trained("bapo", small_task, tmp_path, *more, "anchor=10", prefs=prefs), tmp_path)
+    assert set(plain) == {"task", "stated", "unseen"}
+    for name in plain:
+        assert held[name]["kl"] < 0.7 * plain[name]["kl"], name
+        assert plain[name]["likelihood"] < 1.4 * held[name]["likelihood"], name

@@ -118,7 +118,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     progress = stop(phase, step)
     with pytest.raises(interrupted):
         trained(method, small_task, tmp_path, progress)
-    (left,) = (tmp_path / "runs").glob("*/*/*")
+    (left,) = (tmp_path / "runs").glob(f"*/{method}/*")
     assert Run.load(left).record.status == "failed"
     before = len(progress.seen)
     run = trained(method, small_task, tmp_path, progress)
