@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from moalign.policies.policy import Policy
+    from moalign.training.offline_dpo import PairRows
 
 
 class DpoLw:
@@ -48,12 +49,16 @@ class DpoLw:
 
 
 def train_on_all_pairs(
-    job: Job, trainer_of: Callable[[Sequence[float], Sequence[str]], Callable[..., Any] | None] = lambda w, names: None
+    job: Job,
+    trainer_of: Callable[[Sequence[float], Sequence[str]], Callable[..., Any] | None] = lambda w, names: None,
+    prepare: Callable[[dict[int, PairRows]], dict[int, PairRows]] = lambda pairs: pairs,
+    batches: Callable[..., Any] | None = None,
 ) -> None:
     """Train an adapter for every preference of the job on pairs of each objective with a positive weight.
 
     ``trainer_of`` the positive weights and the objectives' names returns the ``trainer`` of
-    :func:`moalign.training.offline_dpo.train_dpo`.
+    :func:`moalign.training.offline_dpo.train_dpo`, which ``batches`` is for, too; ``prepare`` is given the pairs by
+    objective before any training, when no adapter is on the base, and returns those to train on.
     """
     from moalign.core.seeds import derive
     from moalign.training.grid import each_preference
@@ -67,7 +72,7 @@ def train_on_all_pairs(
         raise RequestError(
             f"batch {config.batch}: every batch holds pairs of each of {most} objectives; allowed: at least {most}"
         )
-    pairs = objective_pairs(job, lm, config, used)
+    pairs = prepare(objective_pairs(job, lm, config, used))
 
     for _, w, stage in each_preference(job):
         parts = [k for k in range(len(w)) if w[k] > 0]
@@ -79,5 +84,5 @@ def train_on_all_pairs(
         trainer = trainer_of([w[k] for k in parts], [names[k] for k in parts])
         weights = np.tile(each, config.steps)
         job.notes["diagnostics"] = train_dpo(
-            job, lm, joined(rows), config, stage, places=places, weights=weights, trainer=trainer
+            job, lm, joined(rows), config, stage, places=places, weights=weights, trainer=trainer, batches=batches
         )

@@ -151,7 +151,7 @@ def _add_stage(work: _Work, stage: SftConfig | OnlineConfig, times: int, row_tok
         at_once = min(stage.batch * stage.samples, stage.sample_batch or stage.batch * stage.samples)
         work.waits += times * stage.steps * -(-stage.batch * stage.samples // at_once)
     else:
-        per_row = 2 if isinstance(stage, DpoStage) else 1
+        per_row = stage.rows_per_pair if isinstance(stage, DpoStage) else 1
         work.trained += times * stage.steps * stage.batch * per_row * stage.max_tokens
 
 

@@ -355,7 +355,7 @@ class _Phases:
 
     def sft(self, name: str, config: SftConfig) -> list[Phase]:
         """Return the phase of a stage on fixed rows or pairs, by trl's trainers."""
-        rows = config.batch // config.accumulate * (2 if isinstance(config, DpoStage) else 1)
+        rows = config.batch // config.accumulate * (config.rows_per_pair if isinstance(config, DpoStage) else 1)
         tokens = rows * config.max_tokens
         dropout, logits = not isinstance(config, DpoStage), tokens * self.policy.vocabulary
         checkpointing = self.how.gradient_checkpointing

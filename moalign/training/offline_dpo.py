@@ -211,6 +211,7 @@ def train_dpo(
     places: np.ndarray | None = None,
     weights: np.ndarray | None = None,
     trainer: Callable[..., PairTrainer] | None = None,
+    batches: Callable[..., Batches] | None = None,
 ) -> dict[str, float]:
     """Train the active adapter of ``lm`` on pairs, and return means of :data:`METRICS` over the last tenth; resumes.
 
@@ -220,6 +221,7 @@ def train_dpo(
         places: which pair each place of each batch takes, ``[steps * batch]``; None: reshuffled passes.
         weights: of the places' losses, ``[steps * batch]``; None: 1. A step's loss is the mean of weight times loss.
         trainer: makes one, with the arguments of :class:`PairTrainer`; None: that.
+        batches: makes its batches, with the arguments of :class:`Batches`; None: that.
     """
     if margin is None:
         margin = Margin(np.zeros((len(pairs), 0)), [], 1.0)
@@ -234,8 +236,9 @@ def train_dpo(
         shared_prompts.require(lm, bool(job.policy_spec.gradient_checkpointing))
     if config.group_by_length:
         places, weights = by_length(pairs, places, weights, config.batch)
-    batches = Batches(pairs, margin, places, weights, lm.pad, pad_around if config.share_prompts else pad_rows)
-    train_rows(job, lm, config, phase, batches.tokens(), partial(trainer or PairTrainer, config, batches))
+    padded = pad_around if config.share_prompts else pad_rows
+    made = (batches or Batches)(pairs, margin, places, weights, lm.pad, padded)
+    train_rows(job, lm, config, phase, made.tokens(), partial(trainer or PairTrainer, config, made))
     return at_the_end(job.run.metrics(), phase, config.steps, METRICS)
 
 

@@ -265,6 +265,11 @@ class DpoStage(SftConfig):
     """Put pairs of like length into the same part of a batch (of ``accumulate``): the same gradients, up to rounding,
     in less time."""
 
+    @property
+    def rows_per_pair(self) -> int:
+        """How many rows are read for each pair; preflight asks."""
+        return 2
+
     def gradients_kept(self, objectives: int) -> int:
         """Return how many gradients of all that is trained are held beside the optimizer's own; preflight asks."""
         return 0

@@ -35,6 +35,10 @@ class Trained:
     """What names of phases begin with; empty: the adapter is the run's only one."""
     walk: str = ""
     """What stands in its place in the names of parts."""
+    before: int = 0
+    """Steps of the part that earlier phases did, where several make one."""
+    total: int = 0
+    """Steps of such a part; 0: those of the phase."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ def keep(job: Job, lm: LanguageModel, phase: str, step: int, steps: int) -> None
         return
     now = job.trained
     part = now.walk + phase.removeprefix(now.stage)
+    step, steps = now.before + step, now.total or steps
     job.notes.setdefault(FOLDER, {})[part] = steps
     if step in steps_of(steps, job.snapshots):
         from moalign.lm import adapters

@@ -32,6 +32,9 @@ SETTINGS["raco"] = (*SETTINGS["sft"], "per_prompt=1", "accumulate=2")
 EXPERTS = "experts={steps: 2, batch: 4, lr: 0.05}"
 SETTINGS["evo-soups"] = (EXPERTS, "groups=1", "population=4", "generations=4", "prompts=6")
 SETTINGS["bone-soups"] = (EXPERTS, "extrapolate=[0, 0.2, 0.5]", "prompts=6")
+SETTINGS["bapo"] = (*SETTINGS["raco"], "anchors=6")
+SETTINGS["spo"] = (*SETTINGS["raco"], "steps=12")
+SETTINGS["mrpo"] = (*SETTINGS["raco"], f"experts={STAGE[:-1]}, per_prompt: 1}}")
 SECOND = "preference 0.5,0.5 (2/3)"
 """How progress names the second vector of the task's grid of three."""
 CLOCKS = {"seconds", "peak_memory_bytes"}
@@ -102,6 +105,10 @@ def whole(
         ("evo-soups", "search", 1),  # before the first generation is kept
         ("evo-soups", "search", 3),
         ("bone-soups", "extrapolation", 5),  # all of it is tried again
+        ("bapo", SECOND, 5),
+        ("spo", f"{SECOND} 1", 5),
+        ("spo", f"{SECOND} 2", 5),
+        ("mrpo", SECOND, 5),
         pytest.param("ric", "offline", 3, marks=pytest.mark.slow),
         pytest.param("ric", "sampling-1", 12, marks=pytest.mark.slow),  # all sampled, nothing kept yet
         ("ric", "round-1", 5),
@@ -136,6 +143,8 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
         SECOND: {"preference 0,1 (1/3)"},
         "search": {"experts by morlhf: preference 1,0 (1/2)"},
         "extrapolation": {"experts by morlhf: preference 0.7,0.3 (1/2)"},
+        SECOND: {"preference 0,1 (1/3)", "anchors: the base answers"},
+        f"{SECOND} 2": {"preference 0,1 (1/3)", f"{SECOND} 1"},
         "round-1": {"offline", "sampling-1"},
         "round-2": {"offline", "sampling-1", "round-1", "sampling-2"},
     }
