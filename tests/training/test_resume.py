@@ -28,6 +28,8 @@ SETTINGS = {
 }
 SETTINGS["morlhf"] = SETTINGS["moc"]
 SETTINGS["grpo"] = (*SETTINGS["moc"], "samples=2", "epochs=2")
+SETTINGS["pd-morl"] = SETTINGS["moc"]
+SETTINGS["maxmin-rlhf"] = (*(text for text in SETTINGS["moc"] if "groups" not in text), "pairs=8", "starts=2")
 SETTINGS["raco"] = (*SETTINGS["sft"], "per_prompt=1", "accumulate=2")
 SECOND = "preference 0.5,0.5 (2/3)"
 """How progress names the second vector of the task's grid of three."""
@@ -46,7 +48,9 @@ def lines(run: Run) -> list[dict[str, Any]]:
 
 
 def assert_same_run(run: Run, whole: Run) -> None:
-    kept = [path for pattern in ("adapter*/*", "value_heads*", "control*") for path in whole.path.glob(pattern)]
+    kept = [
+        path for pattern in ("adapter*/*", "value_heads*", "control*", "groups*") for path in whole.path.glob(pattern)
+    ]
     assert {path.name for path in kept} >= {"adapter_model.safetensors", "adapter_config.json"}
     for path in kept:
         assert (run.path / path.relative_to(whole.path)).read_bytes() == path.read_bytes()
@@ -91,6 +95,8 @@ def whole(
         ("moc", "online", 5),
         ("grpo", "online", 5),
         ("morlhf", SECOND, 5),
+        ("pd-morl", "online", 5),
+        ("maxmin-rlhf", "online", 5),
         ("raco", SECOND, 5),
         pytest.param("ric", "offline", 3, marks=pytest.mark.slow),
         pytest.param("ric", "sampling-1", 12, marks=pytest.mark.slow),  # all sampled, nothing kept yet
