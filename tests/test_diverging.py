@@ -27,11 +27,13 @@ CASES = {
     "moc": ("lr=1e30", "steps=6", *SMALL, "groups=2"),
     "grpo": ("lr=1e30", "steps=6", *SMALL, "groups=2", "samples=2"),
     "morlhf": ("lr=1e30", "steps=6", *SMALL, "groups=2"),
+    "pd-morl": ("lr=1e30", "steps=6", *SMALL, "groups=2"),
+    "maxmin-rlhf": ("lr=1e30", "steps=6", *SMALL, "pairs=8", "starts=1"),
     "pcm": ("lr=1e30", "steps=6", *SMALL, "control={width: 16, layers: 1}", EXPERTS),
 }
 """Step 1 moves the weights to 1e30, and step 2 is the first that computes with them. Trainers of our own look at the
 weights after each step; those of trl meet them in the next loss."""
-ONLINE = ("mo-odpo", "moc", "grpo", "morlhf", "pcm")
+ONLINE = ("mo-odpo", "moc", "grpo", "morlhf", "pd-morl", "maxmin-rlhf", "pcm")
 
 
 def diverges(capsys: pytest.CaptureFixture[str], results: Path, method: str, *sets: str) -> str:

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from moalign.cli import output
-from moalign.report.units import count, duration, interval, memory, nats, number, percent
+from moalign.report.units import count, duration, interval, memory, nats, number, percent, signed
 
 if TYPE_CHECKING:
-    from moalign.evaluation.result import EvalResult, ProxyReward, Side, Volume
+    from moalign.evaluation.result import EvalResult, GroupUtilities, ProxyReward, Side, Volume
     from moalign.runs.record import RunRecord
 
 
@@ -92,6 +92,8 @@ def show_summary(result: EvalResult, short: bool = False) -> None:
         if result.share_at_kl is not None:
             best = "of what the best policy at the same KL gains over the base"
             rows.append(("share at its KL", f"{percent(result.share_at_kl, 1)} {best}"))
+        if result.groups is not None:
+            rows.append(("worst group", _worst_off(result.groups)))
         if result.overlong:
             rows.append(("prompts", overlong(result.overlong)))
     rows += [("warning", text) for text in result.warnings or ()]
@@ -103,6 +105,14 @@ def _believed(believed: ProxyReward) -> str:
     bounds = believed.hypervolume_interval
     spread = "" if bounds is None else f" {interval(bounds, 4)}"
     return f"hypervolume {number(believed.hypervolume, 4)}{spread}, inner product {number(believed.inner_product)}"
+
+
+def _worst_off(groups: GroupUtilities) -> str:
+    """Return the utility of the worst-off group, and which group it is where."""
+    from moalign.core.preferences import label
+
+    value, at = f"{signed(groups.worst, 3)} {interval(groups.worst_interval, 3)}", label(groups.preference)
+    return f"{value}: {groups.group}, at {at}, in log odds against the average answer"
 
 
 def _share(volume: Volume) -> str:

@@ -182,6 +182,7 @@ def _entry(group: EntryRuns, judged: Sequence[EntryRuns], samples: Resampled, dr
         optimal_share=_mean_if_known([result.optimal_share for result in results]),
         optimal_share_interval=(low / most, high / most) if most else None,
         share_at_kl=_mean_if_known([result.share_at_kl for result in results]),
+        worst_group=_mean_if_known([result.groups.worst if result.groups else None for result in results]),
         sensitivity_hypervolume=_mean([result.sensitivity.hypervolume for result in results]),
         indicators=_indicators(group, judged),
         quality=Quality(

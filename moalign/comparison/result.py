@@ -6,7 +6,7 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import AliasChoices, Field
+from pydantic import AliasChoices, Field, SerializerFunctionWrapHandler, model_serializer
 
 from moalign.core.errors import RequestError
 from moalign.core.preferences import Preference
@@ -115,6 +115,9 @@ class Entry(Content):
     optimal_share_interval: Interval | None = None
     share_at_kl: float | None = None
     """Share of what the optimum gains over the base at the same KL (:mod:`moalign.evaluation.at_kl`)."""
+    worst_group: float | None = None
+    """Utility of the worst-off group of users, at the preference where it is best off
+    (:class:`~moalign.evaluation.result.GroupUtilities`); the key is left out where no groups are known."""
     sensitivity_hypervolume: float | None = None
     """From the second reference point."""
     indicators: Indicators | None = None
@@ -145,6 +148,13 @@ class Entry(Content):
     """Of the first run that failed."""
     own_preferences: bool = False
     """It was evaluated on other preferences than those of the comparison."""
+
+    @model_serializer(mode="wrap")
+    def _without_what_few_tasks_have(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content: dict[str, Any] = write(self)
+        if self.worst_group is None:
+            content.pop("worst_group", None)
+        return content
 
 
 class Difference(Content):

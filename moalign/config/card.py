@@ -193,6 +193,8 @@ class AnnotatorSpec(Strict):
     """specialists: one group per objective of the task; diverse: five that disagree; alike: five with one taste."""
     pairs: int = Field(default=3000, ge=10)
     """Labelled pairs of each group, over all splits."""
+    users: int | None = Field(default=None, ge=1)
+    """How many of each group label its pairs, in equal parts, for methods that learn from users; null: one."""
     sharpness: float = Field(default=1.0, ge=0)
     """How sure the annotators are of what they like; 0 tosses a coin."""
     seed: int = Field(default=0, ge=0)

@@ -40,6 +40,7 @@ from moalign.evaluation.result import (
     Side,
     Volume,
 )
+from moalign.evaluation.user_groups import of_groups
 from moalign.lm import quality
 from moalign.methods.base import Method, policies_of
 from moalign.pareto import front, indicators, statistics
@@ -150,6 +151,7 @@ def evaluate(
         generalisation=_generalisation(method, context, preferences, scores, held, progress, samples)
         if separate
         else None,
+        groups=of_groups(context.task, preferences, scores),
         warnings=_warnings(context, judged, judgement, judges) or None,
     )
     atomic.write_json(path, result.content)

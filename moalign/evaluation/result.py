@@ -28,6 +28,7 @@ KEYS = {
     "raw_interval": "raw_ci",
     "reference_point": "ref",
     "settings": "set",
+    "worst_interval": "worst_ci",
 }
 """Keys in JSON of the fields that have another name in Python."""
 
@@ -236,6 +237,25 @@ class ProxyReward(Content):
         return sum(gained) / len(self.points)
 
 
+class GroupUtilities(Content):
+    """What the answers are worth to groups of users with tastes of their own, where the task knows of some.
+
+    In log odds by which a group prefers such an answer to the average one of the task's data.
+    """
+
+    names: tuple[str, ...]
+    utilities: tuple[tuple[float, ...], ...]
+    """Means, ``[preferences][groups]``."""
+    preference: Preference
+    """At which the group that is worst off is best off."""
+    group: str
+    """The group that is worst off there."""
+    worst: float
+    """Its utility."""
+    worst_interval: Interval
+    """Over prompts."""
+
+
 class Judgement(Volume):
     """What one judge says of a matrix of scores."""
 
@@ -281,6 +301,7 @@ class EvalResult(Judgement, EvaluatedRun):
         "judges",
         "engine",
         "generalisation",
+        "groups",
         "warnings",
     )
     """Keys that are left out where there is nothing to say."""
@@ -308,6 +329,8 @@ class EvalResult(Judgement, EvaluatedRun):
     """What sampled the answers, where it was not our own engine."""
     generalisation: Generalisation | None = None
     """Where preferences were held out of training."""
+    groups: GroupUtilities | None = None
+    """Where the task knows of groups of users."""
     warnings: tuple[str, ...] | None = None
     """What speaks against the numbers, of training and of the responses, where anything does."""
 

@@ -37,7 +37,7 @@ from moalign.runs.store import RunStore
 from moalign.tasks.load import make_task
 from moalign.tasks.task import WHERE, Task, fingerprint
 from moalign.training.job import Job, RunContext
-from moalign.training.settings import NamesModels
+from moalign.training.settings import GroupsUsers, NamesModels
 
 DEFAULT_TASK = "sandbox"
 
@@ -199,6 +199,8 @@ def plan(request: TrainRequest, progress: Progress = silent) -> Plan:
     task.engine = _engine(method, task, recipe.policy, recipe.rollout)
     made = Plan(**vars(resolved), request=request, method=method, task=task, seed=seed, given=given, holdout=holdout)
     _ = made.identity  # a model that is not there is a problem of the request
+    if isinstance(made.config, GroupsUsers):
+        task.require_groups(made.config.clusters, "clusters")
     return made
 
 

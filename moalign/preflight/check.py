@@ -23,7 +23,7 @@ from moalign.preflight.report import Preflight
 from moalign.preflight.request import of_recipe, require_sound, to_train
 from moalign.preflight.sizes import check_sizes
 from moalign.tasks.task import Task
-from moalign.training.settings import NamesModels
+from moalign.training.settings import GroupsUsers, NamesModels
 
 
 def check(
@@ -51,6 +51,8 @@ def check(
         if isinstance(resolved.config, NamesModels):
             for name, named in resolved.config.models.items():
                 report.look(name, partial(named_model, report, name, named))
+        if isinstance(resolved.config, GroupsUsers) and inputs.task is not None:
+            report.look("users", partial(_users, inputs.task, resolved.config.clusters))
         needs = resolved.recipe.needs
         shown = fit.SHOWN if needs.gpu != "none" or needs.gpu_memory_gib is not None else ()
         cards = shown if gib is None else (gib,)
@@ -60,6 +62,11 @@ def check(
     if card is not None:
         check_inputs(report, card, results, with_options)
     return report
+
+
+def _users(task: Task, clusters: int) -> str:
+    task.require_groups(clusters, "clusters")
+    return f"{len(task.users)} label {sum(map(len, task.users))} pairs to learn from"
 
 
 def preview(

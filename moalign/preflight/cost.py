@@ -103,6 +103,7 @@ def estimate(
     amounts = counted or Amounts(count)
     unknown = [] if counted else ["responses of the task's own that training may learn from, its data not being here"]
     policies, work, aside = _policies(resolved, capabilities, given), _Work(), amounts.for_scale
+    own = config.own_scorers if isinstance(config, CostHints) else None
     if capabilities.trains:
         _add(work, resolved, config, policies, amounts)
         if isinstance(config, CostHints):
@@ -116,7 +117,7 @@ def estimate(
         responses_sampled=work.sampled,
         tokens_generated=work.sampled * longest,
         tokens_trained=work.trained,
-        reward_calls=work.scored * count,
+        reward_calls=work.scored * (own or count),
         gpu=gpu,
         hours=hours,
         first_use=FirstUse(aside.sampled, aside.sampled * longest, aside.rows * count),

@@ -63,7 +63,7 @@ def _relative(path: Path, folder: Path) -> str:
 def _section(path: Path, record: Row, folder: Path) -> dict[str, Any]:
     counts = {len(row["seeds"]) for row in record["rows"]}
     most, rows, environment = max(counts), judged(record), record["environment"]
-    shown = "rank name hypervolume interval share seeds tau inner_product collapsed kl share_at_kl command"
+    shown = "rank name hypervolume interval share seeds tau inner_product collapsed kl share_at_kl worst_group command"
     changed = {
         "tau": replace(METHODS["tau"], digits=2),
         "command": Column("command", _command, left=True, markdown=True),

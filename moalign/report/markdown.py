@@ -10,7 +10,9 @@ from moalign.report import tables
 from moalign.report.record import Row
 from moalign.report.templates import render
 
-_RANKING = "rank name hypervolume interval share seeds iqm tau inner_product utility regret igd_plus spacing"
+_RANKING = (
+    "rank name hypervolume interval share seeds iqm tau inner_product utility regret igd_plus spacing worst_group"
+)
 _COST = f"rank label {tables.COST} answering_rewards collapsed length distinct kl share_at_kl"
 _FIGURES = {
     "believed": "Believed and true rewards, and both over KL to base",

@@ -37,7 +37,7 @@ _PLACE = "<answers>"
 every ``<`` of a text is escaped."""
 _RANKING = (
     "rank name hypervolume interval share seeds tau inner_product utility regret igd_plus spacing collapsed kl "
-    "share_at_kl time tokens"
+    "share_at_kl worst_group time tokens"
 )
 _COST = f"label {tables.COST} answering_rewards per_minute collapsed length distinct kl share_at_kl"
 

@@ -186,6 +186,7 @@ METHODS = {
     "share_at_kl": Column(
         "share at its KL", "share_at_kl", percent, 1, brief=0, short="share at\nits KL", needs="share_at_kl"
     ),
+    "worst_group": Column("worst group", "worst_group", signed, 3, brief=2, short="worst\ngroup", needs="worst_group"),
     "time": Column("time", "cost.seconds", duration, rising=True),
     "tokens": Column("tokens", _tokens, count, rising=True),
     "generated": Column("tokens generated", "cost.tokens_generated", count, short="generated", rising=True),

@@ -69,7 +69,8 @@ def _tables(record: Row) -> list[Table]:
     rows = judged(record)
     if not rows:
         return []
-    ranking = select(METHODS, "rank name hypervolume interval share tau collapsed kl share_at_kl", record["rows"])
+    shown_columns = "rank name hypervolume interval share tau collapsed kl share_at_kl worst_group"
+    ranking = select(METHODS, shown_columns, record["rows"])
     shown = [_rich(ranking, "KL to base: nats per response" if ranking.has("KL to base") else None)]
     believed = tables.with_believed(record)
     if believed.rows:

@@ -32,6 +32,7 @@ from moalign.rewards.normaliser import Normaliser
 from moalign.rewards.panel import RewardPanel
 from moalign.tasks.pairs import Pairs, from_scores
 from moalign.tasks.responses import Responses, Scored, columns, complete, from_columns, sampled, shown
+from moalign.tasks.users import WithUsers
 
 if TYPE_CHECKING:
     from moalign.config.objectives import ObjectiveSpec
@@ -58,7 +59,7 @@ def fingerprint(model: str, revision: str | None, where: str = WHERE) -> str:
     return model_folder.fingerprint(model_folder.resolve(model, revision, where), where)
 
 
-class Task(abc.ABC):
+class Task(WithUsers, abc.ABC):
     """What every kind of task shares; subclasses define where prompts, responses and the base come from."""
 
     def __init__(self, card: TaskCard, results: Path, progress: Progress = silent) -> None:

@@ -65,7 +65,7 @@ def beyond(rollout: Rollout, job: Job, *, lm: LanguageModel, config: OnlineConfi
     if rollout.step == 0:
         away = f"{kl:.3g} nats from the reference at the start (kl_stop: {config.kl_stop:g})"
         job.warn([f"{phase}: nothing was trained: {away}"])
-    job.run.log(rollout.step + 1, phase, **rollout_metrics(rollout, job.task.names), **job.meter.cost())
+    job.run.log(rollout.step + 1, phase, **rollout_metrics(rollout, job.panel.names), **job.meter.cost())
     for step in range(rollout.step + 1, config.steps + 1):  # snapshots that are still due are of the policy as it stays
         job.advance(lm, phase, step, config.steps)
     return True

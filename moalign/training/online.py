@@ -96,7 +96,7 @@ class OnlineTrainer:
         self.state: dict[str, float] = {}
         """What else a method needs to continue after an interruption; kept in checkpoints."""
         self.check = FiniteCheck(job.run.record.method, phase, config.lr, config.clip)
-        self.constant = ConstantRewards(job.task.names)
+        self.constant = ConstantRewards(job.panel.names)
         self.support = Support(job, lm, config)
         self._rollout: Rollout | None = None
         self._metrics: dict[str, float] | None = None
@@ -110,7 +110,7 @@ class OnlineTrainer:
         method neither stepped nor skipped, a bug; and, as :meth:`backward` and :meth:`step` do, WorkError when training
         diverges (:mod:`moalign.lm.finite`).
         """
-        config, run, names = self.config, self.job.run, self.job.task.names
+        config, run, names = self.config, self.job.run, self.job.panel.names
         try:
             for done in range(self._resume() + 1, config.steps + 1):
                 torch.manual_seed(derive(self.job.seed, self.phase, done - 1))

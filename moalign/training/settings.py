@@ -87,6 +87,11 @@ class CostHints(Strict):
         return None
 
     @property
+    def own_scorers(self) -> int | None:
+        """How many rewards of its own, at most, score a response in the place of the task's objectives; None: these."""
+        return None
+
+    @property
     def switched_off(self) -> set[str]:
         """The settings of stages that these settings leave out."""
         return set()
@@ -142,6 +147,18 @@ class WarmStart(CostHints):
     def borrows(cls, given: Mapping[str, Any]) -> dict[str, str]:
         """Distillation is hindsight's, and its recipe knows what it needs on a task."""
         return {"distil": "hindsight"} if given.get("warm_start") == "hindsight" else {}
+
+
+class GroupsUsers(CostHints):
+    """Mixed into the settings of methods that put the users who label a task's pairs into groups."""
+
+    clusters: int = Field(default=2, ge=1)
+    """Groups of users; 1: all are alike."""
+
+    @property
+    def own_scorers(self) -> int | None:
+        """See :class:`CostHints`."""
+        return self.clusters
 
 
 class OnlineConfig(Strict):

@@ -160,7 +160,7 @@ def test_a_setting_that_a_later_version_adds_keeps_the_hash() -> None:
 
 # What a card's sections mean where they are silent, at version 1 of the defaults.
 SILENT = """\
-AnnotatorSpec {groups: 'specialists', pairs: 3000, sharpness: 1.0, seed: 0, flipped: 0.0}
+AnnotatorSpec {groups: 'specialists', pairs: 3000, users: null, sharpness: 1.0, seed: 0, flipped: 0.0}
 ClassifierObjective {maximise: true, called: [], store: null, pessimism: 0.0, aggregate: 'mean', load_in_4bit: false,
     load_in_8bit: false, revision: null, label: null, members: null, output: 'logit', template: '{prompt}{response}',
     pair_template: null, max_length: 512,

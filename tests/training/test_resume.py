@@ -28,6 +28,8 @@ SETTINGS = {
 }
 SETTINGS["morlhf"] = SETTINGS["moc"]
 SETTINGS["grpo"] = (*SETTINGS["moc"], "samples=2", "epochs=2")
+SETTINGS["pd-morl"] = SETTINGS["moc"]
+SETTINGS["maxmin-rlhf"] = (*(text for text in SETTINGS["moc"] if "groups" not in text), "pairs=8", "starts=2")
 SETTINGS["raco"] = (*SETTINGS["sft"], "per_prompt=1", "accumulate=2")
 EXPERTS = "experts={steps: 2, batch: 4, lr: 0.05}"
 SETTINGS["evo-soups"] = (EXPERTS, "groups=1", "population=4", "generations=4", "prompts=6")
@@ -54,7 +56,7 @@ def lines(run: Run) -> list[dict[str, Any]]:
 def assert_same_run(run: Run, whole: Run) -> None:
     kept = [
         path
-        for pattern in ("adapter*/*", "value_heads*", "control*", "front*", "extrapolation*")
+        for pattern in ("adapter*/*", "value_heads*", "control*", "front*", "extrapolation*", "groups*")
         for path in whole.path.glob(pattern)
     ]
     assert {path.name for path in kept} >= {"adapter_model.safetensors", "adapter_config.json"}
@@ -101,6 +103,8 @@ def whole(
         ("moc", "online", 5),
         ("grpo", "online", 5),
         ("morlhf", SECOND, 5),
+        ("pd-morl", "online", 5),
+        ("maxmin-rlhf", "online", 5),
         ("raco", SECOND, 5),
         ("evo-soups", "search", 1),  # before the first generation is kept
         ("evo-soups", "search", 3),

@@ -40,6 +40,8 @@ WAYS: dict[str, tuple[tuple[str, ...], dict[str, list[int]]]] = {
     "modpo": (("steps=4", "batch=4", "lr=0.01", "max_tokens=48", "per_prompt=1"), {"pref": [1, 4]}),
     "morlhf": (PPO, {"pref": [1, 4]}),
     "p-morl": (PPO, {"online": [1, 4]}),
+    "pd-morl": (PPO, {"online": [1, 4]}),
+    "maxmin-rlhf": ((*ONLINE, "pairs=8", "starts=1"), {"online": [1, 4]}),
     "sft": (("steps=4", "batch=4", "lr=0.01", "max_tokens=48"), {"sft": [1, 4]}),
     "cpo": ((f"cpsft={STAGE}", f"cdpo={STAGE}"), {"cpsft": [1, 4], "cdpo": [1, 4]}),
     "dpo-lw": (("steps=4", "batch=4", "lr=0.01", "max_tokens=48", "per_prompt=1"), {"pref": [1, 4]}),

@@ -84,6 +84,30 @@ def label(
     return pair_sets
 
 
+def by_user(pair_sets: Sequence[PairSet], users: int, seed: int) -> tuple[list[PairSet], dict[str, str]]:
+    """Cut every group's pairs into those of ``users`` users; returns them, and the group of each by name.
+
+    Users are numbered at random: neither a name nor a place tells whose group it is.
+    """
+    parts = [(pairs.name, pairs.pick(range(user, len(pairs), users))) for pairs in pair_sets for user in range(users)]
+    mixed, group_of = [], {}
+    for number, at in enumerate(np.random.default_rng([seed, 13]).permutation(len(parts)).tolist(), start=1):
+        group, part = parts[at]
+        mixed.append(replace(part, name=f"user-{number}"))
+        group_of[mixed[-1].name] = group
+    return mixed, group_of
+
+
+def worth(groups: Sequence[Group], raw: Matrix) -> Matrix:
+    """Return what mean rewards ``[..., 3]`` are worth to each group, ``[..., groups]``.
+
+    In log odds by which it prefers such an answer to the corpus's average one.
+    """
+    mean, sd = z_scale()
+    tastes = np.array([group.sharpness * np.array(group.weights) for group in groups])
+    return np.asarray((raw - mean) / sd @ tastes.T)
+
+
 def utilities(group: Group, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> Matrix:
     """Return ``w . (z(first) - z(second))``, ``[pairs]``."""
     texts = zip(prompts, first, second, strict=True)

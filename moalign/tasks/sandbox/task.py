@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from moalign.lm.chat import Codec
     from moalign.reward_models.pairs import PairSet
     from moalign.tasks.frontier import Frontier
+    from moalign.tasks.sandbox.annotators import Group
 
 PER_PROMPT = 16
 """Data responses per prompt, drawn from the corpus without preference: a logged data set of mixed quality."""
@@ -157,6 +158,46 @@ class SandboxTask(Task):
         spec = self.annotators
         groups = groups_of(spec.groups, self.names, spec.sharpness)
         return label(groups, world.prompts(), spec.pairs, spec.seed, spec.flipped)
+
+    @functools.cached_property
+    def _by_user(self) -> tuple[list[PairSet], dict[str, str]]:
+        from moalign.tasks.sandbox.annotators import by_user
+
+        return by_user(self.pair_sets(), self.annotators.users or 1, self.annotators.seed)
+
+    def labelled_by_user(self) -> list[PairSet]:
+        """Return the annotators' pairs over all splits, one data set per user."""
+        return self._by_user[0]
+
+    @property
+    def group_of_user(self) -> dict[str, str]:
+        """The group of every annotator, by name."""
+        return self._by_user[1]
+
+    @property
+    def _groups(self) -> list[Group] | None:
+        """The annotator groups that the card asks for, where all that they look at is judged here."""
+        from moalign.tasks.sandbox.annotators import groups_of
+
+        given = self._spec.annotators
+        if given is None or given.groups == "specialists" or not self._judged_exactly:
+            return None
+        if len(self.names) < len(world.OBJECTIVES):
+            return None
+        return groups_of(given.groups, self.names, given.sharpness)
+
+    @property
+    def user_groups(self) -> list[str] | None:
+        """See :attr:`WithUsers.user_groups`; specialists are the objectives themselves."""
+        return None if self._groups is None else [group.name for group in self._groups]
+
+    def group_utilities(self, raw: Matrix) -> Matrix:
+        """See :meth:`WithUsers.group_utilities`."""
+        from moalign.tasks.sandbox.annotators import worth
+
+        assert self._groups is not None  # user_groups says so
+        order = [self.names.index(name) for name in world.OBJECTIVES]
+        return worth(self._groups, np.asarray(raw)[..., order])
 
     @property
     def reward_model(self) -> RewardModelSpec:
