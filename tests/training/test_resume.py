@@ -144,7 +144,6 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     expected = 1 if phase == "extrapolation" else step if from_there else (step - 1) // 2 * 2 + 1
     assert resumed == expected  # from the last checkpoint
     done_before = {
-        SECOND: {"preference 0,1 (1/3)"},
         "search": {"experts by morlhf: preference 1,0 (1/2)"},
         "extrapolation": {"experts by morlhf: preference 0.7,0.3 (1/2)"},
         SECOND: {"preference 0,1 (1/3)", "anchors: the base answers"},
