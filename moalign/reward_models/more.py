@@ -54,8 +54,8 @@ class Balancer:
         if self.memory is not None:
             smoothed = (1 - self.momentum) * self.memory.to(smoothed.device) + self.momentum * smoothed
         self.memory = smoothed
-        gradients = F.normalize(smoothed, dim=1) if self.normalise else smoothed
-        gram = (gradients @ gradients.T).double().cpu().numpy()
+        gradients = (F.normalize(smoothed, dim=1) if self.normalise else smoothed).double().cpu()
+        gram = (gradients @ gradients.T).numpy()  # of float32 it is not symmetric enough to be one
         return torch.as_tensor(min_norm(gram), dtype=torch.float32, device=delta.device)
 
 
