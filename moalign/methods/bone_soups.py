@@ -123,8 +123,9 @@ class BoneSoups:
         """Obtain the experts, trained or found, and choose how far to extrapolate, where that is asked for."""
         from moalign.training.experts import bring_experts
 
+        method, settings = job.config.expert_runs()
         rows = backbone(len(job.task.names), job.config.beta)
-        bring_experts(job, *job.config.expert_runs(), vectors=[tuple(row) for row in rows.tolist()])
+        bring_experts(job, method, settings, [tuple(row) for row in rows.tolist()])
         if job.config.extrapolate and not job.stage_done(STRETCH):
             choose_stretch(job)
 

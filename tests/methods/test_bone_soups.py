@@ -81,9 +81,10 @@ def test_extrapolation_as_the_public_code_combines_three_models() -> None:
 def ask(small_task: tuple[str, ...], tmp_path: Path) -> Any:
     """``ask(method, *overrides)``: a plan of seconds on the small task."""
 
-    def planned(method: str, *overrides: str, task: str | None = None) -> Plan:
-        quick = [f"{key}={json.dumps(value)}" for key, value in registry.get(method).quick.items()]
-        sets = (*small_task, "policy.lora={r: 4, alpha: 8, dropout: 0.0}", *quick, *overrides)
+    def planned(method: str, *overrides: str, task: str | None = None, quick: Any = None) -> Plan:
+        settings = registry.get(method).quick if quick is None else quick
+        given = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+        sets = (*small_task, "policy.lora={r: 4, alpha: 8, dropout: 0.0}", *given, *overrides)
         return plan(TrainRequest(method, task=task, overrides=sets, results=tmp_path))
 
     return planned
@@ -108,8 +109,9 @@ def test_its_experts_are_morlhf_at_the_rows_and_answer_there(ask: Any, tmp_path:
 
 @pytest.mark.slow
 def test_at_beta_1_it_is_rewarded_soups_with_the_same_experts(ask: Any, tmp_path: Path) -> None:
-    bone, _ = train(ask("bone-soups", "extrapolate=[]", "experts.lr=0.05", "beta=1"))
-    soup, _ = train(ask("rewarded-soups", "experts.lr=0.05"))
+    settings = ("experts.steps=2", "experts.batch=4", "experts.warmup=0", "experts.lr=0.05")  # others: the recipe's
+    bone, _ = train(ask("bone-soups", *settings, "beta=1", quick={}))
+    soup, _ = train(ask("rewarded-soups", *settings, quick={}))
     assert bone.record.notes["experts"] == soup.record.notes["experts"]
     wanted = [(1.0, 0.0), (0.37, 0.63)]
     assert answers(bone, tmp_path, *wanted) == answers(soup, tmp_path, *wanted)

@@ -34,6 +34,13 @@ SETTINGS = {
     "mo-odpo": ("steps=4", "batch=8", "lr=0.01", "micro_batch=4", "kl_budget=0.1", *OFTEN),
     "moc": ("steps=4", "batch=8", "groups=2", "lr=0.01", "epochs=2", "support=9.0", *OFTEN),
     "ric": (f"offline={STAGE}", f"online={STAGE}", "online_rounds=1", "online_prompts=12", "offline_part=12"),
+    "evo-soups": (
+        "experts={steps: 2, batch: 4, lr: 0.01}",
+        "groups=1",
+        "population=4",
+        "generations=3",
+        "prompts=6",
+    ),
     "mod": (f"experts={STAGE.replace('}', ', per_prompt: 1}')}",),
 }
 CLOCKS = {"seconds", "peak_memory_bytes"}
@@ -138,6 +145,7 @@ def assert_same_run(run: Run, alone: Run) -> None:
         pytest.param("mo-odpo", ("group_by_length=true", "samples=4"), marks=pytest.mark.slow),
         pytest.param("moc", (), marks=pytest.mark.slow),
         pytest.param("ric", (), marks=pytest.mark.slow),
+        pytest.param("evo-soups", (), marks=pytest.mark.slow),
         pytest.param("mod", (), marks=pytest.mark.slow),  # experts: a run inside a run
     ],
 )
