@@ -10,9 +10,11 @@ It learns from pairs labelled by mixed users, and from none of the task's reward
 by clipped PPO with a value head for every group (:mod:`moalign.losses.ppo`), ``A = sum_k lambda_k A_k``.
 ``clusters: 1`` is plain RLHF: one reward for everybody's pairs.
 
-Deviation: the game is played by exponentiated weights over groups, lambda_k proportional to ``exp(-eta * sum of the
-mean r_k of every step until now)``. The paper's algorithm 1 trains on the worst group of each step alone: ``play:
-worst``.
+Deviation: the game is played by exponentiated weights over groups, lambda_k proportional to ``exp(-eta * S_k - damping
+* s_k)``, s_k the mean r_k of the rollout in hand and S_k the sum of all until now. The paper's algorithm 1 trains on
+the worst group of each step alone: ``play: worst``. ``damping`` is the proportional part beside the integral one, as in
+PID Lagrangian methods (arXiv 2007.03964): by sums alone, policy and weights chase each other, and training may end
+anywhere on their round.
 
 Choices of ours: rewards are linear in the states of the frozen base (:mod:`moalign.training.user_rewards`), where the
 paper fine-tunes K models in every round. They are compared in log odds, each 0 for the mean answer of the pairs: a
@@ -55,9 +57,10 @@ class Config(PpoConfig, GroupsUsers):
     """Of EM, of which the likeliest end is taken."""
     play: Literal["exponentiated", "worst"] = "exponentiated"
     """Which groups a step is for: all by their weights, or the worst one alone."""
-    eta: float = Field(default=0.1, gt=0)
-    """Of ``play: exponentiated``: a step at which a group is one worse than another multiplies their weights' ratio by
-    exp(eta)."""
+    eta: float = Field(default=0.02, gt=0)
+    """Of ``play: exponentiated``: what a step at which a group is worse off by one adds to its log weight for good."""
+    damping: float = Field(default=0.5, ge=0)
+    """Of ``play: exponentiated``: what the step in hand adds for itself alone."""
 
 
 class MaxminRlhf:
@@ -118,6 +121,6 @@ def weights(sums: Sequence[float], means: Matrix, config: Config) -> Matrix:
     """Return lambda, ``[K]``, from groups' mean rewards, of the step in hand and summed over all steps until then."""
     if config.play == "worst":
         return np.asarray(np.eye(len(means))[int(np.argmin(means))])
-    logits = -config.eta * np.asarray(sums)
+    logits = -config.eta * np.asarray(sums) - config.damping * means
     shares = np.exp(logits - logits.max())
     return np.asarray(shares / shares.sum())

@@ -23,7 +23,15 @@ class WithUsers:
         raise NotImplementedError
 
     def labelled_by_user(self) -> list[PairSet]:
-        """Return the labelled pairs over all splits, one data set per user: ``group`` in the rows of a file."""
+        """Return the labelled pairs over all splits, one data set per user: ``group`` in the rows of a file.
+
+        Raises RequestError where the card names no pairs.
+        """
+        if self.card.data is None or self.card.data.pairs is None:
+            raise RequestError(
+                f"task {self.card.name}: its card has no data.pairs; needed: pairs whose field group says which user "
+                "labelled them"
+            )
         return self.pair_sets()
 
     @functools.cached_property

@@ -3,7 +3,7 @@
 A group's reward of an answer is linear in the base's states over it: ``r_k(x, y) = theta_k . mean_t h_t(x, y)``, h_t
 the last hidden state from which the base, frozen, predicts token t of y after the bare prompt x. Groups and thetas come
 from hard EM (:mod:`moalign.reward_models.hard_em`). Rewards are log odds of Bradley-Terry, 0 for the mean answer of the
-pairs.
+pairs. An empty answer has no states, and counts as the lower bound of the pairs' answers.
 """
 
 from __future__ import annotations
@@ -81,10 +81,13 @@ def names(count: int) -> list[str]:
 def panel_of_groups(job: Job, lm: LanguageModel) -> RewardPanel:
     """Return the groups' rewards as scorers, counted by the job's meter; their scale leaves log odds as they are."""
     theta = job.run.load_tensors(STAGE)["theta"].numpy()
+    scale = Normaliser.from_json(job.run.path / f"{STAGE}.json")
+    least = np.array(scale.bounds)[:, 0]
 
     @functools.lru_cache(maxsize=32)
     def scores(prompts: tuple[str, ...], responses: tuple[str, ...]) -> Matrix:
-        return np.asarray(states(job, lm, prompts, responses) @ theta.T)
+        empty = np.array([not response for response in responses])
+        return np.where(empty[:, None], least, states(job, lm, prompts, responses) @ theta.T)
 
     def of_group(k: int, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         return [float(score) for score in scores(tuple(prompts), tuple(responses))[:, k]]
@@ -96,15 +99,15 @@ def panel_of_groups(job: Job, lm: LanguageModel) -> RewardPanel:
             for k, name in enumerate(names(len(theta)))
         ]
     )
-    return panel.with_normaliser(Normaliser.from_json(job.run.path / f"{STAGE}.json")).with_meter(job.meter)
+    return panel.with_normaliser(scale).with_meter(job.meter)
 
 
 def states(job: Job, lm: LanguageModel, prompts: Sequence[str], responses: Sequence[str]) -> Matrix:
-    """Return the features of answers to bare prompts, ``[answers, width]``."""
+    """Return the features of answers to bare prompts, ``[answers, width]``; those of an empty one mean nothing."""
     limits, renderer = job.task.card.generation, job.task.renderer
     longest = limits.max_prompt_tokens + limits.max_new_tokens
     rows = []
     for prompt, response in zip(prompts, responses, strict=True):
         head, tail = training_row(lm.codec, renderer.plain(prompt), Response(response), longest)
-        rows.append((head + tail, len(tail)))
+        rows.append((head + tail, max(1, len(tail))))
     return np.asarray(mean_states(lm, rows).double().numpy())

@@ -30,9 +30,14 @@ def of_groups(small_task: tuple[str, ...], results: Path, *more: str) -> Plan:
 
 
 def test_weights_by_hand() -> None:
-    """exp(0), exp(-.5 log 4) and exp(-.5 log 16), over their sum 1 + 1/2 + 1/4; the worst of a step takes all."""
-    config, sums = Config(eta=0.5), [0.0, np.log(4), np.log(16)]
-    assert weights(sums, np.array([3.0, 2.0, 1.0]), config) == pytest.approx(np.array([4, 2, 1]) / 7)
+    """exp(0), exp(-.5 log 4) and exp(-.5 log 16), over their sum 1 + 1/2 + 1/4; the worst of a step takes all.
+
+    Damped by 2, a step with means 0, 0, -log 2 makes 4, 2, 4 of 4, 2, 1.
+    """
+    sums = [0.0, np.log(4), np.log(16)]
+    undamped, damped = Config(eta=0.5, damping=0), Config(eta=0.5, damping=2)
+    assert weights(sums, np.array([3.0, 2.0, 1.0]), undamped) == pytest.approx(np.array([4, 2, 1]) / 7)
+    assert weights(sums, np.array([0.0, 0.0, -np.log(2)]), damped) == pytest.approx(np.array([4, 2, 4]) / 10)
     alone = Config(play="worst")
     assert weights(sums, np.array([3.0, 1.0, 2.0]), alone).tolist() == [0, 1, 0]
     assert weights(sums, np.array([1.0, 1.0, 2.0]), alone).tolist() == [1, 0, 0]
@@ -43,7 +48,7 @@ def test_the_game_finds_the_mixture_that_serves_the_worst_off_best() -> None:
 
     A policy that takes the best answer for the weights, step by step, comes to that on average.
     """
-    worth, config = np.array([[2.0, 0.0], [0.0, 2.0], [0.9, 0.9]]), Config(eta=0.1)
+    worth, config = np.array([[2.0, 0.0], [0.0, 2.0], [0.9, 0.9]]), Config(eta=0.1, damping=0)
     sums, taken = np.zeros(2), np.zeros(3)
     for _ in range(400):
         means = worth[int((worth @ weights(sums.tolist(), sums, config)).argmax())]
@@ -89,6 +94,8 @@ def test_rewards_are_log_odds_of_the_base_alone_and_0_for_the_mean_answer(
     groups = np.repeat([of_user[user.name] for user in users], [len(user) for user in users])
     margins = (z[: len(prompts)] - z[len(prompts) :])[np.arange(len(groups)), groups - 1]
     assert (margins > 0).mean() > 0.6  # these labels are what was learned
+    least = panel.z(panel.score(prompts[:2], ["", chosen[1]]))
+    assert least[0] == pytest.approx(panel.z_bounds()[:, 0]) and (least[1] != least[0]).all()
     adapters.load(lm, run.path / "adapter")
     assert states(job, lm, prompts, chosen) == pytest.approx(plain, abs=1e-5)
     adapters.drop(lm)

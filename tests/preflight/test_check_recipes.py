@@ -11,10 +11,12 @@ from moalign.core.errors import RequestError
 from moalign.methods import registry
 from moalign.preflight import check, cost, inputs, memory
 from moalign.preflight.report import Preflight
+from moalign.training.settings import GroupsUsers
 
 REAL = ("hh-rlhf", "hh-rlhf-2", "reddit-summary", "safe-rlhf", "helpsteer2")
 SMALL = ("Qwen/Qwen2.5-0.5B", "meta-llama/Llama-3.2-1B")
-METHODS = registry.names()
+METHODS = [name for name in registry.names() if not issubclass(registry.get(name).Config, GroupsUsers)]
+"""All but those that group the users who label pairs: the data of none of these tasks says who that was."""
 FIVE = ("moc", "mo-odpo", "ric", "modpo", "paretohqd")
 """The methods whose recipes have a quick budget beside the papers' own."""
 
