@@ -29,6 +29,7 @@ SETTINGS = {
 SETTINGS["morlhf"] = SETTINGS["moc"]
 SETTINGS["grpo"] = (*SETTINGS["moc"], "samples=2", "epochs=2")
 SETTINGS["raco"] = (*SETTINGS["sft"], "per_prompt=1", "accumulate=2")
+SETTINGS["few-shot-steer"] = (*SETTINGS["sft"], "per_prompt=2", "encoder={steps: 6, users: 4, width: 8}")
 SECOND = "preference 0.5,0.5 (2/3)"
 """How progress names the second vector of the task's grid of three."""
 CLOCKS = {"seconds", "peak_memory_bytes"}
@@ -46,7 +47,8 @@ def lines(run: Run) -> list[dict[str, Any]]:
 
 
 def assert_same_run(run: Run, whole: Run) -> None:
-    kept = [path for pattern in ("adapter*/*", "value_heads*", "control*") for path in whole.path.glob(pattern)]
+    patterns = ("adapter*/*", "value_heads*", "control*", "encoder*")
+    kept = [path for pattern in patterns for path in whole.path.glob(pattern)]
     assert {path.name for path in kept} >= {"adapter_model.safetensors", "adapter_config.json"}
     for path in kept:
         assert (run.path / path.relative_to(whole.path)).read_bytes() == path.read_bytes()
@@ -92,6 +94,8 @@ def whole(
         ("grpo", "online", 5),
         ("morlhf", SECOND, 5),
         ("raco", SECOND, 5),
+        ("few-shot-steer", "dpo", 5),
+        pytest.param("few-shot-steer", "encoder", 5, marks=pytest.mark.slow),
         pytest.param("ric", "offline", 3, marks=pytest.mark.slow),
         pytest.param("ric", "sampling-1", 12, marks=pytest.mark.slow),  # all sampled, nothing kept yet
         ("ric", "round-1", 5),
