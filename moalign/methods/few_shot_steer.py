@@ -18,7 +18,8 @@ Where this differs, and what the paper leaves open (choices of ours):
   shifts and scales every hidden layer of the policy (FiLM). Here ``r(x, y | z) = w(z) . r(x, y)`` in the task's own
   rewards, which only training sees. Of all that C says, an answer of most expected ``w . r`` depends on E[w | C] alone,
   so that nothing is lost for that goal by telling the policy no more; and a latent with a meaning serves ``--prefs``,
-  every generator and export as they are. With a free decoder z is ignored: labels by Bradley-Terry say little each;
+  every generator and export as they are. The scale is fixed, that of the users' Dirichlet: with a learned map from z to
+  w the encoder said nothing (divergence 0) in a trial without a record, as one label by Bradley-Terry says little;
 * the gradient of DPO does not reach the encoder, since a prompt is text; the code trains both together;
 * aggregation: Gaussian factors that add up, odd in the labels. The code sums pairs' codes, after attention; here no
   pairs are exactly the prior and more pairs than in training can be read;
@@ -164,11 +165,13 @@ def learn_to_read(job: Job, pool: Pool) -> None:
     features = users.embeddings(lm, job.task, pool.prompts, pool.responses, config.max_tokens, progress)
     encoder = users.train_encoder(job, config, pool, features)
     rng, w, _ = drawn(job, pool)
-    chosen, rejected = pool.labelled(w, config.context, config.sharpness, rng)
-    shown = users.first(rng.integers(0, config.context + 1, size=len(w)), config.context)
-    asked = encoder.read(features, chosen, rejected, shown) if len(w) else w
-    asked = on_grid(asked, config.resolution) if config.resolution else asked
-    asked = np.where(rng.random((len(w), 1)) < config.told, w, asked)
+    asked = w
+    if len(w):
+        chosen, rejected = pool.labelled(w, config.context, config.sharpness, rng)
+        shown = users.first(rng.integers(0, config.context + 1, size=len(w)), config.context)
+        read = encoder.read(features, chosen, rejected, shown)
+        read = on_grid(read, config.resolution) if config.resolution else read
+        asked = np.where(rng.random((len(w), 1)) < config.told, w, read)
     job.run.save_tensors(users.PHASE, encoder.state_dict())
     job.run.save_tensors(ASKED, {ASKED: torch.from_numpy(asked)})
     job.notes["pairs"] = {"prompts": len(set(pool.prompts)), "pairs": len(pool.pairs), "users": len(w)}

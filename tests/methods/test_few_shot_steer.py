@@ -136,6 +136,28 @@ def test_without_steps_the_base_answers_for_what_is_read(small_task: tuple[str, 
     assert handle.policy((0.3, 0.7)).respond([ASK]) == asked
 
 
+@pytest.mark.slow
+def test_an_encoder_whose_training_broke_off_is_trained_anew_to_the_same_bytes(
+    run: Run, small_task: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Its log has no line twice, and what was counted is counted once."""
+
+    def progress(phase: str, done: int, total: int) -> None:
+        if (phase, done) == ("encoder", 3):
+            raise KeyboardInterrupt
+
+    request = TrainRequest("few-shot-steer", overrides=(*small_task, *QUICK), results=tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        train(plan(request), progress)
+    again = train(plan(request))[0]
+    for name in ("encoder.safetensors", "asked.safetensors", "adapter/adapter_model.safetensors"):
+        assert (again.path / name).read_bytes() == (run.path / name).read_bytes()
+    assert [(line["phase"], line["step"], line["loss"]) for line in again.metrics()] == [
+        (line["phase"], line["step"], line["loss"]) for line in run.metrics()
+    ]
+    assert again.record.cost.reward_calls == run.record.cost.reward_calls
+
+
 def test_its_cost_is_the_scored_responses_that_its_users_compare() -> None:
     task = Amounts(2, train=SplitAmount((16, 3)))
     assert [Config(per_prompt=n).learns_from(task).rows for n in (2, 8, 16)] == [4, 11, 19]

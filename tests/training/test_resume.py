@@ -95,7 +95,6 @@ def whole(
         ("morlhf", SECOND, 5),
         ("raco", SECOND, 5),
         ("few-shot-steer", "dpo", 5),
-        pytest.param("few-shot-steer", "encoder", 5, marks=pytest.mark.slow),
         pytest.param("ric", "offline", 3, marks=pytest.mark.slow),
         pytest.param("ric", "sampling-1", 12, marks=pytest.mark.slow),  # all sampled, nothing kept yet
         ("ric", "round-1", 5),
