@@ -22,6 +22,7 @@ CASES = {
     "bapo": ("lr=1e30", "steps=6", *PAIRS, "anchors=4"),
     "spo": ("lr=1e30", "steps=12", *PAIRS, "prefs=[[0.5, 0.5]]"),
     "mrpo": ("lr=1e30", "steps=6", *PAIRS, "references=[]"),
+    "few-shot-steer": ("lr=1e30", "steps=6", *SMALL, "max_tokens=48", "encoder={steps: 2, users: 4, width: 8}"),
     "cpo": ("cdpo.lr=1e30", "cdpo.steps=6", "cdpo.batch=4", "cdpo.max_tokens=48", f"cpsft={STAGE}", "per_prompt=1"),
     "mo-odpo": ("lr=1e30", "steps=6", *SMALL, "warmup=0"),
     "moc": ("lr=1e30", "steps=6", *SMALL, "groups=2"),

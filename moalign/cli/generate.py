@@ -33,6 +33,13 @@ def generate(
         list[str] | None, typer.Option(metavar="W1,W2[,..]", help="The preference to answer for; repeatable.")
     ] = None,
     prefs_text: PrefsText = None,
+    user: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PAIRS.jsonl",
+            help="Pairs that a user labelled (prompt, chosen, rejected), to read the preference off.",
+        ),
+    ] = None,
     temperature: Annotated[
         float | None, typer.Option(min=0, metavar="T", help="Sampling temperature; else the card's.  0: greedy.")
     ] = None,
@@ -42,14 +49,25 @@ def generate(
 ) -> None:
     """Answer prompts with a finished run at one preference, or at several, side by side.
 
+    With ``--user`` the preference is the one that a user's labelled pairs show, by methods that can read it off them:
+    the run answers as if it had been named, and stderr says which one it is. A few pairs say little: with none of them
+    all users are alike.
+
     With ``--json`` and one preference: ``run``, ``prefs``, ``objectives``, ``answers``; with several ``prefs`` is a
     list of them and ``answers`` a list for each.
     """
     from moalign import api
+    from moalign.core.preferences import label
 
     prompts, prefs = _prompts(prompt), preferences_of(prefs, prefs_text)
+    if user is not None and prefs:
+        raise RequestError("--user and --prefs exclude each other: show a preference by a user's pairs, or name it")
     with output.working() as progress:
         handle = _run(run, prefs, results)
+        if user is not None:
+            inferred = handle.infer(user, progress)
+            output.note(f"{user}: read as --prefs {label(inferred)}")
+            prefs = [",".join(map(str, inferred))]
         answers = api.generate(
             handle, prompts, prefs or (), temperature=temperature, seed=seed, results=results, progress=progress
         )

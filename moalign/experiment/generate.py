@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
-from moalign.core.errors import RequestError
+from moalign.config.card import SourceSpec
+from moalign.core.errors import RequestError, placed
 from moalign.core.preferences import Preference
 from moalign.core.progress import Progress, silent
+from moalign.data.load import load_grouped_pairs
 from moalign.data.readers import check_text
 from moalign.evaluation.evaluate import preferences_for
-from moalign.methods.base import Method, policies_of
+from moalign.methods import registry
+from moalign.methods.base import Infers, Method, policies_of
 from moalign.training.job import RunContext
 
 if TYPE_CHECKING:
@@ -96,6 +100,30 @@ def generate(
         )
         for row, (w, policy, prompt, response) in enumerate(rows)
     ]
+
+
+def infer(method: Method, context: RunContext, user: Path, progress: Progress = silent) -> Preference:
+    """Return the preference that the pairs in a user's file show.
+
+    Raises RequestError where the method reads none off pairs, and for a file that does not hold pairs of one user.
+    """
+    if not method.capabilities.infers:
+        able = ", ".join(name for name in registry.names() if registry.get(name).capabilities.infers)
+        raise RequestError(
+            f"--user {user}: {method.name} reads no preference off pairs; allowed: methods that do ({able}); name it "
+            "with --prefs"
+        )
+    if not user.is_file():
+        raise RequestError(f"--user {user}: no such file; allowed: a file of pairs (prompt, chosen, rejected)")
+    with placed("--user"):
+        grouped = list(load_grouped_pairs(SourceSpec(path=str(user))))
+    groups = list(dict.fromkeys(str(group) for group, _ in grouped))
+    if len(groups) > 1:
+        names = ", ".join(groups[:3])
+        raise RequestError(f"--user {user}: found pairs of {len(groups)} users (group: {names}); allowed: those of one")
+    context.run.require_weights()
+    context.task.progress = progress
+    return cast(Infers, method).infer(context, [pair for _, pair in grouped])
 
 
 def checked(prompts: str | Sequence[str]) -> list[str]:

@@ -13,7 +13,7 @@ from moalign.core.progress import Progress, silent
 from moalign.evaluation import evaluate
 from moalign.evaluation.result import EvalResult
 from moalign.experiment.arguments import Vector, vector_text
-from moalign.experiment.generate import checked
+from moalign.experiment.generate import checked, infer
 from moalign.experiment.train import context_of, damaged
 from moalign.methods import registry
 from moalign.methods.base import Method, policies_of
@@ -123,6 +123,14 @@ class RunHandle(Run):
         preference = preferences.parse(vector_text(prefs), context.task.names)
         evaluate.preferences_for(method, context, [preference])
         return SteeredPolicy(policies_of(method, context, [preference])[0], context, preference)
+
+    def infer(self, user: str | Path, progress: Progress = silent) -> Preference:
+        """Return the preference that the pairs of one user show: a file with prompt, chosen and rejected.
+
+        Raises:
+            RequestError: the run is not finished, its method reads no preference off pairs, or a fault in the file.
+        """
+        return infer(*self.opened(progress), Path(user), progress)
 
     def opened(self, progress: Progress = silent) -> tuple[Method, RunContext]:
         """Return the method and the context of the finished run, made once.

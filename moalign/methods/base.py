@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_chec
 
 from moalign.config.strict import Strict
 from moalign.core.preferences import Preference
+from moalign.core.records import Pair
 from moalign.training.job import Job, RunContext
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ class Capabilities:
     """The adapter that answers is put together of an expert's for each objective; its rank is the sum of theirs."""
     whole: str = ""
     """Why its training cannot be shared by several processes; empty: it can."""
+    infers: bool = False
+    """It reads a preference off pairs that a user labelled: it has ``infer(context, pairs)``, see :class:`Infers`."""
     objectives: Literal["any", "2"] = "any"
 
 
@@ -74,6 +77,14 @@ class Method(Protocol):
 
     def policy(self, context: RunContext, preference: Preference) -> Policy:
         """Return the policy that answers for ``preference``; raises RequestError when it cannot serve it."""
+        ...
+
+
+class Infers(Protocol):
+    """What a method with ``capabilities.infers`` has besides."""
+
+    def infer(self, context: RunContext, pairs: Sequence[Pair]) -> Preference:
+        """Return the preference that a user's labelled pairs show."""
         ...
 
 

@@ -37,6 +37,7 @@ SETTINGS["bone-soups"] = (EXPERTS, "extrapolate=[0, 0.2, 0.5]", "prompts=6")
 SETTINGS["bapo"] = (*SETTINGS["raco"], "anchors=6")
 SETTINGS["spo"] = (*SETTINGS["raco"], "steps=12")
 SETTINGS["mrpo"] = (*SETTINGS["raco"], f"experts={STAGE[:-1]}, per_prompt: 1}}")
+SETTINGS["few-shot-steer"] = (*SETTINGS["sft"], "per_prompt=2", "encoder={steps: 6, users: 4, width: 8}")
 SECOND = "preference 0.5,0.5 (2/3)"
 """How progress names the second vector of the task's grid of three."""
 CLOCKS = {"seconds", "peak_memory_bytes"}
@@ -54,11 +55,8 @@ def lines(run: Run) -> list[dict[str, Any]]:
 
 
 def assert_same_run(run: Run, whole: Run) -> None:
-    kept = [
-        path
-        for pattern in ("adapter*/*", "value_heads*", "control*", "front*", "extrapolation*", "groups*")
-        for path in whole.path.glob(pattern)
-    ]
+    patterns = ("adapter*/*", "value_heads*", "control*", "front*", "extrapolation*", "groups*", "encoder*")
+    kept = [path for pattern in patterns for path in whole.path.glob(pattern)]
     assert {path.name for path in kept} >= {"adapter_model.safetensors", "adapter_config.json"}
     for path in kept:
         assert (run.path / path.relative_to(whole.path)).read_bytes() == path.read_bytes()
@@ -113,6 +111,7 @@ def whole(
         ("spo", f"{SECOND} 1", 5),
         ("spo", f"{SECOND} 2", 5),
         ("mrpo", SECOND, 5),
+        ("few-shot-steer", "dpo", 5),
         pytest.param("ric", "offline", 3, marks=pytest.mark.slow),
         pytest.param("ric", "sampling-1", 12, marks=pytest.mark.slow),  # all sampled, nothing kept yet
         ("ric", "round-1", 5),

@@ -49,6 +49,10 @@ WAYS: dict[str, tuple[tuple[str, ...], dict[str, list[int]]]] = {
     "bapo": (("steps=4", "batch=4", "lr=0.01", "max_tokens=48", "per_prompt=1", "anchors=4"), {"pref": [1, 4]}),
     "spo": (("steps=4", "batch=4", "lr=0.01", "max_tokens=48", "per_prompt=1"), {"pref": [1, 4]}),
     "mrpo": (("steps=4", "batch=4", "lr=0.01", "max_tokens=48", "per_prompt=1", "references=[]"), {"pref": [1, 4]}),
+    "few-shot-steer": (
+        ("steps=4", "batch=4", "lr=0.01", "max_tokens=48", "per_prompt=2", "encoder={steps: 2, users: 4, width: 8}"),
+        {"dpo": [1, 4]},
+    ),
     "paretohqd": (
         ("k=8", "min_pool=24", "augment_prompts=48", f"first={STAGE}", f"second={STAGE}"),
         {"stage1": [1, 4], "pref": [1, 4]},
