@@ -91,6 +91,7 @@ def compare(request: CompareRequest, progress: Progress = silent) -> CompareResu
     jobs.evaluate_all(runs, requested, progress, keep=not request.runs, samples=samples)
     _require_finite(runs, card)
     _require_same_bounds(runs)
+    _require_same_base(runs)
     result = _result(request, runs, card, card_hash, requested)
     artefacts.write(result, paths, runs, card)
     result.traces = [run.trace for run in runs if run.trace]
@@ -283,6 +284,17 @@ def _require_same_bounds(runs: Sequence[ComparedRun]) -> None:
             raise RequestError(
                 f"{judged[0].folder} and {run.folder}: their normalisers differ (each results folder fitted its own), "
                 "so their scores cannot be compared; train both in one results folder"
+            )
+
+
+def _require_same_base(runs: Sequence[ComparedRun]) -> None:
+    """Raise RequestError for runs on bases of other weights; older records do not say which base they had."""
+    known = [(run.folder, run.run.record.notes["base"]) for run in runs if run.run and "base" in run.run.record.notes]
+    for folder, base in known[1:]:
+        if base != known[0][1]:
+            raise RequestError(
+                f"{known[0][0]} and {folder}: their bases have other weights ({known[0][1]}, {base}): each machine "
+                "trains the sandbox's base for itself, and other processors do not make the same; train both on one"
             )
 
 

@@ -283,7 +283,8 @@ def train(plan: Plan, progress: Progress = silent, wait: bool = False) -> tuple[
                 with plan.mirrors(mine) as mine.mirrors:
                     plan.method.train(job)
                 overlong = plan.task.overlong()
-                mine.record.notes = {**job.notes, "overlong": overlong} if overlong else job.notes
+                found = {"overlong": overlong or None, "base": plan.task.base_sum}
+                mine.record.notes = {**job.notes, **{key: value for key, value in found.items() if value is not None}}
     return (run if processes.is_writer() else Run.load(run.path)), meter is None
 
 

@@ -69,6 +69,7 @@ class Task(WithUsers, abc.ABC):
         self.names = card.objective_names
         self.attention: str | None = None  # a recipe's policy.attention
         self.offload = False  # a recipe's rewards.offload
+        self.base_sum: str | None = None  # of the weights, where a machine trains the base for itself
         self.engine: VllmEngine | None = None  # what samples for a recipe's rollout.engine: vllm
 
     # -- what a kind of task fills in ----------------------------------------------------------------------
@@ -105,8 +106,7 @@ class Task(WithUsers, abc.ABC):
     def frontier(self, prefs: Sequence[Preference]) -> list[Frontier] | None:
         """Return the most w.z at every KL to the base, in raw rewards, per preference; None where it is not known.
 
-        The KL is that of :mod:`moalign.evaluation.divergence`: to the base with the bare evaluation prompt, at the
-        card's temperature.
+        The KL of :mod:`moalign.evaluation.divergence`: to the base, bare prompt, at the card's temperature.
         """
         return None
 

@@ -257,6 +257,21 @@ def test_a_suite_that_is_none(card: str, results: Path) -> None:
         ask(card, results, suite="quick", task=None, runs=[run])
 
 
+def test_runs_on_bases_of_other_weights_are_refused(card: str, results: Path) -> None:
+    """The sandbox's base is trained on each machine: a run that was made on another one answered from another base."""
+    first = ask(card, results)
+    folders = [Path(run.run) for entry in first.entries for run in entry.runs]
+    for folder, base in zip(folders, ("aaaa", "bbbb"), strict=True):
+        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        record["notes"]["base"] = base
+        (folder / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    with pytest.raises(RequestError, match=r"their bases have other weights \(aaaa, bbbb\): each machine trains"):
+        ask(card, results)
+    record["notes"]["base"] = "aaaa"
+    (folders[1] / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    assert ask(card, results).winner == first.winner
+
+
 def test_a_figure_of_an_unknown_kind(card: str, results: Path) -> None:
     assert ".png, .pdf, .svg" in refused(card, results, figure=Path("fronts.bmp"))
 

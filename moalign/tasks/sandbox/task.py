@@ -16,6 +16,7 @@ from moalign.core.preferences import Preference
 from moalign.core.records import Response
 from moalign.rewards import judge
 from moalign.rewards.panel import RewardPanel
+from moalign.runs.checkpoint import file_sum
 from moalign.tasks.responses import Responses
 from moalign.tasks.sandbox import base, world
 from moalign.tasks.task import Task, fingerprint
@@ -57,7 +58,9 @@ class SandboxTask(Task):
         """Return the base's folder, having trained it first when it is built in and not there yet."""
         if self.card.model is not None:
             return self.card.model, self.card.model_revision
-        return str(base.ensure(self.names, self._spec.base, self._spec.seed, self.progress)), None
+        folder = base.ensure(self.names, self._spec.base, self._spec.seed, self.progress)
+        self.base_sum = file_sum(folder / "model.safetensors")[:16]
+        return str(folder), None
 
     def all_prompts(self) -> list[str]:
         """Return the world's 720 prompts."""
