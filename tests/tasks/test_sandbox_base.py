@@ -15,11 +15,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from moalign.config.load import load_card
 from moalign.core.paths import cache_root
 from moalign.lm import language_model
 from moalign.lm.sampler import sample, uniforms
 from moalign.pareto.hypervolume import hypervolume
 from moalign.pareto.indicators import controllability
+from moalign.tasks.load import make_task
 from moalign.tasks.sandbox import base, world
 from moalign.tasks.sandbox.optimum import all_rewards, corpus_log_probs
 from moalign.tasks.sandbox.scorer import parse
@@ -116,6 +118,21 @@ def test_ensure_trains_once_and_finds_the_folder_again(own_cache: Path, monkeypa
     assert lm.encode(["make soup"]) == [lm.tokenizer.convert_tokens_to_ids(["<bos>", "make", "soup"])]
     base.ensure(NAMES, "cold", 3)
     assert len(calls) == 2
+
+
+def test_a_task_knows_which_base_its_machine_has(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two machines may train different weights from one seed; a base that the card names is in the card's hash."""
+    sums = []
+    monkeypatch.setattr(base, "train", untrained)  # other weights at every call
+    for number in (0, 1):
+        monkeypatch.setenv("MOALIGN_CACHE", str(own_cache / str(number)))
+        task = make_task(load_card("sandbox"), own_cache)
+        assert task.base_sum is None  # nothing is trained to know it
+        task.base_source()
+        sums.append(task.base_sum)
+    assert None not in sums and len(set(sums)) == 2
+    named = make_task(load_card("sandbox", [f"task.model={task.base_source()[0]}"]), own_cache)
+    assert named.base_source() and named.base_sum is None
 
 
 def test_failed_training_leaves_nothing_behind(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
