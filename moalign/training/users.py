@@ -137,6 +137,10 @@ class Encoder(nn.Module):
     labels everything the other way round, has the mirrored latent.
     """
 
+    centre: Tensor
+    spread: Tensor
+    noise: Tensor
+
     def __init__(self, inputs: int, objectives: int, width: int, alpha: float, seed: int = 0) -> None:
         """Make an encoder of embeddings ``[inputs]``; its first weights depend on ``seed`` alone."""
         super().__init__()
