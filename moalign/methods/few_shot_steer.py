@@ -18,8 +18,8 @@ Where this differs, and what the paper leaves open (choices of ours):
   shifts and scales every hidden layer of the policy (FiLM). Here ``r(x, y | z) = w(z) . r(x, y)`` in the task's own
   rewards, which only training sees. Of all that C says, an answer of most expected ``w . r`` depends on E[w | C] alone,
   so that nothing is lost for that goal by telling the policy no more; and a latent with a meaning serves ``--prefs``,
-  every generator and export as they are. The scale is fixed, that of the users' Dirichlet: with a learned map from z to
-  w the encoder said nothing (divergence 0) in a trial without a record, as one label by Bradley-Terry says little;
+  every generator and export as they are. The scale is fixed, that of the users' Dirichlet: a trial without a
+  record, with a learned map from z to w and pairs whose two texts were just joined, read nothing (divergence 0);
 * the gradient of DPO does not reach the encoder, since a prompt is text; the code trains both together;
 * aggregation: Gaussian factors that add up, odd in the labels. The code sums pairs' codes, after attention; here no
   pairs are exactly the prior and more pairs than in training can be read;
