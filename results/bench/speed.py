@@ -299,7 +299,7 @@ def sampling(options: argparse.Namespace, place: Path) -> dict[str, Any]:
 
     ids, mask = sampler.pad_left(prompts, lm.pad, lm.device)
     numbers = sampler.uniforms(0, range(count), longest)
-    sampler.NextToken = Ending  # type: ignore[misc]
+    NextToken, sampler.NextToken = sampler.NextToken, Ending  # type: ignore[misc]
 
     def library() -> float:
         with torch.no_grad():
@@ -314,7 +314,10 @@ def sampling(options: argparse.Namespace, place: Path) -> dict[str, Any]:
         "plain": lambda: float(sampler.sample(lm, prompts, numbers).tokens),
         "library": library,
     }
-    measured = in_turns(steps, options.repeats)
+    try:
+        measured = in_turns(steps, options.repeats)
+    finally:
+        sampler.NextToken = NextToken  # type: ignore[misc]
     told = measured.pop("values")
     assert told["plain"] == told["library"], "not the same numbers of tokens"
     return {**measured, "rows": count, "tokens": int(lengths.sum()), "base": str(job.task.card.model or "sandbox")}
@@ -382,14 +385,17 @@ def main() -> None:
 
     warnings.simplefilter("ignore", FutureWarning)
     shown = {name: value for name, value in vars(options).items() if name not in {"out", "only"}}
-    record: dict[str, Any] = {"machine": bench.machine(), "options": shown}
+    place = options.out / "speed.json"
+    before = json.loads(place.read_text()) if options.only and place.is_file() else {}
+    kept = before if before.get("options") == shown else {}  # parts of the same sizes stay; --only measures some anew
+    record: dict[str, Any] = {**kept, "machine": bench.machine(), "options": shown}
+    options.out.mkdir(parents=True, exist_ok=True)
     for name in options.only or PARTS:
         with tempfile.TemporaryDirectory(prefix="moalign-speed-") as folder:
             record[name] = PARTS[name](options, Path(folder))
         print(json.dumps({name: record[name]}), flush=True)
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "speed.json").write_text(json.dumps(record, indent=2) + "\n")
-    (options.out / "speed.md").write_text(table(record))
+        place.write_text(json.dumps(record, indent=2) + "\n")
+        (options.out / "speed.md").write_text(table(record))
     print(table(record))
 
 
