@@ -110,7 +110,7 @@ def test_an_interruption_says_that_nothing_is_kept(moalign: Any, monkeypatch: py
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["rick"], "unknown method 'rick'; allowed: best-of-n, cpo,"),
+        (["rick"], "unknown method 'rick'; allowed: bapo, best-of-n,"),
         (["rick"], "did you mean 'ric'?"),
         (["ric", "--task", "sandbx"], "did you mean 'sandbox'?"),
         (["ric", "--steps", "1"], "'--steps'"),

@@ -311,4 +311,5 @@ def test_what_a_reward_is_worth_beyond_the_data() -> None:
     raw = np.array([[1.0, 3.0], [4.0, 8.0]])
     assert panel.z(raw).tolist() == raw.tolist()
     assert panel.z(raw, "clip").tolist() == [[1.0, 3.0], [2.0, 3.0]]
-    assert panel.z(raw, "log").tolist() == [[1.0, 3.0], [2 + math.log(3), 3 + math.log(6)]]
+    beyond = [[1.0, 3.0], [2 + math.log(3), 3 + math.log(6)]]
+    assert panel.z(raw, "log") == pytest.approx(np.array(beyond), rel=1e-14)  # the last digit is the processor's
