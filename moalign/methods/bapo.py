@@ -20,6 +20,20 @@ are our reading:
   drawn, the mean of ``-d |y_b|`` estimates ``KL(pi_ref || pi)``). Of at most ``anchors`` prompts of the training split.
 * As many anchors as pairs are read at every step, in an order of their own, not those of the pairs' prompts: the
   expectation is the same, and a pair whose prompt was not asked can have one.
+
+Measured on the sandbox, seed 0, by ``moalign train bapo --task sandbox --seed 0 --set anchor=A`` (dpo-lw for 0) and
+``python tests/outside.py RUN``, means over 11 preferences. KL to the base in nats per response, and by how much a token
+of the base's own answers lost likelihood, on the task's prompts, on those with a preference stated before them, and on
+topics that the task has none of:
+
+    A    % of optimum   task             stated           unseen
+    0        71.6       1.661  -0.134    1.388  -0.113    1.492  -0.119
+    0.1      67.0       0.944  -0.075    0.831  -0.064    0.817  -0.066
+    1        46.3       0.064  -0.002    0.047  -0.002    0.048  -0.002
+
+So the base is kept outside the task, at the price of the task, and not much more than inside it: the KL outside is .84
+and .90 of that inside without an anchor, .88 and .87 at .1, .73 and .75 at 1. Whether DPO-LW with a larger beta would
+keep as much at the same share of the optimum was not measured.
 """
 
 from __future__ import annotations
@@ -48,7 +62,7 @@ ANCHORS = "anchors"
 class Config(DpoConfig):
     """Settings of BAPO; those of DPO on pairs are inherited."""
 
-    anchor: float = Field(default=1.0, ge=0)
+    anchor: float = Field(default=0.1, ge=0)
     """Weight of the anchor's loss; 0: dpo-lw."""
     form: Literal["below", "both"] = "below"
     """below: only likelihood that the base's responses lose costs; both: also what they gain."""
