@@ -120,7 +120,7 @@ def test_it_trains_and_evaluates_like_any_other(tmp_path: Path, capsys: pytest.C
     trained = json.loads(capsys.readouterr().out)
     assert (trained["method"], trained["task"], trained["status"]) == ("toy-temperature", "sandbox", "done")
     record = json.loads((Path(trained["run"]) / "run.json").read_text())
-    assert record["notes"] == {"temperature": 0.5}
+    assert record["notes"]["temperature"] == 0.5
 
     assert main(["eval", trained["run"], *where]) == 0
     told = json.loads(capsys.readouterr().out)
