@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     import torch
 
     from moalign.lm.language_model import LanguageModel
-    from moalign.lm.log_probs import TokenOutputs
     from moalign.training.job import Job
 
 FOLDER = "reference"
@@ -86,66 +85,76 @@ def log_probs(
     draw from at a ``temperature`` above 0; with ``half`` in bfloat16 where the model's operations allow it.
     ``progress(done, total)`` is called after every batch.
     """
-    return _of_tokens(lm, rows, lambda out, mask: out.logps.sum(-1), own, temperature, half, progress)
+    return _of_tokens(lm, rows, lambda tokens: tokens.sum(-1), own, temperature, half, progress)
 
 
 def least_log_probs(lm: LanguageModel, rows: Sequence[Row], temperature: float = 1.0) -> torch.Tensor:
     """Return the log-probability, to the base, of the least likely token of each row's response, ``[rows]``."""
-    return _of_tokens(lm, rows, lambda out, mask: out.logps.amin(-1), temperature=temperature)  # 0 outside the mask
+    return _of_tokens(lm, rows, lambda tokens: tokens.amin(-1), temperature=temperature)  # outside the mask it is 0
 
 
 def mean_states(
     lm: LanguageModel, rows: Sequence[Row], progress: Callable[[int, int], None] | None = None
 ) -> torch.Tensor:
-    """Return the base's last hidden state before a token, the mean over each row's response, ``[rows, width]``."""
+    """Return the base's last hidden states, averaged over the tokens of each row's response, ``[rows, width]``."""
     import torch
 
-    def mean(out: TokenOutputs, mask: torch.Tensor) -> torch.Tensor:
-        assert out.hidden is not None  # asked for
-        marked = mask.unsqueeze(-1)
-        return torch.where(marked, out.hidden, torch.zeros_like(out.hidden)).sum(1) / marked.sum(1)
+    def mean(chosen: Sequence[Row]) -> torch.Tensor:
+        batch = pad_rows(chosen, lm.pad, lm.device)
+        inside = batch.pop("completion_mask").unsqueeze(-1)
+        states = lm.model(**batch, output_hidden_states=True, use_cache=False, logits_to_keep=1).hidden_states[-1]
+        return torch.where(inside.bool(), states.float(), 0.0).sum(1) / inside.sum(1)
 
-    return _of_tokens(lm, rows, mean, progress=progress, hidden=True)
+    return _in_batches(lm, rows, mean, half=lm.device.type != "cpu", progress=progress)
 
 
 def _of_tokens(
     lm: LanguageModel,
     rows: Sequence[Row],
-    reduce: Callable[[TokenOutputs, torch.Tensor], torch.Tensor],
+    reduce: Callable[[torch.Tensor], torch.Tensor],
     own: bool = False,
     temperature: float = 1.0,
     half: bool = False,
     progress: Callable[[int, int], None] | None = None,
-    hidden: bool = False,
 ) -> torch.Tensor:
-    """Return ``reduce`` of what the model makes of each row's tokens, and of their mask ``[batch, T]``.
+    """Return ``reduce`` of the log-probabilities of each row's tokens ``[batch, T]``; see :func:`log_probs`."""
+    from moalign.lm.log_probs import token_outputs
 
-    See :func:`log_probs`; ``hidden``: states are asked for, too.
-    """
+    def reduced(chosen: Sequence[Row]) -> torch.Tensor:
+        batch = pad_rows(chosen, lm.pad, lm.device)
+        width = batch["input_ids"].shape[1] - min(len(ids) - length for ids, length in chosen)
+        response = batch["completion_mask"][:, -width:].bool()
+        return reduce(token_outputs(lm.model, batch["input_ids"], batch["attention_mask"], response, temperature).logps)
+
+    return _in_batches(lm, rows, reduced, own, half, progress)
+
+
+def _in_batches(
+    lm: LanguageModel,
+    rows: Sequence[Row],
+    read: Callable[[Sequence[Row]], torch.Tensor],
+    own: bool = False,
+    half: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> torch.Tensor:
+    """Return what ``read`` makes of rows, ``[rows, ...]`` on the CPU, in batches of about equal length."""
     import torch
 
     from moalign.lm.language_model import reference_mode
-    from moalign.lm.log_probs import token_outputs
 
     lm.model.eval()
-    reduced: list[torch.Tensor] = []
+    found: list[torch.Tensor] = []
     longest_first = sorted(range(len(rows)), key=lambda row: -len(rows[row][0]))
     precision = torch.autocast(lm.device.type, torch.bfloat16, enabled=half)
     done = 0
     with torch.no_grad(), contextlib.nullcontext() if own else reference_mode(lm), precision:
         while done < len(rows):
-            count = max(1, BATCH_TOKENS // len(rows[longest_first[done]][0]))
-            numbers = longest_first[done : done + count]
-            chosen = [rows[number] for number in numbers]
-            batch = pad_rows(chosen, lm.pad, lm.device)
-            width = batch["input_ids"].shape[1] - min(len(ids) - length for ids, length in chosen)
-            response = batch["completion_mask"][:, -width:].bool()
-            tokens = batch["input_ids"], batch["attention_mask"], response
-            reduced.append(reduce(token_outputs(lm.model, *tokens, temperature, hidden), response).float().cpu())
-            done += len(numbers)
+            part = longest_first[done : done + max(1, BATCH_TOKENS // len(rows[longest_first[done]][0]))]
+            found.append(read([rows[number] for number in part]).float().cpu())
+            done += len(part)
             if progress is not None:
                 progress(done, len(rows))
-    return torch.cat(reduced)[torch.tensor(longest_first).argsort()] if rows else torch.zeros(0)
+    return torch.cat(found)[torch.tensor(longest_first).argsort()] if rows else torch.zeros(0)
 
 
 def pad_rows(rows: Sequence[Row], pad: int, device: Any = None) -> dict[str, torch.Tensor]:

@@ -1,7 +1,7 @@
 """Rewards of groups of users, learned from pairs that say who labelled them and not which group that user is of.
 
 A group's reward of an answer is linear in the base's states over it: ``r_k(x, y) = theta_k . mean_t h_t(x, y)``, h_t
-the last hidden state from which the base, frozen, predicts token t of y after the bare prompt x. Groups and thetas come
+the last hidden state of the frozen base at token t of y after the bare prompt x. Groups and thetas come
 from hard EM (:mod:`moalign.reward_models.hard_em`). Rewards are log odds of Bradley-Terry, 0 for the mean answer of the
 pairs. An empty answer has no states, and counts as the lower bound of the pairs' answers.
 """

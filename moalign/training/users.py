@@ -23,9 +23,8 @@ from moalign.core.records import Response
 from moalign.core.seeds import derive
 from moalign.lm.chat import training_row
 from moalign.lm.finite import FiniteCheck
-from moalign.lm.language_model import reference_mode
 from moalign.losses.neural_process import elbo_loss, mean_weights, posterior, scale_of
-from moalign.training.reference import BATCH_TOKENS, pad_rows
+from moalign.training.reference import mean_states
 
 if TYPE_CHECKING:
     from moalign.lm.language_model import LanguageModel
@@ -93,14 +92,13 @@ def scored_pool(job: Job, per_prompt: int, needed: int) -> Pool:
     return pool
 
 
-@torch.no_grad()
 def embeddings(
     lm: LanguageModel,
     task: Task,
     prompts: Sequence[str],
     responses: Sequence[Response | str],
     max_tokens: int,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Return the base's last hidden states after bare prompts, averaged over each response's tokens, ``[rows, width]``.
 
@@ -112,22 +110,7 @@ def embeddings(
         if not tail:
             raise RequestError(f"response {number}: it has no tokens")
         rows.append((head + tail, len(tail)))
-    lm.model.eval()
-    found: list[Tensor] = [torch.empty(0)] * len(rows)
-    order = sorted(range(len(rows)), key=lambda row: -len(rows[row][0]))
-    done = 0
-    with reference_mode(lm), torch.autocast(lm.device.type, torch.bfloat16, enabled=lm.device.type != "cpu"):
-        while done < len(rows):
-            part = order[done : done + max(1, BATCH_TOKENS // len(rows[order[done]][0]))]
-            batch = pad_rows([rows[row] for row in part], lm.pad, lm.device)
-            inside = batch.pop("completion_mask").unsqueeze(-1)
-            states = lm.model(**batch, output_hidden_states=True, use_cache=False, logits_to_keep=1).hidden_states[-1]
-            means = torch.where(inside.bool(), states.float(), 0.0).sum(1) / inside.sum(1)
-            for row, mean in zip(part, means.cpu(), strict=True):
-                found[row] = mean
-            done += len(part)
-            progress(done, len(rows))
-    return torch.stack(found)
+    return mean_states(lm, rows, progress)
 
 
 class Encoder(nn.Module):

@@ -11,7 +11,9 @@ import torch
 
 from moalign.core.errors import RequestError
 from moalign.core.records import Response
+from moalign.lm.language_model import LanguageModel
 from moalign.methods.few_shot_steer import Config
+from moalign.training.reference import mean_states
 from moalign.training.users import Encoder, Pool, first, scored_pool, train_encoder
 
 
@@ -126,3 +128,13 @@ def test_a_pool_of_fewer_pairs_than_users_label_is_refused() -> None:
     assert len(scored_pool(job, 4, 3).pairs) == 3
     with pytest.raises(RequestError, match=r"a user labels 4 pairs, but .* task tiny make 3 pairs .*per_prompt: 4"):
         scored_pool(job, 4, 4)
+
+
+def test_states_are_those_of_the_responses_own_tokens(lm: LanguageModel) -> None:
+    """Against one row at a time, unpadded; answers of one token are told apart by that token alone."""
+    rows = [([1, 5, 6, 7], 1), ([1, 5, 6, 8], 1), ([1, 9, 10, 11, 12, 13], 3)]
+    found = mean_states(lm, rows)
+    for (ids, length), mean in zip(rows, found, strict=True):
+        states = lm.model(torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0, -length:]
+        torch.testing.assert_close(mean, states.mean(0).detach(), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(found[0], found[1])
