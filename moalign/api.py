@@ -380,19 +380,16 @@ def compare(
 
     Args:
         task_or_runs: a task's name or card file (None: ``sandbox``), or else finished, evaluated runs.
-        methods: their names; None: those of the card's suite.
-        suite: which one: ``full``, or ``quick`` for a card that has one.
+        methods, suite: the methods' names; None: those of the card's suite, ``full`` or, where it has one, ``quick``.
         seeds: training seeds for each method: its recipe's and those that follow it.
-        task: the task that runs must be of, where runs are named.
-        grid, samples: as in :func:`evaluate`.
+        task, grid, samples: the task that named runs must be of; the others as in :func:`evaluate`.
         jobs: runs trained at a time; None: one, of tiny models one for each CPU.
         executor: ``local``, or ``ray`` for tasks of a ray cluster.
         settings: for every method that has them; ``{"mo-odpo.steps": 100}`` for one method.
         figure, markdown, html: where to write these, else in the comparison's folder (the page only when named).
 
-    Raises:
-        RequestError: every problem of the request at once, before anything is trained. A run that fails does not
-            raise: it is in the result's ``failed``, and its ``traces`` say why.
+    Raises RequestError for every problem of the request at once, before anything is trained. A run that fails does not
+    raise: it is in the result's ``failed``, and its ``traces`` say why.
 
     >>> compared = moalign.compare([moalign.load()])
     >>> [(entry.rank, entry.method) for entry in compared.entries], compared.winner

@@ -19,12 +19,8 @@ def compare(
         typer.Argument(metavar="[RUN]...", help="Evaluated runs to compare; none: those of the task's suite."),
     ] = None,
     task: Task = None,
-    methods: Annotated[
-        str | None, typer.Option(metavar="A,B,..", help="Methods to compare; else the task's suite.")
-    ] = None,
-    suite: Annotated[
-        str, typer.Option(metavar="full|quick", help="Which suite of the task, where no methods are named.")
-    ] = "full",
+    methods: Annotated[str | None, typer.Option(metavar="A,B,..", help="Methods; else the task's suite.")] = None,
+    suite: Annotated[str, typer.Option(metavar="full|quick", help="Which suite, where no methods are named.")] = "full",
     seeds: Annotated[int | None, typer.Option(min=1, metavar="N", help="Train every method with N seeds.")] = None,
     grid: Annotated[int | None, typer.Option(metavar="N", help="Compare on an even grid of N preferences.")] = None,
     samples: Samples = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -72,27 +72,29 @@ def generate(
             handle, prompts, prefs or (), temperature=temperature, seed=seed, results=results, progress=progress
         )
     blocks = _blocks(answers)
-    requested = [block[0].preference for block in blocks]
-    single = len(blocks) == 1
     if as_json:
-        rows = [[answer.as_dict() for answer in block] for block in blocks]
-        output.as_json(
-            {
-                "run": str(handle.path),
-                "prefs": list(requested[0]) if single else [list(preference) for preference in requested],
-                "objectives": list(handle.objectives),
-                "answers": rows[0] if single else rows,
-            }
-        )
-        return
-    if single and prompts is not None:
+        output.as_json(_content(handle, blocks))
+    elif len(blocks) == 1 and prompts is not None:
         for answer in answers:
             output.line(answer.response, PROSE)
-        return
-    if not single:
-        output.line(f"{handle.record.method} on {handle.record.task}: {handle.path}")
-        output.line()
-    _show(blocks)
+    else:
+        if len(blocks) > 1:
+            output.line(f"{handle.record.method} on {handle.record.task}: {handle.path}")
+            output.line()
+        _show(blocks)
+
+
+def _content(handle: RunHandle, blocks: list[list[Answer]]) -> dict[str, Any]:
+    """Return what ``--json`` prints."""
+    requested = [list(block[0].preference) for block in blocks]
+    rows = [[answer.as_dict() for answer in block] for block in blocks]
+    single = len(blocks) == 1
+    return {
+        "run": str(handle.path),
+        "prefs": requested[0] if single else requested,
+        "objectives": list(handle.objectives),
+        "answers": rows[0] if single else rows,
+    }
 
 
 def _run(name: str, prefs: list[str] | None, results: Path) -> RunHandle:

@@ -36,6 +36,7 @@ from moalign.runs import atomic, environment
 from moalign.runs import store as stores
 from moalign.runs.run import Run
 from moalign.runs.store import RunStore
+from moalign.tasks.load import require_base
 
 SUITES = {"full": "suite", "quick": "quick_suite"}
 """The suites that a card may have, with the key that each has there."""
@@ -87,11 +88,12 @@ def compare(request: CompareRequest, progress: Progress = silent) -> CompareResu
     if any(unusable):  # the answers are needed for pairing
         raise RequestError(*filter(None, unusable))
     paths = _output_paths(request, runs, card, card_hash, samples)
+    _require_same_base(runs)
     jobs.train_missing(runs, request.executor, request.jobs, progress)
     jobs.evaluate_all(runs, requested, progress, keep=not request.runs, samples=samples)
     _require_finite(runs, card)
     _require_same_bounds(runs)
-    _require_same_base(runs)
+    _require_same_base(runs)  # runs trained by ray may come from other machines
     result = _result(request, runs, card, card_hash, requested)
     artefacts.write(result, paths, runs, card)
     result.traces = [run.trace for run in runs if run.trace]
@@ -288,14 +290,23 @@ def _require_same_bounds(runs: Sequence[ComparedRun]) -> None:
 
 
 def _require_same_base(runs: Sequence[ComparedRun]) -> None:
-    """Raise RequestError for runs on bases of other weights; older records do not say which base they had."""
-    known = [(run.folder, run.run.record.notes["base"]) for run in runs if run.run and "base" in run.run.record.notes]
+    """Raise RequestError for finished runs on bases of other weights, also than those which the others will have.
+
+    Older records do not say which base they had.
+    """
+    made = [(run, run.run or (run.plan.existing_run if run.plan is not None else None)) for run in runs]
+    known = [(run.folder, of.record.notes["base"]) for run, of in made if of is not None and "base" in of.record.notes]
+    if not known:
+        return
     for folder, base in known[1:]:
         if base != known[0][1]:
             raise RequestError(
                 f"{known[0][0]} and {folder}: their bases have other weights ({known[0][1]}, {base}): each machine "
                 "trains the sandbox's base for itself, and other processors do not make the same; train both on one"
             )
+    planned = [run.plan for run, of in made if run.plan is not None and (of is None or of.status != "done")]
+    if planned:
+        require_base(planned[0].task, known[0][1], known[0][0])
 
 
 # --- the result -------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from moalign.data.load import load_grouped_pairs
 from moalign.data.readers import check_text
 from moalign.evaluation.evaluate import preferences_for
 from moalign.methods import registry
-from moalign.methods.base import Infers, Method, policies_of
+from moalign.methods.base import Infers, Method, policies_of, require_as_trained
 from moalign.training.job import RunContext
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def infer(method: Method, context: RunContext, user: Path, progress: Progress = 
     if len(groups) > 1:
         names = ", ".join(groups[:3])
         raise RequestError(f"--user {user}: found pairs of {len(groups)} users (group: {names}); allowed: those of one")
-    context.run.require_weights()
+    require_as_trained(context)
     context.task.progress = progress
     return cast(Infers, method).infer(context, [pair for _, pair in grouped])
 

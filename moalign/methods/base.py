@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_chec
 from moalign.config.strict import Strict
 from moalign.core.preferences import Preference
 from moalign.core.records import Pair
+from moalign.tasks.load import require_base
 from moalign.training.job import Job, RunContext
 
 if TYPE_CHECKING:
@@ -91,8 +92,14 @@ class Infers(Protocol):
 def policies_of(method: Method, context: RunContext, wanted: Sequence[Preference]) -> list[Policy]:
     """Return a finished run's policy for each preference.
 
-    Raises RequestError for a preference that the method cannot serve, and for weights that are not those that training
-    wrote.
+    Raises RequestError for a preference that the method cannot serve, for weights that are not those that training
+    wrote, and for a base that is not the one that they were trained on.
     """
-    context.run.require_weights()
+    require_as_trained(context)
     return [method.policy(context, preference) for preference in wanted]
+
+
+def require_as_trained(context: RunContext) -> None:
+    """Raise RequestError for weights, or a base, other than those that the run was trained to or on."""
+    context.run.require_weights()
+    require_base(context.task, context.run.record.notes.get("base"), context.run.path)

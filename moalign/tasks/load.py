@@ -6,6 +6,7 @@ from pathlib import Path
 
 from moalign.config.card import TaskCard
 from moalign.config.recipe import PolicySpec, RewardsSpec
+from moalign.core.errors import RequestError
 from moalign.core.progress import Progress, silent
 from moalign.tasks.task import Task
 
@@ -30,3 +31,16 @@ def make_task(
     task.attention = policy.attention if policy is not None else None
     task.offload = rewards is not None and rewards.offload
     return task
+
+
+def require_base(task: Task, known: object, run: Path) -> None:
+    """Raise RequestError where a run was trained on a base of other weights than this machine's; None: not known."""
+    if known is None:
+        return
+    task.base_source()  # which trains it, where it is not there yet
+    if task.base_sum not in (None, known):
+        raise RequestError(
+            f"{run}: it was trained on a base of other weights ({known}) than this machine's ({task.base_sum}): each "
+            "machine trains the sandbox's base for itself, and other processors do not make the same; train it "
+            "here, in another results folder"
+        )

@@ -14,6 +14,8 @@ from moalign.comparison.compare import CompareRequest, compare
 from moalign.core.errors import RequestError, WorkError
 from moalign.evaluation import evaluate
 from moalign.methods import registry
+from moalign.tasks.sandbox.task import SandboxTask
+from moalign.tasks.task import Task
 from tests.comparison.conftest import CARD, ask, by_label, respond
 
 pytestmark = pytest.mark.usefixtures("_toys")
@@ -270,6 +272,24 @@ def test_runs_on_bases_of_other_weights_are_refused(card: str, results: Path) ->
     record["notes"]["base"] = "aaaa"
     (folders[1] / "run.json").write_text(json.dumps(record), encoding="utf-8")
     assert ask(card, results).winner == first.winner
+
+
+def test_a_run_on_another_machines_base_is_refused_before_the_others_are_trained(
+    card: str, results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (entry,) = ask(card, results, methods=["good"]).entries
+    path = Path(entry.runs[0].run) / "run.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**record, "notes": {"base": "aaaa"}}), encoding="utf-8")
+
+    def here(self: Task) -> tuple[str, None]:
+        self.base_sum = "bbbb"
+        return "nowhere", None
+
+    monkeypatch.setattr(SandboxTask, "base_source", here)
+    monkeypatch.setattr(jobs, "train_missing", lambda *told: pytest.fail("trained"))
+    with pytest.raises(RequestError, match=r"trained on a base of other weights \(aaaa\) than this machine's \(bbbb\)"):
+        ask(card, results)
 
 
 def test_a_figure_of_an_unknown_kind(card: str, results: Path) -> None:

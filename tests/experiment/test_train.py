@@ -13,6 +13,7 @@ import pytest
 from moalign.core import errors
 from moalign.core.errors import RequestError
 from moalign.experiment.train import Plan, TrainRequest, context_of, plan, train
+from moalign.methods.base import policies_of
 from moalign.runs.run import Run
 
 SMALL = ("steps=2", "batch=4", "max_tokens=48")
@@ -304,6 +305,21 @@ def test_a_run_whose_base_has_changed_is_not_reopened(
         context_of(run, results)
     assert run.record.card_hash in str(caught.value)
     assert "or an older moalign, whose hashes were made otherwise, made this run" in str(caught.value)
+
+
+def test_a_run_on_another_machines_base_answers_nothing_here(
+    finished: tuple[TrainRequest, Plan, Run], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its adapter would change another base than the one it was trained on."""
+    _, _, run = finished
+    method, context = context_of(run, run.path.parents[3])
+    assert policies_of(method, context, [(0.3, 0.7)])
+    context.task.base_sum = "bbbb"
+    monkeypatch.setitem(run.record.notes, "base", "aaaa")
+    with pytest.raises(RequestError, match=r"other weights \(aaaa\) than this machine's \(bbbb\)"):
+        policies_of(method, context, [(0.3, 0.7)])
+    monkeypatch.setitem(run.record.notes, "base", "bbbb")
+    assert policies_of(method, context, [(0.3, 0.7)])
 
 
 def test_a_run_whose_card_was_edited_is_not_reopened(small_task: tuple[str, ...], results: Path) -> None:
