@@ -52,7 +52,7 @@ def mean_weights(mean: Tensor, variance: Tensor, scale: float, noise: Tensor) ->
 def elbo_loss(
     q: tuple[Tensor, Tensor], context: tuple[Tensor, Tensor], gaps: Tensor, scale: float, noise: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return minus the bound on log p(T|C) per target, averaged over users, and its parts.
+    """Return minus the bound on log p(T|C) per target, averaged over users, and its parts; ``latent_kl`` is no KL to the base.
 
     ``-E_q(z|C,T) sum_T log sigma(w(z) . gap) + KL(q(z|C,T) || q(z|C))``, divided by the number of targets (Garnelo et
     al., "Neural Processes", 2018, eq. 7).
@@ -69,4 +69,4 @@ def elbo_loss(
     nll = -F.logsigmoid(torch.einsum("dum,utm->dut", w, gaps)).sum(-1).mean()
     divergence = kl(mean, variance, *context).mean()
     targets = gaps.shape[1]
-    return (nll + divergence) / targets, {"nll": nll.detach() / targets, "kl": divergence.detach()}
+    return (nll + divergence) / targets, {"nll": nll.detach() / targets, "latent_kl": divergence.detach()}
