@@ -52,7 +52,7 @@ def mean_weights(mean: Tensor, variance: Tensor, scale: float, noise: Tensor) ->
 def elbo_loss(
     q: tuple[Tensor, Tensor], context: tuple[Tensor, Tensor], gaps: Tensor, scale: float, noise: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return minus the bound on log p(T|C) per target, averaged over users, and its parts; ``latent_kl`` is no KL to the base.
+    """Return minus the bound on log p(T|C) per target, averaged over users, and its parts; ``latent_kl`` is of z alone.
 
     ``-E_q(z|C,T) sum_T log sigma(w(z) . gap) + KL(q(z|C,T) || q(z|C))``, divided by the number of targets (Garnelo et
     al., "Neural Processes", 2018, eq. 7).
