@@ -78,8 +78,8 @@ def test_an_anchor_that_pushes_away_is_refused(tmp_path: Path, capsys: pytest.Ca
 
 @pytest.mark.slow
 def test_it_stays_nearer_to_the_base_outside_the_task_than_dpo_lw(small_task: tuple[str, ...], tmp_path: Path) -> None:
-    """The paper's claim, by tests/outside.py, on a random base: the same pairs and steps, the same answers read."""
-    spec = importlib.util.spec_from_file_location("outside", Path(__file__).parents[1] / "outside.py")
+    """The paper's claim, by results/outside.py, on a random base: the same pairs and steps, the same answers read."""
+    spec = importlib.util.spec_from_file_location("outside", Path(__file__).parents[2] / "results" / "outside.py")
     assert spec is not None and spec.loader is not None
     outside = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(outside)

@@ -1,6 +1,6 @@
 """What training on a task does to a model outside it: KL to the base, and how likely the base's own answers stay.
 
-    python tests/outside.py results/runs/sandbox/dpo-lw/ID results/runs/sandbox/bapo/ID [--prompts FILE.jsonl]
+    python results/outside.py results/runs/sandbox/dpo-lw/ID results/runs/sandbox/bapo/ID [--prompts FILE.jsonl]
 
 For each policy of finished runs with one policy per preference, on three sets of prompts: the task's evaluation prompts
 (task); the same with a preference stated before them, which the sandbox's base follows and no such run trains on
