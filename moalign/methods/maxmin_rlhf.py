@@ -24,9 +24,9 @@ reward of Bradley-Terry is known up to a constant, and the paper does not say wh
 There is no preference to steer by: every one is answered alike.
 
 **What it gains.** On sandbox-groups (seed 0, ``moalign train maxmin-rlhf --task sandbox-groups``) each of 100 users
-came into the group of its taste, and the worst-off group was at +.02 [-.13, .18], in true log odds against the average
-answer, at 2.0 nats from the base; with ``--set clusters=1`` at -1.14 [-1.26, -1.02], 2.5 nats; with ``--set damping=0``
-at -.57 [-.75, -.40], 2.3 nats. MORLHF on the exact objectives at equal weights, which knows of no groups (``moalign
+came into the group of its taste, and the worst-off group was at -.01 [-.17, .15], in true log odds against the average
+answer, at 2.1 nats from the base; with ``--set clusters=1`` at -1.03 [-1.15, -.91], 2.5 nats; with ``--set damping=0``
+at -.60 [-.77, -.43], 2.1 nats. MORLHF on the exact objectives at equal weights, which knows of no groups (``moalign
 train morlhf --task sandbox-groups --prefs 0.3333,0.3333,0.3334``), leaves one at -5.37 [-5.55, -5.19], at 6.3 nats.
 """
 
