@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import multiprocessing
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from moalign.config.load import load_card
@@ -33,7 +37,7 @@ Scores = Callable[[str], tuple[np.ndarray, np.ndarray]]
 
 
 def cached(names: list[str], kind: str) -> bool:
-    folder = cache_root() / "sandbox" / f"{kind}-{len(names)}-{base.identity(names, kind, 0)}"
+    folder = cache_root() / "sandbox" / f"{kind}-{len(names)}-{base.identity(names, kind, 0)}-{base.TOKENIZER}"
     return (folder / "model.safetensors").is_file()
 
 
@@ -60,7 +64,7 @@ def test_identity_is_stable_and_tells_requests_apart() -> None:
 SETTINGS = ["TILT", "FIRST_TILT", "HOLD", "FALL", "PREFERENCE_SHARE", "WIDTH", "LAYERS", "HEADS", "INNER", "STEPS"]
 
 
-@pytest.mark.parametrize("name", [*SETTINGS, "BATCH", "RATE", "VERSION"])
+@pytest.mark.parametrize("name", [*SETTINGS, "BATCH", "RATE", "GRID", "VERSION"])
 def test_identity_changes_with_every_setting_of_training(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = base.identity(NAMES, "warm", 0)
     monkeypatch.setattr(base, name, getattr(base, name) * 2)
@@ -87,6 +91,50 @@ def test_identity_changes_with_the_world(name: str, monkeypatch: pytest.MonkeyPa
     before = base.identity(NAMES, "warm", 0)
     monkeypatch.setattr(world, name, CHANGES[name])
     assert base.identity(NAMES, "warm", 0) != before
+
+
+# -- the same on every machine --------------------------------------------------------------------------
+
+TRAIN = """
+import sys, torch
+from safetensors.torch import save_file
+from moalign.tasks.sandbox import base
+
+torch.set_num_threads(1)
+tokenizer = base.make_tokenizer()
+model = base._in_double(base.untrained(tokenizer), 0)
+corpus = base.Corpus(["helpfulness", "harmlessness"], "warm", 0, tokenizer)
+if sys.argv[2] == "unrounded":
+    base._to_grid = lambda model: None
+base._steps(model, corpus, torch.optim.AdamW(model.parameters(), lr=base.RATE), range(12), lambda *told: None)
+save_file({name: weight.detach() for name, weight in model.named_parameters()}, sys.argv[1])
+"""
+OTHER_PROCESSOR = {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE"}
+"""PyTorch's and MKL's code for processors without wide registers: its sums are added in another order."""
+
+
+@pytest.mark.parametrize("rounded", [True, False], ids=["rounded", "unrounded"])
+def test_another_processor_trains_the_same_base(rounded: bool, tmp_path: Path) -> None:
+    """Without the rounding there is a difference, so the other code path really was taken."""
+    weights = []
+    for number, environment in enumerate(({}, OTHER_PROCESSOR)):
+        place = tmp_path / f"{number}.safetensors"
+        told = [sys.executable, "-c", TRAIN, str(place), "rounded" if rounded else "unrounded"]
+        subprocess.run(told, check=True, env={**os.environ, **environment})
+        weights.append(load_file(place))
+    apart = max(float((weights[0][name] - weights[1][name]).abs().max()) for name in weights[0])
+    assert (apart == 0) if rounded else (0 < apart < 1e-12)
+
+
+PUBLISHED = {"sandbox": "716c33496cdfd54f"}
+"""Of whose weights the tables in results/ were made: the first digits of the file's SHA-256."""
+
+
+@pytest.mark.parametrize("name", [unless_cached("sandbox", NAMES, "warm")])
+def test_this_machine_has_the_base_of_the_published_tables(name: str, sandbox: Get) -> None:
+    task = sandbox(name)
+    task.base_source()
+    assert task.base_sum == PUBLISHED[name]
 
 
 # -- trained once --------------------------------------------------------------------------------------
@@ -121,7 +169,7 @@ def test_ensure_trains_once_and_finds_the_folder_again(own_cache: Path, monkeypa
 
 
 def test_a_task_knows_which_base_its_machine_has(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two machines may train different weights from one seed; a base that the card names is in the card's hash."""
+    """Two machines could train different weights from one seed; a base that the card names is in the card's hash."""
     sums = []
     monkeypatch.setattr(base, "train", untrained)  # other weights at every call
     for number in (0, 1):
