@@ -54,6 +54,9 @@ class RewardSettings(Strict):
     """more: share of the new gradient, g = (1 - momentum) * old + momentum * new (public code)."""
     lora: LoraSpec | None = None
     """Train low-rank adapters and the head instead of all weights; folded into the weights when saved."""
+    reproducible: bool = False
+    """Train the same weights, bit for bit, on every machine (:mod:`moalign.lm.reproducible`): in double precision, and
+    rounded. For small Llama models; twice the time."""
     splits: SplitSpec = SplitSpec()
     """By a hash of the prompt: trained on train, judged on eval, temperature fitted on calibration."""
     checkpoint_every: int = Field(default=100, ge=1)
@@ -66,6 +69,8 @@ class RewardSettings(Strict):
                 f"heads: each goes with loss: multitask; found loss: {self.loss} (bt has one data set, and heads "
                 "that share nothing leave more nothing to weigh)"
             )
+        if self.reproducible and self.lora is not None:
+            raise ValueError("reproducible: true is for training of all weights; found lora settings")
         if self.batch % self.accumulate:
             raise ValueError(f"batch must be a multiple of accumulate; found {self.batch} and {self.accumulate}")
         return self

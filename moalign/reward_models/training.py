@@ -25,7 +25,7 @@ from moalign.core.errors import RequestError
 from moalign.core.progress import Progress
 from moalign.core.schedule import factor
 from moalign.core.seeds import derive
-from moalign.lm import model_folder
+from moalign.lm import model_folder, reproducible
 from moalign.lm.adapters import lora_config
 from moalign.lm.finite import FiniteCheck
 from moalign.lm.language_model import set_threads
@@ -121,7 +121,7 @@ def _train_one(job: RewardJob) -> dict[str, Any]:
         return dict(finished["notes"])
     model, tokenizer = load_backbone(job.request, job.seed)
     encoder = make_encoder(job.request.settings, model, tokenizer)
-    model = _fit(job, model, tokenizer, encoder)
+    model = _fit(job, model, tokenizer, encoder).float()
     notes = {"rows_shortened": encoder.shortened}
     with atomic.directory(job.folder) as folder:
         model.save_pretrained(folder, safe_serialization=True)
@@ -148,9 +148,10 @@ def load_backbone(request: RewardRequest, seed: int | None = None) -> tuple[Any,
     logging.disable_progress_bar()  # moalign shows its own
     heads = request.heads
     folder = model_folder.resolve(request.backbone, request.revision, "--model")
+    heads_seed = derive(request.seed if seed is None else seed, "heads")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        torch.manual_seed(derive(request.seed if seed is None else seed, "heads"))
+        torch.manual_seed(heads_seed)
         model = AutoModelForSequenceClassification.from_pretrained(
             folder,
             use_safetensors=True,
@@ -166,6 +167,9 @@ def load_backbone(request: RewardRequest, seed: int | None = None) -> tuple[Any,
     model.config.label2id = {name: index for index, name in enumerate(heads)}
     if len(heads) > 1:
         model.config.problem_type = "multi_label_classification"  # heads do not exclude each other
+    if request.settings.reproducible:
+        reproducible.in_double(model)
+        reproducible.draw([model.score.weight], model.config.initializer_range, heads_seed)
     if tokenizer.pad_token_id is None:  # the head reads the last token that is not padding
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token_id is None:
@@ -242,7 +246,7 @@ def make_trainer(loop: TrainingLoop, model: Any, tokenizer: Any) -> PairTrainer:
         logging_nan_inf_filter=False,  # the default shows an average instead of a NaN: divergence would stay hidden
         disable_tqdm=True,
         use_cpu=on_cpu,
-        bf16=not on_cpu,
+        bf16=not (on_cpu or settings.reproducible),
         seed=derive(loop.job.seed, PHASE) % 2**32,
         dataloader_pin_memory=not on_cpu,
         remove_unused_columns=False,
@@ -357,6 +361,8 @@ class TrainingLoop(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         request, settings = self.job.request, self.job.request.settings
+        if settings.reproducible:
+            reproducible.to_grid(self.trained.values())
         rows = self.rows[(state.global_step - 1) * settings.batch : state.global_step * settings.batch]
         self.job.meter.add_tokens_trained(sum(len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows))
         done = self.start + state.global_step

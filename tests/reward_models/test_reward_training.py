@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +16,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from pydantic import ValidationError
+from safetensors.torch import load_file
 
 from moalign.config.recipe import LoraSpec
 from moalign.core.errors import RequestError, WorkError
@@ -30,8 +36,6 @@ Trained = Callable[..., tuple[RewardRequest, Run]]
 
 
 def weights(run: Any) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
     return dict(load_file(run.path / "model" / "model.safetensors"))
 
 
@@ -370,3 +374,42 @@ def test_odd_answers_train_and_score(
     alone = [scorer.score(["how do i make soup ?"], [text])[0] for text in ODD]
     assert np.isfinite(alone).all()
     assert scorer.score(["how do i make soup ?"] * len(ODD), ODD) == pytest.approx(alone, abs=1e-6)
+
+
+# -- the same on every machine --------------------------------------------------------------------------
+
+TRAIN = """
+import json, sys
+from pathlib import Path
+from moalign.reward_models.runs import make, obtain
+from moalign.reward_models.settings import RewardSettings
+from moalign.tasks.sandbox import annotators, world
+
+base, results, settings = sys.argv[1], Path(sys.argv[2]), RewardSettings(**json.loads(sys.argv[3]))
+pairs = annotators.label(annotators.DIVERSE[:2], world.prompts(), 40, 0)
+print(obtain(make("toy", settings, base, pairs, results=results))[0].path / "model" / "model.safetensors")
+"""
+OTHER_PROCESSOR = {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE"}
+"""PyTorch's and MKL's code for processors without wide registers: its sums are added in another order."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reproducible", [True, False])
+def test_another_processor_trains_the_same_reward_model(
+    reproducible: bool, random_base: Path, ask: Ask, tmp_path: Path
+) -> None:
+    """Without the setting there is a difference, so the other code path really was taken."""
+    settings = {**ask(heads="each").settings.model_dump(mode="json"), "reproducible": reproducible}
+    sums = set()
+    for number, environment in enumerate(({}, OTHER_PROCESSOR)):
+        told = [sys.executable, "-c", TRAIN, str(random_base), str(tmp_path / str(number)), json.dumps(settings)]
+        done = subprocess.run(told, check=True, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True)
+        weights = load_file(done.stdout.split()[-1])
+        assert {weight.dtype for weight in weights.values()} == {torch.float32}
+        sums.add(hashlib.sha256(b"".join(weights[name].numpy().tobytes() for name in sorted(weights))).hexdigest())
+    assert len(sums) == (1 if reproducible else 2)
+
+
+def test_reproducible_is_refused_with_adapters() -> None:
+    with pytest.raises(ValidationError, match=r"reproducible: true is for training of all weights"):
+        RewardSettings(reproducible=True, lora=LoraSpec())

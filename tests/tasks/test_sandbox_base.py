@@ -64,7 +64,7 @@ def test_identity_is_stable_and_tells_requests_apart() -> None:
 SETTINGS = ["TILT", "FIRST_TILT", "HOLD", "FALL", "PREFERENCE_SHARE", "WIDTH", "LAYERS", "HEADS", "INNER", "STEPS"]
 
 
-@pytest.mark.parametrize("name", [*SETTINGS, "BATCH", "RATE", "GRID", "VERSION"])
+@pytest.mark.parametrize("name", [*SETTINGS, "BATCH", "RATE", "VERSION"])
 def test_identity_changes_with_every_setting_of_training(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = base.identity(NAMES, "warm", 0)
     monkeypatch.setattr(base, name, getattr(base, name) * 2)
@@ -98,14 +98,16 @@ def test_identity_changes_with_the_world(name: str, monkeypatch: pytest.MonkeyPa
 TRAIN = """
 import sys, torch
 from safetensors.torch import save_file
+from moalign.lm import reproducible
 from moalign.tasks.sandbox import base
 
 torch.set_num_threads(1)
 tokenizer = base.make_tokenizer()
-model = base._in_double(base.untrained(tokenizer), 0)
+model = reproducible.in_double(base.untrained(tokenizer))
+reproducible.draw([weight for weight in model.parameters() if weight.dim() > 1], 0.02, 0)
 corpus = base.Corpus(["helpfulness", "harmlessness"], "warm", 0, tokenizer)
 if sys.argv[2] == "unrounded":
-    base._to_grid = lambda model: None
+    reproducible.to_grid = lambda weights: None
 base._steps(model, corpus, torch.optim.AdamW(model.parameters(), lr=base.RATE), range(12), lambda *told: None)
 save_file({name: weight.detach() for name, weight in model.named_parameters()}, sys.argv[1])
 """

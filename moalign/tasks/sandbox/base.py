@@ -8,11 +8,8 @@ model would; for the *cold* base the stated preference says nothing about the re
 The corpus is a known distribution, so training minimises the expected loss over all responses that could follow
 (the exact next-token distribution as target) instead of the loss of one drawn response: same optimum, far less noise.
 
-Every machine trains the same weights, bit for bit, so that a run made on one can be compared with a run made on
-another. Processors add in different orders, and this training turns the last bit of a sum into other weights within
-100 steps (measured: a difference of 1e-12 at step 100 is 0.17 at step 200). So it computes in double precision and
-after every step rounds each weight to a multiple of 1 / :data:`GRID`, far coarser than such differences, which thereby
-vanish before they grow.
+Every machine trains the same weights, bit for bit (:mod:`moalign.lm.reproducible`), so that a run made on one machine
+can be compared with a run made on another.
 """
 
 from __future__ import annotations
@@ -33,6 +30,7 @@ from moalign.core.arrays import Matrix
 from moalign.core.errors import WorkError
 from moalign.core.paths import cache_root
 from moalign.core.progress import Progress, silent
+from moalign.lm import reproducible
 from moalign.pareto.indicators import controllability
 from moalign.tasks.sandbox import world
 from moalign.tasks.sandbox.optimum import all_rewards, corpus_log_probs
@@ -62,10 +60,6 @@ FLOOR, GRAMMAR = 0.01, 4.0
 WARM_TAU = 0.6
 """A warm base is trained until Kendall's tau between stated weights and mean rewards is at least this."""
 
-GRID = 2.0**17
-"""Weights are multiples of 1 / GRID after every step. Sums in another order move a weight by about 1e-15 in a step, so
-that one of the 107,000 falls on the other side of a border about once in a hundred trainings."""
-
 VERSION = 3
 """Raise it when anything above or in the training loop changes: it is part of the cache key."""
 
@@ -81,7 +75,7 @@ def identity(objectives: Sequence[str], kind: str, seed: int) -> str:
     ]  # fmt: skip
     training = [
         TILT, FIRST_TILT, HOLD, FALL, PREFERENCE_SHARE, WIDTH, LAYERS, HEADS, INNER, STEPS, EXTRA_STEPS, MOST_STEPS,
-        BATCH, RATE, FLOOR, GRAMMAR, WARM_TAU, GRID,
+        BATCH, RATE, FLOOR, GRAMMAR, WARM_TAU, reproducible.GRID,
     ]  # fmt: skip
     content: dict[str, Any] = {
         "objectives": list(objectives),
@@ -177,7 +171,9 @@ def train(
     from moalign.lm.language_model import set_threads, wrap
 
     tokenizer = make_tokenizer()
-    model, exact = untrained(tokenizer), _in_double(untrained(tokenizer), seed)
+    model, exact = untrained(tokenizer), reproducible.in_double(untrained(tokenizer))
+    matrices = [weight for weight in exact.parameters() if weight.dim() > 1]
+    reproducible.draw(matrices, model.config.initializer_range, seed)
     set_threads(model.num_parameters())
     corpus = Corpus(objectives, kind, seed, tokenizer)
     optimizer = torch.optim.AdamW(exact.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.01)
@@ -200,44 +196,6 @@ def train(
         until += EXTRA_STEPS
 
 
-def _in_double(model: Any, seed: int) -> Any:
-    """Return the model in double precision, weights drawn anew; transformers' norm and rotation compute in single."""
-    import torch
-
-    class Rotation(torch.nn.Module):
-        def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            size = WIDTH // HEADS
-            theta = model.config.rope_parameters["rope_theta"]
-            angles = position_ids[..., None] * theta ** -(torch.arange(0, size, 2, dtype=x.dtype) / size)
-            angles = torch.cat([angles, angles], dim=-1)
-            return angles.cos(), angles.sin()
-
-    def norm(old: Any) -> torch.nn.RMSNorm:
-        return torch.nn.RMSNorm(old.weight.shape, eps=old.variance_epsilon, dtype=torch.float64)
-
-    model.double()
-    model.model.rotary_emb = Rotation()
-    model.model.norm = norm(model.model.norm)
-    for layer in model.model.layers:
-        layer.input_layernorm = norm(layer.input_layernorm)
-        layer.post_attention_layernorm = norm(layer.post_attention_layernorm)
-    generator = torch.Generator().manual_seed(seed)
-    for weight in model.parameters():
-        if weight.dim() > 1:
-            torch.nn.init.normal_(weight, std=model.config.initializer_range, generator=generator)
-    _to_grid(model)
-    return model
-
-
-def _to_grid(model: Any) -> None:
-    """Round every weight to the nearest multiple of 1 / GRID, in place."""
-    import torch
-
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.mul_(GRID).round_().div_(GRID)
-
-
 def _steps(model: Any, corpus: Corpus, optimizer: torch.optim.Optimizer, steps: range, progress: Progress) -> None:
     """Train for some steps of the schedule: short warm-up, then half a cosine down to a floor; rounded after each."""
     import torch
@@ -252,7 +210,7 @@ def _steps(model: Any, corpus: Corpus, optimizer: torch.optim.Optimizer, steps: 
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        _to_grid(model)
+        reproducible.to_grid(model.parameters())
         progress(f"training the {corpus.kind} base (first use only)", step + 1, steps.stop)
     model.eval()
 

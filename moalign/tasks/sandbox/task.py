@@ -51,7 +51,7 @@ class SandboxTask(Task):
         if self.card.rewards == "learned":
             from moalign.tasks.sandbox import learned
 
-            content["rewards"] = learned.version(self.annotators)
+            content["rewards"] = learned.VERSION
         return content | judge.fingerprints(self.card)
 
     def base_source(self) -> tuple[str, str | None]:
