@@ -302,7 +302,8 @@ def _require_same_base(runs: Sequence[ComparedRun]) -> None:
         if base != known[0][1]:
             raise RequestError(
                 f"{known[0][0]} and {folder}: their bases have other weights ({known[0][1]}, {base}): each machine "
-                "trains the sandbox's base for itself, and other processors do not make the same; train both on one"
+                "trains the sandbox's base for itself, and other versions of torch may not make "
+                "the same; train both on one"
             )
     planned = [run.plan for run, of in made if run.plan is not None and (of is None or of.status != "done")]
     if planned:

@@ -41,6 +41,6 @@ def require_base(task: Task, known: object, run: Path) -> None:
     if task.base_sum not in (None, known):
         raise RequestError(
             f"{run}: it was trained on a base of other weights ({known}) than this machine's ({task.base_sum}): each "
-            "machine trains the sandbox's base for itself, and other processors do not make the same; train it "
+            "machine trains the sandbox's base for itself, and other versions of torch may not make the same; train it "
             "here, in another results folder"
         )
