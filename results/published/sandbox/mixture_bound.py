@@ -104,7 +104,9 @@ def main(folder: Path) -> None:
     for space in SPACES:
         z = [z_of(context, prompts, answers(context, prompts, preference, space)) for preference in grid]
         sampled[space] = np.stack([each.reshape(-1, len(task.names)).mean(0) for each, _ in z])
-        outside[space] = np.stack([each[wrong].mean(0) for each, wrong in z])
+        # A preference at which no answer happened to be malformed takes the mean of all that were.
+        malformed = np.concatenate([each[wrong] for each, wrong in z])
+        outside[space] = np.stack([(each[wrong] if wrong.any() else malformed).mean(0) for each, wrong in z])
         print(f"{space}: malformed, by preference", [round(float(wrong.mean()), 3) for _, wrong in z])
     ids, tree = responses_of(context)
     points: dict[str, list[Array]] = {}
