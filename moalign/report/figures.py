@@ -31,6 +31,8 @@ Array = NDArray[np.float64]
 
 CROWD = 8
 """Methods beyond which their lines in one panel are no longer told apart."""
+IN_PANEL = 7
+"""Methods of a family in one of its small panels, at most."""
 _LABEL = 8
 """Size of the preferences' labels, in points."""
 _ANGLES = [math.radians(degrees) for degrees in (45, 90, 0, 135, -45, 180, -90, -135)]
@@ -66,10 +68,16 @@ def draw_fronts(record: Row, suffix: str = ".png", theme: ThemeName = "light") -
 
 
 def _family_panels(record: Row, families: Sequence[str], suffix: str, theme: ThemeName) -> bytes:
-    """Draw the best method of each family in one panel, and below it the methods of each in a panel of its own."""
+    """Draw the best method of each family in one panel, and below it the methods of each in panels of their own."""
     rows, columns = judged(record), 3
-    best = [next(index for index, row in enumerate(rows) if row["family"] == family) for family in families]
-    lines = math.ceil(len(families) / columns)
+    members = {family: [i for i, row in enumerate(rows) if row["family"] == family] for family in families}
+    best = [of_family[0] for of_family in members.values()]
+    parts = [  # of a large family several: the names of more would hide the lines
+        (family if first == 0 else f"{family}, behind those", of_family[first : first + IN_PANEL])
+        for family, of_family in members.items()
+        for first in range(0, len(of_family), IN_PANEL)
+    ]
+    lines = math.ceil(len(parts) / columns)
     ideal = record["optimum"]["points"] if record["optimum"] else []
     points = [point["mean"] for row in rows for point in row["points"]] + ideal
     with style.canvas(10.5, 5.2 + 3.1 * lines, theme) as (figure, colours):
@@ -79,10 +87,10 @@ def _family_panels(record: Row, families: Sequence[str], suffix: str, theme: The
         large.set_title("the best of each family")
         _within(large, [point["mean"] for index in best for point in rows[index]["points"]] + ideal)
         _inner_legend(large, 9)
-        for place, family in enumerate(families):
+        for place, (title, shown) in enumerate(parts):
             panel = figure.add_subplot(grid[1 + place // columns, place % columns])
-            _front_panel(panel, record, (0, 1), colours, [i for i, row in enumerate(rows) if row["family"] == family])
-            panel.set_title(family)
+            _front_panel(panel, record, (0, 1), colours, shown)
+            panel.set_title(title)
             _within(panel, points)
             _inner_legend(panel, 7)
         figure.draw_without_rendering()  # settles the layout: only then is it known where there is room

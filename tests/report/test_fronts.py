@@ -120,6 +120,20 @@ def test_many_methods_stand_in_panels_of_their_family(compared: Build) -> None:
     assert all(f">{name}</text>" in text for name in ("the best of each family", "online", "offline", "prompted"))
 
 
+def test_a_large_family_has_several_panels(compared: Build) -> None:
+    """Of ten methods of one family the seven best share a panel, the other three stand in the next."""
+    import matplotlib
+
+    record = in_families(compared, 11)  # m0 online, all others offline
+    for row in record["rows"][1:]:
+        row["family"] = "offline"
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        text = draw_fronts(record, ".svg").decode()
+    assert ">offline</text>" in text and ">offline, behind those</text>" in text
+    assert text.count(">optimum  ") == 4  # the best of each, online, offline twice
+    assert [text.count(f">m{n}  ") for n in range(11)] == [2, 2, *[1] * 9]
+
+
 def test_few_methods_or_one_family_stay_in_one_panel(compared: Build) -> None:
     few, alike = in_families(compared, 8), in_families(compared, 9)
     for row in alike["rows"]:
