@@ -24,7 +24,7 @@ BIAS = 0.015
 """How far the base's mean may lie from the corpus's, in normalised units (1 spans the middle 98 % of scores).
 
 The base is only nearly the corpus: measured over 16 samples a prompt, its means lie at most 0.0053 away, and one
-response in 200 has a stray or missing phrase. This is three times that, since another machine trains another base. A
+response in 200 has a stray or missing phrase. This is three times that: another seed trains another base. A
 wrong choice of the best is off by more than 0.2, see :func:`test_the_tolerance_would_see_a_wrong_choice`.
 """
 
