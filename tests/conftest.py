@@ -54,6 +54,12 @@ _vllm = _beside("vllm_stand_in")
 
 
 @pytest.fixture(scope="session")
+def other_processor() -> dict[str, str]:
+    """Environment of PyTorch's and MKL's code for processors without wide registers: its sums have another order."""
+    return {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE"}
+
+
+@pytest.fixture(scope="session")
 def hostile() -> Any:
     """Texts that attack what shows them, and what of them acts: see ``hostile_texts.py``."""
     return _hostile

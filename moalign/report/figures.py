@@ -255,7 +255,9 @@ def _optimal_utilities(record: Row) -> tuple[Array, Array] | None:
 def _utility_lines(record: Row, suffix: str, theme: ThemeName) -> bytes:
     rows, best = judged(record), _optimal_utilities(record)
     tall = max(4.2, style.legend_height([row["label"] for row in rows]) + 0.42)
-    with style.canvas(7.6, tall, theme) as (figure, colours):
+    beside = tall <= 7.6  # of more methods a legend beside the panel would make it higher than wide
+    size = (7.6, tall) if beside else (9.0, 5.2 + 0.42 * math.ceil((len(rows) + 1) / 4))
+    with style.canvas(*size, theme) as (figure, colours):
         panel = figure.subplots()
         if best is not None:
             panel.plot(best[0][:, 0], best[1], color=colours.optimum, linewidth=2.2, alpha=0.75, label="optimum")
@@ -265,7 +267,7 @@ def _utility_lines(record: Row, suffix: str, theme: ThemeName) -> bytes:
             panel.plot(weights[:, 0], gained, **style.look(index, colours).marks(5, 1.3), label=label)
         first, second = record["objectives"]
         panel.set(xlabel=f"weight of {first} (the rest: {second})", ylabel="utility w·n of the policy asked for w")
-        style.legend(figure, *panel.get_legend_handles_labels(), "method, inner product", beside=True)
+        style.legend(figure, *panel.get_legend_handles_labels(), "method, inner product", beside=beside)
         return style.content(figure, f"{record['task']}: what each preference gets", suffix)
 
 

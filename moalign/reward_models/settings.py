@@ -56,7 +56,7 @@ class RewardSettings(Strict):
     """Train low-rank adapters and the head instead of all weights; folded into the weights when saved."""
     reproducible: bool = False
     """Train the same weights, bit for bit, on every machine (:mod:`moalign.lm.reproducible`): in double precision, and
-    rounded. For small Llama models; twice the time."""
+    rounded. For small Llama models: double precision costs time."""
     splits: SplitSpec = SplitSpec()
     """By a hash of the prompt: trained on train, judged on eval, temperature fitted on calibration."""
     checkpoint_every: int = Field(default=100, ge=1)

@@ -44,6 +44,13 @@ def test_in_double_nothing_is_computed_in_single(random_base: Path) -> None:
     assert 0 < (after - before).abs().max() < 1e-10
 
 
+def test_it_runs_on_the_device_that_the_model_is_on(random_base: Path) -> None:
+    """The meta device computes nothing, and refuses tensors of another device as a GPU does."""
+    model = in_double(AutoModelForCausalLM.from_pretrained(random_base)).to("meta")
+    logits = model(input_ids=torch.zeros(2, 9, dtype=torch.long, device="meta")).logits
+    assert logits.device.type == "meta" and logits.dtype == torch.float64
+
+
 def test_to_grid_rounds_to_the_nearest_multiple() -> None:
     values = torch.tensor([0.3, 0.49, 0.51, -1.2, 7.0], dtype=torch.float64) / GRID
     to_grid([values])

@@ -103,6 +103,16 @@ def test_utilities_are_w_times_the_mean_of_the_policy_asked_for_w() -> None:
     assert weights.tolist() == [[0.5, 0.5], [1, 0]] and gained.tolist() == [1.5, 3]
 
 
+@pytest.mark.parametrize("count", [5, 27])
+def test_however_many_methods_a_panel_of_utilities_is_not_much_higher_than_wide(compared: Build, count: int) -> None:
+    from matplotlib import image
+
+    drawn = figures.draw_utility(compared({f"m{n}": 0.3 - 0.01 * n for n in range(count)}))
+    assert drawn is not None
+    height, width, _ = image.imread(io.BytesIO(drawn)).shape
+    assert height <= 1.1 * width
+
+
 def test_two_objectives_are_lines_by_weight(record: dict[str, Any]) -> None:
     text = texts(figures.draw_utility, record)
     for wanted in ("alpha", "beta", "optimum", "weight of helpfulness"):

@@ -389,19 +389,17 @@ base, results, settings = sys.argv[1], Path(sys.argv[2]), RewardSettings(**json.
 pairs = annotators.label(annotators.DIVERSE[:2], world.prompts(), 40, 0)
 print(obtain(make("toy", settings, base, pairs, results=results))[0].path / "model" / "model.safetensors")
 """
-OTHER_PROCESSOR = {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE"}
-"""PyTorch's and MKL's code for processors without wide registers: its sums are added in another order."""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("reproducible", [True, False])
 def test_another_processor_trains_the_same_reward_model(
-    reproducible: bool, random_base: Path, ask: Ask, tmp_path: Path
+    reproducible: bool, other_processor: dict[str, str], random_base: Path, ask: Ask, tmp_path: Path
 ) -> None:
     """Without the setting there is a difference, so the other code path really was taken."""
     settings = {**ask(heads="each").settings.model_dump(mode="json"), "reproducible": reproducible}
     sums = set()
-    for number, environment in enumerate(({}, OTHER_PROCESSOR)):
+    for number, environment in enumerate(({}, other_processor)):
         told = [sys.executable, "-c", TRAIN, str(random_base), str(tmp_path / str(number)), json.dumps(settings)]
         done = subprocess.run(told, check=True, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True)
         weights = load_file(done.stdout.split()[-1])
