@@ -24,10 +24,10 @@ reward of Bradley-Terry is known up to a constant, and the paper does not say wh
 There is no preference to steer by: every one is answered alike.
 
 **What it gains.** On sandbox-groups (seed 0, ``moalign train maxmin-rlhf --task sandbox-groups``) each of 100 users
-came into the group of its taste, and the worst-off group was at -.01 [-.17, .15], in true log odds against the average
-answer, at 2.1 nats from the base; with ``--set clusters=1`` at -1.03 [-1.15, -.91], 2.5 nats; with ``--set damping=0``
-at -.60 [-.77, -.43], 2.1 nats. MORLHF on the exact objectives at equal weights, which knows of no groups (``moalign
-train morlhf --task sandbox-groups --prefs 0.3333,0.3333,0.3334``), leaves one at -5.37 [-5.55, -5.19], at 6.3 nats.
+came into the group of its taste, and the worst-off group was at +.07 [-.08, .29], in true log odds against the average
+answer, at 1.9 nats from the base; with ``--set clusters=1`` at -.81 [-.95, -.68], 2.3 nats; with ``--set damping=0``
+at -.90 [-1.08, -.72], 1.9 nats. MORLHF on the exact objectives at equal weights, which knows of no groups (``moalign
+train morlhf --task sandbox-groups --prefs 0.3333,0.3333,0.3334``), leaves one at -5.64 [-5.83, -5.46], at 7.2 nats.
 """
 
 from __future__ import annotations
