@@ -37,7 +37,7 @@ from moalign.runs.store import RunStore
 from moalign.tasks.load import make_task
 from moalign.tasks.task import WHERE, Task, fingerprint
 from moalign.training.job import Job, RunContext
-from moalign.training.settings import GroupsUsers, NamesModels
+from moalign.training.settings import GroupsUsers, NamesFiles, NamesModels
 
 DEFAULT_TASK = "sandbox"
 
@@ -94,6 +94,8 @@ class Plan(ResolvedRequest):
         models = self.config.models if isinstance(self.config, NamesModels) else {}
         if models:  # their content: another model in the same folder makes another run
             identity["models"] = {name: fingerprint(model, None, name) for name, model in models.items()}
+        if isinstance(self.config, NamesFiles) and (contents := self.config.contents()):
+            identity["files"] = contents
         return identity
 
     @property
@@ -252,7 +254,9 @@ def expert_plan(of: Plan, name: str, settings: Mapping[str, Any], wanted: Sequen
     if of.recipe.rollout != RolloutSpec():
         sets.append(f"rollout={of.recipe.rollout.model_dump_json()}")
     as_given = {"method": name, "task": of.as_given["task"], "recipe_file": None, "recipe": None, "set": sets}
-    return replace(of, method=method, recipe=recipe, config=config, as_given=as_given, recipe_path=None, given=vectors)
+    return replace(
+        of, method=method, recipe=recipe, config=config, as_given=as_given, recipe_path=None, given=vectors, holdout=[]
+    )
 
 
 # -- training --------------------------------------------------------------------------------------------------------

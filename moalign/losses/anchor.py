@@ -14,8 +14,8 @@ Form = Literal["below", "both"]
 def anchor_losses(logps: Tensor, ref_logps: Tensor, mask: Tensor, form: Form = "below") -> tuple[Tensor, Tensor]:
     """Return the anchor's loss and d of each response, ``[rows]`` each, in nats per token.
 
-    d is the mean over a response's tokens of ``log pi - log pi_ref``. Of responses drawn from the reference the mean
-    of ``-d`` times their tokens estimates ``KL(pi_ref || pi)``, and ``below`` is at least that.
+    d is the mean over a response's tokens of ``log pi - log pi_ref``. Of responses drawn from the reference at
+    temperature 1 the mean of ``-d`` times their tokens estimates ``KL(pi_ref || pi)``, and ``below`` is at least that.
 
     Args:
         logps: token log-probabilities, 0 outside the response, ``[rows, T]``.

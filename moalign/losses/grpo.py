@@ -103,7 +103,8 @@ def loss(
         logps, entropy: of the policy now, ``[rows, T]``.
         ref_logps, old_logps: of the reference and of the policy that sampled, ``[rows, T]``.
         mask: response tokens, ``[rows, T]``.
-        tensors: ``advantages`` ``[rows]``, and ``per_token`` ``[rows]``, the batch's rows over its tokens.
+        tensors: ``advantages`` ``[rows]``; ``per_token`` ``[rows]``, the batch's rows over its tokens; ``importance``
+            ``[rows, T]`` where another engine sampled (:mod:`moalign.losses.ppo`).
         clip_range: see :func:`moalign.losses.ppo.clipped`.
         beta: strength of the KL term.
     """
@@ -112,7 +113,9 @@ def loss(
         return (torch.where(mask, tokens, torch.zeros_like(tokens)).sum(-1) * tensors["per_token"]).mean()
 
     ratios, advantages = (logps - old_logps).exp(), tensors["advantages"].unsqueeze(-1)
-    policy, kl = mean(ppo.clipped(ratios, advantages, clip_range)), mean(k3(logps, ref_logps))
+    losses = ppo.clipped(ratios, advantages, clip_range)
+    policy = mean(tensors["importance"] * losses if "importance" in tensors else losses)
+    kl = mean(k3(logps, ref_logps))
     clipped_away = ~ppo.gate(ratios.detach(), advantages, clip_range)
     return policy + beta * kl, {
         "policy_loss": float(policy.detach()),

@@ -44,7 +44,14 @@ def weights(z: Tensor, scale: float) -> Tensor:
 
 
 def mean_weights(mean: Tensor, variance: Tensor, scale: float, noise: Tensor) -> Tensor:
-    """Return E[w] under q, ``[users, objectives]``, over ``noise`` ``[draws, objectives]`` and its mirror image."""
+    """Return E[w] under q, ``[users, objectives]``, over ``noise`` ``[draws, objectives]`` and its mirror image.
+
+    Each draw is used for the objectives in every rotation, forwards and backwards, so that objectives of which a user
+    shows the same are read alike; of two objectives the mirror image is as much.
+    """
+    objectives = noise.shape[-1]
+    if objectives > 2:
+        noise = torch.cat([part.roll(k, -1) for part in (noise, noise.flip(-1)) for k in range(objectives)])
     spread = variance.sqrt() * torch.cat([noise, -noise]).unsqueeze(1)
     return weights(mean + spread, scale).mean(0)
 

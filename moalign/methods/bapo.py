@@ -17,7 +17,8 @@ are our reading:
   ``form: both``, ``l = d^2``, also holds back what becomes likelier.
 * d is a mean over tokens, so that ``anchor`` is on the scale of ``sft_coef`` and does not grow with length.
 * y_b is one response per prompt, drawn from the base before training at the card's temperature (not the likeliest one:
-  drawn, the mean of ``-d |y_b|`` estimates ``KL(pi_ref || pi)``). Of at most ``anchors`` prompts of the training split.
+  drawn at temperature 1, the mean of ``-d |y_b|`` estimates ``KL(pi_ref || pi)``; at a lower one, as most chat models'
+  cards have it, it is that of what the base most often says). Of at most ``anchors`` prompts of the training split.
 * As many anchors as pairs are read at every step, in an order of their own, not those of the pairs' prompts: the
   expectation is the same, and a pair whose prompt was not asked can have one.
 

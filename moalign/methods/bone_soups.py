@@ -99,6 +99,10 @@ class Config(AnyExperts):
             raise ValueError(f"found {wrong[0]:g}; allowed: 0 up to, but not including, 1")
         return alphas
 
+    def expert_vectors(self, objectives: int) -> list[Preference]:
+        """See :class:`~moalign.training.settings.CostHints`: the rows of B."""
+        return [tuple(row) for row in backbone(objectives, self.beta).tolist()]
+
     def responses_sampled(self, task: Amounts) -> int:
         """Each alpha is tried for each objective."""
         return task.objectives * len(self.extrapolate) * self.prompts
@@ -124,8 +128,7 @@ class BoneSoups:
         from moalign.training.experts import bring_experts
 
         method, settings = job.config.expert_runs()
-        rows = backbone(len(job.task.names), job.config.beta)
-        bring_experts(job, method, settings, [tuple(row) for row in rows.tolist()])
+        bring_experts(job, method, settings, job.config.expert_vectors(len(job.task.names)))
         if job.config.extrapolate and not job.stage_done(STRETCH):
             choose_stretch(job)
 

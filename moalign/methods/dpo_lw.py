@@ -53,12 +53,14 @@ def train_on_all_pairs(
     trainer_of: Callable[[Sequence[float], Sequence[str]], Callable[..., Any] | None] = lambda w, names: None,
     prepare: Callable[[dict[int, PairRows]], dict[int, PairRows]] = lambda pairs: pairs,
     batches: Callable[..., Any] | None = None,
+    counted: bool = False,
 ) -> None:
     """Train an adapter for every preference of the job on pairs of each objective with a positive weight.
 
     ``trainer_of`` the positive weights and the objectives' names returns the ``trainer`` of
     :func:`moalign.training.offline_dpo.train_dpo`, which ``batches`` is for, too; ``prepare`` is given the pairs by
-    objective before any training, when no adapter is on the base, and returns those to train on.
+    objective before any training, when no adapter is on the base, and returns those to train on; ``counted`` is that of
+    :func:`~moalign.training.offline_dpo.objective_pairs`.
     """
     from moalign.core.seeds import derive
     from moalign.training.grid import each_preference
@@ -72,7 +74,7 @@ def train_on_all_pairs(
         raise RequestError(
             f"batch {config.batch}: every batch holds pairs of each of {most} objectives; allowed: at least {most}"
         )
-    pairs = prepare(objective_pairs(job, lm, config, used))
+    pairs = prepare(objective_pairs(job, lm, config, used, counted=counted))
 
     for _, w, stage in each_preference(job):
         parts = [k for k in range(len(w)) if w[k] > 0]

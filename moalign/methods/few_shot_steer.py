@@ -16,10 +16,12 @@ Where this differs, and what the paper leaves open (choices of ours):
 
 * latent and decoder: the paper's z is free, a network decodes it with the response's embedding into a reward, and
   shifts and scales every hidden layer of the policy (FiLM). Here ``r(x, y | z) = w(z) . r(x, y)`` in the task's own
-  rewards, which only training sees. Of all that C says, an answer of most expected ``w . r`` depends on E[w | C] alone,
-  so that nothing is lost for that goal by telling the policy no more; and a latent with a meaning serves ``--prefs``,
-  every generator and export as they are. The scale is fixed, that of the users' Dirichlet: a trial without a
-  record, with a learned map from z to w and pairs whose two texts were just joined, read nothing (divergence 0);
+  rewards, which only training sees. Of all that C says, an answer of most expected ``w . r`` depends on E[w | C] alone.
+  A policy near its base answers a stated w less sharply, so asking for E[w | C] is a choice, not the best question to
+  it (results/fewshot.md: even the exact E[w | C] is behind logistic regression's w at 4 pairs and more). A latent with
+  a meaning serves ``--prefs``, every generator and export as they are. The scale is fixed, that of the users'
+  Dirichlet: a trial without a record, with a learned map from z to w and pairs whose two texts were just joined, read
+  nothing (divergence 0);
 * the gradient of DPO does not reach the encoder, since a prompt is text; the code trains both together;
 * aggregation: Gaussian factors that add up, odd in the labels. The code sums pairs' codes, after attention; here no
   pairs are exactly the prior and more pairs than in training can be read;
@@ -171,6 +173,9 @@ def learn_to_read(job: Job, pool: Pool) -> None:
         shown = users.first(rng.integers(0, config.context + 1, size=len(w)), config.context)
         read = encoder.read(features, chosen, rejected, shown)
         read = on_grid(read, config.resolution) if config.resolution else read
+        if job.given_preferences:  # what is held out must not be asked for, also when it is read off pairs
+            given = np.asarray(job.given_preferences, dtype=float)
+            read = given[np.square(read[:, None] - given).sum(-1).argmin(1)]
         asked = np.where(rng.random((len(w), 1)) < config.told, w, read)
     job.run.save_tensors(users.PHASE, encoder.state_dict())
     job.run.save_tensors(ASKED, {ASKED: torch.from_numpy(asked)})

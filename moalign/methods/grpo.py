@@ -101,7 +101,8 @@ class Grpo:
 
         config: Config = job.config
         with one_adapter(job) as lm:
-            warm_start(job, lm, config, config.style, cap=config.reward_cap)
+            first = config.aggregation if config.aggregation == "tchebycheff" else "linear"
+            warm_start(job, lm, config, config.style, first, config.reward_cap)
             trainer = OnlineTrainer(job, lm, config, grouped(job.preferences, config.groups), style=config.style)
             strength = KlStrength(config, "beta", config.beta, trainer.state, job.notes)
             for rollout in trainer.rollouts():
@@ -148,4 +149,5 @@ def batch_tensors(rollout: Rollout, advantages: Matrix) -> dict[str, Any]:
         "advantages": torch.as_tensor(advantages, dtype=torch.float32, device=mask.device),
         # Sums over a row times this, averaged over rows, are means over the batch's tokens.
         "per_token": torch.full((len(mask),), len(mask) / float(mask.sum()), device=mask.device),
+        **({} if rollout.importance is None else {"importance": rollout.importance}),
     }

@@ -32,7 +32,7 @@ import numpy as np
 from moalign.core.amounts import Amount, Amounts
 from moalign.core.arrays import Matrix
 from moalign.core.errors import RequestError, unknown
-from moalign.core.preferences import Preference, corner, label
+from moalign.core.preferences import Preference, label
 from moalign.methods.base import Capabilities
 from moalign.training.job import Job, RunContext
 from moalign.training.settings import DpoConfig
@@ -57,7 +57,9 @@ class Config(DpoConfig):
 
     def learns_from(self, task: Amounts) -> Amount:
         """See :class:`CostHints`. Both responses of the data's own pairs are scored for the margin."""
-        own = sum(task.labelled) if self.margin == "reward" and self.pairs != "scored" else 0
+        if self.margin == "implicit":
+            return Amount()  # what it learns from its experts learned from, too
+        own = sum(task.labelled) if self.pairs != "scored" else 0
         return super().learns_from(task) + Amount(2 * own)
 
     def expert_runs(self) -> tuple[str, dict[str, Any]] | None:
@@ -91,7 +93,7 @@ class Modpo:
         roles = {w: role_of(w, config, job.task.names) for w in job.preferences}
         folders = self._experts(job, roles) if config.margin == "implicit" else []
         used = sorted({k for w, k in roles.items() if w[k] > 0})
-        pairs = objective_pairs(job, lm, config, used, scores=config.margin == "reward")
+        pairs = objective_pairs(job, lm, config, used, scores=config.margin == "reward", counted=bool(folders))
         gaps = {}
         for k, own in pairs.items():
             sharing = [w for w in job.preferences if roles[w] == k]
@@ -119,7 +121,7 @@ class Modpo:
         if all(w[k] == 1 for w, k in roles.items()):
             return []
         count, (method, settings) = len(job.task.names), job.config.expert_runs()
-        run = job.experts(method, settings, [corner(count, index) for index in range(count)])
+        run = job.experts(method, settings, job.config.expert_vectors(count))
         job.notes["experts"] = {"method": method, "run_id": run.record.run_id}
         return [run.path / adapter_of(index) for index in range(count)]
 

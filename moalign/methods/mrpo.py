@@ -34,12 +34,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from moalign.core.amounts import Amount, Amounts
 from moalign.core.errors import RequestError
-from moalign.core.preferences import Preference, corner
+from moalign.core.preferences import Preference
 from moalign.methods.base import Capabilities
 from moalign.methods.dpo_lw import train_on_all_pairs
 from moalign.training.job import Job, RunContext
-from moalign.training.settings import DpoConfig
+from moalign.training.settings import DpoConfig, NamesFiles
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -48,11 +49,12 @@ if TYPE_CHECKING:
     from moalign.training.offline_dpo import PairRows
 
 EXPERTS = "experts"
+WEIGHTS = "adapter_model.safetensors"
 STAGE = "references"
 """Name of the stage, and of the note, that say which references a run has."""
 
 
-class Config(DpoConfig):
+class Config(DpoConfig, NamesFiles):
     """Settings of MRPO; those of DPO on pairs are inherited."""
 
     references: tuple[str, ...] = (EXPERTS,)
@@ -67,6 +69,17 @@ class Config(DpoConfig):
     def expert_runs(self) -> tuple[str, dict[str, Any]] | None:
         """See :class:`CostHints`."""
         return ("modpo", self.experts.model_dump(mode="json")) if EXPERTS in self.references else None
+
+    def learns_from(self, task: Amounts) -> Amount:
+        """See :class:`CostHints`. Scored responses that the experts learned from are in their cost."""
+        known = EXPERTS in self.references and self.experts.learns_from(task).rows
+        return Amount() if known else super().learns_from(task)
+
+    def contents(self) -> dict[str, str]:
+        """See :class:`~moalign.training.settings.NamesFiles`."""
+        from moalign.runs.checkpoint import file_sum
+
+        return {text: file_sum(adapter_in(text) / WEIGHTS) for text in self.references if text != EXPERTS}
 
     @property
     def switched_off(self) -> set[str]:
@@ -97,7 +110,9 @@ class Mrpo:
     def train(self, job: Job) -> None:
         """Obtain the references, then train an adapter for every preference; resumes where it was interrupted."""
         folders = reference_folders(job)
-        train_on_all_pairs(job, prepare=partial(with_references, job, folders))
+        labelled = [job.task.has_pairs(k) for k in range(len(job.task.names))]
+        counted = EXPERTS in job.config.references and job.config.experts.builds_pairs(labelled)
+        train_on_all_pairs(job, prepare=partial(with_references, job, folders), counted=counted)
 
     def policy(self, context: RunContext, preference: Preference) -> Policy:
         """Return the policy trained for a preference; raises RequestError for one that was not trained."""
@@ -127,7 +142,7 @@ def reference_folders(job: Job) -> list[Path]:
         )
     if EXPERTS in config.references:
         folders += _experts(job)
-    found = [file_sum(folder / "adapter_model.safetensors") for folder in folders]
+    found = [file_sum(folder / WEIGHTS) for folder in folders]
     if job.stage_done(STAGE):
         before = job.notes[STAGE]
         if before != found:
@@ -146,7 +161,7 @@ def _experts(job: Job) -> list[Path]:
     from moalign.training.grid import adapter_of
 
     count, (method, settings) = len(job.task.names), job.config.expert_runs()
-    run = job.experts(method, settings, [corner(count, index) for index in range(count)])
+    run = job.experts(method, settings, job.config.expert_vectors(count))
     job.notes[EXPERTS] = {"method": method, "run_id": run.record.run_id}
     return [run.path / adapter_of(index) for index in range(count)]
 

@@ -171,7 +171,7 @@ def base_scores(job: Job) -> dict[str, NDArray[np.float64]]:
         base = Policy(ModelGenerator(job.task.language_model), job.task.renderer.plain)
         answers = respond_all([base], prompts, job.task.sampling(job.seed, temperature=1.0))
         job.meter.add_tokens_generated(answers.tokens)
-        z = job.panel.z(job.panel.score(prompts, answers.responses[0]))
+        z = job.panel.z(job.panel.score(prompts, answers.responses[0]), config.reward_cap)
         job.run.save_tensors(BASE, {"z": torch.from_numpy(z)})
         job.finish_stage(BASE)
     return dict(zip(prompts, job.run.load_tensors(BASE)["z"].numpy(), strict=True)) if prompts else {}

@@ -22,7 +22,7 @@ Here w sets how strongly each round moves, ``b_n = beta / c_n``, so that after t
 being left out of its own. Objectives of weight 0 have no round; one-hot is plain DPO on one objective. Rounds go from
 the largest weight to the smallest (``order: weight``; ties as the task lists them), which keeps every c above 0 for
 alpha below 1; ``order: task`` is the card's order. ``steps`` are those of all rounds of a preference together, in equal
-parts.
+parts, each round with an optimizer, warmup and schedule of its own; the run's diagnostics are the last round's.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from moalign.preflight.report import Preflight
 from moalign.preflight.request import of_recipe, require_sound, to_train
 from moalign.preflight.sizes import check_sizes
 from moalign.tasks.task import Task
-from moalign.training.settings import GroupsUsers, NamesModels
+from moalign.training.settings import GroupsUsers, NamesFiles, NamesModels
 
 
 def check(
@@ -51,6 +51,8 @@ def check(
         if isinstance(resolved.config, NamesModels):
             for name, named in resolved.config.models.items():
                 report.look(name, partial(named_model, report, name, named))
+        if isinstance(resolved.config, NamesFiles):
+            report.look("files", partial(_files, resolved.config))
         if isinstance(resolved.config, GroupsUsers) and inputs.task is not None:
             report.look("users", partial(_users, inputs.task, resolved.config.clusters))
         needs = resolved.recipe.needs
@@ -62,6 +64,10 @@ def check(
     if card is not None:
         check_inputs(report, card, results, with_options)
     return report
+
+
+def _files(config: NamesFiles) -> str:
+    return ", ".join(config.contents()) or "none beside the task's"
 
 
 def _users(task: Task, clusters: int) -> str:

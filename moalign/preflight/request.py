@@ -106,6 +106,12 @@ def to_train(
             f"holdout: {method.name} answers only for preferences that it was trained on, so there is nothing to hold "
             "out; leave holdout away, or train a method with one policy for every preference (moalign ls methods)"
         )
+    config = resolved.config
+    for w in config.expert_vectors(len(names)) if isinstance(config, CostHints) else ():
+        if any(preferences.same(w, other) for other in held):
+            raise RequestError(
+                f"holdout: an expert of {method.name} is trained at {preferences.label(w)}; hold out other preferences"
+            )
     every = trained or preferences.grid_of(len(names), card.grid)
     trained = [w for w in every if not any(preferences.same(w, other) for other in held)]
     if not trained:

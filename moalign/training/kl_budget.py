@@ -52,9 +52,12 @@ class KlStrength:
 
 
 def adapted(strength: float, kl: float, budget: float, responses: int, horizon: int) -> float:
-    """Return the next strength: up when ``kl`` is above ``budget``, by a fifth in ``horizon`` responses at most."""
+    """Return the next strength: up when ``kl`` is above ``budget``, by a fifth in ``horizon`` responses at most.
+
+    Never by more than half or twice at once: with many responses to a short horizon it would turn negative.
+    """
     error = min(max(kl / budget - 1, -0.2), 0.2)
-    return strength * (1 + error * responses / horizon)
+    return strength * min(max(1 + error * responses / horizon, 0.5), 2.0)
 
 
 def beyond(rollout: Rollout, job: Job, *, lm: LanguageModel, config: OnlineConfig, phase: str) -> bool:

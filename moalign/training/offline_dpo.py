@@ -98,16 +98,24 @@ class PairRows:
 
 
 def objective_pairs(
-    job: Job, lm: LanguageModel, config: DpoConfig, objectives: Sequence[int], scores: bool = False
+    job: Job,
+    lm: LanguageModel,
+    config: DpoConfig,
+    objectives: Sequence[int],
+    scores: bool = False,
+    counted: bool = False,
 ) -> dict[int, PairRows]:
     """Return the pairs of some objectives (indices); call it before any stage, so that their cost counts once.
 
-    With ``scores`` both responses of every pair are scored on every objective. ``job.notes["pairs"]`` gets how many
+    ``counted``: the scored responses are those that the job's experts learned from, in whose cost they are. With
+    ``scores`` both responses of every pair are scored on every objective. ``job.notes["pairs"]`` gets how many
     pairs were built and left out.
 
     Raises RequestError for no pairs, or pairs that cannot be used (:meth:`moalign.tasks.task.Task.pairs`).
     """
-    scored = job.scored() if config.builds_pairs([job.task.has_pairs(k) for k in objectives]) else None
+    scored = None
+    if config.builds_pairs([job.task.has_pairs(k) for k in objectives]):
+        scored = job.task.scored() if counted else job.scored()
     result, counts = {}, {}
     for k in objectives:
         pairs = job.task.pairs(k, config.pairs, config.per_prompt, config.labels, scored)

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from moalign.config.strict import Strict
 from moalign.core.amounts import Amount, Amounts
+from moalign.core.preferences import Preference, corner
 from moalign.core.records import Labels
 from moalign.core.schedule import ScheduleName
 
@@ -83,8 +84,12 @@ class CostHints(Strict):
         return Amount()
 
     def expert_runs(self) -> tuple[str, dict[str, Any]] | None:
-        """Return method and settings of the runs that experts come from, one at each corner of the simplex."""
+        """Return method and settings of the run that experts come from, one at each of :meth:`expert_vectors`."""
         return None
+
+    def expert_vectors(self, objectives: int) -> list[Preference]:
+        """Return the preference that each expert is trained at: the corners of the simplex."""
+        return [corner(objectives, index) for index in range(objectives)] if self.expert_runs() else []
 
     @property
     def own_scorers(self) -> int | None:
@@ -111,6 +116,17 @@ class NamesModels(Strict):
     @property
     def models(self) -> dict[str, str]:
         """Return the models that these settings name, by setting: a folder or a hub id."""
+        return {}
+
+
+class NamesFiles(Strict):
+    """Mixed into the settings of methods that read files beside the task's: their content is part of a run's identity.
+
+    ``moalign check`` looks for them.
+    """
+
+    def contents(self) -> dict[str, str]:
+        """Return the sum of each file, by how it is named; RequestError for one that is not there."""
         return {}
 
 
@@ -198,9 +214,8 @@ class OnlineConfig(Strict):
     """What a normalised reward is worth beyond the upper bound of the calibration data (``bounds`` of the normaliser),
     where nothing in the data ever was: as much as below it, its logarithm, or nothing."""
     support: float | None = Field(default=None, ge=0)
-    """How many nats a token of a response may be less likely, to the reference, than to the base any token of the
-    calibration responses is, before the response's rewards are no longer believed (:mod:`moalign.training.support`);
-    None: they always are."""
+    """How many nats less likely to the base than any token of the calibration responses a token of a response may be,
+    before the response's rewards are no longer believed (:mod:`moalign.training.support`); None: they always are."""
     share_prompts: bool = False
     """Read a prompt once for all its responses in a micro-batch, in place of once for each: the same gradients, up to
     rounding, in less time where prompts are long. It excludes gradient checkpointing."""
@@ -209,6 +224,16 @@ class OnlineConfig(Strict):
     to rounding, in less time."""
     checkpoint_every: int = Field(default=50, ge=1)
     log_every: int = Field(default=5, ge=1)
+
+    @model_validator(mode="after")
+    def _strength_to_steer(self) -> OnlineConfig:
+        for name in ("beta", "kl_coef"):
+            if self.kl_budget is not None and getattr(self, name, None) == 0:
+                raise ValueError(
+                    f"kl_budget steers {name} by factors, so it must start above 0; found {name}: 0 and kl_budget: "
+                    f"{self.kl_budget:g}"
+                )
+        return self
 
     @property
     def own_reference(self) -> bool:

@@ -7,7 +7,9 @@ has a log-probability of -12 to -20; in the base's own responses none is below -
 on exact rewards none below -2.3 (nats; results/learned/support.md). So the base knows what the reward model does not.
 
 A reward given outside the support is not believed: it counts as the lower bound of the data's rewards. The support
-reaches to the least likely token of the task's calibration responses and ``support`` nats beyond.
+reaches to the least likely token of the task's calibration responses and ``support`` nats beyond. The base is asked
+also where the reference of the KL term is another policy; of PCM, whose reference is a mixture of experts, that mixture
+is.
 """
 
 from __future__ import annotations
@@ -46,9 +48,21 @@ class Support:
             return
         if self.end is None:
             self.end = processes.agree(end_of(self.job, self.lm, self.config.temperature)) - self.config.support
-        out = outside(rollout.ref_logps(), rollout.samples.response_mask, self.end)
+        if self.config.own_reference:  # it may have learned what the base finds unlikely
+            out = np.asarray((self._least_likely(rollout) < self.end).cpu().numpy())
+        else:
+            out = outside(rollout.ref_logps(), rollout.samples.response_mask, self.end)
         rollout.z = believed(rollout.z, out, self.job.panel.z_bounds())
         rollout.outside = float(out.mean())
+
+    def _least_likely(self, rollout: Rollout) -> Tensor:
+        """Return the base's log-probability of each response's least likely token, ``[rows]``."""
+        samples = rollout.samples
+        rows = [
+            (ids[mask.bool()].tolist(), int(inside.sum()))
+            for ids, mask, inside in zip(samples.input_ids, samples.attention_mask, samples.response_mask, strict=True)
+        ]
+        return least_log_probs(self.lm, rows, self.config.temperature)
 
 
 def end_of(job: Job, lm: LanguageModel, temperature: float) -> float:

@@ -42,6 +42,9 @@ def find_groups(job: Job, lm: LanguageModel, count: int, pairs: int | None, ridg
     if job.stage_done(STAGE):
         return
     users = [user if pairs is None else user.pick(range(min(len(user), pairs))) for user in job.task.users]
+    # Of an empty answer there is no state to read.
+    full = [[i for i, texts in enumerate(zip(user.chosen, user.rejected, strict=True)) if all(texts)] for user in users]
+    users = [user.pick(rows) for user, rows in zip(users, full, strict=True)]
     prompts = [prompt for user in users for prompt in user.prompts]
     chosen = states(job, lm, prompts, [text for user in users for text in user.chosen])
     rejected = states(job, lm, prompts, [text for user in users for text in user.rejected])

@@ -99,3 +99,14 @@ def test_it_is_a_bound_that_the_true_posterior_comes_closest_to() -> None:
     near = bound(centre.tolist(), 0.95)
     assert evidence < near < evidence + 0.02
     assert near < bound([0.0, 0.0], 1.0) < bound([-1.0, 1.0], 1.0)
+
+
+def test_objectives_that_are_alike_are_read_alike() -> None:
+    """Of three: nothing known makes a third of each; two with the same mean and variance have the same weight."""
+    noise = torch.randn(64, 3, generator=torch.Generator().manual_seed(64), dtype=torch.float64)
+    mean = torch.tensor([[0.0, 0.0, 0.0], [1.0, 0.2, 0.2]], dtype=torch.float64)
+    variance = torch.tensor([[1.0, 1.0, 1.0], [0.5, 0.3, 0.3]], dtype=torch.float64)
+    found = mean_weights(mean, variance, 1.5, noise)
+    torch.testing.assert_close(found[0], torch.full((3,), 1 / 3, dtype=torch.float64))
+    torch.testing.assert_close(found[1, 1], found[1, 2])
+    assert found[1, 0] > found[1, 1]

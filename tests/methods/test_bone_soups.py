@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from moalign.cli.main import main
-from moalign.experiment.train import Plan, TrainRequest, context_of, plan, train
+from moalign.core.errors import RequestError
+from moalign.experiment.train import Plan, TrainRequest, context_of, expert_plan, plan, train
 from moalign.methods import registry
 from moalign.methods.bone_soups import Config, backbone, coefficients
 from moalign.policies import measured
@@ -105,6 +106,17 @@ def test_its_experts_are_morlhf_at_the_rows_and_answer_there(ask: Any, tmp_path:
     first, second, corner, even = answers(run, tmp_path, (0.8, 0.2), (0.2, 0.8), (1.0, 0.0), (0.5, 0.5))
     assert [first, second] == answers(experts, tmp_path, (0.8, 0.2), (0.2, 0.8))
     assert len(set(map(tuple, (first, second, corner, even)))) == 4
+
+
+def test_experts_are_no_others_for_a_holdout_and_none_is_trained_at_it(ask: Any) -> None:
+    vectors = [(0.8, 0.2), (0.2, 0.8)]
+    plain, held = ask("bone-soups", "beta=0.8"), ask("bone-soups", "beta=0.8", "holdout=[[0.5, 0.5]]")
+    method, settings = plain.config.expert_runs()
+    assert expert_plan(held, method, settings, vectors).folder == expert_plan(plain, method, settings, vectors).folder
+    with pytest.raises(RequestError, match=r"holdout: an expert of bone-soups is trained at 0.2,0.8; hold out other"):
+        ask("bone-soups", "beta=0.8", "holdout=[[0.2, 0.8]]")
+    with pytest.raises(RequestError, match="holdout: an expert of rewarded-soups is trained at 1,0"):
+        ask("rewarded-soups", "holdout=[[1, 0]]")
 
 
 @pytest.mark.slow

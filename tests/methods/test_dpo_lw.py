@@ -63,7 +63,7 @@ def test_a_batch_too_small_for_the_objectives(small_task: tuple[str, ...], tmp_p
 def test_a_pair_of_each_objective_that_counts_is_enough(
     small_task: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefs: tuple[str, ...], batch: int
 ) -> None:
-    def reached(*_: Any) -> None:
+    def reached(*_: Any, **more: Any) -> None:
         raise ZeroDivisionError
 
     monkeypatch.setattr(offline_dpo, "objective_pairs", reached)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from moalign.cli.main import main
@@ -12,8 +14,10 @@ from moalign.core.amounts import Amounts, SplitAmount
 from moalign.core.records import Pair
 from moalign.experiment.handle import RunHandle
 from moalign.experiment.train import TrainRequest, plan, train
+from moalign.methods import few_shot_steer
 from moalign.methods.few_shot_steer import ASKED, Config, FewShotSteer
 from moalign.runs.run import Run
+from moalign.training.users import scored_pool
 
 QUICK = (
     "steps=3",
@@ -49,6 +53,43 @@ def test_half_the_rows_state_their_preference_and_the_others_are_read(run: Run) 
     assert {line["phase"] for line in run.metrics()} == {"encoder", "dpo"}
     assert run.record.notes["pairs"]["users"] == 24
     assert set(run.record.phases) >= {"encoder"}
+
+
+def test_what_is_held_out_is_never_asked_for(small_task: tuple[str, ...], tmp_path: Path) -> None:
+    """What is read off pairs is near the middle, which is held out: it becomes the nearest that may be seen."""
+    held = trained(small_task, tmp_path, "task.grid=5", "holdout=[[0.5, 0.5]]")
+    asked = held.load_tensors(ASKED)[ASKED].numpy()
+    assert set(map(tuple, asked.tolist())) <= {(0.0, 1.0), (0.25, 0.75), (0.75, 0.25), (1.0, 0.0)}
+    assert len(set(asked[:, 0].tolist())) > 1
+
+
+def test_the_policy_learns_what_the_user_of_a_row_prefers(
+    small_task: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a row's pair the response of more w . z is the chosen one, w the user's; the prompt states what was read."""
+    from moalign.training import offline_dpo
+
+    given: list[Any] = []
+    plain = offline_dpo.encode_pairs
+
+    def spy(job: Any, lm: Any, *texts: Any) -> Any:
+        given.append((job, *texts))
+        return plain(job, lm, *texts)
+
+    monkeypatch.setattr(offline_dpo, "encode_pairs", spy)
+    own = trained(small_task, tmp_path)
+    ((job, texts, chosen, rejected, _, chance),) = given
+    pool = scored_pool(job, job.config.per_prompt, job.config.context + job.config.targets)
+    of = {(prompt, response.text): z for prompt, response, z in zip(pool.prompts, pool.responses, pool.z, strict=True)}
+    _, w, pairs = few_shot_steer.drawn(job, pool)
+    asked = own.load_tensors(ASKED)[ASKED].tolist()
+    gaps = []
+    for row, (text, better, worse) in enumerate(zip(texts, chosen, rejected, strict=True)):
+        prompt = pool.prompts[pairs[row, 0]]
+        assert text == job.task.renderer.preference(prompt, asked[row])
+        gaps.append(float(w[row] @ (of[prompt, better.text] - of[prompt, worse.text])))
+    assert min(gaps) >= 0 and max(gaps) > 0.1
+    np.testing.assert_allclose(chance, 1 / (1 + np.exp(-job.config.sharpness * np.array(gaps))), rtol=1e-6)
 
 
 def test_a_user_is_read_alike_by_python_and_by_the_command(

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import numpy as np
 import pytest
+import torch
 
 from moalign.cli.main import main
 from moalign.experiment.train import TrainRequest, context_of, plan, train
 from moalign.losses import grpo
-from moalign.methods.grpo import Config, advantages_of
+from moalign.methods.grpo import Config, advantages_of, batch_tensors
 from moalign.training.rollout import Rollout
 
 FEW = ("steps=2", "batch=4", "samples=3", "groups=2", "log_every=1", "lr=0.01", "policy.lora={r: 4, alpha: 8}")
@@ -85,3 +87,19 @@ def test_what_makes_no_sense_is_refused_before_anything_is_written(
     assert message in error and setting.partition("=")[0] in error
     assert len(error.splitlines()) <= 2
     assert not list(tmp_path.iterdir())
+
+
+def test_tokens_that_another_engine_drew_are_weighted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two answers of one token, both as likely as when they were sampled, so that the loss is -mean(weight A)."""
+    mask = torch.ones(2, 1, dtype=torch.bool)
+    made = rollout([[1.0, 0.0]], 2)
+    made.samples = SimpleNamespace(response_mask=mask, logps=torch.log(torch.tensor([[0.6], [0.2]])))
+    tokens = (made.samples.logps, made.samples.logps, made.samples.logps, torch.zeros(2, 1), mask)
+
+    def loss() -> float:
+        tensors = batch_tensors(made, np.array([2.0, -1.0]))
+        return float(grpo.loss(*tokens, tensors, clip_range=0.2, beta=0.0)[0])
+
+    assert loss() == pytest.approx(-(2.0 - 1.0) / 2)
+    made.drawn_logps, made.correction = torch.log(torch.tensor([[0.4], [0.05]])), 2.0
+    assert loss() == pytest.approx(-(1.5 * 2.0 - 2.0 * 1.0) / 2)  # .6 / .4, and .2 / .05 cut at 2

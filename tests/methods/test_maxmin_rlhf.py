@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from moalign.methods.maxmin_rlhf import Config, weights
 from moalign.preflight import cost
 from moalign.preflight.check import check
 from moalign.runs.meter import Meter
+from moalign.training import user_rewards
 from moalign.training.user_rewards import panel_of_groups, states
 
 FEW = ("steps=2", "batch=4", "log_every=1", "lr=0.01", "pairs=8", "starts=1", "policy.lora={r: 4, alpha: 8}")
@@ -99,6 +101,27 @@ def test_rewards_are_log_odds_of_the_base_alone_and_0_for_the_mean_answer(
     adapters.load(lm, run.path / "adapter")
     assert states(job, lm, prompts, chosen) == pytest.approx(plain, abs=1e-5)
     adapters.drop(lm)
+
+
+def test_pairs_with_an_empty_answer_say_nothing_of_a_users_group(
+    small_task: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is no state to read of it; the last one of the prompt is not an answer's."""
+    made = of_groups(small_task, tmp_path, "clusters=2")
+    first, *others = made.task.users
+    gaps = replace(first, chosen=["", *first.chosen[1:]], rejected=[*first.rejected[:-1], ""])
+    monkeypatch.setitem(vars(made.task), "users", [gaps, *others])  # a cached property
+    read: list[list[str]] = []
+
+    def spy(job: Any, lm: Any, prompts: list[str], texts: list[str]) -> Any:
+        read.append(texts)
+        return np.random.default_rng(len(read)).normal(size=(len(texts), 4))
+
+    monkeypatch.setattr(user_rewards, "states", spy)
+    user_rewards.find_groups(made.job(made.open(), Meter(), silent), made.task.language_model, 2, None, 1.0, 1)
+    chosen, rejected = read
+    assert len(chosen) == len(rejected) == sum(map(len, (first, *others))) - 2
+    assert all(chosen) and all(rejected)
 
 
 def test_users_say_nothing_of_their_groups(small_task: tuple[str, ...], tmp_path: Path) -> None:

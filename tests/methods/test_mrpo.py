@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moalign.core.amounts import Amounts, SplitAmount
 from moalign.core.errors import RequestError
 from moalign.experiment.train import TrainRequest, plan, train
 from moalign.losses.references import virtual_reference
@@ -15,6 +16,7 @@ from moalign.methods import mrpo
 from moalign.methods.mrpo import Config
 from moalign.runs.meter import Meter
 from moalign.runs.run import Run
+from moalign.runs.store import RunStore
 from moalign.training import offline_dpo
 
 QUICK = ("steps=3", "batch=5", "lr=0.01", "max_tokens=64", "per_prompt=1", "beta=0.1", "log_every=1")
@@ -72,6 +74,28 @@ def test_its_references_are_the_base_and_an_expert_of_each_objective(
     np.testing.assert_array_equal(stacked[0].astype(np.float32), base)
     assert (np.abs(stacked[1] - base).max(), np.abs(stacked[2] - stacked[1]).max()) > (1e-4, 1e-4)
     np.testing.assert_allclose(used.reference, virtual_reference(stacked, "confident", 0.1), rtol=1e-6)
+
+
+def test_responses_that_its_experts_learned_from_count_once(small_task: tuple[str, ...], tmp_path: Path) -> None:
+    """It builds its pairs from the pool that the experts' were built from: their cost has it."""
+    run = trained("mrpo", small_task, tmp_path, EXPERTS)
+    (experts,) = RunStore(tmp_path).runs(method="modpo")
+    alone = trained("mrpo", small_task, tmp_path, "references=[]")
+    assert run.record.cost.reward_calls == experts.record.cost.reward_calls == alone.record.cost.reward_calls > 0
+    trained_on = experts.record.cost.tokens_trained + alone.record.cost.tokens_trained
+    assert run.record.cost.tokens_trained == trained_on
+    task = Amounts(2, train=SplitAmount((4, 4)), labelled=(0, 0))
+    assert (Config().learns_from(task).rows, Config(references=()).learns_from(task).rows) == (0, 8)
+
+
+def test_another_adapter_in_a_folder_is_another_run(small_task: tuple[str, ...], tmp_path: Path) -> None:
+    one, two = (trained("dpo-lw", small_task, tmp_path, *more).path / "adapter-pref-0" for more in ((), ("lr=0.02",)))
+    settings = (*small_task, *QUICK, LORA, f"references=[{one}]")
+    request = TrainRequest("mrpo", prefs=PREFS, overrides=settings, results=tmp_path)
+    before = plan(request).folder
+    assert plan(request).folder == before
+    (one / "adapter_model.safetensors").write_bytes((two / "adapter_model.safetensors").read_bytes())
+    assert plan(request).folder != before
 
 
 def test_a_folder_is_a_reference(small_task: tuple[str, ...], tmp_path: Path, seen: list[Any]) -> None:

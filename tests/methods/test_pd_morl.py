@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,13 @@ import torch
 
 from moalign.cli.main import main
 from moalign.core.amounts import Amounts, SplitAmount
+from moalign.core.errors import RequestError
 from moalign.experiment.train import TrainRequest, context_of, plan, train
+from moalign.losses.directional import angle
 from moalign.losses.ppo import Experience, whitened
-from moalign.methods.pd_morl import Config, best_means, combined
+from moalign.methods import pd_morl
+from moalign.methods.pd_morl import Config, best_means, combined, directions_of
+from moalign.runs.meter import Meter
 
 FEW = ("steps=2", "batch=4", "groups=2", "log_every=1", "lr=0.01", "policy.lora={r: 4, alpha: 8}")
 
@@ -97,6 +102,45 @@ def test_both_angles_reach_what_is_trained(small_task: tuple[str, ...], tmp_path
     actor = trained("actor_angle=5", "critic_angle=0", "clip=1000")
     assert critic[0] == neither[0] and critic[1] != neither[1]
     assert actor[0] != neither[0] and actor[1] == neither[1]
+
+
+def test_the_critics_angle_is_a_cost(small_task: tuple[str, ...], tmp_path: Path) -> None:
+    """With the critic's angle alone, weighed heavily, its values turn to the directions; with its sign turned, away."""
+    plain = pd_morl.update
+
+    def last_angle(weight: float) -> float:
+        seen: list[float] = []
+
+        def spy(trainer: Any, experience: Any, advantages: Any, d: Any, origin: Any, *rest: Any) -> None:
+            values = experience.returns - experience.advantages
+            seen.append(float(angle(d, values - origin)[experience.mask].mean()))
+            plain(trainer, experience, advantages, d, origin, *rest)
+
+        settings = (*small_task, *FEW, "steps=6", "value_lr=0.05", "actor_angle=0", "clip=1000", "lr=1e-9")
+        overrides = (*settings, f"critic_angle={weight}")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pd_morl, "update", spy)
+            train(plan(TrainRequest("pd-morl", overrides=overrides, results=tmp_path)))
+        return seen[-1]
+
+    assert last_angle(50.0) < last_angle(0.0)
+
+
+def test_directions_need_several_responses_to_choose_from(
+    small_task: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = plan(TrainRequest("pd-morl", overrides=(*small_task, *FEW), results=tmp_path))
+    scored = made.task.calibration()
+    first = [scored.prompts.index(prompt) for prompt in dict.fromkeys(scored.prompts)]
+    one = replace(
+        scored,
+        prompts=[scored.prompts[i] for i in first],
+        responses=[scored.responses[i] for i in first],
+        raw=scored.raw[first],
+    )
+    monkeypatch.setattr(type(made.task), "calibration", lambda task: one)
+    with pytest.raises(RequestError, match="one to each; allowed: directions: weights"):
+        directions_of(made.job(made.open(), Meter()))
 
 
 def test_what_directions_cost() -> None:

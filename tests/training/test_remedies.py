@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from moalign.lm import adapters
 from moalign.lm.log_probs import token_outputs
-from moalign.methods import mo_odpo, pcm
+from moalign.methods import grpo, mo_odpo, moc, pcm
 from moalign.training import support
 from moalign.training.job import Job
+from moalign.training.kl_budget import adapted
 from moalign.training.online import OnlineTrainer
 from moalign.training.preference_draws import independent
 
@@ -82,6 +84,29 @@ def test_a_rollout_believes_no_reward_outside_and_logs_how_many_were(make_job: M
     assert (found[0.0].outside, found[-1e9].outside) == (1.0, 0.0)
 
 
+def test_the_base_is_asked_also_where_the_reference_is_another_policy(make_job: MakeJob) -> None:
+    """The start that is the reference has learned tokens that the base finds unlikely: they are outside."""
+    job = make_job("mo-odpo", "batch=8", "steps=1", "support=0", "reference=start", "log_every=1")
+    move(job)
+    trainer = trainer_of(job)
+    trainer.support.end = -1e9
+    rollouts = trainer.rollouts()  # kept: its end drops the reference
+    rollout = next(rollouts)
+    least, own = trainer.support._least_likely(rollout), rollout.ref_logps().amin(-1)
+    trainer.support.end = float(least.median())
+    trainer.support.apply(rollout)
+    rollouts.close()
+    plain = make_job("mo-odpo", "batch=8", "steps=1", "support=0", "log_every=1", where="plain")
+    move(plain)
+    other = next(trainer_of(plain).rollouts())
+    assert other.responses == rollout.responses
+    inside = other.samples.response_mask
+    base = torch.where(inside, other.ref_logps(), torch.zeros(())).amin(-1)
+    torch.testing.assert_close(least, base, atol=1e-4, rtol=1e-4)
+    assert (own - base).abs().max() > 0.1, "or there is nothing to tell apart"
+    assert rollout.outside == pytest.approx(float((base < base.median()).float().mean()))
+
+
 def test_the_share_outside_is_in_the_log(make_job: MakeJob) -> None:
     job = make_job("mo-odpo", "batch=4", "steps=1", "support=0", "log_every=1")
     train(job)
@@ -100,6 +125,17 @@ def test_beta_is_steered_to_the_kl_budget(make_job: MakeJob, budget: float, way:
     factor = 1.2 if way == "up" else 0.8
     assert [line["beta"] for line in job.run.metrics()] == pytest.approx([0.1, 0.1 * factor])
     assert job.notes["kl_budget"] == {"nats": budget, "beta_at_the_end": pytest.approx(0.1 * factor**2)}
+
+
+def test_the_strength_never_turns_negative_and_starts_above_0() -> None:
+    """Worked by hand: an error of -.2 over 128 responses at a horizon of 20 would be a factor of -.28."""
+    assert adapted(0.1, 5.5, 5, 100, 10_000) == pytest.approx(0.1 * 1.001)
+    assert adapted(0.1, 0, 5, 128, 20) == pytest.approx(0.05)
+    assert adapted(0.1, 50, 5, 128, 20) == pytest.approx(0.2)
+    with pytest.raises(ValidationError, match="kl_budget steers beta .* must start above 0; found beta: 0 and"):
+        grpo.Config(beta=0, kl_budget=5)
+    with pytest.raises(ValidationError, match="kl_budget steers kl_coef by factors"):
+        moc.Config(kl_coef=0, kl_budget=5)
 
 
 def test_without_a_budget_beta_stays_and_nothing_is_noted(make_job: MakeJob) -> None:
