@@ -1,7 +1,7 @@
 """Regret of a preference read off k labelled pairs, against stating it, for runs of a method that reads one off pairs.
 
     moalign train few-shot-steer --task sandbox --seed 0
-    python results/fewshot.py RUN [RUN RUN RUN]          # a minute; writes fewshot.json and fewshot.md
+    python results/fewshot.py RUN [RUN ...]              # a minute; writes fewshot.json and fewshot.md
 
 Users are simulated: a preference w of the evaluation's grid, and pairs of held-out responses (the calibration split's)
 that they label by Bradley-Terry on w.z. Each reader gets the first k of a user's pairs and gives a preference v, moved
@@ -108,7 +108,8 @@ def page(runs: Sequence[Mapping[str, Any]]) -> str:
     lines = [
         "# A preference read off a few pairs",
         "",
-        f"`python results/fewshot.py RUN RUN RUN` on `moalign train few-shot-steer --task {tasks} --seed S`, S = {seeds}",
+        "`python results/fewshot.py RUN RUN RUN` on "
+        f"`moalign train few-shot-steer --task {tasks} --seed S`, S = {seeds}",
         "",
         f"Regret of w.n against the same policy asked for a user's own w (w.n = {stated:.3f}), over {USERS} simulated",
         "users of each seed, who label held-out pairs by Bradley-Terry. No pairs: what is known of any user.",

@@ -79,6 +79,8 @@ def judged(trained: Mapping[str, Any], results: Path, samples: int | None) -> tu
         "ref": record["ref"],
         "tau": record["indicators"]["tau"],
         "inner_product": record["indicators"]["inner_product"],
+        "believed": (record.get("proxy_reward") or {}).get("inner_product"),
+        "kl": record["quality"]["kl"],
         "collapsed": record["quality"]["rate"],
         "regret": record["indicators"].get("regret"),
         "points": [point["mean"] for point in record["points"]],
@@ -121,7 +123,7 @@ def markdown(record: Mapping[str, Any]) -> str:
     """Return the page."""
     every = [row for group in record["groups"] for row in group["rows"]]
     many, uneven = any("held_out" in row["summary"] for row in every), len({len(row["runs"]) for row in every}) > 1
-    known = _known(record)
+    known, believed = _known(record), _believed(record)
     meaning = (
         "Share: hypervolume over that of the exact optimum; the interval (95 %) is that of the mean, over seeds and "
         "prompts. Regret: what answers miss of a preference's best w.n, mean over preferences, median of seeds."
@@ -139,6 +141,7 @@ def markdown(record: Mapping[str, Any]) -> str:
         f"each with the recipe's settings but for those named. {meaning} Costs are means per seed; time was measured "
         "beside another job and is rough."
         + (f" Each prompt was answered {record['samples']} times at each preference." if record.get("samples") else "")
+        + (" True and believed w.n: by the judge, and by the rewards trained on." if believed else "")
         + (" Utility: mean of w.n, as a share of the optimum's on the same preferences." if many else ""),
     ]
     for group in record["groups"]:
@@ -152,6 +155,7 @@ def markdown(record: Mapping[str, Any]) -> str:
             "tau",
             "worst",
             *(["regret"] if known else ["inner product", "collapsed"]),
+            *(["true w.n", "believed w.n", "KL"] if believed else []),
         ]
         head += ["utility where trained", "utility held out"] if many else []
         head += ["generated", "trained on", "reward calls", "time"]
@@ -159,7 +163,7 @@ def markdown(record: Mapping[str, Any]) -> str:
         lines += [f"| {' | '.join(head)} |", "| --- " + "| ---: " * (len(head) - 1) + "|"]
         for row in group["rows"]:
             label = [row["label"], *([str(len(row["runs"]))] if uneven else [])]
-            lines.append(f"| {' | '.join([*label, *_cells(row, many, known)])} |")
+            lines.append(f"| {' | '.join([*label, *_cells(row, many, known, believed)])} |")
         if group.get("text"):
             lines += ["", group["text"].strip()]
     lines += [
@@ -180,7 +184,13 @@ def _known(record: Mapping[str, Any]) -> bool:
     return all(run["optimum"] is not None for group in record["groups"] for row in group["rows"] for run in row["runs"])
 
 
-def _cells(row: Mapping[str, Any], many: bool, known: bool) -> list[str]:
+def _believed(record: Mapping[str, Any]) -> bool:
+    """Whether methods were trained on other rewards than they are judged by, and the record has what these say."""
+    rows = [row for group in record["groups"] for row in group["rows"]]
+    return all(run.get("believed") is not None for row in rows for run in row["runs"])
+
+
+def _cells(row: Mapping[str, Any], many: bool, known: bool, believed: bool) -> list[str]:
     numbers = row["summary"]
 
     def median(name: str) -> float:
@@ -194,6 +204,8 @@ def _cells(row: Mapping[str, Any], many: bool, known: bool) -> list[str]:
         cells += [f"{numbers['ci'][0]:.3f} to {numbers['ci'][1]:.3f}"]
     cells += [f"{numbers['tau']:.2f}", f"{numbers['tau_worst']:.2f}"]
     cells += [f"{median('regret'):.4f}"] if known else [f"{median('inner_product'):.3f}", f"{median('collapsed'):.1%}"]
+    if believed:
+        cells += [f"{median('inner_product'):.3f}", f"{median('believed'):.3f}", f"{median('kl'):.1f}"]
     if many:
         cells += [f"{100 * numbers[side]:.1f} %" if side in numbers else "" for side in ("trained", "held_out")]
     return [*cells, *(f"{numbers[name] / 1e6:.2f} M" for name in COSTS), f"{numbers['seconds']:.0f} s"]
