@@ -248,7 +248,9 @@ def draw(record: Mapping[str, Any]) -> bytes:
         counts = sorted({len(row["runs"]) for _, row in rows})
         spread = " to ".join(map(str, sorted({counts[0], counts[-1]})))
         seeds = f"median, worst and best of {spread} seeds" if record["seeds"] > 1 else "one seed"
-        return style.content(figure, f"{record['method']} on {record['task']}: {seeds}", ".png")
+        one = all(row.get("method", record["method"]) == record["method"] for _, row in rows)
+        what = f"{record['method']} on {record['task']}" if one else record["task"]
+        return style.content(figure, f"{what}: {seeds}", ".png")
 
 
 def main() -> None:
