@@ -45,9 +45,12 @@ def bench(
     try:
         with output.working() as progress:
             result = workflow.bench(request, progress)
-    except KeyboardInterrupt:
-        output.note("interrupted; a bench keeps nothing")
-        raise typer.Exit(130) from None
+    except KeyboardInterrupt as stop:
+        from moalign.cli.main import Terminated
+
+        how, code = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
+        output.note(f"{how}; a bench keeps nothing")
+        raise typer.Exit(code) from None
     output.traces(result.traces)
     if as_json:
         output.as_json(result.content)

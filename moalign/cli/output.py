@@ -114,7 +114,13 @@ def console() -> Console:
     """Return the console of stdout; markup in a text is text. Control characters are its callers' to escape."""
     from rich.console import Console
 
-    return Console(
+    class Quiet(Console):
+        """rich ends the program where a pipe is closed; here main does, without a word."""
+
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
+    return Quiet(
         file=sys.stdout,
         width=None if sys.stdout.isatty() else PIPED_WIDTH,
         highlight=False,

@@ -214,9 +214,10 @@ def _show(run: RunHandle, results: Path) -> None:
         show_points(evaluation)
         show_summary(evaluation)
         output.line()
-        served = [label(point.preference) for point in evaluation.points]
-        if served and shown not in served:
-            shown = served[len(served) // 2]
+    served = [label(point.preference) for point in evaluation.points] if evaluation is not None else []
+    served = served or [label(preference) for preference in record.preferences or ()]
+    if served and shown not in served:
+        shown = served[len(served) // 2]
     output.next_commands(
         output.command("eval", str(run.path), "--hypervolume"),
         output.command("compare", "--task", str(record.as_given.get("task") or record.task), results=results),

@@ -16,9 +16,9 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from moalign.config.objectives import Aggregation, JudgeObjective, ObjectiveSpec
+from moalign.config.objectives import SANDBOX, Aggregation, JudgeObjective, ObjectiveSpec
 from moalign.config.strict import Strict
-from moalign.core.errors import did_you_mean
+from moalign.core.errors import did_you_mean, unknown
 
 DEFAULTS_VERSION = 1
 """Part of every hash, which leaves out settings at their default: whoever changes a default here or in
@@ -330,6 +330,10 @@ class TaskCard(Strict):
             yield f"template.end must be one of template.stop, or answers would not stop there; found {end!r}"
         if self.kind == "sandbox" and self.sandbox is None:
             yield "kind: sandbox needs a section sandbox"
+        if self.built_in_base:  # it is trained on what these say, and its optimum is theirs
+            for name in self.objective_names:
+                if name not in SANDBOX:
+                    yield str(unknown("objective", name, SANDBOX, "kind: sandbox without a model of its own"))
         if self.rewards is None and self.sandbox is not None and self.sandbox.reward_model != RewardModelSpec():
             yield "sandbox.reward_model is for rewards: learned; found rewards: exact"
         if self.rewards is not None:

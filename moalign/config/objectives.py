@@ -244,8 +244,12 @@ class JudgeObjective(_Objective):
         return self
 
 
+SANDBOX = ("helpfulness", "harmlessness", "humor")
+"""The objectives of the built-in sandbox."""
+
+
 class SandboxObjective(_Objective):
-    """An exact scorer of the built-in sandbox; the name is one of its three objectives."""
+    """An exact scorer of the built-in sandbox; the name is one of its three objectives (:data:`SANDBOX`)."""
 
     kind: Literal["sandbox"]
 

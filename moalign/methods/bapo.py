@@ -22,10 +22,10 @@ are our reading:
 * As many anchors as pairs are read at every step, in an order of their own, not those of the pairs' prompts: the
   expectation is the same, and a pair whose prompt was not asked can have one.
 
-Measured on the sandbox's base of before 2026-11-26, seed 0, by ``moalign train bapo --task sandbox --seed 0 --set anchor=A`` (dpo-lw for 0) and
-``python results/outside.py RUN``, means over 11 preferences. KL to the base in nats per response, and by how much a
-token of the base's own answers lost likelihood, on the task's prompts, on those with a preference stated before them,
-and on topics that the task has none of:
+Measured on the sandbox's base of before 2026-11-26, seed 0, by ``moalign train bapo --task sandbox --seed 0 --set
+anchor=A`` (dpo-lw for 0) and ``python results/outside.py RUN``, means over 11 preferences. KL to the base in nats per
+response, and by how much a token of the base's own answers lost likelihood, on the task's prompts, on those with a
+preference stated before them, and on topics that the task has none of:
 
     A    % of optimum   task             stated           unseen
     0        71.6       1.661  -0.134    1.388  -0.113    1.492  -0.119

@@ -18,9 +18,9 @@ w_k``, the other reading, lets the objective decide that counts least. DVAO is i
 whose authors published no code; it is not whitened, as they do not say so.
 
 **What steers.** On the sandbox's base of before 2026-11-26 (seed 0, ``moalign train grpo``) ``sum`` reached .87 of the
-optimum with tau .96 in 80 steps. ``gdpo`` reached .53 (``--set aggregation=gdpo --set beta=0.01 --set steps=140``) and .48 (``beta=0.1``,
-``lr=0.0015``, ``steps=100``), with all preferences up to (.4, .6) answered alike and all from (.6, .4) on: rewards
-standardised one by one do not know what one costs of the other (:mod:`moalign.losses.grpo`).
+optimum with tau .96 in 80 steps. ``gdpo`` reached .53 (``--set aggregation=gdpo --set beta=0.01 --set steps=140``) and
+.48 (``beta=0.1``, ``lr=0.0015``, ``steps=100``), with all preferences up to (.4, .6) answered alike and all from (.6,
+.4) on: rewards standardised one by one do not know what one costs of the other (:mod:`moalign.losses.grpo`).
 """
 
 from __future__ import annotations

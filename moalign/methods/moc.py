@@ -18,11 +18,10 @@ The KL cost (``kl``): ``inside`` puts it into every objective's reward, as the p
 combined as they are, with the weight ``sum_i omega_i``: 1 / (1 + lam) for ``soft`` and 0 for ``switch`` while the
 constraint is active (the e_i sum to 0), anything once advantages are whitened. ``outside`` makes it an advantage of its
 own, added to A with weight 1 after step 5 and unknown to steps 2 to 5 (:mod:`moalign.losses.ppo`, ``kl_apart``).
-Measured by ``moalign train moc --task T --set kl=...``, inside against outside (the sandbox's base of before
-2026-11-26): sandbox .910, .909 of the optimum
-against .899, .886 (two seeds; outside at half the ``kl_coef`` .900, .913), its learned rewards .488 against .482,
-assistant a hypervolume of .673 against .638 (``epochs=1``, ``lr=0.0005``; one seed). So ``inside`` is the default; for
-``switch`` it means no KL while the constraint is active.
+Measured by ``moalign train moc --task T --set kl=...``, inside against outside: sandbox (the base before) .910, .909
+of the optimum against .899, .886 (two seeds; outside at half the ``kl_coef`` .900, .913), its learned rewards .488
+against .482, assistant a hypervolume of .673 against .638 (``epochs=1``, ``lr=0.0005``; one seed). So ``inside`` is the
+default; for ``switch`` it means no KL while the constraint is active.
 
 Deviations, choices of ours: ``groups`` preferences of the grid share a rollout (the parent method: one), with steps 2
 to 5 for each of them and one common update. ``control: simplex`` takes ``s(R) = sigmoid(R) / sum sigmoid(R)``;

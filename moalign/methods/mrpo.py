@@ -170,13 +170,13 @@ def adapter_in(text: str) -> Path:
     """Return the folder of an adapter: the one named, or ``adapter`` in the run that is named; else RequestError."""
     folder = Path(os.path.expanduser(text))
     for place in (folder, folder / "adapter"):
-        if (place / "adapter_config.json").is_file():
+        if (place / "adapter_config.json").is_file() and (place / WEIGHTS).is_file():
             return place
     there = sorted(path.name for path in folder.glob("adapter-*") if path.is_dir())
     hint = f"; it has {', '.join(there[:4])}: name one of them" if there else ""
     raise RequestError(
-        f"references: {text}: found no adapter there (adapter_config.json); allowed: {EXPERTS}, or the folder of an "
-        f"adapter{hint}"
+        f"references: {text}: found no adapter there (adapter_config.json and {WEIGHTS}); allowed: "
+        f"{EXPERTS}, or the folder of an adapter{hint}"
     )
 
 

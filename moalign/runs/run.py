@@ -29,6 +29,7 @@ METRICS = "metrics.jsonl"
 LOCK = ".lock"
 OWNER = ".owner.json"
 CHECKPOINTS = "checkpoints"
+SNAPSHOTS = "snapshots"
 STAGES = "stages"
 """Folder of the weights that a finished stage ended with, from which an interrupted training goes on."""
 
@@ -310,19 +311,27 @@ class Run:
     # -- final weights ------------------------------------------------------------------------------
 
     def require_weights(self) -> None:
-        """Raise RequestError for a final weight file whose content is not what training wrote.
+        """Raise RequestError for a final weight file that is missing, or whose content is not what training wrote.
 
-        Files that are missing are left to whoever reads them, and records of older versions hold no sums.
+        Snapshots that are missing are left to whoever reads them, and records of older versions hold no sums.
         """
         for name, known in self.record.weights.items():
-            path = self.path / name
-            if path.is_file() and checkpoint.file_sum(path) != known:
+            path, folder = self.path / name, Path(name).parts[0]
+            there = path.is_file()
+            if not there and folder == SNAPSHOTS:
+                continue
+            if not there or checkpoint.file_sum(path) != known:
                 command, given = "the command that made it", self.record.as_given
                 if given.keys() >= {"method", "task"}:
                     above = self.path.parents
                     results = above[3] if len(above) > 3 else Path("results")
                     words = records.again(given, self.record.seed, self.record.preferences, results)
                     command = shlex.join(["moalign", *words])
+                if not there:  # as of every restored run of a published comparison
+                    raise RequestError(
+                        f"run {self.path}: {folder} is missing, so that it can be compared but gives no new answers; "
+                        f"delete the run and train it again: {command}"
+                    )
                 raise RequestError(
                     f"damaged: {path}: its content is not what training wrote; delete {self.path} and train again: "
                     f"{command}"

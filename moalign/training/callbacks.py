@@ -33,6 +33,8 @@ _PATCHED = ("forward", "_original_forward")
 
 def order(rows: int, steps: int, batch: int, seed: int) -> np.ndarray:
     """Return which row each place of each batch takes: reshuffled passes over all rows; int ``[steps * batch]``."""
+    if not steps:
+        return np.empty(0, dtype=np.intp)
     rng = np.random.default_rng(seed)
     passes = -(-steps * batch // rows)
     return np.concatenate([rng.permutation(rows) for _ in range(passes)])[: steps * batch]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from moalign.cli.main import Terminated
 from moalign.comparison import bench as workflow
 from moalign.comparison.timed import Stamp, Timing, TimingRequest, measured
 
@@ -98,13 +99,18 @@ def test_the_table(moalign: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Traceback: no room" in moalign("bench", "ric", "moc", "--debug").err
 
 
-def test_an_interruption_says_that_nothing_is_kept(moalign: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("stop", "code", "how"), [(KeyboardInterrupt, 130, "interrupted"), (Terminated, 143, "terminated")]
+)
+def test_an_interruption_says_that_nothing_is_kept(
+    moalign: Any, monkeypatch: pytest.MonkeyPatch, stop: type[BaseException], code: int, how: str
+) -> None:
     def interrupted(*_: Any) -> Any:
-        raise KeyboardInterrupt
+        raise stop
 
     monkeypatch.setattr(workflow, "_timed_apart", interrupted)
     ended = moalign("bench", "ric", "--json")
-    assert (ended.code, ended.out, ended.err) == (130, "", "interrupted; a bench keeps nothing\n")
+    assert (ended.code, ended.out, ended.err) == (code, "", f"{how}; a bench keeps nothing\n")
 
 
 @pytest.mark.parametrize(

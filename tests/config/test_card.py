@@ -41,6 +41,10 @@ NUMBERS = {"mean": 0, "sd": 1, "lo": -1, "hi": 1}
         ({"sensitivity_point": [0, 0, 0]}, "sensitivity_point needs one number per objective (2); found 3"),
         ({"normaliser": {"a": NUMBERS}}, "normaliser must name every objective (a, b); found a"),
         ({"kind": "sandbox"}, "kind: sandbox needs a section sandbox"),
+        (
+            {"kind": "sandbox", "model": None, "sandbox": {"base": "warm"}},
+            "kind: sandbox without a model of its own: unknown objective 'a'; allowed: harmlessness, helpfulness,",
+        ),
         ({"data": None}, "kind: text needs data.prompts or data.prompt_grammar"),
         ({"splits": {"train": 0.9}}, "splits: train + calibration + eval must be 1; found 1.1"),
         ({"name": "Demo Task"}, "name: found 'Demo Task'; allowed: text that matches"),

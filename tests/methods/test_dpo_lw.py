@@ -70,3 +70,10 @@ def test_a_pair_of_each_objective_that_counts_is_enough(
     overrides = (*small_task, *QUICK, f"batch={batch}")
     with pytest.raises(ZeroDivisionError):
         train(plan(TrainRequest("dpo-lw", prefs=prefs, overrides=overrides, results=tmp_path)))
+
+
+@pytest.mark.parametrize("method", ["dpo-lw", "raco"])
+def test_without_steps_the_base_answers(small_task: tuple[str, ...], tmp_path: Path, method: str) -> None:
+    request = TrainRequest(method, prefs=("0.4,0.6",), overrides=(*small_task, *QUICK, "steps=0"), results=tmp_path)
+    run, _ = train(plan(request))
+    assert run.record.status == "done" and run.metrics() == []

@@ -109,6 +109,11 @@ def test_a_folder_is_a_reference(small_task: tuple[str, ...], tmp_path: Path, se
         mrpo.adapter_in(str(other.path))
     with pytest.raises(RequestError, match="references: nowhere: found no adapter there"):
         mrpo.adapter_in("nowhere")
+    empty = tmp_path / "no weights"
+    empty.mkdir()
+    (empty / "adapter_config.json").write_text("{}")
+    with pytest.raises(RequestError, match="found no adapter there .adapter_config.json and adapter_model.safetensors"):
+        mrpo.adapter_in(str(empty))
 
 
 def test_what_is_refused_before_anything_is_trained(small_task: tuple[str, ...], tmp_path: Path) -> None:

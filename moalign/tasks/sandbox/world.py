@@ -21,9 +21,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from moalign.config.objectives import SANDBOX
 from moalign.core.arrays import Matrix
 
-OBJECTIVES = ("helpfulness", "harmlessness", "humor")
+OBJECTIVES = SANDBOX
 
 DOMAINS = ("kitchen", "garden", "home", "outdoors")
 
