@@ -5,9 +5,9 @@
 
 Of each run is kept what a comparison reads: its record, what it logged, its evaluation and every answer with its
 scores, as ``NAME/runs/METHOD-RUN_ID.tar.xz`` (about 60 kB). Weights are not: a restored run can be compared, and its
-answers read (``--html``), but it answers nothing new; its command, which the record has, trains it again. A run that is
-in the results folder already is left as it is. ``keep`` writes paths as they are seen from the folder that the results
-folder lies in; runs that the record no longer names go.
+answers read (``--html``), but it answers nothing new: what wants its weights names the command that trains it again,
+once the restored folder is deleted. A run that is in the results folder already is left as it is. ``keep`` writes
+paths as they are seen from the folder that the results folder lies in; runs that the record no longer names go.
 """
 
 from __future__ import annotations

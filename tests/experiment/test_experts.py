@@ -201,7 +201,9 @@ def test_experts_that_lost_an_adapter_are_named(ask: Any, shared: Path, tmp_path
     shutil.rmtree(tmp_path / "results" / "runs" / "sandbox" / "picky-soup")
     (expert,) = ask("picky").store.runs(method="picky")
     shutil.rmtree(expert.path / "adapter-pref-1")
-    with pytest.raises(RequestError, match=rf"{expert.run_id}: adapter-pref-1 is missing"):
+    with pytest.raises(
+        RequestError, match=rf"{expert.run_id}: adapter-pref-1 is missing.*train it again: moalign train"
+    ):
         train(ask("picky-soup", "by=logits"))
 
 
