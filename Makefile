@@ -98,6 +98,7 @@ results-learned: $(STAMP)  ## over-optimisation of learned rewards: trains what 
 	@$(BIN)/python results/ablations/ablate.py ../learned/remedies
 	@$(BIN)/python results/ablations/ablate.py ../learned/remedies-exact
 	@$(BIN)/python results/ablations/ablate.py ../learned/remedies-cold
+	@$(BIN)/python results/ablations/ablate.py ../learned/other_models
 	@$(BIN)/python results/ablations/ablate.py ../learned/pairs
 	@$(BIN)/python results/learned/reward_models.py
 	@$(MAKE) --no-print-directory llm llm-human

@@ -91,8 +91,13 @@ def _dry_run(request: TrainRequest, as_json: bool) -> None:
 
     resolved = workflow.resolve(request)
     plan = None if inputs.must_be_fetched(resolved.card) else workflow.plan(request)
-    preview = check.preview(plan, plan.task, plan.given) if plan else check.preview(resolved)
-    content, rows = _planned(plan) if plan else _before_download(resolved)
+    if plan:
+        preview, (content, rows) = check.preview(plan, plan.task, plan.given), _planned(plan)
+    else:
+        seed, given, holdout = workflow.checked(request, resolved)
+        preview, (content, rows) = check.preview(resolved, given=given), _before_download(resolved)
+        vectors = {"prefs": [list(w) for w in given] if given else None, "holdout": [list(w) for w in holdout] or None}
+        content |= {"seed": seed, **vectors, "set": list(request.overrides)}
     content |= {"memory": preview.memory, "cost": preview.cost}
     if as_json:
         output.as_json(content if plan else {**content, "notes": preview.notes})

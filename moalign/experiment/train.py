@@ -190,12 +190,17 @@ def resolve(request: TrainRequest) -> ResolvedRequest:
     return load.load_recipe(recipe, method.name, request.task, request.overrides, method.Config)
 
 
+def checked(request: TrainRequest, resolved: ResolvedRequest) -> tuple[int, list[Preference] | None, list[Preference]]:
+    """Return seed, vectors to train on and vectors held out; refuses what is wrong whatever model and data are."""
+    method, seed = registry.get(request.method), resolved.recipe.seed if request.seed is None else request.seed
+    require_sound(method, resolved, seed)
+    return seed, *to_train(method, resolved, _preferences(request, resolved))
+
+
 def plan(request: TrainRequest, progress: Progress = silent) -> Plan:
     """Check a request and everything that it points to; raises RequestError with every problem."""
     method, resolved = registry.get(request.method), resolve(request)
-    seed = resolved.recipe.seed if request.seed is None else request.seed
-    require_sound(method, resolved, seed)
-    given, holdout = to_train(method, resolved, _preferences(request, resolved))
+    seed, given, holdout = checked(request, resolved)
     recipe = resolved.recipe
     task = make_task(resolved.card, request.results, progress, recipe.policy, recipe.rewards)
     task.engine = _engine(method, task, recipe.policy, recipe.rollout)

@@ -198,6 +198,25 @@ def test_a_dry_run_of_a_real_recipe_needs_nothing_but_the_recipe(moalign: Any) -
         assert text in ended.out
     content = json.loads(moalign("train", "ric", "--task", "safe-rlhf", "--dry-run", "--json").out)
     assert content["dry_run"] and content["memory"]["total_gib"] > 40 and content["cost"]["tokens_trained"] > 0
+    given = ("--prefs", "0.3,0.7", "--seed", "4", "--json")
+    content = json.loads(moalign("train", "ric", "--task", "safe-rlhf", "--dry-run", *given).out)
+    assert (content["seed"], content["prefs"], content["holdout"]) == (4, [[0.3, 0.7]], None)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--prefs", "3,7"), "--prefs 3,7: the weights sum to 10"),
+        (("--seed", "9" * 30), "seed: found 99999"),
+        (("--grid", "0"), "--grid"),
+        (("--set", "holdout=[[0.5, 0.6]]"), "holdout"),
+    ],
+)
+def test_a_dry_run_without_the_model_refuses_what_training_refuses(
+    moalign: Any, more: tuple[str, ...], message: str
+) -> None:
+    ended = moalign("train", "ric", "--task", "safe-rlhf", "--dry-run", *more)
+    assert ended.code == 2 and message in ended.errors[0]
 
 
 @pytest.mark.usefixtures("toys")
