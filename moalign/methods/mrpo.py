@@ -32,7 +32,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from moalign.core.amounts import Amount, Amounts
 from moalign.core.errors import RequestError
@@ -65,6 +65,15 @@ class Config(DpoConfig, NamesFiles):
     """How far a further reference's log-probability may be from the base's, as a part of that; null: any (code: .1)."""
     experts: DpoConfig = DpoConfig()
     """How each expert is trained: the settings of ``modpo``, of which every corner of the simplex is one run."""
+
+    @model_validator(mode="after")
+    def _one_reference(self) -> Config:
+        if self.trust == "code" and (len(self.references) != 1 or EXPERTS in self.references):
+            raise ValueError(
+                "trust: code is of the base and one further reference; found references "
+                f"{', '.join(self.references) or 'none'}; allowed: confident or even, or the folder of one adapter"
+            )
+        return self
 
     def expert_runs(self) -> tuple[str, dict[str, Any]] | None:
         """See :class:`CostHints`."""
@@ -124,8 +133,7 @@ class Mrpo:
 def reference_folders(job: Job) -> list[Path]:
     """Return the folders of the further references' adapters, and note their content.
 
-    Raises RequestError for a folder without an adapter, for ``trust: code`` of more than one, and when a run is resumed
-    with a reference that has changed.
+    Raises RequestError for a folder without an adapter, and when a run is resumed with a reference that has changed.
     """
     from moalign.lm.adapters import read
     from moalign.runs.checkpoint import file_sum
@@ -134,12 +142,6 @@ def reference_folders(job: Job) -> list[Path]:
     folders = [adapter_in(text) for text in config.references if text != EXPERTS]
     for folder in folders:
         read(job.task.language_model, folder)  # refused before any expert is trained
-    count = len(folders) + (len(job.task.names) if EXPERTS in config.references else 0)
-    if config.trust == "code" and count != 1:
-        raise RequestError(
-            f"trust: code is of the base and one further reference; found {count} ({', '.join(config.references)}); "
-            "allowed: confident or even, or one folder"
-        )
     if EXPERTS in config.references:
         folders += _experts(job)
     found = [file_sum(folder / WEIGHTS) for folder in folders]

@@ -117,10 +117,10 @@ def test_a_folder_is_a_reference(small_task: tuple[str, ...], tmp_path: Path, se
 
 
 def test_what_is_refused_before_anything_is_trained(small_task: tuple[str, ...], tmp_path: Path) -> None:
-    with pytest.raises(
-        RequestError, match=r"trust: code is of the base and one further reference; found 2 \(experts\)"
-    ):
-        trained("mrpo", small_task, tmp_path, EXPERTS, "trust=code")
+    for references, found in ((EXPERTS, "experts"), ("references=[]", "none"), ("references=[a, b]", "a, b")):
+        with pytest.raises(RequestError, match=f"trust: code is of the base and one further .* references {found};"):
+            trained("mrpo", small_task, tmp_path, references, "trust=code")
+    assert not list(tmp_path.iterdir())
     with pytest.raises(RequestError, match="references: nowhere"):
         trained("mrpo", small_task, tmp_path, EXPERTS, "references=[experts, nowhere]")
     assert not list(tmp_path.glob("runs/*/modpo"))
