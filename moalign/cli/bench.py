@@ -46,9 +46,9 @@ def bench(
         with output.working() as progress:
             result = workflow.bench(request, progress)
     except KeyboardInterrupt as stop:
-        from moalign.cli.main import Terminated
+        from moalign.cli.main import how_it_stopped
 
-        how, code = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
+        how, code = how_it_stopped(stop)
         output.note(f"{how}; a bench keeps nothing")
         raise typer.Exit(code) from None
     output.traces(result.traces)

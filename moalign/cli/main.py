@@ -123,6 +123,11 @@ app.add_typer(reward.app)
 app.add_typer(model.app)
 
 
+def how_it_stopped(stop: BaseException) -> tuple[str, int]:
+    """Return in a word how a command was interrupted, and its exit code."""
+    return ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM, as batch systems and supervisors send it: an interruption like Ctrl-C, to whatever handles one."""
 
@@ -178,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort) as stop:
         _traceback(debug)
-        how, code = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
+        how, code = how_it_stopped(stop)
         output.note(f"{how}; finished work is kept: the same command resumes from there")
         return code
     except BrokenPipeError:

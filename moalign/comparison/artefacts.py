@@ -43,8 +43,9 @@ class OutputPaths:
                 raise RequestError(f"{option} {path}: allowed: a name ending in {', '.join(suffixes)}")
             if path is not None and path.is_dir():
                 raise RequestError(f"{option} {path}: it is a folder; give the name of a file")
-        for path in filter(None, (self.json, self.figure, self.markdown, self.html)):
-            atomic.require_writable(path.parent)
+            if path is not None and path.parent != self.folder:
+                atomic.require_writable(path.parent, f"choose another place with {option} FILE")
+        atomic.require_writable(self.folder)
 
 
 def write(result: CompareResult, paths: OutputPaths, runs: Sequence[ComparedRun], card: TaskCard) -> None:

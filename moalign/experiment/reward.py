@@ -208,8 +208,8 @@ def judge(
 
     Raises RequestError for a model or pairs that cannot be read.
     """
-    if out is not None and out.exists() and not out.is_dir():
-        raise RequestError(f"--out {out}: it is a file; name a folder for the numbers and figures")
+    if out is not None:
+        atomic.require_writable(out, "choose another folder with --out DIR")
     run = _run(model, request.results)
     own = run is not None and not request.pairs and request.task is None
     if run is None:

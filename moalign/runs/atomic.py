@@ -67,12 +67,12 @@ def _concerns(error: Exception, folder: Path) -> bool:
     return path.is_relative_to(ours) or ours.is_relative_to(path)
 
 
-def require_writable(folder: Path) -> None:
+def require_writable(folder: Path, remedy: str = REMEDY) -> None:
     """Raise RequestError for a folder that cannot be made or written, before hours are spent on what goes there."""
     existing = _nearest(folder)
     if not existing.is_dir():
-        raise RequestError(f"{folder}: cannot write here: {existing} is not a folder; {REMEDY}")
-    with refusals(existing), tempfile.TemporaryFile(dir=existing) as probe:
+        raise RequestError(f"{folder}: cannot write here: {existing} is not a folder; {remedy}")
+    with refusals(existing, remedy), tempfile.TemporaryFile(dir=existing) as probe:
         probe.write(b"\0" * 65536)
 
 

@@ -30,6 +30,7 @@ LOCK = ".lock"
 OWNER = ".owner.json"
 CHECKPOINTS = "checkpoints"
 SNAPSHOTS = "snapshots"
+"""Inside a run; also the key of ``job.notes`` under which the steps of each part stand, in the order of training."""
 STAGES = "stages"
 """Folder of the weights that a finished stage ended with, from which an interrupted training goes on."""
 

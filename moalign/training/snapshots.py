@@ -15,14 +15,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from moalign.core.errors import RequestError
+from moalign.runs.run import SNAPSHOTS
 
 if TYPE_CHECKING:
     from moalign.lm.language_model import LanguageModel
     from moalign.runs.run import Run
     from moalign.training.job import Job
-
-FOLDER = "snapshots"
-"""Inside a run; also the key of ``job.notes`` under which the steps of each part stand, in the order of training."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +67,11 @@ def keep(job: Job, lm: LanguageModel, phase: str, step: int, steps: int) -> None
     now = job.trained
     part = now.walk + phase.removeprefix(now.stage)
     step, steps = now.before + step, now.total or steps
-    job.notes.setdefault(FOLDER, {})[part] = steps
+    job.notes.setdefault(SNAPSHOTS, {})[part] = steps
     if step in steps_of(steps, job.snapshots):
         from moalign.lm import adapters
 
-        adapters.save(lm, job.run.folder(f"{FOLDER}/{part}-{step}/{now.adapter}"))
+        adapters.save(lm, job.run.folder(f"{SNAPSHOTS}/{part}-{step}/{now.adapter}"))
 
 
 def kept(run: Run) -> list[Snapshot]:
@@ -81,7 +79,7 @@ def kept(run: Run) -> list[Snapshot]:
 
     Raises RequestError when it has none, or when one is missing or lacks an adapter that others have.
     """
-    parts, count = run.record.notes.get(FOLDER), run.record.recipe.get(FOLDER)
+    parts, count = run.record.notes.get(SNAPSHOTS), run.record.recipe.get(SNAPSHOTS)
     if not (isinstance(parts, Mapping) and parts and isinstance(count, int)):
         raise RequestError(
             f"run {run.path}: it has no snapshots; train it with some: moalign train {run.record.method} --snapshots 8"
@@ -89,7 +87,7 @@ def kept(run: Run) -> list[Snapshot]:
     points, before, total = [], 0, sum(parts.values())
     for part, steps in parts.items():
         for step in steps_of(steps, count):
-            points.append(Snapshot(part, step, (before + step) / total, f"{FOLDER}/{part}-{step}"))
+            points.append(Snapshot(part, step, (before + step) / total, f"{SNAPSHOTS}/{part}-{step}"))
         before += steps
     adapters = {point.folder: _adapters(run, point) for point in points}
     every = set().union(*adapters.values())

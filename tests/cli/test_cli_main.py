@@ -72,8 +72,9 @@ def test_python_dash_m_names_the_program_and_ends_with_the_code(tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_a_reader_that_goes_away_gets_no_traceback(tmp_path: Path) -> None:
-    code = "import sys; from moalign.cli.main import main; sys.exit(main(['show', 'ric']))"
+@pytest.mark.parametrize("shown", [["show", "ric"], ["show", "moc"], ["ls", "methods"]])
+def test_a_reader_that_goes_away_gets_no_traceback(tmp_path: Path, shown: list[str]) -> None:
+    code = f"import sys; from moalign.cli.main import main; sys.exit(main({shown}))"
     reading, writing = os.pipe()
     os.close(reading)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -183,6 +183,9 @@ def test_a_wrong_split_and_label(moalign: Any, files: tuple[Path, Path], random_
     )["run"]
     ended = moalign("reward", "eval", run, "--split", "tset")
     assert (ended.code, "--split: unknown split 'tset'" in ended.errors[0]) == (2, True)
+    Path("file").write_text("")
+    ended = moalign("reward", "eval", run, "--out", "file")
+    assert (ended.code, "not a folder; choose another folder with --out DIR" in ended.errors[0]) == (2, True)
     ended = moalign("reward", "eval", run, "--label", "4")
     assert (ended.code, "the model has no label 4" in ended.errors[0]) == (2, True)
     weights = Path(run) / "model" / "model.safetensors"

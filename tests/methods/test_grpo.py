@@ -97,9 +97,9 @@ def test_tokens_that_another_engine_drew_are_weighted(monkeypatch: pytest.Monkey
     tokens = (made.samples.logps, made.samples.logps, made.samples.logps, torch.zeros(2, 1), mask)
 
     def loss() -> float:
-        tensors = batch_tensors(made, np.array([2.0, -1.0]))
+        tensors = batch_tensors(made, np.array([2.0, -3.0]))
         return float(grpo.loss(*tokens, tensors, clip_range=0.2, beta=0.0)[0])
 
-    assert loss() == pytest.approx(-(2.0 - 1.0) / 2)
+    assert loss() == pytest.approx(-(2.0 - 3.0) / 2)
     made.drawn_logps, made.correction = torch.log(torch.tensor([[0.4], [0.05]])), 2.0
-    assert loss() == pytest.approx(-(1.5 * 2.0 - 2.0 * 1.0) / 2)  # .6 / .4, and .2 / .05 cut at 2
+    assert loss() == pytest.approx(-(1.5 * 2.0 - 2.0 * 3.0) / 2)  # .6 / .4, and .2 / .05 cut at 2

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from moalign.cli.main import main
 from moalign.core.errors import RequestError
 from moalign.core.progress import silent
 from moalign.experiment.train import TrainRequest, context_of, plan, train
@@ -225,3 +226,14 @@ def test_pairs_are_made_only_of_objectives_that_are_trained_on(
         with pytest.raises(ZeroDivisionError):
             trained(small_task, tmp_path, "margin=implicit", "role=helpfulness", prefs=prefs)
     assert objectives == [[], [0]]
+
+
+def test_the_next_command_asks_for_a_preference_that_was_trained(
+    small_task: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without an evaluation, too: a policy per preference answers for no other."""
+    settings = [word for text in (*small_task, *QUICK) for word in ("--set", text)]
+    given = ["--prefs", "0.25,0.75", "--no-eval", "--results", str(tmp_path)]
+    assert main(["train", "modpo", *given, *settings]) == 0
+    (command,) = [line for line in capsys.readouterr().out.splitlines() if "moalign generate" in line]
+    assert command.endswith("--prefs 0.25,0.75")

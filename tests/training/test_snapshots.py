@@ -20,8 +20,7 @@ from moalign.core.errors import RequestError, WorkError
 from moalign.core.progress import Progress, silent
 from moalign.experiment.train import TrainRequest, plan, train
 from moalign.methods import registry
-from moalign.runs.run import Run
-from moalign.training import snapshots
+from moalign.runs.run import SNAPSHOTS, Run
 from moalign.training.job import RunContext
 from moalign.training.snapshots import kept, steps_of
 
@@ -80,17 +79,17 @@ def lines(run: Run) -> list[dict[str, Any]]:
 def assert_taken(method: str, plain: Run, run: Run) -> None:
     """Training is the same bit for bit, and every snapshot is there under the name of the finished adapter."""
     adapters = {path.name for path in run.path.glob("adapter*")}
-    folder = run.path / snapshots.FOLDER
+    folder = run.path / SNAPSHOTS
     parts = WAYS[method][1]
     assert {path.name for path in folder.iterdir()} == {f"{part}-{step}" for part in parts for step in parts[part]}
     for place in folder.iterdir():
         assert {path.name for path in place.iterdir()} == adapters, place
-    assert list(run.record.notes[snapshots.FOLDER].items()) == [(part, 4) for part in parts]
-    own = {name: content for name, content in files(run).items() if not name.startswith(snapshots.FOLDER)}
+    assert list(run.record.notes[SNAPSHOTS].items()) == [(part, 4) for part in parts]
+    own = {name: content for name, content in files(run).items() if not name.startswith(SNAPSHOTS)}
     assert own == files(plain)
     assert lines(run) == lines(plain)
-    assert {key: note for key, note in run.record.notes.items() if key != snapshots.FOLDER} == plain.record.notes
-    last = f"{snapshots.FOLDER}/{list(parts)[-1]}"
+    assert {key: note for key, note in run.record.notes.items() if key != SNAPSHOTS} == plain.record.notes
+    last = f"{SNAPSHOTS}/{list(parts)[-1]}"
     for adapter in adapters:
         early, late = (files(run, f"{last}-{step}/{adapter}") for step in (1, 4))
         assert late == files(run, adapter)
@@ -120,7 +119,7 @@ def test_training_is_the_same_with_snapshots_and_all_of_them_are_there(
 ) -> None:
     plain = trained(method, small_task, tmp_path)
     run = trained(method, small_task, tmp_path, "snapshots=2")
-    assert run.path != plain.path and not (plain.path / snapshots.FOLDER).exists()
+    assert run.path != plain.path and not (plain.path / SNAPSHOTS).exists()
     assert_taken(method, plain, run)
 
 
@@ -169,8 +168,8 @@ def finished(tmp_path: Path, parts: Any, count: Any, *folders: str) -> Any:
     from types import SimpleNamespace
 
     for folder in folders:
-        (tmp_path / snapshots.FOLDER / folder).mkdir(parents=True)
-        (tmp_path / snapshots.FOLDER / folder / "adapter_config.json").write_text("{}")
+        (tmp_path / SNAPSHOTS / folder).mkdir(parents=True)
+        (tmp_path / SNAPSHOTS / folder / "adapter_config.json").write_text("{}")
     record = SimpleNamespace(notes={"snapshots": parts} if parts else {}, recipe={"snapshots": count}, method="m")
     return SimpleNamespace(path=tmp_path, record=record)
 
@@ -273,5 +272,5 @@ def test_snapshots_survive_kill_9(small_task: tuple[str, ...], tmp_path: Path) -
     os.kill(killed.pid, signal.SIGKILL)
     killed.communicate()
     run, whole = finish(tmp_path / "killed"), finish(tmp_path / "whole")
-    assert {path.name for path in (run.path / snapshots.FOLDER).iterdir()} == {f"online-{n}" for n in (3, 10, 23, 40)}
+    assert {path.name for path in (run.path / SNAPSHOTS).iterdir()} == {f"online-{n}" for n in (3, 10, 23, 40)}
     assert files(run) == files(whole)
