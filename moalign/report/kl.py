@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 _TICKS = (0, 0.1, 0.5, 1, 2, 4, 8, 16, 32, 64, 128)
 """Nats on the axis, which is linear in their square root."""
 _ROOM = 1.08
+_APART = 1 / 14
+"""Of the axis, at least, from one number to the next."""
 
 
 def draw(record: Row, suffix: str = ".png", theme: ThemeName = "light") -> bytes | None:
@@ -55,6 +57,19 @@ def _points(row: Row, curve: Row) -> list[Row]:
     return [point for point in at if point["kl"] is not None]
 
 
+def ticks_up_to(end: float) -> list[float]:
+    """Return the nats to write on an axis up to ``end``, far enough from each other to be read.
+
+    >>> ticks_up_to(10.0), ticks_up_to(75.0)
+    ([0, 0.1, 0.5, 1, 2, 4, 8], [0, 0.5, 2, 8, 16, 32, 64])
+    """
+    ticks: list[float] = []
+    for tick in _TICKS:
+        if tick <= end and (not ticks or tick**0.5 - ticks[-1] ** 0.5 >= _APART * end**0.5):
+            ticks.append(tick)
+    return ticks
+
+
 def _panel(panel: Axes, record: Row, curve: Row, most: float, colours: Theme) -> None:
     w, end = np.array(curve["prefs"]), _ROOM**2 * most
     best = np.array(curve["mean"]) @ w
@@ -69,7 +84,7 @@ def _panel(panel: Axes, record: Row, curve: Row, most: float, colours: Theme) ->
             panel.plot([x], [y], **marks, zorder=3, clip_on=False, label=f"{style.wrapped(row['label'])}{share}")
             if point["kl_bound"]:
                 panel.plot([0.0, x], [y, y], color=marks["color"], linewidth=0.9, alpha=0.6, zorder=2)
-    ticks = [tick for tick in _TICKS if tick <= end]
+    ticks = ticks_up_to(end)
     panel.set_xticks(np.sqrt(ticks).tolist(), [f"{tick:g}" for tick in ticks])
     weights = ", ".join(f"{weight:.2g}" for weight in w)
     panel.set(xlim=(0, float(np.sqrt(end))), xlabel="KL to base, nats per response", ylabel="utility w·n")
