@@ -7,10 +7,10 @@ from types import ModuleType
 
 import pytest
 
-from moalign.report import record, tables, units
+from moalign.report import kl, record, tables, units
 
 
-@pytest.mark.parametrize("module", [record, tables, units])
+@pytest.mark.parametrize("module", [kl, record, tables, units])
 def test_examples_in_the_docstrings(module: ModuleType) -> None:
     assert doctest.testmod(module).failed == 0
 
