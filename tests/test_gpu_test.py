@@ -49,9 +49,12 @@ class Scripted:
         if arguments[0] == self.fails:
             raise self.gpu.Failed("not finished within 420 s")
         if arguments[0] == "bench":
-            return {"rows": [ROW, {"method": "moc", "status": "failed", "error": "CUDA out of memory"}]}
+            methods = arguments[1 : arguments.index("--task")]
+            failed = {"method": "moc", "status": "failed", "error": "CUDA out of memory"}
+            return {"rows": [failed if name == "moc" else {**ROW, "method": name} for name in methods]}
         if arguments[0] == "check":
-            return {"memory": MEMORY}
+            settings = {"micro_batch": 4, "policy.gradient_checkpointing": True} if "modpo" in arguments[1] else None
+            return {"memory": MEMORY, "cards": [{"settings": settings}]}
         evaluation = {
             "hypervolume": 0.5, "hypervolume_ci": [0.4, 0.6], "indicators": {"tau": 0.9}, "quality": {"rate": 0.0}
         }  # fmt: skip
@@ -78,7 +81,14 @@ def test_what_fails_is_said_in_its_place_and_the_rest_is_measured(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     parts = Scripted(gpu)
     record = gpu.record_of(parts, DEVICE, tmp_path)
-    assert [row["method"] for row in record["small"]] == ["modpo", "moc"]
+    assert [row["method"] for row in record["small"]] == ["mo-odpo", "moc", "modpo"]
+    settings = {row["method"]: (row["card_gib"], row["settings"]) for row in record["large"]}
+    assert settings["moc"] == (24.0, [])
+    assert settings["modpo"] == (24.0, ["micro_batch=4", "policy.gradient_checkpointing=true"])
+    benches = [asked for asked in parts.asked if asked[0] == "bench"]
+    assert [asked[1:3] for asked in benches[1:]] == [("mo-odpo", "moc"), ("modpo", "--task")]  # by settings
+    assert "micro_batch=4" in benches[2] and "micro_batch=4" not in benches[1]
+    assert record["card24"] == {"not_measured": "the part large is of a card of 24 GiB"}
     assert record["vllm"] == {"not_measured": "vLLM is not installed"}
     assert record["training"]["hypervolume"] == 0.5
     assert gpu.failures(record) == ["small moc: CUDA out of memory", "large moc: CUDA out of memory"]
@@ -86,6 +96,24 @@ def test_what_fails_is_said_in_its_place_and_the_rest_is_measured(
     failed = gpu.record_of(Scripted(gpu, "train"), DEVICE, tmp_path)
     assert failed["training"] == {"failed": "not finished within 420 s"}
     assert "training: not finished within 420 s" in gpu.failures(failed)
+
+
+def test_on_a_large_card_the_settings_for_24_gb_are_measured_too(gpu: ModuleType, tmp_path: Path) -> None:
+    parts = Scripted(gpu)
+    record = gpu.record_of(parts, {**DEVICE, "memory_bytes": 80 * 2**30}, tmp_path, ["large", "card24"])
+    assert {row["card_gib"] for row in record["large"]} == {80.0}
+    (row,) = record["card24"]
+    assert (row["method"], row["card_gib"]) == ("mo-odpo", 24)
+    assert [asked for asked in parts.asked if "--make" in asked] == [("--make", str(tmp_path / "large"))]  # once
+    assert "small" not in record and "training" not in record
+
+
+def test_where_the_gpu_is_shared_memory_is_told_and_no_time(gpu: ModuleType, tmp_path: Path) -> None:
+    record = gpu.record_of(Scripted(gpu), DEVICE, tmp_path, ["small", "training"], shared=True)
+    row = record["small"][0]
+    assert row["peak_gib"] == 6.0 and row["shared"] is True
+    assert [row[name] for name in gpu.TIMES] == [None] * 4
+    assert record["training"] == {"not_measured": "the GPU was shared"}
 
 
 def test_engines_are_compared_token_by_token(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,6 +165,12 @@ def test_one_record_is_written_under_the_name_of_the_gpu(
     assert file.name == "gpu-some-gpu-24gb.json"
     assert json.loads(file.read_text())["device"] == DEVICE
     assert "error: small moc: CUDA out of memory" in capsys.readouterr().err
+    gpu.main(["--out", str(tmp_path), "--parts", "training"])  # the other parts stay
+    again = json.loads(file.read_text())
+    assert [row["method"] for row in again["small"]] == ["mo-odpo", "moc", "modpo"] and "training" in again
+    with pytest.raises(SystemExit):
+        gpu.main(["--out", str(tmp_path), "--parts", "training,smal"])
+    assert "found 'smal'; allowed: small, large, card24, vllm, training" in capsys.readouterr().err
     monkeypatch.setattr(builtin, "installed", lambda name: None)
     monkeypatch.setattr(builtin, "converted", lambda name: None)
     assert gpu.main(["--out", str(tmp_path)]) == 2

@@ -1,17 +1,22 @@
 """Measures moalign on this machine's GPU in at most 20 minutes; run by ``make gpu-test``, after ``make llm``.
 
 Every part is a process of its own with a time limit, and nothing needs a network: the limit of matrix multiplication;
-methods of the task ``assistant`` on the built-in model (135 M parameters) and on one of the size of Llama-3.2-1B with
-random weights, for memory and speed do not depend on what a model has learnt; vLLM against transformers, where vLLM is
-installed; and one training to its end with its evaluation. Written beside this file, once: ``gpu-NAME.json``, with what
-could not be measured and why. Without a CUDA device it ends with one message and exit code 2, and writes nothing.
+methods of the task ``assistant`` on the built-in model (135 M parameters), and on one of the size of Llama-2-7B with
+random weights, for memory and speed do not depend on what a model has learnt, by the settings that ``moalign check``
+names for this card and, on a larger one, for 24 GB; vLLM against transformers, where vLLM is installed; and one
+training to its end with its evaluation. Written beside this file, once: ``gpu-NAME.json``, with what could not be
+measured and why. Without a CUDA device it ends with one message and exit code 2, and writes nothing.
 
-    python results/bench/gpu.py [--out FOLDER]
+    python results/bench/gpu.py [--out FOLDER] [--parts small,large,card24,vllm,training] [--shared]
+
+With ``--parts`` only these are measured, and the others stay as the GPU's record has them. ``--shared`` says that
+something else computes on the GPU: memory is measured, and no time.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import json
 import os
@@ -22,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,8 +35,13 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 MINUTES = 20
 GIB = 2**30
-SMALL, LARGE = "smollm2-135m-instruct", "random weights in the shape of Llama-3.2-1B"
+SMALL, LARGE = "smollm2-135m-instruct", "random weights in the shape of Llama-2-7B"
 METHODS = ("mo-odpo", "moc", "modpo")
+PARTS = ("small", "large", "card24", "vllm", "training")
+LEAST_CARD = 24
+"""GiB of the card that a 7B model is to be trained on, whatever card it is measured on."""
+TIMES = ("tokens_generated_per_second", "tokens_trained_per_second", "seconds_per_step", "share_of_matmul")
+"""The numbers of a method that mean nothing where the GPU is shared."""
 FLOPS = 4
 """Operations for one parameter and token under LoRA: 2 forward, 2 backward to the activations; what is computed again
 is not counted."""
@@ -86,20 +97,61 @@ class Parts:
 # -- the parts ---------------------------------------------------------------------------------------------------------
 
 
-def rows_of(parts: Parts, name: str, settings: Sequence[str], device: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return a row for each method on one model: memory beside its estimate, tokens a second, share of the limit."""
-    sets = [part for text in (*settings, "task.dtype=bfloat16") for part in ("--set", text)]
-    measured = parts.moalign("bench", *METHODS, "--task", "assistant", *sets, "--steps", "6", limit=420)
-    gib = device["memory_bytes"] / GIB
-    needs = ["--set", f"needs.gpu={device['gpu']}", "--set", f"needs.gpu_memory_gib={gib:.1f}"]
+def rows_of(
+    parts: Parts,
+    name: str,
+    sets: Sequence[str],
+    device: dict[str, Any],
+    methods: Sequence[str] = METHODS,
+    steps: int = 6,
+) -> list[dict[str, Any]]:
+    """Return a row for each method on one model: memory beside its estimate, tokens a second, share of the limit.
+
+    Args:
+        sets: settings of the task and of every method, ``--set`` before each.
+    """
+    measured = parts.moalign("bench", *methods, "--task", "assistant", *sets, "--steps", str(steps), limit=420)
+    needs = ["--set", f"needs.gpu={device['gpu']}", "--set", f"needs.gpu_memory_gib={card_of(device):.1f}"]
+    done = [row["method"] for row in measured["rows"] if row["status"] == "done"]
+    with ThreadPoolExecutor() as pool:  # after what is timed
+        checks = pool.map(
+            lambda method: parts.moalign("check", f"assistant/{method}", *sets, *needs, limit=120)["memory"], done
+        )
+        memory = dict(zip(done, checks, strict=True))
     rows = []
     for bench in measured["rows"]:
+        row = {"model": name, "method": bench["method"]}
         if bench["status"] != "done":
-            rows.append({"model": name, "method": bench["method"], "failed": bench["error"]})
-            continue
-        memory = parts.moalign("check", f"assistant/{bench['method']}", *sets, *needs, limit=120)["memory"]
-        rows.append({"model": name, "method": bench["method"], **numbers(bench, memory, device["matmul_flops"])})
+            rows.append({**row, "failed": bench["error"]})
+        else:
+            rows.append({**row, **numbers(bench, memory[bench["method"]], device["matmul_flops"])})
     return rows
+
+
+def fitted(parts: Parts, folder: Path, device: dict[str, Any], gib: float, methods: Sequence[str]) -> list[Any]:
+    """Return the rows of a model by the settings that ``check`` names for a card of ``gib``; equal ones together."""
+    model = ("--set", f"task.model={folder}", "--set", "task.dtype=bfloat16")
+
+    def settings_of(method: str) -> tuple[str, ...]:
+        told = parts.moalign("check", f"assistant/{method}", *model, "--gpu", f"{gib:g}GB", limit=120)
+        (card,) = told["cards"]
+        return tuple(f"{name}={str(value).lower()}" for name, value in (card["settings"] or {}).items())
+
+    with ThreadPoolExecutor() as pool:
+        alike: dict[tuple[str, ...], list[str]] = {}
+        for method, settings in zip(methods, pool.map(settings_of, methods), strict=True):
+            alike.setdefault(settings, []).append(method)
+    rows: list[Any] = []
+    for settings, group in alike.items():
+        sets = [*model, *(part for text in settings for part in ("--set", text))]
+        found = rows_of(parts, LARGE, sets, device, group, steps=4)
+        rows += [{**row, "card_gib": gib, "settings": list(settings)} for row in found]
+    return rows
+
+
+def card_of(device: dict[str, Any]) -> float:
+    """Return the GiB of a GPU."""
+    return float(device["memory_bytes"]) / GIB
 
 
 def numbers(bench: dict[str, Any], memory: dict[str, Any], matmul: float) -> dict[str, Any]:
@@ -150,31 +202,52 @@ def training(parts: Parts, folder: Path) -> dict[str, Any]:
     }
 
 
-def record_of(parts: Parts, device: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Return the whole record; a part that fails says so in its place, and the others go on."""
+def record_of(
+    parts: Parts, device: dict[str, Any], folder: Path, asked: Sequence[str] = PARTS, shared: bool = False
+) -> dict[str, Any]:
+    """Return what was measured; a part that fails says so in its place, and the others go on."""
     started = time.monotonic()
 
-    def part(name: str, measure: Callable[[], Any]) -> Any:
-        print(f"{name} ...", file=sys.stderr, flush=True)
-        try:
-            return measure()
-        except Failed as error:
-            print(f"{name}: {error}", file=sys.stderr, flush=True)
-            return {"failed": str(error)}
-
-    def large() -> list[dict[str, Any]]:
+    @functools.cache
+    def large() -> Path:
         parts.inside("--make", str(folder / "large"))
-        return rows_of(parts, LARGE, [f"task.model={folder / 'large'}"], device)
+        return folder / "large"
 
-    record = {
-        "measured": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "device": device,
-        "small": part("methods on the built-in model", lambda: rows_of(parts, SMALL, [], device)),
-        "large": part("methods on a model of 1B parameters", large),
-        "vllm": part("vLLM against transformers", lambda: side_by_side(parts)),
-        "training": part("one training to its end", lambda: training(parts, folder / "results")),
+    def on_small() -> list[dict[str, Any]]:
+        return rows_of(parts, SMALL, ["--set", "task.dtype=bfloat16"], device)
+
+    def on_24() -> Any:
+        if card_of(device) < 1.5 * LEAST_CARD:
+            return {"not_measured": f"the part large is of a card of {card_of(device):.0f} GiB"}
+        return fitted(parts, large(), device, LEAST_CARD, METHODS[:1])
+
+    measures: dict[str, tuple[str, Callable[[], Any]]] = {
+        "small": ("methods on the built-in model", on_small),
+        "large": (
+            "methods on a model of 7B parameters",
+            lambda: fitted(parts, large(), device, card_of(device), METHODS),
+        ),
+        "card24": ("a model of 7B parameters as on a card of 24 GB", on_24),
+        "vllm": ("vLLM against transformers", lambda: side_by_side(parts)),
+        "training": ("one training to its end", lambda: training(parts, folder / "results")),
     }
+    record: dict[str, Any] = {"measured": datetime.now(UTC).strftime("%Y-%m-%d"), "device": device}
+    for name in asked:
+        title, measure = measures[name]
+        print(f"{title} ...", file=sys.stderr, flush=True)
+        try:
+            record[name] = untimed(measure()) if shared else measure()
+        except Failed as error:
+            print(f"{title}: {error}", file=sys.stderr, flush=True)
+            record[name] = {"failed": str(error)}
     return {**record, "seconds": round(time.monotonic() - started, 1)}
+
+
+def untimed(measured: Any) -> Any:
+    """Return a part without its times: something else computed on the GPU."""
+    if isinstance(measured, list):
+        return [{**row, **{name: None for name in TIMES if name in row}, "shared": True} for row in measured]
+    return measured if "not_measured" in measured else {"not_measured": "the GPU was shared"}
 
 
 def failures(record: dict[str, Any]) -> list[str]:
@@ -215,18 +288,20 @@ def inside_device() -> dict[str, Any]:
 
 
 def inside_make(folder: Path) -> dict[str, Any]:
-    """Write a model of about a billion parameters, random, with the built-in model's tokenizer."""
+    """Write a model of about seven billion parameters, random, with the built-in model's tokenizer."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     from moalign.lm import model_folder
 
     tokenizer = AutoTokenizer.from_pretrained(model_folder.resolve(SMALL, None, "model"))
-    shape = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
-    heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": True}
+    shape = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape, **heads, **ends)).to(torch.bfloat16)
+    torch.set_default_dtype(torch.bfloat16)
+    roomy = torch.cuda.get_device_properties(0).total_memory > 20 * GIB
+    with torch.device("cuda" if roomy else "cpu"):
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape, **ends))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return {"parameters": model.num_parameters()}
@@ -273,10 +348,21 @@ def inside_engine(name: str, count: int = 64, length: int = 128) -> dict[str, An
     return {"tokens_per_second": count * length / (time.perf_counter() - started), "logps": logps}
 
 
+def parts_of(text: str) -> list[str]:
+    """Read ``--parts``."""
+    names = text.split(",")
+    for name in names:
+        if name not in PARTS:
+            raise argparse.ArgumentTypeError(f"found {name!r}; allowed: {', '.join(PARTS)}, separated by commas")
+    return names
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run as a script; returns the exit code."""
     parser = argparse.ArgumentParser(description="Measure moalign on this machine's GPU, in at most 20 minutes.")
     parser.add_argument("--out", type=Path, default=HERE, help="where gpu-NAME.json is written")
+    parser.add_argument("--parts", type=parts_of, default=PARTS, help=f"some of {','.join(PARTS)}")
+    parser.add_argument("--shared", action="store_true", help="the GPU computes something else: no times")
     for hidden in ("--make", "--engine"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     parser.add_argument("--device", action="store_true", help=argparse.SUPPRESS)
@@ -303,9 +389,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: the built-in model {SMALL} is not installed; make llm brings it", file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory(prefix="moalign-gpu-") as folder:
-        record = record_of(parts, device, Path(folder))
+        record = record_of(parts, device, Path(folder), asked.parts, asked.shared)
     name = re.sub(r"[^a-z0-9]+", "-", device["gpu"].lower()).strip("-")
     path = asked.out / f"gpu-{name}.json"
+    if path.is_file():  # of the parts that were not asked for
+        record = {**atomic.read_json(path, "remove it"), **record}
     atomic.write_json(path, record)
     print(path)
     lines = failures(record)
