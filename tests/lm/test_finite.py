@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from moalign.core.errors import WorkError
+from moalign.lm import finite
 from moalign.lm.finite import FiniteCheck
 
 CHECK = FiniteCheck("moc", "online", lr=0.5, clip=2.0, step=3)
@@ -32,3 +33,9 @@ def test_weights_that_are_not_finite_or_without_a_finite_norm_are_named(bad: flo
         CHECK.weights({"a": {"x": torch.ones(3), "y": torch.tensor([[0.0, bad]])}})
     with pytest.raises(WorkError, match="step 3: the norm of the weights is (nan|inf), so training has diverged"):
         CHECK.norm([torch.ones(3), torch.tensor([[0.0, bad]])])
+
+
+def test_tensors_of_several_devices_are_looked_at_together() -> None:
+    """MOC's weights of objectives are on the CPU while its adapter is on a GPU; the meta device stands for one."""
+    squares = finite._squares([torch.ones(3), torch.ones(2, device="meta")])
+    assert (squares.shape, squares.device.type) == ((2,), "meta")
