@@ -7,12 +7,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[1] / "results" / "bench" / "gpu.py"
+BENCH = Path(__file__).resolve().parents[1] / "results" / "bench"
+SCRIPT = BENCH / "gpu.py"
 DEVICE = {"gpu": "Some GPU 24GB", "memory_bytes": 24 * 2**30, "matmul_flops": 1e14}
 MEMORY = {
     "parameters": 5 * 10**8,
@@ -27,14 +28,18 @@ ROW = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("result_script_gpu", SCRIPT)
+def loaded(path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"result_script_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return loaded(SCRIPT, monkeypatch)
 
 
 class Scripted:
@@ -189,3 +194,22 @@ def test_the_script_itself_on_a_machine_without_a_gpu(tmp_path: Path) -> None:
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr.splitlines() == ["error: no CUDA device here; make gpu-test measures one (torch sees none)"]
     assert not list(tmp_path.iterdir())
+
+
+def test_memory_of_kept_runs_is_the_most_of_a_methods_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """3 GiB of the runs of 2 and 3; of the estimate's 10 GiB the 2 that torch does not allocate are left out."""
+    page = loaded(BENCH / "gpu_memory.py", monkeypatch)
+    monkeypatch.setattr(page.check, "check", lambda recipe, overrides: SimpleNamespace(memory=MEMORY))
+    record = {"method": "moc", "task": "assistant", "environment": {"gpus": ["Some GPU"]}}
+    kept = [{**record, "cost": {"peak_memory_bytes": gib * 2**30}} for gib in (2, 3)]
+    (row,) = page.kept_rows(iter(kept))
+    assert (row.method, row.gpu, row.runs, row.measured, row.estimate) == ("moc", "Some GPU", 2, 3.0, 8.0)
+    assert row.phase == "training: update"
+
+
+def test_the_page_of_memory_is_that_of_its_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Estimates need the real LLM's sizes, which are known without it; measured is what the kept runs say."""
+    page = loaded(BENCH / "gpu_memory.py", monkeypatch)
+    rows = [*page.kept_rows(page.records(page.KEPT)), *page.test_rows(BENCH)]
+    assert (BENCH / "gpu_memory.md").read_text(encoding="utf-8") == page.page(rows)
+    assert all(row.measured < row.estimate for row in rows)

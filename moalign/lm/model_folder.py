@@ -6,8 +6,10 @@ are pickled only stands for what :mod:`moalign.lm.conversion` made of it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+import json
 import os
 import re
 import shlex
@@ -15,12 +17,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from moalign.core.errors import RequestError, did_you_mean
+from moalign.core.errors import MoalignError, RequestError, did_you_mean
 from moalign.core.paths import cache_root
 from moalign.lm import builtin
 from moalign.lm.loading import first_line
 from moalign.runs import atomic
 
+LARGE = 2**30
+"""Bytes of a file from which on its hash is kept."""
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "*.vocab", "bpe.codes", "*.bpe")
 """One of these must be there: without them the library silently makes up an empty tokenizer."""
 _READ = (
@@ -236,7 +240,28 @@ def _hash(path: Path) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def _file_hash(path: str, size: int, changed: int) -> str:
-    """Hash a file; size and time are only there so that a file is read once per process unless it changes."""
+    """Hash a file; size and time are only there so that a file is read once per process unless it changes.
+
+    Of a large one the hash is kept in moalign's cache, for as long as size and time stay: 14 GB take half a minute.
+    """
+    if size < LARGE:
+        return _sha256(path)
+    note = cache_root() / "hashes" / f"{hashlib.sha256(path.encode()).hexdigest()[:16]}.json"
+    state = {"path": path, "size": size, "changed_ns": changed}
+    try:
+        kept = json.loads(note.read_text(encoding="utf-8"))
+        if {**kept, **state} == kept and len(kept["sha256"]) == 64:
+            return str(kept["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # none yet, or not one of ours: it is made again
+    found = _sha256(path)
+    with contextlib.suppress(OSError, MoalignError):  # a cache that cannot be written costs time, nothing else
+        note.parent.mkdir(parents=True, exist_ok=True)
+        atomic.write_json(note, {**state, "sha256": found})
+    return found
+
+
+def _sha256(path: str) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

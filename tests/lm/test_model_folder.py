@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -141,3 +142,44 @@ def test_hub_failures_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     with pytest.raises(RequestError, match="no connection"):
         model_folder.fetch("owner/name", None, "x")
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """The files that are read to be hashed, where every file counts as large and each call is a new process."""
+    names: list[str] = []
+
+    def sha256(path: str) -> str:
+        names.append(Path(path).name)
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+    monkeypatch.setenv("MOALIGN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(model_folder, "LARGE", 100)
+    monkeypatch.setattr(model_folder, "_sha256", sha256)
+    monkeypatch.setattr(model_folder, "_file_hash", model_folder._file_hash.__wrapped__)
+    return names
+
+
+def test_the_hash_of_a_large_file_is_kept_for_the_next_process(folder: Path, read: list[str], tmp_path: Path) -> None:
+    write_safetensors(folder / "model.safetensors", 40)
+    first = model_folder.fingerprint(folder, "x")
+    assert sorted(read) == ["config.json", "model.safetensors", "tokenizer.json"]
+    read.clear()
+    assert model_folder.fingerprint(folder, "x") == first
+    assert sorted(read) == ["config.json", "tokenizer.json"]  # small ones are read again
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[:-1] + b"1")
+    read.clear()
+    changed = model_folder.fingerprint(folder, "x")
+    assert changed != first and "model.safetensors" in read
+    for note in (tmp_path / "cache" / "hashes").glob("*.json"):
+        note.write_text("[1]")  # damaged: made again
+    read.clear()
+    assert model_folder.fingerprint(folder, "x") == changed and "model.safetensors" in read
+
+
+def test_a_cache_that_cannot_be_written_costs_time_alone(folder: Path, read: list[str], tmp_path: Path) -> None:
+    write_safetensors(folder / "model.safetensors", 40)
+    (tmp_path / "cache").write_text("a file in the place of the folder")
+    assert model_folder.fingerprint(folder, "x") == model_folder.fingerprint(folder, "x")
+    assert read.count("model.safetensors") == 2
