@@ -25,7 +25,7 @@ from moalign.lm import backends, model_folder
 from moalign.lm.vllm_engine import VllmEngine
 from moalign.methods import registry
 from moalign.methods.base import Method
-from moalign.preflight.request import of_recipe, require_sound, to_train
+from moalign.preflight.request import of_recipe, require_sound, require_suited, to_train
 from moalign.rewards.judge import total
 from moalign.rewards.panel import usage_of
 from moalign.runs import trackers
@@ -194,7 +194,9 @@ def checked(request: TrainRequest, resolved: ResolvedRequest) -> tuple[int, list
     """Return seed, vectors to train on and vectors held out; refuses what is wrong whatever model and data are."""
     method, seed = registry.get(request.method), resolved.recipe.seed if request.seed is None else request.seed
     require_sound(method, resolved, seed)
-    return seed, *to_train(method, resolved, _preferences(request, resolved))
+    trained, holdout = to_train(method, resolved, _preferences(request, resolved))
+    require_suited(resolved, trained)
+    return seed, trained, holdout
 
 
 def plan(request: TrainRequest, progress: Progress = silent) -> Plan:

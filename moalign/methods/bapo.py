@@ -48,9 +48,8 @@ from moalign.core.amounts import Amount, Amounts
 from moalign.core.errors import RequestError
 from moalign.core.preferences import Preference
 from moalign.methods.base import Capabilities
-from moalign.methods.dpo_lw import train_on_all_pairs
+from moalign.methods.dpo_lw import AllPairs, train_on_all_pairs
 from moalign.training.job import Job, RunContext
-from moalign.training.settings import DpoConfig
 
 if TYPE_CHECKING:
     from moalign.policies.policy import Policy
@@ -60,7 +59,7 @@ ANCHORS = "anchors"
 """Name of the stage, and of its table, with the base's responses."""
 
 
-class Config(DpoConfig):
+class Config(AllPairs):
     """Settings of BAPO; those of DPO on pairs are inherited."""
 
     anchor: float = Field(default=0.1, ge=0)

@@ -34,7 +34,7 @@ from moalign.core.preferences import Preference
 from moalign.core.records import Labels
 from moalign.methods.base import Capabilities
 from moalign.training.job import Job, RunContext
-from moalign.training.settings import CostHints, DpoStage, SftConfig
+from moalign.training.settings import CostHints, DpoStage, RefusesTasks, SftConfig
 
 if TYPE_CHECKING:
     from moalign.lm.language_model import LanguageModel
@@ -46,7 +46,7 @@ LEVELS = 5
 Ints = NDArray[np.int64]
 
 
-class Config(CostHints):
+class Config(CostHints, RefusesTasks):
     """Settings of CPO."""
 
     cpsft: SftConfig = SftConfig(steps=2000, batch=32, lr=1.4e-4, schedule="cosine")
@@ -60,6 +60,10 @@ class Config(CostHints):
     labels: Labels = "order"
     """Of CDPO's pairs. order: the response of higher value is chosen. bradley-terry: it is chosen with probability
     ``sigma(R(y_w|c) - R(y_l|c))``; the loss is the expectation over that choice, and its optimum is finite."""
+
+    def require_suited(self, names: Sequence[str], preferences: Sequence[Preference]) -> None:
+        """See :class:`RefusesTasks`."""
+        importances(self, names)
 
     def learns_from(self, task: Amounts) -> Amount:
         """See :class:`CostHints`."""

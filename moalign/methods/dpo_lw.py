@@ -9,6 +9,7 @@ responses, as for MODPO.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -17,13 +18,25 @@ from moalign.core.errors import RequestError
 from moalign.core.preferences import Preference
 from moalign.methods.base import Capabilities
 from moalign.training.job import Job, RunContext
-from moalign.training.settings import DpoConfig
+from moalign.training.settings import DpoConfig, RefusesTasks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from moalign.policies.policy import Policy
     from moalign.training.offline_dpo import PairRows
+
+
+class AllPairs(DpoConfig, RefusesTasks):
+    """Settings of DPO on the pairs of every objective; all of them are those of DPO on pairs."""
+
+    def require_suited(self, names: Sequence[str], preferences: Sequence[Preference]) -> None:
+        """See :class:`RefusesTasks`."""
+        most = max(sum(weight > 0 for weight in w) for w in preferences)
+        if self.batch < most:
+            raise RequestError(
+                f"batch {self.batch}: every batch holds pairs of each of {most} objectives; allowed: at least {most}"
+            )
 
 
 class DpoLw:
@@ -34,7 +47,7 @@ class DpoLw:
     capabilities: ClassVar[Capabilities] = Capabilities(
         family="offline", one_policy=False, steerable=False, needs_pairs=True
     )
-    Config: ClassVar[type[DpoConfig]] = DpoConfig
+    Config: ClassVar[type[AllPairs]] = AllPairs
     quick: ClassVar[dict[str, Any]] = {"steps": 2, "batch": 4, "max_tokens": 128, "per_prompt": 1}
 
     def train(self, job: Job) -> None:
@@ -69,11 +82,6 @@ def train_on_all_pairs(
     config: DpoConfig = job.config
     lm, names = job.task.language_model, job.task.names
     used = sorted({k for w in job.preferences for k in range(len(w)) if w[k] > 0})
-    most = max(sum(weight > 0 for weight in w) for w in job.preferences)
-    if config.batch < most:
-        raise RequestError(
-            f"batch {config.batch}: every batch holds pairs of each of {most} objectives; allowed: at least {most}"
-        )
     pairs = prepare(objective_pairs(job, lm, config, used, counted=counted))
 
     for _, w, stage in each_preference(job):

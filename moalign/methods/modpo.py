@@ -35,7 +35,7 @@ from moalign.core.errors import RequestError, unknown
 from moalign.core.preferences import Preference, label
 from moalign.methods.base import Capabilities
 from moalign.training.job import Job, RunContext
-from moalign.training.settings import DpoConfig
+from moalign.training.settings import DpoConfig, RefusesTasks
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -48,12 +48,17 @@ LEAST_SHARE = 0.05
 """A smaller w_k is refused: the gradient grows with 1 / w_k."""
 
 
-class Config(DpoConfig):
+class Config(DpoConfig, RefusesTasks):
     """Settings of MODPO; those of offline DPO are inherited."""
 
     margin: Literal["reward", "implicit"] = "reward"
     role: str = "auto"
     """The objective whose pairs are trained on; auto: for each preference the one that it weighs most."""
+
+    def require_suited(self, names: Sequence[str], preferences: Sequence[Preference]) -> None:
+        """See :class:`RefusesTasks`."""
+        for w in preferences:
+            role_of(w, self, names)
 
     def learns_from(self, task: Amounts) -> Amount:
         """See :class:`CostHints`. Both responses of the data's own pairs are scored for the margin."""

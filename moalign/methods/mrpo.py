@@ -38,7 +38,7 @@ from moalign.core.amounts import Amount, Amounts
 from moalign.core.errors import RequestError
 from moalign.core.preferences import Preference
 from moalign.methods.base import Capabilities
-from moalign.methods.dpo_lw import train_on_all_pairs
+from moalign.methods.dpo_lw import AllPairs, train_on_all_pairs
 from moalign.training.job import Job, RunContext
 from moalign.training.settings import DpoConfig, NamesFiles
 
@@ -54,7 +54,7 @@ STAGE = "references"
 """Name of the stage, and of the note, that say which references a run has."""
 
 
-class Config(DpoConfig, NamesFiles):
+class Config(AllPairs, NamesFiles):
     """Settings of MRPO; those of DPO on pairs are inherited."""
 
     references: tuple[str, ...] = (EXPERTS,)

@@ -27,9 +27,8 @@ from pydantic import Field
 
 from moalign.core.preferences import Preference
 from moalign.methods.base import Capabilities
-from moalign.methods.dpo_lw import train_on_all_pairs
+from moalign.methods.dpo_lw import AllPairs, train_on_all_pairs
 from moalign.training.job import Job, RunContext
-from moalign.training.settings import DpoConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
     from moalign.policies.policy import Policy
 
 
-class Config(DpoConfig):
+class Config(AllPairs):
     """Settings of RACO; those of DPO on pairs are inherited."""
 
     beta: float = Field(default=0.2, gt=0)

@@ -37,7 +37,7 @@ from moalign.core.errors import RequestError
 from moalign.core.preferences import Preference, label
 from moalign.methods.base import Capabilities
 from moalign.training.job import Job, RunContext
-from moalign.training.settings import DpoConfig
+from moalign.training.settings import DpoConfig, RefusesTasks
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,13 +52,18 @@ LEAST_SHARE = 0.05
 """A round of a smaller c is refused: the gradient grows with 1 / c."""
 
 
-class Config(DpoConfig):
+class Config(DpoConfig, RefusesTasks):
     """Settings of SPO; those of DPO on pairs are inherited. ``steps`` are those of a preference's rounds together."""
 
     alpha: float = Field(default=0.5, ge=0, lt=1)
     """Multiplier of the conditions on the rounds before; 0: DPO after DPO, with nothing that holds on to the first."""
     order: Literal["weight", "task"] = "weight"
     """The largest weight first, or as the task lists its objectives."""
+
+    def require_suited(self, names: Sequence[str], preferences: Sequence[Preference]) -> None:
+        """See :class:`RefusesTasks`."""
+        for w in preferences:
+            rounds_of(w, self)
 
 
 class Spo:
@@ -105,7 +110,7 @@ def rounds_of(w: Preference, config: Config) -> list[tuple[int, float]]:
         shares[k] = w[k] - config.alpha * later
         later += shares[k]
     weakest = min(used, key=lambda k: shares[k])
-    if shares[weakest] < LEAST_SHARE:
+    if shares[weakest] < LEAST_SHARE - 1e-9:  # .5 - .9 x .5 is .05
         raise RequestError(
             f"preference {label(w)}: the round of objective {weakest + 1} would move by c = {shares[weakest]:.3g} "
             f"(alpha = {config.alpha:g}, order: {config.order}); allowed: at least {LEAST_SHARE} (its gradient grows "

@@ -20,7 +20,7 @@ from moalign.methods.base import Method
 from moalign.preflight import fit
 from moalign.preflight.inputs import check_inputs, named_model
 from moalign.preflight.report import Preflight
-from moalign.preflight.request import of_recipe, require_sound, to_train
+from moalign.preflight.request import of_recipe, require_sound, require_suited, to_train
 from moalign.preflight.sizes import check_sizes
 from moalign.tasks.task import Task
 from moalign.training.settings import GroupsUsers, NamesFiles, NamesModels
@@ -109,7 +109,7 @@ def _check_request(report: Preflight, method: Method, resolved: ResolvedRequest)
     with report.collecting():
         require_sound(method, resolved, resolved.recipe.seed)
     with report.collecting():
-        to_train(method, resolved, of_recipe(resolved))
+        require_suited(resolved, to_train(method, resolved, of_recipe(resolved))[0])
 
 
 def _check_recipe(

@@ -15,7 +15,7 @@ from moalign.core.seeds import MOST
 from moalign.lm import backends
 from moalign.methods.base import Method
 from moalign.runs import trackers
-from moalign.training.settings import CostHints, OnlineConfig, SftConfig
+from moalign.training.settings import CostHints, OnlineConfig, RefusesTasks, SftConfig
 
 
 def require_sound(method: Method, resolved: ResolvedRequest, seed: int | None = None) -> None:
@@ -117,6 +117,14 @@ def to_train(
     if not trained:
         raise RequestError("holdout: it holds every preference to train on; leave at least one to be trained")
     return trained, list(dict.fromkeys(held))
+
+
+def require_suited(resolved: ResolvedRequest, trained: Sequence[Preference] | None) -> None:
+    """Raise RequestError where the method's settings do not suit the card's objectives, or what is ``trained``."""
+    card = resolved.card
+    if isinstance(resolved.config, RefusesTasks):
+        vectors = trained or preferences.grid_of(len(card.objectives), card.grid)
+        resolved.config.require_suited(card.objective_names, vectors)
 
 
 def of_recipe(resolved: ResolvedRequest) -> list[Preference] | None:

@@ -130,6 +130,16 @@ class NamesFiles(Strict):
         return {}
 
 
+class RefusesTasks(Strict):
+    """Mixed into the settings of methods that some preferences or objectives do not suit.
+
+    They are refused before a run is made, and by ``moalign check``.
+    """
+
+    def require_suited(self, names: Sequence[str], preferences: Sequence[Preference]) -> None:
+        """Raise RequestError for objectives, by name, or preferences to train on that these settings cannot have."""
+
+
 class WarmStart(CostHints):
     """Mixed into the settings of methods whose policy reads its preference from the prompt."""
 
