@@ -31,7 +31,6 @@ from moalign.evaluation.evaluate import Evaluation
 from moalign.evaluation.result import EvalResult
 from moalign.experiment import train
 from moalign.experiment.train import Plan
-from moalign.methods import registry
 from moalign.methods.base import Method
 from moalign.report.figures import condense
 from moalign.runs.record import again
@@ -103,7 +102,7 @@ def planned(plan: Plan) -> ComparedRun:
 
 def existing(run: Run) -> ComparedRun:
     """Return a run that is finished."""
-    record, method = run.record, registry.get(run.record.method)
+    record, method = run.record, train.method_of(run)
     with train.damaged(run):
         command = again(record.as_given, record.seed, record.preferences, results_of(run))
         # In older records it is an empty mapping.

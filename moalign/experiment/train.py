@@ -347,6 +347,21 @@ def _by_todays_names(config: Any) -> Any:
     return {RENAMED.get(name, name): _by_todays_names(value) for name, value in config.items()}
 
 
+def is_reward_model(run: Run) -> bool:
+    """Whether a run is one of ``moalign reward train``."""
+    return "card" not in run.record.recipe and "settings" in run.record.recipe
+
+
+def method_of(run: Run) -> Method:
+    """Return the method that a run was trained by; RequestError for a reward model's run."""
+    if is_reward_model(run):
+        raise RequestError(
+            f"run {run.path}: it is no run of moalign train: its record (loss {run.record.method}) is a reward "
+            f"model's; moalign reward eval looks at it, and an objective has it as its model ({run.path}/model)"
+        )
+    return registry.get(run.record.method)
+
+
 def context_of(run: Run, results: Path, progress: Progress = silent) -> tuple[Method, RunContext]:
     """Return the method and context of a finished run, from its record alone.
 
@@ -356,7 +371,7 @@ def context_of(run: Run, results: Path, progress: Progress = silent) -> tuple[Me
     record = run.record
     if run.status != "done":
         raise RequestError(f"run {run.path}: it is {run.status}, not done; finish it with the same train command first")
-    method = registry.get(record.method)
+    method = method_of(run)
     with damaged(run):
         card = TaskCard.model_validate(record.recipe["card"])
         config = method.Config.model_validate(_by_todays_names(record.recipe["config"]))

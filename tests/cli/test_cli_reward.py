@@ -234,6 +234,22 @@ def test_the_run_of_a_policy_is_no_reward_model(moalign: Any) -> None:
         ]
 
 
+def test_a_reward_model_is_no_policy(moalign: Any, files: tuple[Path, Path], random_base: Path) -> None:
+    command = ("reward", "train", "--pairs", "ann.jsonl", "--model", str(random_base), *SHORT, "--json")
+    run = json.loads(moalign(*command).out)["run"]
+    for verb in (("eval",), ("compare",), ("export", "--out", "made"), ("generate", "--prefs", "1,0")):
+        ended = moalign(verb[0], run, *verb[1:])
+        assert ended.code == 2
+        assert ended.errors == [
+            f"run {run}: it is no run of moalign train: its record (loss bt) is a reward model's; moalign reward eval "
+            f"looks at it, and an objective has it as its model ({run}/model)"
+        ]
+    assert not Path("made").exists()
+    shown = moalign("show", run)
+    assert shown.code == 0 and "settings.loss" in shown.out and "mean over data sets: accuracy" in shown.out
+    assert json.loads(moalign("show", run, "--json").out)["evaluation"]["datasets"][0]["name"] == "ann"
+
+
 @pytest.mark.parametrize(
     ("place", "value"), [(("datasets", 0, "ece_ci", "10"), ["a", "b"]), (("mean",), None), (("figures",), 3)]
 )
