@@ -121,6 +121,10 @@ def infer(method: Method, context: RunContext, user: Path, progress: Progress = 
     if len(groups) > 1:
         names = ", ".join(groups[:3])
         raise RequestError(f"--user {user}: found pairs of {len(groups)} users (group: {names}); allowed: those of one")
+    for number, (_, pair) in enumerate(grouped, start=1):
+        for name in ("chosen", "rejected"):
+            if not getattr(pair, name).strip():
+                raise RequestError(f"--user {user}: pair {number}: {name} is empty; a text is needed")
     require_as_trained(context)
     context.task.progress = progress
     return cast(Infers, method).infer(context, [pair for _, pair in grouped])

@@ -121,6 +121,7 @@ def test_a_user_is_read_alike_by_python_and_by_the_command(
         ("{broken\n", "mine.jsonl:1"),
         (json.dumps(PAIR) + "\n" + json.dumps({"prompt": ASK, "chosen": "a"}), "mine.jsonl:2"),
         (json.dumps({**PAIR, "rejected": PAIR["chosen"]}), "mine.jsonl:1: chosen and rejected are the same text"),
+        (json.dumps(PAIR) + "\n" + json.dumps({**PAIR, "chosen": " "}), "mine.jsonl: pair 2: chosen is empty; a text"),
         (
             "".join(json.dumps({**PAIR, "group": name}) + "\n" for name in "ab"),
             "found pairs of 2 users (group: a, b); allowed: those of one",
