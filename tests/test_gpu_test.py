@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 
+from moalign.config import find, load
+from moalign.methods import registry
+
 BENCH = Path(__file__).resolve().parents[1] / "results" / "bench"
 SCRIPT = BENCH / "gpu.py"
 DEVICE = {"gpu": "Some GPU 24GB", "memory_bytes": 24 * 2**30, "matmul_flops": 1e14}
@@ -213,3 +216,10 @@ def test_the_page_of_memory_is_that_of_its_records(monkeypatch: pytest.MonkeyPat
     rows = [*page.kept_rows(page.records(page.KEPT)), *page.test_rows(BENCH)]
     assert (BENCH / "gpu_memory.md").read_text(encoding="utf-8") == page.page(rows)
     assert all(row.measured < row.estimate for row in rows)
+    for row in rows:
+        if row.model.startswith("smollm2"):  # and the recipes say so
+            config = registry.get(row.method).Config
+            recipe = load.load_recipe(find.find_recipe(f"assistant/{row.method}"), row.method, config_class=config)
+            needs = recipe.recipe.needs
+            assert needs.measured.startswith(f"{row.measured:.2f} GiB on an H200, {row.runs} run")
+            assert needs.peak_gib == float(f"{row.measured:.2f}")

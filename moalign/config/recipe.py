@@ -105,7 +105,7 @@ class NeedsSpec(Strict):
     minutes: float | None = None
     peak_gib: float | None = None
     measured: str = "not measured on a GPU yet"
-    """The command that measured minutes and peak_gib, or that nothing was measured."""
+    """What was measured of the recipe as it is, and where that stands; or that nothing was."""
 
 
 class ReportedSpec(Strict):

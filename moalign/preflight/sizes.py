@@ -81,7 +81,8 @@ def check_sizes(
     _check_fit(report, resolved, estimate)
     for gib in cards:
         hours = partial(_hours, resolved, able, policy, task, given)
-        _add_card(report, fit.fit(resolved, policy, able, gib), hours, required)
+        fitted = fit.fit(resolved, policy, able, gib)
+        _add_card(report, fitted, hours, _measured(resolved, fitted), required)
 
 
 def _hours(
@@ -102,8 +103,14 @@ def _hours(
     return hours
 
 
+def _measured(resolved: ResolvedRequest, fitted: fit.Fit) -> str:
+    """Return what was measured, which is of the recipe as it is."""
+    other = [text for text in resolved.as_given["set"] if not str(text).startswith("needs.")]
+    return UNMEASURED if other or fitted.settings != {} else resolved.recipe.needs.measured
+
+
 def _add_card(
-    report: Preflight, fitted: fit.Fit, hours_of: Callable[[fit.Fit], dict[str, float]], required: bool
+    report: Preflight, fitted: fit.Fit, hours_of: Callable[[fit.Fit], dict[str, float]], measured: str, required: bool
 ) -> None:
     """Report the settings with which a card is large enough."""
     name, peak = f"{fitted.card_gib:g} GB", f"{fitted.peak.total / GIB:.1f} GiB ({fitted.peak.name})"
@@ -117,7 +124,7 @@ def _add_card(
             "peak_phase": fitted.peak.name,
             "smallest_gib": fitted.card_gib if fitted.settings is not None else fitted.smallest_gib,
             "hours": hours,
-            "measured": UNMEASURED,
+            "measured": measured,
         }
     )
     if fitted.settings is None:
@@ -136,7 +143,7 @@ def _add_card(
     settings = " ".join(f"--set {text}" for text in fitted.texts) or "as it is"
     parts = [f"{settings}: {peak}"]
     parts += ["about " + " or ".join(f"{number:.1f} h on {gpu}" for gpu, number in hours.items())] if hours else []
-    report.add(name, f"{', '.join(parts)}; {UNMEASURED}")
+    report.add(name, f"{', '.join(parts)}; {'' if measured == UNMEASURED else 'measured: '}{measured}")
     of_task = [key for key in ("task.generation.batch_size", "policy.load_in_4bit") if key in fitted.settings]
     if of_task:
         only = "runs are compared with runs that have the same"

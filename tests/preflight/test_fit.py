@@ -95,6 +95,14 @@ def test_cards_of_three_sizes_are_reported_with_hours_that_nobody_measured() -> 
     assert one["card_gib"] == 40 and one["fits"] is True and one["hours"] == {}
 
 
+def test_what_was_measured_is_told_of_the_recipe_as_it_is_alone() -> None:
+    (as_it_is,) = check.check("assistant/moc", gpu="24GB").cards
+    assert as_it_is["settings"] == {} and "GiB on an H200, 3 runs" in as_it_is["measured"]
+    for gpu, more in (("4GB", []), ("24GB", ["batch=16"])):
+        (other,) = check.check("assistant/moc", more, gpu=gpu).cards
+        assert other["measured"] == "not measured on a GPU yet"
+
+
 def test_a_card_too_small_for_any_setting_is_a_problem() -> None:
     (problem,) = check.check("hh-rlhf/mo-odpo", gpu="6GB").problems
     assert problem.startswith("--gpu 6GB: no settings fit: with all that save memory ")
