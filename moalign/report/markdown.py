@@ -17,7 +17,7 @@ _COST = f"rank label {tables.COST} answering_rewards collapsed length distinct k
 _FIGURES = {
     "believed": "Believed and true rewards, and both over KL to base",
     "utility": "What each preference gets: utility of the policy asked for it",
-    "kl": "What each method reaches at its KL to base, and the most that any policy can",
+    "kl": "What each method reaches at its KL to base (and, where it is known, the most that any policy can)",
     "cost": "Hypervolume against cost",
     "curves": "Learning curves",
 }

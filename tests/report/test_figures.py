@@ -149,7 +149,9 @@ def drawn(record: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, 
     monkeypatch.setattr(style, "canvas", seen)
     assert figures.ALL["kl"](record, ".svg") is not None
     return {
-        panel.get_title(loc="left"): [(line.get_label(), line.get_xydata()) for line in panel.lines]
+        panel.get_title(loc="left") or panel.get_ylabel(): [
+            (line.get_label(), line.get_xydata()) for line in panel.lines
+        ]
         for panel in kept[0].axes
     }
 
@@ -171,8 +173,28 @@ def test_utility_stands_over_the_root_of_the_kl(record: dict[str, Any], monkeypa
         assert wanted in text
 
 
-def test_without_a_frontier_or_any_kl_there_is_no_such_figure(record: dict[str, Any]) -> None:
-    assert figures.ALL["kl"]({**record, "frontier": None}) is None
+def test_without_a_frontier_what_is_reached_stands_over_the_root_of_the_mean_kl(
+    record: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record["frontier"] = None
+    for row, bound in zip(record["rows"], (False, True), strict=True):
+        row["quality"]["kl_bound"] = bound
+    panels = drawn(record, monkeypatch)
+    assert list(panels) == ["hypervolume", "inner product"]
+    first, second = record["rows"]
+    (name, at), (other, below), (_, line) = panels["hypervolume"]
+    assert (name, other) == ("alpha", "beta")
+    np.testing.assert_allclose([*at, *below], [[3, first["hypervolume"]], [2**0.5, second["hypervolume"]]])
+    np.testing.assert_allclose(line[:, 0], [0, 2**0.5])
+    ((_, product), *_) = panels["inner product"]
+    np.testing.assert_allclose(product, [[3, first["indicators"]["inner_product"]]])
+    first["quality"]["kl"] = None  # a method whose KL is not known has no place over it
+    assert next(name for name, _ in drawn(record, monkeypatch)["hypervolume"]) == "beta"
+    second["quality"]["kl"] = None
+    assert figures.ALL["kl"](record) is None
+
+
+def test_without_any_kl_there_is_no_such_figure(record: dict[str, Any]) -> None:
     for row in record["rows"]:
         for point in row["points"]:
             point["kl"] = None
