@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from moalign import __main__
+
 RESUMES = "finished work is kept: the same command resumes from there"
 
 
@@ -30,6 +32,20 @@ def test_sigterm_is_an_interruption_with_its_own_exit_code(moalign: Any, toys: N
     assert record()["status"] == "interrupted"
     assert len(list(Path("results").rglob("step-00000001"))) == 1
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_an_interruption_while_the_command_is_still_loading_is_one_message(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Interrupted:
+        def find_spec(self, name: str, *_: Any) -> None:
+            if name == "moalign.cli.main":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "moalign.cli.main", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
+    assert __main__.main() == 130
+    assert capsys.readouterr().err == "interrupted; nothing was begun\n"
 
 
 def test_a_handler_of_ones_own_stays(moalign: Any, toys: None) -> None:
