@@ -205,6 +205,31 @@ def test_the_page_on_learned_rewards_says_what_the_records_say() -> None:
         assert worst == f"{max(by_method.values()):.3f} (`{max(by_method, key=lambda name: by_method[name])}`)"
 
 
+def test_the_page_on_learned_rewards_says_what_the_closed_form_has() -> None:
+    page = " ".join((RESULTS / "learned/README.md").read_text(encoding="utf-8").split())
+    told = json.loads((RESULTS / "learned/closed_form.json").read_text(encoding="utf-8"))
+    most = told["optimum"]["hypervolume"]
+
+    def of(rewards: str, scalarisation: str) -> tuple[str, str, str]:
+        """The hypervolume and w.n of the beta with most, as the page writes them, and the share of the optimum."""
+        rows = [row for row in told["rows"] if (row["rewards"], row["scalarisation"]) == (rewards, scalarisation)]
+        best = max(rows, key=lambda row: row["hypervolume"])
+        numbers = [f"{best[name]:.3f}".removeprefix("0") for name in ("hypervolume", "inner_product")]
+        return numbers[0], numbers[1], f"{100 * best['hypervolume'] / most:.0f}"
+
+    linear, exponential = of("learned, seed 0", "linear"), of("learned, seed 0", "exponential")
+    others, mean = (
+        [of(f"learned, seed {seed}", "exponential")[0] for seed in (1, 2, 3)],
+        of("mean of four", "exponential"),
+    )
+    assert f"allows {linear[2]} % of the optimum" in page
+    assert f"({linear[0]} of {f'{most:.3f}'.removeprefix('0')}, w.n {linear[1]})" in page
+    assert (
+        f"{exponential[2]} with exponential utility at `hindsight`'s beta ({exponential[0]}, {exponential[1]})" in page
+    )
+    assert f"allow {others[0]}, {others[1]} and {others[2]}, the mean of the four {mean[0]}" in page
+
+
 REMEDIES = {
     "first version": "{share} % of the optimum, w.n -.12 at 49 nats",
     "+ support": "`support` ({share} %, w.n {product})",
