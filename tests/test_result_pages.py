@@ -235,7 +235,7 @@ REMEDIES = {
     "+ support": "`support` ({share} %, w.n {product})",
     "+ kl_stop 8 nats": "a stop at 8 nats ({share}, {product})",
     "+ tchebycheff": "Tchebycheff scores ({share})",
-    "+ 4 members, pessimism 1": "({share}, w.n {product})",
+    "+ 4 members, pessimism 1": "(three seeds: {share}, ",
     "+ kl_budget 6 nats": "a KL budget of 6 nats ({share}: it ends at 17)",
     "without support": "and {share} ({product}) without",
     "without bradley-terry (order, beta 0.1)": "{share} without Bradley-Terry labels ({product})",
