@@ -6,8 +6,8 @@
 Of each run is kept what a comparison reads: its record, what it logged, its evaluation and every answer with its
 scores, as ``NAME/runs/METHOD-RUN_ID.tar.xz`` (about 60 kB). Weights are not: a restored run can be compared, and its
 answers read (``--html``), but it answers nothing new: what wants its weights names the command that trains it again,
-once the restored folder is deleted. A run that is in the results folder already is left as it is. ``keep`` writes
-paths as they are seen from the folder that the results folder lies in; runs that the record no longer names go.
+once the restored folder is deleted. A run that is in the results folder already is left as it is. Paths below
+the folder that the results folder lay in lead to this checkout again; runs that the record no longer names go.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from moalign.core.errors import MoalignError, RequestError
 from moalign.runs import atomic
 
 HERE = Path(__file__).resolve().parent
+CHECKOUT = "{checkout}"
+"""Stands in a packed run for the folder that the results folder lay in, where a card's data is."""
 KEPT = ("run.json", "metrics.jsonl", "eval*.json", "responses*.parquet")
 
 
@@ -86,7 +88,7 @@ def pack(run: Path, root: Path) -> bytes:
                 pd.read_parquet(path).to_parquet(table, index=False, compression="zstd", compression_level=19)
                 content = table.getvalue()
             else:
-                content = path.read_text(encoding="utf-8").replace(f"{root}/", "").encode("utf-8")
+                content = path.read_text(encoding="utf-8").replace(f"{root}/", f"{CHECKOUT}/").encode("utf-8")
             member = tarfile.TarInfo(path.resolve().relative_to(run.resolve().parents[2]).as_posix())
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
@@ -112,7 +114,10 @@ def restore(folder: Path, results: Path) -> list[Path]:
                     for member in members:
                         source = archive.extractfile(member)
                         assert source is not None, f"{path}: {member.name} is no file"
-                        (place / Path(member.name).name).write_bytes(source.read())
+                        content = source.read()
+                        if not member.name.endswith(".parquet"):
+                            content = content.replace(CHECKOUT.encode(), str(HERE.parents[1]).encode())
+                        (place / Path(member.name).name).write_bytes(content)
                 restored.append(run)
     return restored
 

@@ -70,3 +70,19 @@ def test_what_is_not_there_is_named_and_nothing_is_written(
     assert not (tmp_path / "published").exists()
     assert script.main(["restore", "toys", "--results", str(tmp_path)]) == 2
     assert "toys: no runs were kept of it" in capsys.readouterr().err
+
+
+def test_the_data_of_a_kept_run_is_that_of_this_checkout(script: ModuleType, tmp_path: Path) -> None:
+    """A card's hash covers a relative path whole, of an absolute one its last part alone."""
+    there, run = tmp_path / "there", tmp_path / "there" / "results" / "runs" / "toys" / "good" / "id"
+    run.mkdir(parents=True)
+    (run / "run.json").write_text(json.dumps({"path": f"{there}/recipes/toys/questions.jsonl", "other": "/data/x"}))
+    kept = tmp_path / "published" / "toys" / "runs" / "good-id.tar.xz"
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(script.pack(run, there))
+    (restored,) = script.restore(tmp_path / "published" / "toys", tmp_path / "elsewhere")
+    here = script.HERE.parents[1]
+    assert json.loads((restored / "run.json").read_text()) == {
+        "path": f"{here}/recipes/toys/questions.jsonl",
+        "other": "/data/x",
+    }
