@@ -173,8 +173,12 @@ def test_one_record_is_written_under_the_name_of_the_gpu(
     assert file.name == "gpu-some-gpu-24gb.json"
     assert json.loads(file.read_text())["device"] == DEVICE
     assert "error: small moc: CUDA out of memory" in capsys.readouterr().err
-    gpu.main(["--out", str(tmp_path), "--parts", "training"])  # the other parts stay
+    first = json.loads(file.read_text())
+    file.write_text(json.dumps({**first, "measured": dict.fromkeys(first["measured"], "2026-01-01")}))
+    gpu.main(["--out", str(tmp_path), "--parts", "training"])  # the other parts stay, with their day
     again = json.loads(file.read_text())
+    assert {name for name, day in again["measured"].items() if day != "2026-01-01"} == {"training"}
+    assert set(again["seconds"]) == set(gpu.PARTS)
     assert [row["method"] for row in again["small"]] == ["mo-odpo", "moc", "modpo"] and "training" in again
     with pytest.raises(SystemExit):
         gpu.main(["--out", str(tmp_path), "--parts", "training,smal"])
@@ -201,6 +205,7 @@ def test_the_script_itself_on_a_machine_without_a_gpu(tmp_path: Path) -> None:
 
 def test_memory_of_kept_runs_is_the_most_of_a_methods_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
     """3 GiB of the runs of 2 and 3; of the estimate's 10 GiB the 2 that torch does not allocate are left out."""
+    monkeypatch.syspath_prepend(BENCH)
     page = loaded(BENCH / "gpu_memory.py", monkeypatch)
     monkeypatch.setattr(page.check, "check", lambda recipe, overrides: SimpleNamespace(memory=MEMORY))
     record = {"method": "moc", "task": "assistant", "environment": {"gpus": ["Some GPU"]}}
@@ -212,6 +217,7 @@ def test_memory_of_kept_runs_is_the_most_of_a_methods_seeds(monkeypatch: pytest.
 
 def test_the_page_of_memory_is_that_of_its_records(monkeypatch: pytest.MonkeyPatch) -> None:
     """Estimates need the real LLM's sizes, which are known without it; measured is what the kept runs say."""
+    monkeypatch.syspath_prepend(BENCH)
     page = loaded(BENCH / "gpu_memory.py", monkeypatch)
     rows = [*page.kept_rows(page.records(page.KEPT)), *page.test_rows(BENCH)]
     assert (BENCH / "gpu_memory.md").read_text(encoding="utf-8") == page.page(rows)

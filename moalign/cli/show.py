@@ -234,52 +234,37 @@ def comment_of(line: str) -> str:
 
 
 def _run(run: Run, as_json: bool) -> None:
+    from moalign.cli.reward import show_evaluation
     from moalign.config.describe import yaml_form
     from moalign.evaluation.result import EvalResult
+    from moalign.experiment.reward import stored_evaluation
     from moalign.experiment.train import damaged, is_reward_model
 
     record = run.record
     path = run.path / "eval.json"
-    if is_reward_model(run):
-        _reward_model(run, path, as_json)
-        return
-    evaluation = EvalResult.load(path) if path.is_file() else None
+    reward_model = is_reward_model(run)
+    evaluation = EvalResult.load(path) if path.is_file() and not reward_model else None
+    judged = stored_evaluation(run) if reward_model else None
     if as_json:
         content = record.model_dump(mode="json")
-        stored = None if evaluation is None else evaluation.content
+        stored = judged if evaluation is None else evaluation.content
         output.as_json({**content, "status": run.status, "run": str(run.path), "evaluation": stored})
         return
     with damaged(run):
         rows = _about_run(run)
+    if reward_model:
+        rows = [row for row in rows if row[0] not in ("task", "preferences")]  # a policy's
     output.pairs([*rows, *((f"note {key}", yaml_form(value)) for key, value in record.notes.items())])
     output.line()
-    output.settings(output.sections(record.recipe, "config", "policy"))
+    output.settings(output.sections(record.recipe, "config", "policy", "settings"))
+    if judged is not None:
+        show_evaluation(judged)
     if evaluation is not None:
         show_points(evaluation)
         show_summary(evaluation)
     if papers := record.recipe.get("reported"):
         output.line("what papers report, each in its own setting and from its own reference point:")
         output.pairs(_reported(papers))
-
-
-def _reward_model(run: Run, path: Path, as_json: bool) -> None:
-    from moalign.cli.reward import show_evaluation
-    from moalign.config.describe import yaml_form
-    from moalign.reward_models import evaluation
-
-    remedy = f"remove it and judge again: moalign reward eval {run.path}"
-    judged = evaluation.read(path, remedy) if path.is_file() else None
-    if as_json:
-        content = run.record.model_dump(mode="json")
-        output.as_json({**content, "status": run.status, "run": str(run.path), "evaluation": judged})
-        return
-    notes = [(f"note {key}", yaml_form(value)) for key, value in run.record.notes.items()]
-    unsaid = {"preferences", "task"}  # a policy's
-    output.pairs([*(row for row in _about_run(run) if row[0] not in unsaid), *notes])
-    output.line()
-    output.settings(output.sections(run.record.recipe, "settings"))
-    if judged is not None:
-        show_evaluation(judged)
 
 
 def _about_run(run: Run) -> list[tuple[str, str]]:

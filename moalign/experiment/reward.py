@@ -147,14 +147,21 @@ def train(
     Returns the run, whether it was there already, and the content of its ``eval.json`` (None without ``judge``).
     """
     run, reused = runs.obtain(request, progress)
-    path = run.path / EVALUATION
-    if path.is_file():
-        return run, reused, evaluation.read(path, f"remove it and judge again: moalign reward eval {run.path}")
+    judged = stored_evaluation(run)
+    if judged is not None:
+        return run, reused, judged
     if not judge:
         return run, reused, None
     progress("judging", 0, 1)
     content = evaluation.evaluate(runs.objective(run), request.parts["eval"], request.parts["calibration"])
     return run, reused, _written({**_about(run), "split": "eval", **content}, run.path, progress)
+
+
+def stored_evaluation(run: Run) -> dict[str, Any] | None:
+    """Return what a reward model's run was judged to be; None where it was not; RequestError for a damaged file."""
+    path = run.path / EVALUATION
+    remedy = f"remove it and judge again: moalign reward eval {run.path}"
+    return evaluation.read(path, remedy) if path.is_file() else None
 
 
 def _absolute(text: str) -> str:

@@ -242,12 +242,13 @@ def _hash(path: Path) -> str:
 def _file_hash(path: str, size: int, changed: int) -> str:
     """Hash a file; size and time are only there so that a file is read once per process unless it changes.
 
-    Of a large one the hash is kept in moalign's cache, for as long as size and time stay: 14 GB take half a minute.
+    Of a large one the hash is kept in moalign's cache, for as long as size and time stay.
     """
     if size < LARGE:
         return _sha256(path)
-    note = cache_root() / "hashes" / f"{hashlib.sha256(path.encode()).hexdigest()[:16]}.json"
-    state = {"path": path, "size": size, "changed_ns": changed}
+    whole = os.path.abspath(path)  # a relative one means another file in another folder
+    note = cache_root() / "hashes" / f"{hashlib.sha256(whole.encode()).hexdigest()[:16]}.json"
+    state = {"path": whole, "size": size, "changed_ns": changed}
     try:
         kept = json.loads(note.read_text(encoding="utf-8"))
         if {**kept, **state} == kept and len(kept["sha256"]) == 64:

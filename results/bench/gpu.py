@@ -154,10 +154,15 @@ def card_of(device: dict[str, Any]) -> float:
     return float(device["memory_bytes"]) / GIB
 
 
+def estimated(memory: dict[str, Any]) -> tuple[float, str]:
+    """Return the GiB that torch is to allocate at most, as ``check`` estimates them, and in which phase."""
+    phase = max(memory["phases"], key=lambda each: float(each["total_gib"]))
+    return phase["total_gib"] - phase["parts_gib"].get(HEADROOM, 0.0), phase["phase"]
+
+
 def numbers(bench: dict[str, Any], memory: dict[str, Any], matmul: float) -> dict[str, Any]:
     """Return the numbers of one method: ``bench`` and ``memory`` as ``moalign bench`` and ``check`` print them."""
-    phase = max(memory["phases"], key=lambda each: float(each["total_gib"]))
-    estimate = phase["total_gib"] - phase["parts_gib"].get(HEADROOM, 0.0)
+    estimate, _ = estimated(memory)
     peak, trained = bench["peak_gpu_bytes"], bench["tokens_trained_per_second"]
     return {
         "peak_gib": None if peak is None else peak / GIB,
@@ -206,7 +211,6 @@ def record_of(
     parts: Parts, device: dict[str, Any], folder: Path, asked: Sequence[str] = PARTS, shared: bool = False
 ) -> dict[str, Any]:
     """Return what was measured; a part that fails says so in its place, and the others go on."""
-    started = time.monotonic()
 
     @functools.cache
     def large() -> Path:
@@ -231,16 +235,24 @@ def record_of(
         "vllm": ("vLLM against transformers", lambda: side_by_side(parts)),
         "training": ("one training to its end", lambda: training(parts, folder / "results")),
     }
-    record: dict[str, Any] = {"measured": datetime.now(UTC).strftime("%Y-%m-%d"), "device": device}
+    record: dict[str, Any] = {"device": device, "measured": {}, "seconds": {}}
     for name in asked:
-        title, measure = measures[name]
+        (title, measure), started = measures[name], time.monotonic()
         print(f"{title} ...", file=sys.stderr, flush=True)
         try:
             record[name] = untimed(measure()) if shared else measure()
         except Failed as error:
             print(f"{title}: {error}", file=sys.stderr, flush=True)
             record[name] = {"failed": str(error)}
-    return {**record, "seconds": round(time.monotonic() - started, 1)}
+        record["measured"][name] = datetime.now(UTC).strftime("%Y-%m-%d")
+        record["seconds"][name] = round(time.monotonic() - started, 1)
+    return record
+
+
+def merged(before: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+    """Return a GPU's record with the parts of ``before`` that were not measured again; each has its own day."""
+    of_parts = {name: {**before[name], **record[name]} for name in ("measured", "seconds")}
+    return {**before, **record, **of_parts}
 
 
 def untimed(measured: Any) -> Any:
@@ -393,7 +405,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = re.sub(r"[^a-z0-9]+", "-", device["gpu"].lower()).strip("-")
     path = asked.out / f"gpu-{name}.json"
     if path.is_file():  # of the parts that were not asked for
-        record = {**atomic.read_json(path, "remove it"), **record}
+        record = merged(atomic.read_json(path, "remove it"), record)
     atomic.write_json(path, record)
     print(path)
     lines = failures(record)

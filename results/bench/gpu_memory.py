@@ -15,14 +15,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import gpu  # beside this file
+
 from moalign.preflight import check
 from moalign.runs import atomic
 
 HERE = Path(__file__).resolve().parent
-KEPT = HERE.parents[0] / "published" / "assistant" / "runs"
-GIB = 2**30
-REST = "rest"
-"""The part of an estimate that torch does not allocate: context and fragmentation."""
+KEPT = HERE.parent / "published" / "assistant" / "runs"
 
 
 class Row(NamedTuple):
@@ -65,12 +64,10 @@ def kept_rows(found: Iterator[Mapping[str, Any]]) -> list[Row]:
         by_method.setdefault(record["method"], []).append(record)
     rows = []
     for method, runs in by_method.items():
-        gpu = ", ".join(sorted({name for run in runs for name in run["environment"]["gpus"]}))
-        measured = max(run["cost"]["peak_memory_bytes"] for run in runs) / GIB
+        names = ", ".join(sorted({name for run in runs for name in run["environment"]["gpus"]}))
+        measured = max(run["cost"]["peak_memory_bytes"] for run in runs) / gpu.GIB
         report = check.check(f"{runs[0]['task']}/{method}", ["needs.gpu=any", "needs.gpu_memory_gib=80"])
-        phase = max(report.memory["phases"], key=lambda each: float(each["total_gib"]) - each["parts_gib"][REST])
-        estimate = phase["total_gib"] - phase["parts_gib"][REST]
-        rows.append(Row("smollm2-135m-instruct", method, gpu, len(runs), measured, estimate, phase["phase"]))
+        rows.append(Row(gpu.SMALL, method, names, len(runs), measured, *gpu.estimated(report.memory)))
     return sorted(rows, key=lambda row: -row.measured)
 
 
@@ -86,8 +83,8 @@ def test_rows(folder: Path) -> list[Row]:
                 settings = [text.removeprefix("config.") for text in each.get("settings", ())]
                 asked = f" for {each['card_gib']:.0f} GB" if "card_gib" in each else ""
                 name = f"{each['method']}{asked}{' (' + ', '.join(settings) + ')' if settings else ''}"
-                gpu = record["device"]["gpu"]
-                rows.append(Row(each["model"], name, gpu, 1, each["peak_gib"], each["estimate_gib"], ""))
+                where = record["device"]["gpu"]
+                rows.append(Row(each["model"], name, where, 1, each["peak_gib"], each["estimate_gib"], ""))
     return rows
 
 

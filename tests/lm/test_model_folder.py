@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -176,6 +177,22 @@ def test_the_hash_of_a_large_file_is_kept_for_the_next_process(folder: Path, rea
         note.write_text("[1]")  # damaged: made again
     read.clear()
     assert model_folder.fingerprint(folder, "x") == changed and "model.safetensors" in read
+
+
+def test_a_relative_path_is_another_file_in_another_folder(
+    folder: Path, read: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_safetensors(folder / "model.safetensors", 40)
+    other = shutil.copytree(folder, tmp_path / "elsewhere" / "model")
+    content = (other / "model.safetensors").read_bytes()
+    (other / "model.safetensors").write_bytes(content[:-1] + b"1")
+    for place in (folder, other):  # of one size and time
+        os.utime(place / "model.safetensors", ns=(10**18, 10**18))
+    found = []
+    for place in (folder, other):
+        monkeypatch.chdir(place.parent)
+        found.append(model_folder.fingerprint(Path("model"), "x"))
+    assert found[0] != found[1]
 
 
 def test_a_cache_that_cannot_be_written_costs_time_alone(folder: Path, read: list[str], tmp_path: Path) -> None:
