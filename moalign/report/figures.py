@@ -408,8 +408,25 @@ def condense(metrics: Sequence[Row]) -> dict[str, list[list[float]]]:
     return curves
 
 
+def of_seeds(curves: Sequence[Sequence[Sequence[float]]]) -> NDArray[np.float64]:
+    """Return one curve of several seeds', ``[points, 4]``: tokens and value (means), lowest and highest value.
+
+    Points are met at equal shares of a training: seeds spend different numbers of tokens on it.
+    """
+    count = min(len(curve) for curve in curves)
+    parts = [np.array(curve, dtype=float) for curve in curves]
+    shares = np.linspace(0, 1, count)
+    met = np.array(
+        [[np.interp(shares, np.linspace(0, 1, len(part)), column) for column in part.T] for part in parts]
+    )  # [seeds, 2, points]
+    tokens, values = met[:, 0], met[:, 1]
+    return np.stack([tokens.mean(0), values.mean(0), values.min(0), values.max(0)], axis=-1)
+
+
 def draw_curves(record: Row, suffix: str = ".png", theme: ThemeName = "light") -> bytes | None:
-    """Draw what each method logged during training; None when no run logged any of :data:`QUANTITIES`.
+    """Draw what each method logged during training, means of its seeds with the lowest and the highest shaded.
+
+    None when no run logged any of :data:`QUANTITIES`.
 
     The axis is the sum of tokens generated and tokens trained on, which all methods have in common; the phases of a run
     follow each other on it. Methods log different quantities: each that at least one method logs has a panel.
@@ -424,16 +441,19 @@ def draw_curves(record: Row, suffix: str = ".png", theme: ThemeName = "light") -
         handles: dict[str, Any] = {}
         for panel, name in zip(style.panels(figure, len(logged), len(logged)), logged, strict=True):
             for index, row in enumerate(rows):
-                marks = style.look(index, colours).marks(5, 1.2)
-                for seed in row["curves"]:
-                    if name in seed:
-                        (line,) = panel.plot(*np.array(seed[name]).T, **marks, markevery=6)
-                        handles.setdefault(style.wrapped(row["label"]), line)
+                seeds = [seed[name] for seed in row["curves"] if name in seed]
+                if not seeds:
+                    continue
+                look = style.look(index, colours)
+                tokens, mean, lowest, highest = of_seeds(seeds).T
+                (line,) = panel.plot(tokens, mean, **look.marks(5, 1.2), markevery=6)
+                panel.fill_between(tokens, lowest, highest, color=look.colour, alpha=0.12, linewidth=0)
+                handles.setdefault(style.wrapped(row["label"]), line)
             panel.set(xlabel="tokens generated and trained on", title=style.wrapped(QUANTITIES[name], 44))
             panel.xaxis.set_major_formatter(EngFormatter())
             panel.xaxis.set_major_locator(MaxNLocator(5))
         style.legend(figure, list(handles.values()), list(handles), "", beside=False)
-        return style.content(figure, f"{record['task']}: learning curves, one line per seed", suffix)
+        return style.content(figure, f"{record['task']}: learning curves, mean of the seeds (shaded: all seeds)", suffix)
 
 
 ALL: dict[str, Callable[..., bytes | None]] = {

@@ -3,9 +3,11 @@
 Measured in turns, so that all meet the same load of the machine; medians of ratios. Every answer has as many tokens as
 it may (online), or a number drawn for it (sampling), whoever makes it; scores are random numbers on both sides.
 
-- online: a step of MO-ODPO, sampling included, and one of trl's OnlineDPOTrainer, with LoRA on the same base;
+- online: a step of MO-ODPO, sampling included, and one of trl's OnlineDPOTrainer, with LoRA on the same base, at the
+  task's own prompts; online_long: at prompts of ``--prompt`` tokens, several of the task's joined;
 - pairs: a step of MODPO, and one of trl's DPOTrainer, the reference's log-probabilities precomputed on both sides;
-- sampling: the sampler, and ``generate`` of transformers, at a spread of lengths;
+- sampling: the sampler as rollouts and evaluations use it, the adapter folded in and taken out again, and ``generate``
+  of transformers on the same model and adapter, at a spread of lengths;
 - updates: MOC's update over PPO's with one reward (``steps.py``), on the sandbox.
 
 Ours is measured plain and with ``share_prompts`` and ``group_by_length``; how far their losses are apart is said, too.
@@ -34,10 +36,11 @@ from typing import Any
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRL_EXPERIMENTAL_SILENCE": "1"}
 
 HERE = Path(__file__).resolve().parent
-GOALS = {"online": 2.0, "pairs": 1.7, "sampling": 1.5}
+GOALS = {"online": 2.0, "online_long": 2.0, "pairs": 1.7, "sampling": 1.5}
 """Promised: how many times as fast as the library. The update of MOC over PPO's: at most 1.1."""
 WHAT = {
     "online": "a step of MO-ODPO over one of trl's OnlineDPOTrainer",
+    "online_long": "the same at longer prompts",
     "pairs": "a step of MODPO over one of trl's DPOTrainer",
     "sampling": "answers over `generate`",
 }
@@ -91,8 +94,8 @@ def descend(parameters: list[Any], optimizer: Any) -> None:
 # -- online ------------------------------------------------------------------------------------------------------------
 
 
-def online(options: argparse.Namespace, place: Path) -> dict[str, Any]:
-    """Time whole steps: two answers to each prompt, scores, reference, loss, update."""
+def online(options: argparse.Namespace, place: Path, prompt: int | None = None) -> dict[str, Any]:
+    """Time whole steps: two answers to each prompt, scores, reference, loss, update; prompts of that many tokens."""
     import torch
 
     from moalign.core.seeds import derive
@@ -101,10 +104,14 @@ def online(options: argparse.Namespace, place: Path) -> dict[str, Any]:
     steps: dict[str, Step] = {}
     for name, more in {"plain": {}, "shared": SHARED}.items():
         size = {"batch": options.batch, "samples": 2, "micro_batch": 2 * options.batch, "epochs": 1}
-        job = job_of("mo-odpo", options, place / name, **size, temperature=0.7, **more)
+        job = job_of("mo-odpo", options, place / name, **size, temperature=0.7, lr=0.0, **more)
         bound_answers(job, options.tokens)
+        if prompt is not None:
+            lengthen_prompts(job, prompt, 4 * options.batch)
+        move(job)
         steps[name] = ours_online(job)
         prompts = job.task.prompts["train"]
+    mean = statistics.mean(len(row) for row in job.task.language_model.encode(prompts_read(job, prompts), 4096))
     set_threads(job.task.language_model.model.num_parameters())
     step, base = trl_online(job_of("mo-odpo", options, place / "trl"), prompts, options, place)
     steps["library"] = step
@@ -112,7 +119,47 @@ def online(options: argparse.Namespace, place: Path) -> dict[str, Any]:
     measured = in_turns(steps, options.repeats)
     values = measured.pop("values")
     apart = max(abs(a - b) for a, b in zip(values["plain"], values["shared"], strict=True))
-    return {**measured, "losses_apart": apart, "prompts": options.batch, "tokens": options.tokens, "base": base}
+    sizes = {"prompts": options.batch, "prompt": round(mean), "tokens": options.tokens}
+    return {**measured, "losses_apart": apart, **sizes, "base": base}
+
+
+def online_long(options: argparse.Namespace, place: Path) -> dict[str, Any]:
+    """Time the same steps at prompts of ``--prompt`` tokens."""
+    return online(options, place, options.prompt)
+
+
+def prompts_read(job: Any, prompts: list[str]) -> list[str]:
+    """Return prompts with their preference, half for the first objective, as both sides read them."""
+    others = len(job.task.names) - 1
+    weights = [0.5, *[0.5 / others] * others]
+    return [str(job.task.renderer.preference(prompt, weights)) for prompt in prompts]
+
+
+def lengthen_prompts(job: Any, tokens: int, count: int) -> None:
+    """Give the job ``count`` prompts to train on, each of as many of the task's as make ``tokens`` tokens or more."""
+    lm, known = job.task.language_model, job.task.prompts["train"]
+    made = []
+    for at in range(count):
+        joined = str(known[at % len(known)])
+        for more in range(1, tokens):
+            if len(lm.encode(prompts_read(job, [joined]), 4096)[0]) >= tokens:
+                break
+            joined += " " + known[(at + more * count) % len(known)]
+        made.append(joined)
+    generation = job.task.card.generation.model_copy(update={"max_prompt_tokens": 4096})
+    job.task.card = job.task.card.model_copy(update={"generation": generation})
+    job.task.prompts = {**job.task.prompts, "train": made}
+
+
+def move(job: Any) -> None:
+    """Add the same noise to the adapter each time: where policy and reference agree, every loss is log 2."""
+    import torch
+
+    from moalign.lm import adapters
+
+    noise, lm = torch.Generator().manual_seed(0), job.task.language_model
+    weights = adapters.tensors(lm).items()
+    adapters.set_tensors(lm, {name: w + 0.01 * torch.randn(w.shape, generator=noise) for name, w in weights})
 
 
 def bound_answers(job: Any, tokens: int) -> None:
@@ -162,7 +209,7 @@ def trl_online(job: Any, prompts: list[str], options: argparse.Namespace, place:
     from moalign.lm.trainers import checkpointing_option, quiet_libraries
 
     lm = job.task.language_model
-    lm.model, renderer = lm.model.unload(), job.task.renderer
+    lm.model = lm.model.unload()
     config = OnlineDPOConfig(
         output_dir=str(place / "trl-out"), per_device_train_batch_size=options.batch, max_new_tokens=options.tokens,
         temperature=0.7, learning_rate=job.config.lr, beta=[job.config.beta], max_steps=1, report_to="none",
@@ -170,8 +217,7 @@ def trl_online(job: Any, prompts: list[str], options: argparse.Namespace, place:
         generation_kwargs={"min_new_tokens": options.tokens}, **{checkpointing_option(): False},
     )  # fmt: skip
     rng, given = np.random.default_rng(0), np.random.default_rng(1)
-    weights = [0.5, *[0.5 / (len(job.task.names) - 1)] * (len(job.task.names) - 1)]
-    texts = [str(renderer.preference(prompt, weights)) for prompt in prompts]
+    texts = prompts_read(job, prompts)
     with quiet_libraries():
         trainer = OnlineDPOTrainer(
             model=copy.deepcopy(lm.model),
@@ -259,6 +305,7 @@ def sampling(options: argparse.Namespace, place: Path) -> dict[str, Any]:
     from transformers import LogitsProcessor
 
     from moalign.lm import sampler
+    from moalign.lm.adapters import merged
 
     job = job_of("mo-odpo", options, place)
     lm = job.task.language_model
@@ -310,10 +357,11 @@ def sampling(options: argparse.Namespace, place: Path) -> dict[str, Any]:
         assert out.shape[1] - ids.shape[1] == int(lengths.max())
         return float(lengths.sum())
 
-    steps: dict[str, Step] = {
-        "plain": lambda: float(sampler.sample(lm, prompts, numbers).tokens),
-        "library": library,
-    }
+    def ours() -> float:
+        with merged(lm):
+            return float(sampler.sample(lm, prompts, numbers).tokens)
+
+    steps: dict[str, Step] = {"plain": ours, "library": library}
     try:
         measured = in_turns(steps, options.repeats)
     finally:
@@ -332,6 +380,7 @@ def updates(options: argparse.Namespace, place: Path) -> dict[str, Any]:
 
 PARTS: dict[str, Callable[[argparse.Namespace, Path], dict[str, Any]]] = {
     "online": online,
+    "online_long": online_long,
     "pairs": pairs,
     "sampling": sampling,
     "updates": updates,

@@ -253,6 +253,23 @@ def test_learning_curves_show_what_was_logged(record: dict[str, Any]) -> None:
     assert figures.draw_curves(record) is None
 
 
+def test_the_curve_of_several_seeds_meets_them_at_equal_shares_of_training() -> None:
+    seeds = [[[0.0, 4.0], [10.0, 2.0], [20.0, 3.0]], [[2.0, 0.0], [30.0, 1.0]]]
+    assert figures.of_seeds(seeds).tolist() == [[1.0, 2.0, 0.0, 4.0], [25.0, 2.0, 1.0, 3.0]]
+    assert figures.of_seeds(seeds[:1]).tolist() == [[0.0, 4.0, 4.0, 4.0], [10.0, 2.0, 2.0, 2.0], [20.0, 3.0, 3.0, 3.0]]
+
+
+@pytest.mark.slow
+def test_learning_curves_have_one_line_a_method(record: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.axes import Axes
+
+    drawn: list[list[float]] = []
+    plot = Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda self, x, y, **how: drawn.append([*y]) or plot(self, x, y, **how))
+    figures.draw_curves(record)
+    assert drawn == [[0.0, 1.0], [3.5, 1.5]], "utility of one seed, mean loss of two"
+
+
 def test_curves_are_condensed_by_means_over_tokens() -> None:
     lines = [{"step": i, "tokens_generated": i, "tokens_trained": 2 * i, "loss": float(i % 2)} for i in range(400)]
     lines += [{"step": 0, "loss": None, "utility": 1.0}, {"step": 1, "tokens_trained": 5, "utility": 3.0}]
