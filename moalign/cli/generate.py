@@ -78,10 +78,7 @@ def generate(
         for answer in answers:
             output.line(answer.response, PROSE)
     else:
-        if len(blocks) > 1:
-            output.line(f"{handle.record.method} on {handle.record.task}: {handle.path}")
-            output.line()
-        _show(blocks)
+        _show(handle, blocks)
 
 
 def _content(handle: RunHandle, blocks: list[list[Answer]]) -> dict[str, Any]:
@@ -130,10 +127,13 @@ def _prompts(prompt: str | None) -> list[str] | None:
     return prompts
 
 
-def _show(blocks: list[list[Answer]]) -> None:
+def _show(handle: RunHandle, blocks: list[list[Answer]]) -> None:
     """Print each prompt with a block for each preference: answer, the words it was asked for in, scores."""
     from moalign.core.preferences import label
 
+    if len(blocks) > 1:
+        output.line(f"{handle.record.method} on {handle.record.task}: {handle.path}")
+        output.line()
     labels = [label(block[0].preference) for block in blocks]
     width = max(10, *map(len, labels))
     for row in zip(*blocks, strict=True):

@@ -134,8 +134,6 @@ def evaluate(
     _describe(judgement.points, context.task, table["response"].tolist(), divergences)
     proxy = proxy_reward(context, table, preferences, samples)
     judges = usage_of(context.task.panel, context.task.gold_panel)
-    held = held_out(context)
-    separate = bool(held) and not all(_has(held, w) for w in preferences)
     judged = quality_of(context.task, table["response"].tolist(), divergences)
     result = EvalResult(
         **about(method, context),
@@ -148,9 +146,7 @@ def evaluate(
         overlong=context.task.overlong() or None,
         judges=judges or None,
         engine=None if context.task.engine is None else "vllm",
-        generalisation=_generalisation(method, context, preferences, scores, held, progress, samples)
-        if separate
-        else None,
+        generalisation=_generalisation(method, context, preferences, scores, progress, samples),
         groups=of_groups(context.task, preferences, scores),
         warnings=_warnings(context, judged, judgement, judges) or None,
     )
@@ -198,14 +194,17 @@ def _generalisation(
     context: RunContext,
     preferences: Sequence[Preference],
     scores: Matrix,
-    held: Sequence[Preference],
     progress: Progress,
     samples: int,
-) -> Generalisation:
+) -> Generalisation | None:
     """Return the numbers of the evaluation separately for trained and for held-out preferences.
 
-    Held-out preferences that are not among ``preferences`` get an evaluation of their own.
+    Held-out preferences that are not among ``preferences`` get an evaluation of their own. None where none was held
+    out, or where ``preferences`` are such alone.
     """
+    held = held_out(context)
+    if all(_has(held, w) for w in preferences) or not held:
+        return None
     unseen = [k for k, w in enumerate(preferences) if _has(held, w)]
     if all(_has(preferences, w) for w in held):
         others, their_scores = [preferences[k] for k in unseen], scores[:, unseen]

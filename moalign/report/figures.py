@@ -453,7 +453,8 @@ def draw_curves(record: Row, suffix: str = ".png", theme: ThemeName = "light") -
             panel.xaxis.set_major_formatter(EngFormatter())
             panel.xaxis.set_major_locator(MaxNLocator(5))
         style.legend(figure, list(handles.values()), list(handles), "", beside=False)
-        return style.content(figure, f"{record['task']}: learning curves, mean of the seeds (shaded: all seeds)", suffix)
+        title = f"{record['task']}: learning curves, mean of the seeds (shaded: all seeds)"
+        return style.content(figure, title, suffix)
 
 
 ALL: dict[str, Callable[..., bytes | None]] = {

@@ -302,7 +302,6 @@ def sampling(options: argparse.Namespace, place: Path) -> dict[str, Any]:
     """Time answers to the task's prompts that end after 1/8 to all of the tokens, the same on both sides."""
     import numpy as np
     import torch
-    from transformers import LogitsProcessor
 
     from moalign.lm import sampler
     from moalign.lm.adapters import merged
@@ -316,8 +315,44 @@ def sampling(options: argparse.Namespace, place: Path) -> dict[str, Any]:
     texts = [job.task.renderer.preference(known[at % len(known)], weights) for at in range(count)]
     prompts = lm.encode(texts, job.task.card.generation.max_prompt_tokens)
     lengths = torch.as_tensor(np.random.default_rng(0).integers(max(1, longest // 8), longest + 1, size=count))
-    starts = torch.tensor([len(prompt) for prompt in prompts])
+    ids, mask = sampler.pad_left(prompts, lm.pad, lm.device)
+    numbers = sampler.uniforms(0, range(count), longest)
     ends = sorted(lm.end_ids)
+    ending, processor = endings(lengths, torch.tensor([len(prompt) for prompt in prompts]), ids.shape[1], ends)
+
+    def library() -> float:
+        with torch.no_grad():
+            out = lm.model.generate(
+                input_ids=ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                max_new_tokens=longest, eos_token_id=ends, pad_token_id=lm.pad, logits_processor=[processor],
+            )  # fmt: skip
+        assert out.shape[1] - ids.shape[1] == int(lengths.max())
+        return float(lengths.sum())
+
+    def ours() -> float:
+        with merged(lm):
+            return float(sampler.sample(lm, prompts, numbers).tokens)
+
+    steps: dict[str, Step] = {"plain": ours, "library": library}
+    NextToken, sampler.NextToken = sampler.NextToken, ending  # type: ignore[misc]
+    try:
+        measured = in_turns(steps, options.repeats)
+    finally:
+        sampler.NextToken = NextToken  # type: ignore[misc]
+    told = measured.pop("values")
+    assert told["plain"] == told["library"], "not the same numbers of tokens"
+    return {**measured, "rows": count, "tokens": int(lengths.sum()), "base": str(job.task.card.model or "sandbox")}
+
+
+def endings(lengths: Any, starts: Any, width: int, ends: list[int]) -> tuple[Any, Any]:
+    """Return the sampler's model, and a logits processor, that end each row after its number of tokens.
+
+    ``starts`` are the tokens of each prompt, ``width`` those of the longest.
+    """
+    import torch
+    from transformers import LogitsProcessor
+
+    from moalign.lm import sampler
 
     def forced(logits: Any, over: Any) -> Any:
         logits = logits.clone()
@@ -326,9 +361,7 @@ def sampling(options: argparse.Namespace, place: Path) -> dict[str, Any]:
         return logits
 
     class Ending(sampler.NextToken):
-        """The model, which ends each row after its number of tokens."""
-
-        rows = torch.arange(count)
+        rows = torch.arange(len(lengths))
 
         def read(self, ids: Any, mask: Any, place: Any) -> Any:
             logits = super().read(ids, mask, place)
@@ -342,33 +375,9 @@ def sampling(options: argparse.Namespace, place: Path) -> dict[str, Any]:
 
     class Processor(LogitsProcessor):
         def __call__(self, input_ids: Any, scores: Any) -> Any:
-            return forced(scores, input_ids.shape[1] - ids.shape[1] + 1 >= lengths)
+            return forced(scores, input_ids.shape[1] - width + 1 >= lengths)
 
-    ids, mask = sampler.pad_left(prompts, lm.pad, lm.device)
-    numbers = sampler.uniforms(0, range(count), longest)
-    NextToken, sampler.NextToken = sampler.NextToken, Ending  # type: ignore[misc]
-
-    def library() -> float:
-        with torch.no_grad():
-            out = lm.model.generate(
-                input_ids=ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                max_new_tokens=longest, eos_token_id=ends, pad_token_id=lm.pad, logits_processor=[Processor()],
-            )  # fmt: skip
-        assert out.shape[1] - ids.shape[1] == int(lengths.max())
-        return float(lengths.sum())
-
-    def ours() -> float:
-        with merged(lm):
-            return float(sampler.sample(lm, prompts, numbers).tokens)
-
-    steps: dict[str, Step] = {"plain": ours, "library": library}
-    try:
-        measured = in_turns(steps, options.repeats)
-    finally:
-        sampler.NextToken = NextToken  # type: ignore[misc]
-    told = measured.pop("values")
-    assert told["plain"] == told["library"], "not the same numbers of tokens"
-    return {**measured, "rows": count, "tokens": int(lengths.sum()), "base": str(job.task.card.model or "sandbox")}
+    return Ending, Processor()
 
 
 def updates(options: argparse.Namespace, place: Path) -> dict[str, Any]:

@@ -67,14 +67,20 @@ def inside_updates(repeats: int) -> dict[str, Any]:
                 update(trainer, rollout)
                 times[name]["update"].append(time.perf_counter() - sampled)
                 times[name]["step"].append(time.perf_counter() - started)
-        record: dict[str, Any] = {"batch": config.batch, "repeats": repeats}
-        for name, durations in times.items():
-            record[name] = {kind: round(statistics.median(each[1:]), 4) for kind, each in durations.items()}
-        for size in OBJECTIVES:
-            own = record[f"moc-{size}"]
-            own["ratio"] = round(own["update"] / record["morlhf"]["update"], 3)
-            own["ratio_of_steps"] = round(own["step"] / record["morlhf"]["step"], 3)
-        return record
+        return {"batch": config.batch, "repeats": repeats, **ratios_of(times)}
+
+
+def ratios_of(times: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
+    """Return medians of all but the first round, and MOC's over those of MORLHF."""
+    record: dict[str, Any] = {
+        name: {kind: round(statistics.median(each[1:]), 4) for kind, each in durations.items()}
+        for name, durations in times.items()
+    }
+    for size in OBJECTIVES:
+        own = record[f"moc-{size}"]
+        own["ratio"] = round(own["update"] / record["morlhf"]["update"], 3)
+        own["ratio_of_steps"] = round(own["step"] / record["morlhf"]["step"], 3)
+    return record
 
 
 def inside_dpo(repeats: int) -> dict[str, Any]:
