@@ -204,6 +204,7 @@ BESIDE = {
     "training.grid",  # which adapter is trained
     "training.job",
     "training.kl_budget",  # off by default, as is support
+    "training.means",  # of what is logged
     "training.preference_draws",
     "training.reference",  # log-probabilities of fixed rows, kept on disk
     "training.rollout",  # sampling and scoring

@@ -76,19 +76,21 @@ def compare(
 
 def _show(content: Mapping[str, Any], results: Path) -> None:
     """Print the comparison, and what to type next with the leading run filled in."""
-    from moalign.core.preferences import example
+    from moalign.core.preferences import served_example
     from moalign.report.record import judged
     from moalign.report.terminal import print_comparison
 
     print_comparison(output.console(), content)
     ranked = judged(content)
-    done = [run["run_id"] for row in ranked for run in row["runs"] if run["status"] == "done"]
+    done = [(row, run["run_id"]) for row in ranked for run in row["runs"] if run["status"] == "done"]
     if not done:
         return
+    leader, run_id = done[0]
+    shown = served_example([point["prefs"] for point in leader["points"]], len(content["objectives"]))
     commands = [
-        output.command("generate", done[0], "--prefs", example(len(content["objectives"])), results=results),
-        output.command("eval", done[0], "--hypervolume", results=results),
-        output.command("show", done[0], results=results),
+        output.command("generate", run_id, "--prefs", shown, results=results),
+        output.command("eval", run_id, "--hypervolume", results=results),
+        output.command("show", run_id, results=results),
     ]
     if content["task"] == "sandbox":
         seeds = max(3, 1 + max(len(row["seeds"]) for row in ranked))

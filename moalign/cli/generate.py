@@ -57,7 +57,7 @@ def generate(
     list of them and ``answers`` a list for each.
     """
     from moalign import api
-    from moalign.core.preferences import label
+    from moalign.core.preferences import typed
 
     prompts, prefs = _prompts(prompt), preferences_of(prefs, prefs_text)
     if user is not None and prefs:
@@ -66,7 +66,7 @@ def generate(
         handle = _run(run, prefs, results)
         if user is not None:
             inferred = handle.infer(user, progress)
-            output.note(f"{user}: read as --prefs {label(inferred)}")
+            output.note(f"{user}: read as --prefs {typed(inferred)}")
             prefs = [",".join(map(str, inferred))]
         answers = api.generate(
             handle, prompts, prefs or (), temperature=temperature, seed=seed, results=results, progress=progress

@@ -152,17 +152,22 @@ def _json(run: Run, trained_before: bool, evaluation: dict[str, Any] | None) -> 
 
 def _objectives(run: Run) -> list[dict[str, Any]]:
     """Return the model as a task card names it, one objective per head."""
+    from moalign.core.text import distinct
     from moalign.reward_models import runs
 
     heads = run.record.notes["heads"]
     several = len(heads) > 1
-    specs = [runs.objective(run, _identifier(head), head if several else None) for head in heads]
+    names = distinct([_identifier(head) for head in heads])
+    specs = [runs.objective(run, name, head if several else None) for name, head in zip(names, heads, strict=True)]
     return [spec.model_dump(mode="json", exclude_defaults=True) for spec in specs]
 
 
 def _identifier(name: str) -> str:
-    kept = re.sub(r"[^\w-]", "-", name)
-    return kept if kept[:1].isalpha() else f"r{kept}"
+    """Return what a task card may call an objective."""
+    kept = re.sub(r"[^A-Za-z0-9_-]", "-", name)
+    if not kept.strip("-_"):
+        return "head"
+    return kept if kept[0].isalpha() else f"r{kept}"
 
 
 def _show(run: Run, trained_before: bool, evaluation: dict[str, Any] | None, results: Path) -> None:

@@ -201,7 +201,7 @@ def _json(run: RunHandle) -> dict[str, Any]:
 
 def _show(run: RunHandle, results: Path) -> None:
     from moalign.cli.outcome import cost_of, overlong, show_points, show_summary
-    from moalign.core.preferences import example, label
+    from moalign.core.preferences import served_example
     from moalign.report.units import of_judge
 
     record, evaluation = run.record, run.evaluation
@@ -214,17 +214,13 @@ def _show(run: RunHandle, results: Path) -> None:
     rows += [("warning", text) for text in record.notes.get("warnings", ()) if evaluation is None]
     output.pairs(rows)
     output.line()
-    shown = example(len(run.objectives))
     if evaluation is not None:
         show_points(evaluation)
         show_summary(evaluation)
         output.line()
-    served = [label(point.preference) for point in evaluation.points] if evaluation is not None else []
-    served = served or [label(preference) for preference in record.preferences or ()]
-    if served and shown not in served:
-        shown = served[len(served) // 2]
+    served = [point.preference for point in evaluation.points] if evaluation is not None else record.preferences
     output.next_commands(
         output.command("eval", str(run.path), "--hypervolume"),
         output.command("compare", "--task", str(record.as_given.get("task") or record.task), results=results),
-        output.command("generate", str(run.path), "--prefs", shown),
+        output.command("generate", str(run.path), "--prefs", served_example(served or (), len(run.objectives))),
     )

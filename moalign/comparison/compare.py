@@ -192,6 +192,8 @@ def _settings(texts: Sequence[str], methods: Mapping[str, Method]) -> dict[str, 
         with _collected(problems):
             keys, _ = overrides.parse(text)
             if keys[0] in methods and len(keys) > 1:
+                if keys[1] == "task":
+                    raise RequestError(f"--set {text}: the task is one for all methods; write {text.partition('.')[2]}")
                 settings[keys[0]].append(text.partition(".")[2])
                 continue
             own = keys[1] if keys[0] == "config" and len(keys) > 1 else keys[0]
@@ -221,12 +223,16 @@ def _named_runs(request: CompareRequest) -> tuple[list[ComparedRun], TaskCard, s
     ]
     problems += executors.problems(request.executor)
     runs: dict[Path, Run] = {}
+    same_request: dict[str, Path] = {}
     for name in request.runs:
         with _collected(problems):
             run = RunStore(request.results).find(name)
             if run.status != "done":
                 problems.append(f"run {run.path}: it is {run.status}, not done; finish it with its train command first")
             runs.setdefault(run.path.resolve(), run)
+            twin = same_request.setdefault(run.run_id, run.path)
+            if twin.resolve() != run.path.resolve():
+                problems.append(f"runs {twin} and {run.path} are of one request and seed; name one of them")
     if problems:
         raise RequestError(*problems)
     first, *others = runs.values()

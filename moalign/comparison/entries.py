@@ -7,7 +7,7 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 from moalign.comparison.jobs import ComparedRun
-from moalign.comparison.ranking import EntryRuns, SeedResult
+from moalign.comparison.ranking import EntryRuns, SeedResult, average
 from moalign.config.recipe import PolicySpec, RolloutSpec
 from moalign.report import figures, verdict
 from moalign.runs import store
@@ -25,9 +25,7 @@ def entries_of(runs: Sequence[ComparedRun]) -> list[EntryRuns]:
                 cost = {**record.cost.model_dump(), "seconds": record.seconds}
                 diagnostics = record.notes.get("diagnostics") or {}
                 learned = figures.condense(run.run.metrics())
-                result, which = run.evaluation.result.content, f"seed {run.seed}, " if len(group) > 1 else ""
-                local = verdict.cautions_at(result["quality"], result["points"])
-                warnings = [*(record.notes.get("warnings") or []), *(f"{which}{text}" for text in local)]
+                warnings = [*(record.notes.get("warnings") or []), *_warnings(run, group)]
                 if len(engines) > 1 and run.evaluation.result.engine is not None:
                     warnings.append("answered by vLLM, other rows not: their answers share no random numbers")
                 finished.append(SeedResult(run.seed, run.evaluation, cost, diagnostics, learned, warnings))
@@ -35,6 +33,19 @@ def entries_of(runs: Sequence[ComparedRun]) -> list[EntryRuns]:
         able = method.capabilities
         entries.append(EntryRuns(label, method.name, summaries, finished, able.trains, able.family))
     return entries
+
+
+def _warnings(run: ComparedRun, group: Sequence[ComparedRun]) -> list[str]:
+    """Return what a seed's answers and judges warn of, but for what the mean over the seeds of its group does."""
+    assert run.evaluation is not None
+    result = run.evaluation.result.content
+    qualities = [other.evaluation.result.content["quality"] for other in group if other.evaluation is not None]
+    texts = [
+        *verdict.cautions(result["quality"], known=average(qualities)),
+        *verdict.cautions_at(result["quality"], result["points"]),
+        *verdict.unread(result.get("judges") or {}),
+    ]
+    return [f"seed {run.seed}, {text}" if len(group) > 1 else text for text in texts]
 
 
 def grouped(runs: Sequence[ComparedRun]) -> dict[str, list[ComparedRun]]:

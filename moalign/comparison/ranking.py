@@ -92,17 +92,13 @@ class EntryRuns:
         """The preferences that it was evaluated on."""
         return [point.preference for point in self.results[0].points]
 
-    def observed(self, number: Number, seeds: Sequence[int] | None = None) -> float:
-        """Return a number of the mean points, averaged over the seeds (None: all)."""
-        return _mean([number(self)(run.means) for run in self._chosen(seeds)])
+    def observed(self, number: Number) -> float:
+        """Return a number of the mean points, averaged over the seeds."""
+        return _mean([number(self)(run.means) for run in self.finished])
 
-    def resampled(self, number: Number, draws: int, seed: int, seeds: Sequence[int] | None = None) -> Resampled:
+    def resampled(self, number: Number, draws: int, seed: int) -> Resampled:
         """Return the same of each seed, as observed and in resamples of the prompts."""
-        scores = [run.evaluation.scores for run in self._chosen(seeds)]
-        return statistics.resample(scores, draws, seed).each(number(self))
-
-    def _chosen(self, seeds: Sequence[int] | None) -> list[SeedResult]:
-        return [run for run in self.finished if seeds is None or run.seed in seeds]
+        return statistics.resample([run.evaluation.scores for run in self.finished], draws, seed).each(number(self))
 
 
 Number = Callable[[EntryRuns], Callable[[Matrix], float]]
@@ -148,9 +144,9 @@ def ranking(groups: Sequence[EntryRuns], grid: Sequence[Preference], draws: int,
     products = {group.label: group.resampled(_inner_product, draws, seed) for group in judged}
     pairs = []
     for a, b in itertools.combinations(judged, 2):
-        pair = _difference(Pair, a, b, _hypervolume, samples, draws, seed)
+        pair = _difference(Pair, a, b, _hypervolume, samples, seed)
         if a.grid == b.grid:
-            pair.inner_product = _difference(Difference, a, b, _inner_product, products, draws, seed)
+            pair.inner_product = _difference(Difference, a, b, _inner_product, products, seed)
         pairs.append(pair)
     believed.mark(entries, pairs)
     # The optimum for the comparison's own preferences, or else for the first entry's.
@@ -220,22 +216,16 @@ def _header(group: EntryRuns) -> dict[str, Any]:
 
 
 def _difference(
-    kind: type[D], a: EntryRuns, b: EntryRuns, number: Number, samples: Mapping[str, Resampled], draws: int, seed: int
+    kind: type[D], a: EntryRuns, b: EntryRuns, number: Number, samples: Mapping[str, Resampled], seed: int
 ) -> D:
-    """Return the difference in a number of the mean points, paired over prompts and, where both have them, seeds.
+    """Return the difference in a number of the mean points, paired over prompts and, if both have the same, seeds.
 
-    ``samples`` holds its resamples by label, over all seeds.
+    It is that of the numbers that the entries are ranked by, over all seeds of each; ``samples`` holds its resamples by
+    label.
     """
-    seeds = None
-    if a.seeded and b.seeded and a.seeds != b.seeds:
-        seeds = sorted(set(a.seeds) & set(b.seeds)) or None
-    if seeds is None:
-        of_a, of_b = samples[a.label], samples[b.label]
-    else:
-        of_a, of_b = (group.resampled(number, draws, seed, seeds) for group in (a, b))
-    observed = a.observed(number, seeds) - b.observed(number, seeds)
-    alike = len(of_a.observed) == len(of_b.observed)
-    parts = [of_a - of_b] if alike else [of_a, -of_b]
+    of_a, of_b = samples[a.label], samples[b.label]
+    observed = a.observed(number) - b.observed(number)
+    parts = [of_a - of_b] if a.seeds == b.seeds else [of_a, -of_b]
     low, high = statistics.interval(*parts).tolist()
     return kind(
         a=a.label,
@@ -245,7 +235,7 @@ def _difference(
         certain=low > 0 or high < 0,
         share_above_zero=statistics.share_above_zero(*parts, seed=seed),
         probability_of_improvement=_improves(a, b, samples),
-        seeds=seeds if seeds is not None else sorted({*a.seeds, *b.seeds}),
+        seeds=sorted({*a.seeds, *b.seeds}),
     )
 
 
@@ -326,7 +316,7 @@ def _generalisation(results: Sequence[EvalResult]) -> dict[str, HeldOutSummary] 
             hypervolume=_mean([side.hypervolume for side in sides]),
             optimal_share=_mean_if_known([side.optimal_share for side in sides]),
             utility_share=_mean_if_known([side.utility_share for side in sides]),
-            tau=_mean([side.indicators.tau for side in sides]),
+            tau=_mean_if_known([side.indicators.tau for side in sides]),
             inner_product=_mean([side.indicators.inner_product for side in sides]),
         )
     return summaries

@@ -61,7 +61,7 @@ class HeldOutSummary(Content):
     hypervolume: float
     optimal_share: float | None
     utility_share: float | None
-    tau: float
+    tau: float | None
     inner_product: float
 
 

@@ -18,7 +18,8 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from moalign.config.objectives import SANDBOX, Aggregation, JudgeObjective, ObjectiveSpec
 from moalign.config.strict import Strict
-from moalign.core.errors import did_you_mean, unknown
+from moalign.core.errors import RequestError, did_you_mean, unknown
+from moalign.core.preferences import require_grid
 
 DEFAULTS_VERSION = 1
 """Part of every hash, which leaves out settings at their default: whoever changes a default here or in
@@ -72,7 +73,7 @@ class DataSpec(Strict):
     """Prompts generated as every combination of the named parts: key ``template`` holds texts with
     ``{part}`` fields, every other key the values of a part."""
     responses: SourceSpec | None = None
-    """Scored or unscored responses: fields prompt, response and, if present, one column per objective."""
+    """Logged responses: fields prompt and response; the task's scorers score them, other columns are not read."""
     pairs: SourceSpec | dict[str, SourceSpec] | None = None
     """Preference pairs: fields prompt, chosen, rejected (or whole dialogues). By objective, as a pair is labelled for
     one: ``{harmlessness: {path: safer.jsonl}}``; a single source has no objective and trains no policy."""
@@ -314,6 +315,10 @@ class TaskCard(Strict):
         for field in ("reference_point", "sensitivity_point"):
             if len(getattr(self, field)) != len(names):
                 yield f"{field} needs one number per objective ({len(names)}); found {len(getattr(self, field))}"
+        try:
+            require_grid(len(names), self.grid, "grid")
+        except RequestError as error:
+            yield str(error)
         if self.normaliser is not None and sorted(self.normaliser) != sorted(names):
             yield f"normaliser must name every objective ({listed}); found {', '.join(self.normaliser)}"
         if stray := [name for name in self.published if name not in names]:
@@ -330,6 +335,10 @@ class TaskCard(Strict):
             yield f"template.end must be one of template.stop, or answers would not stop there; found {end!r}"
         if self.kind == "sandbox" and self.sandbox is None:
             yield "kind: sandbox needs a section sandbox"
+        if self.kind == "sandbox" and self.data is not None:
+            yield "data is for kind: text; the sandbox's prompts, responses and pairs are its own"
+        if self.kind == "text" and self.sandbox is not None:
+            yield "sandbox is for kind: sandbox"
         if self.built_in_base:  # it is trained on what these say, and its optimum is theirs
             for name in self.objective_names:
                 if name not in SANDBOX:
@@ -342,6 +351,9 @@ class TaskCard(Strict):
             elif self.sandbox.annotators is not None and self.sandbox.annotators.groups != "specialists":
                 groups = self.sandbox.annotators.groups
                 yield f"rewards: learned needs annotators of each objective (specialists); found {groups!r}"
+            for spec in self.objectives:
+                if spec.kind != "sandbox":
+                    yield f"rewards: learned needs objectives of kind sandbox; found {spec.name} of kind {spec.kind}"
             if self.gold_objectives:
                 yield "gold_objectives: rewards: learned is judged by the sandbox's own truth; leave one of the two out"
         given = self.data and (self.data.prompts, self.data.prompt_grammar) != (None, None)

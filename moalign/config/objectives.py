@@ -253,6 +253,13 @@ class SandboxObjective(_Objective):
 
     kind: Literal["sandbox"]
 
+    @field_validator("maximise")
+    @classmethod
+    def _upwards(cls, maximise: bool) -> bool:
+        if not maximise:
+            raise ValueError("found false; allowed: true, since the sandbox's optimum is the most of each objective")
+        return maximise
+
 
 ObjectiveSpec = Annotated[
     PythonObjective | RuleObjective | ClassifierObjective | LmObjective | JudgeObjective | SandboxObjective,

@@ -136,6 +136,17 @@ def example(objectives: int) -> str:
     return {1: "1", 3: "0.2,0.1,0.7"}.get(objectives, "0.3,0.7" + ",0" * (objectives - 2))
 
 
+def served_example(served: Sequence[Sequence[float]], objectives: int) -> str:
+    """Return a preference as ``--prefs`` takes it, for the next command: one of those that a run is known to serve.
+
+    >>> served_example([(0.0, 1.0), (1 / 3, 2 / 3), (1.0, 0.0)], 2), served_example([], 2)
+    ('0.33333333,0.66666667', '0.3,0.7')
+    """
+    texts = [typed(preference) for preference in served]
+    shown = example(objectives)
+    return shown if shown in texts or not texts else texts[len(texts) // 2]
+
+
 def grid(objectives: int, steps: int) -> list[Preference]:
     """Return the Das-Dennis grid with ``steps`` divisions, from (0,..,1) to (1,..,0).
 
@@ -153,20 +164,28 @@ def grid_of(objectives: int, points: int) -> list[Preference]:
 
     For two objectives every N >= 2 has one, for three only 3, 6, 10, 15, 21, ..., and the more objectives, the further
     they are apart (four: 4, 10, 20, 35; six: 6, 21, 56). Between them, from four objectives on, the points are spread
-    by their Riesz energy (corners included) and rounded to multiples of 1/1000. Raises RequestError naming the nearest
-    sizes otherwise.
+    by their Riesz energy (corners included) and rounded to multiples of 1/1000. Raises what :func:`require_grid` does.
+    """
+    steps = require_grid(objectives, points)
+    return list(_spread(objectives, points)) if steps is None else grid(objectives, steps)
+
+
+def require_grid(objectives: int, points: int, where: str = "--grid") -> int | None:
+    """Return the steps of the even grid of exactly ``points`` vectors, None where a spread one takes its place.
+
+    Raises RequestError, which begins with ``where`` and names the nearest sizes, where there is neither.
     """
     sizes = [math.comb(steps + objectives - 1, objectives - 1) for steps in range(1, FINEST + 1)]
     if points in sizes:
-        return grid(objectives, sizes.index(points) + 1)
+        return sizes.index(points) + 1
     if objectives > 3 and objectives < points <= MOST_SPREAD:
-        return list(_spread(objectives, points))
+        return None
     if points > sizes[-1]:
-        raise RequestError(f"--grid {points}: at most {sizes[-1]} points over {objectives} objectives")
+        raise RequestError(f"{where} {points}: at most {sizes[-1]} points over {objectives} objectives")
     larger = next(index for index, size in enumerate(sizes) if size > points)
     near = " or ".join(str(size) for size in sizes[max(0, larger - 1) : larger + 1])
     raise RequestError(
-        f"--grid {points}: no even grid over {objectives} objectives has {points} points; nearest: {near}"
+        f"{where} {points}: no even grid over {objectives} objectives has {points} points; nearest: {near}"
     )
 
 
@@ -252,3 +271,12 @@ def _decimals(weight: float) -> int:
 def label(weights: Sequence[float]) -> str:
     """Return a short label such as ``0.3,0.7`` for tables, files and figures."""
     return ",".join(f"{w:.4g}" for w in weights)
+
+
+def typed(weights: Sequence[float]) -> str:
+    """Return the short text that ``--prefs`` reads as :func:`same` preference again.
+
+    >>> typed((1 / 3, 2 / 3)), parse(typed((1 / 3, 1 / 3, 1 / 3)), ["a", "b", "c"])
+    ('0.33333333,0.66666667', (0.33333333, 0.33333333, 0.33333333))
+    """
+    return ",".join(f"{w:.8g}" for w in weights)

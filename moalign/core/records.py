@@ -1,4 +1,4 @@
-"""Typed records of a task's data: prompts, responses, scored responses and preference pairs."""
+"""Typed records of a task's data: prompts, responses, logged responses and preference pairs."""
 
 from __future__ import annotations
 
@@ -29,16 +29,11 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True)
-class ScoredResponse:
-    """A response to a prompt, with raw scores ``[objectives]`` as the data gives them.
-
-    ``scores`` is None when the data holds no scores; a None inside it marks an objective without a score. The direction
-    (``maximise``) is not applied here: the reward layer does that.
-    """
+class LoggedResponse:
+    """A response to a prompt that the data holds. Scores are the task's scorers' own, whatever else the data has."""
 
     prompt: str
     response: str
-    scores: tuple[float | None, ...] | None = None
     finished: bool = True
     """False: a limit cut the response off (a column ``finished`` of the file says so)."""
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import unicodedata
+from collections.abc import Iterable
 
 PROSE = "\n\t"
 """What text of several lines keeps; everything else is one line."""
@@ -32,6 +34,19 @@ def shaped(text: str) -> str:
     'a\\tb\\u200d'
     """
     return "".join(_escape(char) if unicodedata.category(char) in _SHAPELESS else char for char in text)
+
+
+def distinct(names: Iterable[str]) -> list[str]:
+    """Return the names, told apart: one that was there before gets a number.
+
+    >>> distinct(["a", "b", "a", "a"])
+    ['a', 'b', 'a-2', 'a-3']
+    """
+    found: list[str] = []
+    for name in names:
+        numbered = (f"{name}-{number}" for number in itertools.count(2))
+        found.append(name if name not in found else next(other for other in numbered if other not in found))
+    return found
 
 
 def _escape(character: str) -> str:

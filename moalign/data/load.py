@@ -15,11 +15,13 @@ from pathlib import Path
 from moalign.config.card import DataSpec, SourceSpec
 from moalign.core import errors
 from moalign.core.errors import RequestError
-from moalign.core.records import Pair, ScoredResponse
+from moalign.core.records import LoggedResponse, Pair
 from moalign.data.dialogue import ASSISTANT, split_pair
 from moalign.data.readers import Field, Row, check_text, missing_column, read
 
 _OPTIONAL_PROMPT = Field("prompt", required=False, blank=False)
+_DIALOGUE = [Field(name, required=False, in_place_of="prompt") for name in ("chosen", "rejected")]
+_PAIR = [_OPTIONAL_PROMPT, Field("chosen"), Field("rejected")]
 _GROUP = Field("group", required=False, blank=False)
 GRAMMAR_LIMIT = 1_000_000
 """Prompts; a larger grammar is refused before it is generated."""
@@ -38,28 +40,23 @@ def load_prompts(spec: DataSpec, base_dir: Path | str = ".") -> list[str]:
     return prompts
 
 
-def load_responses(spec: DataSpec, objectives: Sequence[str], base_dir: Path | str = ".") -> Iterator[ScoredResponse]:
-    """Stream ``data.responses``: fields prompt, response and, where present, one column per objective.
+def load_responses(spec: DataSpec, base_dir: Path | str = ".") -> Iterator[LoggedResponse]:
+    """Stream ``data.responses``: fields prompt and response. Raises RequestError when the task has none.
 
-    ``scores`` is ``[objectives]`` in the order of ``objectives``, or None when a record has none of
-    them. Raises RequestError when the task has no responses, a score is no finite number, or a column
-    differs from an objective's name only in case or punctuation (its scores would be ignored).
-
+    Other columns are not read, scores that people gave neither: the task's scorers score all responses alike.
     A source whose ``columns`` name ``chosen`` is read as preference pairs: both replies of a pair are responses (RiC).
     A column ``finished`` marks the responses that a limit cut off as false; without it all are finished.
     """
     if spec.responses is None:
         raise RequestError("data.responses: the task has none; give a source with the columns prompt and response")
     if "chosen" in spec.responses.columns:
-        pairs = load_grouped_pairs(spec.responses, base_dir)
-        return (ScoredResponse(pair.prompt, reply) for _, pair in pairs for reply in (pair.chosen, pair.rejected))
-    fields = [
-        Field("prompt", blank=False),
-        Field("response"),
-        Field("finished", truth=True, required=False),
-        *(Field(name, number=True, required=False) for name in objectives),
-    ]
-    return _responses(read(spec.responses, fields, base_dir), spec.responses, objectives)
+        pairs = _ungrouped(spec.responses, base_dir)
+        return (LoggedResponse(pair.prompt, reply) for pair in pairs for reply in (pair.chosen, pair.rejected))
+    fields = [Field("prompt", blank=False), Field("response"), Field("finished", truth=True, required=False)]
+    return (
+        LoggedResponse(row.values["prompt"], row.values["response"], row.values["finished"] is not False)
+        for row in read(spec.responses, fields, base_dir)
+    )
 
 
 def load_pairs(spec: DataSpec, base_dir: Path | str = ".", objective: str | None = None) -> Iterator[Pair]:
@@ -78,7 +75,7 @@ def load_pairs(spec: DataSpec, base_dir: Path | str = ".", objective: str | None
                 f"found: {', '.join(source) or 'none'}"
             )
         source = source[objective]
-    return (pair for _, pair in load_grouped_pairs(source, base_dir))
+    return _ungrouped(source, base_dir)
 
 
 def load_grouped_pairs(source: SourceSpec, base_dir: Path | str = ".") -> Iterator[tuple[str | None, Pair]]:
@@ -86,32 +83,13 @@ def load_grouped_pairs(source: SourceSpec, base_dir: Path | str = ".") -> Iterat
 
     Raises RequestError as :func:`load_pairs` does.
     """
-    rows = read(source, [_OPTIONAL_PROMPT, Field("chosen"), Field("rejected"), _GROUP], base_dir)
-    return ((row.values["group"], _pair(row)) for row in rows)
+    return ((row.values["group"], _pair(row)) for row in read(source, [*_PAIR, _GROUP], base_dir))
 
 
-def _responses(rows: Iterator[Row], source: SourceSpec, objectives: Sequence[str]) -> Iterator[ScoredResponse]:
-    for index, row in enumerate(rows):
-        if index == 0:
-            _refuse_near_miss(row, source, objectives)
-        scores = tuple(row.values[name] for name in objectives)
-        scored = any(score is not None for score in scores)
-        finished = row.values["finished"] is not False
-        yield ScoredResponse(row.values["prompt"], row.values["response"], scores if scored else None, finished)
-
-
-def _refuse_near_miss(row: Row, source: SourceSpec, objectives: Sequence[str]) -> None:
-    def letters(name: str) -> str:
-        return "".join(filter(str.isalnum, name.casefold()))
-
-    spare = {letters(column): column for column in row.columns if column not in objectives}
-    for name in objectives:
-        column = spare.get(letters(name))
-        if column is not None and name not in row.columns and name not in source.columns:
-            raise RequestError(
-                f"{row.where}: column {column!r} looks like the objective {name!r}, but has another name; "
-                f"rename it, or say columns: {{{name}: {column}}}"
-            )
+def _ungrouped(source: SourceSpec, base_dir: Path | str) -> Iterator[Pair]:
+    """Stream pairs where it does not matter who labelled them; a column ``group`` is looked at if it was named."""
+    named = [_GROUP] if _GROUP.name in source.columns else []
+    return (_pair(row) for row in read(source, [*_PAIR, *named], base_dir))
 
 
 def _pair(row: Row) -> Pair:
@@ -128,8 +106,7 @@ def _pair(row: Row) -> Pair:
 
 def _given(spec: DataSpec, base_dir: Path | str) -> Iterator[str]:
     if isinstance(spec.prompts, SourceSpec):
-        fields = [_OPTIONAL_PROMPT, Field("chosen", required=False), Field("rejected", required=False)]
-        for row in read(spec.prompts, fields, base_dir):
+        for row in read(spec.prompts, [_OPTIONAL_PROMPT, *_DIALOGUE], base_dir):
             yield _prompt(row, spec.prompts.columns.get("prompt", "prompt"))
         return
     for position, prompt in enumerate(spec.prompts or [], start=1):

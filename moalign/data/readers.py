@@ -16,12 +16,10 @@ format has no lines), says what was found and, for a column, which name is neare
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import gzip
 import hashlib
 import json
-import math
 import os
 import re
 import zlib
@@ -51,15 +49,16 @@ Located = tuple[str, Mapping[str, Any]]
 
 
 class Field(NamedTuple):
-    """What a reader expects of one field: text, a number or nothing, or true, false (also 1, 0) or nothing."""
+    """What a reader expects of one field: text, or true, false (also 1, 0) or nothing."""
 
     name: str
-    number: bool = False
     truth: bool = False
     required: bool = True
     """A record without its column is refused; an optional one must be there only when ``columns`` names its column."""
     blank: bool = True
     """Whether a text may be empty or white space only."""
+    in_place_of: str | None = None
+    """A field before it, of which this one takes the place: where that one has a value it is not looked at."""
 
 
 class Row(NamedTuple):
@@ -188,10 +187,10 @@ def _rows(plan: _Plan) -> Iterator[Row]:
         count += 1
         columns = tuple(record)
         plan.require(where, columns)
-        values = {
-            field.name: _value(where, field, column, record.get(column), from_text)
-            for field, column in plan.columns.items()
-        }
+        values: dict[str, Any] = {}
+        for field, column in plan.columns.items():
+            unused = field.in_place_of is not None and values[field.in_place_of] is not None
+            values[field.name] = None if unused else _value(where, field, column, record.get(column), from_text)
         yield Row(where, values, columns)
     if not count:
         empty = isinstance(plan.place, Path) and plan.place.is_file() and plan.place.stat().st_size == 0
@@ -209,12 +208,12 @@ def _open(plan: _Plan) -> Iterator[Located]:
 # Values
 
 
-def _value(where: str, field: Field, column: str, value: Any, from_text: bool) -> str | float | bool | None:
-    """Return the checked value of a field; ``from_text``: numbers stand as text in the source."""
-    if field.number or field.truth:
+def _value(where: str, field: Field, column: str, value: Any, from_text: bool) -> str | bool | None:
+    """Return the checked value of a field; ``from_text``: all values stand as text in the source."""
+    if field.truth:
         if value is None or (from_text and not value.strip()):
             return None
-        return _truth(where, column, value) if field.truth else _number(where, column, value, from_text)
+        return _truth(where, column, value)
     if value is None and not field.required:
         return None
     if not isinstance(value, str):
@@ -236,18 +235,6 @@ def check_text(text: str, where: str) -> None:
         raise RequestError(
             f"{where} holds half a character ({text[error.start]!r} at position {error.start}), which is no valid text"
         ) from error
-
-
-def _number(where: str, column: str, value: Any, from_text: bool) -> float:
-    number = math.nan
-    # Python reads 1_0 as ten; a data file that says so is more likely broken.
-    if "_" not in value if from_text else isinstance(value, int | float) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError, OverflowError):
-            number = float(value)
-    if not math.isfinite(number):
-        content = shorten(value) if from_text or isinstance(value, int | float) else _kind(value)
-        raise RequestError(f"{where}: column {column!r} must be a finite number or nothing; found {content}")
-    return number
 
 
 def _truth(where: str, column: str, value: Any) -> bool:
@@ -431,6 +418,17 @@ def _suffix(path: Path) -> str | None:
     """Return the kind of file without ``.gz``, or None for an unknown one."""
     name = path.name.lower()
     return next((suffix.removesuffix(".gz") for suffix in SUFFIXES if name.endswith(suffix)), None)
+
+
+def stem(path: str) -> str:
+    """Return the name of a file without the suffix of its kind, or that of a data set on the hub.
+
+    >>> stem("data/hh.v1.jsonl.gz"), stem("Anthropic/hh-rlhf")
+    ('hh.v1', 'hh-rlhf')
+    """
+    name = Path(path).name
+    suffix = next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), "")
+    return name[: len(name) - len(suffix)] or name
 
 
 def _no_such_file(path: Path) -> str:

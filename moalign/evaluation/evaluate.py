@@ -20,7 +20,7 @@ import numpy as np
 from moalign.config.objectives import JudgeObjective, ObjectiveSpec
 from moalign.core.arrays import Matrix
 from moalign.core.errors import RequestError, WorkError
-from moalign.core.preferences import Preference, label, same
+from moalign.core.preferences import Preference, label, same, typed
 from moalign.core.progress import Progress, silent
 from moalign.evaluation import at_kl, divergence
 from moalign.evaluation.divergence import KlToBase
@@ -67,18 +67,22 @@ class Evaluation:
 
 def preferences_for(method: Method, context: RunContext, requested: Sequence[Preference] | None) -> list[Preference]:
     """Return the preferences to evaluate: those requested, else the task's grid, or the trained ones where a method is
-    not ``steerable``.
+    not ``steerable``. One of these that was typed with fewer digits is that one.
 
     Raises RequestError when such a method is requested to answer for others.
     """
     steerable = method.capabilities.steerable
+    known = list(context.task.grid if steerable else context.preferences)
+    found = []
     for preference in requested or ():
-        if not steerable and preference not in context.preferences:
+        own = next((w for w in known if same(w, preference)), None)
+        if own is None and not steerable:
             raise RequestError(
-                f"--prefs {label(preference)}: {method.name} answers only for the preferences it was trained on: "
-                f"{'; '.join(label(w) for w in context.preferences)}"
+                f"--prefs {typed(preference)}: {method.name} answers only for the preferences it was trained on: "
+                f"{'; '.join(map(typed, known))}"
             )
-    return list(requested or (context.task.grid if steerable else context.preferences))
+        found.append(preference if own is None else own)
+    return found or known
 
 
 def names(task: Task, preferences: Sequence[Preference], samples: int | None = None) -> tuple[str, str]:
@@ -124,7 +128,9 @@ def evaluate(
         if stored.card_hash == context.task.hash:
             if stored.frontier is None:  # of a version that did not know it
                 at_kl.add(stored, context.task)
-            return Evaluation(stored, _stored_scores(context, table_name, path, preferences, samples))
+            scores = _stored_scores(context, table_name, path, preferences, samples)
+            _require_same_scale(context.task, stored, scores, path)
+            return Evaluation(stored, scores)
     atomic.require_new(path)
     started = time.monotonic()
     table, cost, divergences = respond(method, context, preferences, progress, samples)
@@ -311,6 +317,17 @@ def _stored_scores(
         ) from error
 
 
+def _require_same_scale(task: Task, stored: EvalResult, scores: Matrix, path: Path) -> None:
+    """Raise RequestError where the task's scale is another one than the stored points were put on."""
+    stored_means, means = np.array([point.mean for point in stored.points]), scores.mean(axis=0)
+    if np.isfinite(means).all() and not np.allclose(means, stored_means, rtol=0, atol=1e-6):
+        raise RequestError(
+            f"{path}: judged on another scale than that of {task.folder} (its normaliser was fitted again, or is that "
+            f"of another machine); put the old one back, or delete {path.name} and evaluate again: moalign eval "
+            f"{path.parent}"
+        )
+
+
 def scores_of(context: RunContext, table: pd.DataFrame, preferences: Sequence[Preference], samples: int) -> Matrix:
     """Return normalised scores ``[prompts, preferences, objectives]``, several samples of a prompt averaged."""
     card = context.task.card
@@ -361,7 +378,7 @@ def judge(task: Task, preferences: Sequence[Preference], scores: Matrix) -> Judg
         hypervolume=hypervolume(means, ref),
         hypervolume_interval=_of_hypervolume(drawn, ref),
         indicators=Indicators(
-            tau=steered["tau"],
+            tau=steered["tau"] if len(set(preferences)) > 1 else None,
             tau_per_objective=tuple(steered["per_objective"]),
             inner_product=indicators.inner_product(grid, means),
             expected_utility=indicators.expected_utility(grid, means),

@@ -129,7 +129,8 @@ class EvaluatedPoint(Point):
 class Indicators(Content):
     """Numbers beside the hypervolume (:mod:`moalign.pareto.indicators`)."""
 
-    tau: float
+    tau: float | None
+    """None for a single preference: there is nothing that it could follow."""
     tau_per_objective: tuple[float, ...]
     inner_product: float
     expected_utility: float

@@ -101,7 +101,7 @@ def export(
     from moalign.runs import atomic
 
     check_free(out)
-    preferences_for(method, context, [preference])
+    (preference,) = preferences_for(method, context, [preference])
     context.task.progress = progress
     (policy,) = policies_of(method, context, [preference])
     parts = _parts_of(policy, preference)
@@ -241,8 +241,15 @@ def _settings(exported: Exported, pad: int) -> dict[str, Any]:
 
 
 def _write_whole(context: RunContext, model: ModelGenerator, place: Path, limits: GenerationConfig) -> None:
+    from moalign.lm import adapters
+
     lm = _unquantised(context, model) if model.lm.in_4bit else model.lm
     lm.model.set_adapter(model.adapter)
+    if adapters.shares_weights(lm):
+        raise RequestError(
+            "--merged: the adapter changes the embeddings or the head, which are one tensor in this model: merged into "
+            "one it would change both; export the adapter without --merged"
+        )
     whole: Any = lm.model.merge_and_unload()
     whole.generation_config = limits
     whole.save_pretrained(place, safe_serialization=True)

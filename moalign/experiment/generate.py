@@ -68,7 +68,7 @@ def generate(
     """
     from moalign.policies.policy import respond_all
 
-    preferences_for(method, context, wanted)
+    wanted = preferences_for(method, context, wanted)
     task = context.task
     texts = checked(task.eval_prompts[:SHOWN] if prompts is None else prompts)
     task.progress = progress

@@ -120,8 +120,8 @@ class RunHandle(Run):
             RequestError: the run is not finished, a wrong preference, or one that its method cannot serve.
         """
         method, context = self.opened()
-        preference = preferences.parse(vector_text(prefs), context.task.names)
-        evaluate.preferences_for(method, context, [preference])
+        asked = preferences.parse(vector_text(prefs), context.task.names)
+        (preference,) = evaluate.preferences_for(method, context, [asked])
         return SteeredPolicy(policies_of(method, context, [preference])[0], context, preference)
 
     def infer(self, user: str | Path, progress: Progress = silent) -> Preference:

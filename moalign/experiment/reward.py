@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moalign.config import overrides, validate
-from moalign.config.card import SourceSpec
+from moalign.config import find, overrides, validate
+from moalign.config.card import SourceSpec, SplitSpec
 from moalign.config.load import load_card
 from moalign.config.objectives import ClassifierObjective
 from moalign.core import errors
 from moalign.core.errors import RequestError
 from moalign.core.progress import Progress, silent
+from moalign.core.text import distinct
 from moalign.reward_models import evaluation, pairs, runs
 from moalign.reward_models.pairs import PairSet
 from moalign.reward_models.runs import RewardRequest, RewardStore
@@ -57,11 +59,16 @@ class PairsRequest:
         """Return the pairs of the files, or of the task."""
         return task.pair_sets() if task is not None else pairs.read([_source(text) for text in self.pairs], Path.cwd())
 
-    def settings(self, task: Task | None, **options: Any) -> RewardSettings:
-        """Return the checked settings, ``options`` (None: not given) last; RequestError with every problem."""
+    def settings(self, task: Task | None, splits: SplitSpec | None = None, **options: Any) -> RewardSettings:
+        """Return the checked settings, ``options`` (None: not given) last; RequestError with every problem.
+
+        ``splits`` is the default in place of the task's.
+        """
         data: dict[str, Any] = {}
         if task is not None:
             data = {"splits": task.card.splits.model_dump(), **task.reward_settings}
+        if splits is not None:
+            data["splits"] = splits.model_dump()
         labels: dict[tuple[str, ...], str] = {}
         problems: list[str] = []
         allowed = list(RewardSettings.model_fields)
@@ -132,9 +139,9 @@ def plan(request: RewardTrainRequest, progress: Progress = silent) -> RewardRequ
         results=request.results,
         as_given={
             "pairs": [_absolute(text) for text in request.pairs],
-            "task": request.task,
+            "task": _of_any_folder(request.task),
             "model": request.model,
-            "set": list(request.overrides),
+            "set": [_absolute_setting(text) for text in request.overrides],
         },
     )
 
@@ -172,9 +179,23 @@ def _absolute(text: str) -> str:
     return where if name is None else f"{name}={where}"
 
 
+def _of_any_folder(task: str | None) -> str | None:
+    """Return a task's name, or its card's file, as it can be found from any folder."""
+    if task is None or (not find.is_path(task) and task in find.list_tasks()):
+        return task
+    return str(find.find_task_file(task).resolve())
+
+
+def _absolute_setting(text: str) -> str:
+    """Return a ``--set task.`` text that names a file or folder as it can be read from any folder."""
+    key, _, value = text.partition("=")
+    named = key.startswith("task.") and key.rpartition(".")[2] in {"path", "model", "template"}
+    return f"{key}={Path(value).resolve()}" if named and value and os.path.exists(value) else text
+
+
 def _slug(name: str) -> str:
     """Return a name that does for a folder."""
-    kept = "".join(letter if letter.isalnum() or letter in "._+-" else "-" for letter in name).replace("+", "-")
+    kept = re.sub(r"[^A-Za-z0-9._-]", "-", name)
     return kept.strip(".-_")[:60] or "pairs"
 
 
@@ -233,7 +254,7 @@ def judge(
         if own and reading == Reading():
             out = out or (None if atomic.read_only(run.path) else run.path)
     objective = reading.of(objective)
-    judged_on, calibrated_on = _parts(run if own else None, request, reading.split, progress)
+    judged_on, calibrated_on = _parts(run, own, request, reading.split, progress)
     progress("judging", 0, 1)
     content = evaluation.evaluate(objective, judged_on, calibrated_on)
     about = _about(run) if run is not None else {"model": model}
@@ -250,11 +271,15 @@ def _run(model: str, results: Path) -> Run | None:
 
 
 def _parts(
-    run: Run | None, request: PairsRequest, split: str, progress: Progress
+    run: Run | None, own: bool, request: PairsRequest, split: str, progress: Progress
 ) -> tuple[list[PairSet], list[PairSet]]:
-    """Return the pairs to judge on (of ``run``: its own) and those to fit a temperature on."""
-    _refuse_unused(request.overrides, run is not None, split)
-    if run is not None:
+    """Return the pairs to judge on (``own``: those of the run) and those to fit a temperature on.
+
+    Named pairs, too, are divided as the run's were unless ``--set splits`` says otherwise: among them may be those that
+    it was trained on.
+    """
+    _refuse_unused(request.overrides, own, split)
+    if run is not None and own:
         given = run.record.as_given
         request = replace(request, pairs=given.get("pairs", ()), task=given.get("task"), overrides=given.get("set", ()))
         if request.task is None and not request.pairs:
@@ -263,14 +288,12 @@ def _parts(
     sets = request.pair_sets(task)
     if split == "all":
         return sets, []
-    if run is not None:
-        spec = runs.settings_of(run).splits
-    else:
-        spec = request.settings(task).splits
+    trained = None if run is None else runs.settings_of(run).splits
+    spec = trained if own and trained is not None else request.settings(task, trained).splits
     parts = pairs.split_all(sets, spec)
     if split not in parts:
         raise errors.unknown("split", split, [*parts, "all"], "--split")
-    if run is not None and runs.content(parts) != run.record.card_hash:
+    if run is not None and own and runs.content(parts) != run.record.card_hash:
         raise RequestError(f"run {run.path}: its pairs have changed since it was trained; name the pairs with --pairs")
     return parts[split], parts["calibration"] if split == "eval" else []
 
@@ -308,8 +331,9 @@ def _written(content: dict[str, Any], folder: Path | None, progress: Progress) -
         from moalign.report.reliability import reliability_figure
 
         folder.mkdir(parents=True, exist_ok=True)
-        for row in content["datasets"]:
-            path = folder / f"reliability-{_slug(row['name'])}.png"
+        slugs = distinct([_slug(row["name"]) for row in content["datasets"]])
+        for row, slug in zip(content["datasets"], slugs, strict=True):
+            path = folder / f"reliability-{slug}.png"
             title = f"{row['name']}: accuracy {row['accuracy']:.3f}, ECE {row['ece']['10']:.3f}, {row['pairs']} pairs"
             reliability_figure(row["reliability"], title, path)
             content["figures"].append(str(path))

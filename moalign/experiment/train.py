@@ -311,7 +311,8 @@ def _counting_judges(plan: Plan, run: Run, asked: Mapping[str, dict[str, Any]]) 
         yield
         parts += processes.gather(usage_of(plan.task.panel)) if judged else []
     except BaseException:
-        parts.append(usage_of(plan.task.panel))
+        if judged:  # the panel of learned rewards may be what was interrupted: it would be trained on here
+            parts.append(usage_of(plan.task.panel))
         raise
     finally:
         if judged:

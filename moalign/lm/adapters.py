@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,15 @@ MERGE_BELOW = TINY
 ADAPTER = "policy"
 """Name of the trained adapter. (A name that is part of ``lora_`` would collide inside peft.)"""
 
+_PLAIN: dict[str, tuple[object, ...]] = {
+    "use_rslora": (False, None),
+    "use_dora": (False, None),
+    "alpha_pattern": ({}, None),
+    "rank_pattern": ({}, None),
+    "init_lora_weights": (True, False, "gaussian", None),
+}
+"""Settings of an adapter that would change how strong it is, or what it stands on, and the values that do not."""
+
 _FACTOR = re.compile(r"lora_(?:embedding_)?([AB])\b")
 """Tells an A, ``[rank, inputs]``, from a B, ``[outputs, rank]``."""
 
@@ -42,20 +52,20 @@ def attach(lm: LanguageModel, spec: LoraSpec, seed: int, name: str = ADAPTER) ->
     lm.model.set_adapter(name)
 
 
-def with_adapter(model: Any, spec: LoraSpec, name: str = ADAPTER) -> Any:
-    """Return the model, wrapped by peft, with a fresh adapter.
+def with_adapter(model: Any, spec: LoraSpec, name: str = ADAPTER, where: str = "policy.lora") -> Any:
+    """Return the model, wrapped by peft, with a fresh adapter; ``where`` is how a message names ``spec``.
 
     Raises RequestError when the targets name no layer, or the model has fewer layers than are to have adapters.
     """
     from peft import get_peft_model
 
-    config = lora_config(model, spec, "CAUSAL_LM", "policy.lora")
+    config = lora_config(model, spec, "CAUSAL_LM", where)
     try:
         if not hasattr(model, "peft_config"):
             return get_peft_model(model, config, adapter_name=name)
         model.add_adapter(name, config)
     except ValueError as error:
-        raise RequestError(f"policy.lora.targets {spec.targets!r}: {str(error).splitlines()[0]}") from None
+        raise RequestError(f"{where}.targets {spec.targets!r}: {str(error).splitlines()[0]}") from None
     return model
 
 
@@ -199,11 +209,12 @@ def place(lm: LanguageModel, adapter: Adapter, name: str) -> None:
 def merged(lm: LanguageModel) -> Iterator[None]:
     """Within the block the active adapter of a small model is folded into a copy of its weights: as fast as the base.
 
-    The base's own tensors are put back untouched, so nothing drifts. Large models are left as they are.
+    The base's own tensors are put back untouched, so nothing drifts. Large models are left as they are, and so are
+    those of which an adapted weight is that of another layer, too.
     """
     layers = lora_layers(lm)
     active = layers[0].active_adapters if layers else []
-    if not active or lm.in_4bit or lm.model.num_parameters() > MERGE_BELOW:
+    if not active or lm.in_4bit or lm.model.num_parameters() > MERGE_BELOW or shares_weights(lm):
         yield
         return
     weights = [layer.get_base_layer().weight for layer in layers]
@@ -228,6 +239,15 @@ def lora_layers(lm: LanguageModel) -> list[Any]:
 
     modules = lm.model.modules() if hasattr(lm.model, "peft_config") else []
     return [module for module in modules if isinstance(module, LoraLayer)]
+
+
+def shares_weights(lm: LanguageModel) -> bool:
+    """Return whether a layer with adapters has its weight in common with another one: embeddings tied to the head.
+
+    With the adapter folded in, the other layer would change, too, which it does not where the adapter stands beside.
+    """
+    places = Counter(id(weight) for _, weight in lm.model.named_parameters(remove_duplicate=False))
+    return any(places[id(layer.get_base_layer().weight)] > 1 for layer in lora_layers(lm))
 
 
 def changes(layer: Any, name: str) -> bool:
@@ -304,6 +324,9 @@ def read(lm: LanguageModel, folder: Path) -> Adapter:
         raise RequestError(f"{where}: trained on a base with fingerprint {base}, but {lm.source} has {lm.fingerprint}")
     try:
         config = atomic.parsed_json(config_path.read_bytes())
+        for key, plain in _PLAIN.items():
+            if (found := config.get(key, plain[0])) not in plain:
+                raise RequestError(f"{where}: {config_path.name}: found {key}: {found!r}; allowed: {plain[0]!r}")
         spec = LoraSpec(
             r=config["r"],
             alpha=config["lora_alpha"],
@@ -311,6 +334,6 @@ def read(lm: LanguageModel, folder: Path) -> Adapter:
             targets=config["target_modules"],
             layers=len(config.get("layers_to_transform") or ()) or None,
         )
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise RequestError(f"{where}: {config_path.name} is damaged ({type(error).__name__})") from error
     return Adapter(spec, weights)

@@ -128,8 +128,8 @@ def linear(shapes: Shapes) -> list[int]:
     return [prod(shape) for name, shape in matrices.items() if re.fullmatch(_ALL_LINEAR, name.removesuffix(".weight"))]
 
 
-def examine(folder: Path, where: str, lora: LoraSpec | None) -> str:
-    """Build a folder's language model on the meta device, where it takes no memory, and put LoRA on it.
+def examine(folder: Path, where: str, lora: LoraSpec | None, setting: str = "policy.lora") -> str:
+    """Build a folder's language model on the meta device, where it takes no memory, and put LoRA (``setting``) on it.
 
     Returns what was seen. Raises RequestError for weights that are missing, of another model or of another shape, and
     for LoRA targets that name no layer.
@@ -140,15 +140,15 @@ def examine(folder: Path, where: str, lora: LoraSpec | None) -> str:
 
     with loading.explained(where, folder):
         model = loading.from_folder(AutoModelForCausalLM, folder, where, device_map="meta")
-    return with_lora(model, lora)
+    return with_lora(model, lora, setting)
 
 
-def with_lora(model: Any, lora: LoraSpec | None) -> str:
+def with_lora(model: Any, lora: LoraSpec | None, setting: str = "policy.lora") -> str:
     """Put LoRA on a model and return both in words; RequestError for LoRA targets that name no layer."""
     from moalign.lm import adapters
 
     seen = f"{type(model).__name__}, {model.num_parameters():,} parameters"
     if lora is None:
         return seen
-    trained, _ = adapters.with_adapter(model, lora).get_nb_trainable_parameters()
+    trained, _ = adapters.with_adapter(model, lora, where=setting).get_nb_trainable_parameters()
     return f"{seen}, {trained:,} in LoRA adapters"

@@ -28,6 +28,9 @@ DATE = "2024-07-26"
 
 Ids = list[int]
 
+REMEMBERED = 4096
+"""Rendered prompts whose fitting is remembered; where preferences are drawn anew every one is another."""
+
 
 @dataclass(frozen=True)
 class Ends:
@@ -324,6 +327,8 @@ class Renderer:
         if self.codec is None or self.max_tokens is None:
             return rendered
         if rendered not in self._fitted:
+            if len(self._fitted) >= REMEMBERED:
+                self._fitted.clear()
             self._fitted[rendered] = self.codec.fit(prompt, build, self.max_tokens, "generation.max_prompt_tokens")
         return self._fitted[rendered]
 

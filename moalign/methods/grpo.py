@@ -71,6 +71,11 @@ class Config(OnlineConfig, WarmStart):
             )
         return samples
 
+    @property
+    def rows_per_prompt(self) -> int:
+        """A group."""
+        return self.samples
+
     @model_validator(mode="after")
     def _a_prompt_each(self) -> Config:
         if self.groups > self.batch:

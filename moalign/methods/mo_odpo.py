@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
     from moalign.lm.language_model import LanguageModel
     from moalign.policies.policy import Policy
+    from moalign.training.means import Some
     from moalign.training.online import Part
     from moalign.training.rollout import Rollout
 
@@ -198,29 +199,32 @@ def best_against_worst(
     return rows, labels
 
 
-def loss(part: Part, config: Config, names: Sequence[str], beta: float) -> tuple[Tensor, dict[str, float]]:
+def loss(part: Part, config: Config, names: Sequence[str], beta: float) -> tuple[Tensor, dict[str, float | Some]]:
     """Return the mean DPO loss over a part's pairs (a scalar) and metrics; ``names`` are the objectives'."""
     from moalign.losses.dpo import log_ratios, pair_loss
+    from moalign.training.means import Some
 
     ratio = log_ratios(part.logps, part.ref_logps)
     labels, weights = part.tensors["labels"].to(ratio.device), part.tensors["weights"].to(ratio.device)
     chance = None if config.labels == "order" else part.tensors["chance"].to(ratio.device)
     value = pair_loss(ratio[0::2], ratio[1::2], labels, weights, beta, chance).mean()
-    metrics = {}
+    metrics: dict[str, float | Some] = {}
     if config.sft_coef:  # the first response of a pair is the preferred one
         lengths = part.response_mask[0::2].sum(-1).clamp_min(1)
         nll = -(part.logps[0::2].sum(-1) / lengths).mean()
         value, metrics = value + config.sft_coef * nll, {"nll": float(nll.detach())}
-    right = ((ratio[0::2] - ratio[1::2]).detach().unsqueeze(-1) * labels > 0).float()[labels != 0].mean()
-    return value, {"accuracy": float(right), **metrics, **entropies(part, names)}
+    right = ((ratio[0::2] - ratio[1::2]).detach().unsqueeze(-1) * labels > 0).float()[labels != 0]
+    return value, {"accuracy": Some(float(right.sum()), len(right)), **metrics, **entropies(part, names)}
 
 
-def entropies(part: Part, names: Sequence[str]) -> dict[str, float]:
+def entropies(part: Part, names: Sequence[str]) -> dict[str, float | Some]:
     """Return mean token entropy, and by the objective that a preference weighs most: collapse shows here first."""
+    from moalign.training.means import Some
+
     per_row = part.entropy.sum(-1) / part.response_mask.sum(-1).clamp_min(1)
     leading = part.tensors["preferences"].argmax(-1).repeat_interleave(2).to(per_row.device)
-    metrics = {"entropy": float(per_row.mean())}
-    for index, name in enumerate(names):
-        if bool((leading == index).any()):
-            metrics[f"entropy/{name}"] = float(per_row[leading == index].mean())
-    return metrics
+    of_objective = {
+        f"entropy/{name}": Some(float(per_row[leading == index].sum()), int((leading == index).sum()))
+        for index, name in enumerate(names)
+    }
+    return {"entropy": float(per_row.mean()), **of_objective}

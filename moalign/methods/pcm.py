@@ -77,6 +77,8 @@ class Config(PpoConfig, CostHints, NamesModels):
     ref_sync_steps: None = None
     share_prompts: Literal[False] = False
     """The experts are frozen and read beside the prompts of their own; it is ``experts.share_prompts`` that pays."""
+    group_by_length: Literal[False] = False
+    """What the experts find of a token is kept by the place that it was sampled at."""
 
     @model_validator(mode="after")
     def _pairs(self) -> Config:
@@ -145,6 +147,8 @@ class Pcm:
         config: Config = job.config
         for model in config.models.values():  # now, and not when the experts have been trained
             require_tokenizer(model, job.task.codec)
+        if config.control.form == "adapter":
+            job.task.examine(config.control.lora, "control.lora")
         bring_experts(job, *config.expert_runs())
         with mixture_in_training(job) as actor:
             learn(job, actor, base_scores(job))

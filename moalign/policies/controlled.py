@@ -153,6 +153,13 @@ class ControlPrompt(Rendered):
     bare: Rendered
     preference: Preference
 
+    def __eq__(self, other: object) -> bool:
+        """Two preferences that are worded alike weigh the experts differently: they share no answer."""
+        return super().__eq__(other) and self.preference == getattr(other, "preference", None)
+
+    def __hash__(self) -> int:
+        return hash((str(self), self.preference))
+
     @classmethod
     def made(cls, context: RunContext, prompt: str, preference: Preference) -> ControlPrompt:
         """Return the prompt with its preference written beside it, and as it is."""

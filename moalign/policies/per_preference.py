@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from moalign.core.errors import RequestError
-from moalign.core.preferences import TOLERANCE, label
+from moalign.core.preferences import TOLERANCE, typed
 from moalign.lm import adapters
 from moalign.lm.generator import LazyGenerator
 from moalign.policies.policy import Policy, adapter_name
@@ -24,9 +24,9 @@ def index_of(context: RunContext, preference: Sequence[float]) -> int:
     nearest = min(range(len(served)), key=distances.__getitem__)
     if distances[nearest] > TOLERANCE:
         raise RequestError(
-            f"preference {label(preference)}: run {context.run.record.run_id} ({context.run.record.method}) answers "
-            f"only for the preferences it was trained on: {'; '.join(map(label, served))}; "
-            f"the nearest is {label(served[nearest])}"
+            f"preference {typed(preference)}: run {context.run.record.run_id} ({context.run.record.method}) answers "
+            f"only for the preferences it was trained on: {'; '.join(map(typed, served))}; "
+            f"the nearest is {typed(served[nearest])}"
         )
     return nearest
 

@@ -17,6 +17,7 @@ from moalign.core.errors import RequestError
 from moalign.core.preferences import Preference
 from moalign.methods import registry
 from moalign.methods.base import Method
+from moalign.policies.control_spec import ControlSpec
 from moalign.preflight import fit
 from moalign.preflight.inputs import check_inputs, named_model
 from moalign.preflight.report import Preflight
@@ -51,6 +52,9 @@ def check(
         if isinstance(resolved.config, NamesModels):
             for name, named in resolved.config.models.items():
                 report.look(name, partial(named_model, report, name, named))
+        control = getattr(resolved.config, "control", None)
+        if isinstance(control, ControlSpec) and control.form == "adapter" and inputs.task is not None:
+            report.look("control", partial(inputs.task.examine, control.lora, "control.lora"))
         if isinstance(resolved.config, NamesFiles):
             report.look("files", partial(_files, resolved.config))
         if isinstance(resolved.config, GroupsUsers) and inputs.task is not None:

@@ -157,8 +157,7 @@ def _check_data(report: Preflight, card: TaskCard) -> bool:
     if spec is None:
         return True
     if spec.responses is not None and _check_source(report, "responses", spec.responses):
-        names = card.objective_names
-        report.look("responses", lambda: f"{_count(load.load_responses(spec, names, Path.cwd()))} rows")
+        report.look("responses", lambda: f"{_count(load.load_responses(spec, Path.cwd()))} rows")
     sources = spec.pairs if isinstance(spec.pairs, dict) else {None: spec.pairs}
     for objective, source in sources.items():
         name = "pairs" if objective is None else f"pairs.{objective}"

@@ -168,7 +168,9 @@ def estimate(resolved: ResolvedRequest, policy: Architecture, capabilities: Capa
             phases += phases_of.sft(name, config)
     judging, unknown = reward_models(card, judging=True)
     answering = _Phases(resolved, policy, adapted, judging, on_cpu)
-    phases.append(answering.sampling("answering", adapters=adapted * 4 * readers, readers=readers))
+    # Interpolated experts are one adapter, whose rank is the sum of theirs.
+    placed = len(card.objectives) if capabilities.interpolates else readers
+    phases.append(answering.sampling("answering", adapters=adapted * 4 * placed, readers=readers))
     return Estimate(policy, adapted, card.dtype, phases, unknown, on_cpu, card.load_in_4bit)
 
 
@@ -292,7 +294,8 @@ class _Phases:
         """Return a phase in which texts are sampled and scored; ``adapters`` in bytes, ``readers`` read each row."""
         rows = readers * (self.limits.batch_size if rows is None else rows)
         cache = rows * self.tokens * 2 * self.policy.layers * self.policy.key_value * self.width
-        logits = rows * self.policy.vocabulary * (self.width + 8)
+        drawing = 33 if self.limits.top_p < 1 else 12  # a nucleus is sorted
+        logits = rows * self.policy.vocabulary * (self.width + drawing)
         # One after the other: what takes more counts.
         busy = {"KV cache": cache, "logits": logits} if cache + logits > sum(self.scoring.values()) else self.scoring
         folded = {"folded": self.folded * readers} if self.folded and adapters else {}
@@ -321,8 +324,7 @@ class _Phases:
 
     def _shared(self, rows: int, config: OnlineConfig) -> tuple[int, int]:
         """Return the tokens read where rows share their prompts, and the bytes of the keys repeated for them."""
-        together = config.samples if isinstance(config, PpoConfig) else 2
-        prompts, limits = -(-rows // together), self.limits
+        prompts, limits = -(-rows // config.rows_per_prompt), self.limits
         keys = 2 * self.policy.hidden * self.policy.layers * self.width  # as wide as queries: attention expands them
         read = prompts * limits.max_prompt_tokens + rows * limits.max_new_tokens
         return read, rows * limits.max_prompt_tokens * keys

@@ -55,7 +55,8 @@ def print_comparison(console: Console, record: Row) -> None:
 
 def _heading(record: Row) -> str:
     ref = ", ".join(f"{value:g}" for value in record["ref"])
-    known = f"; optimum {number(record['optimum']['hypervolume'])}" if record["optimum"] else ""
+    on_grid = record["optimum"] and not all(row["own_preferences"] for row in judged(record))
+    known = f"; optimum {number(record['optimum']['hypervolume'])}" if on_grid else ""
     answers = f" x {record['samples']} answers" if record["samples"] > 1 else ""
     prompts = f", {record['prompts']} prompts{answers}" if record["prompts"] else ""
     return (

@@ -89,9 +89,14 @@ def unread(judges: Mapping[str, Row]) -> list[str]:
     ]
 
 
-def cautions(quality: Row) -> list[str]:
-    """Return what a row's quality warns of: collapsed responses, and a policy that has left the base's language."""
-    return [f"{text}; read some before trusting its hypervolume" for text in _beyond(quality).values()]
+def cautions(quality: Row, known: Row | None = None) -> list[str]:
+    """Return what a row's quality warns of: collapsed responses, and a policy that has left the base's language.
+
+    Not of what ``known``, the quality over all seeds, warns of already.
+    """
+    told = _beyond(known) if known is not None else {}
+    texts = [text for kind, text in _beyond(quality).items() if kind not in told]
+    return [f"{text}; read some before trusting its hypervolume" for text in texts]
 
 
 def cautions_at(quality: Row, points: Sequence[Row]) -> list[str]:
@@ -145,7 +150,7 @@ def _no_winner(record: Row, leader: str) -> str:
     if not uncertain:
         return f"No method wins: {leader} leads, but not all of its seeds finished."
     near = _smallest(uncertain)
-    beaten = [lead["other"] for lead in leads if lead["certain"]]
+    beaten = [lead["other"] for lead in leads if lead["certain"] and lead["difference"] > 0]
     more = f" It is above {_listed(beaten)} with {percent(record['level'])} certainty." if beaten else ""
     if near["difference"] == 0:
         return f"No method wins: {leader} and {near['other']} have the same hypervolume.{more}"

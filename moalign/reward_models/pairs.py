@@ -14,6 +14,7 @@ from moalign.config.card import SourceSpec, SplitSpec
 from moalign.core.errors import RequestError
 from moalign.core.seeds import derive
 from moalign.data import load, splits
+from moalign.data.readers import stem
 
 SHOWN = 3
 """Data sets named in a message."""
@@ -67,13 +68,21 @@ def read(sources: Sequence[tuple[str | None, SourceSpec]], base_dir: Path | str 
     ``sources`` are (name, file or hub data set): a row's ``group`` names its data set, else the source's name does,
     else the file's own. Relative paths begin at ``base_dir``.
 
-    Raises RequestError for whatever is wrong with a file, with its line; both replies of a pair the same text.
+    Raises RequestError for whatever is wrong with a file, with its line; both replies of a pair the same text; two
+    files that would share a name that nobody gave.
     """
     sets: dict[str, PairSet] = {}
+    named_by: dict[str, str] = {}  # data set -> the file whose own name it has
     for name, source in sources:
-        default = name or Path(source.path).name.split(".")[0]
         for group, pair in load.load_grouped_pairs(source, base_dir):
-            key = group if group is not None else default
+            key = group or name
+            if key is None:
+                key = stem(source.path)
+                if named_by.setdefault(key, source.path) != source.path:
+                    raise RequestError(
+                        f"--pairs: {named_by[key]} and {source.path} would both be named {key}; give names: NAME=FILE "
+                        "(one name for both makes one data set of them)"
+                    )
             sets.setdefault(key, PairSet(key)).add(pair.prompt, pair.chosen, pair.rejected)
     if not sets:
         raise RequestError("--pairs: the files hold no pairs")

@@ -26,15 +26,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from moalign.config.objectives import JudgeObjective
 from moalign.core.errors import RequestError, placed
 from moalign.rewards.rows import check_templates, render
 from moalign.rewards.scorer import ScorerFault, digest
-
-if TYPE_CHECKING:
-    from moalign.config.card import TaskCard
 
 LIBRARY = "openai"
 PROBE_SECONDS = 10.0
@@ -225,17 +222,6 @@ def revision(spec: JudgeObjective, template: str) -> str:
     """Return the score store's key of a judge: a hash of all that can change a verdict or its score."""
     included = {"base_url", "model", "field", "pattern", "range", "temperature", "max_tokens", "seed"}
     return f"judge:{digest(_VERSION, template, spec.model_dump(mode='json', include=included))}"
-
-
-def fingerprints(card: TaskCard) -> dict[str, str]:
-    """Return the revision of each judge of a card, whose template's text is part of what the task is; needs no key."""
-    roles = {"scorer": card.objectives, "gold": card.gold_objectives or ()}
-    return {
-        f"{role}.{spec.name}": revision(spec, read_template(spec, Path.cwd()))
-        for role, specs in roles.items()
-        for spec in specs
-        if isinstance(spec, JudgeObjective)
-    }
 
 
 def read(verdict: Verdict, spec: JudgeObjective) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from moalign.core.errors import RequestError, WorkError
 
 if TYPE_CHECKING:
+    from moalign.config.card import TaskCard
     from moalign.config.objectives import ObjectiveSpec
 
 
@@ -98,6 +100,34 @@ def build_scorer(spec: ObjectiveSpec, base_dir: Path) -> Scorer:
     if spec.kind not in BUILDERS:
         raise WorkError(f"objective {spec.name}: kind {spec.kind} is a task's own; import moalign.tasks first")
     return BUILDERS[spec.kind](spec, base_dir)
+
+
+def fingerprints(card: TaskCard, base_dir: Path) -> dict[str, str]:
+    """Return what scores a task, and what judges it, by content: part of what the task is.
+
+    In it are functions, folders of models and a judge's template, which may change under one name; a rule, a hub id and
+    a task's own kinds are told by the card. No model is loaded, and no key needed.
+    """
+    roles = {"scorer": card.objectives, "gold": card.gold_objectives or ()}
+    found = {f"{role}.{spec.name}": _fingerprint(spec, base_dir) for role, specs in roles.items() for spec in specs}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _fingerprint(spec: ObjectiveSpec, base_dir: Path) -> str | None:
+    if spec.kind == "python":
+        from moalign.rewards import python_scorer
+
+        file = python_scorer.file_of(spec.function, base_dir)
+        if file is None:
+            return build_scorer(spec, base_dir).revision
+        return python_scorer.fingerprint(file) if file.is_file() else None
+    if spec.kind in ("hf-classifier", "lm"):
+        return build_scorer(spec, base_dir).revision if os.path.isdir(spec.model) else None
+    if spec.kind == "judge":
+        from moalign.rewards import judge
+
+        return judge.revision(spec, judge.read_template(spec, base_dir))
+    return None
 
 
 def build_scorers(specs: Sequence[ObjectiveSpec], base_dir: Path) -> list[Scorer]:

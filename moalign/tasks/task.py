@@ -197,14 +197,14 @@ class Task(WithUsers, abc.ABC):
 
         return language_model.load_codec(*self.base_source(), self.card.template)
 
-    def examine(self, lora: LoraSpec | None) -> str:
-        """Return what the base and LoRA on it are, without loading or training any weights.
+    def examine(self, lora: LoraSpec | None, setting: str = "policy.lora") -> str:
+        """Return what the base and LoRA (``setting``) on it are, without loading or training any weights.
 
         Raises RequestError for weights that are not those of the base's config, and targets that name no layer.
         """
         from moalign.lm import architecture, model_folder
 
-        return architecture.examine(model_folder.resolve(*self.base_source(), WHERE), WHERE, lora)
+        return architecture.examine(model_folder.resolve(*self.base_source(), WHERE), WHERE, lora, setting)
 
     def untrained_codec(self) -> Codec:
         """Return :attr:`codec`, but do not train a built-in base for it."""

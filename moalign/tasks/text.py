@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import functools
-import os
 from pathlib import Path
 
 from moalign.config.card import DataSpec, SourceSpec
-from moalign.config.objectives import ClassifierObjective, LmObjective, PythonObjective
 from moalign.core.amounts import Amounts
 from moalign.core.errors import RequestError
 from moalign.core.records import Pair, Response
 from moalign.data import load, readers, splits
-from moalign.rewards import judge, python_scorer
-from moalign.rewards.scorer import build_scorer
+from moalign.rewards import scorer
 from moalign.tasks.responses import Responses
 from moalign.tasks.task import Task, fingerprint
 
@@ -28,10 +25,7 @@ class TextTask(Task):
 
     @functools.cached_property
     def identity(self) -> dict[str, str]:
-        """Fingerprints of the model, every data file, scorer file, judge and folder of a reward model.
-
-        A change there makes another task: a folder of the same name is not the same reward model.
-        """
+        """Fingerprints of the model, every data file, and whatever scores: a change there makes another task."""
         content = {"model": fingerprint(*self.base_source())}
         for name in ("prompts", "responses", "pairs"):
             source = getattr(self._data, name)
@@ -39,14 +33,7 @@ class TextTask(Task):
                 content |= {f"{name}.{key}": readers.fingerprint(part) for key, part in sorted(source.items())}
             elif source is not None and not isinstance(source, list):
                 content[name] = readers.fingerprint(source)
-        for role, specs in (("scorer", self.card.objectives), ("gold", self.card.gold_objectives or ())):
-            for spec in specs:
-                file = python_scorer.file_of(spec.function, Path.cwd()) if isinstance(spec, PythonObjective) else None
-                if file is not None and file.is_file():
-                    content[f"{role}.{spec.name}"] = python_scorer.fingerprint(file)
-                if isinstance(spec, ClassifierObjective | LmObjective) and os.path.isdir(spec.model):
-                    content[f"{role}.{spec.name}"] = build_scorer(spec, Path.cwd()).revision
-        return content | judge.fingerprints(self.card)
+        return content | scorer.fingerprints(self.card, Path.cwd())
 
     def base_source(self) -> tuple[str, str | None]:
         """Return the card's model and its revision."""
@@ -63,7 +50,7 @@ class TextTask(Task):
     @functools.cached_property
     def _responses_by_split(self) -> dict[str, Responses]:
         parts: dict[str, Responses] = {name: Responses([], []) for name in splits.SPLITS}
-        for record in load.load_responses(self._data, self.names, Path.cwd()):
+        for record in load.load_responses(self._data, Path.cwd()):
             if not self.left_out(record.prompt):
                 part = parts[splits.split_of(record.prompt, self.card.splits)]
                 part.prompts.append(record.prompt)
@@ -80,9 +67,9 @@ class TextTask(Task):
     def known_response(self, prompt: str) -> Response | None:
         """Return the first logged response to a prompt, else the preferred one of its first pair."""
         if _is_here(self._data.responses):
-            for scored in load.load_responses(self._data, self.names, Path.cwd()):
-                if scored.prompt == prompt:
-                    return Response(scored.response, finished=scored.finished)
+            for logged in load.load_responses(self._data, Path.cwd()):
+                if logged.prompt == prompt:
+                    return Response(logged.response, finished=logged.finished)
         pairs = self._data.pairs
         for objective, source in (pairs if isinstance(pairs, dict) else {None: pairs}).items():
             if _is_here(source):

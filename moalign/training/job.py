@@ -135,11 +135,12 @@ class Job(RunContext):
         """
         if not self.run.phase_done(name):
             return False
-        if name not in self.finished_here:
+        order = {stage: place for place, stage in enumerate(self.run.record.phases)}  # as they were finished
+        if order[name] > max((order.get(other, -1) for other in self.finished_here), default=-1):
             stage = self.run.phase_info(name)
             self.meter.load(stage["meter"])
             self.notes.update(stage["notes"])
-            self.finished_here.add(name)  # only once: later stages have counted on from it
+        self.finished_here.add(name)  # only once, and forward only: later stages have counted on from it
         if lm is not None:
             from moalign.lm import adapters
 

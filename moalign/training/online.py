@@ -21,7 +21,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from moalign.core import processes
 from moalign.core.schedule import factor
 from moalign.core.seeds import derive
 from moalign.lm.finite import FiniteCheck, Modules
@@ -31,6 +30,7 @@ from moalign.training import checkpoints
 from moalign.training.actor import Actor, AdapterActor, Style
 from moalign.training.constant_rewards import ConstantRewards
 from moalign.training.kl_budget import KlStrength, beyond
+from moalign.training.means import Means, Some
 from moalign.training.preference_draws import Draw
 from moalign.training.rollout import Rollout, ValueHeads, policy_logps, rollout_metrics, sample_rollout
 from moalign.training.settings import OnlineConfig, PpoConfig
@@ -100,7 +100,7 @@ class OnlineTrainer:
         self.support = Support(job, lm, config)
         self._rollout: Rollout | None = None
         self._metrics: dict[str, float] | None = None
-        self._sums: dict[str, float] = {}
+        self._means = Means()
         self._share = 0.0
 
     def rollouts(self) -> Iterator[Rollout]:
@@ -120,15 +120,15 @@ class OnlineTrainer:
                 if beyond(rollout, self.job, lm=self.lm, config=config, phase=self.phase):
                     break
                 self.constant.add(done, rollout.z)
-                self._metrics, self._sums = None, {}
+                self._metrics = None
                 yield rollout
                 if self._metrics is None:
                     raise RuntimeError(f"{self.phase}: step {done} ended without trainer.step() or trainer.skip()")
-                if config.ref_sync_steps and done % config.ref_sync_steps == 0:
-                    self.actor.sync_reference()
                 if done % config.log_every == 0 or done == config.steps:
                     measured = {**self._metrics, **rollout_metrics(rollout, names), **self.job.meter.cost()}
                     run.log(done, self.phase, **measured)
+                if config.ref_sync_steps and done % config.ref_sync_steps == 0:
+                    self.actor.sync_reference()
                 self.job.advance(self.lm, self.phase, done, config.steps)
                 if done % config.checkpoint_every == 0 and done < config.steps:
                     kept = {"counts": self.counts, "method": self.state, "constant": self.constant.state}
@@ -159,7 +159,7 @@ class OnlineTrainer:
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = parameters["peak"] * factor(config.schedule, rollout.step, config.steps, config.warmup)
         self.optimizer.zero_grad(set_to_none=True)
-        self._sums = {}
+        self._means.clear()
         size, grouped = max(1, config.micro_batch // group), rows[: groups * group].reshape(groups, group)
         order = rollout.order(grouped, config.group_by_length)
         self.job.meter.add_tokens_trained(int(samples.attention_mask[torch.as_tensor(grouped.reshape(-1))].sum()))
@@ -181,25 +181,25 @@ class OnlineTrainer:
             )
         self.actor.learning(False)
 
-    def backward(self, loss: Tensor, metrics: Mapping[str, float] | None = None) -> None:
+    def backward(self, loss: Tensor, metrics: Mapping[str, float | Some] | None = None) -> None:
         """Add the gradient of a part's mean loss over its groups (a scalar); metrics are averaged over parts."""
         self.accelerator.backward(loss * self._share)
-        for name, value in {"loss": self.check.number("loss", float(loss.detach())), **(metrics or {})}.items():
-            self._sums[name] = self._sums.get(name, 0.0) + self._share * value
+        number = self.check.number("loss", float(loss.detach()))
+        self._means.add({"loss": number, **(metrics or {})}, self._share)
 
     def step(self, metrics: Mapping[str, float] | None = None) -> None:
         """Clip the gradient and make one update; the metrics of a rollout's last update are logged.
 
         Raises RuntimeError when :meth:`backward` was not called since the last step.
         """
-        self._sums = processes.added(self._sums, self.parameters)
-        if not self._sums:
+        means = self._means.taken(self.parameters)
+        if not means:
             raise RuntimeError(f"{self.phase}: trainer.step() without trainer.parts() and trainer.backward() before it")
         norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.config.clip))
         self.check.number("gradient norm", norm)
         self.optimizer.step()
         self.check.norm(self.parameters)
-        self._metrics, self._sums = {**(metrics or {}), **self._sums, "grad_norm": norm}, {}
+        self._metrics = {**(metrics or {}), **means, "grad_norm": norm}
 
     def skip(self, metrics: Mapping[str, float] | None = None) -> None:
         """Count a rollout that has nothing to learn from (all ties), and go on."""

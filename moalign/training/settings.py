@@ -250,6 +250,11 @@ class OnlineConfig(Strict):
         """Whether the reference is a frozen copy of the adapter instead of the base."""
         return self.reference == "start" or self.ref_sync_steps is not None
 
+    @property
+    def rows_per_prompt(self) -> int:
+        """How many rows of an update have a prompt in common: the two of a pair; preflight asks."""
+        return 2
+
 
 class PpoConfig(OnlineConfig):
     """Settings of clipped PPO with value heads, shared by MOC, MORLHF and the experts trained with it.
@@ -273,6 +278,11 @@ class PpoConfig(OnlineConfig):
     whiten: Literal["none", "scale", "full"] = "scale"
     """Advantages of each head over the batch's tokens: as they are, divided by their standard deviation, or also
     centred."""
+
+    @property
+    def rows_per_prompt(self) -> int:
+        """All responses to it."""
+        return self.samples
 
 
 class ConditionedPpoConfig(PpoConfig, WarmStart):

@@ -259,12 +259,13 @@ def main() -> None:
     parser.add_argument("name", help="a list beside this file (or a path from here), without .yaml")
     parser.add_argument("--results", type=Path, default=Path("results"))
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
-    parser.add_argument("--seeds", type=int, help="fewer or more seeds than the list says")
+    parser.add_argument("--seeds", type=int, help="in place of what the list says; a number of a row's own is its most")
     parser.add_argument("--finished", action="store_true", help="train nothing; only rows whose runs are there")
     options = parser.parse_args()
     spec = yaml_lines.load(HERE / f"{options.name}.yaml").data
     for row in (row for group in spec["groups"] for row in group["rows"]):
-        row["seeds"] = min(options.seeds or spec["seeds"], row.get("seeds", spec["seeds"]))
+        most = options.seeds or spec["seeds"]
+        row["seeds"] = min(most, row.get("seeds", most))
     if options.finished:
         for group in spec["groups"]:
             group["rows"] = [
@@ -273,6 +274,8 @@ def main() -> None:
                 if all(is_finished(arguments(spec, row, seed, options.results)) for seed in range(row["seeds"]))
             ]
         spec["groups"] = [group for group in spec["groups"] if group["rows"]]
+        if not spec["groups"]:
+            raise SystemExit(f"{options.name}: no row has all of its runs in {options.results}; leave out --finished")
     rows = [row for group in spec["groups"] for row in group["rows"]]
     seeds = max(row["seeds"] for row in rows)
     # All rows at seed 0 first, so that an interrupted list has numbers for each. A row in two groups is one run.

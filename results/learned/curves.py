@@ -208,6 +208,8 @@ def main() -> None:
     for method, seed, evaluation, curve in obtain(options.seeds, options.results, not options.write_only):
         records.append(record_of(method, seed, evaluation, curve, other))
         curves.append(curve.content)
+    if not records:
+        raise SystemExit(f"no finished run with snapshots in {options.results}; leave out --write-only to train them")
     records.sort(key=lambda record: METHODS.index(record["method"]))
     curves.sort(key=lambda content: METHODS.index(content["method"]))
     (HERE / "curves.json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")

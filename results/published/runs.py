@@ -7,7 +7,9 @@ Of each run is kept what a comparison reads: its record, what it logged, its eva
 scores, as ``NAME/runs/METHOD-RUN_ID.tar.xz`` (about 60 kB). Weights are not: a restored run can be compared, and its
 answers read (``--html``), but it answers nothing new: what wants its weights names the command that trains it again,
 once the restored folder is deleted. A run that is in the results folder already is left as it is. Paths below
-the folder that the results folder lay in lead to this checkout again; runs that the record no longer names go.
+the folder that the results folder lay in lead to this checkout again; runs that the record no longer names go. With the
+runs goes the scale that their scores were put on (``NAME/runs/scale``): one that another machine fits differs by
+rounding.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from moalign.runs import atomic
 HERE = Path(__file__).resolve().parent
 CHECKOUT = "{checkout}"
 """Stands in a packed run for the folder that the results folder lay in, where a card's data is."""
+SCALE = ("normaliser.json", "truth.json", "short.json")
 KEPT = ("run.json", "metrics.jsonl", "eval*.json", "responses*.parquet")
 
 
@@ -60,7 +63,11 @@ def keep(record: Path, folder: Path) -> list[Path]:
     Raises RequestError when the record is none, or a run of it is not there; then nothing is written.
     """
     content = atomic.read_json(record, "write it with moalign compare")
+    if not isinstance(content, dict) or not content.keys() >= {"rows", "task", "card_hash"}:
+        raise RequestError(f"{record}: no record of a comparison; write it with moalign compare")
     runs = [Path(run["run"]) for row in content["rows"] for run in row["runs"] if run["status"] == "done"]
+    if not runs:
+        raise RequestError(f"{record}: none of its runs is finished")
     missing = [str(run) for run in runs if not (run / "run.json").is_file()]
     if missing:
         raise RequestError(f"{record}: it names runs that are not there: {', '.join(missing)}")
@@ -73,6 +80,11 @@ def keep(record: Path, folder: Path) -> list[Path]:
     for old in (folder / "runs").glob("*.tar.xz"):
         if old.name not in packed:
             old.unlink()
+    scales = runs[0].resolve().parents[3] / "tasks" / f"{content['task']}-{content['card_hash']}"
+    for name in SCALE:
+        if (scales / name).is_file():
+            (folder / "runs" / "scale").mkdir(exist_ok=True)
+            atomic.write_bytes(folder / "runs" / "scale" / name, (scales / name).read_bytes())
     text = json.dumps(content, indent=2, ensure_ascii=False).replace(f"{root}/", "")
     atomic.write_text(folder / "compare.json", text + "\n")
     return [folder / "runs" / name for name in packed]
@@ -119,6 +131,14 @@ def restore(folder: Path, results: Path) -> list[Path]:
                             content = content.replace(CHECKOUT.encode(), str(HERE.parents[1]).encode())
                         (place / Path(member.name).name).write_bytes(content)
                 restored.append(run)
+    kept_scale = sorted((folder / "runs" / "scale").glob("*.json"))
+    if kept_scale:
+        record = atomic.read_json(folder / "compare.json", "keep the comparison again")
+        scale = results / "tasks" / f"{record['task']}-{record['card_hash']}"
+        scale.mkdir(parents=True, exist_ok=True)
+        for path in kept_scale:
+            if not (scale / path.name).exists():
+                atomic.write_bytes(scale / path.name, path.read_bytes())
     return restored
 
 

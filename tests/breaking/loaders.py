@@ -143,7 +143,7 @@ def _table(rng: random.Random, file: Path, data: bytes) -> None:
     if rng.random() < 0.3:
         list(load_pairs(DataSpec(prompts=["a"], pairs=source)))
     else:
-        list(load_responses(DataSpec(prompts=["a"], responses=source), ["helpfulness"]))
+        list(load_responses(DataSpec(prompts=["a"], responses=source)))
 
 
 def points(rng: random.Random, place: Path) -> None:

@@ -452,3 +452,19 @@ def test_check_says_what_the_record_will_count_and_what_is_made_once(moalign: An
     assert cost["first_use"]["responses_sampled"] > 0
     assert cost["unknown"] == []
     assert "once for all runs of the task, counted by none: at most" in moalign("check", "sandbox/ric").out
+
+
+@pytest.mark.parametrize("setting", ["control.lora.targets=[no_such_layer]", "control.lora.layers=99"])
+def test_a_control_model_that_cannot_be_put_on_the_base_is_told_before_experts_are_trained(
+    moalign: Any, setting: str
+) -> None:
+    ended = moalign("check", "sandbox/pcm", "--set", "control.form=adapter", "--set", setting, "--json")
+    problems = json.loads(ended.out)["problems"]
+    assert ended.code == 2 and any("control.lora" in problem for problem in problems), problems
+
+
+def test_a_grid_that_there_is_not_is_told_by_check_and_before_a_run_is_made(moalign: Any) -> None:
+    for command in (("check", "sandbox-3/mo-odpo"), ("train", "mo-odpo", "--task", "sandbox-3")):
+        ended = moalign(*command, "--set", "task.grid=11")
+        assert ended.code == 2 and "no even grid over 3 objectives has 11 points; nearest: 10 or 15" in ended.err
+    assert not Path("results").exists()

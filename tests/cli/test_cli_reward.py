@@ -274,3 +274,53 @@ def test_a_stored_evaluation_that_is_damaged_is_one_message(tmp_path: Path, plac
     path.write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(RequestError, match=rf"eval\.json: {'.'.join(map(str, place))}.*not what moalign wrote.*again"):
         read(path, "judge again")
+
+
+def test_named_pairs_are_divided_as_the_runs_own_were(
+    moalign: Any, files: tuple[Path, Path], random_base: Path
+) -> None:
+    """Those that it was trained on are not among the held-out ones, whatever its splits; from any folder."""
+    splits = ("--set", "splits={train: .6, calibration: .2, eval: .2, salt: mine}")
+    command = ("reward", "train", "--pairs", "ann.jsonl", "--model", str(random_base), *SHORT, *splits, "--json")
+    content = json.loads(moalign(*command).out)
+    own = json.loads(moalign("reward", "eval", content["run"], "--json").out)["datasets"]
+    named = json.loads(moalign("reward", "eval", content["run"], "--pairs", "ann.jsonl", "--json").out)["datasets"]
+    assert named == own
+    changed = ("--set", "splits.salt=other")
+    other = json.loads(moalign("reward", "eval", content["run"], "--pairs", "ann.jsonl", *changed, "--json").out)
+    assert other["datasets"] != own
+
+
+def test_data_sets_whose_names_are_not_ascii_are_objectives_of_their_own(
+    moalign: Any, files: tuple[Path, Path], random_base: Path
+) -> None:
+    given = ("--pairs", "安全=ann.jsonl", "--pairs", "有用=bob.jsonl", "--loss", "multitask", "--set", "heads=each")
+    ended = moalign("reward", "train", *given, "--model", str(random_base), *SHORT, "--json")
+    assert ended.code == 0, ended.err
+    content = json.loads(ended.out)
+    assert [spec["name"] for spec in content["objectives"]] == ["head", "head-2"]
+    assert [spec["label"] for spec in content["objectives"]] == ["安全", "有用"]
+    assert len(set(content["evaluation"]["figures"])) == 2
+
+
+def test_a_reward_model_of_a_relative_task_is_judged_from_any_folder(
+    moalign: Any, files: tuple[Path, Path], random_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moalign.config.load import load_card
+    from moalign.experiment.reward import RewardTrainRequest, plan
+
+    (tmp_path / "mine").mkdir()
+    card = load_card("sandbox").model_dump(mode="json", exclude_defaults=True)
+    (tmp_path / "mine" / "task.yaml").write_text(json.dumps({**card, "model": str(random_base)}))
+    (tmp_path / "base").symlink_to(random_base)
+    made = plan(
+        RewardTrainRequest(
+            task="./mine", overrides=("task.model=base", "task.grid=3", "steps=1", "batch=2"), loss="multitask"
+        )
+    )
+    assert made.as_given["task"] == str(tmp_path / "mine" / "task.yaml")
+    assert made.as_given["set"][:2] == [f"task.model={random_base.resolve()}", "task.grid=3"]
+    assert (
+        plan(RewardTrainRequest(task="sandbox", overrides=("task.model=base",), loss="multitask")).as_given["task"]
+        == "sandbox"
+    )

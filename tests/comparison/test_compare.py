@@ -300,3 +300,10 @@ def test_a_place_that_cannot_be_written_is_refused_before_training(card: str, re
     (tmp_path / "file").write_text("in the way")
     assert "cannot write here" in refused(card, results, markdown=tmp_path / "file" / "page.md")
     assert "it is a folder" in refused(card, results, markdown=tmp_path)
+
+
+def test_one_method_cannot_have_a_task_of_its_own(card: str, results: Path) -> None:
+    text = refused(card, results, overrides=["good.task.reference_point=[-2, -2]"])
+    assert text == (
+        "--set good.task.reference_point=[-2, -2]: the task is one for all methods; write task.reference_point=[-2, -2]"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,6 +41,14 @@ def test_runs_are_compared_by_folder_or_identifier(card: str, results: Path) -> 
 def test_a_run_named_twice_counts_once(card: str, results: Path) -> None:
     folders = runs_of(ask(card, results))
     assert len(compare(CompareRequest(runs=[*folders, folders[0]], results=results)).content["rows"]) == 2
+
+
+def test_one_run_from_two_results_folders_is_no_second_seed(card: str, results: Path, tmp_path: Path) -> None:
+    folders = runs_of(ask(card, results))
+    shutil.copytree(results, tmp_path / "copy")
+    twin = tmp_path / "copy" / Path(folders[0]).resolve().relative_to(results.resolve())
+    with pytest.raises(RequestError, match=f"runs {folders[0]} and {twin} are of one request and seed; name one of"):
+        compare(CompareRequest(runs=[*folders, str(twin)], results=results))
 
 
 def test_settings_tell_runs_of_one_method_apart(card: str, results: Path) -> None:
@@ -230,3 +239,22 @@ def test_runs_of_differing_normalisers_are_refused() -> None:
     workflow._require_same_bounds(runs[:2])
     with pytest.raises(RequestError, match="results-1.0 and results-2.0: their normalisers differ"):
         workflow._require_same_bounds(runs)
+
+
+def test_a_seed_that_warns_is_named_where_the_mean_does_not_and_so_is_a_judge(card: str, results: Path) -> None:
+    folders = runs_of(ask(card, results, methods=["good"], seeds=3))
+    for number, folder in enumerate(folders):
+        content = json.loads((Path(folder) / "eval.json").read_text())
+        content["quality"] |= {"rate": 0.14 if number == 1 else 0.0, "mean_length": 10.0}
+        content["judges"] = {"helpfulness": {"failure_rate": 0.4}} if number == 2 else None
+        (Path(folder) / "eval.json").write_text(json.dumps(content))
+    (row,) = compare(CompareRequest(runs=folders, results=results)).content["rows"]
+    assert row["warnings"] == [
+        "seed 1, 14 % of its responses are collapsed (short, repetitive or looping); read some before trusting its "
+        "hypervolume",
+        "seed 2, 40 % of the verdicts on helpfulness could not be read and are in no mean",
+    ]
+    content["quality"]["rate"] = 0.5
+    (Path(folder) / "eval.json").write_text(json.dumps(content))
+    (row,) = compare(CompareRequest(runs=folders, results=results)).content["rows"]
+    assert not any("collapsed" in text for text in row["warnings"]), "the mean of the three says it"

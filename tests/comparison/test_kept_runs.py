@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 
 from moalign.comparison.compare import CompareRequest, compare
+from moalign.core.errors import RequestError
 from tests.comparison.conftest import ask
 
 SCRIPT = Path(__file__).resolve().parents[2] / "results" / "published" / "runs.py"
@@ -86,3 +87,35 @@ def test_the_data_of_a_kept_run_is_that_of_this_checkout(script: ModuleType, tmp
         "path": f"{here}/recipes/toys/questions.jsonl",
         "other": "/data/x",
     }
+
+
+def test_the_scale_goes_with_the_runs_and_another_one_is_refused(
+    script: ModuleType, card: str, results: Path, tmp_path: Path
+) -> None:
+    text = Path(card).read_text(encoding="utf-8")
+    start = text.index("normaliser:")
+    Path(card).write_text(text[:start] + text[text.index("reference_point:") :], encoding="utf-8")
+    first = ask(card, results)
+    scale = next(results.glob("tasks/*/normaliser.json"))
+    assert script.main(["keep", "toys", str(first.json_file)]) == 0
+    elsewhere = tmp_path / "elsewhere"
+    assert script.main(["restore", "toys", "--results", str(elsewhere)]) == 0
+    other = elsewhere / scale.relative_to(results)
+    assert other.read_bytes() == scale.read_bytes()
+    runs = sorted(map(str, elsewhere.glob("runs/*/*/*")))
+    assert compare(CompareRequest(runs=runs, results=elsewhere)).content["pairs"] == first.content["pairs"]
+    fitted = json.loads(other.read_text())
+    other.write_text(json.dumps({**fitted, "lo": [value - 0.1 for value in fitted["lo"]]}))
+    with pytest.raises(RequestError, match=r"eval.json: judged on another scale than that of .*/tasks/toy-"):
+        compare(CompareRequest(runs=runs, results=elsewhere))
+
+
+@pytest.mark.parametrize("content", ['{"rows": []}', "[1]", '{"task": "t", "card_hash": "h", "rows": []}'])
+def test_what_is_no_finished_comparison_is_not_kept(
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    (tmp_path / "a.json").write_text(content)
+    assert script.main(["keep", "toys", str(tmp_path / "a.json")]) == 2
+    told = capsys.readouterr().err
+    assert "no record of a comparison" in told or "none of its runs is finished" in told
+    assert not (tmp_path / "published" / "toys").exists()

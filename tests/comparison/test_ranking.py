@@ -235,14 +235,18 @@ def test_points_over_seeds() -> None:
             assert lo < value < hi and hi - lo > 0.1
 
 
-def test_different_seeds_are_compared_on_those_both_have() -> None:
-    a = entry("a", scores(FRONT, 1), scores(FRONT + 0.3, 2))
-    b = entry("b", scores(FRONT, 1))
+def test_a_difference_is_that_of_the_numbers_that_are_ranked_whatever_seeds_they_are_of() -> None:
+    """On the one seed that both have b is ahead, over all of them a: rank, difference and winner say the same."""
+    a = entry("a", scores(FRONT - 0.2, 1, 0.01), scores(FRONT + 0.3, 2, 0.01), scores(FRONT + 0.3, 3, 0.01))
+    b = entry("b", scores(FRONT, 1, 0.01))
     record = ranked(a, b)
     (pair,) = record["pairs"]
-    assert pair["seeds"] == [0]
+    first, second = record["rows"]
+    assert (first["label"], pair["a"], pair["seeds"]) == ("a", "a", [0, 1, 2])
+    assert pair["difference"] == pytest.approx(first["hypervolume"] - second["hypervolume"])
+    assert pair["difference"] > 0 and record["winner"] is None, "a's seeds scatter too much to be sure"
+    assert pair["inner_product"]["difference"] == pytest.approx(0.4 / 3)
     assert pair["probability_of_improvement"] is None  # one seed of b says nothing about its others
-    assert pair["difference"] == 0 and pair["ci"] == [0, 0]
 
 
 def test_how_often_a_seed_beats_a_seed_is_reported_beside_the_share_of_resamples() -> None:
@@ -413,12 +417,18 @@ def test_the_interval_of_what_was_asked_for_is_that_of_a_mean_over_prompts() -> 
     assert pair["inner_product"]["ci"] == pytest.approx([0.02 - half, 0.02 + half], abs=0.1 * half)
 
 
-def test_what_was_asked_for_is_compared_over_the_seeds_that_both_have() -> None:
+def test_what_was_asked_for_is_compared_over_all_seeds_of_each() -> None:
     both = [scores(FRONT + gain, seed=k) for k, gain in enumerate((0.0, 0.02, 0.04))]
     a, b = entry("a", *both), entry("b", scores(FRONT - 0.1, seed=0), scores(FRONT - 0.1, seed=1))
     (pair,) = ranked(a, b)["pairs"]
-    assert pair["inner_product"]["seeds"] == [0, 1]
-    assert pair["inner_product"]["difference"] == pytest.approx(0.1 + 0.01)
+    assert pair["inner_product"]["seeds"] == [0, 1, 2]
+    assert pair["inner_product"]["difference"] == pytest.approx(0.1 + 0.02)
+
+
+def test_a_single_preference_has_no_tau() -> None:
+    one = entry("one", scores(FRONT[1:2]), grid=GRID[1:2])
+    (row,) = ranked(one)["rows"]
+    assert row["indicators"]["tau"] is None and row["hypervolume"] > 0
 
 
 def test_those_that_were_asked_other_preferences_are_not_compared_by_it() -> None:

@@ -42,10 +42,31 @@ NUMBERS = {"mean": 0, "sd": 1, "lo": -1, "hi": 1}
         ({"normaliser": {"a": NUMBERS}}, "normaliser must name every objective (a, b); found a"),
         ({"kind": "sandbox"}, "kind: sandbox needs a section sandbox"),
         (
-            {"kind": "sandbox", "model": None, "sandbox": {"base": "warm"}},
+            {"kind": "sandbox", "model": None, "sandbox": {"base": "warm"}, "data": None},
             "kind: sandbox without a model of its own: unknown objective 'a'; allowed: harmlessness, helpfulness,",
         ),
         ({"data": None}, "kind: text needs data.prompts or data.prompt_grammar"),
+        (
+            {"kind": "sandbox", "model": "m", "sandbox": {"base": "warm"}},
+            "data is for kind: text; the sandbox's prompts, responses and pairs are its own",
+        ),
+        ({"sandbox": {"base": "warm"}}, "sandbox is for kind: sandbox"),
+        (
+            {"kind": "sandbox", "model": "m", "sandbox": {"base": "warm"}, "data": None, "rewards": "learned"},
+            "rewards: learned needs objectives of kind sandbox; found a of kind rule",
+        ),
+        (
+            {
+                "objectives": [*card()["objectives"], {"name": "c", "kind": "rule", "rule": "length"}],
+                "reference_point": [0] * 3,
+                "sensitivity_point": [0] * 3,
+            },
+            "grid 11: no even grid over 3 objectives has 11 points; nearest: 10 or 15",
+        ),
+        (
+            {"objectives": [card()["objectives"][0], {"name": "humor", "kind": "sandbox", "maximise": False}]},
+            "objectives.1.maximise: found false; allowed: true, since the sandbox's optimum is the most of each",
+        ),
         ({"splits": {"train": 0.9}}, "splits: train + calibration + eval must be 1; found 1.1"),
         ({"name": "Demo Task"}, "name: found 'Demo Task'; allowed: text that matches"),
     ],

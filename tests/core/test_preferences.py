@@ -329,3 +329,10 @@ def test_names_alone_name_their_objectives() -> None:
     assert preferences.parse(preferences.Words("b , please"), ["a", "b"]) == (0.0, 1.0)
     with pytest.raises(RequestError, match="did you mean"):
         preferences.parse(preferences.Words("harmlesness"), ["harmlessness", "b"])
+
+
+def test_what_is_typed_is_the_same_preference_again() -> None:
+    for weights in ((1 / 3, 1 / 3, 1 / 3), (1 / 3, 2 / 3), (0.3, 0.7), (1e-7, 1 - 1e-7)):
+        names = ["a", "b", "c"][: len(weights)]
+        assert preferences.same(preferences.parse(preferences.typed(weights), names), weights)
+    assert preferences.typed((0.3, 0.7)) == "0.3,0.7"

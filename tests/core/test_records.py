@@ -7,7 +7,7 @@ import hashlib
 
 import pytest
 
-from moalign.core.records import Pair, Prompt, ScoredResponse, prompt_id
+from moalign.core.records import LoggedResponse, Pair, Prompt, prompt_id
 
 
 def test_the_id_is_the_head_of_the_sha256_of_the_text() -> None:
@@ -20,13 +20,9 @@ def test_a_prompt_carries_its_id() -> None:
     assert Prompt.of("abc") == Prompt("abc", "ba7816bf8f01cfea")
 
 
-@pytest.mark.parametrize("record", [Prompt("a", "b"), ScoredResponse("p", "r"), Pair("p", "c", "r")])
-def test_records_are_frozen_and_hashable(record: Prompt | ScoredResponse | Pair) -> None:
+@pytest.mark.parametrize("record", [Prompt("a", "b"), LoggedResponse("p", "r"), Pair("p", "c", "r")])
+def test_records_are_frozen_and_hashable(record: Prompt | LoggedResponse | Pair) -> None:
     assert record in {record}
     field = dataclasses.fields(record)[0].name
     with pytest.raises(dataclasses.FrozenInstanceError):
         setattr(record, field, "other")
-
-
-def test_an_unscored_response_has_no_scores() -> None:
-    assert ScoredResponse("p", "r").scores is None

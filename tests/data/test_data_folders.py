@@ -20,8 +20,8 @@ from moalign.data.readers import Field, Row, read
 pytestmark = pytest.mark.usefixtures("no_network")
 
 WriteJsonl = Callable[..., Path]
-FIELDS = [Field("prompt", blank=False), Field("score", number=True, required=False)]
-RECORDS = [{"prompt": f"p{index} 😀", "score": index / 2, "other": "x"} for index in range(5)]
+FIELDS = [Field("prompt", blank=False), Field("done", truth=True, required=False)]
+RECORDS = [{"prompt": f"p{index} 😀", "done": index % 2 == 0, "other": "x"} for index in range(5)]
 
 
 def rows(path: Path | str, base: Path | str = ".", **options: Any) -> list[Row]:
@@ -44,7 +44,7 @@ def folder(write_jsonl: WriteJsonl) -> Path:
 
 def test_a_folder_of_data_files(folder: Path) -> None:
     result = rows(folder)
-    assert [row.values for row in result] == [{"prompt": f"p{index} 😀", "score": index / 2} for index in range(5)]
+    assert [row.values for row in result] == [{"prompt": f"p{index} 😀", "done": index % 2 == 0} for index in range(5)]
     assert result[2].where == f"{folder}: split train, row 3"
     assert len(rows(folder, split="test")) == 2
     assert len(rows(folder.name, folder.parent, limit=3)) == 3
@@ -55,9 +55,9 @@ def test_an_unknown_split_names_the_nearest(folder: Path) -> None:
 
 
 def test_a_wrong_column_in_a_folder(folder: Path) -> None:
-    assert message(folder, columns={"score": "scores"}) == (
-        f"{folder}: split train: no column 'scores' (for the field 'score'); found: prompt, score, other; "
-        "did you mean 'score'? (say so with columns: {score: score})"
+    assert message(folder, columns={"done": "dones"}) == (
+        f"{folder}: split train: no column 'dones' (for the field 'done'); found: prompt, done, other; "
+        "did you mean 'done'? (say so with columns: {done: done})"
     )
 
 

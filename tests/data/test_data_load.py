@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from moalign.config.card import DataSpec, SourceSpec, SplitSpec
 from moalign.core.errors import RequestError
-from moalign.core.records import Pair, ScoredResponse
+from moalign.core.records import LoggedResponse, Pair
 from moalign.data.dialogue import ASSISTANT, HUMAN
-from moalign.data.load import load_pairs, load_prompts, load_responses
+from moalign.data.load import load_grouped_pairs, load_pairs, load_prompts, load_responses
 from moalign.data.splits import check_leaks, normalised, split
 
 WriteJsonl = Callable[..., Path]
@@ -52,6 +52,27 @@ def test_prompts_of_a_source(write_jsonl: WriteJsonl) -> None:
 def test_prompts_of_preference_dialogues(write_jsonl: WriteJsonl) -> None:
     path = write_jsonl([{"chosen": TALK + " Hello.", "rejected": TALK + " No."}, {"prompt": "plain"}])
     assert load_prompts(DataSpec(prompts=source(path))) == [TALK, "plain"]
+
+
+def messages(*texts: str) -> list[dict[str, str]]:
+    return [{"role": role, "content": text} for role, text in zip(("user", "assistant"), texts, strict=True)]
+
+
+def test_prompts_beside_dialogues_that_are_lists_of_messages(write_jsonl: WriteJsonl) -> None:
+    # UltraFeedback's layout: where there is a prompt, the dialogues are not looked at.
+    path = write_jsonl(
+        [{"prompt": q, "chosen": messages(q, "Yes."), "rejected": messages(q, "No.")} for q in ("q1", "q2", "q1")]
+    )
+    assert load_prompts(DataSpec(prompts=source(path))) == ["q1", "q2"]
+
+
+@pytest.mark.parametrize("prompt", [{}, {"prompt": None}])
+def test_without_a_prompt_the_dialogues_must_be_text(write_jsonl: WriteJsonl, prompt: dict[str, None]) -> None:
+    dialogues = {"chosen": messages("q", "Yes."), "rejected": messages("q", "No.")}
+    path = write_jsonl([{"prompt": "q", **dialogues}, {**prompt, **dialogues}])
+    assert refusal(lambda: load_prompts(DataSpec(prompts=source(path))), path.parent).startswith(
+        "data.jsonl:2: column 'chosen' must be text; found a list [{'role': 'user', 'content': 'q'}, "
+    )
 
 
 def test_a_wrong_prompt_column_names_the_nearest(write_jsonl: WriteJsonl) -> None:
@@ -160,45 +181,51 @@ def test_a_grammar_too_large_is_refused_before_it_is_made() -> None:
 # Responses
 
 
-def test_responses_with_all_some_and_no_scores(write_jsonl: WriteJsonl) -> None:
+def test_responses_are_read_without_whatever_else_the_file_holds(write_jsonl: WriteJsonl) -> None:
+    # Columns named as the task's objectives too: its scorers score these responses like all others.
     path = write_jsonl(
         [
-            {"prompt": "p", "response": "a", "humor": 1, "harmlessness": -2.5},
-            {"prompt": "p", "response": "b", "harmlessness": 0},
+            {"prompt": "p", "response": "a", "humor": "high", "harmlessness": -2.5},
+            {"prompt": "p", "response": "b", "humor": ["low"]},
             {"prompt": "q", "response": ""},
         ]
     )
-    assert list(load_responses(DataSpec(responses=source(path)), ["harmlessness", "humor"])) == [
-        ScoredResponse("p", "a", (-2.5, 1.0)),
-        ScoredResponse("p", "b", (0.0, None)),
-        ScoredResponse("q", "", None),
+    assert list(load_responses(DataSpec(responses=source(path)))) == [
+        LoggedResponse("p", "a"),
+        LoggedResponse("p", "b"),
+        LoggedResponse("q", ""),
     ]
+
+
+def test_a_column_for_an_objective_is_refused_as_no_field_of_responses(write_jsonl: WriteJsonl) -> None:
+    path = write_jsonl([{"prompt": "p", "response": "a", "r1": 0.5}])
+    spec = DataSpec(responses=source(path, columns={"help": "r1"}))
+    assert refusal(lambda: load_responses(spec), path.parent) == (
+        "data.jsonl: columns: unknown field 'help'; allowed: finished, prompt, response"
+    )
 
 
 def test_responses_of_a_csv_with_renamed_columns(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
-    path.write_text("question,answer,r1\nq,a,0.5\nq,b,\n")
-    columns = {"prompt": "question", "response": "answer", "help": "r1"}
-    assert list(load_responses(DataSpec(responses=source(path, columns=columns)), ["help"])) == [
-        ScoredResponse("q", "a", (0.5,)),
-        ScoredResponse("q", "b", None),
-    ]
+    path.write_text("question,answer,prompt\nq,a,x\nq,b,\n")
+    spec = DataSpec(responses=source(path, columns={"prompt": "question", "response": "answer"}))
+    assert list(load_responses(spec)) == [LoggedResponse("q", "a"), LoggedResponse("q", "b")]
 
 
 def test_a_column_says_which_responses_came_to_their_end(write_jsonl: WriteJsonl, tmp_path: Path) -> None:
     flags = [True, False, 1, 0, None, "true", "False"]
     path = write_jsonl([{"prompt": "p", "response": f"{i}", "finished": flag} for i, flag in enumerate(flags)])
-    result = [one.finished for one in load_responses(DataSpec(responses=source(path)), ["help"])]
+    result = [one.finished for one in load_responses(DataSpec(responses=source(path)))]
     assert result == [True, False, True, False, True, True, False]
     path = tmp_path / "a.csv"
     path.write_text("prompt,response,whole\np,a,true\np,b,False\np,c,1\np,d,0\np,e,\np,f,TRUE\n")
     spec = DataSpec(responses=source(path, columns={"finished": "whole"}))
-    assert [one.finished for one in load_responses(spec, ["help"])] == [True, False, True, False, True, True]
+    assert [one.finished for one in load_responses(spec)] == [True, False, True, False, True, True]
 
 
 def test_without_that_column_all_did(write_jsonl: WriteJsonl) -> None:
     path = write_jsonl([{"prompt": "p", "response": "a"}])
-    assert next(load_responses(DataSpec(responses=source(path)), [])).finished
+    assert next(load_responses(DataSpec(responses=source(path)))).finished
 
 
 @pytest.mark.parametrize(
@@ -206,59 +233,48 @@ def test_without_that_column_all_did(write_jsonl: WriteJsonl) -> None:
 )
 def test_a_flag_that_is_neither_true_nor_false(write_jsonl: WriteJsonl, flag: Any, result: str) -> None:
     path = write_jsonl([{"prompt": "p", "response": "a", "finished": f} for f in (True, flag)])
-    assert refusal(lambda: list(load_responses(DataSpec(responses=source(path)), [])), path.parent).startswith(
+    assert refusal(lambda: list(load_responses(DataSpec(responses=source(path)))), path.parent).startswith(
         "data.jsonl:2: column 'finished' must be true, false or nothing; found "
     )
     with pytest.raises(RequestError) as caught:
-        list(load_responses(DataSpec(responses=source(path)), []))
+        list(load_responses(DataSpec(responses=source(path))))
     assert str(caught.value).endswith(result)
 
 
 def test_a_flag_of_a_csv_that_is_neither(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("prompt,response,finished\np,a,true\np,b,maybe\n")
-    wrong = refusal(lambda: list(load_responses(DataSpec(responses=source(path)), [])), tmp_path)
+    wrong = refusal(lambda: list(load_responses(DataSpec(responses=source(path)))), tmp_path)
     assert wrong.startswith("a.csv:3: column 'finished' must be true, false or nothing; found ")
 
 
 def test_both_replies_of_preference_dialogues_are_responses_with_their_leading_space(write_jsonl: WriteJsonl) -> None:
     path = write_jsonl([{"chosen": TALK + " Yes.", "rejected": TALK + " No. "}])
     spec = DataSpec(responses=source(path, columns={"chosen": "chosen", "rejected": "rejected"}))
-    assert list(load_responses(spec, ["help"])) == [ScoredResponse(TALK, " Yes."), ScoredResponse(TALK, " No. ")]
+    assert list(load_responses(spec)) == [LoggedResponse(TALK, " Yes."), LoggedResponse(TALK, " No. ")]
 
 
 def test_responses_stream(write_jsonl: WriteJsonl) -> None:
     path = write_jsonl(['{"prompt": "p", "response": "a"}', "{broken"])
-    stream = load_responses(DataSpec(responses=source(path)), ["help"])
-    assert next(stream) == ScoredResponse("p", "a", None)
+    stream = load_responses(DataSpec(responses=source(path)))
+    assert next(stream) == LoggedResponse("p", "a")
     assert refusal(lambda: next(stream), path.parent).startswith("data.jsonl:2: broken JSON: ")
-
-
-def test_a_score_column_under_almost_the_right_name(write_jsonl: WriteJsonl) -> None:
-    path = write_jsonl([{"prompt": "p", "response": "a", "Help-Ful": 1, "harmless": 2, "humor_": 3}])
-    spec = DataSpec(responses=source(path))
-    assert refusal(lambda: list(load_responses(spec, ["helpful", "harmless"])), path.parent) == (
-        "data.jsonl:1: column 'Help-Ful' looks like the objective 'helpful', but has another name; rename it, or say "
-        "columns: {helpful: Help-Ful}"
-    )
-    text = DataSpec(responses=source(path, columns={"helpful": "Help-Ful"}))
-    assert next(load_responses(text, ["helpful", "harmless"])).scores == (1.0, 2.0)
 
 
 def test_a_response_that_is_no_text(write_jsonl: WriteJsonl) -> None:
     path = write_jsonl([{"prompt": "p", "response": "a"}, {"prompt": "p", "response": ["a"]}])
-    assert refusal(lambda: list(load_responses(DataSpec(responses=source(path)), [])), path.parent) == (
+    assert refusal(lambda: list(load_responses(DataSpec(responses=source(path)))), path.parent) == (
         "data.jsonl:2: column 'response' must be text; found a list ['a']"
     )
 
 
 def test_a_task_without_responses_or_pairs() -> None:
-    assert refusal(lambda: load_responses(DataSpec(), [])).startswith("data.responses: the task has none; ")
+    assert refusal(lambda: load_responses(DataSpec())).startswith("data.responses: the task has none; ")
     assert refusal(lambda: load_pairs(DataSpec())).startswith("data.pairs: the task has none; ")
 
 
 def test_a_missing_file_is_told_at_once(tmp_path: Path) -> None:
-    for call in (load_pairs, lambda spec, base: load_responses(spec, [], base)):
+    for call in (load_pairs, load_responses):
         spec = DataSpec(pairs=SourceSpec(path="a.jsonl"), responses=SourceSpec(path="a.jsonl"))
         assert "no such file" in refusal(lambda call=call, spec=spec: call(spec, tmp_path))  # type: ignore[misc]
 
@@ -313,6 +329,18 @@ SAME = "chosen and rejected are the same text; a pair needs two different replie
 def test_bad_pairs(write_jsonl: WriteJsonl, record: dict[str, Any], wrong: str) -> None:
     path = write_jsonl([{"prompt": "p", "chosen": "a", "rejected": "b"}, record])
     assert refusal(lambda: list(load_pairs(DataSpec(pairs=source(path)))), path.parent) == f"data.jsonl:2: {wrong}"
+
+
+def test_only_who_asks_for_groups_looks_at_a_column_group(write_jsonl: WriteJsonl) -> None:
+    pair = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    path = write_jsonl([{**pair, "group": "g1"}, {**pair, "group": 7}])
+    assert list(load_pairs(DataSpec(pairs=source(path)))) == [Pair("p", "a", "b")] * 2
+    responses = DataSpec(responses=source(path, columns={"chosen": "chosen"}))
+    assert list(load_responses(responses)) == [LoggedResponse("p", "a"), LoggedResponse("p", "b")] * 2
+    assert len(list(load_pairs(DataSpec(pairs=source(path, columns={"group": "group"}, limit=1))))) == 1
+    grouped = load_grouped_pairs(source(path))
+    assert next(grouped) == ("g1", Pair("p", "a", "b"))
+    assert refusal(lambda: next(grouped), path.parent) == "data.jsonl:2: column 'group' must be text; found a number 7"
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)

@@ -22,8 +22,8 @@ from moalign.data.readers import Field, locate, read
 WriteJsonl = Callable[..., Path]
 PROMPT = Field("prompt", blank=False)
 RESPONSE = Field("response")
-SCORE = Field("score", number=True, required=False)
-FIELDS = [PROMPT, RESPONSE, SCORE]
+DONE = Field("done", truth=True, required=False)
+FIELDS = [PROMPT, RESPONSE, DONE]
 RECORDS: list[dict[str, Any]] = [{"prompt": f"p{index}", "response": f"r{index}"} for index in range(30)]
 
 
@@ -44,14 +44,14 @@ def message(path: Path, fields: list[Field] = FIELDS, **options: Any) -> str:
 
 def test_jsonl_with_all_kinds_of_text(write_jsonl: WriteJsonl) -> None:
     records = [
-        {"prompt": "Grüße 😀 👩‍👩‍👧‍👦", "response": "你好、世界", "score": 1},
-        {"prompt": "مرحبا", "response": "line\nline\u2028line\x85", "score": -0.5, "other": [1, {}]},
-        {"prompt": "Привет", "response": "", "score": None},
+        {"prompt": "Grüße 😀 👩‍👩‍👧‍👦", "response": "你好、世界", "done": 1},
+        {"prompt": "مرحبا", "response": "line\nline\u2028line\x85", "done": False, "other": [1, {}]},
+        {"prompt": "Привет", "response": "", "done": None},
     ]
     assert values(write_jsonl(records)) == [
-        {"prompt": "Grüße 😀 👩‍👩‍👧‍👦", "response": "你好、世界", "score": 1.0},
-        {"prompt": "مرحبا", "response": "line\nline\u2028line\x85", "score": -0.5},
-        {"prompt": "Привет", "response": "", "score": None},
+        {"prompt": "Grüße 😀 👩‍👩‍👧‍👦", "response": "你好、世界", "done": True},
+        {"prompt": "مرحبا", "response": "line\nline\u2028line\x85", "done": False},
+        {"prompt": "Привет", "response": "", "done": None},
     ]
 
 
@@ -68,7 +68,7 @@ def test_a_byte_order_mark_and_windows_line_ends_are_fine(tmp_path: Path) -> Non
     assert [row["prompt"] for row in values(path)] == ["a", "c"]
     table = tmp_path / "a.csv"
     table.write_bytes(b"\xef\xbb\xbfprompt,response\r\na,b\r\n")
-    assert values(table) == [{"prompt": "a", "response": "b", "score": None}]
+    assert values(table) == [{"prompt": "a", "response": "b", "done": None}]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json.gz", "A.JSONL.GZ"])
@@ -82,13 +82,13 @@ def test_gz_and_lines_in_it(tmp_path: Path, name: str) -> None:
 
 def test_csv_with_quotes_commas_and_line_ends(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
-    text = 'prompt,response,score\n"one\nstill ""one"", yes",r1, 1e-3 \n\nplain,"r\r\n2",\n"a\n\n\nb",r3,-2\n'
+    text = 'prompt,response,done\n"one\nstill ""one"", yes",r1, True \n\nplain,"r\r\n2",\n"a\n\n\nb",r3,0\n'
     path.write_bytes(text.encode())
     rows = list(read(SourceSpec(path=str(path)), FIELDS))
     assert [row.values for row in rows] == [
-        {"prompt": 'one\nstill "one", yes', "response": "r1", "score": 0.001},
-        {"prompt": "plain", "response": "r\r\n2", "score": None},
-        {"prompt": "a\n\n\nb", "response": "r3", "score": -2.0},
+        {"prompt": 'one\nstill "one", yes', "response": "r1", "done": True},
+        {"prompt": "plain", "response": "r\r\n2", "done": None},
+        {"prompt": "a\n\n\nb", "response": "r3", "done": False},
     ]
     # A record is named by the line it begins on, whatever its cells hold.
     assert [row.where.rpartition(":")[2] for row in rows] == ["2", "5", "7"]
@@ -106,8 +106,8 @@ def test_columns_are_renamed_and_limit_stops(write_jsonl: WriteJsonl) -> None:
         [{"question": "q1", "response": "r", "prompt": 5}, {"question": "q2", "response": "r"}, "{broken"]
     )
     assert values(path, columns={"prompt": "question"}, limit=2) == [
-        {"prompt": "q1", "response": "r", "score": None},
-        {"prompt": "q2", "response": "r", "score": None},
+        {"prompt": "q1", "response": "r", "done": None},
+        {"prompt": "q2", "response": "r", "done": None},
     ]
 
 
@@ -197,7 +197,7 @@ def test_reading_only_the_columns_needed(tmp_path: Path, monkeypatch: pytest.Mon
         return original(self, *args, **options)
 
     monkeypatch.setattr(pq.ParquetFile, "iter_batches", spy)
-    assert values(path) == [{"prompt": "a", "response": "b", "score": None}]
+    assert values(path) == [{"prompt": "a", "response": "b", "done": None}]
     assert asked == [["prompt", "response"]]
 
 
@@ -247,15 +247,15 @@ def test_a_column_missing_on_a_later_line_only(write_jsonl: WriteJsonl) -> None:
 
 def test_a_column_named_in_the_source_must_exist(write_jsonl: WriteJsonl) -> None:
     path = write_jsonl(RECORDS)
-    assert message(path, columns={"score": "reward"}) == (
-        "data.jsonl:1: no column 'reward' (for the field 'score'); found: prompt, response"
+    assert message(path, columns={"done": "whole"}) == (
+        "data.jsonl:1: no column 'whole' (for the field 'done'); found: prompt, response"
     )
 
 
 def test_an_unknown_field_in_columns_is_refused_before_reading(write_jsonl: WriteJsonl) -> None:
     path = write_jsonl(["{broken"])
     assert message(path, columns={"promt": "question"}) == (
-        "data.jsonl: columns: unknown field 'promt'; allowed: prompt, response, score; did you mean 'prompt'?"
+        "data.jsonl: columns: unknown field 'promt'; allowed: done, prompt, response; did you mean 'prompt'?"
     )
 
 
@@ -276,10 +276,10 @@ def test_a_response_that_is_no_text(write_jsonl: WriteJsonl, value: Any, wrong: 
 
 def test_parquet_types_are_checked_too(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
-    pq.write_table(pa.table({"prompt": ["a", "b"], "response": pa.array(["x", None]), "score": [1, 2]}), path)
+    pq.write_table(pa.table({"prompt": ["a", "b"], "response": pa.array(["x", None]), "done": [True, False]}), path)
     assert message(path) == "a.parquet: row 2: column 'response' must be text; found nothing (null)"
-    pq.write_table(pa.table({"prompt": ["a"], "response": ["b"], "score": [float("inf")]}), path)
-    assert message(path) == "a.parquet: row 1: column 'score' must be a finite number or nothing; found inf"
+    pq.write_table(pa.table({"prompt": ["a"], "response": ["b"], "done": [0.5]}), path)
+    assert message(path) == "a.parquet: row 1: column 'done' must be true, false or nothing; found a number 0.5"
     pq.write_table(pa.table({"prompt": [b"a"], "response": ["b"]}), path)
     assert message(path) == "a.parquet: row 1: column 'prompt' must be text; found bytes b'a'"
 
@@ -288,19 +288,6 @@ def test_parquet_types_are_checked_too(tmp_path: Path) -> None:
 def test_an_empty_prompt(write_jsonl: WriteJsonl, prompt: str) -> None:
     path = write_jsonl([RECORDS[0], {"prompt": prompt, "response": "b"}])
     assert message(path) == "data.jsonl:2: column 'prompt' is empty; a text is needed"
-
-
-@pytest.mark.parametrize("score", ["NaN", "Infinity", "-Infinity", "1e999", "true", '"0.5"', "[1]", "1" + "0" * 400])
-def test_scores_must_be_finite_numbers_in_jsonl(write_jsonl: WriteJsonl, score: str) -> None:
-    path = write_jsonl([f'{{"prompt": "a", "response": "b", "score": {score}}}'])
-    assert message(path).startswith("data.jsonl:1: column 'score' must be a finite number or nothing; found ")
-
-
-@pytest.mark.parametrize("score", ["nan", "inf", "good", "1_000", "0,5", "1e999"])
-def test_scores_must_be_finite_numbers_in_csv(tmp_path: Path, score: str) -> None:
-    path = tmp_path / "a.csv"
-    path.write_text(f'prompt,response,score\na,b,1\nc,d,"{score}"\n')
-    assert message(path) == f"a.csv:3: column 'score' must be a finite number or nothing; found {score!r}"
 
 
 def test_half_an_emoji_is_refused(write_jsonl: WriteJsonl) -> None:

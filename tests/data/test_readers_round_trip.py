@@ -19,7 +19,7 @@ from moalign.core.errors import RequestError
 from moalign.data.readers import Field, fingerprint, read
 
 WriteJsonl = Callable[..., Path]
-FIELDS = [Field("prompt", blank=False), Field("response"), Field("score", number=True, required=False)]
+FIELDS = [Field("prompt", blank=False), Field("response"), Field("done", truth=True, required=False)]
 RECORDS = [{"prompt": f"p{index}", "response": f"r{index}"} for index in range(3)]
 
 
@@ -61,7 +61,7 @@ RECORD = st.fixed_dictionaries(
     {
         "prompt": TEXT.filter(lambda text: bool(text.strip())),
         "response": TEXT,
-        "score": st.none() | st.floats(allow_nan=False, allow_infinity=False),
+        "done": st.none() | st.booleans(),
     }
 )
 
@@ -72,13 +72,13 @@ def write_any(path: Path, records: list[dict[str, Any]], pretty: bool) -> None:
         path.write_text(text, encoding="utf-8", newline="")
     elif path.suffix == ".csv":
         with path.open("w", encoding="utf-8", newline="") as handle:
-            names = ["prompt", "response", "score"]
+            names = ["prompt", "response", "done"]
             plain = csv.DictWriter(handle, names)
             writer = csv.DictWriter(handle, names, quoting=csv.QUOTE_ALL) if pretty else plain
             writer.writeheader()
             writer.writerows(records)
     else:
-        schema = pa.schema({"prompt": pa.string(), "response": pa.string(), "score": pa.float64()})
+        schema = pa.schema({"prompt": pa.string(), "response": pa.string(), "done": pa.bool_()})
         pq.write_table(pa.Table.from_pylist(records, schema), path, row_group_size=2)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from moalign.core import preferences
 from moalign.core.errors import RequestError
 from moalign.core.preferences import Preference
 from moalign.evaluation.evaluate import Evaluation, evaluate, held_out, preferences_for
@@ -346,6 +347,24 @@ def test_a_method_that_is_not_steerable_answers_for_what_it_was_trained_on(
         evaluate(method, context, [(0.5, 0.5)])
     evaluate(method, context)
     assert len(list(context.run.path.glob("eval-*.json"))) == 1  # not the task's grid
+
+
+def test_a_third_that_is_typed_with_eight_digits_is_the_one_that_was_trained(
+    small_task: tuple[str, ...], tmp_path: Path
+) -> None:
+    method, context = opened(small_task, tmp_path, Fixed(), grid=4)
+    typed = [preferences.parse(preferences.typed(w), context.task.names) for w in context.preferences]
+    assert typed[1] != context.preferences[1] == (1 / 3, 2 / 3)
+    assert preferences_for(method, context, typed) == list(context.preferences)
+    with pytest.raises(
+        RequestError, match=r"--prefs 0.3333,0.6667: sft answers only for .*: 0,1; 0.33333333,0.66666667;"
+    ):
+        preferences_for(method, context, [(0.3333, 0.6667)])
+
+
+def test_a_grid_preference_that_is_typed_is_judged_under_the_name_of_the_grid(steered: Opened) -> None:
+    asked = [tuple(w * (1 + 1e-8) for w in preference) for preference in steered[1].task.grid]
+    assert preferences_for(*steered, asked) == steered[1].task.grid
 
 
 def test_progress_ends_at_the_total(steered: Opened) -> None:

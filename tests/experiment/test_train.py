@@ -343,3 +343,24 @@ def test_a_run_that_knows_a_setting_by_its_former_name_is_read() -> None:
     with pytest.raises(ValueError, match="kl_target"):
         method.Config.model_validate(then)
     assert method.Config.model_validate(_by_todays_names(then)).model_dump()["experts"]["kl_budget"] == 4.0
+
+
+def test_an_interruption_of_learning_rewards_does_not_begin_it_again(
+    small_task: tuple[str, ...], results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moalign.tasks.sandbox import learned
+
+    calls = []
+
+    def stop(task: Any) -> Any:
+        calls.append(task)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(learned, "objectives", stop)
+    numbers = "{mean: 0, sd: 1, lo: -1, hi: 1}"
+    given = f"task.normaliser={{helpfulness: {numbers}, harmlessness: {numbers}}}"
+    made = plan(TrainRequest("sft", task="sandbox-learned", overrides=(*small_task, *SMALL, given), results=results))
+    with pytest.raises(KeyboardInterrupt):
+        train(made)
+    assert len(calls) == 1
+    assert made.existing_run is not None and made.existing_run.status == "interrupted"

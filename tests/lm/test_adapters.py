@@ -283,3 +283,42 @@ def test_weights_that_do_not_fit_their_config_are_refused(make_lm: Make, tmp_pat
 def test_targets_that_name_no_layer_are_refused(make_lm: Make) -> None:
     with pytest.raises(RequestError, match="policy.lora.targets"):
         adapters.attach(make_lm(), LoraSpec(targets=["no_such_layer"]), seed=0)
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_a_tensor_that_two_layers_share_is_not_merged_into(target: str) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from moalign.lm.language_model import wrap
+    from moalign.tasks.sandbox.base import make_tokenizer
+
+    torch.manual_seed(0)
+    tied = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=97, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=2, tie_word_embeddings=True,
+        )
+    )  # fmt: skip
+    lm = wrap(tied, make_tokenizer(), "tied", "0" * 16, device="cpu")
+    adapters.attach(lm, LoraSpec(r=4, alpha=8, dropout=0.0, targets=["q_proj", target]), seed=0)
+    weights = adapters.tensors(lm)
+    adapters.set_tensors(lm, {name: value + 0.3 for name, value in weights.items()})
+    beside = logits(lm)
+    with adapters.merged(lm):
+        assert torch.equal(logits(lm), beside)
+    assert adapters.shares_weights(lm)
+
+
+@pytest.mark.parametrize(
+    ("setting", "found"),
+    [("use_rslora", True), ("alpha_pattern", {"v_proj": 64}), ("rank_pattern", {"v_proj": 2}), ("use_dora", True),
+     ("init_lora_weights", "pissa")],
+)  # fmt: skip
+def test_an_adapter_of_another_strength_or_kind_is_refused(
+    make_lm: Make, tmp_path: Path, setting: str, found: object
+) -> None:
+    adapters.save(trained(make_lm()), tmp_path / "one")
+    place = tmp_path / "one" / "adapter_config.json"
+    place.write_text(json.dumps({**json.loads(place.read_text()), setting: found}))
+    with pytest.raises(RequestError, match=f"adapter_config.json: found {setting}: "):
+        adapters.read(make_lm(), tmp_path / "one")

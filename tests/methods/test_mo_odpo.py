@@ -165,10 +165,10 @@ def test_the_loss_of_a_part_by_hand() -> None:
     )
     value, told = loss(part, Config(), ["one", "two"], 0.1)
     assert value.item() == pytest.approx(0.704355, abs=1e-5)
-    assert told["accuracy"] == 0.5
+    assert told["accuracy"] == (1.0, 2)
     assert told["entropy"] == pytest.approx((2 + 2 + 0.5 + 0.1) / 4)
-    assert told["entropy/two"] == pytest.approx(2.0)  # the first prompt weighs the second objective most
-    assert told["entropy/one"] == pytest.approx(0.3)
+    assert told["entropy/two"] == (pytest.approx(4.0), 2)  # the first prompt weighs the second objective most
+    assert told["entropy/one"] == (pytest.approx(0.6), 2)
     # The preferred rows have log-likelihoods per token of 2 / 4 and -1 / 1, mean -.25. The rejected ones would have .5,
     # or .875 over the preferred ones' lengths; the preferred ones over the rejected ones' lengths .5.
     value, told = loss(part, Config(sft_coef=0.2), ["one", "two"], 0.1)
@@ -192,7 +192,7 @@ def test_what_is_undecided_is_not_right_and_no_one_s_favourite_has_no_entropy() 
         },
     )
     _, metrics = loss(part, Config(), ["one", "two"], 0.1)
-    assert metrics == {"accuracy": pytest.approx(1 / 3), "entropy": 1.0, "entropy/one": 1.0}
+    assert metrics == {"accuracy": (1.0, 3), "entropy": 1.0, "entropy/one": (6.0, 6), "entropy/two": (0.0, 0)}
 
 
 # -- preferences -----------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -178,3 +179,23 @@ def test_generators_switch_between_base_and_adapters(make_lm: Callable[..., Lang
     policies = [Policy(generators[name], partial(tagged, tag="")) for name in expected]
     again = respond_all(policies, PROMPTS, SAMPLING).responses
     assert again == [Policy(generators[name], partial(tagged, tag="")).respond(PROMPTS, SAMPLING) for name in expected]
+
+
+def test_preferences_that_are_worded_alike_are_mixed_apart() -> None:
+    """A mixture reads the preference itself; what a control model reads of it may be the same words."""
+    from types import SimpleNamespace
+
+    from moalign.policies.controlled import ControlPrompt
+
+    class Mixed:
+        def generate(self, texts: Sequence[ControlPrompt], rows: Sequence[int], sampling: Sampling) -> Generated:
+            return Generated([f"mixed at {text.preference}" for text in texts], len(texts))
+
+    words = [{"up_to": 0.25, "text": "few"}, {"up_to": 0.75, "text": "some"}, {"up_to": 1, "text": "many"}]
+    template = TemplateSpec.model_validate({"words": {"helpfulness": words, "harmlessness": words}})
+    context: Any = SimpleNamespace(task=SimpleNamespace(renderer=Renderer(template, ("helpfulness", "harmlessness"))))
+    mixed, grid = Mixed(), [(0.3, 0.7), (0.5, 0.5), (0.7, 0.3)]
+    policies = [Policy(mixed, lambda prompt, w=w: ControlPrompt.made(context, prompt, w)) for w in grid]
+    told = respond_all([*policies, policies[0]], ["make soup"], SAMPLING)
+    assert told.responses == [[f"mixed at {w}"] for w in (*grid, grid[0])]
+    assert told.tokens == 3

@@ -26,10 +26,16 @@ def part(estimate: Estimate, phase: str, name: str) -> float:
 
 @pytest.mark.parametrize("method", ["mod", "pcm"])
 def test_every_expert_keeps_a_cache_while_a_mixture_answers(method: str) -> None:
-    single, mixture = (estimates(name)[0] for name in ("dpo-soups", method))
+    single, mixture = (estimates(name)[0] for name in ("modpo", method))
     for name in ("KV cache", "adapters"):
         assert part(mixture, "answering", name) == 3 * part(single, "answering", name)
     assert part(mixture, "sampling the base", "KV cache") == part(single, "sampling the base", "KV cache")
+
+
+def test_soups_answer_with_one_adapter_whose_rank_is_the_sum_of_its_experts() -> None:
+    single, soup = (estimates(name)[0] for name in ("modpo", "dpo-soups"))
+    assert part(soup, "answering", "adapters") == 3 * part(single, "answering", "adapters")
+    assert part(soup, "answering", "KV cache") == part(single, "answering", "KV cache")
 
 
 def test_the_bounds_of_pcm_by_hand() -> None:
@@ -57,3 +63,22 @@ def test_in_logit_space_each_expert_s_logits_are_held_at_every_place() -> None:
     probability, logit = (estimates("pcm", f"space={space}")[0] for space in ("probability", "logit"))
     assert part(logit, update, "logits") == 4 * 129 * 32000 * (3 * (2 + 4) + 8)
     assert all("logits" not in each.parts for each in probability.phases if each.name == update)
+
+
+def test_drawing_from_a_nucleus_takes_a_sorted_copy_of_the_distribution() -> None:
+    plain, nucleus = (estimates("sft", f"task.generation.top_p={top_p}")[0] for top_p in (1.0, 0.9))
+    rows, words = 32, 32_000
+    assert part(plain, "answering", "logits") == rows * words * (2 + 12)
+    assert part(nucleus, "answering", "logits") == rows * words * (2 + 33)
+
+
+def test_a_group_of_answers_shares_its_prompt_in_the_estimate_too() -> None:
+    """16 rows in hand: of 8 answers to a prompt 2 prompts, of pairs 8, whose tokens pass through the model once."""
+    common = ("share_prompts=true", "micro_batch=16", "samples=8", "batch=8")
+    kept = {}
+    for method in ("grpo", "mo-odpo"):
+        for shares in (True, False):
+            estimate, _ = estimates(method, *common, f"share_prompts={shares}")
+            kept[method, shares] = part(estimate, "training: update", "activations")
+    assert kept["grpo", False] == kept["mo-odpo", False]
+    assert kept["grpo", True] < kept["mo-odpo", True] < kept["mo-odpo", False]

@@ -80,3 +80,15 @@ def test_no_pairs_at_all(tmp_path: Path) -> None:
         pairs.read([(None, SourceSpec(path=str(tmp_path / "e.csv")))])
     with pytest.raises(RequestError, match="hold no pairs"):
         pairs.read([])
+
+
+def test_two_files_of_one_name_need_names(tmp_path: Path) -> None:
+    for folder in ("helpful", "harmless"):
+        (tmp_path / folder).mkdir()
+    sources = [write(tmp_path / folder / "train.jsonl", row("a")) for folder in ("helpful", "harmless")]
+    with pytest.raises(RequestError, match="would both be named train; give names: NAME=FILE"):
+        pairs.read([(None, source) for source in sources])
+    assert [one.name for one in pairs.read([("safe", sources[1]), (None, sources[0])])] == ["safe", "train"]
+    assert [len(one) for one in pairs.read([("all", source) for source in sources])] == [2]
+    versions = [write(tmp_path / f"hh.v{number}.jsonl", row("a")) for number in (1, 2)]
+    assert [one.name for one in pairs.read([(None, source) for source in versions])] == ["hh.v1", "hh.v2"]

@@ -303,3 +303,48 @@ def test_or_from_the_card(tmp_path: Path) -> None:
     assert "language_model" not in vars(task)
     with pytest.raises(ValueError, match="quality.short"):
         TaskCard.model_validate({**told, "quality": {"short": 0}})
+
+
+def test_hash_follows_the_content_of_what_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file, a function of a module, and the folder of a reward model, which is called ``model`` in every run."""
+    import importlib
+    import linecache
+    import sys
+
+    from transformers import LlamaForSequenceClassification
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def hashed(objective: str, key: str = "objectives.0") -> str:
+        sets = [f"task.gold_objectives=[{objective}]"] if key == "gold" else [f"task.{key}={objective}"]
+        return make_task(load_card("sandbox", sets), tmp_path).hash
+
+    seen = []
+    for sign in ("", "-", ""):
+        for name in ("scorers.py", "my_rewards.py"):
+            (tmp_path / name).write_text(f"def f(prompts, responses):\n    return [{sign}1.0 for _ in responses]\n")
+        sys.modules.pop("my_rewards", None)
+        importlib.invalidate_caches()
+        linecache.clearcache()
+        functions = (str(tmp_path / "scorers.py") + ":f", "my_rewards:f")
+        objectives = [f"{{name: helpfulness, kind: python, function: '{name}'}}" for name in functions]
+        seen.append([hashed(text, key) for text in objectives for key in ("objectives.0", "gold")])
+    assert seen[0] == seen[2] and not set(seen[0]) & set(seen[1]) and len(set(seen[0])) == 4
+    folders = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+        config = LlamaConfig(vocab_size=len(base.make_tokenizer()), num_labels=1, pad_token_id=0, **sizes)
+        folder = tmp_path / str(seed) / "model"
+        LlamaForSequenceClassification(config).save_pretrained(folder, safe_serialization=True)
+        base.make_tokenizer().save_pretrained(folder)
+        folders.append(hashed(f"{{name: helpfulness, kind: hf-classifier, model: {folder}}}"))
+    assert folders[0] != folders[1]
+    assert hashed("{name: helpfulness, kind: sandbox}") == make_task(load_card("sandbox"), tmp_path).hash
+
+
+def test_labels_of_an_objective_that_is_none_of_the_worlds_are_refused(tmp_path: Path) -> None:
+    task = stand_in(tmp_path, "task.model=somewhere", "task.objectives.1={name: brevity, kind: rule, rule: brevity}")
+    with pytest.raises(RequestError, match="sandbox.annotators.groups: specialists: unknown objective 'brevity'"):
+        task.pair_sets()

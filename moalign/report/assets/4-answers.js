@@ -102,10 +102,11 @@ function card(row) {
   article.append(element("div", answers.texts[answered.texts[index][state.prompt]], { class: "answer" }));
   const scores = element("div", null, { class: "scores" });
   const { lo, hi } = record.bounds;
-  const unit = raw.map((value, i) => (value - lo[i]) / (hi[i] - lo[i]));
+  const unit = raw.map((value, i) => (missing(value) ? null : (value - lo[i]) / (hi[i] - lo[i])));
+  const asked = unit.some(missing) ? null : dot(preference, unit);
   const text = (i) => `${number(unit[i])} (raw ${number(raw[i], 2)})`;
   scores.append(...record.objectives.map((name, i) => score(name, unit[i], text(i))));
-  scores.append(score("w·n", dot(preference, unit), number(dot(preference, unit))));
+  scores.append(score("w·n", asked, number(asked)));
   article.append(scores);
   return article;
 }
@@ -114,7 +115,7 @@ function score(name, value, text) {
   const line = element("div", null, { class: "score" });
   const track = element("span", null, { class: "track" });
   const bar = element("div", null, { class: "fill" });
-  bar.style.width = `${100 * Math.min(1, Math.max(0, value))}%`;
+  bar.style.width = `${missing(value) ? 0 : 100 * Math.min(1, Math.max(0, value))}%`;
   track.append(bar);
   line.append(element("span", name, { title: name }), track, element("span", text));
   return line;

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from moalign.core.arrays import Matrix
+from moalign.core.errors import unknown
 from moalign.reward_models.calibration import sigmoid
 from moalign.reward_models.pairs import PairSet
 from moalign.tasks.sandbox import world
@@ -45,7 +46,9 @@ ALIKE = tuple(Group(group.name, (0.6, 0.5, 0.2)) for group in DIVERSE)
 
 
 def specialists(objectives: Sequence[str], sharpness: float = 1.0) -> list[Group]:
-    """Return one group per objective that looks at nothing else."""
+    """Return one group per objective that looks at nothing else; RequestError for one that is none of the world's."""
+    if other := [name for name in objectives if name not in world.OBJECTIVES]:
+        raise unknown("objective", other[0], world.OBJECTIVES, "sandbox.annotators.groups: specialists")
     first, second, third = world.OBJECTIVES
     own = {first: (1.0, 0.0, 0.0), second: (0.0, 1.0, 0.0), third: (0.0, 0.0, 1.0)}
     return [Group(name, own[name], sharpness) for name in objectives]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -14,7 +15,7 @@ from moalign.config.recipe import LoraSpec
 from moalign.core.arrays import Matrix
 from moalign.core.preferences import Preference
 from moalign.core.records import Response
-from moalign.rewards import judge
+from moalign.rewards import scorer
 from moalign.rewards.panel import RewardPanel
 from moalign.runs.checkpoint import file_sum
 from moalign.tasks.responses import Responses
@@ -43,7 +44,7 @@ class SandboxTask(Task):
 
     @property
     def identity(self) -> dict[str, str]:
-        """The base's content address (a user's own: its fingerprint), what rewards are learned with, and LLM judges."""
+        """The base's content address (a user's own: its fingerprint), how rewards are learned, and what scores."""
         if self.card.model is not None:
             content = {"model": fingerprint(self.card.model, self.card.model_revision)}
         else:
@@ -52,7 +53,7 @@ class SandboxTask(Task):
             from moalign.tasks.sandbox import learned
 
             content["rewards"] = learned.VERSION
-        return content | judge.fingerprints(self.card)
+        return content | scorer.fingerprints(self.card, Path.cwd())
 
     def base_source(self) -> tuple[str, str | None]:
         """Return the base's folder, having trained it first when it is built in and not there yet."""
@@ -78,16 +79,16 @@ class SandboxTask(Task):
             return None
         return Response(world.draw_responses([prompt], np.random.default_rng(0))[0])
 
-    def examine(self, lora: LoraSpec | None) -> str:
+    def examine(self, lora: LoraSpec | None, setting: str = "policy.lora") -> str:
         """See :meth:`Task.examine`; needs no trained base."""
         import torch
 
         from moalign.lm import architecture
 
         if not self.card.built_in_base:
-            return super().examine(lora)
+            return super().examine(lora, setting)
         with torch.device("meta"):
-            return architecture.with_lora(base.untrained(base.make_tokenizer()), lora)
+            return architecture.with_lora(base.untrained(base.make_tokenizer()), lora, setting)
 
     def untrained_codec(self) -> Codec:
         """Return what turns text into the base's tokens; needs no base."""
@@ -127,7 +128,7 @@ class SandboxTask(Task):
         limits = self.card.generation
         if not self._judged_exactly or not self.card.built_in_base:
             return None
-        if limits.temperature <= 0 or self.card.template.stop:
+        if limits.temperature <= 0 or limits.top_p < 1 or self.card.template.stop:  # what is sampled is another policy
             return None
         if limits.max_new_tokens < reference.LONGEST:
             return None
