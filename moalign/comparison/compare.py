@@ -23,6 +23,7 @@ from moalign.comparison.result import CompareResult
 from moalign.config import load, overrides
 from moalign.config.card import TaskCard
 from moalign.config.recipe import Recipe
+from moalign.config.strict import RECORDED
 from moalign.core import preferences
 from moalign.core.errors import RequestError, unknown
 from moalign.core.paths import cache_root
@@ -246,7 +247,7 @@ def _named_runs(request: CompareRequest) -> tuple[list[ComparedRun], TaskCard, s
     if request.task is not None and request.task != first.record.task:
         raise RequestError(f"--task {request.task}: the runs named are of task {first.record.task}; leave out --task")
     with damaged(first):
-        card = TaskCard.model_validate(first.record.recipe["card"])
+        card = TaskCard.model_validate(first.record.recipe["card"], context=RECORDED)
     compared = [jobs.existing(run) for run in runs.values()]
     lacking = jobs.not_evaluated(compared, card)
     if lacking is not None:

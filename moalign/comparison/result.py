@@ -158,7 +158,7 @@ class Entry(Content):
 
 
 class Difference(Content):
-    """Entry ``a`` minus entry ``b`` in one number, paired over prompts and seeds."""
+    """Entry ``a`` minus entry ``b`` in one number, paired over prompts and, where both have the same, over seeds."""
 
     a: str
     b: str
@@ -171,6 +171,7 @@ class Difference(Content):
     probability_of_improvement: float | None = None
     """That a random training seed of ``a`` beats a random one of ``b``; None where one of them has a single seed."""
     seeds: list[int]
+    """Those that either has."""
 
 
 class Pair(Difference):

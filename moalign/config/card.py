@@ -17,7 +17,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from moalign.config.objectives import SANDBOX, Aggregation, JudgeObjective, ObjectiveSpec
-from moalign.config.strict import Strict
+from moalign.config.strict import RECORDED, Strict
 from moalign.core.errors import RequestError, did_you_mean, unknown
 from moalign.core.preferences import require_grid
 
@@ -287,8 +287,9 @@ class TaskCard(Strict):
         return None if value in ("exact", "cut", QualitySpec(), []) else value  # one form, so that both have one hash
 
     @model_validator(mode="after")
-    def _consistent(self) -> TaskCard:
-        problem = next(itertools.chain(self._wrong_names(), self._wrong_sections()), None)
+    def _consistent(self, info: ValidationInfo) -> TaskCard:
+        of_request = () if info.context == RECORDED else self._without_effect()
+        problem = next(itertools.chain(self._wrong_names(), self._wrong_sections(), of_request), None)
         if problem is not None:
             raise ValueError(problem)
         return self
@@ -315,14 +316,21 @@ class TaskCard(Strict):
         for field in ("reference_point", "sensitivity_point"):
             if len(getattr(self, field)) != len(names):
                 yield f"{field} needs one number per objective ({len(names)}); found {len(getattr(self, field))}"
-        try:
-            require_grid(len(names), self.grid, "grid")
-        except RequestError as error:
-            yield str(error)
         if self.normaliser is not None and sorted(self.normaliser) != sorted(names):
             yield f"normaliser must name every objective ({listed}); found {', '.join(self.normaliser)}"
         if stray := [name for name in self.published if name not in names]:
             yield f"published names no objective ({listed}): {', '.join(stray)}"
+
+    def _without_effect(self) -> Iterator[str]:
+        """What a new run is refused, and the record of an older one may hold."""
+        if self.kind == "sandbox" and self.data is not None:
+            yield "data is for kind: text; the sandbox's prompts, responses and pairs are its own"
+        if self.kind == "text" and self.sandbox is not None:
+            yield "sandbox is for kind: sandbox"
+        try:
+            require_grid(len(self.objectives), self.grid, "grid")
+        except RequestError as error:
+            yield str(error)
 
     def _wrong_sections(self) -> Iterator[str]:
         for name, phrases in (self.template.words or {}).items():
@@ -335,10 +343,6 @@ class TaskCard(Strict):
             yield f"template.end must be one of template.stop, or answers would not stop there; found {end!r}"
         if self.kind == "sandbox" and self.sandbox is None:
             yield "kind: sandbox needs a section sandbox"
-        if self.kind == "sandbox" and self.data is not None:
-            yield "data is for kind: text; the sandbox's prompts, responses and pairs are its own"
-        if self.kind == "text" and self.sandbox is not None:
-            yield "sandbox is for kind: sandbox"
         if self.built_in_base:  # it is trained on what these say, and its optimum is theirs
             for name in self.objective_names:
                 if name not in SANDBOX:

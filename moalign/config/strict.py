@@ -7,6 +7,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
+RECORDED = {"recorded": True}
+"""Context of validation of what stands in the record of a run that older rules allowed."""
+
 LARGEST_INTEGER, LARGEST_NUMBER = 2**63 - 1, 3.4028234663852886e38
 """What 64 bits and single precision hold: tensors take no other numbers."""
 

@@ -320,11 +320,16 @@ def _stored_scores(
 def _require_same_scale(task: Task, stored: EvalResult, scores: Matrix, path: Path) -> None:
     """Raise RequestError where the task's scale is another one than the stored points were put on."""
     stored_means, means = np.array([point.mean for point in stored.points]), scores.mean(axis=0)
+    if stored_means.shape != means.shape:
+        raise RequestError(
+            f"{path}: it has {len(stored_means)} preferences, and its answers are for {len(means)}; delete {path.name} "
+            f"and evaluate again: moalign eval {path.parent}"
+        )
     if np.isfinite(means).all() and not np.allclose(means, stored_means, rtol=0, atol=1e-6):
         raise RequestError(
             f"{path}: judged on another scale than that of {task.folder} (its normaliser was fitted again, or is that "
-            f"of another machine); put the old one back, or delete {path.name} and evaluate again: moalign eval "
-            f"{path.parent}"
+            f"of another machine); put the scale back that came with the run, take a results folder without one, or "
+            f"delete {path.name} and evaluate again: moalign eval {path.parent}"
         )
 
 

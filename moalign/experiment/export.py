@@ -210,7 +210,7 @@ def _describe(
         base_revision=task.card.model_revision,
         base_fingerprint=lm.fingerprint,
         prompt=str(policy.render(PLACE)),
-        preference_in_prompt=policy.render(PLACE) != task.renderer.plain(PLACE),
+        preference_in_prompt=str(policy.render(PLACE)) != str(task.renderer.plain(PLACE)),
         trim=_trim(policy.render),
         special_tokens=not task.card.template.chat,
         end_ids=sorted(ends.ids),

@@ -146,5 +146,5 @@ def _words(context: RunContext, policy: Policy, preference: Preference, prompt: 
     if not context.task.card.template.words:
         return None
     renderer = context.task.renderer
-    read = policy.render(prompt) == renderer.preference(prompt, preference)
+    read = str(policy.render(prompt)) == str(renderer.preference(prompt, preference))
     return renderer.preference_text(preference) if read else None

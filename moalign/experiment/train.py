@@ -16,6 +16,7 @@ from moalign.config import find, load
 from moalign.config.card import TaskCard
 from moalign.config.load import ResolvedRequest
 from moalign.config.recipe import PolicySpec, Recipe, RewardsSpec, RolloutSpec
+from moalign.config.strict import RECORDED
 from moalign.core import preferences, processes
 from moalign.core.errors import RequestError
 from moalign.core.preferences import Preference
@@ -374,7 +375,7 @@ def context_of(run: Run, results: Path, progress: Progress = silent) -> tuple[Me
         raise RequestError(f"run {run.path}: it is {run.status}, not done; finish it with the same train command first")
     method = method_of(run)
     with damaged(run):
-        card = TaskCard.model_validate(record.recipe["card"])
+        card = TaskCard.model_validate(record.recipe["card"], context=RECORDED)
         config = method.Config.model_validate(_by_todays_names(record.recipe["config"]))
         policy = PolicySpec.model_validate(record.recipe["policy"])
         rewards = RewardsSpec.model_validate(record.recipe.get("rewards") or {})

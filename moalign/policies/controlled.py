@@ -157,6 +157,9 @@ class ControlPrompt(Rendered):
         """Two preferences that are worded alike weigh the experts differently: they share no answer."""
         return super().__eq__(other) and self.preference == getattr(other, "preference", None)
 
+    def __ne__(self, other: object) -> bool:
+        return not self == other  # str has one of its own
+
     def __hash__(self) -> int:
         return hash((str(self), self.preference))
 

@@ -19,7 +19,7 @@ from moalign.methods import registry
 from moalign.methods.base import Method
 from moalign.policies.control_spec import ControlSpec
 from moalign.preflight import fit
-from moalign.preflight.inputs import check_inputs, named_model
+from moalign.preflight.inputs import check_inputs, is_local, named_model
 from moalign.preflight.report import Preflight
 from moalign.preflight.request import of_recipe, require_sound, require_suited, to_train
 from moalign.preflight.sizes import check_sizes
@@ -53,7 +53,8 @@ def check(
             for name, named in resolved.config.models.items():
                 report.look(name, partial(named_model, report, name, named))
         control = getattr(resolved.config, "control", None)
-        if isinstance(control, ControlSpec) and control.form == "adapter" and inputs.task is not None:
+        here = resolved.card.built_in_base or is_local(str(resolved.card.model))
+        if isinstance(control, ControlSpec) and control.form == "adapter" and inputs.task is not None and here:
             report.look("control", partial(inputs.task.examine, control.lora, "control.lora"))
         if isinstance(resolved.config, NamesFiles):
             report.look("files", partial(_files, resolved.config))

@@ -7,7 +7,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from moalign.report import tables
-from moalign.report.record import Row
+from moalign.report.record import Row, optimum_on_grid
 from moalign.report.templates import render
 
 _RANKING = (
@@ -32,6 +32,7 @@ def page(record: Row, folder: Path) -> str:
             "pairs": tables.leads(record),
             "differences": tables.differences(record),
             "record": record,
+            "optimum": optimum_on_grid(record),
             "legend": tables.legend(record["rows"]),
             "link": lambda path: quote(Path(os.path.relpath(path, folder)).as_posix()),
             "figures": [(_FIGURES[name], path) for name, path in record["figures"].items() if name in _FIGURES],

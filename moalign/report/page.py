@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moalign.report import tables
-from moalign.report.record import Row
+from moalign.report.record import Row, optimum_on_grid
 from moalign.report.templates import asset, render
 from moalign.runs import atomic
 
@@ -70,6 +70,7 @@ def page(record: Row, answers: Sequence[Answers] = (), limit: int = LIMIT) -> by
         "js": script,
         "data": _json({**record, "rows": [{**row, "curves": None} for row in record["rows"]]}),
         "record": record,
+        "optimum": optimum_on_grid(record),
         "legend": tables.legend(record["rows"]),
         "answers": _PLACE,
     }

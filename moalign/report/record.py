@@ -14,6 +14,15 @@ def judged(record: Row) -> list[Row]:
     return [row for row in record["rows"] if row["status"] != "failed"]
 
 
+def optimum_on_grid(record: Row) -> float | None:
+    """Return the optimum's hypervolume; None where it is not known, or not that of the comparison's preferences.
+
+    Where every method answered preferences of its own, the record's optimum is that for the first one's.
+    """
+    on_grid = any(not row["own_preferences"] for row in judged(record))
+    return float(record["optimum"]["hypervolume"]) if record["optimum"] and on_grid else None
+
+
 def machine(origin: Row) -> str | None:
     """Return the GPUs of a captured environment, or else its CPU; None where neither is known."""
     return ", ".join(origin.get("gpus") or []) or origin.get("cpu")

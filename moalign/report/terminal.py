@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from moalign.core.text import PROSE, visible
 from moalign.report import tables, verdict
-from moalign.report.record import Row, judged
+from moalign.report.record import Row, judged, optimum_on_grid
 from moalign.report.tables import METHODS, PAIRS, Column, select
 from moalign.report.units import NONE, count, number
 
@@ -55,8 +55,8 @@ def print_comparison(console: Console, record: Row) -> None:
 
 def _heading(record: Row) -> str:
     ref = ", ".join(f"{value:g}" for value in record["ref"])
-    on_grid = record["optimum"] and not all(row["own_preferences"] for row in judged(record))
-    known = f"; optimum {number(record['optimum']['hypervolume'])}" if on_grid else ""
+    optimum = optimum_on_grid(record)
+    known = "" if optimum is None else f"; optimum {number(optimum)}"
     answers = f" x {record['samples']} answers" if record["samples"] > 1 else ""
     prompts = f", {record['prompts']} prompts{answers}" if record["prompts"] else ""
     return (

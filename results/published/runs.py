@@ -139,6 +139,12 @@ def restore(folder: Path, results: Path) -> list[Path]:
         for path in kept_scale:
             if not (scale / path.name).exists():
                 atomic.write_bytes(scale / path.name, path.read_bytes())
+            elif (scale / path.name).read_bytes() != path.read_bytes():
+                print(
+                    f"note: {scale / path.name} is not that of the runs restored, which cannot be compared on it; give "
+                    "another folder with --results",
+                    file=sys.stderr,
+                )
     return restored
 
 

@@ -90,7 +90,7 @@ def test_the_data_of_a_kept_run_is_that_of_this_checkout(script: ModuleType, tmp
 
 
 def test_the_scale_goes_with_the_runs_and_another_one_is_refused(
-    script: ModuleType, card: str, results: Path, tmp_path: Path
+    script: ModuleType, card: str, results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = Path(card).read_text(encoding="utf-8")
     start = text.index("normaliser:")
@@ -106,6 +106,8 @@ def test_the_scale_goes_with_the_runs_and_another_one_is_refused(
     assert compare(CompareRequest(runs=runs, results=elsewhere)).content["pairs"] == first.content["pairs"]
     fitted = json.loads(other.read_text())
     other.write_text(json.dumps({**fitted, "lo": [value - 0.1 for value in fitted["lo"]]}))
+    assert script.restore(tmp_path / "published" / "toys", elsewhere) == []
+    assert f"note: {other} is not that of the runs restored" in capsys.readouterr().err
     with pytest.raises(RequestError, match=r"eval.json: judged on another scale than that of .*/tasks/toy-"):
         compare(CompareRequest(runs=runs, results=elsewhere))
 

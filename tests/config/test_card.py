@@ -273,3 +273,18 @@ def test_cutting_prompts_that_are_too_long_is_the_default() -> None:
     assert made(overlong="cut").hash(model="x") == made().hash(model="x")
     (problem,) = validate.check(TaskCard, card(overlong="crop"))[1]
     assert problem.startswith("overlong: found 'crop'; allowed: ")
+
+
+def test_the_record_of_an_older_run_may_hold_what_had_no_effect() -> None:
+    """A card that a new run is refused; whatever else is wrong stays wrong."""
+    from pydantic import ValidationError
+
+    from moalign.config.strict import RECORDED
+
+    three = [*card()["objectives"], {"name": "humor", "kind": "sandbox", "maximise": False}]
+    older = card(objectives=three, reference_point=[0] * 3, sensitivity_point=[0] * 3, sandbox={"base": "warm"})
+    assert TaskCard.model_validate(older, context=RECORDED).objective_names == ["a", "b", "humor"]
+    with pytest.raises(ValidationError):
+        TaskCard.model_validate(older)
+    with pytest.raises(ValidationError, match="reference_point needs one number per objective"):
+        TaskCard.model_validate({**older, "reference_point": [0]}, context=RECORDED)

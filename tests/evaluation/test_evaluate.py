@@ -258,6 +258,14 @@ def test_an_evaluation_of_another_card_is_not_read_back(steered: Opened) -> None
     assert Speaker.calls > calls
 
 
+def test_an_evaluation_of_fewer_preferences_than_its_answers_is_named(steered: Opened) -> None:
+    place = Path(evaluate(*steered).result.run) / "eval.json"
+    content = json.loads(place.read_text())
+    place.write_text(json.dumps({**content, "points": content["points"][:1]}))
+    with pytest.raises(RequestError, match=r"eval.json: it has 1 preferences, and its answers are for 3; delete"):
+        evaluate(*steered)
+
+
 def test_other_preferences_go_to_another_file(steered: Opened) -> None:
     method, context = steered
     own = evaluate(method, context)

@@ -198,4 +198,6 @@ def test_preferences_that_are_worded_alike_are_mixed_apart() -> None:
     policies = [Policy(mixed, lambda prompt, w=w: ControlPrompt.made(context, prompt, w)) for w in grid]
     told = respond_all([*policies, policies[0]], ["make soup"], SAMPLING)
     assert told.responses == [[f"mixed at {w}"] for w in (*grid, grid[0])]
-    assert told.tokens == 3
+    one, other = (ControlPrompt.made(context, "make soup", w) for w in grid[:2])
+    assert str(one) == str(other) and one != other and len({one, other}) == 2
+    assert one == ControlPrompt.made(context, "make soup", grid[0])

@@ -148,3 +148,17 @@ def test_hostile_labels_errors_and_sentences_are_shown_escaped(compared: Build, 
     lines = printed(record)
     assert hostile.acting("\n".join(lines)) == []
     assert "[red]a[/red]" in "".join(lines) and "\\x1b[2J" in "".join(lines)
+
+
+def test_an_optimum_for_other_preferences_is_not_told_as_that_of_the_comparison(compared: Build) -> None:
+    from moalign.report.record import optimum_on_grid
+
+    record = compared({"a": 0.1, "b": 0.0})
+    assert optimum_on_grid(record) == record["optimum"]["hypervolume"]
+    for row in record["rows"]:
+        row["own_preferences"] = True
+    assert optimum_on_grid(record) is None
+    assert "optimum" not in printed(record)[0]
+    record["rows"][1]["status"] = "failed"
+    record["rows"][1]["own_preferences"] = False
+    assert optimum_on_grid(record) is None, "a method that failed answered none"

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from moalign.config.objectives import SandboxObjective
 from moalign.core.errors import RequestError
-from moalign.rewards.panel import RewardPanel
 from moalign.rewards.scorer import Scorer, build_scorer
 from moalign.tasks.sandbox import world
 from moalign.tasks.sandbox.scorer import SandboxScorer, parse, rewards
@@ -115,10 +114,8 @@ def test_sandbox_objective() -> None:
     names = ("helpfulness", "humor")
     assert len({build_scorer(SandboxObjective(name=name, kind="sandbox"), Path()).revision for name in names}) == 2
     humor = build_scorer(SandboxObjective(name="humor", kind="sandbox"), Path())
-    turned = build_scorer(SandboxObjective(name="humor", kind="sandbox", maximise=False, store=True), Path())
+    stored = build_scorer(SandboxObjective(name="humor", kind="sandbox", store=True), Path())
     assert isinstance(humor, Scorer)
-    assert (humor.cheap, turned.cheap) == (True, False)
-    raw = RewardPanel([humor]).score(["tell me about bees"], ["stray words"])
-    assert RewardPanel([turned]).score(["tell me about bees"], ["stray words"]).tolist() == (-raw).tolist()
+    assert (humor.cheap, stored.cheap) == (True, False)
     with pytest.raises(RequestError, match="did you mean 'humor'"):
         build_scorer(SandboxObjective(name="humour", kind="sandbox"), Path())

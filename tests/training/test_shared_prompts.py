@@ -73,7 +73,7 @@ def test_the_gradient_of_online_pairs_is_the_same(make_job: MakeJob, changes: tu
         for part in trainer.parts(pairs.rows, group=2, tensors=pairs.tensors):
             loss, metrics = mo_odpo.loss(part, job.config, job.task.names, 0.1)
             trainer.backward(loss, metrics)
-        found.append((trainer._sums["loss"], gradients(job)))
+        found.append((trainer._means.taken(())["loss"], gradients(job)))
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
     assert_close(found[1][1], found[0][1])
 
@@ -93,7 +93,7 @@ def test_the_gradient_of_ppo_with_four_answers_a_prompt_is_the_same(
         trainer.step = lambda metrics=None: None  # type: ignore[method-assign]
         trainer.update(experience, experience.advantages[..., 0])
         heads = {name: value.grad.clone() for name, value in trainer.value_heads.named_parameters()}  # type: ignore[union-attr]
-        found.append((trainer._sums, gradients(job), heads))
+        found.append((trainer._means.taken(()), gradients(job), heads))
     for name, value in found[0][0].items():
         assert found[1][0][name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
     for found_here, wanted in zip(found[1][1:], found[0][1:], strict=True):

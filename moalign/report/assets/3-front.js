@@ -141,7 +141,9 @@ function legend() {
     $("legend").append(label);
   }
   if (!record.optimum) return;
-  $("legend").append(element("span", `grey: exact optimum ${number(record.optimum.hypervolume)}`, { class: "note" }));
+  const onGrid = record.rows.some((row) => row.status !== "failed" && !row.own_preferences);
+  const value = onGrid ? ` ${number(record.optimum.hypervolume)}` : "";
+  $("legend").append(element("span", `grey: exact optimum${value}`, { class: "note" }));
 }
 
 function axes() {

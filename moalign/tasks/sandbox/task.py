@@ -118,7 +118,7 @@ class SandboxTask(Task):
         return optimum(prompts, prefs, columns, np.array(truth.mean), np.array(truth.sd), beta)
 
     def frontier(self, prefs: Sequence[Preference]) -> list[Frontier] | None:
-        """See :meth:`Task.frontier`; known for the built-in base, while it gives hardly any malformed responses.
+        """See :meth:`Task.frontier`; known for the built-in base, sampled whole, with hardly any malformed responses.
 
         The base's probability of a malformed response (.0015 at temperature 1) is the base's loss alone: the optimum
         gives none, which costs it as many nats, and at KL 0 the base counts without them.
