@@ -3,8 +3,8 @@
 A learned reward is right about responses such as it was trained on, and wrong, in either direction, about all others.
 An online method searches for high rewards and finds the wrongly high ones; on the sandbox they were answers that break
 off in the middle of a phrase, which a reward model scored above every whole one. To the base their least likely token
-has a log-probability of -12 to -20; in the base's own responses none is below -2.6, in those of a policy trained
-on exact rewards none below -2.3 (nats; results/learned/support.md). So the base knows what the reward model does not.
+has a log-probability of -11 to -19; in the base's own responses none is below -2.8, in those of a policy trained
+on exact rewards none below -2.4 (nats; results/learned/support.md). So the base knows what the reward model does not.
 
 A reward given outside the support is not believed: it counts as the lower bound of the data's rewards. The support
 reaches to the least likely token of the task's calibration responses and ``support`` nats beyond. The base is asked

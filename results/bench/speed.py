@@ -104,7 +104,7 @@ def online(options: argparse.Namespace, place: Path, prompt: int | None = None) 
     steps: dict[str, Step] = {}
     for name, more in {"plain": {}, "shared": SHARED}.items():
         size = {"batch": options.batch, "samples": 2, "micro_batch": 2 * options.batch, "epochs": 1}
-        job = job_of("mo-odpo", options, place / name, **size, temperature=0.7, lr=0.0, **more)
+        job = job_of("mo-odpo", options, place, **size, temperature=0.7, lr=0.0, **more)
         bound_answers(job, options.tokens)
         if prompt is not None:
             lengthen_prompts(job, prompt, 4 * options.batch)
@@ -113,7 +113,7 @@ def online(options: argparse.Namespace, place: Path, prompt: int | None = None) 
         prompts = job.task.prompts["train"]
     mean = statistics.mean(len(row) for row in job.task.language_model.encode(prompts_read(job, prompts), 4096))
     set_threads(job.task.language_model.model.num_parameters())
-    step, base = trl_online(job_of("mo-odpo", options, place / "trl"), prompts, options, place)
+    step, base = trl_online(job_of("mo-odpo", options, place), prompts, options, place)
     steps["library"] = step
     torch.manual_seed(derive(0, "speed"))
     measured = in_turns(steps, options.repeats)
@@ -138,6 +138,9 @@ def prompts_read(job: Any, prompts: list[str]) -> list[str]:
 def lengthen_prompts(job: Any, tokens: int, count: int) -> None:
     """Give the job ``count`` prompts to train on, each of as many of the task's as make ``tokens`` tokens or more."""
     lm, known = job.task.language_model, job.task.prompts["train"]
+    generation = job.task.card.generation.model_copy(update={"max_prompt_tokens": 4096})
+    job.task.card = job.task.card.model_copy(update={"generation": generation})
+    job.task.__dict__.pop("renderer", None)  # it cuts to the limit that it was made with
     made = []
     for at in range(count):
         joined = str(known[at % len(known)])
@@ -146,8 +149,6 @@ def lengthen_prompts(job: Any, tokens: int, count: int) -> None:
                 break
             joined += " " + known[(at + more * count) % len(known)]
         made.append(joined)
-    generation = job.task.card.generation.model_copy(update={"max_prompt_tokens": 4096})
-    job.task.card = job.task.card.model_copy(update={"generation": generation})
     job.task.prompts = {**job.task.prompts, "train": made}
 
 

@@ -2,14 +2,14 @@
 
     python results/learned/support.py RUN [RUN]...       # seconds each; writes support.md beside this file
 
-The published table is of three: ``moalign train hindsight --task sandbox`` (exact rewards), ``moalign train hindsight
---task sandbox-learned --set snapshots=6`` and ``moalign train hindsight --task sandbox-learned --set support=null``.
-For every run the answers of its evaluation are divided into well-formed ones, of
-the 15,625 that the world has, and malformed ones. Log-probabilities are the base's, with the bare prompt, in nats.
+The published table names the command of each of its runs; any runs of the sandbox's tasks will do. For
+every run the answers of its evaluation are divided into well-formed ones, of the 15,625 that the world has, and
+malformed ones. Log-probabilities are the base's, with the bare prompt, in nats.
 """
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +18,7 @@ import numpy as np
 
 from moalign.experiment.train import context_of
 from moalign.lm.chat import training_row
+from moalign.runs.record import again
 from moalign.runs.run import Run
 from moalign.tasks.responses import Responses, from_columns
 from moalign.tasks.sandbox import world
@@ -47,12 +48,14 @@ def line(name: str, values: np.ndarray) -> str:
 
 def main(folders: Sequence[str]) -> None:
     """Write the table of the base and of the runs."""
+    records = [Run.load(Path(folder)).record for folder in folders]
+    commands = [again(record.as_given, record.seed, record.preferences, Path("results")) for record in records]
     lines = [
         "# The least likely token of an answer, to the base",
         "",
-        "Made by `python results/learned/support.py` of runs of `moalign train hindsight --task sandbox`,",
-        "`moalign train hindsight --task sandbox-learned --set snapshots=6` and",
-        "`moalign train hindsight --task sandbox-learned --set support=null`: log-probability in nats, bare prompt.",
+        "Made by `python results/learned/support.py RUN...`: log-probability in nats, bare prompt. The runs are of",
+        "",
+        *(f"* `{shlex.join(['moalign', *command])}`" for command in commands),
         "",
         "| answers | number | least | 1 % | median | largest |",
         "|---|---:|---:|---:|---:|---:|",
@@ -68,7 +71,7 @@ def main(folders: Sequence[str]) -> None:
         table = run.read_table("responses")[::EVERY]
         values = least(task, Responses(table["prompt"].tolist(), from_columns(table)))
         whole = table["response"].isin(well_formed).to_numpy()
-        name = f"{record.method} on {task.card.name}, seed {record.seed} ({record.run_id})"
+        name = f"{record.method} on {task.card.name} ({record.run_id})"
         for kind, chosen in (("well-formed", whole), ("malformed", ~whole)):
             lines.append(line(f"{kind}, of {name}", values[chosen]))
     (HERE / "support.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
