@@ -4,7 +4,7 @@ Measured in turns, so that all meet the same load of the machine; medians of rat
 it may (online), or a number drawn for it (sampling), whoever makes it; scores are random numbers on both sides.
 
 - online: a step of MO-ODPO, sampling included, and one of trl's OnlineDPOTrainer, with LoRA on the same base, at the
-  task's own prompts; online_long: at prompts of ``--prompt`` tokens, several of the task's joined;
+  task's own prompts; online_long: at prompts of ``--prompt`` tokens, or as many as the card allows, several joined;
 - pairs: a step of MODPO, and one of trl's DPOTrainer, the reference's log-probabilities precomputed on both sides;
 - sampling: the sampler as rollouts and evaluations use it, the adapter folded in and taken out again, and ``generate``
   of transformers on the same model and adapter, at a spread of lengths;
@@ -136,11 +136,11 @@ def prompts_read(job: Any, prompts: list[str]) -> list[str]:
 
 
 def lengthen_prompts(job: Any, tokens: int, count: int) -> None:
-    """Give the job ``count`` prompts to train on, each of as many of the task's as make ``tokens`` tokens or more."""
+    """Give the job ``count`` prompts to train on, each of as many of the task's as make ``tokens`` tokens or more.
+
+    Both sides read them cut to the card's limit, if that is less.
+    """
     lm, known = job.task.language_model, job.task.prompts["train"]
-    generation = job.task.card.generation.model_copy(update={"max_prompt_tokens": 4096})
-    job.task.card = job.task.card.model_copy(update={"generation": generation})
-    job.task.__dict__.pop("renderer", None)  # it cuts to the limit that it was made with
     made = []
     for at in range(count):
         joined = str(known[at % len(known)])
