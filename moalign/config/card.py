@@ -288,8 +288,8 @@ class TaskCard(Strict):
 
     @model_validator(mode="after")
     def _consistent(self, info: ValidationInfo) -> TaskCard:
-        of_request = () if info.context == RECORDED else self._without_effect()
-        problem = next(itertools.chain(self._wrong_names(), self._wrong_sections(), of_request), None)
+        newer = () if info.context == RECORDED else self._newer_rules()
+        problem = next(itertools.chain(self._wrong_names(), self._wrong_sections(), newer), None)
         if problem is not None:
             raise ValueError(problem)
         return self
@@ -321,7 +321,7 @@ class TaskCard(Strict):
         if stray := [name for name in self.published if name not in names]:
             yield f"published names no objective ({listed}): {', '.join(stray)}"
 
-    def _without_effect(self) -> Iterator[str]:
+    def _newer_rules(self) -> Iterator[str]:
         """What a new run is refused, and the record of an older one may hold."""
         if self.kind == "sandbox" and self.data is not None:
             yield "data is for kind: text; the sandbox's prompts, responses and pairs are its own"

@@ -6,8 +6,8 @@ it may (online), or a number drawn for it (sampling), whoever makes it; scores a
 - online: a step of MO-ODPO, sampling included, and one of trl's OnlineDPOTrainer, with LoRA on the same base, at the
   task's own prompts; online_long: at prompts of ``--prompt`` tokens, or as many as the card allows, several joined;
 - pairs: a step of MODPO, and one of trl's DPOTrainer, the reference's log-probabilities precomputed on both sides;
-- sampling: the sampler as rollouts and evaluations use it, the adapter folded in and taken out again, and ``generate``
-  of transformers on the same model and adapter, at a spread of lengths;
+- sampling: the sampler as rollouts and evaluations use it (the adapter is folded in where the model is tiny), and
+  ``generate`` of transformers on the same model and adapter, at a spread of lengths;
 - updates: MOC's update over PPO's with one reward (``steps.py``), on the sandbox.
 
 Ours is measured plain and with ``share_prompts`` and ``group_by_length``; how far their losses are apart is said, too.
@@ -73,13 +73,13 @@ def in_turns(steps: dict[str, Step], repeats: int) -> dict[str, Any]:
             values[name].append(step())
             seconds[name].append(time.perf_counter() - started)
     kept = {name: each[1:] for name, each in seconds.items()}
-    ratios = {
-        name: round(statistics.median(b / a for a, b in zip(kept[name], kept["library"], strict=True)), 3)
-        for name in steps
-        if name != "library"
+    each_round = {
+        name: [b / a for a, b in zip(kept[name], kept["library"], strict=True)] for name in steps if name != "library"
     }
+    ratios = {name: round(statistics.median(values), 3) for name, values in each_round.items()}
+    rounds = {name: [round(value, 2) for value in values] for name, values in each_round.items()}
     middle = {name: round(statistics.median(each), 4) for name, each in kept.items()}
-    return {"seconds": middle, "times_as_fast": ratios, "values": values}
+    return {"seconds": middle, "times_as_fast": ratios, "rounds": rounds, "values": values}
 
 
 def descend(parameters: list[Any], optimizer: Any) -> None:
@@ -397,27 +397,36 @@ PARTS: dict[str, Callable[[argparse.Namespace, Path], dict[str, Any]]] = {
 }
 
 
+def ratio(row: dict[str, Any], name: str) -> str:
+    """Return how many times as fast as the library, with the least and the most of the rounds where they are kept."""
+    if name not in row["times_as_fast"]:
+        return ""
+    rounds = row.get("rounds", {}).get(name)
+    spread = f" ({min(rounds):.2f} to {max(rounds):.2f})" if rounds else ""
+    return f"{row['times_as_fast'][name]:.2f}{spread}"
+
+
 def table(record: dict[str, Any]) -> str:
     """Return the measurements as Markdown."""
     here, run = record["machine"], record["options"]
     lines = [
         "# Speed beside trl and transformers",
         "",
-        f"Made by `python results/bench/speed.py` (task {run['task']}, {run['repeats']} rounds in turns, medians of "
-        "ratios).",
+        f"Made by `python results/bench/speed.py` (task {run['task']}, in turns; medians of the ratios of each round).",
         f"Machine: {here['cpu']}, {here['cores']} cores, torch {here['packages']['torch']}, trl "
         f"{here['packages']['trl']}, measured {here['measured']}, load before {here['load_before'][0]}.",
         "",
-        "| what | base | size | library, s | plain, s | shared, s | plain | shared | promised | losses apart |",
-        "|---|---|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| what | base | size | rounds | library, s | plain, s | shared, s | plain | shared | goal | losses apart |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for name, what in WHAT.items():
         if name not in record:
             continue
         row = record[name]
-        ratios, seconds = ({"shared": None, **row[key]} for key in ("times_as_fast", "seconds"))
-        figures = [*(seconds[key] for key in ("library", "plain", "shared")), ratios["plain"], ratios["shared"]]
-        cells = " | ".join("" if value is None else f"{value:.2f}" for value in figures)
+        seconds = [
+            f"{row['seconds'][key]:.2f}" if key in row["seconds"] else "" for key in ("library", "plain", "shared")
+        ]
+        cells = " | ".join([str(row["repeats"]), *seconds, ratio(row, "plain"), ratio(row, "shared")])
         size = ", ".join(f"{key} {row[key]}" for key in ("prompts", "pairs", "rows", "prompt", "response", "tokens")
                          if key in row)  # fmt: skip
         apart = f"{row['losses_apart']:.1e}" if "losses_apart" in row else ""
@@ -443,7 +452,7 @@ def main() -> None:
     import bench  # beside this file
 
     warnings.simplefilter("ignore", FutureWarning)
-    shown = {name: value for name, value in vars(options).items() if name not in {"out", "only"}}
+    shown = {name: value for name, value in vars(options).items() if name not in {"out", "only", "repeats"}}
     place = options.out / "speed.json"
     before = json.loads(place.read_text()) if options.only and place.is_file() else {}
     kept = before if before.get("options") == shown else {}  # parts of the same sizes stay; --only measures some anew
@@ -451,7 +460,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     for name in options.only or PARTS:
         with tempfile.TemporaryDirectory(prefix="moalign-speed-") as folder:
-            record[name] = PARTS[name](options, Path(folder))
+            record[name] = {"repeats": options.repeats, **PARTS[name](options, Path(folder))}
         print(json.dumps({name: record[name]}), flush=True)
         place.write_text(json.dumps(record, indent=2) + "\n")
         (options.out / "speed.md").write_text(table(record))

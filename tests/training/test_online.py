@@ -494,26 +494,3 @@ def test_reference_log_probabilities_are_computed_when_asked_for_and_once(make_j
     assert torch.equal(few[0], more[2])
     whole = score(torch.arange(16))
     torch.testing.assert_close(more, whole[[2, 7, 5]], rtol=0.0, atol=1e-5)
-
-
-def test_entropies_by_objective_do_not_depend_on_the_micro_batch(make_job: MakeJob) -> None:
-    """Means over the rows whose preference leans to the objective, of which a small part may have none."""
-    lines = []
-    for where, size in (("a", 64), ("b", 2)):
-        job = make_job("mo-odpo", "batch=24", "steps=1", "log_every=1", f"micro_batch={size}", where=where)
-        train(job)
-        lines.append({k: v for k, v in job.run.metrics()[0].items() if k.startswith("entropy/")})
-    assert lines[0].keys() == {f"entropy/{name}" for name in job.task.names}, "a seed at which both lead somewhere"
-    assert lines[1] == pytest.approx(lines[0], abs=1e-5)
-
-
-def test_the_kl_that_is_logged_is_to_the_reference_that_the_step_had(make_job: MakeJob) -> None:
-    logged = []
-    for where, sync in (("a", "null"), ("b", "2")):
-        job = make_job(
-            "mo-odpo", "batch=4", "samples=4", "steps=2", "lr=0.05", "log_every=2", "reference=start",
-            f"ref_sync_steps={sync}", where=where,
-        )  # fmt: skip
-        train(job)
-        logged.append(job.run.metrics()[0]["kl"])
-    assert abs(logged[0]) > 0.01 and logged[1] == pytest.approx(logged[0])
