@@ -299,6 +299,32 @@ def test_the_same_command_goes_on_where_it_ended(
     assert (options.out / "reward_models.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_parts_side_by_side_keep_each_others_cells(
+    options: argparse.Namespace, small: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The record is read anew for each cell: what the other process has put there meanwhile stays."""
+    path, lock = options.out / "reward_models.json", options.out / "lock"
+
+    def work(wanted: Mapping[str, Any], *_: Any) -> dict[str, Any]:
+        script.keep(path, lock, small, cell("sandbox", seed=wanted["seed"]))
+        return {"ece": 0.1}
+
+    monkeypatch.setitem(script.WORK, "ranking", work)
+    monkeypatch.setattr(script, "write_page", lambda *_: None)
+    (options.results / "reward-models").mkdir(parents=True)
+    script.run(options, small)
+    kept = json.loads(path.read_text())["cells"]
+    assert [(wanted["part"], wanted["seed"]) for wanted in kept] == [
+        (part, seed) for seed in range(3) for part in ("sandbox", "ranking")
+    ]
+
+
+def test_another_base_has_another_backbone(random_base: Path, three_layers: Path, tmp_path: Path) -> None:
+    one, other = (training.backbone_of({**NAMES, "layers": 2}, base, tmp_path) for base in (random_base, three_layers))
+    assert one != other
+    assert training.backbone_of({**NAMES, "layers": 2}, three_layers, tmp_path) == other
+
+
 def test_no_cell_is_begun_after_its_minutes(
     options: argparse.Namespace,
     small: dict[str, Any],

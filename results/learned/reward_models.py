@@ -15,7 +15,7 @@ one reward for all groups.
 
 Every finished cell is kept in ``reward_models.json`` at once; the same command goes on where it ended, and an
 interrupted training from its checkpoint. After ``--minutes`` no further cell is begun. ``reward_models.md`` and
-``reward_models.png`` are made of the record (by reward_models_page.py).
+``reward_models.png`` are made of the record (by reward_models_page.py). Different parts may run side by side.
 
     python results/learned/reward_models.py [--minutes M] [--parts [ranking] [sandbox] [hh]] [--seeds N] [--policies]
         [--page] [--settings FILE] [--results DIR] [--out DIR]
@@ -24,6 +24,7 @@ interrupted training from its checkpoint. After ``--minutes`` no further cell is
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import sys
@@ -127,10 +128,22 @@ def write_page(record: Mapping[str, Any], out: Path) -> None:
     (out / "reward_models.png").write_bytes(page.draw(record))
 
 
-def run(options: argparse.Namespace, spec: Mapping[str, Any]) -> None:
-    """Train and judge what the record lacks, until the time is over; then write the page."""
+def keep(path: Path, lock: Path, spec: Mapping[str, Any], cell: Cell) -> dict[str, Any]:
+    """Add a cell to the record as it stands by now, with what other parts have put there; returns the record."""
+    from filelock import FileLock
+
     from moalign.runs import atomic, environment
 
+    with FileLock(str(lock)):
+        record = opened(path, spec)
+        record["cells"].append(cell)
+        record["environment"] = environment.capture()
+        atomic.write_json(path, record)
+    return record
+
+
+def run(options: argparse.Namespace, spec: Mapping[str, Any]) -> None:
+    """Train and judge what the record lacks, until the time is over; then write the page."""
     path, started = options.out / "reward_models.json", time.monotonic()
     record = opened(path, spec)
     wanted = [cell for part in options.parts for cell in cells(spec, part)]
@@ -146,9 +159,8 @@ def run(options: argparse.Namespace, spec: Mapping[str, Any]) -> None:
             break
         numbers = WORK[cell["part"]](cell, spec, options.results)
         spent = {"seconds": round(time.monotonic() - begun, 1), "cpu_seconds": round(time.process_time() - cpu, 1)}
-        record["cells"].append({**cell, **numbers, **spent})
-        record["environment"] = environment.capture()
-        atomic.write_json(path, record)
+        lock = options.results / "reward-models" / "scaling.lock"
+        record = keep(path, lock, spec, {**cell, **numbers, **spent})
         shown = {name: round(numbers[name], 4) for name in ("accuracy", "ece", "true_ece", "share") if name in numbers}
         print(*key(cell), shown, f"{spent['cpu_seconds']:.0f} s of CPU", flush=True)
     write_page(record, options.out)
@@ -175,10 +187,13 @@ def main() -> None:
     try:
         for folder in (options.out, options.results / "reward-models"):
             folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(str(options.results / "reward-models" / "scaling.lock"), timeout=0):
+        with contextlib.ExitStack() as locks:
+            for part in options.parts or ["policies"]:
+                lock = options.results / "reward-models" / f"scaling-{part}.lock"
+                locks.enter_context(FileLock(str(lock), timeout=0))
             run(options, spec)
     except Timeout:
-        sys.exit(f"error: {options.results}: another process is at work on these reward models")
+        sys.exit(f"error: {options.results}: another process is at work on reward models of these parts")
     except MoalignError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -79,10 +79,12 @@ def sandbox_base() -> Path:
 
 
 def backbone_of(cell: Mapping[str, Any], source: str | Path, results: Path) -> Path:
-    """Return the folder of a cell's backbone."""
-    return resized(
-        source, cell["layers"], results / "reward-models" / "backbones" / f"{cell['backbone']}-{cell['layers']}"
-    )
+    """Return the folder of a cell's backbone, named after the weights that it is made of."""
+    from moalign.lm import model_folder
+
+    origin = model_folder.resolve(str(source), None, "backbone")
+    name = f"{cell['backbone']}-{cell['layers']}-{model_folder.fingerprint(origin, 'backbone')[:8]}"
+    return resized(origin, cell["layers"], results / "reward-models" / "backbones" / name)
 
 
 # -- training and judging -------------------------------------------------------------------------------------------
