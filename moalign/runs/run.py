@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 METRICS = "metrics.jsonl"
 LOCK = ".lock"
 OWNER = ".owner.json"
+_ALWAYS = {records.FILE, LOCK, OWNER}
+"""What lies in the folder of a run that has not begun."""
 CHECKPOINTS = "checkpoints"
 SNAPSHOTS = "snapshots"
 """Inside a run; also the key of ``job.notes`` under which the steps of each part stand, in the order of training."""
@@ -146,7 +148,8 @@ class Run:
         """Hold the run while it is trained; yields its meter, or None when it is done already.
 
         It is ``done`` when the block ends well; else ``failed`` with the error, or ``interrupted``, and its checkpoints
-        stay for the next attempt. Raises what :meth:`lock` raises.
+        stay for the next attempt. A request refused before anything was written leaves no run. Raises what
+        :meth:`lock` raises.
         """
         with self.lock(wait):
             if self.record.status == "done":
@@ -161,7 +164,10 @@ class Run:
                     self.mark("interrupted")
                 raise
             except BaseException as error:
-                self.mark("failed", error=f"{type(error).__name__}: {error}")
+                if isinstance(error, RequestError) and {path.name for path in self.path.glob("*")} <= _ALWAYS:
+                    atomic.remove_directory(self.path)
+                else:
+                    self.mark("failed", error=f"{type(error).__name__}: {error}")
                 raise
             self.record.weights = self._weight_sums()
             self.mark("done", meter=meter)

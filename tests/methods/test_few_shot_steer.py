@@ -165,6 +165,7 @@ def test_more_pairs_than_the_task_has_are_refused(
     assert main(["train", "few-shot-steer", "--results", str(tmp_path), *words]) == 2
     (message,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert "a user labels 100007 pairs, but the scored responses of task sandbox make " in message
+    assert not list(tmp_path.glob("runs/*/*/*"))
 
 
 @pytest.mark.slow

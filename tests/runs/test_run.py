@@ -47,8 +47,10 @@ def run(tmp_path: Path) -> Run:
     record = RunRecord(
         run_id="0123456789ab", method="moc", task="sandbox", card_hash="c", seed=0, created=records.now()
     )
-    record.write(tmp_path)
-    return Run.load(tmp_path)
+    path = tmp_path / record.run_id
+    path.mkdir()
+    record.write(path)
+    return Run.load(path)
 
 
 def holder(run: Run) -> subprocess.Popen[str]:
@@ -167,6 +169,26 @@ def test_mark_saves_status_cost_and_time(run: Run) -> None:
     run.mark("running")
     found = Run.load(run.path).record
     assert (found.status, found.error, found.finished, found.cost.reward_calls) == ("running", None, None, 3)
+
+
+@pytest.mark.parametrize(
+    ("error", "written", "kept"),
+    [
+        (RequestError("groups: found 9"), False, False),
+        (RequestError("the endpoint answers 401"), True, True),
+        (ValueError("a fault of ours"), False, True),
+    ],
+)
+def test_a_request_refused_before_anything_was_written_leaves_no_run(
+    run: Run, error: Exception, written: bool, kept: bool
+) -> None:
+    with pytest.raises(type(error)), run.training():
+        if written:
+            run.log(1, loss=0.5)
+        raise error
+    assert run.path.exists() == kept
+    if kept:
+        assert Run.load(run.path).record.status == "failed"
 
 
 def test_a_run_done_knows_the_gpu_that_its_training_loaded_torch_for(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
