@@ -190,7 +190,7 @@ class JudgeObjective(_Objective):
     seed: int | None = Field(default=0, ge=0)
     """Null: none is sent."""
     timeout: float = Field(default=60.0, gt=0)
-    """Seconds that one request may take."""
+    """Seconds without a byte from the endpoint after which a request has failed."""
     max_retries: int = Field(default=5, ge=0, le=100)
     """Further tries, after pauses that double, where the endpoint is busy, fails or cannot be reached."""
     concurrency: int = Field(default=8, ge=1, le=512)

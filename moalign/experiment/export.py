@@ -9,9 +9,10 @@ part of the policy that was trained and judged.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -56,6 +57,10 @@ class Exported:
     base: str
     base_fingerprint: str
     base_revision: str | None
+    dtype: str
+    """What the model was judged in, whatever its files hold."""
+    load_in_4bit: bool
+    """Whether the base is in 4 bits (NF4, double quantisation); not of a whole model."""
     prompt: str
     """What the model reads, with ``{prompt}`` where the prompt goes."""
     preference_in_prompt: bool
@@ -98,7 +103,6 @@ def export(
     from transformers import GenerationConfig
 
     from moalign.lm import adapters
-    from moalign.runs import atomic
 
     check_free(out)
     (preference,) = preferences_for(method, context, [preference])
@@ -110,7 +114,7 @@ def export(
     model = _model_of(policy, method, preference)
     exported = _describe(method, context, policy, preference, "model" if merged else "adapter")
     limits = GenerationConfig(**_settings(exported, model.lm.pad))
-    with atomic.directory(out) as place:
+    with _filled(out) as place:
         if merged:
             _write_whole(context, model, place, limits)
         else:
@@ -118,6 +122,25 @@ def export(
             limits.save_pretrained(place)
         _write_facts(exported, out, place, model.lm)
     return exported
+
+
+@contextlib.contextmanager
+def _filled(out: Path) -> Iterator[Path]:
+    """Yield a folder to write to that becomes ``out`` when the block ends well.
+
+    An empty folder stays the folder it is: somebody may stand in it, and a mounted one cannot be replaced. What names
+    the others, FACTS, comes last.
+    """
+    from moalign.runs import atomic
+
+    if not out.is_dir():
+        with atomic.directory(out) as place:
+            yield place
+        return
+    with atomic.refusals(out), tempfile.TemporaryDirectory(dir=out, prefix=".tmp-") as place:
+        yield Path(place)
+        for path in sorted(Path(place).iterdir(), key=lambda path: path.name == FACTS):
+            path.rename(out / path.name)
 
 
 def _write_facts(exported: Exported, out: Path, place: Path, lm: LanguageModel) -> None:
@@ -142,14 +165,13 @@ def _export_mixture(
     merged: bool,
 ) -> Exported:
     from moalign.lm import adapters
-    from moalign.runs import atomic
 
     if merged:
         raise RequestError(
             f"--merged: {method.name} at {label(preference)} mixes {len(parts.experts)} experts at every token, which "
             "no single model does; leave --merged out"
         )
-    with atomic.directory(out) as place:
+    with _filled(out) as place:
         control = None if parts.control is None else parts.control.save(place, preference)
         mixture = {
             "experts": len(parts.experts),
@@ -208,6 +230,8 @@ def _describe(
         preference=list(preference),
         base=str(builtin.converted(lm.source) or lm.source),
         base_revision=task.card.model_revision,
+        dtype=task.card.dtype,
+        load_in_4bit=lm.in_4bit and kind != "model",
         base_fingerprint=lm.fingerprint,
         prompt=str(policy.render(PLACE)),
         preference_in_prompt=str(policy.render(PLACE)) != str(task.renderer.plain(PLACE)),
@@ -293,7 +317,7 @@ def _readme(exported: Exported, out: Path, lm: LanguageModel) -> str:
         exported=exported,
         weights=", ".join(f"{name} {w:g}" for name, w in zip(exported.objectives, exported.preference, strict=True)),
         whole=exported.kind == "model",
-        folder=str(out),
+        folder=str(out.resolve()),
         revision="" if exported.base_revision is None else f", revision={exported.base_revision!r}",
         settings=", ".join(f"{name}={value!r}" for name, value in _settings(exported, lm.pad).items()),
         before=before,

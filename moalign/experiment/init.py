@@ -6,6 +6,7 @@ and either all files appear or none.
 
 from __future__ import annotations
 
+import builtins
 import difflib
 import importlib.util
 import keyword
@@ -37,8 +38,10 @@ _TYPO = 0.8
 """A name this near to a rule's is taken for a misspelt rule, not for an objective of one's own."""
 _READY = ("variety", "on-topic")
 """Objectives that are no rule and come ready to use."""
-_TAKEN = {"math", "re", "words", "word_share", "empty"}
-"""What ``scorers.py`` defines itself."""
+_TAKEN = {"math", "re", "words", "word_share", "empty", *dir(builtins)}
+"""What ``scorers.py`` defines or calls itself."""
+_RARE = ("dialogue-share", "ends-with")
+"""Rules that may score all of a base's short answers alike, and so be refused as constant."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,12 @@ def init(folder: Path, model: str | None = None, data: Path | None = None, objec
         f"{name} is yours to define: {_function(name)}() in {folder / 'scorers.py'} counts a list of words until then"
         for name in own
         if name not in _READY
+    ]
+    notes += [
+        f"{name} may score all of the model's answers alike, and a constant objective is refused: training tells it "
+        "when it samples the base; then raise generation.max_new_tokens, or choose another rule"
+        for name in names
+        if name in _RARE
     ]
     if place is None and builtin.installed(model) is None:
         notes.append(f"the model {model} is not on this machine yet; get it with: {builtin.MODELS[model].command}")

@@ -105,6 +105,21 @@ def read_config(folder: Path, where: str) -> dict[str, Any]:
     return config
 
 
+def further_ends(folder: Path, where: str) -> list[int]:
+    """Return the ids that end an answer by generation_config.json alone; config.json's are in the fingerprint."""
+    try:
+        told = atomic.parsed_json((folder / "generation_config.json").read_bytes())
+    except (OSError, ValueError):  # the library does without it, too
+        return []
+    ids = told.get("eos_token_id") if isinstance(told, dict) else None
+    known = read_config(folder, where).get("eos_token_id")
+    return sorted(set(_listed(ids)) - set(_listed(known)))
+
+
+def _listed(ids: Any) -> list[int]:
+    return [each for each in (ids if isinstance(ids, list) else [ids]) if isinstance(each, int)]
+
+
 def require_complete(folder: Path, where: str) -> None:
     """Raise RequestError unless the folder has a config, whole safetensors weights and a tokenizer."""
     read_config(folder, where)

@@ -11,7 +11,8 @@ is part of it, as two servers that give a model one name need not serve the same
 what was on its way.
 
 The key is read from an environment variable, goes into the request's header and nowhere else: messages repeat what an
-endpoint says without it.
+endpoint says without it. What the library reads from variables of its own (organisation, project, further headers) goes
+with the library's own key alone.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import multiprocessing
 import os
 import re
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -34,10 +37,17 @@ from moalign.rewards.rows import check_templates, render
 from moalign.rewards.scorer import ScorerFault, digest
 
 LIBRARY = "openai"
+LIBRARYS_KEY = "OPENAI_API_KEY"
 PROBE_SECONDS = 10.0
 """How long :meth:`JudgeScorer.probe` waits at most."""
 EXAMPLE = ("What is the capital of France?", "The capital of France is Paris.")
 """What is judged by :meth:`JudgeScorer.probe`: a prompt and a response."""
+
+LONGEST_PAUSE = 60.0
+"""Seconds that an endpoint may have a request wait before it is tried again, as the library has it."""
+
+REFUSED = {"content_filter", "content_policy_violation", "context_length_exceeded", "string_above_max_length"}
+"""Codes of an endpoint's error that are of the one text that it was asked about; 413 too."""
 
 COUNTS = ("verdicts", "unreadable", "prompt_tokens", "completion_tokens")
 """What is counted of a judge's work."""
@@ -58,6 +68,8 @@ class Verdict(NamedTuple):
     """``max_tokens`` ended it."""
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    refused: str = ""
+    """Why the endpoint judges every text but this one: its content filter, its length."""
 
 
 class JudgeScorer:
@@ -102,7 +114,7 @@ class JudgeScorer:
         # Its threads are daemons, and leaving the block waits for no request: an interruption ends the command at once.
         with ThreadPool(min(self.spec.concurrency, len(pairs))) as pool:
             asked = pool.imap_unordered(lambda numbered: (numbered[0], self._ask(client, *numbered[1])), pairs)
-            for at, verdict in asked:
+            for at, verdict in self._arriving(asked):
                 self._counts["verdicts"] += 1
                 self._counts["prompt_tokens"] += verdict.prompt_tokens
                 self._counts["completion_tokens"] += verdict.completion_tokens
@@ -111,6 +123,23 @@ class JudgeScorer:
                 except ValueError as error:
                     self._counts["unreadable"] += 1
                     yield at, math.nan if self.spec.unreadable == "leave-out" else _unreadable(verdict, error)
+
+    def _arriving(self, asked: Any) -> Iterator[tuple[int, Verdict]]:
+        """Yield verdicts as they come; RequestError when none does for longer than all tries of a request may take.
+
+        The library's limit is of the time between two bytes: a connection that is kept alive never meets it.
+        """
+        longest = (self.spec.max_retries + 1) * (self.spec.timeout + LONGEST_PAUSE)
+        while True:
+            try:
+                yield asked.next(longest)
+            except StopIteration:
+                return
+            except multiprocessing.TimeoutError:
+                raise RequestError(
+                    f"{self.where}: the judge at {self.spec.base_url} keeps its connections open and has given no "
+                    f"verdict for {longest:g} s; is it stuck? lower timeout or max_retries to wait for less long"
+                ) from None
 
     def take_usage(self) -> dict[str, Any]:
         """Return what was asked and what it took since the last call; see :func:`total`."""
@@ -128,7 +157,7 @@ class JudgeScorer:
         try:
             return f"{answered}; an example's score is {read(verdict, self.spec):g}", True
         except ValueError as error:
-            return f"{answered}, but its verdict on an example cannot be read ({error}): {_short(verdict.text)}", False
+            return f"{answered}, but its verdict on an example cannot be read ({error}){_shown(verdict)}", False
 
     # --- the endpoint
 
@@ -137,11 +166,16 @@ class JudgeScorer:
         import openai
 
         # Without a key one is sent that is none: the library would else take OPENAI_API_KEY, whatever the address.
+        key = self._key or "none"
+        others = None
+        if self.spec.api_key_env != LIBRARYS_KEY:
+            others = {**dict.fromkeys(_others(), openai.Omit()), "Authorization": f"Bearer {key}"}
         return openai.OpenAI(
             base_url=self.spec.base_url,
-            api_key=self._key or "none",
+            api_key=key,
             timeout=self.spec.timeout,
             max_retries=self.spec.max_retries,
+            default_headers=others,
         )
 
     def _ask(self, client: Any, prompt: str, response: str, tries: int | None = None) -> Verdict:
@@ -161,21 +195,24 @@ class JudgeScorer:
         except openai.APITimeoutError:
             problem = f"gives no answer within {spec.timeout:g} s ({_times(tries)}); raise timeout or lower concurrency"
         except openai.APIStatusError as error:
-            problem = self._refusal(error.status_code, _words(error.body), tries)
+            words = self._quoted(_words(error.body))
+            if error.status_code == 413 or error.code in REFUSED:
+                return Verdict("", refused=f"HTTP {error.status_code}{': ' if words else ''}{words}")
+            problem = self._refusal(error.status_code, words, tries)
         except openai.APIConnectionError as error:
             why = f"{type(error.__cause__).__name__}: {error.__cause__}" if error.__cause__ else str(error)
-            problem = f"cannot be reached ({_times(tries)}; {_short(why)}); is it running, and is base_url right?"
+            problem = f"cannot be reached ({_times(tries)}; {self._quoted(why)}); is it running, and is base_url right?"
         except (openai.OpenAIError, ValueError) as error:  # a body that is not JSON, though it says so
-            problem = f"answers with what is no chat completion ({_short(str(error))}); is base_url right?"
+            problem = f"answers with what is no chat completion ({self._quoted(str(error))}); is base_url right?"
         else:
             verdict = _verdict(answer)
             if verdict is not None:
-                return verdict
+                return verdict._replace(text=self._without_key(verdict.text))
             said = answer.model_dump_json(warnings=False) if hasattr(answer, "model_dump_json") else str(answer)
-            problem = f"answers with {_short(said) if said.strip() else 'nothing'}, which is no chat completion; " + (
+            problem = f"answers with {self._quoted(said) or 'nothing'}, which is no chat completion; " + (
                 "is base_url right? most end with /v1"
             )
-        raise RequestError(self._without_key(f"{self.where}: the judge at {spec.base_url} {problem}"))
+        raise RequestError(f"{self.where}: the judge at {spec.base_url} {problem}")
 
     def _refusal(self, status: int, words: str, tries: int) -> str:
         said = f"HTTP {status}{': ' if words else ''}{words}"
@@ -195,6 +232,10 @@ class JudgeScorer:
 
     def _without_key(self, text: str) -> str:
         return text.replace(self._key, "[key]") if self._key else text
+
+    def _quoted(self, text: str) -> str:
+        """Return an endpoint's words without the key, then shortened: of a long key a cut would leave the most."""
+        return _short(self._without_key(text)) if text.strip() else ""
 
 
 def total(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
@@ -226,6 +267,8 @@ def revision(spec: JudgeObjective, template: str) -> str:
 
 def read(verdict: Verdict, spec: JudgeObjective) -> float:
     """Return the score in a verdict; ValueError says why there is none."""
+    if verdict.refused:
+        raise ValueError(f"the endpoint refuses this text ({verdict.refused})")
     found = _in_json(verdict, spec.field) if spec.field is not None else _in_text(verdict, str(spec.pattern))
     text = found.strip() if isinstance(found, str) else found
     if isinstance(text, str) and _NUMBER.fullmatch(text):
@@ -234,7 +277,9 @@ def read(verdict: Verdict, spec: JudgeObjective) -> float:
         raise ValueError(f"{_short(str(found))} is no number")
     low, high = spec.range
     if not low <= text <= high:  # NaN, too
-        raise ValueError(f"{text:g} is outside the range {low:g} to {high:g}")
+        beyond = isinstance(text, int) and abs(text) > sys.float_info.max  # no float, so that no :g
+        shown = f"{str(text)[:20]}..." if beyond else f"{text:g}"
+        raise ValueError(f"{shown} is outside the range {low:g} to {high:g}")
     return float(text)
 
 
@@ -276,12 +321,12 @@ def _verdict(answer: Any) -> Verdict | None:
         return None
     counts = [getattr(usage, name, 0) for name in ("prompt_tokens", "completion_tokens")]
     counts = [count if isinstance(count, int) and count >= 0 else 0 for count in counts]
-    return Verdict(text or "", cut, *counts) if text is None or isinstance(text, str) else None
+    return Verdict(text or "", cut, counts[0], counts[1]) if text is None or isinstance(text, str) else None
 
 
 def _unreadable(verdict: Verdict, why: ValueError) -> ScorerFault:
     return ScorerFault(
-        f"gave a verdict that cannot be read ({why}): {_short(verdict.text)} (unreadable: leave-out goes on without)"
+        f"gave a verdict that cannot be read ({why}){_shown(verdict)} (unreadable: leave-out goes on without)"
     )
 
 
@@ -301,12 +346,22 @@ def _times(tries: int) -> str:
     return "asked once" if tries == 1 else f"asked {tries} times"
 
 
+def _others() -> list[str]:
+    """Return the headers that the library makes of the environment beside the key."""
+    further = (line.partition(":")[0].strip() for line in os.environ.get("OPENAI_CUSTOM_HEADERS", "").splitlines())
+    return ["OpenAI-Organization", "OpenAI-Project", *(name for name in further if name.lower() != "authorization")]
+
+
 def _words(body: Any) -> str:
-    """Return the endpoint's own words on an error, shortened."""
+    """Return the endpoint's own words on an error."""
     for key in ("error", "message", "detail"):
         if isinstance(body, dict) and body.get(key):
             body = body[key]
-    return _short(str(body)) if body and str(body).strip() else ""
+    return str(body) if body else ""
+
+
+def _shown(verdict: Verdict) -> str:
+    return "" if verdict.refused else f": {_short(verdict.text)}"
 
 
 def _short(text: str) -> str:

@@ -167,6 +167,18 @@ class Normaliser:
             problem = str(error)
         raise RequestError(f"{path}: {problem}; delete it to fit it again")
 
+    def required_of(self, scorer_hash: str, path: Path) -> Normaliser:
+        """Return this scale, read from ``path``, where the scorers that it was fitted for are those of
+        ``scorer_hash``; RequestError where they are not: other scores on it would not be told apart.
+        """
+        if self.scorer_hash in ("", scorer_hash):
+            return self
+        raise RequestError(
+            f"{path}: the task's scale was fitted for other scorers than there are now: did a model on the hub move "
+            "(then give the card its revision), or a module that a function is in? bring the former ones back, or "
+            "move this file away to begin anew"
+        )
+
     def _array(self, raw: ArrayLike) -> Matrix:
         values = np.asarray(raw, dtype=np.float64)
         if values.ndim == 0 or values.shape[-1] != len(self.names):

@@ -38,12 +38,13 @@ class PythonScorer:
         self.maximise = spec.maximise
         self.cheap = spec.store is False
         self.options: dict[str, Any] = dict(spec.options)
-        with foreign.call():
-            self.function = load_function(spec.function, base_dir, where)
-            _check_options(self.function, spec.function, self.options, where)
         self._called = spec.function
         self._file = file = file_of(spec.function, base_dir)
-        source = _source(self.function) if file is None else fingerprint(file)
+        self._home = base_dir if file is None else file.parent
+        with foreign.call(), _at_home(self._home):
+            self.function = load_function(spec.function, base_dir, where)
+            _check_options(self.function, spec.function, self.options, where)
+            source = _source(self.function, spec.function) if file is None else fingerprint(file)
         name = spec.function if file is None else Path(spec.function).name  # a moved file is the same file
         self.revision = f"python:{name}:{digest(self.options, spec.revision, source)}"
 
@@ -52,7 +53,7 @@ class PythonScorer:
 
         Raises ScorerFault whatever the callable raises, a ``sys.exit()`` too.
         """
-        with foreign.call():
+        with foreign.call(), _at_home(self._home):
             try:
                 scores = np.asarray(self.function(list(prompts), list(responses), **self.options))
             except (*foreign.STOPS, RequestError):
@@ -65,7 +66,7 @@ class PythonScorer:
 def load_function(name: str, base_dir: Path, where: str) -> Callable[..., Any]:
     """Return the callable called ``file.py:callable`` or ``package.module:callable``, or the entry point of that name.
 
-    A file, and a module that is not installed, is looked for in ``base_dir`` (the task card's folder).
+    A file is looked for in ``base_dir`` (the task card's folder), a module on the Python path.
     Raises RequestError when it cannot be imported, does not exist or cannot be called.
     """
     function = _from_path(name, base_dir, where) if ":" in name else _from_entry_point(name, where)
@@ -119,12 +120,6 @@ def _from_path(name: str, base_dir: Path, where: str) -> Any:
 def _import(module_name: str, base_dir: Path, where: str) -> Any:
     with _explained(f"{where}: importing {module_name!r} failed"):
         try:
-            try:
-                return importlib.import_module(module_name)
-            except ModuleNotFoundError as error:
-                if error.name != module_name.partition(".")[0]:
-                    raise
-            _add_to_path(base_dir.resolve())
             return importlib.import_module(module_name)
         except ModuleNotFoundError as error:
             raise RequestError(
@@ -145,7 +140,6 @@ def _import_file(file: Path, where: str) -> Any:
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None  # a path that ends with .py has a loader
     module = importlib.util.module_from_spec(spec)
-    _add_to_path(path.parent)
     sys.modules[name] = module  # before it runs: dataclasses look their module up
     before, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # the folder is the user's: no __pycache__ in it
     try:
@@ -159,15 +153,42 @@ def _import_file(file: Path, where: str) -> Any:
     return module
 
 
-def _add_to_path(folder: Path) -> None:
-    """Let modules in ``folder`` be imported.
+_NEIGHBOURS: dict[Path, dict[str, Any]] = {}
+"""What was imported from each task's folder: modules by name."""
 
-    Last on the path, so that a file beside the card never hides an installed package; it stays there because a module
-    may import its neighbours later, inside a function.
+
+@contextmanager
+def _at_home(folder: Path) -> Iterator[None]:
+    """Let what runs in the block import modules in ``folder``; others find theirs: each may have a ``lexicon.py``.
+
+    The folder is last on the path, so that a file in it never hides an installed package. Where it is on the path
+    already its modules are everybody's.
     """
-    if str(folder) not in sys.path:
-        sys.path.append(str(folder))
+    home = folder.resolve()
+    if str(home) in sys.path:
+        yield
+        return
+    mine, before = _NEIGHBOURS.setdefault(home, {}), set(sys.modules)
+    for name, module in mine.items():
+        sys.modules.setdefault(name, module)
+    sys.path.append(str(home))
     importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        sys.path.remove(str(home))
+        for name in sorted(set(sys.modules) - before):
+            top = name.partition(".")[0]
+            if top in mine or _lies_in(home, top):
+                mine[name] = sys.modules.pop(name)
+
+
+def _lies_in(home: Path, name: str) -> bool:
+    """Whether a module, or a package with or without ``__init__.py``, was imported from a folder."""
+    module = sys.modules.get(name)
+    file = getattr(module, "__file__", None)
+    places = {Path(file)} if file else set(map(Path, getattr(module, "__path__", ())))
+    return not places.isdisjoint({home / f"{name}.py", home / name / "__init__.py", home / name})
 
 
 @contextmanager
@@ -198,9 +219,15 @@ def _check_options(function: Callable[..., Any], name: str, options: dict[str, A
         ) from None
 
 
-def _source(function: Callable[..., Any]) -> str:
-    """Return the callable's own source text: scores of an edited function must not come from the store."""
+def _source(function: Callable[..., Any], name: str) -> str:
+    """Return the callable's own source text, or its module's hash where it is more than a function: an instance, a
+    ``functools.partial``. Scores of an edited function must not come from the store.
+    """
     try:
-        return inspect.getsource(function if inspect.isroutine(function) else type(function))
-    except (OSError, TypeError):
+        if inspect.isroutine(function):
+            return inspect.getsource(function)
+        points = {point.name: point.module for point in importlib.metadata.entry_points(group=GROUP)}
+        found = importlib.util.find_spec(name.rpartition(":")[0] if ":" in name else points[name])
+        return fingerprint(Path(str(found and found.origin)))
+    except (OSError, TypeError, ValueError):
         return ""

@@ -113,11 +113,17 @@ class Run:
         with atomic.refusals(self.path):
             try:
                 lock.acquire(timeout=-1 if wait else _GRACE, poll_interval=_POLL if wait else 0.02)
+                self._held = os.open(self.path, os.O_RDONLY)
             except Timeout:
                 raise RequestError(self.busy()) from None
+            except FileNotFoundError:
+                lock.release()
+                raise RequestError(
+                    f"{self.path}: the run is gone: the process that this one waited for was refused (its own message "
+                    "says why) and kept nothing, or somebody removed the folder; repeat the command"
+                ) from None
         owner = self.path / OWNER
         try:
-            self._held = os.open(self.path, os.O_RDONLY)
             atomic.write_json(owner, {"pid": os.getpid(), "host": platform.node(), "since": records.now()})
             atomic.sweep(self.path)
             self.record = records.read(self.path)
@@ -153,6 +159,7 @@ class Run:
         """
         with self.lock(wait):
             if self.record.status == "done":
+                self.drop_checkpoints()  # of a process that was killed just before
                 yield None
                 return
             self.mark("running")
@@ -164,7 +171,7 @@ class Run:
                     self.mark("interrupted")
                 raise
             except BaseException as error:
-                if isinstance(error, RequestError) and {path.name for path in self.path.glob("*")} <= _ALWAYS:
+                if isinstance(error, RequestError) and self._is_bare():
                     atomic.remove_directory(self.path)
                 else:
                     self.mark("failed", error=f"{type(error).__name__}: {error}")
@@ -172,6 +179,17 @@ class Run:
             self.record.weights = self._weight_sums()
             self.mark("done", meter=meter)
             self.drop_checkpoints()
+
+    def _is_bare(self) -> bool:
+        """Whether nothing was computed yet: no file beside the record, and no phase or note (a judge's costs) in it."""
+        there = {path.name for path in self.path.glob("*")}
+        return there <= _ALWAYS and not self.record.phases and not self.record.notes
+
+    def drop_leftovers(self) -> None:
+        """Remove the checkpoints of a run that is done, whose process was killed before it did; if that can be."""
+        if (self.path / CHECKPOINTS).is_dir():
+            with contextlib.suppress(MoalignError), self.training():
+                pass
 
     def is_locked(self) -> bool:
         """Whether any process is writing this run now. Works without write permission.

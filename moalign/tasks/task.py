@@ -308,7 +308,7 @@ class Task(WithUsers, abc.ABC):
         with self._once(path) as missing:
             if missing:
                 self._fit_normaliser(panel).to_json(path)
-        return Normaliser.from_json(path)
+        return Normaliser.from_json(path).required_of(panel.scorer_hash, path)
 
     def _fit_normaliser(self, panel: RewardPanel) -> Normaliser:
         base, data = self._calibration_samples, self.data_responses("calibration")

@@ -10,9 +10,10 @@ from moalign.core.amounts import Amounts
 from moalign.core.errors import RequestError
 from moalign.core.records import Pair, Response
 from moalign.data import load, readers, splits
+from moalign.lm import model_folder
 from moalign.rewards import scorer
 from moalign.tasks.responses import Responses
-from moalign.tasks.task import Task, fingerprint
+from moalign.tasks.task import WHERE, Task, fingerprint
 
 
 class TextTask(Task):
@@ -27,6 +28,9 @@ class TextTask(Task):
     def identity(self) -> dict[str, str]:
         """Fingerprints of the model, every data file, and whatever scores: a change there makes another task."""
         content = {"model": fingerprint(*self.base_source())}
+        ends = model_folder.further_ends(model_folder.resolve(*self.base_source(), WHERE), WHERE)
+        if ends:  # they decide where an answer is over
+            content["ends"] = " ".join(map(str, ends))
         for name in ("prompts", "responses", "pairs"):
             source = getattr(self._data, name)
             if isinstance(source, dict):

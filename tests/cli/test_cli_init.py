@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
@@ -98,6 +99,18 @@ def test_one_s_own_data_and_objectives(moalign: Any, random_base: Path, tmp_path
     scores = panel.score(["bake some bread"] * 2, ["Bread, you see.", "cats and dogs"])
     assert scores[:, 2].tolist() == [1.0, 0.0]  # one word of four letters or more, which the prompt has
     assert scores[:, 3].tolist() == [1 / 3, 0.0]
+
+
+def test_an_objective_may_be_named_as_a_builtin(moalign: Any, random_base: Path) -> None:
+    """``sum``, which the function calls, must not be the function itself; nor ``len``, which variety calls."""
+    from moalign.rewards.panel import RewardPanel
+
+    ended = moalign("init", "own", "--model", str(random_base), "--objectives", "variety,sum,len,ends-with")
+    assert ended.code == 0 and "ends-with may score all of the model's answers alike" in ended.err
+    config = registry.get("mo-odpo").Config
+    card = load.load_recipe(Path("own/mo-odpo.yaml"), "mo-odpo", None, (), config).card
+    panel = RewardPanel.from_specs(card.objectives, Path.cwd())
+    np.testing.assert_allclose(panel.score(["p"], ["you know the end."])[0, :3], [np.log(2), 1 / 2, 1 / 2])
 
 
 def test_every_rule_can_be_an_objective(moalign: Any, random_base: Path) -> None:

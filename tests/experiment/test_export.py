@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -231,6 +232,32 @@ def test_a_plugin_s_own_source_of_text_is_refused(
     monkeypatch.setattr(type(method), "policy", lambda *_: Policy(Speaker(), str))
     with pytest.raises(RequestError, match="do not come from one language model"):
         export(method, context, (0.3, 0.7), tmp_path / "out")
+
+
+def test_the_readme_loads_the_precision_that_was_judged(finished: Any, tmp_path: Path) -> None:
+    """transformers would else take that of the base's files, which the card's need not be."""
+    method, context = finished("picky")
+    told = export(method, context, (1.0, 0.0), tmp_path / "out")
+    assert (told.dtype, told.load_in_4bit) == ("float32", False)
+    half = tmp_path / "half"
+    AutoModelForCausalLM.from_pretrained(told.base).to(torch.bfloat16).save_pretrained(half)
+    AutoTokenizer.from_pretrained(told.base).save_pretrained(half)
+    readme = tmp_path / "out" / "README.md"
+    readme.write_text(readme.read_text().replace(repr(told.base), repr(str(half))))
+    assert program(tmp_path / "out")["base"].dtype == torch.float32
+
+
+def test_an_empty_folder_stays_the_folder_it_is(finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody may stand in it, or it is mounted; the README runs from there, too."""
+    method, context = finished("picky")
+    out = tmp_path / "out"
+    out.mkdir()
+    monkeypatch.chdir(out)
+    before = out.stat().st_ino
+    export(method, context, (1.0, 0.0), Path())
+    assert out.stat().st_ino == before
+    assert "moalign.json" in os.listdir() and not [name for name in os.listdir() if name.startswith(".")]
+    assert isinstance(program(out)["ask"](PROMPT), str)
 
 
 def test_a_folder_that_holds_something_is_left_alone(finished: Any, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from moalign.config.objectives import JudgeObjective
 from moalign.core.errors import RequestError, WorkError
 from moalign.core.records import Response
 from moalign.evaluation.evaluate import _per_prompt
+from moalign.rewards import judge
 from moalign.rewards.judge import JudgeScorer, Verdict, read, revision, total
 from moalign.rewards.panel import RewardPanel
 from moalign.rewards.scorer import ScorerFault
@@ -26,6 +27,7 @@ from moalign.tasks.load import make_task
 from moalign.tasks.responses import Scored
 
 KEY = "sk-test-9f8e7d6c"
+LONG_KEY = "sk-proj-" + "".join(chr(97 + 7 * at % 26) for at in range(156))  # as long as a project's
 TEMPLATE = 'Rate the answer as {"score": 1 to 10}.\n\nQuestion: {prompt}\nAnswer: {response}\n'
 
 
@@ -120,6 +122,11 @@ def test_json_without_a_number_at_the_key_has_no_score(text: str) -> None:
         read(Verdict(text), objective(field="score"))
 
 
+def test_an_integer_beyond_every_float_is_out_of_range() -> None:
+    with pytest.raises(ValueError, match=r"^10000000000000000000\.\.\. is outside the range"):
+        read(Verdict('{"score": 1' + "0" * 400 + "}"), objective(field="score"))
+
+
 # -- identity ----------------------------------------------------------------------------------
 
 
@@ -204,9 +211,18 @@ def test_the_judge_gets_the_template_filled_in_and_the_settings(
 def test_without_a_variable_in_the_card_no_key_of_the_environment_is_sent(
     made: Make, judge_server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Nor what the library makes of further variables: gateways have their keys in such headers."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("OPENAI_ORG_ID", f"org-{KEY}")
+    monkeypatch.setenv("OPENAI_PROJECT_ID", f"proj-{KEY}")
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", f"X-Key: {KEY}\nAuthorization: Basic {KEY}")
     made().score(["p"], ["r"])
     assert KEY not in json.dumps(judge_server.headers)
+    monkeypatch.setenv("JUDGE_KEY", "mine")
+    made(api_key_env="JUDGE_KEY").score(["p"], ["s"])
+    assert judge_server.headers[1]["authorization"] == "Bearer mine" and KEY not in json.dumps(judge_server.headers)
+    made(api_key_env="OPENAI_API_KEY").score(["p"], ["t"])
+    assert judge_server.headers[2]["x-key"] == KEY and judge_server.headers[2]["openai-project"] == f"proj-{KEY}"
 
 
 def test_requests_run_side_by_side_up_to_the_limit_and_scores_keep_their_places(
@@ -265,6 +281,61 @@ def test_an_endpoint_that_gives_no_verdict_is_a_wrong_request_and_keys_stay_out_
         assert part in problem
     assert KEY not in problem
     assert caught.value.__cause__ is None
+
+
+@pytest.mark.parametrize("body", [f"Incorrect API key provided: {LONG_KEY}. See", f"<p>{'x' * 90}{LONG_KEY}</p>"])
+@pytest.mark.parametrize("status", [200, 401, 503])
+def test_no_part_of_a_long_key_is_repeated(
+    made: Make, judge_server: Any, judge_replies: Any, monkeypatch: pytest.MonkeyPatch, body: str, status: int
+) -> None:
+    """An endpoint's words are cut to 160 characters: the key has to go before that."""
+    monkeypatch.setenv("JUDGE_KEY", LONG_KEY)
+    judge_server.answer = lambda request: judge_replies.Reply(json.dumps({"error": {"message": body}}), status)
+    with pytest.raises(RequestError) as caught:
+        made(api_key_env="JUDGE_KEY", max_retries=0).score(["p"], ["r"])
+    assert LONG_KEY[:12] not in str(caught.value)
+    assert status == 200 or "[key]" in str(caught.value)
+    judge_server.answer = lambda request: judge_replies.verdict(f"your key is {'x' * 90}{LONG_KEY}")
+    with pytest.raises(ScorerFault, match=r"your key is x*\[key\]") as fault:
+        made(api_key_env="JUDGE_KEY").score(["p"], ["s"])
+    assert LONG_KEY[:12] not in str(fault.value)
+
+
+def test_an_endpoint_that_only_keeps_its_connection_alive_is_given_up(
+    made: Make, judge_server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A byte within each ``timeout`` is no verdict: after all that its tries may take the request has failed."""
+    monkeypatch.setattr(judge, "LONGEST_PAUSE", 0.2)
+    scorer = made(timeout=0.2, max_retries=0)
+    monkeypatch.setattr(scorer, "_ask", lambda *_: time.sleep(5))
+    started = time.monotonic()
+    with pytest.raises(RequestError, match=r"has given no verdict for 0.4 s; is it stuck"):
+        scorer.score(["p"], ["r"])
+    assert time.monotonic() - started < 3
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        ({"error": {"message": "filtered by policy", "code": "content_filter"}}, 400),
+        ({"error": {"message": "too many tokens", "code": "context_length_exceeded"}}, 400),
+        ({"detail": "too large"}, 413),
+    ],
+)
+def test_a_text_that_the_endpoint_refuses_is_a_verdict_that_cannot_be_read(
+    made: Make, judge_server: Any, judge_replies: Any, body: dict[str, Any], status: int
+) -> None:
+    def answer(request: dict[str, Any]) -> Any:
+        refused = "naughty" in request["messages"][0]["content"]
+        return judge_replies.Reply(json.dumps(body), status) if refused else judge_replies.verdict("Score: 5")
+
+    judge_server.answer = answer
+    lenient = made(unreadable="leave-out")
+    assert np.array_equal(lenient.score(["p"] * 3, ["a", "naughty", "c"]), [5.0, np.nan, 5.0], equal_nan=True)
+    usage = lenient.take_usage()
+    assert (usage["verdicts"], usage["unreadable"]) == (3, 1)
+    with pytest.raises(ScorerFault, match=rf"the endpoint refuses this text \(HTTP {status}: "):
+        made().score(["p"], ["naughty"])
 
 
 def test_a_busy_endpoint_is_asked_again(made: Make, judge_server: Any, judge_replies: Any) -> None:

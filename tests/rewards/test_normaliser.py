@@ -126,6 +126,15 @@ def test_broken_or_missing_file_is_named(tmp_path: Path) -> None:
             Normaliser.from_json(tmp_path / name)
 
 
+def test_a_scale_is_that_of_the_scorers_it_was_fitted_for(tmp_path: Path) -> None:
+    scale = Normaliser.fit(np.array([[0.0], [1.0], [2.0]]), ["help"], scorer_hash="aa")
+    assert scale.required_of("aa", tmp_path) is scale
+    with pytest.raises(RequestError, match=r"scale\.json: the task's scale was fitted for other scorers"):
+        scale.required_of("bb", tmp_path / "scale.json")
+    by_hand = Normaliser.fit(np.array([[0.0], [1.0], [2.0]]), ["help"])
+    assert by_hand.required_of("bb", tmp_path) is by_hand
+
+
 def test_numbers_of_a_card_in_the_tasks_order() -> None:
     spec = {
         "b": NormaliserSpec(mean=2, sd=4, lo=0, hi=10),

@@ -11,6 +11,7 @@ import pytest
 
 from moalign.config.objectives import PythonObjective
 from moalign.core.errors import RequestError
+from moalign.rewards import python_scorer
 from moalign.rewards.python_scorer import GROUP, PythonScorer
 
 MODULE = """
@@ -62,6 +63,46 @@ def test_a_file_is_named_by_its_path_and_each_folder_has_its_own(folder: Path) -
     assert (list(first.score(["p"], ["r"])), list(second.score(["p"], ["r"]))) == ([0.5], [2.5])
     assert first.revision.startswith("python:scorers.py:size:")
     assert first.revision != second.revision  # the function's own lines are the same, the file is not
+
+
+@pytest.mark.parametrize("called", ["scorers.py:nice", "my_test_scorers:nice"])
+def test_neighbours_of_one_name_are_each_folders_own(folder: Path, called: str) -> None:
+    """At the import and later, inside a function; a module of the environment is everybody's."""
+    file = called.partition(":")[0].removesuffix(".py") + ".py"
+    scorers = []
+    for name, word in (("a", "good"), ("b", "bad")):
+        place = folder / name
+        (place / "my_test_parts").mkdir(parents=True)
+        (place / "my_test_lexicon.py").write_text(f"WORDS = {{{word!r}}}\n")
+        (place / "my_test_parts" / "more.py").write_text(f"NAME = {name!r}\n")
+        (place / file).write_text(
+            "import json\nfrom my_test_lexicon import WORDS\n"
+            "def nice(prompts, responses):\n"
+            "    from my_test_lexicon import WORDS as again\n"
+            "    from my_test_parts.more import NAME\n"
+            f"    assert again is WORDS and NAME == {name!r}\n"
+            "    return [sum(word in WORDS for word in text.split()) for text in responses]\n"
+        )
+        scorers.append(build(place, called))
+    for _ in range(2):
+        assert [list(scorer.score(["p"] * 2, ["good good", "bad"])) for scorer in scorers] == [[2, 0], [0, 1]]
+    assert not [name for name in sys.modules if name.startswith("my_test")]
+    assert not [place for place in sys.path if place.startswith(str(folder))]
+
+
+def test_an_edited_partial_has_another_revision(folder: Path) -> None:
+    file = folder / "my_test_partial.py"
+    text = (
+        "import functools\ndef f(p, r, weight):\n    return [weight] * len(r)\nnice = functools.partial(f, weight={})\n"
+    )
+    revisions, scores = set(), []
+    for weight in (1, 5):
+        file.write_text(text.format(weight))
+        python_scorer._NEIGHBOURS.clear()  # as in another process
+        scorer = build(folder, "my_test_partial:nice")
+        revisions.add(scorer.revision)
+        scores += list(scorer.score(["p"], ["r"]))
+    assert len(revisions) == 2 and scores == [1, 5]
 
 
 def test_callable_object_with_open_options(folder: Path) -> None:
@@ -116,6 +157,6 @@ def test_revision_follows_options_declared_revision_and_source(folder: Path) -> 
         build(folder, "my_test_rewards:count", revision="2").revision,
     }
     (folder / "my_test_rewards.py").write_text(MODULE.replace("float(r.count(word))", "float(len(r))"))
-    del sys.modules["my_test_rewards"]
+    python_scorer._NEIGHBOURS.clear()  # as in another process
     changed.add(build(folder, "my_test_rewards:count").revision)
     assert len(changed) == 4

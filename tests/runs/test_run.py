@@ -191,6 +191,42 @@ def test_a_request_refused_before_anything_was_written_leaves_no_run(
         assert Run.load(run.path).record.status == "failed"
 
 
+def test_a_judges_costs_are_kept_though_nothing_else_was_computed(run: Run) -> None:
+    with pytest.raises(RequestError), run.training():
+        run.record.notes = {"judges": {"help": {"verdicts": 16}}}
+        raise RequestError("the endpoint answers 401")
+    assert Run.load(run.path).record.notes["judges"]["help"]["verdicts"] == 16
+
+
+def test_who_waited_for_a_run_that_was_refused_is_told(run: Run) -> None:
+    said: list[str] = []
+
+    def wait() -> None:
+        try:
+            with Run.load(run.path).training(wait=True):
+                said.append("trained")
+        except RequestError as error:
+            said.append(str(error))
+
+    waiting = threading.Thread(target=wait)
+    with pytest.raises(RequestError, match="groups"), run.training():
+        waiting.start()
+        time.sleep(2 * runs._POLL)
+        raise RequestError("groups: found 9")
+    waiting.join(timeout=30)
+    assert len(said) == 1 and "the run is gone" in said[0]
+    assert not run.path.exists()
+
+
+def test_a_run_that_is_done_has_no_checkpoints_left(run: Run) -> None:
+    """A kill between the two leaves them."""
+    run.save_checkpoint("train", 10, {"w": torch.zeros(3)}, {})
+    run.mark("done")
+    Run.load(run.path).drop_leftovers()
+    assert not (run.path / runs.CHECKPOINTS).exists()
+    assert Run.load(run.path).record.status == "done"
+
+
 def test_a_run_done_knows_the_gpu_that_its_training_loaded_torch_for(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """The record is first written before torch is loaded, when there is no GPU to be seen."""
     cuda = SimpleNamespace(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,30 @@ def test_hash_follows_model_and_data_by_content(tmp_path: Path, model: Path) -> 
     assert text_task(tmp_path, model, {"prompts": copy}).hash == first.hash
     longer = write_lines(moved / "prompts.jsonl", [{"prompt": prompt} for prompt in [*PROMPTS, "one more"]])
     assert text_task(tmp_path, model, {"prompts": longer}).hash != first.hash
+
+
+def test_hash_follows_the_end_tokens_of_the_generation_config(tmp_path: Path, model: Path) -> None:
+    """They stand in a file of their own, and decide where an answer is over; what config.json says is known anyway."""
+    other = tmp_path / "model"
+    shutil.copytree(model, other)
+    (other / "generation_config.json").unlink()
+    first, known = text_task(tmp_path, other, {"prompts": PROMPTS}), LlamaConfig.from_pretrained(other).eos_token_id
+    (other / "generation_config.json").write_text(json.dumps({"eos_token_id": known}))
+    assert text_task(tmp_path, other, {"prompts": PROMPTS}).hash == first.hash
+    (other / "generation_config.json").write_text(json.dumps({"eos_token_id": [known, 7, 9]}))
+    more = text_task(tmp_path, other, {"prompts": PROMPTS})
+    assert more.identity["ends"] == "7 9" and more.hash != first.hash
+    assert {7, 9} <= set(more.codec.ends.ids)
+
+
+def test_a_scale_fitted_for_other_scorers_is_refused(tmp_path: Path, model: Path) -> None:
+    """As when a reward model on the hub moves: its id in the card, and so the task, stay the same."""
+    task = text_task(tmp_path, model, {"prompts": PROMPTS})
+    assert task.normaliser.scorer_hash == task.panel.scorer_hash
+    kept = task.folder / "normaliser.json"
+    kept.write_text(kept.read_text().replace(task.panel.scorer_hash, "0" * 16))
+    with pytest.raises(RequestError, match=r"normaliser\.json: the task's scale was fitted for other scorers"):
+        _ = text_task(tmp_path, model, {"prompts": PROMPTS}).normaliser
 
 
 def test_hash_follows_reward_models_by_content(tmp_path: Path, model: Path) -> None:
