@@ -279,10 +279,10 @@ def train(plan: Plan, progress: Progress = silent, wait: bool = False) -> tuple[
     """
     existing = plan.existing_run
     if processes.agree(existing is not None and existing.record.status == "done"):
-        found = existing or Run.load(plan.folder)
+        run = existing or Run.load(plan.folder)
         if processes.is_writer():
-            found.drop_leftovers()
-        return found, True
+            run.drop_leftovers()
+        return run, True
     judges: dict[str, dict[str, Any]] = {}
     if plan.card.gold_objectives:  # a judge that cannot judge is seen before training, and holds no memory during it
         judging = make_task(plan.card, plan.request.results, progress)
