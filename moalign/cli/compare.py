@@ -82,15 +82,15 @@ def _show(content: Mapping[str, Any], results: Path) -> None:
 
     print_comparison(output.console(), content)
     ranked = judged(content)
-    done = [(row, run["run_id"]) for row in ranked for run in row["runs"] if run["status"] == "done"]
+    done = [(row, run["run"]) for row in ranked for run in row["runs"] if run["status"] == "done"]
     if not done:
         return
-    leader, run_id = done[0]
+    leader, run = done[0]
     shown = served_example([point["prefs"] for point in leader["points"]], len(content["objectives"]))
     commands = [
-        output.command("generate", run_id, "--prefs", shown, results=results),
-        output.command("eval", run_id, "--hypervolume", results=results),
-        output.command("show", run_id, results=results),
+        output.command("generate", run, "--prefs", shown),
+        output.command("eval", run, "--hypervolume"),
+        output.command("show", run),
     ]
     if content["task"] == "sandbox":
         seeds = max(3, 1 + max(len(row["seeds"]) for row in ranked))

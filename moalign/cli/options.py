@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +14,15 @@ Task = Annotated[str | None, typer.Option(metavar="NAME|FILE", help="Task name o
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; repeatable.")
 ]
-Results = Annotated[Path, typer.Option(metavar="DIR", help="Where runs are kept.")]
+
+
+def _folder(text: str) -> Path:
+    if not str(text):
+        raise typer.BadParameter("empty; the name of a folder is needed")
+    return Path(os.path.expanduser(text))  # a shell leaves --results=~/x as it is
+
+
+Results = Annotated[Path, typer.Option(metavar="DIR", parser=_folder, help="Where runs are kept.")]
 Samples = Annotated[
     int | None,
     typer.Option(min=1, metavar="N", help="Answers to each prompt: more of them, less noise.  [default: the card's]"),

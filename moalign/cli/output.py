@@ -13,7 +13,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from moalign.cli.options import DEFAULT_RESULTS
 from moalign.core import foreign, processes
@@ -139,13 +139,28 @@ def table(shown: Sequence[Column], rows: Iterable[Mapping[str, Any]]) -> None:
     from rich import box
     from rich.table import Table
 
+    out, rows = console(), list(rows)
+    shown = _fitting(shown, rows, out.width)
     result = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
     for column in shown:
-        result.add_column(visible(column.heading, PROSE), justify="left" if column.left else "right", overflow="fold")
+        justify: Literal["left", "right"] = "left" if column.left else "right"
+        result.add_column(visible(column.heading, PROSE), justify=justify, overflow="fold", no_wrap=column.whole)
     for row in rows:
         result.add_row(*(visible(column.text(row)) for column in shown))
-    console().print(result)
+    out.print(result)
     line()
+
+
+def _fitting(shown: Sequence[Column], rows: Sequence[Mapping[str, Any]], width: int) -> list[Column]:
+    """Return the columns without optional ones, from the last on, as long as they are too wide together."""
+    from rich.cells import cell_len
+
+    fitting = list(shown)
+    widths = {id(column): max(map(cell_len, [column.heading, *map(column.text, rows)])) for column in shown}
+    for column in reversed([column for column in shown if column.optional]):
+        if sum(widths[id(each)] + 2 for each in fitting) - 2 > width:
+            fitting.remove(column)
+    return fitting
 
 
 def settings(values: Iterable[tuple[str, Any]]) -> None:

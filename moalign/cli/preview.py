@@ -75,6 +75,8 @@ def _show(seen: Seen) -> None:
     _section(f"a training row ({len(shown.row_ids)} tokens); the loss counts the {in_loss} between > and <")
     _print(_row(seen))
     output.line(f"  the response is {origin}")
+    for text in shown.notes:
+        output.note(f"note: {text}")
 
 
 def _cut(shown: Preview) -> str:

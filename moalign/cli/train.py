@@ -44,6 +44,9 @@ def train(
     """
     prefs = preferences_of(prefs, prefs_text)
     if snapshots is not None:
+        from moalign.experiment.arguments import refuse_twice
+
+        refuse_twice("--snapshots", "snapshots", set_)
         set_ = [*(set_ or ()), f"snapshots={snapshots}"]
     if dry_run:
         from moalign.experiment.train import TrainRequest
@@ -219,8 +222,10 @@ def _show(run: RunHandle, results: Path) -> None:
         show_summary(evaluation)
         output.line()
     served = [point.preference for point in evaluation.points] if evaluation is not None else record.preferences
+    task = ("--task", str(record.as_given.get("task") or record.task))
+    compared = task if record.recipe["card"].get("suite") else (str(run.path),)  # without one there is no other to name
     output.next_commands(
         output.command("eval", str(run.path), "--hypervolume"),
-        output.command("compare", "--task", str(record.as_given.get("task") or record.task), results=results),
+        output.command("compare", *compared, results=results),
         output.command("generate", str(run.path), "--prefs", served_example(served or (), len(run.objectives))),
     )

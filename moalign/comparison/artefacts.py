@@ -46,6 +46,13 @@ class OutputPaths:
             if path is not None and path.parent != self.folder:
                 atomic.require_writable(path.parent, f"choose another place with {option} FILE")
         atomic.require_writable(self.folder)
+        given = (("--figure", self.figure), ("--html", self.html), ("--markdown", self.markdown), ("record", self.json))
+        names: dict[Path, str] = {}
+        for option, path in given:
+            if path is not None and names.setdefault(path.resolve(), option) != option:
+                raise RequestError(
+                    f"{option} {path}: {names[path.resolve()]} is to be written there, too; name another"
+                )
 
 
 def write(result: CompareResult, paths: OutputPaths, runs: Sequence[ComparedRun], card: TaskCard) -> None:

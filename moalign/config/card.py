@@ -235,7 +235,7 @@ class SandboxSpec(Strict):
 class TaskCard(Strict):
     """A frozen task card."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=100)
     kind: Literal["sandbox", "text"]
     description: str
     objectives: list[ObjectiveSpec] = Field(min_length=2)

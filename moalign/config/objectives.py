@@ -13,7 +13,7 @@ from moalign.core.preferences import words_in
 
 
 class _Objective(Strict):
-    name: str = Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")
+    name: str = Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$", max_length=100)
     """Also that of its column in tables: none that they have for other things (:func:`moalign.config.card.taken`)."""
     maximise: bool = True
     """False: smaller scores are better; the reward layer turns the sign, so that larger is better everywhere."""

@@ -56,7 +56,7 @@ def validate(weights: Sequence[float], objectives: Sequence[str], where: str = "
         option = "--prefs " if where == "--prefs" else ""
         hint = _normalised_form(weights, total, option)
         raise RequestError(f"{where} {shown}: the weights sum to {total:.10g}, not 1{hint}")
-    return tuple(float(w) for w in weights)
+    return tuple(float(w) + 0.0 for w in weights)  # -0 is 0: one preference, one run
 
 
 def _normalised_form(weights: Sequence[float], total: float, option: str) -> str:
@@ -89,7 +89,7 @@ def parse(text: str, objectives: Sequence[str] | Mapping[str, Sequence[str]], wh
     weights = []
     for part in text.split(","):
         try:
-            weights.append(float(part))
+            weights.append(float(part if "_" not in part else "no number"))  # Python's 0_1 is more often a slip
         except ValueError:
             raise RequestError(
                 f"{where} {text}: {part.strip()!r} is not a number; give {len(objectives)} "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import shlex
 import unicodedata
 from collections.abc import Iterable
 
@@ -51,3 +52,12 @@ def distinct(names: Iterable[str]) -> list[str]:
 
 def _escape(character: str) -> str:
     return character.encode("unicode_escape", "surrogatepass").decode("ascii")
+
+
+def command(*words: object) -> str:
+    """Return a command of moalign as it is typed: what a shell would take apart is quoted.
+
+    >>> command("eval", "my runs/ab12")
+    "moalign eval 'my runs/ab12'"
+    """
+    return shlex.join(["moalign", *map(str, words)])

@@ -22,6 +22,7 @@ from moalign.core.arrays import Matrix
 from moalign.core.errors import RequestError, WorkError
 from moalign.core.preferences import Preference, label, same, typed
 from moalign.core.progress import Progress, silent
+from moalign.core.text import command
 from moalign.evaluation import at_kl, divergence
 from moalign.evaluation.divergence import KlToBase
 from moalign.evaluation.result import (
@@ -313,7 +314,7 @@ def _stored_scores(
     except (LookupError, TypeError, ValueError) as error:
         raise RequestError(
             f"{context.run.path / name}.parquet: not the answers that {made.name} was made from "
-            f"({type(error).__name__}: {error}); delete both and evaluate again: moalign eval {context.run.path}"
+            f"({type(error).__name__}: {error}); delete both and evaluate again: {command('eval', context.run.path)}"
         ) from error
 
 
@@ -323,13 +324,13 @@ def _require_same_scale(task: Task, stored: EvalResult, scores: Matrix, path: Pa
     if stored_means.shape != means.shape:
         raise RequestError(
             f"{path}: it has {len(stored_means)} preferences, and its answers are for {len(means)}; delete {path.name} "
-            f"and evaluate again: moalign eval {path.parent}"
+            f"and evaluate again: {command('eval', path.parent)}"
         )
     if np.isfinite(means).all() and not np.allclose(means, stored_means, rtol=0, atol=1e-6):
         raise RequestError(
             f"{path}: judged on another scale than that of {task.folder} (its normaliser was fitted again, or is that "
             f"of another machine); put the scale back that came with the run, take a results folder without one, or "
-            f"delete {path.name} and evaluate again: moalign eval {path.parent}"
+            f"delete {path.name} and evaluate again: {command('eval', path.parent)}"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Self
 
@@ -62,7 +63,7 @@ class StoredResult(Content):
 
         Raises RequestError for one that is damaged or of a newer version: what is wrong (with line or key), what to do.
         """
-        remedy = cls.REMEDY.format(folder=path.parent)
+        remedy = cls.REMEDY.format(folder=shlex.quote(str(path.parent)))
         content = atomic.read_json(path, remedy)
         try:
             version = content.get("version", 0)

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,12 @@ from moalign.core.arrays import Matrix
 from moalign.core.errors import RequestError, WorkError
 from moalign.core.progress import Progress, silent
 from moalign.data import readers
+from moalign.runs import atomic
 from moalign.tasks.load import make_task
 
 CHUNK = 2048
 """Rows scored and written at a time."""
+REMEDY = "choose another file with --out FILE.parquet"
 SUFFIX = "_normalised"
 """A normalised column is called ``<objective>_normalised``."""
 
@@ -87,6 +89,10 @@ def score(
         SourceSpec(path=str(source)), [readers.Field("prompt", blank=False), readers.Field("response")], Path.cwd()
     )
     scores = Scores(loaded.card.name, list(names), out=out)
+    first = list(islice(rows, CHUNK))  # before the scale, which may take long to fit
+    if out is not None:
+        atomic.require_writable(out.parent, REMEDY)
+    rows = chain(first, rows)
     panel = loaded.panel.with_normaliser(loaded.normaliser)
     chunks: list[Matrix] = []
     with contextlib.ExitStack() as stack:
@@ -120,13 +126,10 @@ def _parquet(path: Path, names: list[str]) -> Iterator[Keep]:
     import pyarrow as pa
     from pyarrow import parquet
 
-    from moalign.runs import atomic
-
     numbers = [*names, *(f"{name}{SUFFIX}" for name in names)]
     columns = [("prompt", pa.string()), ("response", pa.string()), *((name, pa.float64()) for name in numbers)]
     schema = pa.schema(columns)
-    remedy = "choose another file with --out FILE.parquet"
-    with atomic.file(path, remedy) as temporary, parquet.ParquetWriter(temporary, schema) as writer:
+    with atomic.file(path, REMEDY) as temporary, parquet.ParquetWriter(temporary, schema) as writer:
 
         def keep(prompts: list[str], responses: list[str], raw: Matrix, unit: Matrix) -> None:
             values = [prompts, responses, *raw.T, *unit.T]

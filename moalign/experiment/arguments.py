@@ -93,6 +93,13 @@ def refuse_both(prefs: object, grid: int | None) -> None:
         raise RequestError("--prefs and --grid exclude each other: name the vectors, or the size of a grid")
 
 
+def refuse_twice(option: str, key: str, settings: Sequence[str] | None) -> None:
+    """Raise RequestError when ``--set`` says what an option says, too."""
+    for text in settings or ():
+        if text.partition("=")[0].strip() == key:
+            raise RequestError(f"{option} and --set {text} say the same thing twice; give one of them")
+
+
 Objectives = Sequence[str] | Mapping[str, Sequence[str]]
 """Names, or by name the words that name each."""
 

@@ -10,6 +10,7 @@ from moalign.core import preferences
 from moalign.core.errors import RequestError
 from moalign.core.preferences import Preference, label
 from moalign.core.progress import Progress, silent
+from moalign.core.text import command
 from moalign.evaluation import evaluate
 from moalign.evaluation.result import EvalResult
 from moalign.experiment.arguments import Vector, vector_text
@@ -110,7 +111,8 @@ class RunHandle(Run):
             RequestError: the run was not evaluated, or the table of its answers is missing or damaged.
         """
         if self.evaluation is None:
-            raise RequestError(f"run {self.path}: it has no evaluation; evaluate it first: moalign eval {self.path}")
+            first = command("eval", self.path)
+            raise RequestError(f"run {self.path}: it has no evaluation; evaluate it first: {first}")
         return self.read_table(self._files()[1]).drop(columns="ids", errors="ignore")
 
     def policy(self, prefs: Vector) -> SteeredPolicy:

@@ -56,6 +56,8 @@ class Preview:
     """Prompt and response."""
     loss: list[int]
     """1 where the loss counts the token, else 0; as long as ``row_ids``."""
+    notes: list[str]
+    """What is not wrong but worth knowing of the chat template."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything for ``--json``."""
@@ -106,7 +108,8 @@ def preview(
         overrides: ``--set`` texts for the card.
 
     Raises:
-        RequestError: the card, the model's tokenizer, the preference or the prompt cannot be used.
+        RequestError: the card, the model's tokenizer, the preference or the prompt cannot be used, or no row can be
+            made of the response. Of a stand-in for which there is none the row is the prompt, and a note says why.
     """
     from moalign.lm.chat import Renderer
 
@@ -126,7 +129,7 @@ def preview(
     renderer = Renderer(card.template, tuple(card.objective_names), codec, limit)
     rendered = renderer.plain(prompt) if weights is None else renderer.preference(prompt, weights)
     (ids,) = codec.prompt_ids([rendered])
-    tail = codec.response_ids(rendered, answer, ids)
+    tail, notes = _response(codec, rendered, answer, ids, origin)
     shown = Preview(
         task=card.name,
         model=codec.source,
@@ -146,8 +149,22 @@ def preview(
         response_from=origin,
         row_ids=[*ids, *tail],
         loss=[*[0] * len(ids), *[1] * len(tail)],
+        notes=notes,
     )
     return Seen(shown, codec)
+
+
+def _response(
+    codec: Codec, rendered: str, answer: Response, ids: list[int], origin: Origin
+) -> tuple[list[int], list[str]]:
+    """Return the response's tokens and notes on the chat template; none of a stand-in that cannot be trained on."""
+    notes = [codec.caution] if codec.caution else []
+    try:
+        return codec.response_ids(rendered, answer, ids), notes
+    except RequestError as error:
+        if origin != "stand-in":
+            raise
+        return [], [*notes, *error.problems]
 
 
 def _with_special(codec: Codec, rendered: str, ids: Sequence[int]) -> str:

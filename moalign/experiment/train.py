@@ -21,11 +21,12 @@ from moalign.core import preferences, processes
 from moalign.core.errors import RequestError
 from moalign.core.preferences import Preference
 from moalign.core.progress import Progress, silent
-from moalign.experiment.arguments import refuse_both
+from moalign.experiment.arguments import refuse_both, refuse_twice
 from moalign.lm import backends, model_folder
 from moalign.lm.vllm_engine import VllmEngine
 from moalign.methods import registry
 from moalign.methods.base import Method
+from moalign.preflight.inputs import require_rows
 from moalign.preflight.request import of_recipe, require_sound, require_suited, to_train
 from moalign.rewards.judge import total
 from moalign.rewards.panel import usage_of
@@ -116,6 +117,8 @@ class Plan(ResolvedRequest):
 
     def open(self) -> Run:
         """Return the run, made now or as it was left; before it is made, what cannot be built or served is refused."""
+        if self.method.capabilities.trains and self.card.template.chat:
+            require_rows(self.task, self.config)
         if self.card.rewards is None:  # reward models of the task's own are trained on first use
             _ = self.task.panel
         if self.task.engine is not None and self.method.capabilities.needs_online_rewards:
@@ -202,6 +205,9 @@ def checked(request: TrainRequest, resolved: ResolvedRequest) -> tuple[int, list
 
 def plan(request: TrainRequest, progress: Progress = silent) -> Plan:
     """Check a request and everything that it points to; raises RequestError with every problem."""
+    for option, key, value in (("--seed", "seed", request.seed), ("--grid", "prefs", request.grid)):
+        refuse_twice(option, key, None if value is None else request.overrides)
+    refuse_twice("--prefs", "prefs", request.overrides if request.prefs else None)
     method, resolved = registry.get(request.method), resolve(request)
     seed, given, holdout = checked(request, resolved)
     recipe = resolved.recipe

@@ -4,7 +4,8 @@
   is too long loses the beginning of the user's own text and nothing else.
 * :class:`Codec` turns rendered prompts and responses into token ids. A chat prompt has exactly the ids of the
   tokenizer's own chat template, a plain one those of the tokenizer with its own special tokens. Sampled responses keep
-  the ids they were sampled with; only text that comes from files is tokenised, together with its prompt.
+  the ids they were sampled with; only text that comes from files is tokenised, together with its prompt, and stands
+  there as the chat template writes a reply: a thought or a channel that it opens first is part of the response.
 * :class:`Ends` is what ends a response: the tokenizer's end token, those of the generation config, the token with which
   the chat template closes an assistant's turn, and the card's stop texts.
 """
@@ -13,10 +14,11 @@ from __future__ import annotations
 
 import datetime
 import functools
+import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from moalign.config.card import TemplateSpec
 from moalign.core import preferences
@@ -30,6 +32,28 @@ Ids = list[int]
 
 REMEMBERED = 4096
 """Rendered prompts whose fitting is remembered; where preferences are drawn anew every one is another."""
+
+
+_USER, _REPLY = "moalign prompt", "moalign reply"
+_LAST_TAG = re.compile(r"<([^<>/\s]+)>\s*\Z")
+"""An opening tag at the end of a text, such as ``<think>``, with the white space after it."""
+
+
+class Turn(NamedTuple):
+    """How a chat template writes an assistant's turn."""
+
+    head: str
+    """A prompt, as it is sampled from."""
+    gap: str
+    """What stands between a prompt and the reply; empty where past turns begin in another way than prompts end."""
+    thought: str
+    """The tag at the end of a prompt that opens a thought; empty where the reply itself follows."""
+    trims: bool
+    """Whether white space around the reply is stripped."""
+    behind: str
+    """What stands behind the reply."""
+    end: tuple[int, ...]
+    """Its token ids up to the first special one; empty without a special one."""
 
 
 @dataclass(frozen=True)
@@ -113,19 +137,54 @@ class Codec:
         return f"{{%- macro strftime_now(format) -%}}{cases}{{%- endmacro -%}}{template}"
 
     @functools.cached_property
-    def _reply(self) -> tuple[str, bool, tuple[int, ...]]:
-        """How the chat template writes a reply: (text between prompt and reply, whether white space around the reply is
-        stripped, token ids after it up to the first special one; empty without a special one)."""
-        user, reply = "moalign prompt", "moalign reply"
-        conversation = self.turns(user, reply)
-        before, _, behind = conversation.rpartition(reply)
-        head = self.turns(user)
-        # A template that opens past replies in another way than a new one (thinking) gives no usable gap.
+    def _turn(self) -> Turn:
+        """How the chat template writes a reply behind a prompt; RequestError when it leaves its text out."""
+        conversation, head = self.turns(_USER, _REPLY), self.turns(_USER)
+        before, found, behind = conversation.rpartition(_REPLY)
+        if not found:
+            raise RequestError(
+                f"the chat template of {self.source} leaves out the text of a reply, as those of models for images do; "
+                "say template.chat: false and write the turns into template.plain and template.preference"
+            )
+        thought = ""
+        if before.rstrip() != head.rstrip():
+            head += self.template.marker  # it may hold what the template writes here, or end the thought
+            tag = _LAST_TAG.search(head)
+            thought = tag[0] if tag and f"</{tag[1]}>" in self.tokenizer.get_chat_template() else ""
         gap = before.removeprefix(head) if before.startswith(head) else ""
-        trims = f" {reply} " not in self.turns(user, f" {reply} ")
-        ids = self._plain_ids([behind])[0] if behind else []
+        trims = f" {_REPLY} " not in self.turns(_USER, f" {_REPLY} ")
+        ids = self._ids_after(behind) if behind else []
         first = next((at for at, token in enumerate(ids) if token in self._special), None)
-        return gap if not gap.strip() else "", trims, () if first is None else tuple(ids[: first + 1])
+        return Turn(head, gap, thought, trims, behind, () if first is None else tuple(ids[: first + 1]))
+
+    @functools.cached_property
+    def caution(self) -> str | None:
+        """What to know of answers sampled by a chat template that lets the model think first; None: nothing."""
+        if not self.template.chat or not (self._turn.thought or self._turn.gap.strip()):
+            return None
+        return (
+            f"the chat template of {self.source} {self._opening}: a thought that is sampled there is scored with the "
+            f"answer and counts towards generation.max_new_tokens; {self._remedy}"
+        )
+
+    @property
+    def _opening(self) -> str:
+        _, gap, thought, *_ = self._turn
+        return f"ends a prompt inside a thought ({thought!r})" if thought else f"writes {gap!r} before a reply"
+
+    @property
+    def _remedy(self) -> str:
+        """How a card has the policy answer at once."""
+        given = (self.template.chat_kwargs or {}).get("enable_thinking")
+        if "enable_thinking" in self.tokenizer.get_chat_template() and given is not False:
+            return "template.chat_kwargs: {enable_thinking: false} switches that off"
+        marker = self._turn.gap or f"{self._closing}\n\n"
+        return f"template.marker: {json.dumps(marker, ensure_ascii=False)} has every prompt go on to the reply"
+
+    @property
+    def _closing(self) -> str:
+        """The tag that closes a prompt's open thought."""
+        return self._turn.thought.strip().replace("<", "</")
 
     def prompt_ids(self, texts: Sequence[str]) -> list[Ids]:
         """Return the token ids of rendered prompts: exactly those that the tokenizer itself gives.
@@ -152,7 +211,7 @@ class Codec:
         turn: tuple[int, ...] = ()
         if self.tokenizer.chat_template:
             try:
-                turn = self._reply[2]
+                turn = self._turn.end
             except RequestError:
                 if self.template.chat:
                     raise
@@ -178,17 +237,33 @@ class Codec:
         """
         if response.ids is not None:
             return list(response.ids)
-        text = response.text
-        if self.template.chat:
-            gap, trims, _ = self._reply
-            text = text.strip() if trims else text
-            text = text if not gap or text.startswith(gap) else gap + text
+        text = self._behind_prompt(response.text) if self.template.chat else response.text
         if not text:
             return []
         head = self.prompt_ids([prompt])[0] if prompt_ids is None else prompt_ids
         both = self.prompt_ids([prompt + text])[0]
-        ids = both[len(head) :] if both[: len(head)] == head else self._ids_after(text)
+        continues = both[: len(head)] == head
+        if self.template.chat and self._turn.thought and not (continues and self._closing in text):
+            raise RequestError(
+                f"the chat template of {self.source} {self._opening}, in which a response given as text would be "
+                f"trained; {self._remedy}; or give responses that hold their thought, with {self._closing} behind it"
+            )
+        ids = both[len(head) :] if continues else self._ids_after(text)
         return [*ids, *self.ends.row] if response.finished and ids else ids
+
+    def _behind_prompt(self, text: str) -> str:
+        """Return a reply as it stands behind a chat prompt: where a thought or a channel comes first, as the template
+        itself writes this reply there, unless it begins that in another way than the prompt ends."""
+        head, gap, thought, trims, behind, _ = self._turn
+        text = text.strip() if trims else text
+        if not thought and not gap.strip():
+            return text if text.startswith(gap) else gap + text
+        if not text.strip():
+            return ""
+        own = self.turns(_USER, text).removesuffix(behind)
+        if own.startswith(head):
+            return own.removeprefix(head)
+        return text.lstrip().removeprefix(thought.strip()).lstrip()
 
     def _ids_after(self, text: str) -> Ids:
         """Return the tokens of a text that follows other text: alone, it may get a word boundary in front."""
@@ -199,11 +274,23 @@ class Codec:
         return self._plain_ids([text])[0]
 
     def decode(self, rows: Sequence[Iterable[int]]) -> list[str]:
-        """Return the texts of response tokens, without special tokens and the white space around them."""
-        texts = self.tokenizer.batch_decode(
-            [list(row) for row in rows], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        """Return the texts of response tokens without special tokens, the token that ended them, and what the chat
+        template writes before a reply; white space stays, as a stop text may begin with it."""
+        cut, count = [], len(self._before)
+        for row in rows:
+            ids = list(row)
+            if ids and ids[-1] in self.ends.ids:
+                del ids[-1]
+            cut.append(ids[count:] if ids[:count] == self._before[: len(ids)] else ids)
+        texts: list[str] = self.tokenizer.batch_decode(
+            cut, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
-        return [text.strip() for text in texts]
+        return texts
+
+    @functools.cached_property
+    def _before(self) -> Ids:
+        """The tokens that the chat template writes between a prompt and the reply, white space alone left out."""
+        return self._ids_after(self._turn.gap) if self.template.chat and self._turn.gap.strip() else []
 
     def fit(self, prompt: str, build: Callable[[str], str], limit: int, where: str) -> Rendered:
         """Return ``build(prompt)`` with as much of the end of ``prompt`` as ``limit`` tokens hold, cut between tokens.

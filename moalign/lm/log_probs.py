@@ -202,11 +202,20 @@ def _tapped(head: Any, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
             handle.remove()
 
 
+def _as_read(head: nn.Linear, states: Tensor) -> Tensor:
+    """Return states in the precision in which the head reads them, where autocast does not see to it.
+
+    accelerate has autocast on within the model's forward pass alone; on a GPU a LayerNorm's output leaves it in single
+    precision, whatever the head's.
+    """
+    return states if torch.is_autocast_enabled(states.device.type) else states.to(head.weight.dtype)
+
+
 @torch.no_grad()
 def _is_linear(head: nn.Linear, sent: Tensor, logits: Tensor) -> bool:
     """Whether the model makes the head's own logits of ``sent``: no softcap or the like follows. Tested once a head."""
     if head not in _linear:
-        own = nn.functional.linear(sent, head.weight, head.bias).float()
+        own = nn.functional.linear(_as_read(head, sent), head.weight, head.bias).float()
         _linear[head] = bool((own - logits.float()).abs().max() <= 0.01 * own.abs().max())
     return _linear[head]
 
@@ -224,6 +233,7 @@ def _plain(logits: Tensor, chosen: Tensor, temperature: float) -> tuple[Tensor, 
 
 def _in_chunks(head: nn.Linear, states: Tensor, chosen: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Return what :func:`_plain` does of the head's logits of ``states`` ``[marked, width]``."""
+    states = _as_read(head, states)
     learns = torch.is_grad_enabled() and states.requires_grad
     apply: Any = _ChunkedLogProbs.apply
     logps, entropy = apply(states, head.weight, head.bias, chosen, temperature, learns)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+from torch.func import functional_call
 
 from moalign.core.errors import RequestError
 from moalign.lm.adapters import MERGE_BELOW, changes, lora_layers, with_change
@@ -24,7 +24,8 @@ class SideBySide:
     """A model that reads ``len(names)`` equal parts of its rows, each with its own adapter.
 
     Small models fold the adapters into stacked copies of the weights that they change, which costs no more per token
-    than the base; for large ones the stacked factors alone are kept, and the base stays the only one.
+    than the base; for large ones the stacked factors alone are kept, and the base stays the only one. No other adapter
+    has a say, whichever is active; one that is attached later may bring layers of its own, and needs a new object.
     """
 
     def __init__(self, lm: LanguageModel, names: Sequence[str]) -> None:
@@ -32,13 +33,12 @@ class SideBySide:
 
         Raises RequestError for DoRA adapters, which change a layer by more than a product of two matrices.
         """
-        layers = [layer for layer in lora_layers(lm) if any(changes(layer, name) for name in names)]
+        layers = lora_layers(lm)
         if any(name in layer.lora_magnitude_vector for layer in layers for name in names):
             raise RequestError("experts cannot be read side by side: one of their adapters is a DoRA adapter")
-        fold = not lm.in_4bit and lm.model.num_parameters() <= MERGE_BELOW
-        makers = [_embedded if layer.lora_embedding_A else _folded if fold else _stacked for layer in layers]
+        linear = _folded if not lm.in_4bit and lm.model.num_parameters() <= MERGE_BELOW else _stacked
         self.lm, self.names = lm, list(names)
-        self._forwards = [(layer, make(layer, names)) for layer, make in zip(layers, makers, strict=True)]
+        self._forwards = [(layer, _forward(layer, names, linear)) for layer in layers]
 
     @property
     def config(self) -> Any:
@@ -62,19 +62,33 @@ class SideBySide:
                 layer.__dict__.pop("forward", None)  # the class's own again
 
 
-def _embedded(layer: Any, names: Sequence[str]) -> Callable[..., Tensor]:
-    tables = [with_change(layer, name) for name in names]
+Forward = Callable[..., Tensor]
+"""What a layer makes of n parts of rows."""
+
+
+def _forward(layer: Any, names: Sequence[str], linear: Callable[[Any, Sequence[str]], Forward]) -> Forward:
+    """Return a layer's; ``linear`` makes those of linear layers."""
+    if not any(changes(layer, name) for name in names):
+        base: Forward = layer.get_base_layer().__call__  # the layer's own would add the active adapter
+        return base
+    return (_embedded if layer.lora_embedding_A else linear)(layer, names)
+
+
+def _embedded(layer: Any, names: Sequence[str]) -> Forward:
+    base, tables = layer.get_base_layer(), [{"weight": with_change(layer, name)} for name in names]
 
     def forward(ids: Tensor, *_: Any, **__: Any) -> Tensor:
         parts = zip(ids.chunk(len(tables)), tables, strict=True)
-        return torch.cat([functional.embedding(part, table) for part, table in parts])
+        return torch.cat([functional_call(base, table, (part,)) for part, table in parts])  # some scale what they find
 
     return forward
 
 
-def _folded(layer: Any, names: Sequence[str]) -> Callable[..., Tensor]:
+def _folded(layer: Any, names: Sequence[str]) -> Forward:
     base = layer.get_base_layer()
     weights = torch.stack([with_change(layer, name) for name in names])  # [n, out, in]
+    if layer.fan_in_fan_out:  # GPT-2's layers keep [in, out]
+        weights = weights.mT
 
     def forward(x: Tensor, *_: Any, **__: Any) -> Tensor:
         out = torch.bmm(x.reshape(len(weights), -1, x.shape[-1]), weights.mT)
@@ -83,7 +97,7 @@ def _folded(layer: Any, names: Sequence[str]) -> Callable[..., Tensor]:
     return forward
 
 
-def _stacked(layer: Any, names: Sequence[str]) -> Callable[..., Tensor]:
+def _stacked(layer: Any, names: Sequence[str]) -> Forward:
     base = layer.get_base_layer()
     down, up = _factors(layer, names)
     return partial(_with_factors, base, down, up)

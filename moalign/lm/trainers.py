@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from moalign.core.errors import RequestError
@@ -54,6 +54,19 @@ def checkpointed(model: Any, on: bool) -> Iterator[None]:
     finally:
         if on:
             getattr(base, f"{kind}_disable")()
+
+
+@contextlib.contextmanager
+def own_precision(parameters: Sequence[Any]) -> Iterator[None]:
+    """Within the block a trainer is made; afterwards the parameters are what they were.
+
+    On a base in 4 bits trl's trainers round all that is trained to bfloat16, in which small updates are lost.
+    """
+    before = [parameter.data for parameter in parameters]
+    yield
+    for parameter, data in zip(parameters, before, strict=True):
+        if parameter.dtype != data.dtype:
+            parameter.data = data
 
 
 def run_trainer(trainer: Any, watch: Callable[[str, float], Any], complete: Callable[[], None] = lambda: None) -> None:

@@ -177,30 +177,31 @@ class ControlPrompt(Rendered):
 class ControlledGenerator:
     """The mixture of a finished run; one batch may hold a different preference in every row."""
 
-    def __init__(self, control: Control, experts: SideBySide, space: Space) -> None:
-        """Answer with ``experts``, weighed by ``control``, mixed in ``space``."""
+    def __init__(self, control: Control, experts: Sequence[str], space: Space) -> None:
+        """Answer with the adapters ``experts`` on the base, by name, weighed by ``control``, mixed in ``space``."""
         self.control, self.experts, self.space = control, experts, space
 
     def generate(self, texts: Sequence[ControlPrompt], rows: Sequence[int], sampling: Sampling) -> Generated:
         """See :class:`~moalign.lm.generator.Generator`."""
-        lm = self.experts.lm
+        lm = self.control.lm
+        together = SideBySide(lm, self.experts)  # anew: the control model or another run may have brought adapters
         bare = lm.encode([text.bare for text in texts], sampling.max_prompt_tokens)
         preferences = torch.tensor([text.preference for text in texts], dtype=torch.float32)
         self.control.activate()
 
         def of_batch(part: Sequence[int]) -> Mixture:
-            return source(self.control, self.experts, self.space, [bare[i] for i in part], preferences[list(part)])
+            return source(self.control, together, self.space, [bare[i] for i in part], preferences[list(part)])
 
         return generate(lm, texts, rows, sampling, of_batch)
 
     def as_mixture(self, preference: Preference) -> MixtureParts:
         """Return what it is made of; a text holds the preference for the control model, the parts do for the mask."""
-        return MixtureParts(self.experts.lm, self.experts.names, self.space, list(preference), self.control)
+        return MixtureParts(self.control.lm, list(self.experts), self.space, list(preference), self.control)
 
     def as_model(self) -> None:
         """RequestError: no one model says what a mixture does."""
         raise RequestError(
-            f"its answers come from {len(self.experts.names)} experts and a control model that sample every token "
+            f"its answers come from {len(self.experts)} experts and a control model that sample every token "
             "together; no adapter and no single model has that distribution"
         )
 
@@ -212,7 +213,7 @@ def orchestrated(context: RunContext, preference: Preference) -> Policy:
     """
     if FILE not in context.cache:
         lm = context.task.language_model
-        experts = SideBySide(lm, experts_on_model(context))
+        experts = experts_on_model(context)
         name = f"control_{context.run.record.run_id}"
         control = Control(context.config.control, lm, len(context.task.names), seed=0, name=name)
         control.load_weights(context.run.load_tensors(FILE), str(context.run.path / f"{FILE}.safetensors"))

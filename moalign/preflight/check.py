@@ -19,7 +19,7 @@ from moalign.methods import registry
 from moalign.methods.base import Method
 from moalign.policies.control_spec import ControlSpec
 from moalign.preflight import fit
-from moalign.preflight.inputs import check_inputs, is_local, named_model
+from moalign.preflight.inputs import check_inputs, is_local, named_model, require_rows
 from moalign.preflight.report import Preflight
 from moalign.preflight.request import of_recipe, require_sound, require_suited, to_train
 from moalign.preflight.sizes import check_sizes
@@ -52,6 +52,9 @@ def check(
         if isinstance(resolved.config, NamesModels):
             for name, named in resolved.config.models.items():
                 report.look(name, partial(named_model, report, name, named))
+        if trains and resolved.card.template.chat and inputs.model is not None and inputs.task is not None:
+            with report.collecting():
+                require_rows(inputs.task, resolved.config)
         control = getattr(resolved.config, "control", None)
         here = resolved.card.built_in_base or is_local(str(resolved.card.model))
         if isinstance(control, ControlSpec) and control.form == "adapter" and inputs.task is not None and here:

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from pydantic import BaseModel
+
 from moalign.config.card import SourceSpec, TaskCard
 from moalign.config.objectives import ModelObjective, ObjectiveSpec
 from moalign.config.recipe import LoraSpec
+from moalign.core.amounts import Amounts, SplitAmount
 from moalign.core.errors import RequestError, placed
+from moalign.core.records import Response
 from moalign.lm import builtin, model_folder
 from moalign.lm.chat import Renderer
+from moalign.methods import registry
 from moalign.preflight.report import Preflight
 from moalign.tasks.load import make_task
 from moalign.tasks.task import Task, fingerprint
+from moalign.training.settings import CostHints, DpoConfig, GroupsUsers
 
 FAR = 0.5
 """A fitted mean is far from a published one beyond this share of its standard deviation."""
@@ -46,7 +53,7 @@ def check_inputs(
     readable = _check_data(report, card) and report.look("splits", lambda: _splits(task))
     here = with_options and (card.built_in_base or model is not None)
     if here and readable:
-        report.look("template", lambda: _template(task))
+        report.look("template", lambda: _template(report, task))
     if here and (card.built_in_base or is_local(str(card.model))):
         report.look("policy", lambda: task.examine(lora))
     if readable and with_options:
@@ -190,11 +197,13 @@ def _splits(task: Task) -> str:
     return ", ".join(f"{name} {len(prompts)}" for name, prompts in task.prompts.items()) + " prompts"
 
 
-def _template(task: Task) -> str:
-    """Render a prompt in every way that a method may ask for it."""
+def _template(report: Preflight, task: Task) -> str:
+    """Render a prompt in every way that a method may ask for it; note what the chat template does to answers."""
     codec, limit = task.untrained_codec(), task.card.generation.max_prompt_tokens
     renderer, count = Renderer(task.card.template, tuple(task.names), codec, limit), len(task.names)
     prompt, ends = task.prompts["train"][0], codec.ends
+    if codec.caution:
+        report.notes.append(f"template: {codec.caution}")
     texts = [
         renderer.plain(prompt),
         renderer.preference(prompt, [1 / count] * count),
@@ -204,6 +213,32 @@ def _template(task: Task) -> str:
     stops = [*map(repr, ends.texts), *codec.tokenizer.convert_ids_to_tokens(sorted(ends.ids))]
     return (
         f"the first prompt has {lengths[0]} tokens, with a preference {lengths[1]}; {', '.join(stops)} ends a response"
+    )
+
+
+def require_rows(task: Task, config: BaseModel) -> None:
+    """Raise RequestError where ``config`` trains on responses of the data that the chat template has no place for."""
+    codec, prompt = task.untrained_codec(), task.prompts["train"][0]
+    renderer = Renderer(task.card.template, tuple(task.names), codec, task.card.generation.max_prompt_tokens)
+    try:
+        codec.response_ids(renderer.plain(prompt), task.known_response(prompt) or Response("An answer."))
+    except RequestError:
+        amounts = task.amounts()
+        if amounts is not None and _trains_on_texts(config, amounts):
+            raise
+
+
+def _trains_on_texts(config: BaseModel, task: Amounts) -> bool:
+    """Whether training, that of experts included, reads responses that stand in the data, where they are texts."""
+    if isinstance(config, GroupsUsers):
+        return True
+    if isinstance(config, DpoConfig) and config.pairs != "scored" and any(task.labelled):
+        return True
+    hints = config if isinstance(config, CostHints) else CostHints()
+    texts = replace(task, train=SplitAmount() if task.train.by_base else task.train, calibration=SplitAmount())
+    runs = hints.expert_runs()
+    return (hints.learns_from(texts) + hints.reads(texts)).rows > 0 or (
+        runs is not None and _trains_on_texts(registry.get(runs[0]).Config.model_validate(runs[1]), task)
     )
 
 

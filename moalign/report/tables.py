@@ -53,6 +53,10 @@ class Column:
     """The best value, or the first word, is the smallest: a click on its heading begins there."""
     markdown: bool = False
     """Its text is Markdown already."""
+    whole: bool = False
+    """Never broken over two lines in a terminal: somebody may copy it."""
+    optional: bool = False
+    """Left out of a terminal's table that would else be too wide."""
     order: Callable[[Any], Any] | None = None
     """Value -> what the page sorts by; None: the value."""
 

@@ -22,10 +22,10 @@ def asset(name: str) -> str:
 def render(template: str, context: Mapping[str, Any]) -> str:
     """Return a filled template of ``assets/``.
 
-    In HTML every value is escaped that is not marked safe; Markdown, which terminals show, has no control characters.
+    In HTML every value is escaped that is not marked safe; there are no control characters in either.
     """
     page = _ENVIRONMENT.get_template(template).render(context)
-    return visible(page, PROSE) if template.endswith(".md") else page
+    return visible(page, PROSE)
 
 
 def escaped(text: str) -> str:

@@ -29,6 +29,7 @@ class RewardStore(RunStore):
     """The reward models below a results folder."""
 
     kind = "reward-models"
+    command = "moalign reward train"
 
 
 @dataclass(frozen=True)

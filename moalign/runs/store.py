@@ -45,6 +45,8 @@ class RunStore:
 
     kind = "runs"
     """The folder's name."""
+    command = "moalign train METHOD"
+    """What makes one."""
 
     def __init__(self, results: Path | str = "results") -> None:
         self.results = Path(results)
@@ -181,7 +183,7 @@ class RunStore:
         if not labels:
             raise RequestError(
                 f"unknown run {name!r}: there are no runs in {self.root}; "
-                "train one: moalign train METHOD, or name another folder with --results DIR"
+                f"train one: {self.command}, or name another folder with --results DIR"
             )
         allowed = [label.rpartition("/")[2] for label in labels]
         if "/" in name:

@@ -19,7 +19,7 @@ from moalign.core.schedule import factor
 from moalign.core.seeds import derive
 from moalign.lm import adapters
 from moalign.lm.finite import FiniteCheck
-from moalign.lm.trainers import checkpointed, checkpointing_option, quiet_libraries, run_trainer
+from moalign.lm.trainers import checkpointed, checkpointing_option, own_precision, quiet_libraries, run_trainer
 from moalign.training.checkpoints import modules, resume, save_checkpoint
 from moalign.training.settings import SftConfig
 
@@ -71,9 +71,8 @@ def train_rows(
 
     Raises WorkError when training diverges: see :mod:`moalign.lm.finite`.
     """
-    optimizer = torch.optim.AdamW(
-        [p for p in lm.model.parameters() if p.requires_grad], lr=config.lr, weight_decay=config.weight_decay
-    )
+    trained = [parameter for parameter in lm.model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay)
     checkpoint = resume(job, optimizer, phase)
     start = 0
     if checkpoint is not None:
@@ -88,17 +87,17 @@ def train_rows(
     if on is None:  # a prompt that is read once is kept in a cache, which checkpointing has none of
         on = lm.device.type != "cpu" and not getattr(config, "share_prompts", False)
     with quiet_libraries(), trainable(lm), checkpointed(lm.model, on):
-        trainer = make(
-            start * config.batch,
-            trainer_settings(job, lm, config, config.steps - start, phase),
-            model=lm.model,
-            processing_class=lm.tokenizer,
-            optimizers=(optimizer, schedule),
-        )
+        with own_precision(trained):
+            trainer = make(
+                start * config.batch,
+                trainer_settings(job, lm, config, config.steps - start, phase),
+                model=lm.model,
+                processing_class=lm.tokenizer,
+                optimizers=(optimizer, schedule),
+            )
         metrics = getattr(trainer, "mean_metrics", dict)
         callback = RunCallback(job, lm, optimizer, config, phase, start, tokens, metrics)
         trainer.add_callback(callback)
-        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         run_trainer(trainer, callback.check.number, lambda: processes.add_gradients(trained))
     callback.check.weights({"adapter": adapters.tensors(lm)})
 

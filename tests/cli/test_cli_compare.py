@@ -94,6 +94,14 @@ def test_wrong_requests(moalign: Any, arguments: list[str], message: str) -> Non
     assert message in ended.err
 
 
+def test_two_files_of_one_name_are_refused(moalign: Any, toys: None) -> None:
+    run = json.loads(moalign("train", "toy", "--json").out)["run"]
+    ended = moalign("compare", run, "--markdown", "same.html", "--html", "./same.html")
+    assert ended.code == 2
+    assert ended.errors == ["--markdown same.html: --html is to be written there, too; name another"]
+    assert not Path("same.html").exists()
+
+
 def test_without_ray_there_is_one_message(moalign: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     ended = moalign("compare", "--methods", "sft", "--executor", "ray")
@@ -113,6 +121,9 @@ def test_toys_are_compared_end_to_end(moalign: Any, toys: None) -> None:
     assert text.code == 0
     assert "toy" in text.out
     tail = text.out.split("next:\n")[1]
-    best = content["rows"][0]["runs"][0]["run_id"]
+    best = content["rows"][0]["runs"][0]["run"]
     assert f"moalign generate {best} --prefs 0.3,0.7" in tail
     assert "moalign eval" in tail
+    elsewhere = moalign("compare", best, "--results", "elsewhere").out.split("next:\n")[1]
+    for line in elsewhere.splitlines()[:3]:
+        assert moalign(*line.split()[1:]).code == 0, line

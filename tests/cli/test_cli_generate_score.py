@@ -239,6 +239,15 @@ def test_a_broken_line_17_is_named_and_no_file_appears(
     assert list(Path("out").iterdir()) == []
 
 
+def test_a_wrong_request_is_told_before_the_scale_is_fitted(moalign: Any, toys: None) -> None:
+    Path("bad.jsonl").write_text('{"prompt": "a", "response": 3}\n')
+    Path("good.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    for given in (("bad.jsonl", "out.parquet"), ("good.jsonl", "/proc/nothing/out.parquet")):
+        ended = moalign("score", "--in", given[0], "--out", given[1], "--results", "fresh")
+        assert (ended.code, len(ended.errors)) == (2, 1), ended.err
+        assert not Path("fresh").exists()
+
+
 def test_a_scorer_that_fails_is_named_with_the_sample(
     moalign: Any, toys: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from moalign.cli import ls, output
 from moalign.cli.show import comment_of
 from moalign.config import find
 from moalign.core.errors import RequestError
@@ -100,6 +101,22 @@ def test_runs_are_listed_newest_first_with_their_hypervolume(moalign: Any, toys:
     assert rows[1]["hypervolume"] == first["evaluation"]["hypervolume"]
     assert rows[0]["hypervolume"] is None
     assert first["run_id"] in moalign("ls", "runs").out
+
+
+def test_a_narrow_list_of_runs_leaves_identifiers_whole(
+    moalign: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At 80 columns time and day go; at 200, that of a pipe, all is there."""
+    row = {
+        "run_id": "c228921317d1", "task": "sandbox", "method": "mo-odpo", "seed": 0, "status": "done",
+        "created": "2026-11-27T17:21:05", "seconds": 75.0, "hypervolume": 0.5, "optimal_share": 0.8,
+    }  # fmt: skip
+    for width, there in ((80, False), (200, True)):
+        monkeypatch.setattr(output, "PIPED_WIDTH", width)
+        output.table(ls._COLUMNS["runs"], [row])
+        out = capsys.readouterr().out
+        assert "c228921317d1" in out and max(map(len, out.splitlines())) <= width
+        assert ("2026-11-27 17:21" in out) == there
 
 
 def test_without_runs_the_list_is_empty_and_says_how_to_start(moalign: Any) -> None:

@@ -324,3 +324,9 @@ def test_a_reward_model_of_a_relative_task_is_judged_from_any_folder(
         plan(RewardTrainRequest(task="sandbox", overrides=("task.model=base",), loss="multitask")).as_given["task"]
         == "sandbox"
     )
+
+
+def test_without_reward_models_the_command_that_makes_one_is_named(moalign: Any) -> None:
+    ended = moalign("reward", "eval", "nope")
+    assert ended.code == 2
+    assert "there are no runs in results/reward-models; train one: moalign reward train, or" in ended.errors[0]

@@ -79,6 +79,29 @@ def test_a_method_with_fixed_preferences_is_evaluated_on_its_own(moalign: Any) -
     assert [point["prefs"] for point in content["evaluation"]["points"]] == [[0.0, 1.0], [1.0, 0.0]]
 
 
+def test_a_task_without_a_suite_names_the_run_as_what_to_compare(moalign: Any) -> None:
+    """Its card says of no other method: ``compare --task`` would be refused."""
+    ended = moalign("train", "toy", "--set", "task.suite=[]")
+    (line,) = [line.strip() for line in ended.out.splitlines() if "moalign compare" in line]
+    assert line == f"moalign compare {only_run().path}"
+    assert moalign(*line.split()[1:]).code == 0
+
+
+def test_zero_below_zero_is_zero(moalign: Any) -> None:
+    """One preference is one run."""
+    first, second = (
+        json.loads(moalign("train", "toy", "--dry-run", "--json", f"--prefs={w},1").out) for w in ("0", "-0.0")
+    )
+    assert first["run"] == second["run"]
+
+
+def test_a_home_folder_in_results_is_the_user_s(moalign: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell leaves ``--results=~/x`` as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    told = json.loads(moalign("train", "toy", "--dry-run", "--json", "--results=~/x").out)
+    assert told["run"].startswith(f"{tmp_path}/home/x/runs/")
+
+
 def test_commands_to_paste_carry_the_results_folder(moalign: Any) -> None:
     assert "moalign compare --task sandbox --results other" in moalign("train", "toy", "--results", "other").out
 
@@ -114,7 +137,6 @@ def test_dry_run_as_json_names_the_folder_that_training_makes(moalign: Any) -> N
     ("fail", "code", "status", "error"),
     [
         ("work", 1, "failed", ["it broke"]),
-        ("request", 2, "failed", ["it broke"]),
         ("bug", 1, "failed", ["ZeroDivisionError: it broke here; the same command with --debug shows where"]),
         ("interrupt", 130, "interrupted", []),
     ],
@@ -126,6 +148,12 @@ def test_what_goes_wrong_is_told_and_recorded(
     assert (ended.code, ended.out, ended.errors) == (code, "", error)
     assert only_run().status == status
     assert f"resuming the {status} run of toy on sandbox" in moalign("train", "toy", "--set", f"fail={fail}").err
+
+
+def test_a_request_that_the_method_refuses_leaves_no_run(moalign: Any) -> None:
+    ended = moalign("train", "toy", "--set", "fail=request", "--json")
+    assert (ended.code, ended.out, ended.errors) == (2, "", ["it broke"])
+    assert RunStore("results").runs() == []
 
 
 def test_a_run_that_another_process_trains_is_refused(moalign: Any) -> None:
@@ -150,7 +178,13 @@ NO_MODEL = "{name: harmlessness, kind: hf-classifier, model: nobody/nothing}"
         (["--prefs", "-0.5,1.5"], "the weight of helpfulness is negative"),
         (["--prefs", "a,b"], "'a' is not a number; give 2 weights that sum to 1"),
         (["--prefs", "nan,1"], "the weight of helpfulness is nan; a finite number is needed"),
+        (["--prefs", "0_1,0"], "'0_1' is not a number"),
         (["--prefs", "0,1", "--grid", "3"], "--prefs and --grid exclude each other"),
+        (["--seed", "3", "--set", "seed=5"], "--seed and --set seed=5 say the same thing twice"),
+        (["--prefs", "0,1", "--set", "prefs=[[1,0]]"], "--prefs and --set prefs=[[1,0]] say the same thing twice"),
+        (["--grid", "3", "--set", "prefs=[[1,0]]"], "--grid and --set prefs=[[1,0]] say the same thing twice"),
+        (["--snapshots", "3", "--set", "snapshots=5"], "--snapshots and --set snapshots=5 say the same"),
+        (["--results", ""], "empty; the name of a folder is needed"),
         (["--task", "sandbx"], "unknown task 'sandbx'"),
         (["--task", "nowhere/task.yaml"], "nowhere/task.yaml"),
         (["--recipe", "nowhere.yaml"], "nowhere.yaml"),

@@ -6,17 +6,21 @@ import datetime
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from tokenizers import AddedToken, Tokenizer, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from moalign.config.card import TemplateSpec
 from moalign.core.errors import RequestError
 from moalign.core.records import Response
 from moalign.lm import language_model
 from moalign.lm.chat import Codec, Renderer, pair_row, training_row
-from moalign.lm.sampler import Sampling, generate
+from moalign.lm.sampler import Samples, Sampling, generate, responses
 
 CHATS = ["llama3", "dated", "gemma", "chatml", "mistral", "phi"]
 EVERY = [*CHATS, "base"]
@@ -226,6 +230,39 @@ def test_sampling_ends_at_the_turn_s_end(chat_folder: Folder) -> None:
     assert ended and all(ids.index(turn_end) == len(ids) - 1 for ids in ended)
     for ids, finished in zip(made.traces.ids, made.traces.finished, strict=True):
         assert finished == (ids[-1] in codec.ends.ids)
+
+
+def test_the_turn_s_end_stands_behind_a_reply_without_a_word_mark_of_its_own() -> None:
+    """Llama-2-chat writes " </s>" behind a reply; alone, its tokenizer would read that as two marks of a space."""
+    parts = ["<unk>", "<s>", "</s>", "▁", "▁▁", *"[]/INSThiyo.", "▁[", "▁h", "▁y"]
+    merges = [("▁", "▁"), ("▁", "["), ("▁", "h"), ("▁", "y")]
+    made = Tokenizer(models.BPE(vocab={part: at for at, part in enumerate(parts)}, merges=merges, unk_token="<unk>"))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'].strip() + "
+        "' [/INST]' }}{% else %}{{ ' ' + m['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+    )
+    codec = Codec(tokenizer, TemplateSpec(chat=True))
+    head, tail = training_row(codec, codec.turns("hi"), Response("yo."), 64)
+    assert tokenizer.convert_ids_to_tokens(tail) == ["▁y", "o", ".", "▁", "</s>"]
+    assert head + tail == tokenizer(codec.turns("hi", "yo."), add_special_tokens=False)["input_ids"]
+
+
+def test_an_end_that_is_no_special_token_is_not_read_by_scorers(chat_folder: Folder) -> None:
+    lm = language_model.load(str(chat_folder("base")), device="cpu")
+    lm.tokenizer.add_tokens([AddedToken(part, special=False) for part in ("<|user|>", "<|end|>")])
+    lm.tokenizer.chat_template = "{% for m in messages %}<|user|>{{ m['content'] }}<|end|>{% endfor %}"
+    codec = Codec(lm.tokenizer, TemplateSpec(chat=True))
+    end = lm.tokenizer.convert_tokens_to_ids("<|end|>")
+    assert codec.ends.ids == {end, lm.eos}
+    soup = lm.tokenizer(" Soup.", add_special_tokens=False)["input_ids"]
+    rows = [[*soup, end], soup, [*soup, end, *soup], [end], []]
+    assert codec.decode(rows) == [" Soup.", " Soup.", " Soup.<|end|> Soup.", "", ""]
+    whole = torch.tensor([[*soup, end]])
+    ones = torch.ones_like(whole)
+    drawn = Samples(whole, ones, ones.bool(), torch.zeros(whole.shape), torch.tensor([True]))
+    assert responses(replace(lm, codec=codec, end_ids=codec.ends.ids), drawn) == ["Soup."]
 
 
 # -- responses --------------------------------------------------------------------------------------------------------

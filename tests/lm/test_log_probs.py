@@ -13,6 +13,8 @@ from transformers import (
     CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
     LlamaConfig,
@@ -139,6 +141,41 @@ def test_half_precision_is_as_exact_as_the_plain_formula(in_chunks: list[int]) -
     assert out.logps.dtype == torch.float32 and len(in_chunks) == 1
     torch.testing.assert_close(out.logps, plain, atol=0.05, rtol=0)
     assert (out.logps - exact).abs().mean() <= 1.1 * (plain - exact).abs().mean()
+
+
+@pytest.mark.parametrize("share", [False, True], ids=["whole rows", "shared prompts"])
+def test_a_head_below_single_precision_reads_states_that_autocast_left_in_it(
+    in_chunks: list[int], monkeypatch: pytest.MonkeyPatch, share: bool
+) -> None:
+    """As on a GPU under accelerate: the model's forward alone is in autocast, which there keeps a LayerNorm's output in
+    single precision. Values and gradients are those of the plain formula, whose head autocast feeds."""
+    torch.manual_seed(1)
+    sizes = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
+    lm = wrap(GPTNeoXForCausalLM(GPTNeoXConfig(**sizes)), base.make_tokenizer(), "neox", "0" * 16, device="cpu")
+    lm.model.to(torch.bfloat16)
+    adapters.attach(lm, LoraSpec(r=4, alpha=8, dropout=0.0), seed=0)
+    for name, value in lm.model.named_parameters():
+        if "lora_B" in name:
+            value.data.normal_(std=0.1)
+
+    def as_on_a_gpu(norm: nn.LayerNorm, states: Tensor) -> Tensor:
+        return nn.functional.layer_norm(states.float(), norm.normalized_shape, norm.weight.float(), norm.bias.float())
+
+    monkeypatch.setattr(nn.LayerNorm, "forward", as_on_a_gpu)
+    monkeypatch.setattr(lm.model, "forward", torch.autocast("cpu", torch.bfloat16)(lm.model.forward))
+    ids, attention, mask = batch()
+    ids[1], attention[1, :PROMPT] = torch.where(torch.arange(PROMPT + WIDTH) < PROMPT, ids[2], ids[1]), 1
+    out = token_outputs(lm.model, ids, attention, mask, share_prompts=share)
+    assert len(in_chunks) == 1
+    monkeypatch.setattr(log_probs, "AT_ONCE", 2**23)
+    plain = token_outputs(lm.model, ids, attention, mask, share_prompts=share)
+    assert len(in_chunks) == 1 and out.logps.dtype == torch.float32
+    torch.testing.assert_close(out.logps, plain.logps, atol=1e-4, rtol=0)
+    torch.testing.assert_close(out.entropy, plain.entropy, atol=1e-4, rtol=0)
+    result, wanted = gradients(lm, out.logps), gradients(lm, plain.logps)
+    assert result.keys() == wanted.keys() and len(result) >= 16
+    for name, value in wanted.items():
+        assert (result[name] - value).norm() <= 0.02 * value.norm(), name
 
 
 def test_nothing_marked_gives_zeros_and_a_gradient_of_zero() -> None:

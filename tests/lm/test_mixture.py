@@ -7,11 +7,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel
 
 from moalign.config.recipe import LoraSpec
 from moalign.core.errors import RequestError
 from moalign.lm import adapters, side_by_side
-from moalign.lm.language_model import LanguageModel
+from moalign.lm.language_model import LanguageModel, wrap
 from moalign.lm.log_probs import positions
 from moalign.lm.mixture import (
     Constant,
@@ -24,6 +25,7 @@ from moalign.lm.mixture import (
     mixture_logps,
 )
 from moalign.lm.sampler import NextToken, pad_left, sample, uniforms
+from moalign.tasks.sandbox import base
 
 Make = Callable[..., LanguageModel]
 SPECS = [LoraSpec(r=4, alpha=6, dropout=0.5), LoraSpec(r=2, alpha=7, dropout=0.0), LoraSpec(r=3, alpha=1, dropout=0.0)]
@@ -37,14 +39,19 @@ def with_experts(make_lm: Make, count: int = 3, alike: bool = False) -> tuple[La
     names = [f"expert{number}" for number in range(count)]
     for number, name in enumerate(names):
         kind = 0 if alike else number
-        adapters.attach(lm, SPECS[kind], seed=kind, name=name)
-        generator = torch.Generator().manual_seed(kind)
-        start = adapters.tensors(lm, name)
-        moved = {key: value + 0.3 * torch.randn(value.shape, generator=generator) for key, value in start.items()}
-        adapters.set_tensors(lm, moved, name)
+        add(lm, SPECS[kind], kind, name)
     lm.model.requires_grad_(False)
-    lm.model.eval()
     return lm, names
+
+
+def add(lm: LanguageModel, spec: LoraSpec, seed: int, name: str) -> None:
+    """Attach an adapter and move it away from its start, where it changes nothing."""
+    adapters.attach(lm, spec, seed=seed, name=name)
+    generator = torch.Generator().manual_seed(seed)
+    start = adapters.tensors(lm, name)
+    moved = {key: value + 0.3 * torch.randn(value.shape, generator=generator) for key, value in start.items()}
+    adapters.set_tensors(lm, moved, name)
+    lm.model.eval()
 
 
 def of_expert(lm: LanguageModel, name: str, ids: Tensor = IDS, mask: Tensor | None = None) -> Tensor:
@@ -83,6 +90,63 @@ def test_adapters_of_embeddings_count_too(make_lm: Make) -> None:
     alone = torch.cat([of_expert(lm, name) for name in ("first", "second")])
     with side_by_side.SideBySide(lm, ["first", "second"]).on(), torch.no_grad():
         torch.testing.assert_close(lm.model(IDS.repeat(2, 1)).logits, alone, rtol=1e-4, atol=1e-4)
+
+
+@both
+def test_the_active_adapter_has_no_say_in_layers_that_no_expert_changes(
+    make_lm: Make, monkeypatch: pytest.MonkeyPatch, folded: bool
+) -> None:
+    """A control model's adapter, or that of a run evaluated before, may lie on more layers than the experts'."""
+    monkeypatch.setattr(side_by_side, "MERGE_BELOW", 10**9 if folded else 0)
+    lm = make_lm()
+    for seed, name in enumerate(("first", "second")):
+        add(lm, LoraSpec(r=2, alpha=4, dropout=0.0, layers=1), seed, name)
+    alone = [of_expert(lm, name) for name in ("first", "second")]
+    everywhere = ["embed_tokens", "q_proj", "v_proj", "down_proj", "lm_head"]
+    add(lm, LoraSpec(r=2, alpha=4, dropout=0.0, targets=everywhere), 2, "control")
+    control = of_expert(lm, "control")  # which it leaves active
+    with side_by_side.SideBySide(lm, ["first", "second"]).on(), torch.no_grad():
+        together = lm.model(IDS.repeat(2, 1)).logits
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)
+    assert float((control - alone[1]).abs().max()) > 1.0
+    assert torch.equal(of_expert(lm, "control"), control)  # the model is left as it was
+
+
+@both
+@pytest.mark.parametrize("targets", [["c_proj"], "all-linear"], ids=["square", "all"])
+def test_layers_that_keep_their_weights_as_inputs_by_outputs_are_read_so(
+    monkeypatch: pytest.MonkeyPatch, folded: bool, targets: list[str] | str
+) -> None:
+    """GPT-2's; with as many inputs as outputs a transposed weight would raise no error."""
+    monkeypatch.setattr(side_by_side, "MERGE_BELOW", 10**9 if folded else 0)
+    torch.manual_seed(0)
+    tokenizer = base.make_tokenizer()
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_inner": 16, "n_positions": 32, "initializer_range": 0.3}
+    config = GPT2Config(vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=2, **sizes)
+    lm = wrap(GPT2LMHeadModel(config), tokenizer, "gpt2", "0" * 16, device="cpu")
+    for seed, name in enumerate(("first", "second")):
+        add(lm, LoraSpec(r=2, alpha=4, dropout=0.0, targets=targets), seed, name)
+    alone = [of_expert(lm, name) for name in ("first", "second")]
+    with side_by_side.SideBySide(lm, ["first", "second"]).on(), torch.no_grad():
+        torch.testing.assert_close(lm.model(IDS.repeat(2, 1)).logits, torch.cat(alone), rtol=1e-4, atol=1e-4)
+    assert float((alone[0] - alone[1]).abs().max()) > 0.5
+
+
+def test_embeddings_that_are_scaled_are_so_with_adapters(make_lm: Make) -> None:
+    """Gemma's are, by the root of their width."""
+    torch.manual_seed(0)
+    tokenizer = base.make_tokenizer()
+    config = Gemma3TextConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, bos_token_id=1, eos_token_id=2, pad_token_id=0, initializer_range=0.3,
+    )  # fmt: skip
+    lm = wrap(Gemma3ForCausalLM(config), tokenizer, "gemma", "0" * 16, device="cpu")
+    for seed, name in enumerate(("first", "second")):
+        add(lm, LoraSpec(r=2, alpha=4, dropout=0.0, targets=["embed_tokens", "q_proj"]), seed, name)
+    alone = [of_expert(lm, name) for name in ("first", "second")]
+    with side_by_side.SideBySide(lm, ["first", "second"]).on(), torch.no_grad():
+        torch.testing.assert_close(lm.model(IDS.repeat(2, 1)).logits, torch.cat(alone), rtol=1e-4, atol=1e-4)
+    assert float((alone[0] - alone[1]).abs().max()) > 0.5
 
 
 def test_dora_adapters_are_refused(make_lm: Make) -> None:

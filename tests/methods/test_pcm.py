@@ -220,6 +220,14 @@ def test_a_preference_for_one_objective_is_its_expert_whatever_was_learnt(traine
     assert answers(trained, [(1.0, 0.0), (0.0, 1.0)]) == answers(experts, [(1.0, 0.0), (0.0, 1.0)])
 
 
+def test_a_control_adapter_on_more_layers_than_the_experts_leaves_them_as_they_are(ask: Ask, tmp_path: Path) -> None:
+    narrow = 'policy.lora={"r": 4, "alpha": 8, "dropout": 0.0, "targets": ["q_proj"]}'
+    wide = 'control={"form": "adapter", "lora": {"r": 4, "alpha": 64, "dropout": 0.0}}'
+    run, _ = train(ask(*LEARNS, narrow, wide, "lr=0.1", results=tmp_path))
+    (experts,) = ask(results=tmp_path).store.runs(method="modpo")
+    assert answers(run, [(1.0, 0.0), (0.0, 1.0)]) == answers(experts, [(1.0, 0.0), (0.0, 1.0)])
+
+
 def test_rows_of_one_batch_have_preferences_of_their_own(trained: Run) -> None:
     wanted = [(0.3, 0.7), (0.9, 0.1), (0.5, 0.5)]
     for temperature in (1.0, 0.0):

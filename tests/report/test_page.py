@@ -125,6 +125,15 @@ def test_the_gaps_are_of_the_methods_that_have_one(compared: Build) -> None:
     assert ">b</td>" in row and "+0.0625" in row
 
 
+def test_a_page_of_failed_runs_counts_no_prompt_and_has_no_control_character(compared: Build) -> None:
+    record = compared(gains={}, dead=("moc",))
+    record["prompts"] = None
+    record["rows"][0]["error"] = record["rows"][0]["runs"][0]["error"] = "no <b>way</b>\x1b[2J"
+    text = page.page(record, []).decode()
+    assert "0 prompts" in text and "None prompts" not in text
+    assert "\x1b" not in text and "no &lt;b&gt;way" in text
+
+
 def test_the_same_bytes_twice(compared: Build) -> None:
     record = compared({"a": 0.2, "b": 0.0})
     assert page.page(record, answered(record)) == page.page(record, answered(record))

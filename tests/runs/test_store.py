@@ -256,7 +256,7 @@ def test_no_runs(store: RunStore) -> None:
     assert store.runs() == []
     with pytest.raises(RequestError, match=r"no finished run; train one: moalign train METHOD"):
         store.newest_finished()
-    with pytest.raises(RequestError, match=r"unknown run 'abc': there are no runs in .*moalign train METHOD"):
+    with pytest.raises(RequestError, match=r"unknown run 'abc': there are no runs in .*: moalign train METHOD, or"):
         store.find("abc")
 
 

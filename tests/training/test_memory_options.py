@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import Trainer
 from trl.trainer.utils import add_fused_lm_head
 
 from moalign.config.recipe import LoraSpec
@@ -131,6 +132,28 @@ def test_the_online_engine_trains_the_same_with_it_and_in_parts(make_job: MakeJo
         mo_odpo.learn_from_pairs(job, job.task.language_model, job.config)
         results[where] = weights(job)
     assert_same(results["plain"], results["less memory"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_adapters_on_a_4_bit_base_keep_single_precision_under_trl(
+    make_job: MakeJob, assert_same: Same, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """trl rounds what is trained on a base that transformers marks as quantised; a step of 5e-6 is then lost."""
+    monkeypatch.setattr(Trainer, "floating_point_ops", lambda *_: 0)  # counts 4-bit parameters by bitsandbytes
+    results, stage = {}, {**STAGE, "lr": 5e-6}
+    for four in (False, True):
+        job = make_job("sft", where=str(four))
+        lm = job.task.language_model
+        lm.model.get_base_model().is_loaded_in_4bit = four
+        start = weights(job)
+        if kind == "sft":
+            train_sft(job, lm, TEXTS, CHOSEN, SftConfig(**stage), "here")
+        else:
+            train_dpo(job, lm, encode_pairs(job, lm, TEXTS, CHOSEN, REJECTED, 64), DpoStage(**stage), "here")
+        assert {p.dtype for p in lm.model.parameters() if p.requires_grad} == {torch.float32}
+        results[four] = weights(job)
+        assert all((value != start[name]).any() for name, value in results[four].items())
+    assert_same(results[True], results[False])
 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed (extra gpu)")
