@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import PurePath
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -129,7 +129,7 @@ class TemplateSpec(Strict):
     """A prompt with desired rewards (RiC); ``{scores}`` becomes ``<rm1_score> 1.2 <rm2_score> -0.3``."""
     marker: str = ""
     """Response marker, appended to every prompt."""
-    stop: list[str] = Field(default_factory=list)
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
     """A response is cut at the first of these (for example the next turn marker); special tokens end it while it is
     sampled, as do the tokenizer's end token, those of the generation config and the chat template's turn end."""
     end: str | None = None

@@ -131,15 +131,16 @@ def linear(shapes: Shapes) -> list[int]:
 def examine(folder: Path, where: str, lora: LoraSpec | None, setting: str = "policy.lora") -> str:
     """Build a folder's language model on the meta device, where it takes no memory, and put LoRA (``setting``) on it.
 
-    Returns what was seen. Raises RequestError for weights that are missing, of another model or of another shape, and
-    for LoRA targets that name no layer.
+    Returns what was seen. Raises RequestError for weights that are missing, of another model or of another shape, for a
+    model that takes no cache, and for LoRA targets that name no layer.
     """
     from transformers import AutoModelForCausalLM
 
-    from moalign.lm import loading
+    from moalign.lm import loading, step_by_step
 
     with loading.explained(where, folder):
         model = loading.from_folder(AutoModelForCausalLM, folder, where, device_map="meta")
+    step_by_step.require(model, where)
     return with_lora(model, lora, setting)
 
 

@@ -72,7 +72,7 @@ class LanguageModel:
         return rows
 
     def decode(self, rows: Sequence[Iterable[int]]) -> list[str]:
-        """Return the text of response tokens without special tokens."""
+        """Return the text of response tokens without special tokens; see :meth:`Codec.decode`."""
         return self.codec.decode(rows)
 
 
@@ -113,8 +113,11 @@ def load(
     ``attention`` and ``in_4bit`` are a recipe's and a card's (:class:`~moalign.config.recipe.PolicySpec`).
 
     Raises RequestError for a folder without tokenizer or whole safetensors weights, for weights that are not those of
-    the model, for a hub id that cannot be reached, and for attention that the model does not have.
+    the model, for a hub id that cannot be reached, for attention that the model does not have, and for a model that
+    cannot be sampled (:func:`moalign.lm.step_by_step.require`).
     """
+    from moalign.lm import step_by_step
+
     transformers_logging.disable_progress_bar()  # moalign shows its own
     path = model_folder.resolve(source, revision, WHERE)
     codec = load_codec(source, revision) if codec is None else codec
@@ -129,7 +132,9 @@ def load(
             f"model {path}: it cannot be loaded as a causal language model ({first_line(error)})"
         ) from None
     give_memory_back(model.num_parameters())
-    return wrap(model, codec.tokenizer, source, model_folder.fingerprint(path, WHERE), device, codec)
+    lm = wrap(model, codec.tokenizer, source, model_folder.fingerprint(path, WHERE), device, codec)
+    step_by_step.require(model, f"model {path}")
+    return lm
 
 
 def _device(device: str | None) -> torch.device:

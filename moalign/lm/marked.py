@@ -36,7 +36,7 @@ def log_probs(model: Any, ids: Tensor, mask: Tensor, marked: Tensor) -> Tensor:
 
 def trl_is_lean(model: Any, ids: Tensor) -> bool:
     """Whether trl's own layer needs little memory: on a GPU, or as all logits of the batch are few."""
-    return ids.device.type == "cuda" or ids.numel() * int(model.config.vocab_size) <= AT_ONCE
+    return ids.device.type == "cuda" or ids.numel() * int(model.config.get_text_config().vocab_size) <= AT_ONCE
 
 
 class RowTrainer(SFTTrainer):  # type: ignore[misc,unused-ignore]

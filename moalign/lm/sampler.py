@@ -33,6 +33,9 @@ KEEP_ABOVE = 0.9
 SAVED = 128
 """Tokens that reading the beginning of all prompts once must save."""
 
+COLDEST = 1e-6
+"""Below this temperature sampling is greedy: logits divided by less are no numbers any more."""
+
 CHUNK = 256
 """Tokens that are summed at once to find where in a large vocabulary a draw falls."""
 
@@ -138,20 +141,26 @@ def pad_left(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> t
 def last_states(model: Any, keep: bool = True) -> Iterator[list[Tensor]]:
     """Yield a list that holds, if ``keep``, the last hidden states of the newest pass, ``[rows, tokens, width]``.
 
-    ``output_hidden_states`` would hold those of every layer, too.
+    They are what reaches the output layer, which then makes the logits of the last token alone: a body may be called in
+    parts, and ``output_hidden_states`` would hold the states of every layer, too.
     """
     states: list[Tensor] = []
 
-    def note(module: Any, inputs: Any, output: Any) -> None:
-        states[:] = [output.last_hidden_state]
+    def note(module: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+        states[:] = [inputs[0]]
+        return (inputs[0][:, -1:],)
 
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    handle = base.base_model.register_forward_hook(note) if keep else None
+    handle = model.get_output_embeddings().register_forward_pre_hook(note) if keep else None
     try:
         yield states
     finally:
         if handle is not None:
             handle.remove()
+
+
+def state_width(model: Any) -> int:
+    """Return the width of :func:`last_states`; a config may keep it in a part of its own, and OPT's has two."""
+    return int(model.get_output_embeddings().weight.shape[1])
 
 
 class NextToken:
@@ -168,12 +177,14 @@ class NextToken:
         self.model = model
         self.cache = DynamicCache(config=model.config)
         self.hidden = hidden
+        self._numbers = torch.arange(0)
 
     def read(self, ids: Tensor, mask: Tensor, place: Tensor) -> Tensor:
         """Read tokens ``[rows, new]`` at positions ``place``; ``mask`` covers all read so far, ``[rows, total]``.
 
         Returns logits of the token after the last, ``[rows, vocabulary]``, up to a constant of each row.
         """
+        self._numbers = torch.arange(len(ids), device=ids.device)
         with last_states(self.model, self.hidden) as last:
             output = self.model(
                 input_ids=ids,
@@ -190,12 +201,12 @@ class NextToken:
 
     def repeat(self, times: int) -> None:
         """Make ``times`` consecutive rows of each row read so far."""
-        self.cache.batch_repeat_interleave(times)
-        self.state = None if self.state is None else self.state.repeat_interleave(times, dim=0)
+        self.keep(self._numbers.repeat_interleave(times))
 
     def keep(self, rows: Tensor) -> None:
         """Forget all rows but those numbered ``rows``, int ``[kept]``, which continue in this order."""
-        self.cache.reorder_cache(rows)  # unlike batch_select_indices every kind of layer has it, recurrent ones too
+        self.cache.reorder_cache(rows)  # the one way that every kind of layer has, recurrent ones too
+        self._numbers = torch.arange(len(rows), device=rows.device)
         self.state = None if self.state is None else self.state[rows]
 
 
@@ -333,7 +344,7 @@ def draw(logits: Tensor, numbers: Tensor, temperature: float, top_p: float) -> t
     would depend on how much was cut off, and two policies that cut differently could not be compared by it.
     """
     logits = logits.float()
-    if temperature == 0:
+    if temperature < COLDEST:
         best = logits.argmax(-1)
         return best, torch.log_softmax(logits, -1).gather(-1, best.unsqueeze(-1)).squeeze(-1)
     log_probs = torch.log_softmax(logits / temperature, dim=-1)
@@ -375,7 +386,7 @@ def _invert(probs: Tensor, numbers: Tensor) -> Tensor:
 
 
 def responses(lm: LanguageModel, samples: Samples, stop: Sequence[str] = ()) -> list[str]:
-    """Return the text of each sampled response, cut at the first stop text."""
+    """Return the text of each sampled response, cut at the first stop text, without white space around it."""
     return [cut(text, stop) for text in lm.decode(_tokens(samples))]
 
 
@@ -387,10 +398,11 @@ def _tokens(samples: Samples) -> list[NDArray[np.int64]]:
 
 
 def cut(text: str, stop: Sequence[str]) -> str:
-    """Return ``text`` up to the first stop text (for example the next turn marker), without trailing space."""
-    for marker in stop:
-        text = text.partition(marker)[0]
-    return text.strip()
+    """Return ``text`` up to the first stop text (for example the next turn marker), without white space around it.
+
+    That is stripped last: a stop text may begin with white space, and stand where the text begins.
+    """
+    return min((text.partition(marker)[0] for marker in stop), key=len, default=text).strip()
 
 
 def trim(lm: LanguageModel, samples: Samples, stop: Sequence[str]) -> Samples:
@@ -421,8 +433,7 @@ def trim(lm: LanguageModel, samples: Samples, stop: Sequence[str]) -> Samples:
 
 def _holds(lm: LanguageModel, rows: Sequence[Sequence[int]], stop: Sequence[str]) -> list[bool]:
     """Return which rows' text holds a stop text."""
-    texts = lm.tokenizer.batch_decode(list(rows), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return [any(marker in text for marker in stop) for text in texts]
+    return [any(marker in text for marker in stop) for text in lm.decode(rows)]
 
 
 def _length(lm: LanguageModel, row: Sequence[int], stop: Sequence[str]) -> int:
@@ -465,14 +476,13 @@ def keep(lm: LanguageModel, drawn: Samples, generated: Generated, places: Sequen
     traces = generated.traces
     assert traces is not None
     generated.tokens += drawn.tokens
-    ids, logps = _tokens(drawn), drawn.logps.cpu().double().numpy()
-    for i, row, logp, end, text in zip(places, ids, logps, drawn.finished.tolist(), lm.decode(ids), strict=True):
-        stopped = any(marker in text for marker in stop)
-        used = _length(lm, row.tolist(), stop) if stopped else len(row)
-        generated.responses[i] = cut(text, stop)
+    drawn = trim(lm, drawn, stop)
+    rows, logps, finished = _tokens(drawn), drawn.logps.cpu().double().numpy(), drawn.finished.tolist()
+    for i, row, logp, end, text in zip(places, rows, logps, finished, responses(lm, drawn, stop), strict=True):
+        generated.responses[i] = text
         # A copy: a view of one row would keep the whole batch in memory.
-        traces.ids[i], traces.logps[i] = row[:used].copy(), float(logp[:used].sum())
-        traces.finished[i] = end or stopped
+        traces.ids[i], traces.logps[i] = row.copy(), float(logp[: len(row)].sum())
+        traces.finished[i] = end
 
 
 def unknown(lm: LanguageModel, count: int) -> Generated:

@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from moalign.core.errors import RequestError
-from moalign.lm import adapters, language_model, loading, model_folder
+from moalign.lm import adapters, language_model, loading, model_folder, step_by_step
 from moalign.lm.chat import Codec
 from moalign.lm.language_model import LanguageModel
-from moalign.lm.sampler import last_states
+from moalign.lm.sampler import last_states, state_width
 from moalign.policies.control_spec import ControlSpec
 
 ADAPTER = "control"
@@ -46,10 +46,10 @@ class Control(torch.nn.Module):
         torch.manual_seed(seed)
         if spec.form == "adapter":
             adapters.attach(lm, spec.lora, seed, name)
-            self.width = int(lm.model.config.hidden_size)
+            self.width = state_width(lm.model)
         elif spec.form == "folder":
-            self.body = _read(str(spec.model), lm)
-            self.width = int(self.body.config.hidden_size)
+            whole = _read(str(spec.model), lm)
+            self.body, self.width = whole.base_model, state_width(whole)
         else:
             self.width = spec.width
             self.project = torch.nn.Linear(lm.model.get_input_embeddings().weight.shape[1], spec.width, bias=False)
@@ -120,11 +120,12 @@ class Control(torch.nn.Module):
         }
         if self.spec.form == "adapter":
             with last_states(self.lm.model) as last:
-                self.lm.model(input_ids=ids, logits_to_keep=1, **known)
+                self.lm.model(input_ids=ids, **known)
             return last[0]
         if self.spec.form == "small":
-            with torch.no_grad():
-                embedded = self.lm.model.get_input_embeddings()(ids).float()
+            table = self.lm.model.get_input_embeddings()
+            with torch.no_grad():  # of the base: experts may have adapters here
+                embedded = getattr(table, "base_layer", table)(ids).float()
             known["inputs_embeds"] = self.project(embedded)
         else:
             known["input_ids"] = ids
@@ -185,7 +186,9 @@ def _read(source: str, lm: LanguageModel) -> Any:
     require_tokenizer(source, lm.codec)
     path = model_folder.resolve(source, None, where)
     with loading.explained(where, path):
-        return loading.from_folder(AutoModelForCausalLM, path, where, dtype=torch.float32).base_model
+        model = loading.from_folder(AutoModelForCausalLM, path, where, dtype=torch.float32)
+    step_by_step.require(model, where)
+    return model
 
 
 class ControlWeights:
@@ -206,9 +209,8 @@ class ControlWeights:
 
     def repeat(self, times: int) -> None:
         """See :class:`~moalign.lm.sampler.NextToken`."""
-        self.cache.batch_repeat_interleave(times)
-        self.preferences = self.preferences.repeat_interleave(times, dim=0)
-        self.state = None if self.state is None else self.state.repeat_interleave(times, dim=0)
+        rows = torch.arange(len(self.preferences), device=self.preferences.device)
+        self.keep(rows.repeat_interleave(times))
 
     def keep(self, rows: Tensor) -> None:
         """See :class:`~moalign.lm.sampler.NextToken`."""

@@ -14,7 +14,7 @@ from moalign.lm.finite import Modules
 from moalign.lm.language_model import LanguageModel, reference_mode
 from moalign.lm.log_probs import TokenOutputs, token_outputs, without_padding
 from moalign.lm.sample_parts import in_parts
-from moalign.lm.sampler import Samples, sample
+from moalign.lm.sampler import Samples, sample, state_width
 from moalign.lm.trainers import checkpointed
 from moalign.training.dropout import without_dropout
 
@@ -89,7 +89,7 @@ class AdapterActor:
         Raises RequestError for ``share_prompts`` with a model that cannot share them.
         """
         self.lm, self.config, self.style, self.task = lm, config, style, job.task
-        self.width = int(lm.model.config.hidden_size)
+        self.width = state_width(lm.model)
         self.parameters: Sequence[torch.nn.Parameter] = [p for p in lm.model.parameters() if p.requires_grad]
         self._checkpointing, self._memory = bool(job.policy_spec.gradient_checkpointing), ExitStack()
         if config.share_prompts:

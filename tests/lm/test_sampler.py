@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
-from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerBase
+from transformers import MistralConfig, MistralForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedTokenizerBase
 
 from moalign.lm import sampler
 from moalign.lm.language_model import LanguageModel, wrap
@@ -40,6 +40,14 @@ def drawn(lm: LanguageModel, texts: list[str] = PROMPTS, repeat: int = 1, **more
 
 
 # -- one token -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-30, 1e-38, 1e-300])
+def test_a_temperature_next_to_nothing_is_greedy(temperature: float) -> None:
+    logits = torch.tensor([[0.0, 2.0, 1.0]])
+    token, logp = draw(logits, torch.tensor([0.999]), temperature, 1.0)
+    assert token.tolist() == [1]
+    assert logp.item() == pytest.approx(2 - np.log(1 + np.exp(1) + np.exp(2)))
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
@@ -305,6 +313,27 @@ def test_rows_that_have_ended_leave_the_batch_and_nothing_else_changes(
     torch.testing.assert_close(again[leave.response_mask], leave.logps[leave.response_mask], atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("width", [32, 16], ids=["one width", "states narrower than layers"])
+def test_states_are_kept_of_a_model_that_calls_a_part_of_its_body(lm: LanguageModel, width: int) -> None:
+    """OPTForCausalLM calls the decoder of its OPTModel; that of OPT-350M ends in states narrower than its layers."""
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=lm.model.config.vocab_size, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
+        word_embed_proj_dim=width, do_layer_norm_before=width == 32, init_std=0.3, max_position_embeddings=64,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    opt = wrap(OPTForCausalLM(config), lm.tokenizer, "opt", "o" * 16, device="cpu")
+    rows = sample(opt, lm.encode(PROMPTS), uniforms(7, range(6), STEPS), repeat=2, hidden=True)
+    assert rows.hidden is not None and rows.hidden.shape[-1] == width == sampler.state_width(opt.model)
+    with torch.no_grad():  # each state is the one that its token was drawn from
+        logits = opt.model.lm_head(rows.hidden)
+        again = token_outputs(opt.model, rows.input_ids, rows.attention_mask, rows.response_mask, hidden=True)
+    drawn_from = torch.log_softmax(logits, -1).gather(-1, rows.input_ids[:, -logits.shape[1] :, None])[..., 0]
+    torch.testing.assert_close(drawn_from[rows.response_mask], rows.logps[rows.response_mask], atol=1e-4, rtol=0)
+    assert again.hidden is not None
+    torch.testing.assert_close(rows.hidden[rows.response_mask], again.hidden[rows.response_mask], atol=1e-4, rtol=0)
+
+
 def test_prompts_are_padded_on_the_left() -> None:
     ids, mask = pad_left([[5], [6, 7, 8]], 0, torch.device("cpu"))
     assert ids.tolist() == [[0, 0, 5], [6, 7, 8]] and mask.tolist() == [[0, 0, 1], [1, 1, 1]]
@@ -323,6 +352,8 @@ def test_sampler_leaves_no_gradient_and_no_cache(lm: LanguageModel) -> None:
         ("a b c", ("c", "b"), "a"),
         ("a b c", ("b", "c"), "a"),
         ("stop here", ("stop",), ""),
+        ("\n\nHuman: more", ("\n\nHuman:",), ""),
+        ("x a b c", ("b c", "a b"), "x"),
         (" no marker ", ("x",), "no marker"),
         ("kept whole", (), "kept whole"),
     ],
