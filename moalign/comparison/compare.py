@@ -23,13 +23,13 @@ from moalign.comparison.result import CompareResult
 from moalign.config import load, overrides
 from moalign.config.card import TaskCard
 from moalign.config.recipe import Recipe
-from moalign.config.strict import RECORDED
+from moalign.config.strict import RECORDED, Strict
 from moalign.core import preferences
 from moalign.core.errors import RequestError, unknown
 from moalign.core.paths import cache_root
 from moalign.core.preferences import Preference
 from moalign.core.progress import Progress, silent
-from moalign.experiment.train import DEFAULT_TASK, TrainRequest, context_of, damaged, plan
+from moalign.experiment.train import DEFAULT_TASK, TrainRequest, checked, context_of, damaged, plan, resolve
 from moalign.methods import registry
 from moalign.methods.base import Method
 from moalign.report import verdict
@@ -129,10 +129,15 @@ def plan_all(request: CompareRequest) -> tuple[list[ComparedRun], TaskCard, str]
     if problems:
         raise RequestError(*problems)
     runs: list[ComparedRun] = []
-    settings = _settings(request.overrides, methods)
+    settings = _settings(request.overrides, methods, problems)
+    refused = bool(problems)
     for name, method in methods.items():
         with _collected(problems):
-            runs += _plans(request, method, settings[name])
+            if refused:  # what else is wrong is told with it; no model is fetched for that
+                asked = _asked(request, method, settings[name])
+                checked(asked, resolve(asked))
+            else:
+                runs += _plans(request, method, settings[name])
     if problems:
         raise RequestError(*dict.fromkeys(problems))
     existing = [run.plan.existing_run for run in runs if run.plan is not None]
@@ -148,47 +153,52 @@ def _names(request: CompareRequest) -> list[str]:
     """Return the requested methods, or those of a suite of the card; RequestError names all unknown ones at once."""
     if request.suite not in SUITES:
         raise unknown("suite", request.suite, list(SUITES))
-    names = list(request.methods or ())
+    names, origin = list(request.methods or ()), None
     if names and request.suite != "full":
         raise RequestError(f"--suite {request.suite}: --methods says what to compare; leave out one of the two")
     if not names:
         task = DEFAULT_TASK if request.task is None else request.task
-        card = load.load_card(task, [text for text in request.overrides if text.lstrip().startswith("task.")])
-        names = getattr(card, SUITES[request.suite])
+        of_card = [text for text in request.overrides if text.lstrip().startswith("task.")]
+        names, origin = getattr(load.load_card(task, of_card), SUITES[request.suite]), load.card_origin(task, of_card)
         if not names:
             which = SUITES[request.suite]
             raise RequestError(f"--task {task}: its card names no {which}; name the methods with --methods a,b")
     known = registry.names()
-    wrong = [str(unknown("method", name, known)) for name in names if name not in known]
+    wrong = [(index, str(unknown("method", name, known))) for index, name in enumerate(names) if name not in known]
     if wrong:
-        raise RequestError(*dict.fromkeys(wrong))
+        key = SUITES[request.suite]
+        raise RequestError(*dict.fromkeys(origin.sentence((key, at), text) if origin else text for at, text in wrong))
     return list(dict.fromkeys(names))
 
 
 def _plans(request: CompareRequest, method: Method, settings: Sequence[str]) -> list[ComparedRun]:
     """Return the runs of one method over its seeds; one seed for a method in which nothing is trained."""
-    able = method.capabilities
-    train_request = TrainRequest(
+    asked = _asked(request, method, settings)
+    first = plan(asked)
+    others = range(first.seed + 1, first.seed + (request.seeds if method.capabilities.trains else 1))
+    return [jobs.planned(first), *(jobs.planned(plan(replace(asked, seed=seed))) for seed in others)]
+
+
+def _asked(request: CompareRequest, method: Method, settings: Sequence[str]) -> TrainRequest:
+    """Return the request for a method's run with the recipe's own seed."""
+    return TrainRequest(
         method.name,
         task=request.task,
         # A method that answers only for the preferences it was trained on is trained on those of the evaluation.
-        grid=None if able.steerable else request.grid,
+        grid=None if method.capabilities.steerable else request.grid,
         overrides=settings,
         results=request.results,
     )
-    first = plan(train_request)
-    others = range(first.seed + 1, first.seed + (request.seeds if able.trains else 1))
-    return [jobs.planned(first), *(jobs.planned(plan(replace(train_request, seed=seed))) for seed in others)]
 
 
-def _settings(texts: Sequence[str], methods: Mapping[str, Method]) -> dict[str, list[str]]:
+def _settings(texts: Sequence[str], methods: Mapping[str, Method], problems: list[str]) -> dict[str, list[str]]:
     """Assign the ``--set`` options to methods.
 
     ``METHOD.key=value`` goes to that method; a key of the card or of every recipe goes to all; a method's own
-    setting goes to the methods that have it. A setting that none has goes to all, whose plans then refuse it.
+    setting goes to the methods that have it. A setting that none has is a problem.
     """
     settings: dict[str, list[str]] = {name: [] for name in methods}
-    problems: list[str] = []
+    configs = {name: method.Config for name, method in methods.items()}
     for text in texts:
         with _collected(problems):
             keys, _ = overrides.parse(text)
@@ -197,16 +207,26 @@ def _settings(texts: Sequence[str], methods: Mapping[str, Method]) -> dict[str, 
                     raise RequestError(f"--set {text}: the task is one for all methods; write {text.partition('.')[2]}")
                 settings[keys[0]].append(text.partition(".")[2])
                 continue
-            own = keys[1] if keys[0] == "config" and len(keys) > 1 else keys[0]
-            shared = keys[0] == "task" or (keys[0] != "config" and keys[0] in Recipe.model_fields)
-            fitting = [name for name, method in methods.items() if own in method.Config.model_fields]
+            of_config = keys[0] in {"config", "quick"} and len(keys) > 1
+            own = keys[1] if of_config else keys[0]
+            fitting = [name for name, config in configs.items() if own in config.model_fields]
             if keys == ("snapshots",):  # the others are compared as they are
-                shared, fitting = False, [name for name, method in methods.items() if method.capabilities.snapshots]
-            for name in methods if shared or not fitting else fitting:
+                fitting = [name for name, method in methods.items() if method.capabilities.snapshots] or list(methods)
+            elif keys[0] == "task" or (keys[0] in Recipe.model_fields and not of_config):
+                fitting = list(methods)
+            if not fitting:
+                raise RequestError(f"--set {'.'.join(keys)}: {_of_none(keys, configs)}")
+            for name in fitting:
                 settings[name].append(text)
-    if problems:
-        raise RequestError(*problems)
     return settings
+
+
+def _of_none(keys: tuple[str, ...], configs: Mapping[str, type[Strict]]) -> str:
+    """Return what is wrong with a setting that no method has; ``configs`` by method."""
+    if keys[0] in registry.names() and len(keys) > 1:
+        listed = ", ".join(configs)
+        return f"{keys[0]} is not among the methods compared ({listed}); name one of them, or add it with --methods"
+    return load.unknown_setting(keys, configs.values(), configs)
 
 
 def _named_runs(request: CompareRequest) -> tuple[list[ComparedRun], TaskCard, str]:

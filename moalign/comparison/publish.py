@@ -15,17 +15,19 @@ from typing import Any
 from moalign.comparison.result import CompareResult
 from moalign.core.errors import MoalignError, RequestError
 from moalign.core.text import visible
-from moalign.report import leaderboard
+from moalign.report import leaderboard, verdict
 
 
 def read(folder: Path) -> dict[Path, dict[str, Any]]:
-    """Return the records below ``folder`` by their paths, in order.
+    """Return the records below ``folder`` by their paths, in order, with the verdict as it is worded today.
 
     Raises RequestError when there is none, or naming one that is damaged or of a newer version.
     """
     records = {path: CompareResult.load(path).content for path in sorted(folder.glob("*/compare.json"))}
     if not records:
         raise RequestError(f"{folder}: no record; each is a file NAME/compare.json, as moalign compare writes it")
+    for record in records.values():
+        record["verdict"] = verdict.sentences(record)
     return records
 
 

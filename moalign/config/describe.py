@@ -8,7 +8,7 @@ import inspect
 import itertools
 import json
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel
@@ -88,12 +88,12 @@ def words(schema: Schema) -> str:
     >>> words({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "null"}]})
     'a whole number >= 1 or null'
     """
-    return _either(_parts(schema))
+    return either(_parts(schema))
 
 
 def _parts(schema: Schema) -> list[str]:
     if sections := tags(schema):
-        return [f"a section with {schema['discriminator']['propertyName']} {_either([*map(repr, sorted(sections))])}"]
+        return [f"a section with {schema['discriminator']['propertyName']} {either([*map(repr, sorted(sections))])}"]
     if "anyOf" in schema:
         return [part for option in schema["anyOf"] for part in _parts(option)]
     if choices := schema.get("enum", [schema["const"]] if "const" in schema else []):
@@ -120,9 +120,21 @@ def _length(schema: Schema) -> str:
     return f" ({' and '.join(limits)})"
 
 
-def _either(parts: list[str]) -> str:
+def either(parts: list[str]) -> str:
+    """Return what may be chosen: ``a``, ``a or b``, ``a, b or c``; what stands twice once."""
     parts = list(dict.fromkeys(parts))
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} or {parts[-1]}"
+
+
+def key_paths(model: type[BaseModel]) -> list[str]:
+    """Return every key path of a model's section, sections and what is in them: ``lora``, ``lora.r``; not in lists."""
+    return list(_key_paths(schema_of(model), ""))
+
+
+def _key_paths(schema: Schema, prefix: str) -> Iterator[str]:
+    for name, place in bare(schema).get("properties", {}).items():
+        yield prefix + name
+        yield from _key_paths(place, f"{prefix}{name}.")
 
 
 def yaml_form(value: Any) -> str:

@@ -6,15 +6,16 @@ Layout: ``<root>/<task>/task.yaml`` is a card, ``<root>/<task>/<method>.yaml`` a
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from moalign.config import yaml_lines
 from moalign.core import errors
 from moalign.core.errors import RequestError
-from moalign.core.paths import shown
 
 CARD = "task.yaml"
 _SUFFIXES = (".yaml", ".yml")
+_TASK_AND_METHOD = re.compile(r"[^/.~][^/]*/[^/]+")
 
 
 def recipes_root() -> Path:
@@ -91,17 +92,20 @@ def find_recipe_file(task: str | Path, method: str) -> Path | None:
     file = card.parent / f"{method}.yaml"
     if os.path.isfile(file):
         return file
-    lender = yaml_lines.load(card).data.get("recipes_from")
+    document = yaml_lines.load(card)
+    lender = document.data.get("recipes_from")
     if not isinstance(lender, str):
         return None
-    borrowed = find_task_file(lender, f"{shown(card)}: recipes_from").parent / f"{method}.yaml"
+    where = f"{document.source}:{document.line('recipes_from')}: recipes_from"
+    borrowed = find_task_file(lender, where).parent / f"{method}.yaml"
     return borrowed if os.path.isfile(borrowed) else None
 
 
 def find_recipe(name_or_path: str | Path, where: str = "RECIPE") -> Path:
     """Return the file of a recipe named ``task/method`` or given as a path.
 
-    Raises RequestError for an unknown name (with the nearest) or a file that does not exist.
+    Raises RequestError for a path that does not exist, or an unknown name, with the nearest: of a task, too, for those
+    who take either (:func:`find_card`).
     """
     name = str(name_or_path)
     path = Path(os.path.expanduser(name))
@@ -112,4 +116,10 @@ def find_recipe(name_or_path: str | Path, where: str = "RECIPE") -> Path:
         return known[name]
     if isinstance(name_or_path, Path) or name.endswith(_SUFFIXES):
         raise RequestError(f"{where}: no recipe file {path}")
-    raise errors.unknown("recipe", name, sorted(known), where)
+    if is_path(name) and (os.path.isdir(path) or not _TASK_AND_METHOD.fullmatch(name)):
+        state = f"a folder without {CARD}" if os.path.isdir(path) else "no such file or folder"
+        raise RequestError(f"{where}: {state}: {path}")
+    tasks = list_tasks()
+    hint = errors.did_you_mean(name, [*tasks, *known])
+    allowed = f"a file, TASK or TASK/METHOD with TASK one of {', '.join(tasks)}"
+    raise RequestError(f"{where}: unknown recipe or task {name!r}; allowed: {allowed}{hint}")

@@ -9,15 +9,15 @@ import copy
 import itertools
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from moalign.config import find, overrides, yaml_lines
 from moalign.config.card import TaskCard
-from moalign.config.describe import schema_of
-from moalign.config.recipe import PolicySpec, Recipe
+from moalign.config.describe import bare, key_paths, schema_of
+from moalign.config.recipe import Recipe
 from moalign.config.strict import Strict
 from moalign.config.validate import Origin, check, check_places
 from moalign.config.yaml_lines import Document, Key
@@ -70,6 +70,14 @@ def load_card(name_or_path: str | Path, overrides: Sequence[str] = ()) -> TaskCa
     return card
 
 
+def card_origin(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Origin:
+    """Return where the keys of a card stand, for messages: lines of its file, or the ``--set`` texts.
+
+    Raises RequestError when there is no such card or its file is broken.
+    """
+    return _origin(yaml_lines.load(find.find_task_file(name_or_path)), _sort(overrides, None, [])[0])
+
+
 def recipe_names(path: str | Path) -> tuple[str, str]:
     """Return ``(method, task)`` of a recipe file, read before the method's ``Config`` is known.
 
@@ -82,8 +90,9 @@ def recipe_names(path: str | Path) -> tuple[str, str]:
         name = document.data.get(key)
         if not isinstance(name, str):
             state = "missing" if name is None else f"found {name!r}"
-            hint = errors.did_you_mean(key, list(document.data)) if name is None else ""
-            place = f"{document.source}:{document.line(key)}: {key}"
+            near = errors.nearest(key, document.data.keys() - Recipe.model_fields) if name is None else None
+            hint = f"; found the key {near!r}; did you mean {key!r}?" if near else ""
+            place = f"{document.source}:{document.line(near or key)}: {key}"
             problems.append(f"{place}: {state}; allowed: the name of a {key}{hint}")
     if problems:
         raise RequestError(*problems)
@@ -113,6 +122,7 @@ def load_recipe(
     card_sets, recipe_sets = _sort(overrides, config_class, problems)
     document: Document | None = None
     content: dict[str, Any] | None = {"method": method, "task": "sandbox"}
+    given: dict[str, Any] = {}
     if path is not None:
         try:
             document = yaml_lines.load(path)
@@ -123,15 +133,18 @@ def load_recipe(
     origin = _origin(document, recipe_sets, f"{method} without a recipe")
     requested, where = task, "--task"
     if content is not None:
-        content = _within_budget(content, recipe_sets, origin, problems)
-        content = _apply(content if task is None else {**content, "task": str(task)}, recipe_sets, problems)
+        content = content if task is None else {**content, "task": str(task)}
+        of_budget = [item for item in recipe_sets if item.keys[0] in {"budget", "quick"}]
+        given = _apply(content, of_budget, problems)
+        others = [item for item in recipe_sets if item not in of_budget]
+        content = _apply(_within_budget(given, origin, problems), others, problems)
         if task is None:
             requested, where = _named_task(content, path), f"{origin.at(('task',))}: task"
     card, card_path = (None, None) if requested is None else _card(requested, card_sets, where, problems)
     recipe = config = None
     if content is not None:
         recipe = _recipe(content, origin, method, card, problems)
-        config = _config(content.get("config", {}), origin, config_class, requested if card else None, problems)
+        config = _config(content, given, origin, config_class, requested if card else None, problems)
     if problems or recipe is None or config is None or card is None or card_path is None:
         raise RequestError(*problems)
     as_given = {
@@ -173,26 +186,34 @@ def _sort(
         elif config_class and keys[0] in config_class.model_fields:
             recipe.append(_Set(("config", *keys), value, label))
         else:
-            problems.append(f"{label}: {_not_a_setting(keys, config_class)}")
+            problems.append(f"{label}: {unknown_setting(keys, [config_class] if config_class else [])}")
     return card, recipe
 
 
-def _not_a_setting(keys: tuple[str, ...], config_class: type[Strict] | None) -> str:
-    """Return the allowed settings as text; for a bare key of the card or the policy, suggest it with its section."""
+def unknown_setting(
+    keys: tuple[str, ...], configs: Collection[type[Strict]], methods: Mapping[str, type[Strict]] | None = None
+) -> str:
+    """Return what is wrong with a setting that no config has: what is allowed, and the nearest with its section.
+
+    ``methods``, where a setting may be given to one method alone (``METHOD.key``): the configs by name. Without any
+    config only keys of the card are allowed.
+    """
     if keys[0] in {"task", "method"}:
         option = "--task NAME, and its keys with --set task.KEY" if keys[0] == "task" else "the argument METHOD"
         return f"the {keys[0]} itself is not a setting; name it with {option}"
-    offered = {name: f"task.{name}" for name in TaskCard.model_fields} | {"task": "task"}
-    allowed = ["task.KEY"]
-    if config_class is not None:
-        config_keys = list(config_class.model_fields)
-        offered |= {name: f"policy.{name}" for name in PolicySpec.model_fields}
-        offered |= {name: name for name in (*_RECIPE_KEYS, *config_keys)}
-        kinds = {name: place.get("type") for name, place in schema_of(Recipe)["properties"].items()}
-        sections = [f"{name}.KEY" if kinds[name] == "object" else name for name in _RECIPE_KEYS]
-        allowed = [*config_keys, *sections, *allowed]
-    near = errors.nearest(keys[0], offered)
-    hint = f"; did you mean {'.'.join((offered[near], *keys[1:]))!r}?" if near else ""
+    own = list(dict.fromkeys(path for config in configs for path in key_paths(config)))
+    shared: list[str] = []
+    if configs:
+        shared = [path for path in key_paths(Recipe) if path in _RECIPE_KEYS or "." in path]
+        shared += [f"{section}.{path}" for section in ("config", "quick") for path in own]
+    kinds = {name: bare(place).get("type") for name, place in schema_of(Recipe)["properties"].items()}
+    allowed = [path for path in own if "." not in path]
+    allowed += [f"{name}.KEY" if kinds[name] == "object" else name for name in shared if "." not in name]
+    allowed += ["task.KEY"]
+    alone = [f"{name}.{path}" for name, config in (methods or {}).items() for path in key_paths(config)]
+    if methods:
+        allowed.append(f"METHOD.KEY for one alone (METHOD: {', '.join(methods)})")
+    hint = overrides.did_you_mean(keys, own, shared, [f"task.{path}" for path in key_paths(TaskCard)], alone)
     return f"unknown setting; allowed: {', '.join(allowed)}{hint}"
 
 
@@ -269,18 +290,14 @@ def _resolve_path(holder: dict[str, Any], key: str, base: Path) -> str | None:
 # --- the recipe -------------------------------------------------------------------------------------------------
 
 
-def _within_budget(
-    content: Mapping[str, Any], sets: Sequence[_Set], origin: Origin, problems: list[str]
-) -> dict[str, Any]:
+def _within_budget(content: dict[str, Any], origin: Origin, problems: list[str]) -> dict[str, Any]:
     """Return the recipe with the settings of its ``quick`` section, where that budget is asked for."""
-    options = [item.value for item in sets if item.keys == ("budget",)]
-    quick = content.get("quick")
-    if (options[-1] if options else content.get("budget")) != "quick":
-        return dict(content)
-    if not isinstance(quick, dict):
+    settings, quick = content.get("config", {}), content.get("quick")
+    if content.get("budget") == "quick" and not isinstance(quick, dict):
         problems.append(origin.sentence(("budget",), f"found 'quick', but {origin.source} has no section quick"))
-        return dict(content)
-    return {**content, "config": _merged(content.get("config", {}), quick)}
+    elif content.get("budget") == "quick" and isinstance(settings, dict):
+        return {**content, "config": _merged(settings, quick)}
+    return content
 
 
 def _merged(settings: Any, changes: Any) -> Any:
@@ -288,6 +305,30 @@ def _merged(settings: Any, changes: Any) -> Any:
     if not (isinstance(settings, dict) and isinstance(changes, dict)):
         return changes
     return {**settings, **{key: _merged(settings.get(key), value) for key, value in changes.items()}}
+
+
+@dataclass(frozen=True)
+class _QuickOrigin(Origin):
+    """Where the settings of ``config`` with those of ``quick`` in their place came from."""
+
+    config: Any = None
+    quick: Any = None
+
+    def sentence(self, path: tuple[Key, ...], text: str, anchor: tuple[Key, ...] | None = None) -> str:
+        place = path if anchor is None else anchor
+        in_config, in_quick = _depth(self.config, place), _depth(self.quick, place)
+        by_quick = self.option(place) is None and (in_quick > in_config or in_quick == len(place))
+        return Origin.sentence(replace(self, prefix=("quick",)) if by_quick else self, path, text, anchor)
+
+
+def _depth(section: Any, place: tuple[Key, ...]) -> int:
+    """Return how many keys of a place, from the first, stand in a section."""
+    for depth, key in enumerate(place):
+        try:
+            section = section[key]
+        except (LookupError, TypeError):
+            return depth
+    return len(place)
 
 
 def _named_task(content: Mapping[str, Any], path: str | Path | None) -> str | Path | None:
@@ -301,28 +342,66 @@ def _named_task(content: Mapping[str, Any], path: str | Path | None) -> str | Pa
 def _recipe(
     content: Mapping[str, Any], origin: Origin, method: str, card: TaskCard | None, problems: list[str]
 ) -> Recipe | None:
-    recipe, more = check(Recipe, content, origin)
+    recipe, more = check_recipe(content, origin, card)
     problems += more
     name = content.get("method")
     if isinstance(name, str) and name != method:
         text = f"found {name!r}, but the method asked for is {method!r}; give the recipe of {method}, or train {name}"
         problems.append(origin.sentence(("method",), text))
-    if recipe is not None and card is not None:
-        for key in ("prefs", "holdout"):
-            for index, weights in enumerate(getattr(recipe, key) or ()):
-                try:
-                    preferences.validate(weights, card.objective_names, origin.sentence((key, index), "found"))
-                except RequestError as error:
-                    problems += error.problems
     return recipe
 
 
+def check_recipe(content: Mapping[str, Any], origin: Origin, card: TaskCard | None) -> tuple[Recipe | None, list[str]]:
+    """Check all of a recipe but its method and the settings of that, with the objectives of ``card`` where it is known.
+
+    Returns as :func:`moalign.config.validate.check`.
+    """
+    recipe, wrong = check_places(Recipe, content, origin)
+    problems = list(dict.fromkeys(text for _, text in wrong))
+    if card is None:
+        return recipe, problems
+    refused = {place[:2] for place, _ in wrong}
+    for key in ("prefs", "holdout"):
+        rows = content.get(key)
+        for index, row in enumerate(rows if isinstance(rows, list) else ()):
+            if refused & {(key,), (key, index)}:
+                continue
+            try:
+                preferences.validate(row, card.objective_names, origin.sentence((key, index), "found"))
+            except RequestError as error:
+                problems += error.problems
+    return recipe, problems
+
+
 def _config(
-    section: Any, origin: Origin, config_class: type[Strict], task: str | Path | None, problems: list[str]
+    content: Mapping[str, Any],
+    given: Mapping[str, Any],
+    origin: Origin,
+    config_class: type[Strict],
+    task: str | Path | None,
+    problems: list[str],
 ) -> Strict | None:
-    """Return the method's config; sections that it borrows are filled in from the task's recipes of other methods."""
+    """Return the method's config; what is wrong with the settings of ``quick`` is a problem whatever the budget.
+
+    ``given`` is the recipe before its budget, and the options that change its config, went into ``content``.
+    """
+    section, settings, quick = content.get("config", {}), given.get("config", {}), given.get("quick")
     if not isinstance(section, dict):
         return None
+    plain = replace(origin, prefix=("config",))
+    with_quick = _QuickOrigin(plain.source, plain.lines, plain.prefix, plain.given, settings, quick)
+    by_quick = content.get("budget") == "quick"
+    config, more = check(config_class, _filled(section, config_class, task), with_quick if by_quick else plain)
+    problems += more
+    if isinstance(quick, dict) and isinstance(settings, dict) and not by_quick:
+        known = check(config_class, _filled(settings, config_class, task), plain)[1]
+        more = check(config_class, _filled(_merged(settings, quick), config_class, task), with_quick)[1]
+        problems += [text for text in more if text not in known]
+    return config
+
+
+def _filled(section: dict[str, Any], config_class: type[Strict], task: str | Path | None) -> dict[str, Any]:
+    """Return a method's settings, sections that it borrows filled in from the task's recipes of other methods."""
     borrowed = [] if task is None else config_class.borrows(section).items()
     files = {name: task and find.find_recipe_file(task, lender) for name, lender in borrowed}
     for name, file in files.items():
@@ -330,6 +409,4 @@ def _config(
         defaults, settings = config.get(name) if isinstance(config, dict) else None, section.get(name, {})
         if isinstance(defaults, dict) and isinstance(settings, dict):
             section = {**section, name: {**defaults, **settings}}
-    config, more = check(config_class, section, replace(origin, prefix=("config",)))
-    problems += more
-    return config
+    return section

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
+from moalign.config.describe import either
 from moalign.config.yaml_lines import parse_value
-from moalign.core.errors import RequestError
+from moalign.core.errors import RequestError, nearest
 
 
 def parse(text: str) -> tuple[tuple[str, ...], Any]:
@@ -54,3 +56,48 @@ def put(target: Any, keys: tuple[str, ...], value: Any) -> str | None:
                 target[slot] = {}
             target = target[slot]
     return None
+
+
+def did_you_mean(keys: tuple[str, ...], *groups: Sequence[str]) -> str:
+    """Return ``; did you mean 'first.lr' or 'second.lr'?`` for a setting that there is not; empty when none is near.
+
+    ``groups`` are key paths, those of a group preferred to those of the next. A setting of the very name, in whatever
+    section, is preferred to one of a similar name; of more than three the three nearest to the top are offered.
+    """
+    found = list(map(repr, _near(keys, groups)))
+    return f"; did you mean {either(found)}?" if found else ""
+
+
+def _near(keys: tuple[str, ...], groups: Sequence[Sequence[str]]) -> list[str]:
+    if found := _ending(keys, groups):
+        return found
+    if len(keys) == 1:
+        near_top = [[path for path in group if path.count(".") < 2] for group in groups]  # a chance likeness is no hint
+        name = nearest(keys[0], [path.rpartition(".")[2] for group in near_top for path in group])
+        return _ending((name,), near_top) if name else []
+    rest: list[str] = []
+    for head in _near(keys[:1], [_with_sections(group) for group in groups])[:1]:
+        below = [[path.removeprefix(f"{head}.") for path in group if path.startswith(f"{head}.")] for group in groups]
+        if any(below):
+            rest = _near(keys[1:], below)
+        elif head.rpartition(".")[2] == keys[0]:  # a list, or a section of any keys
+            rest = [".".join(keys[1:])]
+        if rest:
+            return [f"{head}.{path}" for path in rest]
+    return _ending(keys[-1:], groups)
+
+
+def _ending(keys: tuple[str, ...], groups: Sequence[Sequence[str]]) -> list[str]:
+    """Return the key paths that end with these keys, of the first group that has any: the one at the top, or three."""
+    for group in groups:
+        found = [path for path in group if tuple(path.split("."))[-len(keys) :] == keys]
+        found.sort(key=lambda path: path.count("."))
+        if found:
+            return found[:3] if "." in found[0] else found[:1]
+    return []
+
+
+def _with_sections(paths: Sequence[str]) -> list[str]:
+    """Return the key paths and those of the sections that hold them, each once."""
+    parts = [path.split(".") for path in paths]
+    return list(dict.fromkeys(".".join(keys[:length]) for keys in parts for length in range(1, len(keys) + 1)))

@@ -18,6 +18,8 @@ from moalign.data.dialogue import shorten
 
 SplitName = Literal["train", "calibration", "eval"]
 SPLITS: tuple[SplitName, ...] = ("train", "calibration", "eval")
+LEAST = {"train": 1, "calibration": 1, "eval": 2}
+"""Prompts that a split needs."""
 LEAKS_SHOWN = 5
 
 
@@ -39,18 +41,19 @@ def split_of(prompt: str, spec: SplitSpec) -> SplitName:
 def split(prompts: Iterable[str], spec: SplitSpec) -> dict[str, list[str]]:
     """Return the prompts of every split, in the order given.
 
-    Raises RequestError when a split stays empty, with the number of prompts in each.
+    Raises RequestError when a split stays empty, or eval has a single prompt, with the number of prompts in each.
     """
     parts: dict[str, list[str]] = {name: [] for name in SPLITS}
     for prompt in prompts:
         parts[split_of(prompt, spec)].append(prompt)
-    empty = [name for name in SPLITS if not parts[name]]
-    if empty:
+    few = [name for name in SPLITS if len(parts[name]) < LEAST[name]]
+    if few:
         counts = ", ".join(f"{name} {len(parts[name])}" for name in SPLITS)
         total = sum(len(part) for part in parts.values())
         raise RequestError(
-            f"splits: no prompt falls into {' or '.join(empty)} ({total} prompts: {counts}); every split needs at "
-            "least one: give more prompts, larger shares, or another splits.salt"
+            f"splits: too few prompts fall into {' and '.join(few)} ({total} prompts: {counts}); every split needs at "
+            "least one, eval two, whose spread says how sure a result is: give more prompts, larger shares, or another "
+            "splits.salt"
         )
     return parts
 

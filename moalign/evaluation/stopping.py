@@ -14,13 +14,15 @@ from moalign.core.errors import RequestError
 
 
 def by_kl(kl: Sequence[float], budget: float) -> int:
-    """Return the last snapshot whose KL to base is at most ``budget`` (nats a response); 0 when every KL is above.
+    """Return the last snapshot before the KL to base is first above ``budget`` (nats a response); 0 when it always is.
 
-    >>> by_kl([0.5, 2.0, 4.5, 9.0], 4.0), by_kl([0.5, 2.0], 0.1)
-    (1, 0)
+    A rule sees no future: a KL that comes back below the budget later, in another stage, is not waited for.
+
+    >>> by_kl([0.5, 2.0, 4.5, 9.0], 4.0), by_kl([0.5, 2.0], 0.1), by_kl([0.1, 4.2, 2.2], 4.0)
+    (1, 0, 0)
     """
-    within = np.flatnonzero(_numbers(kl, "kl") <= budget)
-    return int(within[-1]) if len(within) else 0
+    above = np.flatnonzero(_numbers(kl, "kl") > budget)
+    return max(0, int(above[0]) - 1) if len(above) else len(kl) - 1
 
 
 def by_pessimism(believed: Sequence[float], spread: Sequence[float], k: float) -> int:

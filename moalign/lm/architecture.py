@@ -30,7 +30,14 @@ class Architecture:
     """Width of the keys of one token in one layer (fewer heads with grouped queries)."""
     vocabulary: int
     shapes: Shapes = field(default_factory=dict)
-    """Weights by name: all of a folder's; of a policy in :data:`KNOWN` those that adapters may change; else none."""
+    """Weights by name: all of a folder's; of a policy in :data:`KNOWN` those that adapters may change; else none. The
+    output layer's are there also where they are the embeddings': adapters know it by its own name."""
+    softened: bool = False
+    """Whether a softcap or a scale follows the output layer."""
+
+
+HEAD = "lm_head.weight"
+_SOFTENED = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
 # Built here and not as a model on the meta device: a dry run must not take the five seconds that importing it does.
@@ -46,7 +53,9 @@ def _llama(parameters: int, hidden: int, inner: int, layers: int, key_value: int
         "mlp.down_proj": [hidden, inner],
     }
     shapes = {f"model.layers.{at}.{name}.weight": shape for at in range(layers) for name, shape in matrices.items()}
-    return Architecture(parameters, hidden, inner, layers, key_value, vocabulary, shapes)
+    return Architecture(
+        parameters, hidden, inner, layers, key_value, vocabulary, {**shapes, HEAD: [vocabulary, hidden]}
+    )
 
 
 _GPT2_LARGE = Architecture(774_031_360, 1280, 5120, 36, 1280, 50257)
@@ -84,7 +93,10 @@ def of_folder(folder: Path, where: str = "model") -> Architecture | None:
     head = _first(config, "head_dim") or hidden // heads
     inner = _first(config, "intermediate_size", "n_inner", "encoder_ffn_dim", "hidden_dim") or 4 * hidden
     parameters = sum(prod(shape) for shape in shapes.values())
-    return Architecture(parameters, hidden, inner, layers, groups * head, _first(config, "vocab_size") or 0, shapes)
+    vocabulary, softened = _first(config, "vocab_size") or 0, any(config.get(name) for name in _SOFTENED)
+    if not any(name.endswith(HEAD) for name in shapes):  # one tensor with the embeddings
+        shapes = {**shapes, HEAD: [vocabulary, hidden]}
+    return Architecture(parameters, hidden, inner, layers, groups * head, vocabulary, shapes, softened)
 
 
 def _first(config: dict[str, Any], *names: str) -> int | None:

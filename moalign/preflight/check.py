@@ -11,9 +11,8 @@ from pathlib import Path
 from moalign.config import find, load, validate, yaml_lines
 from moalign.config.card import TaskCard
 from moalign.config.load import ResolvedRequest
-from moalign.config.recipe import Recipe
 from moalign.config.yaml_lines import Document
-from moalign.core.errors import RequestError
+from moalign.core.errors import RequestError, unknown
 from moalign.core.preferences import Preference
 from moalign.methods import registry
 from moalign.methods.base import Method
@@ -42,7 +41,7 @@ def check(
         if gpu is not None:
             raise RequestError(f"--gpu: {name_or_path} is a task card; name a recipe, like {card_file.parent.name}/sft")
         return _check_card(card_file, overrides, results)
-    path, task = _borrowed(name_or_path) or (find.find_recipe(name_or_path), None)
+    path, task = _borrowed(name_or_path) or (find.find_recipe(name_or_path, "RECIPE|CARD"), None)
     report = Preflight(path)
     resolved = _check_recipe(report, path, overrides, task)
     if resolved is not None:
@@ -101,6 +100,8 @@ def _check_card(path: Path, overrides: Sequence[str], results: Path) -> Prefligh
     with report.collecting():
         card = load.load_card(path, overrides)
         report.add("card", f"{path}: task {card.name}: {', '.join(card.objective_names)}")
+        with report.collecting():
+            _require_known(card, load.card_origin(path, overrides))
         check_inputs(report, card, results)
     for file in sorted(path.parent.glob("*.yaml")):
         if find.find_card(str(file)) is None:
@@ -110,6 +111,26 @@ def _check_card(path: Path, overrides: Sequence[str], results: Path) -> Prefligh
                 report.add("recipe", f"{file}: {len(resolved.config.model_dump())} settings of {method.name}")
                 _check_request(report, method, resolved)
     return report
+
+
+def _require_known(card: TaskCard, origin: validate.Origin) -> None:
+    """Raise RequestError for methods of a card's suites, and a task whose recipes it borrows, that there are not."""
+    problems: list[str] = []
+    known = registry.names()
+    for key in ("suite", "quick_suite"):
+        names = getattr(card, key)
+        for index, name in enumerate(names):
+            if name not in known:
+                problems.append(origin.sentence((key, index), str(unknown("method", name, known))))
+            elif name in names[:index]:
+                problems.append(origin.sentence((key, index), f"found {name!r} twice; allowed: each method once"))
+    if card.recipes_from is not None:
+        try:
+            find.find_task_file(card.recipes_from, origin.sentence(("recipes_from",), ""))
+        except RequestError as error:
+            problems += error.problems
+    if problems:
+        raise RequestError(*problems)
 
 
 def _check_request(report: Preflight, method: Method, resolved: ResolvedRequest) -> None:
@@ -125,7 +146,7 @@ def _check_recipe(
 ) -> ResolvedRequest | None:
     """Read recipe, method config and card; None when one of them is wrong."""
     with report.collecting():
-        method = _method_of(path, yaml_lines.load(path))
+        method = _method_of(path, yaml_lines.load(path), overrides)
         resolved = load.load_recipe(path, method.name, task, overrides, method.Config)
         report.add("recipe", f"{path}: {len(resolved.config.model_dump())} settings of {method.name}")
         report.add("card", f"{resolved.card_path}: {', '.join(resolved.card.objective_names)}")
@@ -134,7 +155,7 @@ def _check_recipe(
     return None
 
 
-def _method_of(path: Path, document: Document) -> Method:
+def _method_of(path: Path, document: Document, overrides: Sequence[str]) -> Method:
     """Return a recipe's method; without one its settings cannot be checked, but the rest of the recipe is."""
     try:
         return registry.get(load.recipe_names(path)[0])
@@ -142,7 +163,8 @@ def _method_of(path: Path, document: Document) -> Method:
         own = f"{document.source}:"
         where = f"{own}{document.line('method')}: "
         problems = [text if text.startswith(own) else where + text for text in error.problems]
-        others = validate.check(Recipe, document.data, validate.Origin(document.source, document))[1]
+        card = _card_alone(path, overrides)[0]
+        others = load.check_recipe(document.data, validate.Origin(document.source, document), card)[1]
         raise RequestError(*problems, *others) from None
 
 

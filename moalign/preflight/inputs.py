@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -164,13 +164,15 @@ def _check_data(report: Preflight, card: TaskCard) -> bool:
     if spec is None:
         return True
     if spec.responses is not None and _check_source(report, "responses", spec.responses):
-        report.look("responses", lambda: f"{_count(load.load_responses(spec, Path.cwd()))} rows")
+        replies = partial(load.load_responses, spec, Path.cwd())
+        report.look("responses", lambda: _counted(([row.response] for row in replies()), "rows"))
     sources = spec.pairs if isinstance(spec.pairs, dict) else {None: spec.pairs}
     for objective, source in sources.items():
         name = "pairs" if objective is None else f"pairs.{objective}"
         if source is not None and _check_source(report, name, source):
             with report.collecting():
-                report.add(name, f"{_count(load.load_pairs(spec, Path.cwd(), objective))} pairs")
+                pairs = load.load_pairs(spec, Path.cwd(), objective)
+                report.add(name, _counted(([pair.chosen, pair.rejected] for pair in pairs), "pairs"))
     return not isinstance(spec.prompts, SourceSpec) or _check_source(report, "prompts", spec.prompts)
 
 
@@ -189,8 +191,11 @@ def _check_source(report: Preflight, name: str, source: SourceSpec) -> bool:
     return False
 
 
-def _count(records: Iterable[object]) -> int:
-    return sum(1 for _ in records)
+def _counted(replies: Iterable[Sequence[str]], what: str) -> str:
+    """Return how many records there are, each given by its replies, and how many of them are left out."""
+    empty = [not all(reply.strip() for reply in each) for each in replies]
+    left_out = f", {sum(empty)} of them with an empty reply, which are left out" if any(empty) else ""
+    return f"{len(empty)} {what}{left_out}"
 
 
 def _splits(task: Task) -> str:

@@ -315,12 +315,16 @@ class _Phases:
             # Every layer's state, of which a checkpointed layer's input is one.
             kept += tokens * (1 if again else self.policy.layers + 1) * self.policy.hidden * self.width
         count = rows * (self.limits.max_new_tokens + 1) * self.policy.vocabulary
-        logits = min(count, max(AT_ONCE, self.policy.vocabulary)) * (self.width + 12)
+        logits = (count if self._whole_head() else min(count, max(AT_ONCE, self.policy.vocabulary))) * (self.width + 12)
         parts = {**self.resident, "adapters": adapters, "value heads": heads, "activations": kept, "logits": logits}
         return [
             self.sampling(f"{name}: rollout", adapters + heads, _at_once(config)),
             Phase(f"{name}: update", {**parts, "rest": self.rest}),
         ]
+
+    def _whole_head(self) -> bool:
+        """Whether all logits of a part are held: only those of a frozen linear map are made in chunks."""
+        return self.policy.softened or architecture.adapted({architecture.HEAD: [1, 1]}, 1, self.lora.targets) > 0
 
     def _shared(self, rows: int, config: OnlineConfig) -> tuple[int, int]:
         """Return the tokens read where rows share their prompts, and the bytes of the keys repeated for them."""
@@ -366,7 +370,7 @@ class _Phases:
         kept = self._kept(tokens, again, autocast=self.width == 2 and not self.on_cpu, dropout=dropout)
         if not self.on_cpu:
             logits = min(TILE, tokens) * COLUMNS * self.width
-        elif logits > AT_ONCE:  # not trl's, see moalign.lm.marked
+        elif logits > AT_ONCE and not self._whole_head():  # not trl's, see moalign.lm.marked
             logits = AT_ONCE * 16
         else:
             logits = int(logits * 4 * COPIES)

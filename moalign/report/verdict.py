@@ -52,7 +52,16 @@ def lead_over_each(record: Row, label: str | None = None, key: str | None = None
 
 def sure(lead: Row) -> str:
     """Return whether a difference is certain, in words."""
-    return "certain" if lead["certain"] else f"open (above 0 in {number(100 * lead['share_above_zero'], 0)} %)"
+    return "certain" if lead["certain"] else f"open{_above(lead, ' (above 0 in {})')}"
+
+
+def _above(lead: Row, text: str) -> str:
+    """Return the share of resamples above 0 in words, for a difference that is open.
+
+    Nothing where the share alone would call it certain: it knows the seeds that there are; an interval, how few, too.
+    """
+    share = float(lead["share_above_zero"])
+    return text.format(percent(share)) if 0.025 < share < 0.975 else ""
 
 
 def sentences(record: Row) -> list[str]:
@@ -156,23 +165,22 @@ def _no_winner(record: Row, leader: str) -> str:
         return f"No method wins: {leader} and {near['other']} have the same hypervolume.{more}"
     return (
         f"No method wins with certainty: {leader} leads, but its lead over {near['other']} may be chance: "
-        f"{_difference(near)}, above 0 in {percent(near['share_above_zero'])} of the resamples.{more}"
+        f"{_difference(near)}{_above(near, ', above 0 in {} of the resamples')}.{more}"
     )
 
 
 def _by_inner_product(record: Row, rows: Sequence[Row]) -> list[str]:
     """Return who leads by inner product: a front can be good although its points answer other preferences."""
     compared = {pair[side] for pair in record["pairs"] if pair["inner_product"] for side in "ab"}
-    if not compared:
+    compared -= {row["label"] for row in rows if row.get("own_preferences")}  # of other preferences than the grid's
+    if len(compared) < 2:
         return []
     label = max(
         (row for row in rows if row["label"] in compared), key=lambda row: float(row["indicators"]["inner_product"])
     )["label"]
-    near = _smallest(lead_over_each(record, label, "inner_product"))
+    near = _smallest([lead for lead in lead_over_each(record, label, "inner_product") if lead["other"] in compared])
     lead = f"{label} leads {near['other']} by {_difference(near)}"
-    how = (
-        "with certainty" if near["certain"] else f"which may be chance (above 0 in {percent(near['share_above_zero'])})"
-    )
+    how = "with certainty" if near["certain"] else f"which may be chance{_above(near, ' (above 0 in {})')}"
     return [f"By what each preference asked for (inner product) {lead}, {how}."]
 
 

@@ -55,7 +55,8 @@ class TextTask(Task):
     def _responses_by_split(self) -> dict[str, Responses]:
         parts: dict[str, Responses] = {name: Responses([], []) for name in splits.SPLITS}
         for record in load.load_responses(self._data, Path.cwd()):
-            if not self.left_out(record.prompt):
+            # An empty one has no token to learn from.
+            if record.response.strip() and not self.left_out(record.prompt):
                 part = parts[splits.split_of(record.prompt, self.card.splits)]
                 part.prompts.append(record.prompt)
                 part.responses.append(Response(record.response, finished=record.finished))
@@ -72,13 +73,13 @@ class TextTask(Task):
         """Return the first logged response to a prompt, else the preferred one of its first pair."""
         if _is_here(self._data.responses):
             for logged in load.load_responses(self._data, Path.cwd()):
-                if logged.prompt == prompt:
+                if logged.prompt == prompt and logged.response.strip():
                     return Response(logged.response, finished=logged.finished)
         pairs = self._data.pairs
         for objective, source in (pairs if isinstance(pairs, dict) else {None: pairs}).items():
             if _is_here(source):
                 for pair in load.load_pairs(self._data, Path.cwd(), objective):
-                    if pair.prompt == prompt:
+                    if pair.prompt == prompt and pair.chosen.strip():
                         return Response(pair.chosen)
         return None
 
@@ -91,11 +92,14 @@ class TextTask(Task):
         return super().amounts()
 
     def data_pairs(self, objective: int) -> list[Pair]:
-        """Return the labelled pairs of an objective whose prompt is in the training split."""
+        """Return the labelled pairs of an objective whose prompt is in the training split; none with an empty reply."""
         return [
             pair
             for pair in load.load_pairs(self._data, Path.cwd(), self.names[objective])
-            if splits.split_of(pair.prompt, self.card.splits) == "train" and not self.left_out(pair.prompt)
+            if splits.split_of(pair.prompt, self.card.splits) == "train"
+            and not self.left_out(pair.prompt)
+            and pair.chosen.strip()
+            and pair.rejected.strip()
         ]
 
 

@@ -47,7 +47,10 @@ class Support:
         if self.config.support is None:
             return
         if self.end is None:
-            self.end = processes.agree(end_of(self.job, self.lm, self.config.temperature)) - self.config.support
+            ends, temperature = self.job.cache.setdefault("support", {}), self.config.temperature
+            if temperature not in ends:  # the same for every preference of a grid
+                ends[temperature] = processes.agree(end_of(self.job, self.lm, temperature))
+            self.end = ends[temperature] - self.config.support
         if self.config.own_reference:  # it may have learned what the base finds unlikely
             out = np.asarray((self._least_likely(rollout) < self.end).cpu().numpy())
         else:

@@ -1,7 +1,8 @@
 """Peak memory on a GPU, of runs that are kept and of ``make gpu-test``, beside what ``moalign check`` says.
 
-The kept runs of a published comparison say what they took and on which GPU; a method's row is the most of its seeds,
-answering included. Written beside this file, after every ``make gpu-test``: ``gpu_memory.md``.
+The kept runs of a published comparison say what they took while they trained, and on which GPU; a method's row is the
+most of its seeds. What answering takes was not measured, and is not in the estimate here. Written beside this file,
+after every ``make gpu-test``: ``gpu_memory.md``.
 
     python results/bench/gpu_memory.py
 """
@@ -67,7 +68,8 @@ def kept_rows(found: Iterator[Mapping[str, Any]]) -> list[Row]:
         names = ", ".join(sorted({name for run in runs for name in run["environment"]["gpus"]}))
         measured = max(run["cost"]["peak_memory_bytes"] for run in runs) / gpu.GIB
         report = check.check(f"{runs[0]['task']}/{method}", ["needs.gpu=any", "needs.gpu_memory_gib=80"])
-        rows.append(Row(gpu.SMALL, method, names, len(runs), measured, *gpu.estimated(report.memory)))
+        phases = [phase for phase in report.memory["phases"] if phase["phase"] != "answering"]
+        rows.append(Row(gpu.SMALL, method, names, len(runs), measured, *gpu.estimated({"phases": phases})))
     return sorted(rows, key=lambda row: -row.measured)
 
 
@@ -96,8 +98,9 @@ def page(rows: Sequence[Row]) -> str:
         "GiB that torch allocated at most, the most of a method's runs; the estimate without its part for the CUDA "
         "context and fragmentation (2 GiB), which torch does not allocate. An estimate is of rows as long as the task "
         "allows (128 tokens of prompt, 64 of answer here), and most rows are shorter. SmolLM2: the runs of "
-        "[assistant](../published/assistant/compare.md), in float32, as their recipes are, answering included. Random "
-        "weights: `make gpu-test`, in bfloat16. Made by `python results/bench/gpu_memory.py`.",
+        "[assistant](../published/assistant/compare.md), in float32, as their recipes are, while they trained: what "
+        "answering takes was not measured, and is left out of the estimate. Random weights: `make gpu-test`, in "
+        "bfloat16. Made by `python results/bench/gpu_memory.py`.",
         "",
         "| model | method | GPU | runs | measured | estimate | peak of the estimate |",
         "| :--- | :--- | :--- | ---: | ---: | ---: | :--- |",

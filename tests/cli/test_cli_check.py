@@ -204,6 +204,8 @@ def test_a_wrong_option_does_not_hide_the_data(moalign: Any, recipe: Path) -> No
         (("task: ./task.yaml", "task: sandbx"), "did you mean 'sandbox'?"),
         (("task: ./task.yaml\n", ""), "task: missing"),
         (("method: sft", "method: [sft"), "tales/sft.yaml:2: broken YAML"),
+        (("method: sft", "prefs: [[3, 7]]\nmethod: stf"), "sft.yaml:1: prefs.0: found 3,7: the weights sum to 10"),
+        (("steps: 3", "steps: 3\nquick: {lr: high}"), "tales/sft.yaml:7: quick.lr: found 'high'; allowed: a number"),
     ],
 )
 def test_broken_recipes(moalign: Any, recipe: Path, change: tuple[str, str], message: str) -> None:
@@ -267,6 +269,16 @@ def test_an_unknown_recipe_names_the_nearest(moalign: Any) -> None:
     ended = moalign("check", "sandbox/rick")
     assert ended.code == 2
     assert "did you mean 'sandbox/ric'?" in ended.errors[0]
+
+
+def test_an_unknown_task_names_the_nearest_and_a_path_is_one(moalign: Any) -> None:
+    ended = moalign("check", "sandbx")
+    assert ended.code == 2
+    (text,) = ended.errors
+    assert text.startswith("RECIPE|CARD: unknown recipe or task 'sandbx'; allowed: a file, TASK or TASK/METHOD with ")
+    assert text.endswith("; did you mean 'sandbox'?") and "sandbox/spo" not in text
+    ended = moalign("check", "./nofolder")
+    assert (ended.code, ended.errors) == (2, ["RECIPE|CARD: no such file or folder: nofolder"])
 
 
 # -- a card ------------------------------------------------------------------------------------------------------------

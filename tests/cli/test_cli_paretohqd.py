@@ -116,10 +116,7 @@ def test_what_the_data_cannot_give_is_refused_before_any_step(
     assert len(ended.errors) == 1
     for word in words:
         assert word in ended.errors[0]
-    (run,) = RunStore("results").runs()
-    assert run.record.status == "failed"
-    assert not list(run.path.glob("adapter*"))
-    assert run.metrics() == []
+    assert RunStore("results").runs() == []
 
 
 @pytest.mark.slow

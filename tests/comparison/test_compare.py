@@ -233,6 +233,46 @@ def test_every_setting_is_checked_before_anything_is_trained(card: str, results:
     assert len(message.splitlines()) == len(set(message.splitlines()))
 
 
+@pytest.mark.parametrize(
+    ("option", "texts"),
+    [
+        ("gian=1", ["did you mean 'gain'?"]),
+        ("config.gian=1", ["did you mean 'config.gain'?"]),
+        ("quick.gian=1", ["did you mean 'quick.gain'?"]),
+        ("rounds=1", ["did you mean 'tuning.rounds'?"]),
+        ("goood.gain=1", ["did you mean 'good.gain'?"]),
+        ("goood.rounds=1", ["did you mean 'good.tuning.rounds'?"]),
+        ("sed=1", ["did you mean 'seed'?"]),
+        ("foo=1", []),
+        ("own-only.gain=1", ["own-only is not among the methods compared (bad, good, fixed); name one"]),
+    ],
+)
+def test_a_setting_that_no_method_has_is_refused_once(card: str, results: Path, option: str, texts: list[str]) -> None:
+    message = refused(card, results, methods=["bad", "good", "fixed"], overrides=[option])
+    assert len(message.splitlines()) == 1
+    assert message.startswith(f"--set {option.split('=')[0]}: ") and all(text in message for text in texts)
+    listed = ["gain", "tuning", "policy.KEY", "task.KEY", "METHOD.KEY for one alone (METHOD: bad, good, fixed)"]
+    assert "own-only" in option or all(text in message for text in listed)
+
+
+def test_settings_of_the_quick_budget_go_to_the_methods_that_have_them(card: str, results: Path) -> None:
+    compared = ask(card, results, methods=["fixed", "good"], overrides=["quick.gain=0.05"])
+    commands = {name: row["runs"][0]["command"] for name, row in by_label(compared).items()}
+    assert "--set quick.gain=0.05" in commands["good"] and "--set" not in commands["fixed"]
+
+
+def test_an_unknown_method_of_the_suite_has_its_line(card: str, results: Path) -> None:
+    text = f"{CARD}quick_suite:\n  - good\n  - bda\n".replace("[good, bad]", "[good, goood]")
+    Path(card).write_text(text, encoding="utf-8")
+    line = len(text.splitlines())
+    assert refused(card, results, suite="quick") == (
+        f"{card}:{line}: quick_suite.1: unknown method 'bda'; allowed: bad, fixed, good, own-only; did you mean 'bad'?"
+    )
+    assert refused(card, results).startswith(f"{card}:{line - 3}: suite.1: unknown method 'goood'; ")
+    option = ["task.suite=[good, bda]"]
+    assert refused(card, results, overrides=option).startswith("--set task.suite: suite.1: unknown method 'bda'; ")
+
+
 def test_a_malformed_setting(card: str, results: Path) -> None:
     assert "no '='" in refused(card, results, overrides=["gain"])
 

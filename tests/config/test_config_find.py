@@ -87,7 +87,27 @@ def test_a_recipe_by_name_or_path(recipes: Path) -> None:
     assert find.find_recipe("demo/ric") == recipe
     assert find.find_recipe(str(recipe)) == recipe
     assert find.find_recipe(recipe) == recipe
-    with pytest.raises(RequestError, match=r"^RECIPE: unknown recipe 'demo/rick'; allowed: demo/ric; did you mean"):
+    listed = "allowed: a file, TASK or TASK/METHOD with TASK one of demo; did you mean"
+    with pytest.raises(RequestError, match=rf"^RECIPE: unknown recipe or task 'demo/rick'; {listed} 'demo/ric'\?$"):
         find.find_recipe("demo/rick")
+    with pytest.raises(RequestError, match=rf"^RECIPE: unknown recipe or task 'dmeo'; {listed} 'demo'\?$"):
+        find.find_recipe("dmeo")
     with pytest.raises(RequestError, match=r"^--recipe: no recipe file none.yaml"):
         find.find_recipe("none.yaml", "--recipe")
+
+
+@pytest.mark.parametrize("name", ["./none", "/none", "~/none", "none/", "a/b/none", ".", "..", "./recipes"])
+def test_what_is_written_as_a_path_is_looked_for_as_one(recipes: Path, name: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        find.find_recipe(name)
+    (text,) = caught.value.problems
+    state = "a folder without task.yaml" if name in {".", "..", "./recipes"} else "no such file or folder"
+    assert text.startswith(f"RECIPE: {state}: ") and "did you mean" not in text
+
+
+def test_a_task_that_lends_recipes_and_does_not_exist_has_its_line(recipes: Path) -> None:
+    card = recipes / "demo" / "task.yaml"
+    card.write_text(card.read_text() + "recipes_from: dmeo\n")
+    line = len(card.read_text().splitlines())
+    with pytest.raises(RequestError, match=rf"^recipes/demo/task\.yaml:{line}: recipes_from: unknown task 'dmeo'; "):
+        find.find_recipe_file("demo", "sft")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from moalign.config import find, load
 from moalign.config.strict import Strict
@@ -98,9 +98,65 @@ def test_a_quick_budget_goes_before_the_config_and_options_before_both(recipes: 
     assert recipe(RECIPE, "budget=quick", "budget=full").config == Config(lr=1e-4)
     edit(recipes / "demo" / "ric.yaml", ("seed: 7", "seed: 7\nbudget: quick"))
     assert recipe().config.steps == 2
-    edit(recipes / "demo" / "ric.yaml", ("steps: 2", "stpes: 2"))
-    (text,) = problems()
-    assert "config.stpes: unknown key; allowed: steps, lr, pairing; did you mean 'steps'?" in text
+
+
+def test_options_change_the_quick_budget_itself(recipes: Path) -> None:
+    edit(recipes / "demo" / "ric.yaml", ("lr: 1e-4", "lr: 1e-4\nquick: {steps: 2}"))
+    assert recipe(RECIPE, "budget=quick", "quick.steps=3").config == Config(lr=1e-4, steps=3)
+    assert recipe(RECIPE, "quick.steps=3").config == Config(lr=1e-4)
+    assert recipe(RECIPE, "quick={lr: 0.5}", "budget=quick").config == Config(lr=0.5)
+    assert recipe(RECIPE, "budget=quick", "steps=4", "quick.steps=3").config.steps == 4
+    assert recipe(None, "quick={steps: 3}", "budget=quick", task="demo").config == Config(steps=3)
+    assert recipe(RECIPE, "quick.steps=3").as_given["recipe"]["quick"] == {"steps": 2}  # as it stands in the file
+    without = "--set budget: found 'quick', but recipes/demo/ric.yaml has no section quick"
+    assert problems(RECIPE, "budget=quick", "quick=null") == (without,)
+
+
+@pytest.mark.parametrize("budget", ["full", "quick"])
+def test_the_quick_budget_is_checked_whichever_is_asked_for(recipes: Path, budget: str) -> None:
+    file = recipes / "demo" / "ric.yaml"
+    edit(file, ("lr: 1e-4", "lr: 1e-4\nquick:\n  stepz: 10\n  lr: high\n  pairing: {kind: bset}"))
+    hint = "unknown key; allowed: steps, lr, pairing; did you mean 'steps'?"
+    wrong = (
+        f"recipes/demo/ric.yaml:9: quick.stepz: {hint}",
+        "recipes/demo/ric.yaml:10: quick.lr: found 'high'; allowed: a number",
+        "recipes/demo/ric.yaml:11: quick.pairing.kind: found 'bset'; allowed: 'random' or 'best'; did you mean 'best'?",
+    )
+    assert problems(RECIPE, f"budget={budget}") == wrong
+    edit(file, ("config:\n", "config:\n  stepz: 4\n"))
+    texts = problems(RECIPE, f"budget={budget}")
+    assert [text.split(": ")[1] for text in texts if "stepz" in text][-1] == "quick.stepz"  # not hidden by the other
+    file.write_text("method: ric\ntask: demo\nquick: {steps: 2}\n")
+    assert problems(RECIPE, f"budget={budget}", "quick.stepz=3") == (f"--set quick.stepz: {hint}",)
+    file.write_text("method: ric\ntask: demo\nquick: 3\n")
+    assert "recipes/demo/ric.yaml:3: quick: found 3; allowed: a section or null" in problems(RECIPE, f"budget={budget}")
+
+
+class Batches(Strict):
+    batch: int = 8
+    accumulate: int = 1
+
+    @model_validator(mode="after")
+    def _in_equal_parts(self) -> Batches:
+        if self.batch % self.accumulate:
+            raise ValueError(f"batch must be a multiple of accumulate; found {self.batch} and {self.accumulate}")
+        return self
+
+
+def test_what_does_not_fit_only_with_the_quick_budget_names_it(recipes: Path) -> None:
+    def resolved(*sets: str) -> Strict:
+        return load.load_recipe(RECIPE, "ric", None, sets, Batches).config
+
+    file = recipes / "demo" / "ric.yaml"
+    file.write_text("method: ric\ntask: demo\nconfig: {batch: 8}\nquick:\n  batch: 4\n")
+    assert resolved("accumulate=8") == Batches(accumulate=8)  # an option is for the budget that is asked for
+    assert resolved("budget=quick", "accumulate=4") == Batches(batch=4, accumulate=4)
+    wrong = "batch must be a multiple of accumulate; found 4 and 8"
+    with pytest.raises(RequestError, match=rf"^recipes/demo/ric\.yaml:5: quick: {wrong}$"):
+        resolved("budget=quick", "accumulate=8")
+    file.write_text("method: ric\ntask: demo\nconfig: {accumulate: 8}\nquick: {batch: 4}\n")
+    with pytest.raises(RequestError, match=rf"^recipes/demo/ric\.yaml:4: quick: {wrong}$"):
+        resolved()
 
 
 def test_a_quick_budget_that_a_recipe_lacks_and_one_that_is_none(recipes: Path) -> None:
@@ -214,7 +270,7 @@ def test_errors_of_card_recipe_config_and_options_are_one_error(recipes: Path) -
     texts = problems(RECIPE, "steps=none", "task.grid=1", "grdi=3", "policy.lora.r=0", "x")
     assert texts == (
         "--set grdi: unknown setting; allowed: steps, lr, pairing, description, seed, prefs, holdout, snapshots, "
-        + "policy.KEY, rewards.KEY, rollout.KEY, config.KEY, budget, quick, needs.KEY, reported, trackers, "
+        + "policy.KEY, rewards.KEY, rollout.KEY, config.KEY, budget, quick.KEY, needs.KEY, reported, trackers, "
         + "sources.KEY, task.KEY; did you mean 'task.grid'?",
         "--set x: no '=' found; write --set key=value, like --set seed=3",
         "--set task.grid: found 1; allowed: a whole number >= 2",
@@ -241,12 +297,29 @@ def test_errors_of_card_recipe_config_and_options_are_one_error(recipes: Path) -
         ("tsk.grid=3", "task.grid"),
         ("sed=3", "seed"),
         ("confg.lr=1", "config.lr"),
+        ("kind=best", "pairing.kind"),
+        ("knd=best", "pairing.kind"),
+        ("pairng.knd=best", "pairing.kind"),
+        ("max_new_tokens=9", "task.generation.max_new_tokens"),
+        ("gpu_memory_gib=9", "needs.gpu_memory_gib"),
+        ("objectives.0.maximise=false", "task.objectives.0.maximise"),
+        ("recipe.seed=3", "seed"),
+        ("quik.lr=1", "quick.lr"),
     ],
 )
 def test_an_unknown_option_offers_the_nearest_of_all(recipes: Path, option: str, offered: str) -> None:
     (texts,) = problems(RECIPE, option)
     assert texts.startswith(f"--set {option.split('=')[0]}: unknown setting; allowed: steps, lr, pairing,")
     assert texts.endswith(f"; did you mean {offered!r}?")
+
+
+@pytest.mark.parametrize("option", ["steps=3", "stepz=3", "lr=3", "weight_decay=0"])
+def test_a_setting_of_several_sections_offers_each(option: str) -> None:
+    """RiC has an offline and an online stage, and no setting of its own that is called so."""
+    with pytest.raises(RequestError) as caught:
+        load.load_recipe(None, "ric", "sandbox", [option], registry.get("ric").Config)
+    name = option.split("=")[0].replace("stepz", "steps")
+    assert str(caught.value).endswith(f"; did you mean 'offline.{name}' or 'online.{name}'?")
 
 
 def test_keys_inside_a_section_offer_the_nearest_there(recipes: Path) -> None:
@@ -301,6 +374,24 @@ def test_preferences_of_a_recipe_are_checked_against_the_cards_objectives(recipe
     )
 
 
+def test_wrong_preferences_are_told_with_all_else_that_is_wrong(recipes: Path) -> None:
+    rows = "prefs: [[3, 7], [0.5], [a, 1], [.nan, 1], [0.5, 0.5]]\nholdout:\n  - [2, -1]\nsede: 1"
+    edit(recipes / "demo" / "ric.yaml", ("seed: 7", rows), ("lr: 1e-4", "lr: fast"))
+    texts = problems()
+    assert [text.split("; ")[0] for text in texts if "prefs" in text.split(": ")[1]] == [
+        "recipes/demo/ric.yaml:3: prefs.2.0: found 'a'",
+        "recipes/demo/ric.yaml:3: prefs.3.0: found nan",
+        "recipes/demo/ric.yaml:3: prefs.0: found 3,7: the weights sum to 10, not 1",
+        "recipes/demo/ric.yaml:3: prefs.1: found 0.5: 1 weight, but the task has 2 objectives (length, polite)",
+    ]
+    assert "recipes/demo/ric.yaml:5: holdout.0: found 2,-1: the weight of polite is negative; allowed: 0 to 1" in texts
+    assert len(texts) == 7 and "sede: unknown key" in "".join(texts) and "config.lr: found 'fast'" in "".join(texts)
+    option = "--set prefs: prefs.0: found 3,7: the weights sum to 10, not 1; did you mean 0.3,0.7?"
+    assert option in problems(RECIPE, "prefs=[[3, 7]]")
+    edit(recipes / "demo" / "ric.yaml", (rows, f"prefs: [[{10**400}, 1], 3]"))
+    assert [text.split(":")[2] for text in problems()][:2] == [" prefs.0.0", " prefs.1"]
+
+
 def test_tasks_that_do_not_exist(recipes: Path) -> None:
     assert problems(task="dmeo") == ("--task: unknown task 'dmeo'; allowed: demo; did you mean 'demo'?",)
     edit(recipes / "demo" / "ric.yaml", ("task: demo", "task: dmeo"), ("lr: 1e-4", "lr: x"))
@@ -341,9 +432,16 @@ def test_names_of_a_recipe(recipes: Path) -> None:
     with pytest.raises(RequestError) as caught:
         load.recipe_names(file)
     assert caught.value.problems == (
-        "recipes/demo/ric.yaml:1: method: missing; allowed: the name of a method; did you mean 'methd'?",
+        "recipes/demo/ric.yaml:1: method: missing; allowed: the name of a method; found the key 'methd'; "
+        + "did you mean 'method'?",
         "recipes/demo/ric.yaml:2: task: found 3; allowed: the name of a task",
     )
+    file.write_text("seed: 1\ntaks: demo\nmethod: ric\n")
+    with pytest.raises(RequestError, match=r":2: task: missing; .*; found the key 'taks'; did you mean 'task'\?$"):
+        load.recipe_names(file)
+    file.write_text("task: demo\nprefs: null\nneeds: {}\n")  # all of them right: none was meant to be the method
+    with pytest.raises(RequestError, match=r"ric\.yaml:1: method: missing; allowed: the name of a method$"):
+        load.recipe_names(file)
 
 
 # --- what is borrowed from another method's recipe ------------------------------------------------------------------

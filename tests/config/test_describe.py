@@ -8,7 +8,7 @@ import pytest
 from pydantic import Field, TypeAdapter
 
 from moalign.config.card import TaskCard
-from moalign.config.describe import FieldRow, fields, words, yaml_form
+from moalign.config.describe import FieldRow, fields, key_paths, words, yaml_form
 from moalign.config.recipe import Recipe
 from moalign.config.strict import Strict
 
@@ -91,3 +91,12 @@ def test_yaml_form() -> None:
 def test_a_model_without_source_is_described_without_texts() -> None:
     made = type("Made", (Strict,), {"__annotations__": {"a": int}, "a": 3, "__module__": __name__})
     assert fields(made) == [FieldRow("a", "a whole number", "3", "")]
+
+
+def test_every_key_path_sections_that_may_be_null_included() -> None:
+    class Holder(Strict):
+        inner: Inner | None = None
+        free: dict[str, int] = Field(default_factory=dict)
+
+    assert key_paths(Holder) == ["inner", "inner.rate", "free"]
+    assert key_paths(Outer) == ["steps", "inner", "inner.rate", "names", "mode"]

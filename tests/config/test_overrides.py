@@ -101,3 +101,39 @@ def test_any_text_is_parsed_or_refused(text: str) -> None:
     else:
         assert keys
         assert all(keys)
+
+
+OWN = ["steps", "first", "first.lr", "first.batch", "second", "second.lr", "second.deep", "second.deep.batch"]
+CARD = [
+    "task.pool",
+    "task.pool.batch",
+    "task.grid",
+    "task.a.top",
+    "task.b.top",
+    "task.c.top",
+    "task.d.top",
+    "task.a.b.kilogram",
+]
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ("stepz", "; did you mean 'steps'?"),
+        ("lr", "; did you mean 'first.lr' or 'second.lr'?"),
+        ("batch", "; did you mean 'first.batch' or 'second.deep.batch'?"),  # the card's only where no other has it
+        ("grid", "; did you mean 'task.grid'?"),
+        ("deep.batch", "; did you mean 'second.deep.batch'?"),
+        ("frist.lrr", "; did you mean 'first.lr'?"),
+        ("frist.zzz", ""),
+        ("grid.0.x", "; did you mean 'task.grid.0.x'?"),
+        ("grdi.0.x", ""),
+        ("kilogrm", ""),  # what only looks like a name deep in a section,
+        ("tsk.grid", "; did you mean 'task.grid'?"),
+        ("top", "; did you mean 'task.a.top', 'task.b.top' or 'task.c.top'?"),
+        ("zzz.lr", "; did you mean 'first.lr' or 'second.lr'?"),
+        ("qqqq", ""),
+    ],
+)
+def test_the_nearest_settings_are_offered_with_their_sections(keys: str, expected: str) -> None:
+    assert overrides.did_you_mean(tuple(keys.split(".")), OWN, CARD) == expected

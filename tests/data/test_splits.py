@@ -129,6 +129,21 @@ def test_an_empty_split_is_refused_with_counts() -> None:
     with pytest.raises(RequestError) as caught:
         split(train, SPEC)
     assert str(caught.value) == (
-        "splits: no prompt falls into calibration or eval (3 prompts: train 3, calibration 0, eval 0); every split "
-        "needs at least one: give more prompts, larger shares, or another splits.salt"
+        "splits: too few prompts fall into calibration and eval (3 prompts: train 3, calibration 0, eval 0); every "
+        "split needs at least one, eval two, whose spread says how sure a result is: give more prompts, larger shares, "
+        "or another splits.salt"
     )
+
+
+def test_one_prompt_is_too_few_to_judge_by() -> None:
+    """It has no spread: every difference would be certain."""
+    of = {
+        name: [prompt for prompt in PROMPTS if split_of(prompt, SPEC) == name]
+        for name in ("train", "calibration", "eval")
+    }
+    given = [*of["train"][:3], *of["calibration"][:1], *of["eval"][:1]]
+    with pytest.raises(
+        RequestError, match=r"too few prompts fall into eval \(5 prompts: train 3, calibration 1, eval 1\)"
+    ):
+        split(given, SPEC)
+    assert len(split([*given, of["eval"][1]], SPEC)["eval"]) == 2

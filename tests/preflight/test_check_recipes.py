@@ -184,3 +184,31 @@ def test_published_statistics_are_compared_once_a_normaliser_is_there(tmp_path: 
     assert "long 5.200 (sd 2.100), published 5 (sd 2)" in dict(report.checked)["published"]
     far = [note for note in report.notes if note.startswith("published")]
     assert len(far) == 1 and "short" in far[0]
+
+
+def test_the_methods_and_the_task_that_a_card_names_are_looked_up(tmp_path: Path) -> None:
+    lines = (find.recipes_root() / "sandbox" / "task.yaml").read_text().splitlines()
+    lines = [line for line in lines if not line.startswith(("suite", "quick_suite"))]
+    path, first = tmp_path / "task.yaml", len(lines) + 1
+    wrong = "suite: [sft, rick, sft]\nquick_suite:\n  - moc\n  - mocc\nrecipes_from: sandbocks\n"
+    path.write_text("\n".join([*lines, wrong]))
+    problems = check.check(str(path)).problems
+    assert [text.split("; ")[0] for text in problems] == [
+        f"{path}:{first}: suite.1: unknown method 'rick'",
+        f"{path}:{first}: suite.2: found 'sft' twice",
+        f"{path}:{first + 3}: quick_suite.1: unknown method 'mocc'",
+        f"{path}:{first + 4}: recipes_from: unknown task 'sandbocks'",
+    ]
+    assert problems[0].endswith("did you mean 'ric'?") and problems[3].endswith("did you mean 'sandbox'?")
+    told = check.check(str(path), ["task.suite=[stf]", "task.quick_suite=[]"]).problems
+    assert len(told) == 2 and told[0].startswith("--set task.suite: suite.0: unknown method 'stf'; ")
+    path.write_text("\n".join([*lines, "suite: [sft, ric]\nquick_suite: [sft]\nrecipes_from: sandbox\n"]))
+    assert check.check(str(path)).problems == []
+
+
+@pytest.mark.parametrize("task", find.list_tasks())
+def test_every_card_names_methods_and_a_task_that_there_are(task: str) -> None:
+    card = load.load_card(task)
+    for suite in (card.suite, card.quick_suite):
+        assert set(suite) <= set(registry.names()) and len(suite) == len(set(suite))
+    assert card.recipes_from is None or card.recipes_from in find.list_tasks()

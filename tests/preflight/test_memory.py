@@ -72,7 +72,8 @@ def sizes_of(real: Any, folder: Path) -> architecture.Architecture:
 def test_parameters_are_those_of_the_real_model(name: str, tmp_path: Path) -> None:
     real = model(name)
     sizes = sizes_of(real, tmp_path)
-    assert sizes.shapes == {key: list(value.shape) for key, value in real.named_parameters()}
+    by_name = real.named_parameters(remove_duplicate=False)  # a tied head has a name of its own
+    assert sizes.shapes == {key: list(value.shape) for key, value in by_name}
     assert sizes.parameters == sum(p.numel() for p in real.parameters())
     groups = SMALL[name].get("num_key_value_heads", 4)
     assert (sizes.hidden, sizes.layers, sizes.key_value, sizes.vocabulary) == (32, 2, 8 * groups, 60)
@@ -281,6 +282,31 @@ def test_a_7b_policy_with_two_gpt2_large_reward_models(tmp_path: Path) -> None:
     # 8 rows of 256 tokens without checkpointing: FACTS measured 167 to 270 KiB a token and layer.
     assert update["activations"] / (8 * 256 * 32 * 1024) == pytest.approx(268, abs=5)
     assert told.peak.name == "training: update"
+
+
+def test_all_logits_are_counted_where_they_cannot_be_made_in_chunks(tmp_path: Path) -> None:
+    """With LoRA on the output layer each of 16 rows x 129 places x 32,000 words is held: 2 bytes, and 12 in float32."""
+    sets = ("micro_batch=16", "batch=16", "task.generation.max_new_tokens=128")
+    told = {}
+    for targets in ("[q_proj]", "[q_proj, lm_head]"):
+        phases = estimated(tmp_path, "mo-odpo", *sets, f"policy.lora.targets={targets}").phases
+        told[targets] = next(phase.parts for phase in phases if phase.name == "training: update")
+    assert told["[q_proj]"]["logits"] == 2**23 * 14
+    assert told["[q_proj, lm_head]"]["logits"] == 16 * 129 * 32000 * 14
+    more = (told["[q_proj, lm_head]"]["adapters"] - told["[q_proj]"]["adapters"]) / 16  # weight, gradient, two moments
+    assert more == 64 * (32000 + 4096)  # the head's own adapter
+
+
+def test_a_softcap_or_a_tied_head_is_read_from_the_folder(random_base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "soft"
+    shutil.copytree(random_base, folder)
+    config = json.loads((folder / "config.json").read_text())
+    plain = architecture.of_folder(folder)
+    assert plain is not None and not plain.softened
+    assert plain.shapes[architecture.HEAD] == [config["vocab_size"], config["hidden_size"]]
+    (folder / "config.json").write_text(json.dumps({**config, "final_logit_softcapping": 30.0}))
+    capped = architecture.of_folder(folder)
+    assert capped is not None and capped.softened and capped.parameters == plain.parameters
 
 
 def test_a_model_that_only_the_judge_uses_is_counted_where_answers_are_judged(tmp_path: Path) -> None:

@@ -33,6 +33,28 @@ def test_no_winner_says_what_is_open_and_what_is_not(compared: Build) -> None:
     )
 
 
+def test_a_share_of_resamples_that_contradicts_the_interval_is_left_out(compared: Build) -> None:
+    """Of three seeds it knows ten combinations; the interval is Student's, and wider."""
+    record = compared({"a": 0.3, "b": 0.1})
+    record["winner"] = None
+    record["pairs"][0].update(certain=False, difference=0.022, ci=[-0.006, 0.05], share_above_zero=1.0)
+    assert verdict.sentences(record)[0] == (
+        "No method wins with certainty: a leads, but its lead over b may be chance: +0.022 [-0.006, 0.050]."
+    )
+    assert verdict.sure({"certain": False, "share_above_zero": 0.99}) == "open"
+    assert verdict.sure({"certain": False, "share_above_zero": 0.5}) == "open (above 0 in 50 %)"
+
+
+def test_what_is_asked_for_is_compared_at_the_same_preferences(compared: Build) -> None:
+    """A run per preference that has the corners alone is best at what is asked there; of the grid it says nothing."""
+    record = compared({"a": 0.3, "b": 0.1, "c": 0.0})
+    record["rows"][2]["own_preferences"] = True
+    record["rows"][2]["indicators"]["inner_product"] = 2.0
+    assert verdict.sentences(record)[1].startswith(
+        "By what each preference asked for (inner product) a leads b by +0.1"
+    )
+
+
 def test_a_leader_that_lost_a_seed(compared: Build) -> None:
     record = compared({"a": 0.3, "b": 0.1})
     record["winner"] = None

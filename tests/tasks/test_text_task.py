@@ -16,6 +16,8 @@ from moalign.config.card import TaskCard
 from moalign.core.errors import RequestError
 from moalign.core.records import Response
 from moalign.lm.chat import training_row
+from moalign.preflight import inputs
+from moalign.preflight.report import Preflight
 from moalign.tasks.load import make_task
 from moalign.tasks.responses import shown
 from moalign.tasks.sandbox import base, world
@@ -101,6 +103,28 @@ def test_logged_responses_go_to_their_prompts_split(tmp_path: Path, model: Path)
     assert "language_model" not in vars(task)  # the data was enough
     calibration = task.prompts["calibration"]
     assert task.normaliser.count == 8 * len(calibration[:6]) + len(calibration)
+
+
+def test_an_empty_reply_is_left_out_of_responses_and_pairs(tmp_path: Path, model: Path) -> None:
+    """It has no token to learn from: a method that meets it would end in the middle of a comparison."""
+    replies = {prompt: " " if at % 5 == 0 else "bake it" for at, prompt in enumerate(PROMPTS)}
+    logged = write_lines(tmp_path / "r.jsonl", [{"prompt": p, "response": reply} for p, reply in replies.items()])
+    pairs = write_lines(
+        tmp_path / "p.jsonl", [{"prompt": p, "chosen": "fry it", "rejected": reply} for p, reply in replies.items()]
+    )
+    data = {"prompts": PROMPTS, "responses": logged, "pairs": {"short": pairs}}
+    task = text_task(tmp_path, model, data)
+    known = {prompt for prompt, reply in replies.items() if reply.strip()}
+    given = [task.data_responses(split) for split in ("train", "calibration", "eval")]
+    assert {prompt for part in given if part for prompt in part.prompts} == known
+    assert {pair.prompt for pair in task.data_pairs(0)} == known & set(task.prompts["train"])
+    empty = next(prompt for prompt in PROMPTS if prompt not in known)
+    assert task.known_response(empty) == Response("fry it")  # the preferred one of its pair
+    report = Preflight(tmp_path / "task.yaml")
+    assert inputs._check_data(report, task.card)
+    assert f"{len(PROMPTS)} rows, {len(PROMPTS) - len(known)} of them with an empty reply, which are left out" in str(
+        vars(report)
+    )
 
 
 def test_hash_follows_model_and_data_by_content(tmp_path: Path, model: Path) -> None:

@@ -33,6 +33,15 @@ def test_a_short_phase_has_its_last_line() -> None:
     assert at_the_end([], "online", 50, ("kl",)) == {}
 
 
+def test_a_phase_that_a_limit_ended_has_what_it_learned_last() -> None:
+    """Not the rollout beyond the limit, whose line has no loss."""
+    told = lines(
+        *(("online", step, {"kl": float(step), "loss": 1.0, "entropy": 0.5}) for step in range(1, 21)),
+        ("online", 21, {"kl": 90.0}),
+    )
+    assert at_the_end(told, "online", 100, ("kl", "entropy")) == {"kl": 19.5, "entropy": 0.5}
+
+
 @pytest.mark.parametrize("names", [("k",), ("kl_",), ("other/",)])
 def test_only_what_is_asked_for(names: tuple[str, ...]) -> None:
     assert at_the_end(lines(("online", 1, {"kl": 5.0, "kl_coef": 1.0})), "online", 1, names) == {}
