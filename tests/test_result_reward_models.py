@@ -437,7 +437,8 @@ def test_a_cell_of_the_sandbox_for_real(
     assert 0.2 < numbers["accuracy"] < 0.8
     assert {"ece", "log_loss", "true_ece", "true_accuracy", "by_chance", "parameters"} <= set(numbers)
     # Hundreds of models would fill the disk: only the backbone stays.
-    assert [path.parent.name for path in tmp_path.rglob("model.safetensors")] == ["sandbox-2"]
+    (kept,) = tmp_path.rglob("model.safetensors")
+    assert kept.parent.name.startswith("sandbox-2-")
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from moalign.core.text import PROSE, visible
 from moalign.evaluation.evaluate import preferences_for
 from moalign.experiment import init
 from moalign.experiment.templates import render
-from moalign.lm import builtin
+from moalign.lm import backends, builtin
 from moalign.methods.base import Method, policies_of
 from moalign.training.job import RunContext
 
@@ -59,8 +59,8 @@ class Exported:
     base_revision: str | None
     dtype: str
     """What the model was judged in, whatever its files hold."""
-    load_in_4bit: bool
-    """Whether the base is in 4 bits (NF4, double quantisation); not of a whole model."""
+    quantization: dict[str, Any] | None
+    """transformers' ``BitsAndBytesConfig`` of a base in 4 bits; a whole model has none."""
     prompt: str
     """What the model reads, with ``{prompt}`` where the prompt goes."""
     preference_in_prompt: bool
@@ -231,7 +231,7 @@ def _describe(
         base=str(builtin.converted(lm.source) or lm.source),
         base_revision=task.card.model_revision,
         dtype=task.card.dtype,
-        load_in_4bit=lm.in_4bit and kind != "model",
+        quantization=backends.four_bits(task.card.dtype) if lm.in_4bit and kind != "model" else None,
         base_fingerprint=lm.fingerprint,
         prompt=str(policy.render(PLACE)),
         preference_in_prompt=str(policy.render(PLACE)) != str(task.renderer.plain(PLACE)),

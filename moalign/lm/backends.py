@@ -90,6 +90,16 @@ def options(dtype: str, attention: str | None, in_4bit: bool, device: Any) -> di
     return kind | (few_bits(4, dtype, device) if in_4bit else {})
 
 
+def four_bits(dtype: str) -> dict[str, Any]:
+    """Return the settings of a ``BitsAndBytesConfig`` for linear layers in 4 bits (NF4, double quantisation)."""
+    return {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": dtype,
+    }
+
+
 def few_bits(bits: Literal[4, 8], dtype: str, device: Any, whole: list[str] | None = None) -> dict[str, Any]:
     """Return the arguments of ``from_pretrained`` for linear layers of few bits, loaded onto ``device``.
 
@@ -97,18 +107,11 @@ def few_bits(bits: Literal[4, 8], dtype: str, device: Any, whole: list[str] | No
     """
     import logging
 
-    import torch
     from transformers import BitsAndBytesConfig
 
     # It warns at every layer of every pass that 8-bit layers compute in float16.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-    nf4 = {
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": True,
-        "bnb_4bit_compute_dtype": getattr(torch, dtype),
-    }
-    how = nf4 if bits == 4 else {"load_in_8bit": True}
+    how = four_bits(dtype) if bits == 4 else {"load_in_8bit": True}
     return {
         "quantization_config": BitsAndBytesConfig(**how, llm_int8_skip_modules=whole),
         "device_map": {"": str(device)},

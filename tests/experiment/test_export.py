@@ -238,7 +238,7 @@ def test_the_readme_loads_the_precision_that_was_judged(finished: Any, tmp_path:
     """transformers would else take that of the base's files, which the card's need not be."""
     method, context = finished("picky")
     told = export(method, context, (1.0, 0.0), tmp_path / "out")
-    assert (told.dtype, told.load_in_4bit) == ("float32", False)
+    assert (told.dtype, told.quantization) == ("float32", None)
     half = tmp_path / "half"
     AutoModelForCausalLM.from_pretrained(told.base).to(torch.bfloat16).save_pretrained(half)
     AutoTokenizer.from_pretrained(told.base).save_pretrained(half)
