@@ -286,11 +286,9 @@ def test_from_specs_builds_every_kind_and_reports_every_problem(tmp_path: Path) 
         "def width(prompts, responses):\n    return map_(responses)\n\n\n"
         "def map_(texts):\n    return [len(t) for t in texts]\n"
     )
-    try:
-        panel = RewardPanel.from_specs(specs, tmp_path)
-        assert panel.score(["p"], ["oh! no!!"]).tolist() == [[-2, -3, 8]]
-    finally:
-        sys.path.remove(str(tmp_path))
+    panel = RewardPanel.from_specs(specs, tmp_path)
+    assert panel.score(["p"], ["oh! no!!"]).tolist() == [[-2, -3, 8]]
+    assert str(tmp_path) not in sys.path
     wrong = [RuleObjective(name=f"o{n}", kind="rule", rule="lenght") for n in range(2)]
     with pytest.raises(RequestError) as caught:
         RewardPanel.from_specs([*specs[:1], *wrong], tmp_path)
