@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import operator
 import os
-import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from moalign.cli.options import DEFAULT_RESULTS
 from moalign.core import foreign, processes
 from moalign.core.text import PROSE, visible
+from moalign.core.text import command as typed
 from moalign.report.tables import Column
 
 if TYPE_CHECKING:
@@ -196,7 +196,7 @@ def pairs(rows: Sequence[tuple[str, str]]) -> None:
 def command(*words: str, results: Path = DEFAULT_RESULTS) -> str:
     """Return a ``moalign`` command line to paste, with ``--results`` where it is not the default."""
     more = [] if results == DEFAULT_RESULTS else ["--results", str(results)]
-    return shlex.join(["moalign", *words, *more])
+    return typed(*words, *more)
 
 
 def next_commands(*commands: str) -> None:

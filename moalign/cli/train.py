@@ -44,10 +44,12 @@ def train(
     """
     prefs = preferences_of(prefs, prefs_text)
     if snapshots is not None:
-        from moalign.experiment.arguments import refuse_twice
+        from moalign.experiment.arguments import is_set, refuse_contradiction
 
-        refuse_twice("--snapshots", "snapshots", set_)
-        set_ = [*(set_ or ()), f"snapshots={snapshots}"]
+        text = f"snapshots={snapshots}"
+        if is_set("snapshots", set_ or ()) != text:
+            refuse_contradiction("--snapshots", "snapshots", set_ or ())
+            set_ = [*(set_ or ()), text]
     if dry_run:
         from moalign.experiment.train import TrainRequest
 

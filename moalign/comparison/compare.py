@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +28,8 @@ from moalign.core.errors import RequestError, unknown
 from moalign.core.paths import cache_root
 from moalign.core.preferences import Preference
 from moalign.core.progress import Progress, silent
+from moalign.core.text import command as typed
+from moalign.experiment.arguments import is_set
 from moalign.experiment.train import DEFAULT_TASK, TrainRequest, checked, context_of, damaged, plan, resolve
 from moalign.methods import registry
 from moalign.methods.base import Method
@@ -176,6 +177,8 @@ def _plans(request: CompareRequest, method: Method, settings: Sequence[str]) -> 
     asked = _asked(request, method, settings)
     first = plan(asked)
     others = range(first.seed + 1, first.seed + (request.seeds if method.capabilities.trains else 1))
+    of_all = [text for text in settings if is_set("seed", [text]) is None]  # the first has the seed that is set
+    asked = replace(asked, overrides=of_all)
     return [jobs.planned(first), *(jobs.planned(plan(replace(asked, seed=seed))) for seed in others)]
 
 
@@ -299,7 +302,7 @@ def _require_finite(runs: Sequence[ComparedRun], card: TaskCard) -> None:
             problems.append(
                 f"{run.folder / str(run.table)}.parquet: {card.objective_names[objective]} is NaN or infinite at "
                 f"prompt {prompt + 1}, preference {vector + 1}; allowed: finite scores; delete the file and the "
-                f"eval*.json made from it, then {shlex.join(['moalign', 'eval', str(run.folder)])}"
+                f"eval*.json made from it, then {typed('eval', run.folder)}"
             )
     if problems:
         raise RequestError(*problems)
@@ -386,7 +389,7 @@ def _command(request: CompareRequest) -> str:
     }
     given = [part for option, value in options.items() if value is not None for part in (option, str(value))]
     given += [part for text in request.overrides for part in ("--set", text)]
-    return shlex.join(["moalign", "compare", *request.runs, *given, "--results", str(request.results)])
+    return typed("compare", *request.runs, *given, "--results", str(request.results))
 
 
 def _output_paths(

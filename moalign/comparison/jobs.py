@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
-import shlex
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from moalign.core import foreign, preferences
 from moalign.core.errors import MoalignError, RequestError, WorkError
 from moalign.core.preferences import Preference
 from moalign.core.progress import Progress, prefixed
+from moalign.core.text import command as typed
 from moalign.evaluation import evaluate
 from moalign.evaluation.evaluate import Evaluation
 from moalign.evaluation.result import EvalResult
@@ -87,7 +87,7 @@ class ComparedRun:
             run_id=self.folder.name,
             seed=self.seed,
             status="done" if self.evaluation is not None else "failed",
-            command=shlex.join(["moalign", *self.command]),
+            command=typed(*self.command),
             error=self.error,
             made=None if self.run is None else _made(self.run),
         )
@@ -274,8 +274,8 @@ def not_evaluated(runs: Sequence[ComparedRun], card: TaskCard) -> str | None:
     if not lacking:
         return None
     who = f"run {lacking[0]}: it is" if len(lacking) == 1 else f"runs {', '.join(lacking)}: they are"
-    command = shlex.join(["moalign", "eval", *lacking])
-    return f"{who} finished but not evaluated; compare reads the runs that it is given: evaluate first, {command}"
+    first = typed("eval", *lacking)
+    return f"{who} finished but not evaluated; compare reads the runs that it is given: evaluate first, {first}"
 
 
 def unusable_evaluation(

@@ -93,11 +93,15 @@ def refuse_both(prefs: object, grid: int | None) -> None:
         raise RequestError("--prefs and --grid exclude each other: name the vectors, or the size of a grid")
 
 
-def refuse_twice(option: str, key: str, settings: Sequence[str] | None) -> None:
-    """Raise RequestError when ``--set`` says what an option says, too."""
-    for text in settings or ():
-        if text.partition("=")[0].strip() == key:
-            raise RequestError(f"{option} and --set {text} say the same thing twice; give one of them")
+def is_set(key: str, settings: Sequence[str]) -> str | None:
+    """Return the ``--set`` text that gives a key, the last of several; None where there is none."""
+    return next((text for text in reversed(settings) if text.partition("=")[0].strip() == key), None)
+
+
+def refuse_contradiction(option: str, key: str, settings: Sequence[str]) -> None:
+    """Raise RequestError when ``--set`` gives the key that an option gives otherwise."""
+    if (text := is_set(key, settings)) is not None:
+        raise RequestError(f"{option} and --set {text} contradict each other; give one of them")
 
 
 Objectives = Sequence[str] | Mapping[str, Sequence[str]]

@@ -108,8 +108,7 @@ def preview(
         overrides: ``--set`` texts for the card.
 
     Raises:
-        RequestError: the card, the model's tokenizer, the preference or the prompt cannot be used, or no row can be
-            made of the response. Of a stand-in for which there is none the row is the prompt, and a note says why.
+        RequestError: card, tokenizer, preference or prompt cannot be used, or a response that is no stand-in no row.
     """
     from moalign.lm.chat import Renderer
 

@@ -21,7 +21,7 @@ from moalign.core import preferences, processes
 from moalign.core.errors import RequestError
 from moalign.core.preferences import Preference
 from moalign.core.progress import Progress, silent
-from moalign.experiment.arguments import refuse_both, refuse_twice
+from moalign.experiment.arguments import refuse_both, refuse_contradiction
 from moalign.lm import backends, model_folder
 from moalign.lm.vllm_engine import VllmEngine
 from moalign.methods import registry
@@ -197,17 +197,19 @@ def resolve(request: TrainRequest) -> ResolvedRequest:
 def checked(request: TrainRequest, resolved: ResolvedRequest) -> tuple[int, list[Preference] | None, list[Preference]]:
     """Return seed, vectors to train on and vectors held out; refuses what is wrong whatever model and data are."""
     method, seed = registry.get(request.method), resolved.recipe.seed if request.seed is None else request.seed
+    wanted = _preferences(request, resolved)
+    if seed != resolved.recipe.seed:
+        refuse_contradiction("--seed", "seed", request.overrides)
+    if wanted != of_recipe(resolved):
+        refuse_contradiction("--prefs" if request.prefs else "--grid", "prefs", request.overrides)
     require_sound(method, resolved, seed)
-    trained, holdout = to_train(method, resolved, _preferences(request, resolved))
+    trained, holdout = to_train(method, resolved, wanted)
     require_suited(resolved, trained)
     return seed, trained, holdout
 
 
 def plan(request: TrainRequest, progress: Progress = silent) -> Plan:
     """Check a request and everything that it points to; raises RequestError with every problem."""
-    for option, key, value in (("--seed", "seed", request.seed), ("--grid", "prefs", request.grid)):
-        refuse_twice(option, key, None if value is None else request.overrides)
-    refuse_twice("--prefs", "prefs", request.overrides if request.prefs else None)
     method, resolved = registry.get(request.method), resolve(request)
     seed, given, holdout = checked(request, resolved)
     recipe = resolved.recipe

@@ -7,12 +7,12 @@ import errno
 import os
 import platform
 import re
-import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from moalign.core.errors import MoalignError, RequestError, WorkError
+from moalign.core.text import command as typed
 from moalign.runs import atomic, checkpoint, environment
 from moalign.runs import record as records
 from moalign.runs.checkpoint import Checkpoint
@@ -159,7 +159,6 @@ class Run:
         """
         with self.lock(wait):
             if self.record.status == "done":
-                self.drop_checkpoints()  # of a process that was killed just before
                 yield None
                 return
             self.mark("running")
@@ -188,8 +187,9 @@ class Run:
     def drop_leftovers(self) -> None:
         """Remove the checkpoints of a run that is done, whose process was killed before it did; if that can be."""
         if (self.path / CHECKPOINTS).is_dir():
-            with contextlib.suppress(MoalignError), self.training():
-                pass
+            with contextlib.suppress(MoalignError), self.lock():
+                if self.record.status == "done":
+                    self.drop_checkpoints()
 
     def is_locked(self) -> bool:
         """Whether any process is writing this run now. Works without write permission.
@@ -351,7 +351,7 @@ class Run:
                     above = self.path.parents
                     results = above[3] if len(above) > 3 else Path("results")
                     words = records.again(given, self.record.seed, self.record.preferences, results)
-                    command = shlex.join(["moalign", *words])
+                    command = typed(*words)
                 if not there:  # as of every restored run of a published comparison
                     raise RequestError(
                         f"run {self.path}: {folder} is missing, so that it can be compared but gives no new answers; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,14 @@ def test_wrong_requests(moalign: Any, arguments: list[str], message: str) -> Non
     ended = moalign("compare", *arguments)
     assert (ended.code, ended.out) == (2, "")
     assert message in ended.err
+
+
+def test_seeds_go_on_from_the_one_that_is_set(moalign: Any, toys: None) -> None:
+    content = json.loads(moalign("compare", "--methods", "toy", "--seeds", "2", "--set", "seed=5", "--json").out)
+    runs = content["rows"][0]["runs"]
+    assert [run["seed"] for run in runs] == [5, 6]
+    for run in runs:  # and the commands that are told find them
+        assert json.loads(moalign(*shlex.split(run["command"])[1:], "--json").out)["run"] == run["run"]
 
 
 def test_two_files_of_one_name_are_refused(moalign: Any, toys: None) -> None:

@@ -60,9 +60,7 @@ def test_a_policy_is_trained_and_exported(moalign: Any, small_task: tuple[str, .
     assert changed and all(".layers.1." in name for name in changed)
 
 
-def test_a_model_without_a_memory_is_refused(
-    moalign: Any, small_task: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_a_model_without_a_memory_is_refused(moalign: Any, small_task: tuple[str, ...], tmp_path: Path) -> None:
     lora = "policy.lora={r: 4, alpha: 8, dropout: 0.0, targets: [in_proj]}"
     sets = options(small_task, folder_of(tmp_path / "model", "mamba"), *FEW, lora, "share_prompts=true")
     ended = moalign("train", "mo-odpo", "--no-eval", *sets)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from moalign.runs import record as records
 from moalign.runs.store import RunStore
 
 pytestmark = pytest.mark.usefixtures("toys")
@@ -85,6 +86,15 @@ def test_a_task_without_a_suite_names_the_run_as_what_to_compare(moalign: Any) -
     (line,) = [line.strip() for line in ended.out.splitlines() if "moalign compare" in line]
     assert line == f"moalign compare {only_run().path}"
     assert moalign(*line.split()[1:]).code == 0
+
+
+def test_the_command_that_a_run_records_finds_it(moalign: Any) -> None:
+    """It has the seed and the preferences as options, also where ``--set`` gave them."""
+    moalign("train", "fixed-toy", "--set", "seed=5", "--set", "prefs=[[1,0]]", "--no-eval")
+    run = only_run()
+    words = records.again(run.record.as_given, run.record.seed, run.record.preferences, Path("results"))
+    assert words[-4:-2] == ["--seed", "5"] and "seed=5" in words
+    assert json.loads(moalign(*words, "--no-eval", "--json").out)["found"] is True
 
 
 def test_zero_below_zero_is_zero(moalign: Any) -> None:
@@ -180,10 +190,10 @@ NO_MODEL = "{name: harmlessness, kind: hf-classifier, model: nobody/nothing}"
         (["--prefs", "nan,1"], "the weight of helpfulness is nan; a finite number is needed"),
         (["--prefs", "0_1,0"], "'0_1' is not a number"),
         (["--prefs", "0,1", "--grid", "3"], "--prefs and --grid exclude each other"),
-        (["--seed", "3", "--set", "seed=5"], "--seed and --set seed=5 say the same thing twice"),
-        (["--prefs", "0,1", "--set", "prefs=[[1,0]]"], "--prefs and --set prefs=[[1,0]] say the same thing twice"),
-        (["--grid", "3", "--set", "prefs=[[1,0]]"], "--grid and --set prefs=[[1,0]] say the same thing twice"),
-        (["--snapshots", "3", "--set", "snapshots=5"], "--snapshots and --set snapshots=5 say the same"),
+        (["--seed", "3", "--set", "seed=5"], "--seed and --set seed=5 contradict each other; give one of them"),
+        (["--prefs", "0,1", "--set", "prefs=[[1,0]]"], "--prefs and --set prefs=[[1,0]] contradict each other"),
+        (["--grid", "3", "--set", "prefs=[[1,0]]"], "--grid and --set prefs=[[1,0]] contradict each other"),
+        (["--snapshots", "3", "--set", "snapshots=5"], "--snapshots and --set snapshots=5 contradict each other"),
         (["--results", ""], "empty; the name of a folder is needed"),
         (["--task", "sandbx"], "unknown task 'sandbx'"),
         (["--task", "nowhere/task.yaml"], "nowhere/task.yaml"),

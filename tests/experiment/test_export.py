@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moalign.core.errors import RequestError
+from moalign.experiment import export as module
 from moalign.experiment.export import Exported, export
 from moalign.experiment.train import TrainRequest, context_of, plan, train
+from moalign.lm import backends
 from moalign.methods import registry
 from moalign.training.job import RunContext
 
@@ -245,6 +249,26 @@ def test_the_readme_loads_the_precision_that_was_judged(finished: Any, tmp_path:
     readme = tmp_path / "out" / "README.md"
     readme.write_text(readme.read_text().replace(repr(told.base), repr(str(half))))
     assert program(tmp_path / "out")["base"].dtype == torch.float32
+
+
+def test_the_readme_of_a_base_in_4_bits_loads_it_so(finished: Any, tmp_path: Path) -> None:
+    """As transformers reads the dictionary; without bitsandbytes nothing is loaded here."""
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
+    method, context = finished("picky")
+    told = export(method, context, (1.0, 0.0), tmp_path / "out")
+    page = module._readme(
+        replace(told, quantization=backends.four_bits("bfloat16")), tmp_path, context.task.language_model
+    )
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (call,) = [
+        node
+        for node in ast.walk(ast.parse(code))
+        if isinstance(node, ast.keyword) and node.arg == "quantization_config"
+    ]
+    config = AutoQuantizationConfig.from_dict(ast.literal_eval(call.value))
+    assert (config.load_in_4bit, config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant) == (True, "nf4", True)
+    assert config.bnb_4bit_compute_dtype == torch.bfloat16
 
 
 def test_an_empty_folder_stays_the_folder_it_is(finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -347,7 +347,7 @@ def test_the_exported_script_answers_as_the_run_does(
     exported = export(method, context, (0.3, 0.7), tmp_path / "out")
     assert exported.kind == "mixture" and exported.mixture is not None
     script = tmp_path / "out" / "answer.py"
-    assert len(script.read_text().splitlines()) <= 85 and "moalign import" not in script.read_text()
+    assert len(script.read_text().splitlines()) <= 80 and "moalign import" not in script.read_text()
     prompts = context.task.eval_prompts[:3]
     expected = answers(run, [(0.3, 0.7)], temperature=0.0)[0][:3]
     code = "import answer, json, sys\nprint(json.dumps([answer.answer(text, 0) for text in json.loads(sys.argv[1])]))"

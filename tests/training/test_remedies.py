@@ -68,6 +68,17 @@ def test_the_end_of_the_support_is_the_least_likely_token_of_the_calibration_res
     assert support.end_of(job, lm, 0.7) == pytest.approx(min(least), abs=1e-4)
 
 
+def test_the_end_of_the_support_is_found_once_for_a_grid(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A method with a policy for each preference has a trainer for each; the calibration responses are read once."""
+    job, asked = make_job("mo-odpo", "support=2"), []
+    monkeypatch.setattr(support, "end_of", lambda *given: asked.append(given) or -3.0)
+    for _ in range(3):
+        trainer = trainer_of(job)
+        trainer.sample(0)
+        assert trainer.support.end == -5.0
+    assert len(asked) == 1
+
+
 def test_a_rollout_believes_no_reward_outside_and_logs_how_many_were(make_job: MakeJob) -> None:
     """With the end put at 0 every response is outside; with an end below all of them none is."""
     found = {}
