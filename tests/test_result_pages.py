@@ -10,7 +10,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
+from scipy import stats
 
 from moalign.config import yaml_lines
 
@@ -203,6 +205,50 @@ def test_the_page_on_learned_rewards_says_what_the_records_say() -> None:
         by_method = {method: statistics.mean(loss[rule] for loss in own) for method, own in losses.items()}
         assert mean == f"{statistics.mean(by_method.values()):.3f}"
         assert worst == f"{max(by_method.values()):.3f} (`{max(by_method, key=lambda name: by_method[name])}`)"
+
+
+def test_the_page_on_learned_rewards_says_how_methods_differ_over_reward_models() -> None:
+    """Student's interval of the differences over five reward models, from the record of the table above it."""
+    page = " ".join((RESULTS / "learned/README.md").read_text(encoding="utf-8").split())
+    groups = json.loads((RESULTS / "learned/other_models.json").read_text(encoding="utf-8"))["groups"]
+    runs = {group["title"]: [row["runs"][0] for row in group["rows"]] for group in groups}
+
+    def over(one: str, other: str, key: str, scale: float, form: str) -> str:
+        apart = np.array([scale * (a[key] - b[key]) for a, b in zip(runs[one], runs[other], strict=True)])
+        half = stats.t.ppf(0.975, len(apart) - 1) * apart.std(ddof=1) / len(apart) ** 0.5
+        mean, low, high = (format(x, form).replace("0.", ".", 1 if form == ".3f" else 0)
+                           for x in (apart.mean(), apart.mean() - half, apart.mean() + half))  # fmt: skip
+        return f"{mean} [{low}, {high}]"
+
+    support, best = "MOC with support=2", ("optimal_share", 100.0)
+    assert f"ahead of `hindsight` by {over(support, 'hindsight', *best, '.1f').replace(' [', ' points [')}" in page
+    assert f"of `paretohqd` by {over(support, 'ParetoHqD', *best, '.1f')}" in page
+    assert f"are level ({over('hindsight', 'ParetoHqD', *best, '.1f')})" in page
+    both = [over(one, "MO-ODPO", *best, ".0f").split(" ", 1)[1] for one in ("hindsight", "ParetoHqD")]
+    assert f"by 19 each ({both[0]} and {both[1]})" in page
+    asked = ("inner_product", 1.0)
+    assert f"ahead of `paretohqd` by {over('hindsight', 'ParetoHqD', *asked, '.3f')}" in page
+    assert f"with `support` by {over('hindsight', support, *asked, '.3f')}" in page
+    assert f"level with `mo-odpo` ({over('hindsight', 'MO-ODPO', *asked, '.3f')})" in page
+
+
+def test_the_page_on_learned_rewards_says_what_reward_models_are_worth() -> None:
+    """Rank correlations of section "What helps", from the table that its script writes."""
+    page = " ".join((RESULTS / "learned/README.md").read_text(encoding="utf-8").split())
+    table = (RESULTS / "learned/reward_models.md").read_text(encoding="utf-8")
+
+    def spearman(heading: str, measure: str) -> str:
+        part = table.split(heading)[1].split("reward models (")[0]
+        cells = next(line for line in part.splitlines() if line.startswith(f"| {measure} |")).split("|")
+        return cells[3].strip().replace("+", "").replace("0.", ".")
+
+    every, clean = "22 reward models (all); ", "11 reward models (no label flipped); "
+    by_wn, by_hv = "inner product", "hypervolume"
+    assert f"{spearman(every + by_wn, 'accuracy')} by w.n, {spearman(every + by_hv, 'accuracy')} by hypervolume" in page
+    ece = spearman(every + by_hv, "ECE").split(" ")[0]
+    assert f"not for certain ({spearman(every + by_wn, 'ECE')}, and {ece})" in page
+    assert f"({spearman(clean + by_hv, 'ECE')}; accuracy {spearman(clean + by_hv, 'accuracy').split(' ')[0]})" in page
+    assert f"({spearman(clean + by_wn, 'ECE')}; accuracy {spearman(clean + by_wn, 'accuracy').split(' ')[0]})" in page
 
 
 def test_the_page_on_learned_rewards_says_what_the_closed_form_has() -> None:
