@@ -19,6 +19,7 @@ from moalign.reward_models.pairs import PairSet
 FOLDER = Path(__file__).resolve().parents[1] / "results" / "learned"
 sys.path.insert(0, str(FOLDER))
 import reward_models as script  # noqa: E402
+import reward_models_frozen as frozen  # noqa: E402
 import reward_models_page as page  # noqa: E402
 import reward_models_ranking as ranking  # noqa: E402
 import reward_models_training as training  # noqa: E402
@@ -319,6 +320,35 @@ def test_parts_side_by_side_keep_each_others_cells(
     ]
 
 
+def test_a_cell_that_another_process_has_begun_or_kept_is_left_to_it(
+    options: argparse.Namespace,
+    small: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    first, second, third = script.cells(small, "ranking")
+    folder = options.results / "reward-models"
+    folder.mkdir(parents=True)
+    done: list[int] = []
+
+    def work(wanted: Mapping[str, Any], *_: Any) -> dict[str, Any]:
+        done.append(wanted["seed"])
+        with script.taken(folder, third) as mine:
+            assert mine
+            script.keep(options.out / "reward_models.json", folder / "scaling.lock", small, cell(**third))
+        return {"ece": 0.1}
+
+    monkeypatch.setitem(script.WORK, "ranking", work)
+    monkeypatch.setattr(script, "write_page", lambda *_: None)
+    with script.taken(folder, first) as mine, script.taken(folder, first) as again:
+        assert (mine, again) == (True, False)
+        script.run(options, small)
+    assert done == [second["seed"]], "the first is held, the third was kept meanwhile"
+    assert capsys.readouterr().out.endswith("1 cells are left\n")
+    script.run(options, small)
+    assert done == [second["seed"], first["seed"]]
+
+
 def test_another_base_has_another_backbone(random_base: Path, three_layers: Path, tmp_path: Path) -> None:
     one, other = (training.backbone_of({**NAMES, "layers": 2}, base, tmp_path) for base in (random_base, three_layers))
     assert one != other
@@ -441,6 +471,70 @@ def test_a_cell_of_the_sandbox_for_real(
     assert kept.parent.name.startswith("sandbox-2-")
 
 
+# -- frozen layers ---------------------------------------------------------------------------------------------------
+
+
+def adapted(folder: Path) -> Any:
+    """Return a classifier of three layers with an adapter on the last that is not 0."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForSequenceClassification
+
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32)
+    model.config.pad_token_id = 0
+    model = get_peft_model(
+        model, LoraConfig(r=2, target_modules=r".*\.layers\.(2)\..*_proj", init_lora_weights=False, task_type="SEQ_CLS")
+    )
+    return model.eval()
+
+
+def test_frozen_layers_read_a_text_once_and_change_nothing(three_layers: Path, tmp_path: Path) -> None:
+    import torch
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    model = adapted(three_layers)
+    ids = torch.tensor([[5, 6, 7, 8, 9], [5, 6, 7, 0, 0], [9, 8, 7, 6, 0]])
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0]])
+    layers: list[int] = []
+    hooks = [
+        module.register_forward_hook(lambda module, *_: layers.append(module.self_attn.layer_idx))
+        for module in model.modules()
+        if isinstance(module, LlamaDecoderLayer)
+    ]
+    assert len(hooks) == 3
+
+    def read(rows: slice, width: int) -> tuple[list[float], list[torch.Tensor]]:
+        model.zero_grad()
+        layers.clear()
+        logits = model(input_ids=ids[rows, :width], attention_mask=mask[rows, :width]).logits
+        logits.sum().backward()
+        return logits.flatten().tolist(), [
+            value.grad.clone() for value in model.parameters() if value.requires_grad and value.grad is not None
+        ]
+
+    plain, gradients = read(slice(3), 5)
+    assert layers == [0, 1, 2]
+    with frozen.read_once(2, tmp_path):
+        first, own = read(slice(3), 5)
+        assert layers == [0, 1, 2] and len(list(tmp_path.glob("*.npy"))) == 3
+        other, _ = read(slice(1, 3), 4)  # fewer rows, less padding: the same texts
+        assert layers == [2]
+    assert first == pytest.approx(plain, abs=1e-6) and other == pytest.approx(plain[1:], abs=1e-6)
+    assert len(own) == len(gradients) > 10
+    for mine, theirs in zip(own, gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-5)
+    assert read(slice(3), 5)[0] == plain and layers == [0, 1, 2], "afterwards all is as it was"
+
+
+def test_frozen_layers_take_rows_padded_on_the_right_alone(three_layers: Path, tmp_path: Path) -> None:
+    import torch
+
+    ids, mask = torch.tensor([[0, 5, 6]]), torch.tensor([[0, 1, 1]])
+    with frozen.read_once(2, tmp_path), pytest.raises(ValueError, match="padded on the right"):
+        adapted(three_layers)(input_ids=ids, attention_mask=mask)
+
+
 @pytest.mark.slow
 def test_a_cell_of_people_adapts_the_last_layers_alone(
     spec: dict[str, Any], random_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -461,6 +555,11 @@ def test_a_cell_of_people_adapts_the_last_layers_alone(
     mine["settings"] = {**mine["settings"], "batch": 15}
     case = {**NAMES, "backbone": "tiny", "layers": 2, "pairs": 32}
     numbers = training.of_people(case, {"hh": mine}, tmp_path)
+    (states,) = (tmp_path / "reward-models" / "states").iterdir()
+    texts = set(states.iterdir())
+    assert 100 < len(texts) <= 2 * (3 * 32 + numbers["held_out"])  # two answers of every pair; few tokens, some alike
+    training.of_people({**case, "loss": "more"}, {"hh": mine}, tmp_path)
+    assert set(states.iterdir()) == texts, "another loss reads the same texts"
     assert requests[0].settings.lora.targets == r".*\.layers\.(1)\..*_proj"
     assert requests[0].steps == 6  # 96 pairs in 3 groups, 15 a step
     assert numbers["held_out"] > 20 and "true_ece" not in numbers

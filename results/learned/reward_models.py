@@ -15,7 +15,8 @@ one reward for all groups.
 
 Every finished cell is kept in ``reward_models.json`` at once; the same command goes on where it ended, and an
 interrupted training from its checkpoint. After ``--minutes`` no further cell is begun. ``reward_models.md`` and
-``reward_models.png`` are made of the record (by reward_models_page.py). Different parts may run side by side.
+``reward_models.png`` are made of the record (by reward_models_page.py). The command may run several times side by side:
+each process takes the next cell that none has begun.
 
     python results/learned/reward_models.py [--minutes M] [--parts [ranking] [sandbox] [hh]] [--seeds N] [--policies]
         [--page] [--settings FILE] [--results DIR] [--out DIR]
@@ -153,24 +154,47 @@ def run(options: argparse.Namespace, spec: Mapping[str, Any]) -> None:
         print(f"hh: left out {', '.join(absent)}, which is not there; set MOALIGN_SHARED to the folder that has it")
     if options.policies:
         wanted += chosen(record, spec)
-    for cell in missing(record, [] if options.page else wanted):
-        begun, cpu = time.monotonic(), time.process_time()
-        if begun - started >= 60 * options.minutes:
+    folder = options.results / "reward-models"
+    for cell in [] if options.page else wanted:
+        if time.monotonic() - started >= 60 * options.minutes:
             break
-        numbers = WORK[cell["part"]](cell, spec, options.results)
-        spent = {"seconds": round(time.monotonic() - begun, 1), "cpu_seconds": round(time.process_time() - cpu, 1)}
-        lock = options.results / "reward-models" / "scaling.lock"
-        record = keep(path, lock, spec, {**cell, **numbers, **spent})
-        shown = {name: round(numbers[name], 4) for name in ("accuracy", "ece", "true_ece", "share") if name in numbers}
-        print(*key(cell), shown, f"{spent['cpu_seconds']:.0f} s of CPU", flush=True)
+        with taken(folder, cell) as mine:
+            record = opened(path, spec)  # as other processes have left it by now
+            if mine and list(missing(record, [cell])):
+                record = keep(path, folder / "scaling.lock", spec, measured(cell, spec, options.results))
     write_page(record, options.out)
     print(f"{len(list(missing(record, wanted)))} cells are left")
 
 
-def main() -> None:
-    """Parse the options and run."""
+@contextlib.contextmanager
+def taken(folder: Path, cell: Cell) -> Iterator[bool]:
+    """Hold a cell while it is worked on; yields False where another process holds it."""
     from filelock import FileLock, Timeout
 
+    lock = FileLock(str(folder / ("scaling-" + "-".join(map(str, key(cell))) + ".lock")))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+def measured(cell: Cell, spec: Mapping[str, Any], results: Path) -> Cell:
+    """Train and judge a cell; returns it with its numbers and what they took."""
+    begun, cpu = time.monotonic(), time.process_time()
+    numbers = WORK[cell["part"]](cell, spec, results)
+    spent = {"seconds": round(time.monotonic() - begun, 1), "cpu_seconds": round(time.process_time() - cpu, 1)}
+    shown = {name: round(numbers[name], 4) for name in ("accuracy", "ece", "true_ece", "share") if name in numbers}
+    print(*key(cell), shown, f"{spent['cpu_seconds']:.0f} s of CPU", flush=True)
+    return {**cell, **numbers, **spent}
+
+
+def main() -> None:
+    """Parse the options and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no cell after so many")
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS), help="none, with --policies alone")
@@ -187,13 +211,7 @@ def main() -> None:
     try:
         for folder in (options.out, options.results / "reward-models"):
             folder.mkdir(parents=True, exist_ok=True)
-        with contextlib.ExitStack() as locks:
-            for part in options.parts or ["policies"]:
-                lock = options.results / "reward-models" / f"scaling-{part}.lock"
-                locks.enter_context(FileLock(str(lock), timeout=0))
-            run(options, spec)
-    except Timeout:
-        sys.exit(f"error: {options.results}: another process is at work on reward models of these parts")
+        run(options, spec)
     except MoalignError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from reward_models_frozen import read_once
 
 from moalign.core.arrays import Matrix
 from moalign.core.errors import RequestError
@@ -85,6 +87,14 @@ def backbone_of(cell: Mapping[str, Any], source: str | Path, results: Path) -> P
     origin = model_folder.resolve(str(source), None, "backbone")
     name = f"{cell['backbone']}-{cell['layers']}-{model_folder.fingerprint(origin, 'backbone')[:8]}"
     return resized(origin, cell["layers"], results / "reward-models" / "backbones" / name)
+
+
+def states_of(source: str | Path, frozen: int, results: Path) -> Path:
+    """Return the folder where states after the first layers of a backbone are kept, named after its weights."""
+    from moalign.lm import model_folder
+
+    origin = model_folder.resolve(str(source), None, "backbone")
+    return results / "reward-models" / "states" / f"{model_folder.fingerprint(origin, 'backbone')[:8]}-{frozen}"
 
 
 # -- training and judging -------------------------------------------------------------------------------------------
@@ -243,10 +253,13 @@ def of_people(cell: Mapping[str, Any], spec: Mapping[str, Any], results: Path) -
         raise RequestError(f"{how['model']}: it is not there; set MOALIGN_SHARED to the folder that has it")
     backbone = backbone_of(cell, source, results)
     settings = {**mine["settings"], **how["settings"]}
-    if "lora" in how:
-        last = "|".join(str(layer) for layer in range(cell["layers"] - how["adapted"], cell["layers"]))
-        settings["lora"] = {**how["lora"], "targets": rf".*\.layers\.({last})\..*_proj"}
-    deltas = trained(cell, settings, backbone, train, parts["eval"], mine["passes"], results)
+    with contextlib.ExitStack() as stack:
+        if "lora" in how:
+            frozen = cell["layers"] - how["adapted"]
+            last = "|".join(str(layer) for layer in range(frozen, cell["layers"]))
+            settings["lora"] = {**how["lora"], "targets": rf".*\.layers\.({last})\..*_proj"}
+            stack.enter_context(read_once(frozen, states_of(source, frozen, results)))
+        deltas = trained(cell, settings, backbone, train, parts["eval"], mine["passes"], results)
     return {
         "parameters": parameters(backbone),
         "held_out": sum(map(len, parts["eval"])),
