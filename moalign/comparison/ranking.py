@@ -334,10 +334,12 @@ def _indicators(group: EntryRuns, judged: Sequence[EntryRuns]) -> Indicators:
 
 def _cost(group: EntryRuns) -> TrainingCost:
     spent = [run.cost for run in group.finished]
+    answering = [result.cost.model_dump() for result in group.results]
+    peaks = [cost.pop("peak_memory_bytes") for cost in answering]
     return TrainingCost(
         **{unit: _mean([cost[unit] for cost in spent]) for unit in COUNTED},
         peak_memory_bytes=max(int(cost["peak_memory_bytes"]) for cost in spent),
-        answering=AnsweringCost(**average([result.cost.model_dump() for result in group.results])),
+        answering=AnsweringCost(**average(answering), peak_memory_bytes=None if None in peaks else max(peaks)),
     )
 
 

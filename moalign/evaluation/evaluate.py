@@ -239,7 +239,7 @@ def respond(
     preferences: Sequence[Preference],
     progress: Progress = silent,
     samples: int | None = None,
-) -> tuple[pd.DataFrame, dict[str, int], list[KlToBase]]:
+) -> tuple[pd.DataFrame, dict[str, Any], list[KlToBase]]:
     """Answer every evaluation prompt at every preference ``samples`` times (None: the card's), and score the answers.
 
     Returns the table (prompt, preference, response, one raw score per objective), the cost, and how far the policy of
@@ -249,11 +249,12 @@ def respond(
     import torch
 
     from moalign.policies.policy import respond_all
-    from moalign.runs.meter import Meter
+    from moalign.runs.meter import Meter, device_peak_bytes, restart_device_peak
 
     spec = context.task.card.evaluation
     prompts = [prompt for prompt in context.task.eval_prompts for _ in range(samples or spec.samples)]
     meter = Meter()
+    restart_device_peak()  # training's is in its run's record
     # Scores by which a policy chooses its answer are a cost of answering; those of the evaluation are not.
     metered = replace(context, panel=context.panel.with_meter(meter))
     done, total = 0, len(prompts) * len(preferences)
@@ -282,7 +283,9 @@ def respond(
     )
     for column, name in enumerate(context.task.names):
         table[name] = raw[:, column]
-    return table, {"tokens_generated": answers.tokens, "reward_calls": meter.reward_calls}, divergences
+    peak = device_peak_bytes() or None
+    cost = {"tokens_generated": answers.tokens, "reward_calls": meter.reward_calls, "peak_memory_bytes": peak}
+    return table, cost, divergences
 
 
 def _describe(

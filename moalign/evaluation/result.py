@@ -162,6 +162,8 @@ class AnsweringCost(Content):
     reward_calls: int | float
     """Scores by which a policy chose its answers; those of the judge are not counted."""
     seconds: float
+    peak_memory_bytes: int | None = None
+    """Most GPU memory while it answered and scored; None without one, where a process's peak is its training's."""
 
 
 class SecondReference(Content):

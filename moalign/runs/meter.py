@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 
 class Meter:
@@ -96,7 +97,19 @@ def process_peak_bytes() -> int:
 
 def device_peak_bytes() -> int:
     """Return the most memory that torch allocated on one GPU in this process; 0 when CUDA was not used."""
+    cuda = _cuda()
+    return 0 if cuda is None else max(int(cuda.max_memory_allocated(index)) for index in range(cuda.device_count()))
+
+
+def restart_device_peak() -> None:
+    """Let :func:`device_peak_bytes` count from what is allocated now; the peaks of the past are forgotten."""
+    cuda = _cuda()
+    for index in range(0 if cuda is None else cuda.device_count()):
+        cuda.reset_peak_memory_stats(index)
+
+
+def _cuda() -> Any:
+    """Return torch's module of GPUs when this process has used one; None otherwise."""
     torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
-        return 0
-    return max(int(torch.cuda.max_memory_allocated(index)) for index in range(torch.cuda.device_count()))
+    used = torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized()
+    return torch.cuda if torch is not None and used else None

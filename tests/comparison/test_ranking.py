@@ -318,10 +318,23 @@ def test_without_an_optimum_the_distance_is_to_the_best_of_all() -> None:
     assert record["rows"][0]["optimal_share"] is None
 
 
+@pytest.mark.parametrize(("peaks", "most"), [((300, 800), 800), ((300, None), None)])
+def test_of_the_memory_of_answering_the_largest_counts(peaks: tuple[int | None, ...], most: int | None) -> None:
+    both = entry("a", scores(FRONT), scores(FRONT, 1))
+    for result, peak in zip(both.results, peaks, strict=True):
+        result.cost.peak_memory_bytes = peak
+    assert ranked(both)["rows"][0]["cost"]["answering"]["peak_memory_bytes"] == most
+
+
 def test_cost_is_told_in_common_units() -> None:
     row = ranked(entry("a", scores(FRONT), scores(FRONT, 1)))["rows"][0]
     assert {key: row["cost"][key] for key in COST} == COST
-    assert row["cost"]["answering"] == {"tokens_generated": 500, "reward_calls": 40, "seconds": 1.0}
+    assert row["cost"]["answering"] == {
+        "tokens_generated": 500,
+        "reward_calls": 40,
+        "seconds": 1.0,
+        "peak_memory_bytes": None,
+    }
     per = row["hypervolume_per_cost"]
     assert per["seconds"] == pytest.approx(row["hypervolume"] / 2) and per["tokens_trained"] is None
 

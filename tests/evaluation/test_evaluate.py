@@ -375,6 +375,20 @@ def test_a_grid_preference_that_is_typed_is_judged_under_the_name_of_the_grid(st
     assert preferences_for(*steered, asked) == steered[1].task.grid
 
 
+@pytest.mark.parametrize("gpu", [True, False])
+def test_the_memory_of_answering_is_not_that_of_training(
+    steered: Opened, monkeypatch: pytest.MonkeyPatch, gpu: bool
+) -> None:
+    """Training took 900 bytes of the GPU; counted anew, answering takes 70. Without a GPU nothing is told."""
+    from moalign.runs import meter
+
+    peak = [900 if gpu else 0]
+    monkeypatch.setattr(meter, "device_peak_bytes", lambda: peak[0])
+    monkeypatch.setattr(meter, "restart_device_peak", lambda: peak.__setitem__(0, 70 if gpu else 0))
+    cost = evaluate(*steered, None).result.content["cost"]
+    assert cost["peak_memory_bytes"] == (70 if gpu else None)
+
+
 def test_progress_ends_at_the_total(steered: Opened) -> None:
     reports: list[tuple[str, int, int]] = []
     evaluate(*steered, None, lambda *what: reports.append(what))

@@ -116,6 +116,24 @@ def test_gpu_memory_counts_once_cuda_was_used(
     assert Meter().peak_memory_bytes == expected
 
 
+def test_a_gpu_s_peak_may_be_counted_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    peaks = [300, 900]
+    cuda = SimpleNamespace(
+        is_available=lambda: True,
+        is_initialized=lambda: True,
+        device_count=lambda: 2,
+        max_memory_allocated=peaks.__getitem__,
+        reset_peak_memory_stats=lambda index: peaks.__setitem__(index, 10 * index),
+    )
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    assert meters.device_peak_bytes() == 900
+    meters.restart_device_peak()
+    assert peaks == [0, 10] and meters.device_peak_bytes() == 10
+    monkeypatch.delitem(sys.modules, "torch")
+    meters.restart_device_peak()
+    assert meters.device_peak_bytes() == 0
+
+
 def test_another_run_s_cost_counts_whole_and_its_seconds_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(meters, "process_peak_bytes", lambda: 500)
     now = [100.0]
