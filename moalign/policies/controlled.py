@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,9 +18,11 @@ from moalign.lm.mixture import Mixture, OwnPrompt, Space, expert_log_probs, logi
 from moalign.lm.sample_parts import in_parts
 from moalign.lm.sampler import Generated, NextToken, Samples, Sampling, generate, pad_left, sample
 from moalign.lm.side_by_side import SideBySide
+from moalign.lm.trainers import checkpointed
 from moalign.policies.control import Control, ControlWeights
 from moalign.policies.mixed import MixtureParts, experts_on_model
 from moalign.policies.policy import Policy
+from moalign.training.dropout import without_dropout
 from moalign.training.experts import expert_folder
 
 if TYPE_CHECKING:
@@ -66,6 +68,9 @@ class MixtureActor:
         self.space: Space = job.config.space
         self.width = control.width
         self.parameters: Sequence[torch.nn.Parameter] = control.trainable()
+        # Of the forms the adapter alone is trained through the base's layers.
+        self._checkpointing = control.spec.form == "adapter" and bool(job.policy_spec.gradient_checkpointing)
+        self._memory = ExitStack()
 
     def sample(
         self, prompts: Sequence[str], preferences: NDArray[np.float64], numbers: Tensor, repeat: int, hidden: bool
@@ -120,6 +125,13 @@ class MixtureActor:
 
     def learning(self, begin: bool) -> None:
         """See :class:`~moalign.training.actor.Actor`; there is no dropout."""
+        self._memory.close()
+        if begin and self._checkpointing:
+            model = self.control.lm.model
+            self._memory.enter_context(checkpointed(model, True))
+            without_dropout(model)
+        elif self._checkpointing:
+            self.control.lm.model.eval()
 
     def modules(self) -> Mapping[str, Mapping[str, Tensor]]:
         """See :class:`~moalign.training.actor.Actor`."""
@@ -131,6 +143,7 @@ class MixtureActor:
 
     def close(self) -> None:
         """See :class:`~moalign.training.actor.Actor`; what is on the base stays until the method has saved it."""
+        self._memory.close()
 
 
 @contextmanager

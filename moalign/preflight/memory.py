@@ -340,17 +340,17 @@ class _Phases:
         if control.form == "adapter":
             first = architecture.first_adapted(control.lora, self.policy.layers, "control.lora")
             count = architecture.adapted(self.policy.shapes, control.lora.r, control.lora.targets, first)
-            kept = (self.policy.layers - first) * self._layer(autocast=False, dropout=False)
+            kept = self._kept(1, bool(self.how.gradient_checkpointing), False, False, self.policy.layers - first)
         else:
             w, layers = control.width, control.layers
             body = body or Architecture(w * (16 * w * layers + self.policy.hidden), w, 4 * w, layers, w, 0)
             count = body.parameters
-            kept = body.layers * layer_bytes(body, 4, LoraSpec(r=1, dropout=0.0), 1, autocast=False)
+            kept = int(body.layers * layer_bytes(body, 4, LoraSpec(r=1, dropout=0.0), 1, autocast=False))
         # Each expert's adapter, and the stack of all that one pass reads.
         experts = self.adapted * 4 * readers * (1 if self.folded else 2)
         rollout = self.sampling(f"{name}: rollout", experts, _at_once(config), readers)
         parts = {part: size for part, size in rollout.parts.items() if part in {*self.resident, "adapters", "folded"}}
-        parts |= {"control": count * TRAINED, "activations": int(tokens * kept), "rest": self.rest}
+        parts |= {"control": count * TRAINED, "activations": tokens * kept, "rest": self.rest}
         if getattr(config, "space", None) == "logit":  # the experts' logits and log-probabilities, and their mixture
             places = min(config.micro_batch, config.batch * config.samples) * (self.limits.max_new_tokens + 1)
             parts["logits"] = places * self.policy.vocabulary * (readers * (self.width + 4) + 8)
@@ -382,9 +382,12 @@ class _Phases:
         }
         return [Phase(f"{name}: update", {**self.resident, **parts, "rest": self.rest})]
 
-    def _kept(self, tokens: int, checkpointing: bool, autocast: bool, dropout: bool) -> int:
-        """Return what autograd keeps of all layers; with checkpointing their inputs, and one layer while it is read."""
-        one, layers = self._layer(autocast, dropout), self.layers
+    def _kept(self, tokens: int, checkpointing: bool, autocast: bool, dropout: bool, layers: int | None = None) -> int:
+        """Return what autograd keeps of ``layers`` (None: all that are trained through).
+
+        With checkpointing that is their inputs, and one layer while it is read.
+        """
+        one, layers = self._layer(autocast, dropout), self.layers if layers is None else layers
         return int(tokens * (layers * self.policy.hidden * self.width + one if checkpointing else layers * one))
 
     def _layer(self, autocast: bool, dropout: bool) -> float:

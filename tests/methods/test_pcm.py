@@ -119,6 +119,38 @@ def test_what_is_trained_is_what_was_sampled_and_gradients_reach_the_control_mod
         assert "head.weight" in moved
 
 
+@pytest.mark.parametrize("space", ["probability", "logit"])
+def test_checkpointing_of_the_control_adapter_changes_no_gradient(ask: Ask, tmp_path: Path, space: str) -> None:
+    """The base's layers run again for the gradient, and what is learnt is the same."""
+    found: list[dict[str, torch.Tensor]] = []
+    passes: list[int] = []
+    for on in ("false", "true"):
+        made = ask(
+            *LEARNS, ADAPTER, f"space={space}", f"policy.gradient_checkpointing={on}", "steps=1", results=tmp_path
+        )
+        with in_training(made) as (job, actor):
+            torch.manual_seed(0)
+            torch.nn.init.normal_(actor.control.head.weight)  # at 0 no gradient gets past it
+            layers = [0]
+            first = job.task.language_model.model.get_base_model().model.layers[0]
+            counted = first.mlp.register_forward_pre_hook(lambda *_, seen=layers: seen.__setitem__(0, seen[0] + 1))
+            trainer = trainer_of(job, actor)
+            for rollout in trainer.rollouts():
+                for part in trainer.parts(np.arange(len(rollout.responses)), tensors={}):
+                    layers[0] = 0
+                    trainer.backward(-part.logps.sum())
+                    passes.append(layers[0])
+                found.append({str(i): value.grad.clone() for i, value in enumerate(actor.parameters)})
+                trainer.step()
+            counted.remove()
+            modules = job.task.language_model.model.modules()
+            assert not any(getattr(module, "gradient_checkpointing", False) for module in modules)
+    assert passes == [0, 1], "with it the layers run again in the backward pass"
+    assert sum(bool(value.any()) for value in found[0].values()) > 4
+    for key, value in found[0].items():
+        torch.testing.assert_close(found[1][key], value, rtol=1e-4, atol=1e-6)
+
+
 def test_the_base_answers_each_prompt_that_is_drawn_once(ask: Ask, tmp_path: Path) -> None:
     with in_training(ask(*LEARNS, results=tmp_path)) as (job, actor):
         before = job.meter.cost()

@@ -57,6 +57,16 @@ def test_experts_by_reinforcement_learning_take_the_place_of_the_others() -> Non
     assert "rl_experts: update" in names and "experts: update" not in names
 
 
+def test_checkpointing_is_counted_where_the_control_model_is_an_adapter() -> None:
+    """The inputs of 32 layers of 4,096 half-precision numbers a token, and what one layer keeps; of no other form."""
+    phase, few = "training: update", ("micro_batch=8", "policy.lora.dropout=0", "space=probability")
+    on = (*few, "policy.gradient_checkpointing=true")
+    plain, again = (part(estimates("pcm", "control.form=adapter", *how)[0], phase, "activations") for how in (few, on))
+    tokens = 8 * (384 + 128)
+    assert again == pytest.approx(tokens * 32 * 4096 * 2 + plain / 32, rel=1e-6)
+    assert len({part(estimates("pcm", "control.form=small", *how)[0], phase, "activations") for how in (few, on)}) == 1
+
+
 def test_in_logit_space_each_expert_s_logits_are_held_at_every_place() -> None:
     """Four rows, 129 places, 32,000 words: of three experts bfloat16 logits and float32 log-probabilities, two sums."""
     update = "training: update"
