@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moalign.core import processes
 from moalign.core.errors import RequestError
@@ -60,6 +60,7 @@ def train(
     evaluate: bool = True,
     progress: Progress = silent,
     planned: Callable[[Plan], None] | None = None,
+    **more_settings: Any,
 ) -> RunHandle:
     """Train a method on a task, or find the run that the same call made; what was interrupted is resumed.
 
@@ -69,7 +70,8 @@ def train(
         prefs: what to train for, or on where one policy has them all; None: the recipe's, else the task's distribution.
         grid: the same, as the size of an even grid.
         seed: of training; None: the recipe's, which is 0 unless it says otherwise.
-        settings: changes of the recipe, and with keys that begin with ``task`` of the task card.
+        settings: changes of the recipe, and with keys that begin with ``task`` of the task card; ``more_settings`` are
+            those whose names are Python's, too, as in ``train("moc", "sandbox", steps=20)``.
         recipe: a recipe file; None: the one that moalign has for this task and method, if any.
         evaluate: whether to evaluate the run, too, where that was not done (of several processes the first does).
         progress: called as ``progress(what, done, total)``.
@@ -93,7 +95,7 @@ def train(
         recipe=_path(recipe),
         prefs=arguments.vector_texts(prefs),
         grid=grid,
-        overrides=arguments.setting_texts(settings),
+        overrides=(*arguments.setting_texts(settings), *arguments.setting_texts(more_settings)),
         seed=seed,
         results=Path(results),
     )
@@ -250,8 +252,8 @@ def _handle(run: RunHandle | str | Path | None, results: str | Path) -> RunHandl
 
 def generate(
     run: RunHandle | str | Path,
-    prompts: str | Sequence[str] | None,
     prefs: Vector | Iterable[Vector],
+    prompts: str | Sequence[str] | None = None,
     *,
     temperature: float | None = None,
     seed: int | None = None,
@@ -266,15 +268,15 @@ def generate(
 
     Args:
         run: a run, or what :func:`load` finds it by.
-        prompts: bare prompts, or one; None: the first evaluation prompts of the task.
         prefs: one preference or several.
+        prompts: bare prompts, or one; None: the first evaluation prompts of the task.
         temperature: of sampling; None: the task card's. 0 is greedy.
         seed: of sampling; None: the evaluation's, which gives its first answers again.
 
     Raises:
         RequestError: an empty prompt, a wrong preference, or one that the run cannot serve.
 
-    >>> for answer in moalign.generate(moalign.load(), "how do i fix the roof today ?", [(1, 0), (0, 1)]):
+    >>> for answer in moalign.generate(moalign.load(), [(1, 0), (0, 1)], "how do i fix the roof today ?"):
     ...     print(answer.preference, sorted(answer.raw))
     (1.0, 0.0) ['harmlessness', 'helpfulness']
     (0.0, 1.0) ['harmlessness', 'helpfulness']
@@ -473,14 +475,14 @@ def best(
     raise RequestError(f"{file}: no run can be asked: {'; '.join(refused) or 'none is finished'}")
 
 
-def hypervolume(points: ArrayLike, reference_point: ArrayLike, *, minimise: bool = False) -> float:
+def hypervolume(points: ArrayLike, ref: ArrayLike, minimise: bool = False) -> float:
     """Return the volume of the union of the boxes between the points and the reference point.
 
     A point that is not strictly better than the reference point in every objective adds nothing.
 
     Args:
         points: ``[n, m]``, larger is better.
-        reference_point: ``[m]``.
+        ref: the reference point, ``[m]``.
         minimise: smaller is better, in points and reference point.
 
     Raises:
@@ -496,5 +498,5 @@ def hypervolume(points: ArrayLike, reference_point: ArrayLike, *, minimise: bool
     from moalign.pareto.hypervolume import hypervolume as volume
 
     if minimise:
-        points, reference_point = -np.asarray(points, dtype=float), -np.asarray(reference_point, dtype=float)
-    return volume(points, reference_point)
+        points, ref = -np.asarray(points, dtype=float), -np.asarray(ref, dtype=float)
+    return volume(points, ref)

@@ -125,6 +125,30 @@ def test_the_examples_of_the_arguments_run() -> None:
     assert doctest.testmod(arguments).failed == 0
 
 
+def test_the_python_line_of_the_command_contract() -> None:
+    """``train(..., **settings)``, ``generate(run, prefs, prompts)``, ``hypervolume(points, ref, minimise=False)``."""
+    assert moalign.hypervolume([[1, 3], [2, 2], [3, 1]], ref=[0, 0]) == 6
+    assert moalign.hypervolume([[1, 3], [2, 2]], [4, 4], True) == 5
+    assert list(inspect.signature(moalign.generate).parameters)[:3] == ["run", "prefs", "prompts"]
+    with pytest.raises(moalign.RequestError, match=r"stpes.*steps"):
+        moalign.train("sft", task="sandbox", stpes=3)
+
+
+def test_settings_may_be_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    from moalign.experiment import train as workflow
+
+    requests: list[workflow.TrainRequest] = []
+
+    def stop(request: workflow.TrainRequest, *_: Any) -> None:
+        requests.append(request)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(workflow, "plan", stop)
+    with pytest.raises(KeyboardInterrupt):
+        moalign.train("moc", task="sandbox", prefs=(0.3, 0.7), seed=0, settings={"task.grid": 3}, steps=2, lr=0.1)
+    assert requests[0].overrides == ("task.grid=3", "steps=2", "lr=0.1")
+
+
 def test_settings_are_the_texts_of_set() -> None:
     nested = {"lr": 1e-5, "policy": {"lora": {"r": 4, "modules": ["q", "v"]}}, "task": {"template": {"words": None}}}
     assert arguments.setting_texts(nested) == (
@@ -275,7 +299,7 @@ def test_the_stored_answers_are_those_that_were_scored(trained: Any) -> None:
 @pytest.mark.slow
 def test_generate_policy_and_command_give_the_same_answers(trained: Any, capsys: Any) -> None:
     prompts = ["how do i fix the roof today ?", "how do i clean the oven tonight ?"]
-    answers = moalign.generate(trained, prompts, [(1, 0), (0.3, 0.7), (1, 0)], seed=5)
+    answers = moalign.generate(trained, [(1, 0), (0.3, 0.7), (1, 0)], prompts, seed=5)
     assert [(answer.preference, answer.prompt) for answer in answers] == [
         (preference, prompt) for preference in ((1.0, 0.0), (0.3, 0.7)) for prompt in prompts
     ]

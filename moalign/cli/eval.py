@@ -167,12 +167,10 @@ def _refuse_with_points(runs: list[str] | None, grid: int | None, samples: int |
 
 
 def _calculate(path: Path, ref: str | None, minimise: bool, prefs: list[str]) -> dict[str, Any]:
-    from moalign.core import preferences
     from moalign.pareto import points
 
-    vectors = [preferences.parse(text, points.read_points(path)[0]) for text in prefs]
     corner = None if ref is None else points.parse_ref(ref)
-    return points.calculate(path, corner, minimise, vectors, notify=output.warn)
+    return points.calculate(path, corner, minimise, prefs, notify=output.warn)
 
 
 def _show_calculated(content: Mapping[str, Any]) -> None:

@@ -69,7 +69,7 @@ def generate(
             output.note(f"{user}: read as --prefs {typed(inferred)}")
             prefs = [",".join(map(str, inferred))]
         answers = api.generate(
-            handle, prompts, prefs or (), temperature=temperature, seed=seed, results=results, progress=progress
+            handle, prefs or (), prompts, temperature=temperature, seed=seed, results=results, progress=progress
         )
     blocks = _blocks(answers)
     if as_json:

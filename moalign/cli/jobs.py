@@ -21,7 +21,7 @@ from typing import TextIO
 
 from moalign.cli import output
 from moalign.cli.main import main
-from moalign.comparison.jobs import fresh_peak
+from moalign.runs.meter import fresh_peak
 
 EVERY = 0.5
 """Least seconds between two lines of progress; the end of a stage is always told."""

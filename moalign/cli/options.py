@@ -16,13 +16,14 @@ Settings = Annotated[
 ]
 
 
-def _folder(text: str) -> Path:
+def folder(text: str) -> Path:
+    """Parse the name of a folder; an empty one is refused."""
     if not str(text):
         raise typer.BadParameter("empty; the name of a folder is needed")
     return Path(os.path.expanduser(text))  # a shell leaves --results=~/x as it is
 
 
-Results = Annotated[Path, typer.Option(metavar="DIR", parser=_folder, help="Where runs are kept.")]
+Results = Annotated[Path, typer.Option(metavar="DIR", parser=folder, help="Where runs are kept.")]
 Samples = Annotated[
     int | None,
     typer.Option(min=1, metavar="N", help="Answers to each prompt: more of them, less noise.  [default: the card's]"),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moalign.cli import output
-from moalign.cli.options import DEFAULT_RESULTS, Json
+from moalign.cli.options import DEFAULT_RESULTS, Json, folder
 from moalign.cli.outcome import cost_of
 from moalign.report.tables import Column
 from moalign.report.units import interval, number
@@ -44,7 +44,7 @@ Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting (lr=1e-4); repeatable.")
 ]
 Revision = Annotated[str | None, typer.Option(metavar="REV", help="Revision of a hub model.")]
-Results = Annotated[Path, typer.Option(metavar="DIR", help="Where reward models are kept.")]
+Results = Annotated[Path, typer.Option(metavar="DIR", parser=folder, help="Where reward models are kept.")]
 
 
 @app.command("train")

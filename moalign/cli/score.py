@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moalign.cli import output
-from moalign.cli.options import DEFAULT_RESULTS, Json
+from moalign.cli.options import DEFAULT_RESULTS, Json, folder
 from moalign.report.record import Row
 from moalign.report.tables import Column
 from moalign.report.units import number, of_judge
@@ -33,7 +33,7 @@ def score(
         list[str] | None, typer.Option("--set", metavar="task.KEY=VALUE", help="Change the task card; repeatable.")
     ] = None,
     results: Annotated[
-        Path, typer.Option(metavar="DIR", help="Where normalisers and scores are kept.")
+        Path, typer.Option(metavar="DIR", parser=folder, help="Where normalisers and scores are kept.")
     ] = DEFAULT_RESULTS,
     as_json: Json = False,
 ) -> None:

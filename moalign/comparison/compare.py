@@ -37,7 +37,7 @@ from moalign.report import verdict
 from moalign.runs import atomic, environment
 from moalign.runs import store as stores
 from moalign.runs.run import Run
-from moalign.runs.store import RunStore
+from moalign.runs.store import RunStore, results_of
 from moalign.tasks.load import require_base
 
 SUITES = {"full": "suite", "quick": "quick_suite"}
@@ -92,7 +92,7 @@ def compare(request: CompareRequest, progress: Progress = silent) -> CompareResu
     paths = _output_paths(request, runs, card, card_hash, samples)
     _require_same_base(runs)
     jobs.train_missing(runs, request.executor, request.jobs, progress)
-    jobs.evaluate_all(runs, requested, progress, keep=not request.runs, samples=samples)
+    jobs.evaluate_all(runs, requested, progress, request.results, keep=not request.runs, samples=samples)
     _require_finite(runs, card)
     _require_same_bounds(runs)
     _require_same_base(runs)  # runs trained by ray may come from other machines
@@ -264,14 +264,14 @@ def _named_runs(request: CompareRequest) -> tuple[list[ComparedRun], TaskCard, s
         _require_same_card(first, other)
     for run in runs.values():
         with _collected(problems):
-            context_of(run, jobs.results_of(run))
+            context_of(run, results_of(run.path, request.results))
     if problems:
         raise RequestError(*problems)
     if request.task is not None and request.task != first.record.task:
         raise RequestError(f"--task {request.task}: the runs named are of task {first.record.task}; leave out --task")
     with damaged(first):
         card = TaskCard.model_validate(first.record.recipe["card"], context=RECORDED)
-    compared = [jobs.existing(run) for run in runs.values()]
+    compared = [jobs.existing(run, request.results) for run in runs.values()]
     lacking = jobs.not_evaluated(compared, card)
     if lacking is not None:
         raise RequestError(lacking)

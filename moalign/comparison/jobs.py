@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
-import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -33,8 +32,10 @@ from moalign.experiment import train
 from moalign.experiment.train import Plan
 from moalign.methods.base import Method
 from moalign.report.figures import condense
+from moalign.runs.meter import fresh_peak
 from moalign.runs.record import again
 from moalign.runs.run import Run
+from moalign.runs.store import results_of
 from moalign.tasks.task import Task
 
 HEAVY = ("torch", "transformers", "peft")
@@ -100,11 +101,11 @@ def planned(plan: Plan) -> ComparedRun:
     return ComparedRun(plan.method, plan.seed, plan.identity, plan.folder, command, plan=plan, reported=reported)
 
 
-def existing(run: Run) -> ComparedRun:
-    """Return a run that is finished."""
+def existing(run: Run, results: Path) -> ComparedRun:
+    """Return a run that is finished; ``results`` as :func:`~moalign.runs.store.results_of` takes it."""
     record, method = run.record, train.method_of(run)
     with train.damaged(run):
-        command = again(record.as_given, record.seed, record.preferences, results_of(run))
+        command = again(record.as_given, record.seed, record.preferences, results_of(run.path, results))
         # In older records it is an empty mapping.
         reported = [ReportedSpec.model_validate(number).model_dump() for number in record.recipe.get("reported") or []]
     return ComparedRun(method, record.seed, record.identity, run.path, command, run=_readable(run), reported=reported)
@@ -211,19 +212,6 @@ def _collect(run: ComparedRun, code: int, messages: str) -> None:
     raise WorkError("; ".join(errors) if errors else f"its process ended without a word ({executors.ending(code)})")
 
 
-def fresh_peak() -> None:
-    """Reset the peak of memory, so that a run's peak does not include the runs before it in this process.
-
-    Works on Linux and for CUDA; elsewhere a run's peak includes that of the runs before it.
-    """
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
-        for index in range(torch.cuda.device_count()):
-            torch.cuda.reset_peak_memory_stats(index)
-
-
 # --- evaluation -------------------------------------------------------------------------------------------------
 
 
@@ -231,12 +219,14 @@ def evaluate_all(
     runs: Sequence[ComparedRun],
     requested: Sequence[Preference] | None,
     progress: Progress,
+    results: Path,
     keep: bool = True,
     samples: int | None = None,
 ) -> None:
     """Evaluate every run that was trained; what was evaluated before is read back.
 
     Args:
+        results: as :func:`~moalign.runs.store.results_of` takes it.
         keep: record a failure for its run and go on; else a RequestError (a named run that cannot be evaluated) is
             raised.
         samples: answers to each prompt; None: the task card's.
@@ -246,7 +236,7 @@ def evaluate_all(
         with _failure_kept(run, RequestError if not keep else ()):
             assert run.run is not None
             report = prefixed(progress, f"{run.name} ({number}/{len(trained)})")
-            method, context = train.context_of(run.run, results_of(run.run), report)
+            method, context = train.context_of(run.run, results_of(run.run.path, results), report)
             served = _served(method, context.preferences, context.task.grid, requested)
             run.evaluation = evaluate.evaluate(method, context, served, report, samples)
             run.table = evaluate.names(context.task, served, run.evaluation.result.samples)[1]
@@ -306,11 +296,6 @@ def _evaluation_files(
     trained = [tuple(row) for row in (existing.record.preferences if existing is not None else None) or grid]
     file, table = evaluate.names_on(grid, _served(run.method, trained, grid, requested), samples)
     return run.folder / f"{file}.json", run.folder / f"{table}.parquet"
-
-
-def results_of(run: Run) -> Path:
-    """Return the results folder that a run lies in (``<results>/runs/<task>/<method>/<run-id>``)."""
-    return run.path.parents[3]
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from moalign.config.objectives import SANDBOX, Aggregation, JudgeObjective, ObjectiveSpec
 from moalign.config.strict import RECORDED, Strict
 from moalign.core.errors import RequestError, did_you_mean, unknown
-from moalign.core.preferences import require_grid
+from moalign.core.preferences import MOST_OBJECTIVES, require_grid
 
 DEFAULTS_VERSION = 1
 """Part of every hash, which leaves out settings at their default: whoever changes a default here or in
@@ -238,7 +238,7 @@ class TaskCard(Strict):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=100)
     kind: Literal["sandbox", "text"]
     description: str
-    objectives: list[ObjectiveSpec] = Field(min_length=2)
+    objectives: list[ObjectiveSpec] = Field(min_length=2, max_length=MOST_OBJECTIVES)
     gold_objectives: list[ObjectiveSpec] | None = None
     """Scorers that only the judge uses, each under the name of an objective; those that it doesn't name are judged by
     their own. Methods are trained on ``objectives`` (believed rewards) and evaluated by these (true ones), on a scale

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 Preference = tuple[float, ...]
 
+MOST_OBJECTIVES = 31
+"""As many as the hypervolume library (moocore) takes."""
 TOLERANCE = 1e-6
 """How far the sum of a preference may be from 1 (command-line contract)."""
 

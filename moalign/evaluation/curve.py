@@ -21,7 +21,7 @@ from pydantic import computed_field
 from moalign.core.arrays import Matrix
 from moalign.core.preferences import Preference
 from moalign.core.progress import Progress, prefixed, silent
-from moalign.evaluation import evaluate
+from moalign.evaluation import answers, evaluate
 from moalign.evaluation.result import Content, EvaluatedRun
 from moalign.lm import adapters
 from moalign.methods.base import Method
@@ -204,7 +204,9 @@ def _judge(
     progress: Progress,
 ) -> tuple[CurveRow, pd.DataFrame]:
     """Return the row of a snapshot and its answers, as an evaluation makes them."""
-    table, _, divergences = evaluate.respond(method, context, preferences, progress, samples)
+    name = f"{evaluate.names(context.task, preferences, samples)[1]}-{point.part}-{point.step}"
+    answered = evaluate.respond(method, context, preferences, samples, name, progress)
+    table, divergences = answered.table, answered.divergences
     corner = context.task.card.reference_point
     means = evaluate.scores_of(context, table, preferences, samples).mean(axis=0)
     proxy = evaluate.proxy_reward(context, table, preferences, samples)
@@ -221,6 +223,7 @@ def _judge(
         collapse_rate=quality.rate,
         spread=spread_of(context, table, preferences),
     )
+    answers.judged(context, name)
     return row, table.drop(columns="ids", errors="ignore")
 
 

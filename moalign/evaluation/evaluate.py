@@ -20,10 +20,11 @@ import numpy as np
 from moalign.config.objectives import JudgeObjective, ObjectiveSpec
 from moalign.core.arrays import Matrix
 from moalign.core.errors import RequestError, WorkError
-from moalign.core.preferences import Preference, label, same, typed
+from moalign.core.preferences import Preference, same, typed
 from moalign.core.progress import Progress, silent
 from moalign.core.text import command
-from moalign.evaluation import at_kl, divergence
+from moalign.evaluation import answers, at_kl
+from moalign.evaluation.answers import Answered
 from moalign.evaluation.divergence import KlToBase
 from moalign.evaluation.result import (
     AnsweringCost,
@@ -43,13 +44,13 @@ from moalign.evaluation.result import (
 )
 from moalign.evaluation.user_groups import of_groups
 from moalign.lm import quality
-from moalign.methods.base import Method, policies_of
+from moalign.methods.base import Method
 from moalign.pareto import front, indicators, statistics
 from moalign.pareto.hypervolume import hypervolume
 from moalign.report import verdict
 from moalign.rewards.panel import usage_of
 from moalign.runs import atomic
-from moalign.tasks.responses import columns
+from moalign.runs.meter import fresh_peak, peak_bytes
 from moalign.tasks.task import Task
 from moalign.training.job import RunContext
 
@@ -83,7 +84,7 @@ def preferences_for(method: Method, context: RunContext, requested: Sequence[Pre
                 f"{'; '.join(map(typed, known))}"
             )
         found.append(preference if own is None else own)
-    return found or known
+    return list(dict.fromkeys(found)) or known  # two spellings of one preference are asked once
 
 
 def names(task: Task, preferences: Sequence[Preference], samples: int | None = None) -> tuple[str, str]:
@@ -133,8 +134,8 @@ def evaluate(
             _require_same_scale(context.task, stored, scores, path)
             return Evaluation(stored, scores)
     atomic.require_new(path)
-    started = time.monotonic()
-    table, cost, divergences = respond(method, context, preferences, progress, samples)
+    answered = respond(method, context, preferences, samples, table_name, progress)
+    started, table, divergences = time.monotonic(), answered.table, answered.divergences
     context.run.write_table(table_name, table)
     scores = scores_of(context, table, preferences, samples)
     judgement = judge(context.task, preferences, scores)
@@ -147,7 +148,12 @@ def evaluate(
         **dict(judgement),
         samples=samples,
         quality=judged,
-        cost=AnsweringCost(**cost, seconds=round(time.monotonic() - started, 3)),
+        cost=AnsweringCost(
+            tokens_generated=answered.tokens_generated,
+            reward_calls=answered.reward_calls,
+            seconds=round(answered.seconds + time.monotonic() - started, 3),
+            peak_memory_bytes=answered.peak_memory_bytes,
+        ),
         proxy_reward=proxy,
         gap=None if proxy is None else proxy.hypervolume - judgement.hypervolume,
         overlong=context.task.overlong() or None,
@@ -158,6 +164,7 @@ def evaluate(
         warnings=_warnings(context, judged, judgement, judges) or None,
     )
     atomic.write_json(path, result.content)
+    answers.judged(context, table_name)
     at_kl.add(result, context.task)  # may take half a minute once: should it be interrupted, it is added when read
     if result.frontier is not None:
         atomic.write_json(path, result.content)
@@ -237,55 +244,29 @@ def respond(
     method: Method,
     context: RunContext,
     preferences: Sequence[Preference],
+    samples: int,
+    name: str,
     progress: Progress = silent,
-    samples: int | None = None,
-) -> tuple[pd.DataFrame, dict[str, Any], list[KlToBase]]:
-    """Answer every evaluation prompt at every preference ``samples`` times (None: the card's), and score the answers.
+) -> Answered:
+    """Answer every evaluation prompt at every preference ``samples`` times, and add one raw score per objective.
 
-    Returns the table (prompt, preference, response, one raw score per objective), the cost, and how far the policy of
-    each preference has moved from the base.
+    Answers that wait to be judged under ``name`` are taken over (:func:`~moalign.evaluation.answers.obtain`).
     """
-    import pandas as pd
     import torch
 
-    from moalign.policies.policy import respond_all
-    from moalign.runs.meter import Meter, device_peak_bytes, restart_device_peak
-
-    spec = context.task.card.evaluation
-    prompts = [prompt for prompt in context.task.eval_prompts for _ in range(samples or spec.samples)]
-    meter = Meter()
-    restart_device_peak()  # training's is in its run's record
-    # Scores by which a policy chooses its answer are a cost of answering; those of the evaluation are not.
-    metered = replace(context, panel=context.panel.with_meter(meter))
-    done, total = 0, len(prompts) * len(preferences)
-
-    def answered(count: int) -> None:
-        nonlocal done
-        done += count
-        progress("answering", min(done, total), total)
-
-    # Loading an adapter draws its initial weights: the states of the global generators are restored afterwards.
+    fresh_peak()  # training's is in its run's record
+    answered = answers.obtain(method, context, preferences, samples, name, progress)
+    table, started = answered.table, time.monotonic()
+    # Loading a scorer may draw weights: the states of the global generators are restored afterwards.
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        policies = policies_of(method, metered, preferences)
-        sampling = context.task.sampling(spec.seed)
-        answers = respond_all(policies, prompts, sampling, answered, context.task.engine)
-        divergences = divergence.from_base(context.task, policies, prompts, answers, sampling, progress)
-        flat = [text for row in answers.responses for text in row]
         scoring = partial(progress, "scoring")
-        raw = context.task.judge_panel.score(prompts * len(preferences), flat, scoring, gaps=True)
-    records = [response for k in range(len(preferences)) for response in answers.records(k)]
-    table = pd.DataFrame(
-        {
-            "prompt": prompts * len(preferences),
-            "preference": [label(w) for w in preferences for _ in prompts],
-            **columns(records),
-        }
+        raw = context.task.judge_panel.score(list(table["prompt"]), list(table["response"]), scoring, gaps=True)
+    return replace(
+        answered,
+        table=table.assign(**{name: raw[:, column] for column, name in enumerate(context.task.names)}),
+        seconds=answered.seconds + time.monotonic() - started,
+        peak_memory_bytes=max(answered.peak_memory_bytes, peak_bytes()),
     )
-    for column, name in enumerate(context.task.names):
-        table[name] = raw[:, column]
-    peak = device_peak_bytes() or None
-    cost = {"tokens_generated": answers.tokens, "reward_calls": meter.reward_calls, "peak_memory_bytes": peak}
-    return table, cost, divergences
 
 
 def _describe(

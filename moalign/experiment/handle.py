@@ -20,7 +20,7 @@ from moalign.methods import registry
 from moalign.methods.base import Method, policies_of
 from moalign.runs.record import RunRecord
 from moalign.runs.run import Run
-from moalign.runs.store import RunStore
+from moalign.runs.store import RunStore, results_of
 from moalign.training.job import RunContext
 
 if TYPE_CHECKING:
@@ -67,8 +67,7 @@ class RunHandle(Run):
         ``results`` is its results folder, unless it lies in one: its scores belong to the normaliser there.
         """
         super().__init__(path, record)
-        parents = path.resolve().parents
-        self.results = parents[3] if len(parents) > 3 and parents[2].name == RunStore.kind else results
+        self.results = results_of(path, results)
         self.reused = reused
         """Whether :func:`moalign.train` found it finished and trained nothing."""
         self._opened: tuple[Method, RunContext] | None = None

@@ -140,13 +140,13 @@ class Pcm:
 
     def train(self, job: Job) -> None:
         """Obtain the experts, answer with the base once, train the control model; resumes in the stage in flight."""
-        from moalign.policies.control import require_tokenizer
+        from moalign.policies import control
         from moalign.policies.controlled import mixture_in_training
         from moalign.training.experts import bring_experts
 
         config: Config = job.config
         for model in config.models.values():  # now, and not when the experts have been trained
-            require_tokenizer(model, job.task.codec)
+            control.read(model, job.task.codec)
         if config.control.form == "adapter":
             job.task.examine(config.control.lora, "control.lora")
         bring_experts(job, *config.expert_runs())

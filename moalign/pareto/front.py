@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from moalign.core.arrays import Matrix
 from moalign.core.errors import RequestError
+from moalign.core.preferences import MOST_OBJECTIVES
 
 
 def check_points(points: ArrayLike, what: str = "points") -> Matrix:
@@ -27,6 +28,8 @@ def check_points(points: ArrayLike, what: str = "points") -> Matrix:
         raise RequestError(
             f"{what}: empty ({table.shape[0]} rows, {table.shape[1]} columns); at least one of each is needed"
         )
+    if table.shape[1] > MOST_OBJECTIVES:
+        raise RequestError(f"{what}: found {table.shape[1]} objectives; at most {MOST_OBJECTIVES} are possible")
     refuse_unless_finite(table, what)
     return table
 

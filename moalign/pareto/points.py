@@ -78,14 +78,14 @@ def calculate(
     path: str | os.PathLike[str],
     ref: Sequence[float] | None,
     minimise: bool = False,
-    preferences: Sequence[Sequence[float]] = (),
+    preferences: Sequence[Sequence[float] | str] = (),
     notify: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Return what ``moalign eval --points`` prints: hypervolume, number of points, size of the front.
 
     ``ref`` has one number per objective, in the table's order and sign. With ``minimise`` smaller is better: table and
-    ``ref`` are both negated. Of ``preferences`` the expected utility is added. ``notify`` gets one sentence when points
-    add nothing because of ``ref``.
+    ``ref`` are both negated. Of ``preferences``, as numbers or as they are typed, the expected utility is added.
+    ``notify`` gets one sentence when points add nothing because of ``ref``. The file is read once: it may be a pipe.
 
     Raises RequestError for a faulty table, a ``ref`` that is missing, of wrong length or not finite (names ``--ref``),
     or a wrong preference (names ``--prefs``).
@@ -106,7 +106,7 @@ def calculate(
         )
     sign = -1.0 if minimise else 1.0
     points, corner = sign * points, sign * check_ref(numbers, len(names), option)
-    weights = [prefs.validate(list(preference), names) for preference in preferences]
+    weights = [prefs.parse(w, names) if isinstance(w, str) else prefs.validate(list(w), names) for w in preferences]
     outside = adds_nothing(points, corner)
     if outside and notify is not None:
         better = "below" if minimise else "above"

@@ -48,7 +48,7 @@ class Control(torch.nn.Module):
             adapters.attach(lm, spec.lora, seed, name)
             self.width = state_width(lm.model)
         elif spec.form == "folder":
-            whole = _read(str(spec.model), lm)
+            whole = read(str(spec.model), lm.codec)
             self.body, self.width = whole.base_model, state_width(whole)
         else:
             self.width = spec.width
@@ -169,8 +169,7 @@ def _small(spec: ControlSpec) -> Any:
     return body
 
 
-def require_tokenizer(source: str, experts: Codec) -> None:
-    """Raise RequestError unless the tokenizer of the model ``source`` has the experts' tokens."""
+def _require_tokenizer(source: str, experts: Codec) -> None:
     own, theirs = language_model.load_codec(source).tokenizer.get_vocab(), experts.tokenizer.get_vocab()
     if own != theirs:
         raise RequestError(
@@ -179,11 +178,12 @@ def require_tokenizer(source: str, experts: Codec) -> None:
         )
 
 
-def _read(source: str, lm: LanguageModel) -> Any:
+def read(source: str, experts: Codec) -> Any:
+    """Return the model ``source`` in float32; RequestError for one that cannot weigh the tokens of ``experts``."""
     from transformers import AutoModelForCausalLM
 
     where = f"control.model {source}"
-    require_tokenizer(source, lm.codec)
+    _require_tokenizer(source, experts)
     path = model_folder.resolve(source, None, where)
     with loading.explained(where, path):
         model = loading.from_folder(AutoModelForCausalLM, path, where, dtype=torch.float32)

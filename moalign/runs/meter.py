@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
 import time
@@ -57,7 +58,7 @@ class Meter:
 
         The maximum with the loaded state's. It belongs to the process: what ran in it before is included.
         """
-        return max(self._earlier_peak, device_peak_bytes() or process_peak_bytes())
+        return max(self._earlier_peak, peak_bytes())
 
     def cost(self) -> dict[str, int]:
         """Return the record's ``cost`` section."""
@@ -83,6 +84,11 @@ def _checked(count: int) -> int:
     return int(count)
 
 
+def peak_bytes() -> int:
+    """Return the peak of GPU memory where this process used CUDA, else of resident memory, in bytes."""
+    return device_peak_bytes() or process_peak_bytes()
+
+
 def process_peak_bytes() -> int:
     """Return the peak resident memory of this process in bytes."""
     # ru_maxrss survives exec: a child of an 800 MB process reports 800 MB. VmHWM is of this program alone.
@@ -101,8 +107,13 @@ def device_peak_bytes() -> int:
     return 0 if cuda is None else max(int(cuda.max_memory_allocated(index)) for index in range(cuda.device_count()))
 
 
-def restart_device_peak() -> None:
-    """Let :func:`device_peak_bytes` count from what is allocated now; the peaks of the past are forgotten."""
+def fresh_peak() -> None:
+    """Let the peaks count from what is in memory now, so that what ran in this process before is not included.
+
+    Works on Linux and for CUDA; elsewhere a peak includes what was before.
+    """
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     cuda = _cuda()
     for index in range(0 if cuda is None else cuda.device_count()):
         cuda.reset_peak_memory_stats(index)

@@ -40,6 +40,15 @@ def identity(request: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode("ascii")).hexdigest()[:12]
 
 
+def results_of(run: Path, otherwise: Path) -> Path:
+    """Return the results folder that a run's folder lies in (``<results>/runs/<task>/<method>/<run-id>``).
+
+    ``run`` may be a link, or lie in none, as a copy of a run; ``otherwise`` is the answer then.
+    """
+    parents = run.resolve().parents
+    return parents[3] if len(parents) > 3 and parents[2].name == RunStore.kind else otherwise
+
+
 class RunStore:
     """All runs below a results folder."""
 

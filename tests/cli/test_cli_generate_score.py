@@ -272,6 +272,7 @@ NO_MODEL = "{name: harmlessness, kind: hf-classifier, model: nobody/nothing}"
         (["--task", "sandbox", "--in", "in.jsonl", "--out", "o.csv"], "--out o.csv: found .csv; allowed: .parquet"),
         (["--task", "sandbox", "--in", "in.jsonl", "--set", "steps=3"], "--set steps: unknown setting"),
         (["--task", "sandbox", "--in", "empty.jsonl"], "empty.jsonl: the file is empty"),
+        (["--task", "sandbox", "--in", "in.jsonl", "--results", ""], "empty; the name of a folder is needed"),
         (["--task", "sandbox", "--in", "other.jsonl"], "other.jsonl:1: no column 'response'"),
         (["--task", "sandbox", "--in", "in.jsonl", "--set", f"task.objectives.1={NO_MODEL}"], "hub model 'nobody/"),
     ],

@@ -18,6 +18,7 @@ from moalign.config.strict import Strict
 from moalign.core.errors import WorkError
 from moalign.core.preferences import label
 from moalign.evaluation import evaluate
+from moalign.evaluation.answers import Answered
 from moalign.evaluation.divergence import KlToBase
 from moalign.methods import registry
 from moalign.methods.base import Capabilities
@@ -107,9 +108,7 @@ FIGURES = {".png": b"\x89PNG a figure", ".svg": b"<?xml a figure"}
 """Stand in for drawings, which take seconds; one test below draws them all."""
 
 
-def respond(
-    method: Any, context: RunContext, requested: Any, progress: Any, samples: int
-) -> tuple[pd.DataFrame, dict[str, int], list[KlToBase]]:
+def respond(method: Any, context: RunContext, requested: Any, samples: int, *_: Any) -> Answered:
     prompts = context.task.eval_prompts
     noise = np.random.default_rng(3).normal(0, 0.3, (len(prompts), 2)) + 0.01 * context.run.record.seed
     rows = [
@@ -124,11 +123,8 @@ def respond(
         for i, prompt in enumerate(prompts)
         for _ in range(samples)
     ]
-    return (
-        pd.DataFrame(rows),
-        {"tokens_generated": 6 * len(rows), "reward_calls": 2 * len(rows)},
-        [KlToBase(None)] * len(requested),
-    )
+    unknown = [KlToBase(None)] * len(requested)
+    return Answered(pd.DataFrame(rows), unknown, 6 * len(rows), 2 * len(rows), seconds=1.0, peak_memory_bytes=2**20)
 
 
 @pytest.fixture

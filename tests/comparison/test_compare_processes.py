@@ -107,12 +107,12 @@ def test_the_record_of_cost_is_taken_over(card: str, results: Path) -> None:
 
 def test_a_fresh_peak_of_memory() -> None:
     """What an earlier run held is not in the next one's peak (where the system can tell)."""
-    from moalign.runs.meter import process_peak_bytes
+    from moalign.runs.meter import fresh_peak, process_peak_bytes
 
     if not sys.platform.startswith("linux"):
         pytest.skip("only Linux lets a process begin a new peak")
     block = np.ones(40_000_000)
     high = process_peak_bytes()
     del block
-    jobs.fresh_peak()
+    fresh_peak()
     assert process_peak_bytes() < high - 200_000_000

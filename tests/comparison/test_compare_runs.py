@@ -38,6 +38,33 @@ def test_runs_are_compared_by_folder_or_identifier(card: str, results: Path) -> 
         assert again.content[key] == first.content[key]
 
 
+@pytest.mark.parametrize("how", ["a name from inside", "a link", "a link below folders", "a copy"])
+def test_runs_are_compared_wherever_their_folder_is_named_from(
+    card: str, results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """Each is judged on the scale of the results folder that it lies in, and no other scale is made."""
+    first = ask(card, results)
+    folders = [Path(folder).resolve() for folder in runs_of(first)]
+    there = results.resolve()
+    place = tmp_path / "elsewhere" / ("deep/er/still" if how == "a link below folders" else "")
+    place.mkdir(parents=True)
+    names = [str(place / f"run-{number}") for number in range(len(folders))]
+    for folder, name in zip(folders, names, strict=True):
+        if how == "a copy":
+            shutil.copytree(folder, name)
+        else:
+            Path(name).symlink_to(folder)
+    if how == "a name from inside":
+        place, names = folders[0].parent, [folders[0].name, f"../{folders[1].parent.name}/{folders[1].name}"]
+    monkeypatch.chdir(place)
+    before = set(place.iterdir())
+    again = compare(CompareRequest(runs=names, results=there))
+    assert set(place.iterdir()) == before
+    for key in ("pairs", "winner", "card_hash"):
+        assert again.content[key] == first.content[key]
+    assert [row["hypervolume"] for row in again.content["rows"]] == [r["hypervolume"] for r in first.content["rows"]]
+
+
 def test_a_run_named_twice_counts_once(card: str, results: Path) -> None:
     folders = runs_of(ask(card, results))
     assert len(compare(CompareRequest(runs=[*folders, folders[0]], results=results)).content["rows"]) == 2

@@ -14,6 +14,7 @@ import pytest
 from moalign.core import preferences
 from moalign.core.errors import RequestError
 from moalign.core.preferences import Preference
+from moalign.evaluation import evaluate as evaluation
 from moalign.evaluation.evaluate import Evaluation, evaluate, held_out, preferences_for
 from moalign.experiment.train import TrainRequest, context_of, plan, train
 from moalign.lm import sampler
@@ -22,6 +23,8 @@ from moalign.methods.sft import Sft
 from moalign.pareto.hypervolume import hypervolume
 from moalign.pareto.indicators import spacing
 from moalign.policies import policy
+from moalign.rewards.panel import RewardPanel
+from moalign.runs import meter
 from moalign.tasks.sandbox import world
 from moalign.training.job import RunContext
 
@@ -370,23 +373,75 @@ def test_a_third_that_is_typed_with_eight_digits_is_the_one_that_was_trained(
         preferences_for(method, context, [(0.3333, 0.6667)])
 
 
+def test_two_spellings_of_a_preference_are_asked_once(steered: Opened) -> None:
+    own = steered[1].task.grid[1]
+    assert preferences_for(*steered, [own, tuple(w * (1 + 1e-9) for w in own)]) == [own]
+
+
 def test_a_grid_preference_that_is_typed_is_judged_under_the_name_of_the_grid(steered: Opened) -> None:
     asked = [tuple(w * (1 + 1e-8) for w in preference) for preference in steered[1].task.grid]
     assert preferences_for(*steered, asked) == steered[1].task.grid
 
 
-@pytest.mark.parametrize("gpu", [True, False])
-def test_the_memory_of_answering_is_not_that_of_training(
-    steered: Opened, monkeypatch: pytest.MonkeyPatch, gpu: bool
-) -> None:
-    """Training took 900 bytes of the GPU; counted anew, answering takes 70. Without a GPU nothing is told."""
-    from moalign.runs import meter
+def test_the_memory_of_answering_is_not_that_of_training(steered: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training took 900 bytes; counted anew, answering takes 70, and judging 80."""
+    peak, found = [900], iter([70, 80])
+    monkeypatch.setattr(evaluation, "fresh_peak", lambda: peak.__setitem__(0, 0))
+    monkeypatch.setattr(meter, "peak_bytes", lambda: peak[0] or next(found))
+    monkeypatch.setattr(evaluation, "peak_bytes", lambda: peak[0] or next(found))
+    assert evaluate(*steered, None).result.content["cost"]["peak_memory_bytes"] == 80
 
-    peak = [900 if gpu else 0]
-    monkeypatch.setattr(meter, "device_peak_bytes", lambda: peak[0])
-    monkeypatch.setattr(meter, "restart_device_peak", lambda: peak.__setitem__(0, 70 if gpu else 0))
-    cost = evaluate(*steered, None).result.content["cost"]
-    assert cost["peak_memory_bytes"] == (70 if gpu else None)
+
+def test_answers_outlive_an_interruption_while_they_are_judged(
+    steered: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice: while scores are waited for, and between the table of answers and the record. They are sampled once."""
+    run = steered[1].run
+    expected = without_clocks(evaluate(*steered, None).result.content)
+    (run.path / "eval.json").unlink()
+    (run.path / "responses.parquet").unlink()
+    Speaker.calls = 0
+
+    def stop(*_: Any, **more: Any) -> Any:
+        raise KeyboardInterrupt
+
+    for place, what in ((RewardPanel, "score"), (evaluation, "proxy_reward")):
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(place, what, stop)
+            evaluate(*steered, None)
+        assert not (run.path / "eval.json").exists()
+        assert (run.path / "unjudged-responses.parquet").is_file()
+    sampled = Speaker.calls
+    assert sampled > 0
+    assert without_clocks(evaluate(*steered, None).result.content) == expected
+    assert Speaker.calls == sampled, "the answers that wait are taken over"
+    assert not list(run.path.glob("unjudged-*")), "and forgotten when they are judged"
+
+
+@pytest.mark.parametrize("what", ["card", "damaged"])
+def test_answers_that_wait_of_another_card_or_damaged_are_sampled_again(
+    steered: Opened, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    run = steered[1].run
+    waiting = run.path / "unjudged-responses.parquet"
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(evaluation, "proxy_reward", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        evaluate(*steered, None)
+    if what == "damaged":
+        waiting.write_bytes(waiting.read_bytes()[:100])
+    else:
+        table = pd.read_parquet(waiting)
+        assert table.attrs["card"] == steered[1].task.hash
+        table.attrs["card"] = "0123456789abcdef"
+        table["response"] = "nothing of the kind"
+        table.to_parquet(waiting, index=False)
+    before = Speaker.calls
+    evaluate(*steered, None)
+    assert Speaker.calls > before and not waiting.exists()
+
+
+def without_clocks(content: dict[str, Any]) -> dict[str, Any]:
+    return {**content, "cost": {key: content["cost"][key] for key in ("tokens_generated", "reward_calls")}}
 
 
 def test_progress_ends_at_the_total(steered: Opened) -> None:

@@ -409,6 +409,7 @@ def test_a_control_model_that_lacks_weights_is_refused(ask: Ask, random_base: Pa
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(RequestError, match=r"control\.model .*missing: .*mlp\.down_proj\.weight"):
         train(ask(f'control={{"form": "folder", "model": "{folder}"}}', results=tmp_path))
+    assert not list(tmp_path.rglob("modpo")), "before its experts are trained"
 
 
 @pytest.mark.slow

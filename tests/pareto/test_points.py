@@ -67,6 +67,27 @@ def test_preferences_add_the_expected_utility(tmp_path: Path) -> None:
         calculate(path, [0, 0], preferences=[(3, 7)])
 
 
+def test_the_file_is_read_once_so_that_it_may_be_a_pipe(tmp_path: Path) -> None:
+    import os
+    import threading
+
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=lambda: pipe.write_text(TABLE), daemon=True)
+    writer.start()
+    assert calculate(pipe, [0, 0], preferences=["1,0", "0.5,0.5"])["expected_utility"] == 2.5
+    writer.join(timeout=10)
+
+
+def test_more_objectives_than_can_be_computed_are_refused(tmp_path: Path) -> None:
+    names = ",".join(f"o{number}" for number in range(32))
+    path = write(tmp_path, f"{names}\n{','.join(['1'] * 32)}\n")
+    with pytest.raises(RequestError, match="found 32 objectives; at most 31 are possible"):
+        calculate(path, [0] * 32)
+    fewer = write(tmp_path, f"{names.rpartition(',')[0]}\n{','.join(['1'] * 31)}\n")
+    assert calculate(fewer, [0] * 31)["hypervolume"] == 1.0
+
+
 def test_points_beyond_the_reference_are_announced(tmp_path: Path) -> None:
     path = write(tmp_path, TABLE)
     heard: list[str] = []

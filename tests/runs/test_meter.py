@@ -127,10 +127,10 @@ def test_a_gpu_s_peak_may_be_counted_anew(monkeypatch: pytest.MonkeyPatch) -> No
     )
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
     assert meters.device_peak_bytes() == 900
-    meters.restart_device_peak()
+    meters.fresh_peak()
     assert peaks == [0, 10] and meters.device_peak_bytes() == 10
     monkeypatch.delitem(sys.modules, "torch")
-    meters.restart_device_peak()
+    meters.fresh_peak()
     assert meters.device_peak_bytes() == 0
 
 
