@@ -124,6 +124,7 @@ class ParetoHqd:
         """Return the scored answers of the representative stage-1 models; sampled once and kept in the run."""
         from moalign.lm import adapters
         from moalign.tasks.responses import Scored, from_columns
+        from moalign.training import kept_samples
 
         if not job.stage_done(AUGMENT):
             adapters.attach(lm, job.policy_spec.lora, job.seed)
@@ -132,6 +133,8 @@ class ParetoHqd:
             job.notes[AUGMENT] = causes
             job.run.write_table(AUGMENT, table)
             job.finish_stage(AUGMENT)
+            for index in range(len(job.preferences)):
+                kept_samples.forget(job, f"{AUGMENT}-{index}")
         table = job.run.read_table(AUGMENT)
         raw = table[[f"raw:{name}" for name in job.task.names]].to_numpy(dtype=np.float64)
         return Scored(table["prompt"].tolist(), from_columns(table), raw)
@@ -145,8 +148,9 @@ class ParetoHqd:
         from moalign.lm.generator import ModelGenerator, shared
         from moalign.lm.quality import collapse, collapse_report
         from moalign.pareto.directions import representatives
-        from moalign.policies.policy import Policy, respond_all
+        from moalign.policies.policy import Policy
         from moalign.tasks.responses import columns
+        from moalign.training import kept_samples
         from moalign.training.callbacks import order
 
         config: Config = job.config
@@ -166,9 +170,9 @@ class ParetoHqd:
 
         for index in chosen:
             _put_first(job, lm, index)
-            answers = respond_all([policy], prompts, limits, advance, job.task.engine)
-            job.meter.add_tokens_generated(answers.tokens)
-            responses, records = answers.responses[0], answers.records(0)
+            records, sampled = kept_samples.sampled(job, f"{AUGMENT}-{index}", policy, prompts, limits, advance)
+            job.meter.add_tokens_generated(sampled)
+            responses = [record.text for record in records]
             tokens, short = job.task.tokens(responses), job.task.short_below
             causes[label(job.preferences[index])] = {"answers": len(responses), **collapse_report(tokens, short)}
             usable = [i for i, ids in enumerate(tokens) if not collapse(ids, short)]

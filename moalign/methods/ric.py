@@ -156,8 +156,9 @@ class Ric:
         from moalign.core.seeds import derive
         from moalign.lm.generator import ModelGenerator, shared
         from moalign.lm.quality import collapse
-        from moalign.policies.policy import Policy, respond_all
+        from moalign.policies.policy import Policy
         from moalign.tasks.responses import columns
+        from moalign.training import kept_samples
 
         name, stage = f"samples-{number + 1}", f"sampling-{number + 1}"
         if job.stage_done(stage):
@@ -179,10 +180,9 @@ class Ric:
 
         # The texts are rendered already: each has its own target.
         policy = Policy(shared(ModelGenerator(lm, "policy")), lambda text: text)
-        answers = respond_all([policy], texts, limits, advance, job.task.engine)
-        job.meter.add_tokens_generated(answers.tokens)
-        responses, records = answers.responses[0], answers.records(0)
-        short = job.task.short_below
+        records, tokens = kept_samples.sampled(job, stage, policy, texts, limits, advance)
+        job.meter.add_tokens_generated(tokens)
+        responses, short = [record.text for record in records], job.task.short_below
         usable = [i for i, ids in enumerate(job.task.tokens(responses)) if not collapse(ids, short)]
         if not usable:
             raise RequestError(
@@ -196,6 +196,7 @@ class Ric:
         table["collapsed"] = len(responses) - len(usable)
         job.run.write_table(name, table)
         job.finish_stage(stage)
+        kept_samples.forget(job, stage)
         return table
 
 

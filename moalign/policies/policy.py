@@ -58,13 +58,15 @@ def respond_all(
     sampling: Sampling,
     progress: Advance | None = None,
     engine: VllmEngine | None = None,
+    first: int = 0,
 ) -> Answers:
     """Answer every prompt with every policy; those that share a generator are answered in batches together.
 
     With an ``engine`` those that are one language model each are, whatever adapters they have.
 
     Prompt ``i`` draws from the same random numbers whatever the policy (common random numbers), and policies whose
-    rendered prompts agree share the sample: an unsteered policy answers every preference alike.
+    rendered prompts agree share the sample: an unsteered policy answers every preference alike. ``first`` is the number
+    of the first prompt, where they are a part of more, one sample to each.
     """
     texts = [[policy.render(prompt) for prompt in prompts] for policy in policies]
     generators = {id(policy.generator): policy.generator for policy in policies}
@@ -72,7 +74,8 @@ def respond_all(
     places = []  # of each policy's samples among its generator's requests, [policies][prompts][samples]
     for policy, rendered in zip(policies, texts, strict=True):
         known = requests[id(policy.generator)]
-        rows = [[(text, i + n * len(prompts)) for n in range(policy.samples)] for i, text in enumerate(rendered)]
+        numbered = enumerate(rendered, start=first)
+        rows = [[(text, i + n * len(prompts)) for n in range(policy.samples)] for i, text in numbered]
         places.append([[known.setdefault(request, len(known)) for request in row] for row in rows])
     drawn: dict[int, Generated] = {}
     single = {key: generator for key, generator in generators.items() if isinstance(generator, OneModel)}

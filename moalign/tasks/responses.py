@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from moalign.core.arrays import Matrix
+from moalign.core.errors import RequestError
 from moalign.core.records import Response
 
 if TYPE_CHECKING:
@@ -103,6 +105,28 @@ def columns(responses: Sequence[Response]) -> dict[str, list[Any]]:
         "ids": [None if response.ids is None else list(response.ids) for response in responses],
         "finished": [response.finished for response in responses],
     }
+
+
+def keep(rows: Responses, path: Path) -> None:
+    """Write responses with their prompts to a parquet file."""
+    import pandas as pd
+
+    from moalign.runs import atomic
+
+    table = pd.DataFrame({"prompt": rows.prompts, **columns(rows.responses), "sampled": rows.sampled})
+    with atomic.file(path) as place:
+        table.to_parquet(place, index=False)
+
+
+def kept(path: Path, remedy: str) -> Responses:
+    """Return what :func:`keep` wrote; RequestError, with the remedy, for a file that is damaged."""
+    from moalign.runs import run
+
+    table = run.read_parquet(path, remedy)
+    try:
+        return Responses(table["prompt"].tolist(), from_columns(table), int(table["sampled"].iloc[0]))
+    except (LookupError, TypeError, ValueError) as error:
+        raise RequestError(f"{path}: not the base's samples ({type(error).__name__}: {error}){remedy}") from error
 
 
 def from_columns(table: pd.DataFrame) -> list[Response]:

@@ -30,8 +30,9 @@ from moalign.core.records import Labels, Pair, Response
 from moalign.data import splits
 from moalign.rewards.normaliser import Normaliser
 from moalign.rewards.panel import RewardPanel
+from moalign.tasks import responses as rows_of
 from moalign.tasks.pairs import Pairs, from_scores
-from moalign.tasks.responses import Responses, Scored, columns, complete, from_columns, sampled, shown
+from moalign.tasks.responses import Responses, Scored, complete, sampled, shown
 from moalign.tasks.users import WithUsers
 
 if TYPE_CHECKING:
@@ -328,7 +329,7 @@ class Task(WithUsers, abc.ABC):
 
     @functools.cached_property
     def _calibration_samples(self) -> Responses:
-        return self._sample_base("calibration", self.card.pool.calibration_per_prompt, "calibrating")
+        return self._sampled("calibration", self.card.pool.calibration_per_prompt, "calibrating")
 
     @functools.cached_property
     def short_below(self) -> int:
@@ -372,22 +373,14 @@ class Task(WithUsers, abc.ABC):
         return Scored(rows.prompts, rows.responses, raw, rows.sampled).complete()
 
     def _pool(self) -> Responses:
-        import pandas as pd
+        return self._sampled("train", self.card.pool.per_prompt, "sampling the base")
 
-        from moalign.runs import atomic, run
-
-        path, remedy = self._kept("samples.parquet"), "; delete it to have the base sampled again"
+    def _sampled(self, split: str, per_prompt: int, what: str) -> Responses:
+        path = self._kept("samples.parquet" if split == "train" else f"samples-{split}.parquet")
         with self._once(path) as missing:
             if missing:
-                pool = self._sample_base("train", self.card.pool.per_prompt, "sampling the base")
-                table = pd.DataFrame({"prompt": pool.prompts, **columns(pool.responses), "sampled": pool.sampled})
-                with atomic.file(path) as place:
-                    table.to_parquet(place, index=False)
-        table = run.read_parquet(path, remedy)
-        try:
-            return Responses(table["prompt"].tolist(), from_columns(table), int(table["sampled"].iloc[0]))
-        except (LookupError, TypeError, ValueError) as error:
-            raise RequestError(f"{path}: not the base's samples ({type(error).__name__}: {error}){remedy}") from error
+                rows_of.keep(self._sample_base(split, per_prompt, what), path)
+        return rows_of.kept(path, "; delete it to have the base sampled again")
 
     def amounts(self) -> Amounts | None:
         """Return how many responses the methods above will give; None when the data would have to be downloaded."""

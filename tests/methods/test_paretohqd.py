@@ -113,9 +113,9 @@ def watching_answers() -> Iterator[list[dict[str, torch.Tensor]]]:
     weights: list[dict[str, torch.Tensor]] = []
     respond_all = policy.respond_all
 
-    def watched(policies: Any, *rest: Any) -> Any:
+    def watched(policies: Any, *rest: Any, **more: Any) -> Any:
         weights.append(adapters.tensors(policies[0].generator.lm))
-        return respond_all(policies, *rest)
+        return respond_all(policies, *rest, **more)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(policy, "respond_all", watched)

@@ -178,7 +178,9 @@ def test_the_targets_are_what_the_samples_were_asked_for(
     job = make_job(small_task, tmp_path, "online_prompts=9", "top_p=0.8", "temperature=0.6")
     seen: list[Any] = []
     respond_all = policy.respond_all
-    monkeypatch.setattr(policy, "respond_all", lambda *given: (seen.append(given), respond_all(*given))[1])
+    monkeypatch.setattr(
+        policy, "respond_all", lambda *given, **more: (seen.append(given), respond_all(*given, **more))[1]
+    )
     steps: list[tuple[str, int, int]] = []
     job.progress = lambda *step: steps.append(step)
     Ric()._samples(job, job.task.language_model, 0)

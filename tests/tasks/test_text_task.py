@@ -69,6 +69,19 @@ def test_a_task_without_a_model_says_how_to_give_one(tmp_path: Path) -> None:
         _ = task.language_model
 
 
+def test_calibration_samples_outlive_a_scorer_that_fails(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = text_task(tmp_path, model, {"prompts": PROMPTS})
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(type(task.panel), "score", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        _ = task.normaliser
+    assert (task.folder / "samples-calibration.parquet").is_file()
+    again = text_task(tmp_path, model, {"prompts": PROMPTS})
+    again._sample_base = None  # type: ignore[assignment,method-assign]  # not asked for
+    assert again.normaliser.mean is not None
+
+
 def test_training_pool_is_sampled_once_from_the_base_and_kept(tmp_path: Path, model: Path) -> None:
     task = text_task(tmp_path, model, {"prompts": PROMPTS})
     scored = task.scored()
