@@ -193,26 +193,14 @@ def evaluate_all(
     >>> [result.method for result in moalign.evaluate_all([moalign.load()])]
     ['mo-odpo']
     """
-    from moalign.evaluation import evaluate as workflow
     from moalign.experiment import arguments
+    from moalign.experiment.evaluate_runs import evaluate_runs
 
     vectors = arguments.vector_texts(prefs)
     arguments.refuse_both(vectors, grid)
+    corner = None if reference_point is None else arguments.vector_text(reference_point)
     handles = [_handle(run, results) for run in runs]
-    requests = []
-    for handle in {handle.path.resolve(): handle for handle in handles}.values():
-        method, context = handle.open()
-        names, card = context.task.names, context.task.card
-        wanted = arguments.requested(vectors, grid, card.objective_words)
-        requested = workflow.preferences_for(method, context, wanted)
-        text = None if reference_point is None else arguments.vector_text(reference_point)
-        requests.append((handle, requested, None if text is None else arguments.reference_point(text, names)))
-    evaluated = []
-    for handle, requested, corner in requests:
-        method, context = handle.open(progress)
-        made = workflow.evaluate(method, context, requested, progress, samples)
-        evaluated.append(made.result if corner is None else workflow.at_reference(made, context.task, corner))
-    return evaluated
+    return evaluate_runs(handles, vectors, grid, corner, samples, progress)
 
 
 def curve(

@@ -9,7 +9,6 @@ and it would hold its run against whoever asks next.
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import signal
@@ -21,6 +20,7 @@ from typing import TextIO
 
 from moalign.cli import output
 from moalign.cli.main import main
+from moalign.core.memory import release
 from moalign.runs.meter import fresh_peak
 
 EVERY = 0.5
@@ -40,7 +40,7 @@ def serve() -> int:
             fresh_peak()
             code = main(json.loads(line))
             sys.stderr.flush()
-            gc.collect()
+            release()
             answers.write(f"{code}\n")
             answers.flush()
         return code

@@ -7,7 +7,6 @@ that was interrupted.
 from __future__ import annotations
 
 import contextlib
-import gc
 import importlib
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from moalign.config.card import TaskCard
 from moalign.config.recipe import ReportedSpec
 from moalign.core import foreign, preferences
 from moalign.core.errors import MoalignError, RequestError, WorkError
+from moalign.core.memory import release
 from moalign.core.preferences import Preference
 from moalign.core.progress import Progress, prefixed
 from moalign.core.text import command as typed
@@ -36,7 +36,6 @@ from moalign.runs.meter import fresh_peak
 from moalign.runs.record import again
 from moalign.runs.run import Run
 from moalign.runs.store import results_of
-from moalign.tasks.task import Task
 
 HEAVY = ("torch", "transformers", "peft")
 """Imported before the first run, so that their import does not count as its time."""
@@ -141,26 +140,32 @@ def train_missing(runs: Sequence[ComparedRun], executor: str, jobs: int | None, 
     missing = [run for run in runs if not run.take_over()]
     if not missing:
         return
-    task = _prepare(missing[0], progress)
+    by_default = _prepare(missing[0], progress)
     if executor == "local" and jobs is None:
-        jobs = executors.jobs_requested() or executors.jobs_by_default(task)
+        jobs = executors.jobs_requested() or by_default
     if executor == "local" and (jobs == 1 or len(missing) == 1):
         train_here(missing, progress)
     else:
         train_apart(missing, executor, jobs, progress)
 
 
-def _prepare(run: ComparedRun, progress: Progress) -> Task:
-    """Make what all methods share, so that it counts as the cost of none: imports, base, normaliser."""
+def _prepare(run: ComparedRun, progress: Progress) -> int:
+    """Make what all methods share, so that it counts as the cost of none: imports, base, normaliser.
+
+    Returns how many runs this machine trains at a time. No model stays in memory: each run loads its own, here or in
+    another process.
+    """
     assert run.plan is not None
     task = run.plan.task
     task.progress = prefixed(progress, "preparing")
     for name in HEAVY:
         importlib.import_module(name)
     _ = task.normaliser
-    task.__dict__.pop("language_model", None)  # loaded again where it is needed: no two copies in memory
-    gc.collect()
-    return task
+    for models in ("language_model", "panel", "gold_panel", "judge_panel"):
+        task.__dict__.pop(models, None)
+    jobs = executors.jobs_by_default(task)
+    release()
+    return jobs
 
 
 def train_here(runs: Sequence[ComparedRun], progress: Progress) -> None:
@@ -170,8 +175,10 @@ def train_here(runs: Sequence[ComparedRun], progress: Progress) -> None:
             assert run.plan is not None
             fresh_peak()
             run.run, _ = train.train(run.plan, prefixed(progress, f"{run.name} ({number}/{len(runs)})"))
+        if run.plan is not None:
+            run.plan.task.close()
         run.plan = None  # frees its task and model before the next one loads its own
-        gc.collect()
+        release()
 
 
 def train_apart(runs: Sequence[ComparedRun], executor: str, jobs: int | None, progress: Progress) -> None:
@@ -234,15 +241,27 @@ def evaluate_all(
     trained = [run for run in runs if run.run is not None]
     for number, run in enumerate(trained, start=1):
         with _failure_kept(run, RequestError if not keep else ()):
-            assert run.run is not None
             report = prefixed(progress, f"{run.name} ({number}/{len(trained)})")
-            method, context = train.context_of(run.run, results_of(run.run.path, results), report)
-            served = _served(method, context.preferences, context.task.grid, requested)
-            run.evaluation = evaluate.evaluate(method, context, served, report, samples)
-            run.table = evaluate.names(context.task, served, run.evaluation.result.samples)[1]
-            normaliser = context.task.judge_normaliser
-            run.bounds = tuple(normaliser.lo), tuple(normaliser.hi)
-        gc.collect()
+            _evaluate(run, requested, report, results, samples)
+        release()
+
+
+def _evaluate(
+    run: ComparedRun,
+    requested: Sequence[Preference] | None,
+    progress: Progress,
+    results: Path,
+    samples: int | None,
+) -> None:
+    """Evaluate a run. A function of its own: nothing here holds its models once it returns."""
+    assert run.run is not None
+    method, context = train.context_of(run.run, results_of(run.run.path, results), progress)
+    served = _served(method, context.preferences, context.task.grid, requested)
+    with contextlib.closing(context.task):
+        run.evaluation = evaluate.evaluate(method, context, served, progress, samples)
+        run.table = evaluate.names(context.task, served, run.evaluation.result.samples)[1]
+        normaliser = context.task.judge_normaliser
+        run.bounds = tuple(normaliser.lo), tuple(normaliser.hi)
 
 
 def _served(

@@ -124,10 +124,11 @@ def _keep_one_gpu(local_rank: int) -> None:
     seen = torch.cuda.device_count()
     if seen < 2:
         return
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        raise RequestError("CUDA is in use before the processes were joined; call moalign before anything uses a GPU")
     names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(seen)))
     os.environ["CUDA_VISIBLE_DEVICES"] = names.split(",")[local_rank % seen]
+    # What was begun before does not change; torch.cuda.is_available() is enough to begin.
+    if torch.cuda.is_initialized() or torch._C._cuda_getDeviceCount() != 1:  # type: ignore[no-untyped-call]
+        raise RequestError("CUDA is in use before the processes were joined; call moalign before anything uses a GPU")
 
 
 # -- exchange --------------------------------------------------------------------------------------------------------

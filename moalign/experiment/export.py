@@ -288,7 +288,7 @@ def _unquantised(context: RunContext, model: ModelGenerator) -> LanguageModel:
     from moalign.lm import adapters, language_model
 
     task, name = context.task, str(model.adapter)
-    lm = language_model.load(*task.base_source(), task.card.dtype, codec=task.codec)
+    lm = language_model.load(*task.base_source(), task.card.dtype, "cpu", codec=task.codec)
     with tempfile.TemporaryDirectory() as folder:
         adapters.save(model.lm, Path(folder) / name, name)
         adapters.load(lm, Path(folder) / name, name)

@@ -19,6 +19,7 @@ from moalign.config.recipe import PolicySpec, Recipe, RewardsSpec, RolloutSpec
 from moalign.config.strict import RECORDED
 from moalign.core import preferences, processes
 from moalign.core.errors import RequestError
+from moalign.core.memory import release
 from moalign.core.preferences import Preference
 from moalign.core.progress import Progress, silent
 from moalign.experiment.arguments import refuse_both, refuse_contradiction
@@ -292,10 +293,9 @@ def train(plan: Plan, progress: Progress = silent, wait: bool = False) -> tuple[
             run.drop_leftovers()
         return run, True
     judges: dict[str, dict[str, Any]] = {}
-    if plan.card.gold_objectives:  # a judge that cannot judge is seen before training, and holds no memory during it
-        judging = make_task(plan.card, plan.request.results, progress)
-        _ = judging.judge_normaliser
-        judges = usage_of(judging.panel, judging.gold_panel)
+    if plan.card.gold_objectives:
+        judges = _asked_before(plan, progress)
+        release()
     run = plan.open()
     if wait and run.is_locked():
         progress(f"waiting for {run.path.name}, which another process trains", 0, 1)
@@ -309,6 +309,16 @@ def train(plan: Plan, progress: Progress = silent, wait: bool = False) -> tuple[
                 found = {"overlong": overlong or None, "base": plan.task.base_sum}
                 mine.record.notes = {**job.notes, **{key: value for key, value in found.items() if value is not None}}
     return (run if processes.is_writer() else Run.load(run.path)), meter is None
+
+
+def _asked_before(plan: Plan, progress: Progress) -> dict[str, dict[str, Any]]:
+    """Let the judge's own scorers judge the base, and return what judges were asked for it.
+
+    A judge that cannot judge is seen before training so. A function of its own: what it loads is let go of.
+    """
+    judging = make_task(plan.card, plan.request.results, progress)
+    _ = judging.judge_normaliser
+    return usage_of(judging.panel, judging.gold_panel)
 
 
 @contextlib.contextmanager

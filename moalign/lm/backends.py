@@ -71,8 +71,17 @@ def engine_problems(rollout: RolloutSpec, card: TaskCard, rank: int, experts: in
         "the task's base is the sandbox's built-in one, too small for vLLM's kernels": card.built_in_base,
         "the task's base is in 4 bits, where it is not the base that vLLM would sample from": card.load_in_4bit,
         _too_large(rank, experts): rank * experts > RANKS[-1],
+        "on a GPU it serves adapters in half precision only and dtype is float32; set task.dtype=bfloat16": (
+            card.dtype == "float32" and _on_gpu()
+        ),
     }
     return [f"{found} {why}; or take hf" for why, applies in wrong.items() if applies]
+
+
+def _on_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _too_large(rank: int, experts: int) -> str:

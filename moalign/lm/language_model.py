@@ -125,7 +125,7 @@ def load(
     try:
         how = backends.options(dtype, attention, in_4bit, place)
         model = loading.from_folder(AutoModelForCausalLM, path, f"model {path}", **how)
-    except (MoalignError, MemoryError):
+    except (MoalignError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise RequestError(

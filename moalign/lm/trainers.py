@@ -87,7 +87,10 @@ def run_trainer(trainer: Any, watch: Callable[[str, float], Any], complete: Call
         return norm
 
     trainer.accelerator.clip_grad_norm_ = watched
-    trainer.train()
+    try:
+        trainer.train()
+    finally:
+        del trainer.accelerator.clip_grad_norm_  # a cycle that would hold model and optimizer
 
 
 @contextlib.contextmanager

@@ -99,7 +99,7 @@ class VllmEngine:
                     **({"gpu_memory_utilization": self.spec.gpu_memory} if gpu else {}),
                 )
         except Exception as error:  # whatever a model, or a machine, is not served for
-            why = first_line(error)
+            why = first_line(error) or type(error).__name__
             raise RequestError(f"rollout.engine: vllm does not serve {base} ({why}); take hf") from error
 
     def serve(self, lm: LanguageModel, names: Iterable[str | None]) -> list[int | None]:

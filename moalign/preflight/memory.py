@@ -12,7 +12,8 @@ All in bytes; w = 2 (bfloat16) or 4 (float32), H = hidden, I = inner width, L = 
                     8 H + 4 I; under autocast (trl's trainers) w (6 H + I) and 14 r; dropout masks 6 H + I more
     activations     L x one layer; with gradient checkpointing tokens x L x H x w + one layer; L is
                     ``policy.lora.layers`` where it is set. With ``share_prompts``, which has no checkpointing, a prompt
-                    counts once for its responses, and 2 w H in each layer for each of them
+                    counts once for its responses, and 2 w H in each layer for each of them. Of a float32 base trl's
+                    trainers keep, without checkpointing on a GPU, autocast's copies of the linear layers, 2 a weight
     logits          in the online engine (w + 12) a number (float32, log-softmax, entropy), at most 2**23 at a time;
                     trl's fused head works in tiles: 4096 x 32768 x w + tokens x H x 4; on the CPU it is used for at
                     most 2**23 logits, of which eight or nine copies are made
@@ -368,6 +369,9 @@ class _Phases:
         shares = isinstance(config, DpoStage) and config.share_prompts
         again = not (self.on_cpu or shares) if checkpointing is None else checkpointing
         kept = self._kept(tokens, again, autocast=self.width == 2 and not self.on_cpu, dropout=dropout)
+        if self.width == 4 and not self.on_cpu and not again:  # autocast's copies of the weights, of every pass
+            linear = sum(architecture.linear(self.policy.shapes)) * self.layers // self.policy.layers
+            kept += 2 * linear * (2 if shares else 1)
         if not self.on_cpu:
             logits = min(TILE, tokens) * COLUMNS * self.width
         elif logits > AT_ONCE and not self._whole_head():  # not trl's, see moalign.lm.marked

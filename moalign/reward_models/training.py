@@ -3,7 +3,7 @@
 Of the trainer only ``compute_loss`` is overridden: the model it calls is wrapped, so that each pair is scored by its
 own head, and with ``more`` the groups' losses are weighted (:mod:`moalign.reward_models.more`). Rows are tokenised by
 the same code as for scoring (:mod:`moalign.rewards.rows`). A resumed run is a trainer over the remaining rows with
-weights and optimizer as they were: the result equals the uninterrupted run's bit for bit.
+weights and optimizer as they were: the result equals the uninterrupted run's, on a CPU bit for bit.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from trl import RewardConfig, RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from moalign.core.errors import RequestError
+from moalign.core.memory import release
 from moalign.core.progress import Progress
 from moalign.core.schedule import factor
 from moalign.core.seeds import derive
@@ -127,6 +128,7 @@ def _train_one(job: RewardJob) -> dict[str, Any]:
         model.save_pretrained(folder, safe_serialization=True)
         tokenizer.save_pretrained(folder)
         del model  # scoring loads its own
+        release()
         _save_scales(folder, job.request)
     job.run.finish_phase(job.phase, meter=job.meter.state(), notes=notes)
     return notes

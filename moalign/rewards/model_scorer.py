@@ -78,7 +78,7 @@ class ModelScorer(ABC, Generic[_Spec]):
         """Take the model off the GPU, if it is there, until it is used again."""
         leader = self._leader
         if "_loaded" in leader.__dict__ and not leader._resting:
-            leader._loaded[0].to("cpu")
+            _move(leader._loaded[0], "cpu")
             leader._resting = True
 
     # --- what a kind of model adds
@@ -133,7 +133,7 @@ class ModelScorer(ABC, Generic[_Spec]):
     def _model(self) -> Any:
         leader = self._leader
         if leader._resting:
-            leader._loaded[0].to(_place())
+            _move(leader._loaded[0], _place())
             leader._resting = False
         return leader._loaded[0]
 
@@ -160,6 +160,16 @@ class ModelScorer(ABC, Generic[_Spec]):
             batch.append(row)
         if batch:
             yield batch
+
+
+def _move(model: Any, place: str) -> None:
+    """Move a model, with what bitsandbytes keeps of 8-bit layers beside their parameters once they were used."""
+    model.to(place)
+    for layer in model.modules():
+        state: Any = getattr(layer, "state", None)
+        if getattr(state, "CB", None) is not None:
+            state.CB, state.SCB = state.CB.to(place), state.SCB.to(place)
+            layer.weight.data = state.CB  # as the layer itself has it: one copy
 
 
 def _place() -> str:

@@ -181,6 +181,11 @@ class Task(WithUsers, abc.ABC):
 
     # -- the base ------------------------------------------------------------------------------------------
 
+    def close(self) -> None:
+        """Let go of what samples for it in another library; should it be asked again, it is loaded again."""
+        if self.engine is not None:
+            self.engine.close()
+
     @functools.cached_property
     def language_model(self) -> LanguageModel:
         """The frozen base, loaded once per process."""

@@ -1,7 +1,7 @@
 """What moalign gives to every trainer of trl: one callback, and the order of rows, optimizer, schedule and settings.
 
 Only public hooks are used here. A resumed run is a trainer over the remaining rows, with the optimizer as it was: the
-result equals the uninterrupted run's bit for bit.
+result equals the uninterrupted run's, on a CPU bit for bit (:mod:`moalign.training.checkpoints`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""Checkpoints of whatever is trained: after an interruption it continues bit for bit."""
+"""Checkpoints of whatever is trained: after an interruption it continues, on a CPU bit for bit.
+
+On a GPU all that is kept is the same, but some of CUDA's sums (a float ``cumsum``, which sampling needs, and
+``index_add_``) do not add in one order; there it is not measured yet how close the result comes.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,29 @@ def card(moalign: Any, random_base: Path) -> Path:
     lines = (json.dumps({"prompt": prompt}) + "\n" for prompt in world.prompts()[:40])
     (folder / "prompts.jsonl").write_text("".join(lines))
     return folder / "task.yaml"
+
+
+def test_what_judged_the_base_before_a_training_is_gone_when_it_begins(
+    moalign: Any, card: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be as large as what trains."""
+    from moalign.experiment import train as workflow
+    from moalign.methods.prompting import Prompting
+
+    made, alive, make = [], [], workflow.make_task
+
+    def noted(*given: Any, **more: Any) -> Any:
+        task = make(*given, **more)
+        made.append(weakref.ref(task))
+        return task
+
+    monkeypatch.setattr(workflow, "make_task", noted)
+    monkeypatch.setattr(
+        Prompting, "train", lambda self, job: alive.extend(ref() is job.task for ref in made if ref() is not None)
+    )
+    assert moalign("train", "prompting", "--task", str(card)).code == 0
+    assert len(made) >= 2, "the plan's own, and the one that judges before"
+    assert alive == [True], "the plan's own alone"
 
 
 def test_check_and_show_name_the_judges_own_scorers(moalign: Any, card: Path) -> None:

@@ -68,6 +68,23 @@ def test_what_vllm_does_not_serve_is_refused_before_anything_is_trained(
     assert "Traceback" not in ended.err and not list(tmp_path.iterdir()) and not vllm
 
 
+@pytest.mark.parametrize(("gpu", "dtype", "served"), [(True, "float32", False), (True, "bfloat16", True)])
+def test_on_a_gpu_vllm_serves_adapters_in_half_precision_alone(
+    moalign: Any,
+    vllm: list[Any],
+    small_task: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    gpu: bool,
+    dtype: str,
+    served: bool,
+) -> None:
+    """Its LoRA kernels there assert it, without a word; on a CPU, where all tests run, it has others."""
+    monkeypatch.setattr(backends, "_on_gpu", lambda: gpu)
+    ended = moalign("train", "mo-odpo", *ON, "--set", small_task[0], "--set", f"task.dtype={dtype}", "--dry-run")
+    told = "on a GPU it serves adapters in half precision only and dtype is float32; set task.dtype=bfloat16"
+    assert (ended.code, told in ended.err) == ((0, False) if served else (2, True)), ended.err
+
+
 def test_vllm_samples_for_one_process_alone(
     moalign: Any, vllm: list[Any], small_task: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from moalign.comparison import compare as workflow
 from moalign.comparison import executors, jobs
 from moalign.comparison.compare import CompareRequest, compare
 from moalign.core.errors import RequestError
+from moalign.evaluation import evaluate
+from moalign.methods import registry
 from moalign.runs.record import RunRecord
 from tests.comparison.conftest import ask, by_label
 
@@ -103,6 +106,32 @@ def test_the_record_of_cost_is_taken_over(card: str, results: Path) -> None:
     assert row["cost"]["tokens_trained"] == record.cost.tokens_trained == 1000
     assert row["cost"]["peak_memory_bytes"] == record.cost.peak_memory_bytes > 0
     assert row["cost"]["answering"]["tokens_generated"] == 6 * 3 * 40
+
+
+@pytest.mark.parametrize("what", ["training", "evaluating"])
+def test_a_run_s_task_is_gone_before_the_next_one_s_is_used(
+    card: str, results: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """A task holds the base and the reward models: two of 7B do not fit where one does."""
+    used: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+
+    def note(task: Any) -> None:
+        task._tokens_cut = lambda text: len(task.names)  # a cycle, as the task's own functions make
+        alive.append(sum(ref() is not None for ref in used))
+        used.append(weakref.ref(task))
+
+    ask(card, results, methods=["good", "bad"])  # so that the scale is there, and nothing is prepared
+    if what == "training":
+        good, train = type(registry.get("good")), type(registry.get("good")).train
+        monkeypatch.setattr(good, "train", lambda self, job: (note(job.task), train(self, job))[1])
+    else:
+        given = evaluate.respond
+        monkeypatch.setattr(
+            evaluate, "respond", lambda method, context, *rest: (note(context.task), given(method, context, *rest))[1]
+        )
+    ask(card, results, methods=["good"], seeds=3, overrides=["gain=0.05"])
+    assert alive == [0, 0, 0]
 
 
 def test_a_fresh_peak_of_memory() -> None:

@@ -6,13 +6,14 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from moalign.core.errors import RequestError
-from moalign.lm import language_model
+from moalign.lm import language_model, loading
 from moalign.lm.language_model import LanguageModel, reference_mode
 from moalign.lm.log_probs import positions, token_outputs
 
@@ -173,6 +174,15 @@ def test_a_saved_model_loads_exactly_and_moving_it_keeps_its_fingerprint(lm: Lan
     assert language_model.load(str(moved), device="cpu").fingerprint == loaded.fingerprint
     half = language_model.load(str(moved), dtype="bfloat16", device="cpu")
     assert {value.dtype for value in half.model.state_dict().values()} == {torch.bfloat16}
+
+
+def test_a_gpu_that_is_full_is_no_wrong_request(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(loading, "from_folder", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        language_model.load(str(folder))
 
 
 def test_folder_without_weights(folder: Path) -> None:

@@ -365,6 +365,25 @@ def test_checkpointing_is_counted_in_the_online_engine_where_it_is_on(tmp_path: 
     assert off > 15 * parts_of(tmp_path, "sft", "update", "steps=1")["activations"], "trl's trainers: on by default"
 
 
+def test_autocast_s_copies_of_float32_weights_are_counted_where_layers_are_not_computed_again(tmp_path: Path) -> None:
+    """Of the linear layers of Llama-2-7B, 6,476,005,376 parameters, two bytes each."""
+    casts = 2 * 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
+    few = ("steps=1", "policy.lora.dropout=0", "batch=2", "accumulate=1", "max_tokens=128")
+    off = (*few, "policy.gradient_checkpointing=false")
+    half, whole = (
+        parts_of(tmp_path, "sft", "update", *off, f"task.dtype={dtype}")["activations"]
+        for dtype in ("bfloat16", "float32")
+    )
+    assert half < casts < whole
+    again = parts_of(tmp_path, "sft", "update", *few, "task.dtype=float32", "policy.gradient_checkpointing=true")
+    assert again["activations"] == pytest.approx(2 * 128 * 32 * 4096 * 4 + (whole - casts) / 32, rel=1e-6)
+    once, pairs = (
+        parts_of(tmp_path, "modpo", "update", *off, "task.dtype=float32", f"share_prompts={on}")["activations"]
+        for on in ("false", "true")
+    )
+    assert pairs == once + casts, "the prompt is a pass of its own"
+
+
 def test_sampling_in_parts_and_reward_models_off_the_gpu_are_counted(tmp_path: Path) -> None:
     few = ("batch=16", "samples=2")
     plain = parts_of(tmp_path, "mo-odpo", "rollout", *few)

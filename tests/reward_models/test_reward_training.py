@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,23 @@ def trainer_of(request: RewardRequest, rows: int = 6) -> tuple[Any, Any, list[tr
 
 def logits(model: Any, row: list[int]) -> torch.Tensor:
     return model(input_ids=torch.tensor([row])).logits[0]
+
+
+def test_a_model_is_gone_when_scoring_loads_its_own(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trainer is a cycle that would hold it, and what its optimiser remembers, until something collects."""
+    load, save, loaded, alive = training.load_backbone, training._save_scales, [], []
+
+    def noted(*given: Any) -> Any:
+        model, tokenizer = load(*given)
+        loaded.append(weakref.ref(model))
+        return model, tokenizer
+
+    monkeypatch.setattr(training, "load_backbone", noted)
+    monkeypatch.setattr(
+        training, "_save_scales", lambda *given: (alive.append([ref() is not None for ref in loaded]), save(*given))
+    )
+    runs.obtain(ask())
+    assert alive == [[False]]
 
 
 @pytest.mark.parametrize("loss", ["multitask", "more"])

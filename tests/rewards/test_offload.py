@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +27,9 @@ class Sent:
     def to(self, place: str) -> Sent:
         self.log.append(f"{self.name} to {place}")
         return self
+
+    def modules(self) -> list[Any]:
+        return []
 
 
 class FakeScorer(model_scorer.ModelScorer[ClassifierObjective]):
@@ -64,6 +68,21 @@ def test_each_model_leaves_when_it_has_scored_and_comes_back_for_the_next_time()
     log.clear()
     panel.score(TEXTS, TEXTS)
     assert log == ["a to cuda", "p scores", "a to cpu", "b to cuda", "q scores", "b to cpu"]
+
+
+def test_what_bitsandbytes_keeps_of_8_bit_layers_leaves_with_them() -> None:
+    """``Linear8bitLt`` keeps its matrix in ``state.CB``, no parameter and no buffer, once it was used."""
+    import torch
+
+    used, fresh, model = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2), torch.nn.Sequential()
+    matrix, scale = torch.ones(2, 2), torch.ones(2)
+    used.state = SimpleNamespace(CB=matrix, SCB=scale)  # type: ignore[assignment]
+    fresh.state = SimpleNamespace(CB=None, SCB=None)  # type: ignore[assignment]
+    model.extend([used, fresh])
+    model_scorer._move(model, "meta")
+    assert (used.state.CB.device.type, used.state.SCB.device.type) == ("meta", "meta")
+    assert used.weight.data_ptr() == used.state.CB.data_ptr() and used.weight.device.type == "meta"
+    assert fresh.state.CB is None
 
 
 def test_without_the_setting_models_stay() -> None:

@@ -266,10 +266,16 @@ def test_a_process_keeps_one_gpu(monkeypatch: pytest.MonkeyPatch, given: str | N
     if given is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2 if given is None else len(given.split(",")))
+    monkeypatch.setattr(torch._C, "_cuda_getDeviceCount", lambda: 1, raising=False)
     processes._keep_one_gpu(1 if given else 3)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == kept
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    with pytest.raises(RequestError, match="before anything uses a GPU"):
+    late = pytest.raises(RequestError, match="before anything uses a GPU")
+    with monkeypatch.context() as patched, late:
+        patched.setattr(torch.cuda, "is_initialized", lambda: True)
+        processes._keep_one_gpu(0)
+    # A script that has only asked whether there is a GPU: the driver sees all of them for good.
+    monkeypatch.setattr(torch._C, "_cuda_getDeviceCount", lambda: 2, raising=False)
+    with late:
         processes._keep_one_gpu(0)
 
 
