@@ -420,6 +420,20 @@ def test_a_table_has_medians_and_intervals_over_seeds_and_paired_differences() -
     assert page.scaling_table(rows, "hh") == ["None yet."]
 
 
+def test_the_largest_size_less_the_smallest_is_paired_over_seeds() -> None:
+    """Of layers 8, 15 and 30 the middle is left out; a seed that one lacks, too."""
+    eces = {8: [0.05, 0.06, 0.10], 15: [0.5, 0.5, 0.5], 30: [0.02, 0.05]}
+    cells = [
+        cell("hh", backbone="smollm2", layers=layers, pairs=50, seed=seed, ece=ece)
+        for layers, rows in eces.items()
+        for seed, ece in enumerate(rows)
+    ]
+    head, _, row = page.size_table([*cells, cell("hh", backbone="one size")], "hh")
+    assert head == "| largest - smallest | pairs a group | loss | accuracy | ECE | log loss |"
+    assert row.startswith("| smollm2, 30 layers - 8 layers | 50 | multitask | +0.000 [+0.000, +0.000] | -0.020 [")
+    assert page.size_table([cell("hh")], "hh") == []
+
+
 def test_the_page_tells_correlations_by_the_measures_names(
     spec: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

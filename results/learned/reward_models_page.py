@@ -149,6 +149,25 @@ def difference_table(cells: Sequence[Cell], part: str) -> list[str]:
     return ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1), *rows]
 
 
+def size_table(cells: Sequence[Cell], part: str) -> list[str]:
+    """Return the largest size less the smallest, paired over seeds: a row for each backbone, number of pairs and loss."""
+    measure = {"accuracy": "accuracy", "ece": "ECE", "log_loss": "log loss"}
+    every = groups(cells, part)
+    lines = []
+    for backbone, pairs in dict.fromkeys((backbone, pairs) for backbone, _, pairs in every):
+        sizes = [layers for name, layers, count in every if (name, count) == (backbone, pairs)]
+        small, large = (every[backbone, layers, pairs] for layers in (min(sizes), max(sizes)))
+        for loss in (loss for loss in LOSSES if small is not large and loss in small and loss in large):
+            if paired(small[loss], large[loss], "ece"):
+                values = [_numbers(paired(small[loss], large[loss], name), 3, "+") for name in measure]
+                name = f"{backbone}, {_layers(max(sizes))} - {_layers(min(sizes))}"
+                lines.append(f"| {name} | {pairs} | {loss} | {' | '.join(values)} |")
+    if not lines:
+        return []
+    head = ["largest - smallest", "pairs a group", "loss", *measure.values()]
+    return ["| " + " | ".join(head) + " |", "| --- | ---: | --- |" + " ---: |" * len(measure), *lines]
+
+
 def correlations(cells: Sequence[Cell], outcome: str) -> dict[str, dict[str, dict[str, float]]]:
     """Return every measure's rank correlations with the truth of what best-of-n picked.
 
@@ -278,21 +297,30 @@ def markdown(record: Mapping[str, Any]) -> str:
     }
     for part, title in titles.items():
         lines += [title, "", _text(part, **settings[part]), "", *scaling_table(cells, part), ""]
-        if differences := difference_table(cells, part):
-            lines += [*differences, ""]
+        for differences in (difference_table(cells, part), size_table(cells, part)):
+            lines += [*differences, ""] if differences else []
     return "\n".join([*lines, "![ECE by size and data; best-of-n by ECE](reward_models.png)", ""])
 
 
 def draw(record: Mapping[str, Any]) -> bytes:
-    """Return the figure: the truth of best-of-n against ECE, and ECE against pairs for each backbone."""
+    """Return the figure: the truth of best-of-n against ECE, and ECE against pairs for each backbone.
+
+    A backbone that has one number of pairs and several sizes has one panel, of its parameters.
+    """
     from moalign.report import style
 
     cells = record["cells"]
     ranking = [cell for cell in cells if cell["part"] == "ranking"]
-    sizes: dict[tuple[str, str, int], dict[int, dict[str, list[Cell]]]] = {}
+    sizes: dict[tuple[str, str, str], dict[int, dict[str, list[Cell]]]] = {}
     for part in ("sandbox", "hh"):
-        for (backbone, layers, pairs), losses in groups(cells, part).items():
-            sizes.setdefault((part, backbone, layers), {})[pairs] = losses
+        every_cell = groups(cells, part)
+        for (backbone, _, pairs), losses in every_cell.items():
+            weights = next(iter(losses.values()))[0]["parameters"]
+            own = [(other, count) for name, other, count in every_cell if name == backbone]
+            if len({count for _, count in own}) == 1 < len({other for other, _ in own}):
+                sizes.setdefault((part, f"{backbone}, {pairs} pairs", "parameters"), {})[weights] = losses
+            else:
+                sizes.setdefault((part, f"{backbone}, {size(weights)}", "pairs a group"), {})[pairs] = losses
     count = len(OUTCOMES) + len(sizes)
     columns = min(3, count)
     with style.canvas(3.0 * columns, 2.6 * -(-count // columns) + 0.3, "light") as (figure, colours):
@@ -300,10 +328,9 @@ def draw(record: Mapping[str, Any]) -> bytes:
         for axes, (outcome, noun) in zip(every, OUTCOMES.items(), strict=False):
             _scatter(axes, ranking, outcome, colours)
             axes.set(title="best-of-n", xlabel="ECE", ylabel=f"true {noun}, share")
-        for axes, ((part, backbone, _), by_pairs) in zip(every[len(OUTCOMES) :], sizes.items(), strict=True):
-            _lines(axes, by_pairs, "true_ece" if part == "sandbox" else "ece", colours)
-            weights = next(iter(next(iter(by_pairs.values())).values()))[0]["parameters"]
-            axes.set(title=f"{backbone}, {size(weights)}", xscale="log", xlabel="pairs a group")
+        for axes, ((part, title, along), found) in zip(every[len(OUTCOMES) :], sizes.items(), strict=True):
+            _lines(axes, found, "true_ece" if part == "sandbox" else "ece", colours)
+            axes.set(title=title, xscale="log", xlabel=along)
             axes.set_ylabel("true ECE" if part == "sandbox" else "ECE")
             axes.set_ylim(bottom=0)
         for axes in (every[0], *every[len(OUTCOMES) :][:1]):
