@@ -150,7 +150,7 @@ def difference_table(cells: Sequence[Cell], part: str) -> list[str]:
 
 
 def size_table(cells: Sequence[Cell], part: str) -> list[str]:
-    """Return the largest size less the smallest, paired over seeds: a row for each backbone, number of pairs and loss."""
+    """Return the largest size less the smallest, paired over seeds, for every backbone, number of pairs and loss."""
     measure = {"accuracy": "accuracy", "ece": "ECE", "log_loss": "log loss"}
     every = groups(cells, part)
     lines = []
@@ -331,6 +331,8 @@ def draw(record: Mapping[str, Any]) -> bytes:
         for axes, ((part, title, along), found) in zip(every[len(OUTCOMES) :], sizes.items(), strict=True):
             _lines(axes, found, "true_ece" if part == "sandbox" else "ece", colours)
             axes.set(title=title, xscale="log", xlabel=along)
+            axes.set_xticks(list(found), [size(x) if along == "parameters" else str(x) for x in found])
+            axes.minorticks_off()
             axes.set_ylabel("true ECE" if part == "sandbox" else "ECE")
             axes.set_ylim(bottom=0)
         for axes in (every[0], *every[len(OUTCOMES) :][:1]):
