@@ -6,6 +6,7 @@ those that are there.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -39,7 +40,8 @@ class Answered:
     reward_calls: int
     """Scores by which the policies chose their answers."""
     seconds: float
-    peak_memory_bytes: int
+    peak_memory_bytes: int | None
+    """Of a GPU; None without one."""
 
 
 def obtain(
@@ -62,8 +64,9 @@ def obtain(
 
 
 def judged(context: RunContext, name: str) -> None:
-    """Forget the answers that waited to be judged: their evaluation is there."""
-    (context.run.path / f"{UNJUDGED}{name}.parquet").unlink(missing_ok=True)
+    """Forget the answers that waited to be judged, if any do: their evaluation is there."""
+    with contextlib.suppress(OSError):  # of a folder that is read-only by now
+        (context.run.path / f"{UNJUDGED}{name}.parquet").unlink(missing_ok=True)
 
 
 def _sample(
@@ -73,7 +76,7 @@ def _sample(
     import torch
 
     from moalign.policies.policy import respond_all
-    from moalign.runs.meter import Meter, peak_bytes
+    from moalign.runs.meter import Meter, device_peak_bytes
 
     prompts = [prompt for prompt in context.task.eval_prompts for _ in range(samples)]
     started, meter = time.monotonic(), Meter()
@@ -101,7 +104,7 @@ def _sample(
         }
     )
     seconds = time.monotonic() - started
-    return Answered(table, divergences, answers.tokens, meter.reward_calls, seconds, peak_bytes())
+    return Answered(table, divergences, answers.tokens, meter.reward_calls, seconds, device_peak_bytes() or None)
 
 
 def _made_by(context: RunContext) -> dict[str, Any]:

@@ -21,7 +21,8 @@ from pydantic import computed_field
 from moalign.core.arrays import Matrix
 from moalign.core.preferences import Preference
 from moalign.core.progress import Progress, prefixed, silent
-from moalign.evaluation import answers, evaluate
+from moalign.evaluation import answers as waiting
+from moalign.evaluation import evaluate
 from moalign.evaluation.result import Content, EvaluatedRun
 from moalign.lm import adapters
 from moalign.methods.base import Method
@@ -159,10 +160,16 @@ def curve(
         answers.append(table.assign(part=point.part, step=point.step))
         context.run.write_table(name, pd.concat(answers, ignore_index=True))
         atomic.write_json(path, result().content)
+        waiting.judged(context, _table_name(context, point, preferences, samples))
     made, figure = result(), path.with_suffix(".png")
     if missing or not figure.is_file():
         atomic.write_bytes(figure, draw_over_optimisation([made.content]))
     return made
+
+
+def _table_name(context: RunContext, point: Snapshot, preferences: Sequence[Preference], samples: int) -> str:
+    """Return the name of a snapshot's answers while they are judged."""
+    return f"{evaluate.names(context.task, preferences, samples)[1]}-{point.part}-{point.step}"
 
 
 def _key(point: Snapshot | CurveRow) -> tuple[str, int]:
@@ -204,7 +211,7 @@ def _judge(
     progress: Progress,
 ) -> tuple[CurveRow, pd.DataFrame]:
     """Return the row of a snapshot and its answers, as an evaluation makes them."""
-    name = f"{evaluate.names(context.task, preferences, samples)[1]}-{point.part}-{point.step}"
+    name = _table_name(context, point, preferences, samples)
     answered = evaluate.respond(method, context, preferences, samples, name, progress)
     table, divergences = answered.table, answered.divergences
     corner = context.task.card.reference_point
@@ -223,7 +230,6 @@ def _judge(
         collapse_rate=quality.rate,
         spread=spread_of(context, table, preferences),
     )
-    answers.judged(context, name)
     return row, table.drop(columns="ids", errors="ignore")
 
 

@@ -50,7 +50,7 @@ from moalign.pareto.hypervolume import hypervolume
 from moalign.report import verdict
 from moalign.rewards.panel import usage_of
 from moalign.runs import atomic
-from moalign.runs.meter import fresh_peak, peak_bytes
+from moalign.runs.meter import device_peak_bytes, fresh_device_peak
 from moalign.tasks.task import Task
 from moalign.training.job import RunContext
 
@@ -132,6 +132,7 @@ def evaluate(
                 at_kl.add(stored, context.task)
             scores = _stored_scores(context, table_name, path, preferences, samples)
             _require_same_scale(context.task, stored, scores, path)
+            answers.judged(context, table_name)  # should a kill have come between the two
             return Evaluation(stored, scores)
     atomic.require_new(path)
     answered = respond(method, context, preferences, samples, table_name, progress)
@@ -177,7 +178,9 @@ def _warnings(context: RunContext, judged: Quality, judgement: Judgement, judges
     of_answers = [*verdict.cautions(judged.content), *verdict.cautions_at(judged.content, points)]
     recorded = context.run.record.recipe.get("rollout") or {}
     if recorded.get("engine") == "vllm" and context.task.engine is None:
-        of_answers.append("answers by our own engine: vLLM, which sampled in training, is not installed here")
+        of_answers.append(
+            "answers by our own engine: vLLM, which sampled in training, cannot sample here (moalign check RECIPE says why)"
+        )
     return (*context.run.record.notes.get("warnings", ()), *of_answers, *verdict.unread(judges))
 
 
@@ -254,7 +257,7 @@ def respond(
     """
     import torch
 
-    fresh_peak()  # training's is in its run's record
+    fresh_device_peak()  # training's is in its run's record
     answered = answers.obtain(method, context, preferences, samples, name, progress)
     table, started = answered.table, time.monotonic()
     # Loading a scorer may draw weights: the states of the global generators are restored afterwards.
@@ -265,7 +268,7 @@ def respond(
         answered,
         table=table.assign(**{name: raw[:, column] for column, name in enumerate(context.task.names)}),
         seconds=answered.seconds + time.monotonic() - started,
-        peak_memory_bytes=max(answered.peak_memory_bytes, peak_bytes()),
+        peak_memory_bytes=max(answered.peak_memory_bytes or 0, device_peak_bytes()) or None,
     )
 
 

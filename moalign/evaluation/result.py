@@ -163,7 +163,7 @@ class AnsweringCost(Content):
     """Scores by which a policy chose its answers; those of the judge are not counted."""
     seconds: float
     peak_memory_bytes: int | None = None
-    """Most memory of the GPU, or without one of the process, while it answered and was judged."""
+    """Most GPU memory while it answered and was judged; None without one, where a process's peak is its training's."""
 
 
 class SecondReference(Content):

@@ -410,7 +410,7 @@ def context_of(run: Run, results: Path, progress: Progress = silent) -> tuple[Me
             "the base model or the data it points to is not the same (restore it), or an older moalign, whose hashes "
             "were made otherwise, made this run; train again"
         )
-    if backends.has_vllm():  # without it, it answers by our own engine
+    if rollout.engine != "hf" and backends.vllm_answers(card):  # else it answers by our own engine
         task.engine = _engine(method, task, policy, rollout)
     return method, RunContext.of(
         task,

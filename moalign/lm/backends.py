@@ -54,6 +54,11 @@ def has_vllm() -> bool:
     return find_spec("vllm") is not None
 
 
+def vllm_answers(card: TaskCard) -> bool:
+    """Whether vLLM, which sampled in training, can sample for a finished run here, too."""
+    return has_vllm() and not (card.dtype == "float32" and _on_gpu())
+
+
 def engine_problems(rollout: RolloutSpec, card: TaskCard, rank: int, experts: int, mixes: bool) -> list[str]:
     """Return why vLLM cannot sample for a run, a message each; none where it does not have to.
 

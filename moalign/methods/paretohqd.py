@@ -133,8 +133,8 @@ class ParetoHqd:
             job.notes[AUGMENT] = causes
             job.run.write_table(AUGMENT, table)
             job.finish_stage(AUGMENT)
-            for index in range(len(job.preferences)):
-                kept_samples.forget(job, f"{AUGMENT}-{index}")
+        for index in range(len(job.preferences)):
+            kept_samples.forget(job, f"{AUGMENT}-{index}")
         table = job.run.read_table(AUGMENT)
         raw = table[[f"raw:{name}" for name in job.task.names]].to_numpy(dtype=np.float64)
         return Scored(table["prompt"].tolist(), from_columns(table), raw)

@@ -162,6 +162,7 @@ class Ric:
 
         name, stage = f"samples-{number + 1}", f"sampling-{number + 1}"
         if job.stage_done(stage):
+            kept_samples.forget(job, stage)  # should a kill have come between the two
             return job.run.read_table(name)
         config: Config = job.config
         rng = np.random.default_rng(derive(job.seed, "ric", number, "targets"))

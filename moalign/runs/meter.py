@@ -36,6 +36,11 @@ class Meter:
         """Count requested scores: responses x objectives."""
         self.reward_calls += _checked(count)
 
+    def add_earlier(self, seconds: float, peak_memory_bytes: int) -> None:
+        """Count work that is in the result and was done before this clock began; of the peaks the larger counts."""
+        self._earlier_seconds += seconds
+        self._earlier_peak = max(self._earlier_peak, peak_memory_bytes)
+
     def add_run(self, cost: Mapping[str, float], seconds: float, passed: float = 0.0) -> None:
         """Count another run's whole cost (its :meth:`cost`, its seconds) as this one's; of the peaks the larger counts.
 
@@ -44,8 +49,7 @@ class Meter:
         self.add_tokens_generated(int(cost["tokens_generated"]))
         self.add_tokens_trained(int(cost["tokens_trained"]))
         self.add_reward_calls(int(cost["reward_calls"]))
-        self._earlier_seconds += seconds - passed
-        self._earlier_peak = max(self._earlier_peak, int(cost["peak_memory_bytes"]))
+        self.add_earlier(seconds - passed, int(cost["peak_memory_bytes"]))
 
     @property
     def seconds(self) -> float:
@@ -58,7 +62,7 @@ class Meter:
 
         The maximum with the loaded state's. It belongs to the process: what ran in it before is included.
         """
-        return max(self._earlier_peak, peak_bytes())
+        return max(self._earlier_peak, device_peak_bytes() or process_peak_bytes())
 
     def cost(self) -> dict[str, int]:
         """Return the record's ``cost`` section."""
@@ -82,11 +86,6 @@ def _checked(count: int) -> int:
     if count < 0:
         raise ValueError(f"a meter counts upwards; found {count}")
     return int(count)
-
-
-def peak_bytes() -> int:
-    """Return the peak of GPU memory where this process used CUDA, else of resident memory, in bytes."""
-    return device_peak_bytes() or process_peak_bytes()
 
 
 def process_peak_bytes() -> int:
@@ -114,6 +113,11 @@ def fresh_peak() -> None:
     """
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    fresh_device_peak()
+
+
+def fresh_device_peak() -> None:
+    """The same of the GPUs alone."""
     cuda = _cuda()
     for index in range(0 if cuda is None else cuda.device_count()):
         cuda.reset_peak_memory_stats(index)

@@ -43,10 +43,13 @@ def identity(request: Mapping[str, Any]) -> str:
 def results_of(run: Path, otherwise: Path) -> Path:
     """Return the results folder that a run's folder lies in (``<results>/runs/<task>/<method>/<run-id>``).
 
-    ``run`` may be a link, or lie in none, as a copy of a run; ``otherwise`` is the answer then.
+    The folder as it is named counts (a part of it may be a link to another disk); for a run that is a link, or is named
+    from inside its results folder, the place where it really is. ``otherwise``: of one that lies in none, as a copy.
     """
-    parents = run.resolve().parents
-    return parents[3] if len(parents) > 3 and parents[2].name == RunStore.kind else otherwise
+    for named in (run, run.resolve()):
+        if len(named.parents) > 3 and named.parents[2].name == RunStore.kind and not named.is_symlink():
+            return named.parents[3]
+    return otherwise
 
 
 class RunStore:

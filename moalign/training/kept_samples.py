@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +25,8 @@ def sampled(
 ) -> tuple[list[Response], int]:
     """Return a response to each prompt, and how many tokens were sampled; parts drawn before are read.
 
+    Seconds and peak of those are counted by the job's meter; tokens are for the caller to count.
+
     They are those of ``respond_all([policy], prompts, sampling)``. ``name`` tells them from others of the run;
     ``progress`` gets numbers of responses. The policy draws one sample a prompt (``samples`` 1).
     """
@@ -41,11 +44,14 @@ def sampled(
         if part in kept:
             table = job.run.read_table(part)
             responses, tokens = responses + from_columns(table), tokens + int(table.attrs["tokens"])
+            job.meter.add_earlier(table.attrs["seconds"], table.attrs["peak_memory_bytes"])
             progress(len(own))
             continue
+        started = time.monotonic()
         answers = respond_all([policy], own, sampling, progress, job.task.engine, first=start)
         table = pd.DataFrame(columns(answers.records(0)))
-        table.attrs["tokens"] = answers.tokens
+        cost = {"seconds": time.monotonic() - started, "peak_memory_bytes": job.meter.peak_memory_bytes}
+        table.attrs.update({"tokens": answers.tokens, **cost})
         job.run.write_table(part, table)
         responses, tokens = responses + answers.records(0), tokens + answers.tokens
     return responses, tokens

@@ -231,22 +231,27 @@ def grid_ratio(repeats: int) -> dict[str, Any]:
 
 def inside(grid: Path, single: Path, repeats: int) -> dict[str, Any]:
     """Time answering and scoring for the runs in two results folders, in this process."""
-    from moalign.evaluation import evaluate
+    from moalign.evaluation import answers, evaluate
     from moalign.experiment.handle import RunHandle
 
     opened = {}
     for name, folder in (("grid", grid), ("one", single)):
         method, context = RunHandle.find(None, folder).open()
-        opened[name] = method, context, (context.task.grid if name == "grid" else [(0.5, 0.5)])
+        preferences = context.task.grid if name == "grid" else [(0.5, 0.5)]
+        opened[name] = method, context, preferences, context.task.card.evaluation.samples
     times: dict[str, list[float]] = {"grid": [], "one": []}
+    responses: dict[str, int] = {}
     for _ in range(repeats + 1):  # the first loads the model and warms the allocator
         for name, arguments in opened.items():  # in turn, so that both meet the same load of the machine
             started = time.perf_counter()
-            table, *_ = evaluate.respond(*arguments)
+            answered = evaluate.respond(*arguments, "bench")
             times[name].append(time.perf_counter() - started)
-            assert len(table) == 11 * 128
+            answers.judged(arguments[1], "bench")  # nothing waits for the next time
+            responses[name] = len(answered.table)
     middle = {name: round(statistics.median(seconds_of[1:]), 3) for name, seconds_of in times.items()}
-    record: dict[str, Any] = {name: {"responses": 11 * 128, "seconds": seconds} for name, seconds in middle.items()}
+    record: dict[str, Any] = {
+        name: {"responses": responses[name], "seconds": seconds} for name, seconds in middle.items()
+    }
     record["ratio"] = round(record["grid"]["seconds"] / record["one"]["seconds"], 3)
     return record
 

@@ -20,8 +20,8 @@ import torch
 def read_once(frozen: int, folder: Path) -> Iterator[None]:
     """Let the first ``frozen`` layers of every Llama read a text only if ``folder`` has no states of it yet.
 
-    All Llamas that run meanwhile must have these layers in common, without adapters, in float32; rows are padded on
-    the right. ``folder`` belongs to one set of weights; several processes may use it at once.
+    All Llamas that run meanwhile must have these layers in common, without adapters, in float32 on a CPU; rows are
+    padded on the right. ``folder`` belongs to one set of weights; several processes may use it at once.
     """
     from transformers.models.llama.modeling_llama import LlamaModel
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from reward_models_frozen import read_once
 
 from moalign.core.arrays import Matrix
@@ -258,7 +259,8 @@ def of_people(cell: Mapping[str, Any], spec: Mapping[str, Any], results: Path) -
             frozen = cell["layers"] - how["adapted"]
             last = "|".join(str(layer) for layer in range(frozen, cell["layers"]))
             settings["lora"] = {**how["lora"], "targets": rf".*\.layers\.({last})\..*_proj"}
-            stack.enter_context(read_once(frozen, states_of(source, frozen, results)))
+            if not torch.cuda.is_available():  # there they would be those of autocast
+                stack.enter_context(read_once(frozen, states_of(source, frozen, results)))
         deltas = trained(cell, settings, backbone, train, parts["eval"], mine["passes"], results)
     return {
         "parameters": parameters(backbone),

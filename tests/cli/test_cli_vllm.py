@@ -125,12 +125,17 @@ def test_a_run_is_trained_and_judged_by_vllm_and_lives_on_without_it(
     planned = moalign("train", "mo-odpo", *sets, "--dry-run", "--json")
     assert json.loads(planned.out)["run_id"] != record["run_id"], "other random numbers: another run"
 
+    with monkeypatch.context() as patched:  # of a task in float32, where it is looked at again on a GPU
+        patched.setattr(backends, "_on_gpu", lambda: True)
+        ended = moalign("eval", str(run), "--grid", "4", "--json")
+        assert ended.code == 0 and json.loads(ended.out)["engine"] is None, ended.err
+
     without(monkeypatch)
     ended = moalign("eval", str(run), "--grid", "2", "--json")
     assert ended.code == 0, ended.err
     again = next(json.loads(path.read_text()) for path in run.glob("eval-*.json"))
     assert "engine" not in again
-    assert again["warnings"][-1].startswith("answers by our own engine: vLLM, which sampled in training, is not instal")
+    assert again["warnings"][-1].startswith("answers by our own engine: vLLM, which sampled in training, cannot sample")
     ended = moalign("export", str(run), "--prefs", "1,0", "--out", "exported")
     assert ended.code == 0 and (tmp_path / "exported" / "adapter_model.safetensors").is_file(), ended.err
     assert len(llm.calls) == 3

@@ -17,7 +17,9 @@ from moalign.comparison.compare import CompareRequest, compare
 from moalign.comparison.result import CompareResult
 from moalign.config.recipe import PolicySpec
 from moalign.core.errors import RequestError
+from moalign.evaluation import evaluate
 from moalign.methods import registry
+from moalign.runs.store import results_of
 from tests.comparison.conftest import CARD, ask
 
 pytestmark = pytest.mark.usefixtures("_toys")
@@ -36,6 +38,24 @@ def test_runs_are_compared_by_folder_or_identifier(card: str, results: Path) -> 
     again = compare(CompareRequest(runs=[folders[0], Path(folders[1]).name], results=results))
     for key in ("rows", "pairs", "winner", "card_hash"):
         assert again.content[key] == first.content[key]
+
+
+def test_the_results_folder_of_a_run_is_the_one_it_is_named_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``runs`` may be a link to another disk, whose own folder knows no scale; names stay as short as they are."""
+    real = tmp_path / "scratch" / "runs" / "task" / "method" / "0123"
+    real.mkdir(parents=True)
+    home = tmp_path / "home" / "results"
+    home.mkdir(parents=True)
+    (home / "runs").symlink_to(real.parents[2])
+    other = Path("otherwise")
+    assert results_of(home / "runs/task/method/0123", other) == home
+    monkeypatch.chdir(home.parent)
+    assert results_of(Path("results/runs/task/method/0123"), other) == Path("results")
+    (home.parent / "best").symlink_to(real)
+    assert results_of(Path("best"), other) == (tmp_path / "scratch").resolve()
+    monkeypatch.chdir(real.parent)
+    assert results_of(Path("0123"), other) == (tmp_path / "scratch").resolve()
+    assert results_of(tmp_path / "home", other) == other
 
 
 @pytest.mark.parametrize("how", ["a name from inside", "a link", "a link below folders", "a copy"])
@@ -63,6 +83,23 @@ def test_runs_are_compared_wherever_their_folder_is_named_from(
     for key in ("pairs", "winner", "card_hash"):
         assert again.content[key] == first.content[key]
     assert [row["hypervolume"] for row in again.content["rows"]] == [r["hypervolume"] for r in first.content["rows"]]
+
+
+def test_the_benchmark_s_answers_are_asked_for_anew_each_time(
+    card: str, results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """results/bench/bench.py times them in a process of its own, after all else."""
+    from tests.test_result_pages import RESULTS, script
+
+    monkeypatch.syspath_prepend(RESULTS / "bench")
+    (folder,) = runs_of(ask(card, results, methods=["good"]))
+    bench, asked = script("bench/bench.py"), []
+    given = evaluate.respond
+    monkeypatch.setattr(evaluate, "respond", lambda *told: (asked.append(told), given(*told))[1])
+    record = bench.inside(results, results, 2)
+    assert record.keys() == {"grid", "one", "ratio"} and len(asked) == 6
+    assert record["grid"]["responses"] == 3 * record["one"]["responses"] > 0
+    assert not list(Path(folder).glob("unjudged-*"))
 
 
 def test_a_run_named_twice_counts_once(card: str, results: Path) -> None:

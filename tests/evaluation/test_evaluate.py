@@ -383,13 +383,19 @@ def test_a_grid_preference_that_is_typed_is_judged_under_the_name_of_the_grid(st
     assert preferences_for(*steered, asked) == steered[1].task.grid
 
 
-def test_the_memory_of_answering_is_not_that_of_training(steered: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training took 900 bytes; counted anew, answering takes 70, and judging 80."""
+@pytest.mark.parametrize("gpu", [True, False])
+def test_the_memory_of_answering_is_not_that_of_training(
+    steered: Opened, monkeypatch: pytest.MonkeyPatch, gpu: bool
+) -> None:
+    """Training took 900 bytes of the GPU; counted anew, answering takes 70, and judging 80.
+
+    Without a GPU it is not told: a process's peak would be its training's.
+    """
     peak, found = [900], iter([70, 80])
-    monkeypatch.setattr(evaluation, "fresh_peak", lambda: peak.__setitem__(0, 0))
-    monkeypatch.setattr(meter, "peak_bytes", lambda: peak[0] or next(found))
-    monkeypatch.setattr(evaluation, "peak_bytes", lambda: peak[0] or next(found))
-    assert evaluate(*steered, None).result.content["cost"]["peak_memory_bytes"] == 80
+    monkeypatch.setattr(evaluation, "fresh_device_peak", lambda: peak.__setitem__(0, 0))
+    for place in (meter, evaluation):
+        monkeypatch.setattr(place, "device_peak_bytes", lambda: (peak[0] or next(found)) if gpu else 0)
+    assert evaluate(*steered, None).result.content["cost"]["peak_memory_bytes"] == (80 if gpu else None)
 
 
 def test_answers_outlive_an_interruption_while_they_are_judged(
@@ -416,6 +422,9 @@ def test_answers_outlive_an_interruption_while_they_are_judged(
     assert without_clocks(evaluate(*steered, None).result.content) == expected
     assert Speaker.calls == sampled, "the answers that wait are taken over"
     assert not list(run.path.glob("unjudged-*")), "and forgotten when they are judged"
+    (run.path / "unjudged-responses.parquet").write_bytes(b"left by a kill between the record and its clearing up")
+    evaluate(*steered, None)
+    assert not list(run.path.glob("unjudged-*"))
 
 
 @pytest.mark.parametrize("what", ["card", "damaged"])

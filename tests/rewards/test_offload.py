@@ -79,10 +79,11 @@ def test_what_bitsandbytes_keeps_of_8_bit_layers_leaves_with_them() -> None:
     used.state = SimpleNamespace(CB=matrix, SCB=scale)  # type: ignore[assignment]
     fresh.state = SimpleNamespace(CB=None, SCB=None)  # type: ignore[assignment]
     model.extend([used, fresh])
+    model_scorer._move(model, "cpu")
+    assert used.weight.data_ptr() == used.state.CB.data_ptr() == matrix.data_ptr(), "one copy"
     model_scorer._move(model, "meta")
     assert (used.state.CB.device.type, used.state.SCB.device.type) == ("meta", "meta")
-    assert used.weight.data_ptr() == used.state.CB.data_ptr() and used.weight.device.type == "meta"
-    assert fresh.state.CB is None
+    assert used.weight.device.type == "meta" and fresh.state.CB is None
 
 
 def test_without_the_setting_models_stay() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from moalign.lm.generator import ModelGenerator
@@ -40,7 +41,13 @@ def test_parts_are_those_of_one_piece_and_outlive_an_interruption(job: Job, monk
     with pytest.raises(KeyboardInterrupt):
         kept_samples.sampled(job, "drawn", policy, prompts, sampling, told.append)
     assert asked == [4, 4] and sum(told) == 4
+    kept = pd.read_parquet(job.run.path / "drawn-part-0.parquet")
+    assert kept.attrs["seconds"] > 0
+    kept.attrs.update({"seconds": 1000.0, "peak_memory_bytes": 2**50})  # as if it had been slow, and large
+    kept.to_parquet(job.run.path / "drawn-part-0.parquet", index=False)
+    before = job.meter.seconds
     responses, tokens = kept_samples.sampled(job, "drawn", policy, prompts, sampling, told.append)
+    assert 1000 < job.meter.seconds - before < 1100 and job.meter.peak_memory_bytes == 2**50
     assert asked == [4, 4, 4, 1], "what is kept is not asked for"
     assert (responses, tokens) == (whole.records(0), whole.tokens)
     assert sum(told) == 4 + 9
