@@ -178,9 +178,7 @@ def _warnings(context: RunContext, judged: Quality, judgement: Judgement, judges
     of_answers = [*verdict.cautions(judged.content), *verdict.cautions_at(judged.content, points)]
     recorded = context.run.record.recipe.get("rollout") or {}
     if recorded.get("engine") == "vllm" and context.task.engine is None:
-        of_answers.append(
-            "answers by our own engine: vLLM, which sampled in training, cannot sample here (moalign check RECIPE says why)"
-        )
+        of_answers.append("answers by our own engine: vLLM, which sampled in training, cannot sample here")
     return (*context.run.record.notes.get("warnings", ()), *of_answers, *verdict.unread(judges))
 
 
