@@ -123,8 +123,8 @@ class ParetoHqd:
     def _augment(self, job: Job, lm: LanguageModel) -> Scored:
         """Return the scored answers of the representative stage-1 models; sampled once and kept in the run."""
         from moalign.lm import adapters
+        from moalign.policies import kept_samples
         from moalign.tasks.responses import Scored, from_columns
-        from moalign.training import kept_samples
 
         if not job.stage_done(AUGMENT):
             adapters.attach(lm, job.policy_spec.lora, job.seed)
@@ -148,9 +148,9 @@ class ParetoHqd:
         from moalign.lm.generator import ModelGenerator, shared
         from moalign.lm.quality import collapse, collapse_report
         from moalign.pareto.directions import representatives
+        from moalign.policies import kept_samples
         from moalign.policies.policy import Policy
         from moalign.tasks.responses import columns
-        from moalign.training import kept_samples
         from moalign.training.callbacks import order
 
         config: Config = job.config

@@ -156,9 +156,9 @@ class Ric:
         from moalign.core.seeds import derive
         from moalign.lm.generator import ModelGenerator, shared
         from moalign.lm.quality import collapse
+        from moalign.policies import kept_samples
         from moalign.policies.policy import Policy
         from moalign.tasks.responses import columns
-        from moalign.training import kept_samples
 
         name, stage = f"samples-{number + 1}", f"sampling-{number + 1}"
         if job.stage_done(stage):

@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 
 from moalign.lm.generator import ModelGenerator
+from moalign.policies import kept_samples
 from moalign.policies import policy as policies
 from moalign.policies.policy import Policy
-from moalign.training import kept_samples
 from moalign.training.job import Job
 
 
