@@ -251,6 +251,23 @@ def test_the_page_on_learned_rewards_says_what_reward_models_are_worth() -> None
     assert f"({spearman(clean + by_wn, 'ECE')}; accuracy {spearman(clean + by_wn, 'accuracy').split(' ')[0]})" in page
 
 
+def test_the_page_on_learned_rewards_says_what_reward_models_of_people_s_pairs_are_worth() -> None:
+    """Differences by size, and MORE's, from the table that its script writes."""
+    page = " ".join((RESULTS / "learned/README.md").read_text(encoding="utf-8").split())
+    table = (RESULTS / "learned/reward_models.md").read_text(encoding="utf-8").split("## Real people's pairs")[1]
+
+    def cells(first: str) -> list[str]:
+        line = next(line for line in table.splitlines() if line.startswith(f"| {first} |"))
+        return [cell.strip().replace("+0.", ".").replace("-0.", "-.").replace("0.", ".") for cell in line.split("|")]
+
+    sizes = "smollm2-135m, 30 layers - 8 layers | 50"
+    by_loss = {loss: cells(f"{sizes} | {loss}")[4] for loss in ("bt", "multitask", "more")}
+    assert f"{by_loss['bt']} (`bt`), {by_loss['multitask']} (`multitask`) and {by_loss['more']} (`more`)" in page
+    stories = {pairs: cells(f"stories260k, 5 layers, 260 k | {pairs} | multitask")[5] for pairs in (50, 300)}
+    assert f"accuracy of {stories[50]} from 50 pairs a group and {stories[300]} from 300" in page
+    assert f"({', '.join(cells(f'stories260k, 5 layers | {n}')[4].split(' ')[0] for n in (50, 200, 300))})" in page
+
+
 def test_the_page_on_learned_rewards_says_what_the_closed_form_has() -> None:
     page = " ".join((RESULTS / "learned/README.md").read_text(encoding="utf-8").split())
     told = json.loads((RESULTS / "learned/closed_form.json").read_text(encoding="utf-8"))
