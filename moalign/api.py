@@ -70,12 +70,10 @@ def train(
         prefs: what to train for, or on where one policy has them all; None: the recipe's, else the task's distribution.
         grid: the same, as the size of an even grid.
         seed: of training; None: the recipe's, which is 0 unless it says otherwise.
-        settings: changes of the recipe, and with keys that begin with ``task`` of the task card; ``more_settings`` are
-            those whose names are Python's, too, as in ``train("moc", "sandbox", steps=20)``.
+        settings: changes of the recipe, and with keys that begin with ``task`` of the task card; or as arguments.
         recipe: a recipe file; None: the one that moalign has for this task and method, if any.
         evaluate: whether to evaluate the run, too, where that was not done (of several processes the first does).
-        progress: called as ``progress(what, done, total)``.
-        planned: called with the checked plan before any work begins.
+        progress, planned: called as ``progress(what, done, total)``, and with the checked plan before any work begins.
 
     Raises RequestError for every problem of the request, before anything is written, and where another process trains
     the run; WorkError when training failed: the next call goes on from the last checkpoint.
@@ -104,9 +102,9 @@ def train(
         if planned is not None:
             planned(plan)
         run, reused = workflow.train(plan, progress)
-        writer = processes.is_writer()
+        evaluate = evaluate and processes.is_writer()
     handle = RunHandle(run.path, run.record, Path(results), reused)
-    if evaluate and writer and handle.evaluation is None:  # with the plan's task, which has the base loaded already
+    if evaluate and handle.evaluation is None:  # with the plan's task, which has the base loaded already
         evaluation.evaluate(plan.method, plan.context(run), None, progress)
     return handle
 

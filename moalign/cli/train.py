@@ -42,20 +42,11 @@ def train(
 
     The same command again finds the finished run; after an interruption it resumes.
     """
-    prefs = preferences_of(prefs, prefs_text)
-    if snapshots is not None:
-        from moalign.experiment.arguments import is_set, refuse_contradiction
-
-        text = f"snapshots={snapshots}"
-        if is_set("snapshots", set_ or ()) != text:
-            refuse_contradiction("--snapshots", "snapshots", set_ or ())
-            set_ = [*(set_ or ()), text]
+    prefs, set_ = preferences_of(prefs, prefs_text), _with_snapshots(set_ or [], snapshots)
     if dry_run:
         from moalign.experiment.train import TrainRequest
 
-        _dry_run(
-            TrainRequest(method, task, recipe, tuple(prefs or ()), grid, tuple(set_ or ()), seed, results), as_json
-        )
+        _dry_run(TrainRequest(method, task, recipe, tuple(prefs or ()), grid, tuple(set_), seed, results), as_json)
         return
     from moalign import api
 
@@ -77,6 +68,17 @@ def train(
         output.as_json(_json(run))
     else:
         _show(run, results)
+
+
+def _with_snapshots(settings: list[str], snapshots: int | None) -> list[str]:
+    """Return the settings with those of ``--snapshots``; RequestError where they say otherwise."""
+    from moalign.experiment.arguments import is_set, refuse_contradiction
+
+    text = f"snapshots={snapshots}"
+    if snapshots is None or is_set("snapshots", settings) == text:
+        return settings
+    refuse_contradiction("--snapshots", "snapshots", settings)
+    return [*settings, text]
 
 
 def _announce(plan: Plan) -> None:

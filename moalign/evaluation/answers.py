@@ -10,6 +10,7 @@ import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from moalign.core.errors import RequestError
@@ -33,7 +34,7 @@ class Answered:
     """Answers to every evaluation prompt at every preference, in this order: preference, prompt, sample."""
 
     table: pd.DataFrame
-    """Columns prompt, preference, and those of :func:`~moalign.tasks.responses.columns`."""
+    """Columns prompt, preference, those of :func:`~moalign.tasks.responses.columns`; once judged, each objective."""
     divergences: list[KlToBase]
     """How far the policy of each preference has moved from the base."""
     tokens_generated: int
@@ -44,7 +45,7 @@ class Answered:
     """Of a GPU; None without one."""
 
 
-def obtain(
+def respond(
     method: Method,
     context: RunContext,
     preferences: Sequence[Preference],
@@ -52,15 +53,31 @@ def obtain(
     name: str,
     progress: Progress = silent,
 ) -> Answered:
-    """Answer every evaluation prompt at every preference ``samples`` times, or take over what waits to be judged.
+    """Answer every evaluation prompt at every preference ``samples`` times, and add one raw score per objective.
 
-    ``name`` is that of the table of answers in the run, whose name says for which preferences and samples it is.
+    ``name`` is that of the table of answers in the run, which says for which preferences and samples it is: those that
+    wait under it to be judged are taken over.
     """
-    waiting = _waiting(context, name)
-    if waiting is None:
-        waiting = _sample(method, context, preferences, samples, progress)
-        _keep(context, name, waiting)
-    return waiting
+    import torch
+
+    from moalign.runs.meter import device_peak_bytes, fresh_device_peak
+
+    fresh_device_peak()  # training's is in its run's record
+    answered = _waiting(context, name)
+    if answered is None:
+        answered = _sample(method, context, preferences, samples, progress)
+        _keep(context, name, answered)
+    table, started = answered.table, time.monotonic()
+    # Loading a scorer may draw weights: the states of the global generators are restored afterwards.
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        scoring = partial(progress, "scoring")
+        raw = context.task.judge_panel.score(list(table["prompt"]), list(table["response"]), scoring, gaps=True)
+    return replace(
+        answered,
+        table=table.assign(**{name: raw[:, column] for column, name in enumerate(context.task.names)}),
+        seconds=answered.seconds + time.monotonic() - started,
+        peak_memory_bytes=max(answered.peak_memory_bytes or 0, device_peak_bytes()) or None,
+    )
 
 
 def judged(context: RunContext, name: str) -> None:

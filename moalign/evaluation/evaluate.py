@@ -10,8 +10,7 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +23,7 @@ from moalign.core.preferences import Preference, same, typed
 from moalign.core.progress import Progress, silent
 from moalign.core.text import command
 from moalign.evaluation import answers, at_kl
-from moalign.evaluation.answers import Answered
+from moalign.evaluation.answers import respond
 from moalign.evaluation.divergence import KlToBase
 from moalign.evaluation.result import (
     AnsweringCost,
@@ -50,7 +49,6 @@ from moalign.pareto.hypervolume import hypervolume
 from moalign.report import verdict
 from moalign.rewards.panel import usage_of
 from moalign.runs import atomic
-from moalign.runs.meter import device_peak_bytes, fresh_device_peak
 from moalign.tasks.task import Task
 from moalign.training.job import RunContext
 
@@ -125,15 +123,9 @@ def evaluate(
     samples = samples or context.task.card.evaluation.samples
     file, table_name = names(context.task, preferences, samples)
     path = context.run.path / f"{file}.json"
-    if path.is_file():
-        stored = EvalResult.load(path)
-        if stored.card_hash == context.task.hash:
-            if stored.frontier is None:  # of a version that did not know it
-                at_kl.add(stored, context.task)
-            scores = _stored_scores(context, table_name, path, preferences, samples)
-            _require_same_scale(context.task, stored, scores, path)
-            answers.judged(context, table_name)  # should a kill have come between the two
-            return Evaluation(stored, scores)
+    stored = _stored(context, path, table_name, preferences, samples)
+    if stored is not None:
+        return stored
     atomic.require_new(path)
     answered = respond(method, context, preferences, samples, table_name, progress)
     started, table, divergences = time.monotonic(), answered.table, answered.divergences
@@ -241,35 +233,6 @@ def _generalisation(
     )
 
 
-def respond(
-    method: Method,
-    context: RunContext,
-    preferences: Sequence[Preference],
-    samples: int,
-    name: str,
-    progress: Progress = silent,
-) -> Answered:
-    """Answer every evaluation prompt at every preference ``samples`` times, and add one raw score per objective.
-
-    Answers that wait to be judged under ``name`` are taken over (:func:`~moalign.evaluation.answers.obtain`).
-    """
-    import torch
-
-    fresh_device_peak()  # training's is in its run's record
-    answered = answers.obtain(method, context, preferences, samples, name, progress)
-    table, started = answered.table, time.monotonic()
-    # Loading a scorer may draw weights: the states of the global generators are restored afterwards.
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        scoring = partial(progress, "scoring")
-        raw = context.task.judge_panel.score(list(table["prompt"]), list(table["response"]), scoring, gaps=True)
-    return replace(
-        answered,
-        table=table.assign(**{name: raw[:, column] for column, name in enumerate(context.task.names)}),
-        seconds=answered.seconds + time.monotonic() - started,
-        peak_memory_bytes=max(answered.peak_memory_bytes or 0, device_peak_bytes()) or None,
-    )
-
-
 def _describe(
     points: Sequence[EvaluatedPoint], task: Task, responses: list[str], divergences: Sequence[KlToBase]
 ) -> None:
@@ -287,6 +250,23 @@ def quality_of(task: Task, responses: list[str], divergences: Sequence[KlToBase]
     mean = float(np.mean(known)) if len(known) == len(divergences) else None
     collapse = quality.collapse_report(task.tokens(responses), task.short_below)
     return Quality(**collapse, kl=mean, kl_bound=any(kl.bound for kl in divergences))
+
+
+def _stored(
+    context: RunContext, path: Path, table_name: str, preferences: Sequence[Preference], samples: int
+) -> Evaluation | None:
+    """Return the stored evaluation; None for none, and for one of another task card."""
+    if not path.is_file():
+        return None
+    stored = EvalResult.load(path)
+    if stored.card_hash != context.task.hash:
+        return None
+    if stored.frontier is None:  # of a version that did not know it
+        at_kl.add(stored, context.task)
+    scores = _stored_scores(context, table_name, path, preferences, samples)
+    _require_same_scale(context.task, stored, scores, path)
+    answers.judged(context, table_name)  # should a kill have come between the two
+    return Evaluation(stored, scores)
 
 
 def _stored_scores(

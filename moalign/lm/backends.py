@@ -56,7 +56,7 @@ def has_vllm() -> bool:
 
 def vllm_answers(card: TaskCard) -> bool:
     """Whether vLLM, which sampled in training, can sample for a finished run here, too."""
-    return has_vllm() and not (card.dtype == "float32" and _on_gpu())
+    return has_vllm() and not _too_precise(card)
 
 
 def engine_problems(rollout: RolloutSpec, card: TaskCard, rank: int, experts: int, mixes: bool) -> list[str]:
@@ -77,10 +77,15 @@ def engine_problems(rollout: RolloutSpec, card: TaskCard, rank: int, experts: in
         "the task's base is in 4 bits, where it is not the base that vLLM would sample from": card.load_in_4bit,
         _too_large(rank, experts): rank * experts > RANKS[-1],
         "on a GPU it serves adapters in half precision only and dtype is float32; set task.dtype=bfloat16": (
-            card.dtype == "float32" and _on_gpu()
+            _too_precise(card)
         ),
     }
     return [f"{found} {why}; or take hf" for why, applies in wrong.items() if applies]
+
+
+def _too_precise(card: TaskCard) -> bool:
+    """Whether vLLM's LoRA kernels, of which only the CPU's take float32, cannot serve the task here."""
+    return card.dtype == "float32" and _on_gpu()
 
 
 def _on_gpu() -> bool:

@@ -25,10 +25,9 @@ def sampled(
 ) -> tuple[list[Response], int]:
     """Return a response to each prompt, and how many tokens were sampled; parts drawn before are read.
 
-    Seconds and peak of those are counted by the job's meter; tokens are for the caller to count.
-
-    They are those of ``respond_all([policy], prompts, sampling)``. ``name`` tells them from others of the run;
-    ``progress`` gets numbers of responses. The policy draws one sample a prompt (``samples`` 1).
+    The responses are those of ``respond_all([policy], prompts, sampling)``, of a policy that draws one sample a prompt.
+    ``name`` tells them from others of the run; ``progress`` gets numbers of responses. Seconds and peak memory of parts
+    that are read are counted by the job's meter; tokens are for the caller to count.
     """
     import pandas as pd
 

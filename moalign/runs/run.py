@@ -348,8 +348,9 @@ class Run:
             if not there or checkpoint.file_sum(path) != known:
                 command, given = "the command that made it", self.record.as_given
                 if given.keys() >= {"method", "task"}:
-                    above = self.path.parents
-                    results = above[3] if len(above) > 3 else Path("results")
+                    from moalign.runs.store import results_of
+
+                    results = results_of(self.path, Path("results"))
                     words = records.again(given, self.record.seed, self.record.preferences, results)
                     command = typed(*words)
                 if not there:  # as of every restored run of a published comparison

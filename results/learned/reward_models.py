@@ -16,7 +16,8 @@ one reward for all groups.
 Every finished cell is kept in ``reward_models.json`` at once; the same command goes on where it ended, and an
 interrupted training from its checkpoint. After ``--minutes`` no further cell is begun. ``reward_models.md`` and
 ``reward_models.png`` are made of the record (by reward_models_page.py). The command may run several times side by side:
-each process takes the next cell that none has begun.
+each process takes the next cell that none has begun. What the frozen layers of SmolLM2 say of the texts is kept in
+``reward-models/states`` of the results (1.7 GB) and may go when all cells are there.
 
     python results/learned/reward_models.py [--minutes M] [--parts [ranking] [sandbox] [hh]] [--seeds N] [--policies]
         [--page] [--settings FILE] [--results DIR] [--out DIR]
@@ -171,7 +172,8 @@ def taken(folder: Path, cell: Cell) -> Iterator[bool]:
     """Hold a cell while it is worked on; yields False where another process holds it."""
     from filelock import FileLock, Timeout
 
-    lock = FileLock(str(folder / ("scaling-" + "-".join(map(str, key(cell))) + ".lock")))
+    (folder / "locks").mkdir(parents=True, exist_ok=True)
+    lock = FileLock(str(folder / "locks" / ("-".join(map(str, key(cell))) + ".lock")))
     try:
         lock.acquire(timeout=0)
     except Timeout:

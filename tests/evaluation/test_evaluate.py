@@ -392,9 +392,8 @@ def test_the_memory_of_answering_is_not_that_of_training(
     Without a GPU it is not told: a process's peak would be its training's.
     """
     peak, found = [900], iter([70, 80])
-    monkeypatch.setattr(evaluation, "fresh_device_peak", lambda: peak.__setitem__(0, 0))
-    for place in (meter, evaluation):
-        monkeypatch.setattr(place, "device_peak_bytes", lambda: (peak[0] or next(found)) if gpu else 0)
+    monkeypatch.setattr(meter, "fresh_device_peak", lambda: peak.__setitem__(0, 0))
+    monkeypatch.setattr(meter, "device_peak_bytes", lambda: (peak[0] or next(found)) if gpu else 0)
     assert evaluate(*steered, None).result.content["cost"]["peak_memory_bytes"] == (80 if gpu else None)
 
 
