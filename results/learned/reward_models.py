@@ -17,7 +17,7 @@ Every finished cell is kept in ``reward_models.json`` at once; the same command 
 interrupted training from its checkpoint. After ``--minutes`` no further cell is begun. ``reward_models.md`` and
 ``reward_models.png`` are made of the record (by reward_models_page.py). The command may run several times side by side:
 each process takes the next cell that none has begun. What the frozen layers of SmolLM2 say of the texts is kept in
-``reward-models/states`` of the results (1.7 GB) and may go when all cells are there.
+``reward-models/states`` of the results (about 2 GB) and may go when all cells are there.
 
     python results/learned/reward_models.py [--minutes M] [--parts [ranking] [sandbox] [hh]] [--seeds N] [--policies]
         [--page] [--settings FILE] [--results DIR] [--out DIR]
