@@ -55,7 +55,8 @@ def test_the_real_card_and_recipe_can_be_described() -> None:
     assert rows["policy.lora.r"].type == "a whole number >= 1 and <= 65536"
     assert rows["generation.temperature"].doc == "0 is greedy."
     assert rows["objectives"].type == (
-        "a list of a section with kind 'hf-classifier', 'judge', 'lm', 'python', 'rule' or 'sandbox' (at least 2)"
+        "a list of a section with kind 'hf-classifier', 'judge', 'lm', 'python', 'rule' or 'sandbox' "
+        "(at least 2 and at most 31)"
     )
     assert not [row for row in rows.values() if "typing" in row.type or "class" in row.type.replace("hf-class", "")]
 
