@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from moalign.config.objectives import SANDBOX, Aggregation, JudgeObjective, ObjectiveSpec
+from moalign.config.objectives import SANDBOX, TASTED, Aggregation, JudgeObjective, ObjectiveSpec
 from moalign.config.strict import RECORDED, Strict
 from moalign.core.errors import RequestError, did_you_mean, unknown
 from moalign.core.preferences import MOST_OBJECTIVES, require_grid
@@ -358,6 +358,11 @@ class TaskCard(Strict):
             for spec in self.objectives:
                 if spec.kind != "sandbox":
                     yield f"rewards: learned needs objectives of kind sandbox; found {spec.name} of kind {spec.kind}"
+                elif spec.name in SANDBOX and spec.name not in TASTED:
+                    yield (
+                        f"rewards: learned needs objectives that the annotators look at; found {spec.name!r}; allowed: "
+                        + ", ".join(TASTED)
+                    )
             if self.gold_objectives:
                 yield "gold_objectives: rewards: learned is judged by the sandbox's own truth; leave one of the two out"
         given = self.data and (self.data.prompts, self.data.prompt_grammar) != (None, None)

@@ -244,12 +244,14 @@ class JudgeObjective(_Objective):
         return self
 
 
-SANDBOX = ("helpfulness", "harmlessness", "humor")
+SANDBOX = ("helpfulness", "harmlessness", "humor", "brevity", "warmth")
 """The objectives of the built-in sandbox."""
+TASTED = SANDBOX[:3]
+"""Those that its annotators look at."""
 
 
 class SandboxObjective(_Objective):
-    """An exact scorer of the built-in sandbox; the name is one of its three objectives (:data:`SANDBOX`)."""
+    """An exact scorer of the built-in sandbox; the name is one of its five objectives (:data:`SANDBOX`)."""
 
     kind: Literal["sandbox"]
 

@@ -43,7 +43,7 @@ NUMBERS = {"mean": 0, "sd": 1, "lo": -1, "hi": 1}
         ({"kind": "sandbox"}, "kind: sandbox needs a section sandbox"),
         (
             {"kind": "sandbox", "model": None, "sandbox": {"base": "warm"}, "data": None},
-            "kind: sandbox without a model of its own: unknown objective 'a'; allowed: harmlessness, helpfulness,",
+            "kind: sandbox without a model of its own: unknown objective 'a'; allowed: brevity, harmlessness, helpfulness,",
         ),
         ({"data": None}, "kind: text needs data.prompts or data.prompt_grammar"),
         (
@@ -54,6 +54,17 @@ NUMBERS = {"mean": 0, "sd": 1, "lo": -1, "hi": 1}
         (
             {"kind": "sandbox", "model": "m", "sandbox": {"base": "warm"}, "data": None, "rewards": "learned"},
             "rewards: learned needs objectives of kind sandbox; found a of kind rule",
+        ),
+        (
+            {
+                "kind": "sandbox",
+                "sandbox": {"base": "warm"},
+                "model": None,
+                "data": None,
+                "rewards": "learned",
+                "objectives": [{"name": "humor", "kind": "sandbox"}, {"name": "warmth", "kind": "sandbox"}],
+            },
+            "rewards: learned needs objectives that the annotators look at; found 'warmth'; allowed: helpfulness,",
         ),
         (
             {

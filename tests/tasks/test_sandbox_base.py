@@ -93,6 +93,16 @@ def test_identity_changes_with_the_world(name: str, monkeypatch: pytest.MonkeyPa
     assert base.identity(NAMES, "warm", 0) != before
 
 
+@pytest.mark.parametrize("name", ["SHORT", "PER_CHARACTER", "WARMTH"])
+def test_the_further_objectives_are_in_the_identity_of_bases_that_have_them_alone(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = [base.identity(names, "warm", 0) for names in (world.OBJECTIVES[:3], world.OBJECTIVES)]
+    monkeypatch.setattr(world, name, world.WARMTH[::-1] if name == "WARMTH" else getattr(world, name) * 2)
+    after = [base.identity(names, "warm", 0) for names in (world.OBJECTIVES[:3], world.OBJECTIVES)]
+    assert after[0] == before[0] and after[1] != before[1]
+
+
 # -- the same on every machine --------------------------------------------------------------------------
 
 TRAIN = """

@@ -17,6 +17,7 @@ from moalign.tasks.sandbox.scorer import rewards
 
 GRID = preferences.grid(2, 10)
 GRID_3 = preferences.grid(3, 4)
+GRID_5 = preferences.grid(5, 2)
 MEAN, SD = base.z_scale()
 CONTEXTS = sorted({world.context_of(prompt) for prompt in world.prompts()}, key=lambda c: (c.domain, c.risk))
 PROMPTS = world.prompts()[::31]  # 24 prompts of many domains and risks
@@ -62,7 +63,7 @@ def by_softmax(
     return np.mean(points, axis=0)
 
 
-@pytest.mark.parametrize(("columns", "grid"), [(TWO, GRID), ([2, 0], GRID), (THREE, GRID_3)])
+@pytest.mark.parametrize(("columns", "grid"), [(TWO, GRID), ([2, 0], GRID), (THREE, GRID_3), ([4, 0, 3, 1, 2], GRID_5)])
 def test_enumeration_equals_one_argmax_a_slot(columns: list[int], grid: list[tuple[float, ...]]) -> None:
     found = optimum(PROMPTS, grid, columns, MEAN[columns], SD[columns])
     assert found.shape == (len(grid), len(columns))
@@ -245,10 +246,10 @@ def test_malformed_texts_stay_strictly_below(
 
 
 def test_missing_is_worse_than_the_best_phrase_of_every_slot_for_every_preference() -> None:
-    """What the comment in the world promises, for a fine grid and all three objectives."""
+    """What the comment in the world promises, for a fine grid and all five objectives."""
     for context in CONTEXTS:
         table = world.slot_rewards(context) / SD
-        for weights in preferences.grid(3, 10):
+        for weights in preferences.grid(5, 10):
             best = (table @ np.array(weights)).max(axis=1)
             missing = float((world.MISSING / SD) @ np.array(weights))
             assert (best > missing).all()

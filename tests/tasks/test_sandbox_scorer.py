@@ -24,15 +24,18 @@ WHOLE = " ".join(PHRASES)
 def test_whole_response_by_hand() -> None:
     # helpfulness 0.0 + 1.0 (right tool) + 0.1 + 0.3 + 0.6 + 0.2
     # harmlessness (0.1 - 0.2 + 0.5 + 0.1 + 0.2 + 0.0) = 0.7, humor (0 + 0 - 0.1 + 0.1 - 0.2 + 0.1) = -0.1
-    assert rewards(SAFE, WHOLE) == pytest.approx((2.2, 0.7 * 0.4, -0.1))
+    # characters 6, 13, 14, 16, 24, 11, each a tenth less than 1.5: brevity 0.9 + 0.2 + 0.1 - 0.1 - 0.9 + 0.4 = 0.6
+    # warmth 0.0 + 0.0 + 0.5 + 0.3 - 0.1 + 0.6 = 1.3
+    assert rewards(SAFE, WHOLE) == pytest.approx((2.2, 0.7 * 0.4, -0.1, 0.6, 1.3))
     # the pan is the wrong tool for a tree: helpfulness loses 1.4
-    assert rewards(RISKY, WHOLE) == pytest.approx((0.8, 0.7 * 1.8, -0.1 * 0.5))
+    assert rewards(RISKY, WHOLE) == pytest.approx((0.8, 0.7 * 1.8, -0.1 * 0.5, 0.6, 1.3))
 
 
 def test_missing_phrase_costs_one_and_a_half_and_its_own_worth() -> None:
     dropped = " ".join(PHRASES[:2] + PHRASES[3:])
     assert parse(dropped) == ((2, 0, -1, 1, 1, 1), 0)
-    assert rewards(SAFE, dropped) == pytest.approx((2.2 - 0.1 - 1.5, (0.7 - 0.5) * 0.4 - 1.5, -0.1 + 0.1 - 1.5))
+    first, further = (2.2 - 0.1 - 1.5, (0.7 - 0.5) * 0.4 - 1.5, -0.1 + 0.1 - 1.5), (0.6 - 0.1 - 1.5, 1.3 - 0.5 - 1.5)
+    assert rewards(SAFE, dropped) == pytest.approx((*first, *further))
 
 
 def test_stray_word_costs_a_quarter_on_every_objective() -> None:
@@ -61,7 +64,7 @@ def test_phrases_out_of_order() -> None:
 @pytest.mark.parametrize("text", ["", "   ", "\n"])
 def test_empty_response_misses_every_slot(text: str) -> None:
     assert parse(text) == ((-1,) * 6, 0)
-    assert rewards(SAFE, text) == pytest.approx((-9.0, -9.0, -9.0))
+    assert rewards(SAFE, text) == pytest.approx((-9.0, -9.0, -9.0, -9.0, -9.0))
 
 
 def test_white_space_does_not_count_and_case_does() -> None:
@@ -74,7 +77,7 @@ def test_every_whole_response_equals_the_table() -> None:
     for prompt in (SAFE, RISKY, "what is love ?"):
         table = world.slot_rewards(world.context_of(prompt))
         for choice in world.all_choices()[rng.integers(15625, size=60)].tolist():
-            expected = [sum(table[slot, phrase, m] for slot, phrase in enumerate(choice)) for m in range(3)]
+            expected = [sum(table[slot, phrase, m] for slot, phrase in enumerate(choice)) for m in range(5)]
             assert rewards(prompt, world.response_text(tuple(choice))) == pytest.approx(expected)
 
 
@@ -87,7 +90,7 @@ def test_any_words_score_as_counted(words: list[str]) -> None:
     assert used + strays == len(words)
     table = world.slot_rewards(world.context_of(RISKY))
     expected = -0.25 * strays + sum(
-        table[slot, phrase] if phrase >= 0 else np.full(3, -1.5) for slot, phrase in enumerate(filled)
+        table[slot, phrase] if phrase >= 0 else np.full(5, -1.5) for slot, phrase in enumerate(filled)
     )
     assert rewards(RISKY, " ".join(words)) == pytest.approx(tuple(expected))
 

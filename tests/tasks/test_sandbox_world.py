@@ -18,7 +18,7 @@ CONTEXTS = [world.Context(domain, risk) for domain in range(4) for risk in range
 def test_720_different_prompts_without_a_leak_between_splits() -> None:
     prompts = world.prompts()
     assert len(prompts) == 24 * 6 * 5 == len({splits.normalised(prompt) for prompt in prompts})
-    for name in ("sandbox", "sandbox-cold", "sandbox-3"):
+    for name in ("sandbox", "sandbox-cold", "sandbox-3", "sandbox-5"):
         card = load_card(name)
         parts = splits.split(prompts, card.splits)
         splits.check_leaks(parts)
@@ -44,13 +44,13 @@ def test_no_topic_or_tail_hides_inside_another() -> None:
 
 def test_slot_rewards_by_hand() -> None:
     table = world.slot_rewards(world.Context(domain=1, risk=2))
-    assert table.shape == (6, 5, 3)
-    # "sure thing ,": (0.7, -0.6, 0.0); risk level 2 multiplies harmlessness by 1.3.
-    assert table[0, 0] == pytest.approx([0.7, -0.6 * 1.3, 0.0])
+    assert table.shape == (6, 5, 5)
+    # "sure thing ,": (0.7, -0.6, 0.0); risk level 2 multiplies harmlessness by 1.3; 12 characters, 3 less than 15.
+    assert table[0, 0] == pytest.approx([0.7, -0.6 * 1.3, 0.0, 0.3, 0.4])
     # the tool slot: the spade belongs to the garden, the pan does not, the duck to no domain.
-    assert table[1, 1] == pytest.approx([1.0, -0.2 * 1.3, 0.0])
-    assert table[1, 0] == pytest.approx([-0.4, -0.2 * 1.3, 0.0])
-    assert table[1, 4] == pytest.approx([-0.4, 0.3 * 1.3, 0.8 * 0.7])
+    assert table[1, 1] == pytest.approx([1.0, -0.2 * 1.3, 0.0, -0.2, 0.0])
+    assert table[1, 0] == pytest.approx([-0.4, -0.2 * 1.3, 0.0, 0.2, 0.0])
+    assert table[1, 4] == pytest.approx([-0.4, 0.3 * 1.3, 0.8 * 0.7, -0.2, -0.1])
     assert world.slot_rewards(world.Context(-1, 1))[1, :, 0] == pytest.approx([-0.4] * 5)
 
 
@@ -90,7 +90,7 @@ def test_responses_have_at_most_24_tokens_and_no_unknown_word() -> None:
         assert all(tokenizer.unk_token_id not in row for row in rows)
         longest += max(len(row) for row in rows)
     assert longest == 24
-    for name in ("sandbox", "sandbox-cold", "sandbox-3"):
+    for name in ("sandbox", "sandbox-cold", "sandbox-3", "sandbox-5"):
         assert longest <= load_card(name).generation.max_new_tokens
 
 
@@ -103,6 +103,14 @@ def test_prompts_with_preferences_and_tags_have_no_unknown_word() -> None:
     assert tokenizer.unk_token_id in tokenizer("zebra", add_special_tokens=False)["input_ids"]
     tags = tokenizer("<rm1_score>", add_special_tokens=False)["input_ids"]
     assert len(tags) == 1
+
+
+def test_a_base_of_further_objectives_reads_them_and_numbers_other_words_as_before() -> None:
+    few, more = base.make_tokenizer(["humor", "helpfulness"]), base.make_tokenizer(world.OBJECTIVES)
+    assert few.get_vocab() == base.make_tokenizer().get_vocab()
+    assert few.get_vocab().items() < more.get_vocab().items() and len(more) == len(few) + 4
+    text = "[brevity 30.0% warmth 70.0%] <rm4_score> 1.2 <rm5_score> -0.3"
+    assert more.unk_token_id not in more(text)["input_ids"] and few.unk_token_id in few(text)["input_ids"]
 
 
 def test_decoding_gives_the_response_text_back() -> None:

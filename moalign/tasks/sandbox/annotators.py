@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from moalign.config.objectives import TASTED
 from moalign.core.arrays import Matrix
 from moalign.core.errors import unknown
 from moalign.reward_models.calibration import sigmoid
@@ -46,10 +47,10 @@ ALIKE = tuple(Group(group.name, (0.6, 0.5, 0.2)) for group in DIVERSE)
 
 
 def specialists(objectives: Sequence[str], sharpness: float = 1.0) -> list[Group]:
-    """Return one group per objective that looks at nothing else; RequestError for one that is none of the world's."""
-    if other := [name for name in objectives if name not in world.OBJECTIVES]:
-        raise unknown("objective", other[0], world.OBJECTIVES, "sandbox.annotators.groups: specialists")
-    first, second, third = world.OBJECTIVES
+    """Return one group per objective that looks at nothing else; RequestError for one that they do not know."""
+    if other := [name for name in objectives if name not in TASTED]:
+        raise unknown("objective", other[0], TASTED, "sandbox.annotators.groups: specialists")
+    first, second, third = TASTED
     own = {first: (1.0, 0.0, 0.0), second: (0.0, 1.0, 0.0), third: (0.0, 0.0, 1.0)}
     return [Group(name, own[name], sharpness) for name in objectives]
 
@@ -106,7 +107,7 @@ def worth(groups: Sequence[Group], raw: Matrix) -> Matrix:
 
     In log odds by which it prefers such an answer to the corpus's average one.
     """
-    mean, sd = z_scale()
+    mean, sd = (values[: len(TASTED)] for values in z_scale())
     tastes = np.array([group.sharpness * np.array(group.weights) for group in groups])
     return np.asarray((raw - mean) / sd @ tastes.T)
 
@@ -115,4 +116,5 @@ def utilities(group: Group, prompts: Sequence[str], first: Sequence[str], second
     """Return ``w . (z(first) - z(second))``, ``[pairs]``."""
     texts = zip(prompts, first, second, strict=True)
     differences = np.array([np.subtract(rewards(prompt, a), rewards(prompt, b)) for prompt, a, b in texts])
-    return np.asarray((differences / z_scale()[1]) @ np.array(group.weights))
+    part = slice(len(TASTED))
+    return np.asarray((differences[:, part] / z_scale()[1][part]) @ np.array(group.weights))

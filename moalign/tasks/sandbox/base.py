@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moalign.config.objectives import TASTED
 from moalign.core import preferences
 from moalign.core.arrays import Matrix
 from moalign.core.errors import WorkError
@@ -88,6 +89,8 @@ def identity(objectives: Sequence[str], kind: str, seed: int) -> str:
     }
     if len(objectives) > 2:
         content["more"] = MORE_STEPS * (len(objectives) - 2)
+    if needs_more_words(objectives):
+        content["world of five"] = repr([world.SHORT, world.PER_CHARACTER, world.WARMTH])
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -114,13 +117,24 @@ def ensure(objectives: Sequence[str], kind: str, seed: int, progress: Progress =
     return folder
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Return the word-level tokenizer: words of the world, punctuation, single digits, RiC's tags."""
+def needs_more_words(objectives: Sequence[str]) -> bool:
+    """Whether a base has an objective beyond the first three, whose names every base can read."""
+    return not set(objectives) <= set(TASTED)
+
+
+def make_tokenizer(objectives: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """Return the word-level tokenizer: words of the world, punctuation, single digits, RiC's tags.
+
+    What the further objectives need comes behind the words of every base, whose numbers stay as they are.
+    """
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    marks = [*"[]%.,?-+:()", *"0123456789", *world.OBJECTIVES, *(f"<rm{i}_score>" for i in range(1, 4))]
-    vocabulary = ["<pad>", "<bos>", "<eos>", "<unk>", *sorted({*world.words(), *marks})]
+    names, tags = world.OBJECTIVES, [f"<rm{i}_score>" for i in range(1, len(world.OBJECTIVES) + 1)]
+    known = [*TASTED, *tags[: len(TASTED)]]
+    vocabulary = ["<pad>", "<bos>", "<eos>", "<unk>", *sorted({*world.words(), *"[]%.,?-+:()0123456789", *known})]
+    if needs_more_words(objectives):
+        vocabulary += [word for word in (*names, *tags) if word not in known]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
     pieces = Regex(r"<rm\d_score>|[0-9]|[^\s\w]|[A-Za-z_]+")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(pieces, "removed", invert=True)
@@ -132,14 +146,17 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def z_scale() -> tuple[Matrix, Matrix]:
-    """Return mean and standard deviation of the rewards of the corpus without preference, ``[3]`` each."""
+    """Return mean and standard deviation of the rewards of the corpus without preference, ``[objectives]`` each."""
     contexts = collections.Counter(world.context_of(prompt) for prompt in world.prompts())
     total = sum(contexts.values())
-    first, second = np.zeros(3), np.zeros(3)
-    for context, count in contexts.items():
-        share = count / total * np.exp(corpus_log_probs(context))
-        first += share @ all_rewards(context)
-        second += share @ all_rewards(context) ** 2
+    first, second = np.zeros(len(world.OBJECTIVES)), np.zeros(len(world.OBJECTIVES))
+    # In two products: one of all columns rounds otherwise, and bases trained with such numbers are others.
+    for part in (slice(len(TASTED)), slice(len(TASTED), None)):
+        for context, count in contexts.items():
+            share = count / total * np.exp(corpus_log_probs(context))
+            values = np.ascontiguousarray(all_rewards(context)[:, part])
+            first[part] += share @ values
+            second[part] += share @ values**2
     return first, np.sqrt(second - first**2)
 
 
@@ -171,7 +188,7 @@ def train(
 
     from moalign.lm.language_model import set_threads, wrap
 
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(objectives)
     model, exact = untrained(tokenizer), reproducible.in_double(untrained(tokenizer))
     matrices = [weight for weight in exact.parameters() if weight.dim() > 1]
     reproducible.draw(matrices, model.config.initializer_range, seed)

@@ -26,7 +26,7 @@ and a base that reads it hardly minds the wording. Of 64 evaluation prompts thes
 
 @functools.lru_cache(maxsize=32)
 def all_rewards(context: world.Context) -> Matrix:
-    """Return the raw rewards of every well-formed response, ``[15625, 3]``."""
+    """Return the raw rewards of every well-formed response, ``[15625, objectives]``, all that the world has."""
     return _sums(world.slot_rewards(context))
 
 

@@ -50,18 +50,18 @@ def _table(prompt: str) -> Matrix:
 
 
 @functools.lru_cache(maxsize=200_000)
-def rewards(prompt: str, response: str) -> tuple[float, float, float]:
-    """Return (helpfulness, harmlessness, humor) of a response to a prompt; larger is better."""
+def rewards(prompt: str, response: str) -> tuple[float, ...]:
+    """Return a response's reward for each of :data:`world.OBJECTIVES`; larger is better."""
     filled, strays = parse(response)
     table = _table(prompt)
-    total = np.full(3, world.STRAY * strays)
+    total = np.full(len(world.OBJECTIVES), world.STRAY * strays)
     for slot, phrase in enumerate(filled):
         total += world.MISSING if phrase < 0 else table[slot, phrase]
-    return (float(total[0]), float(total[1]), float(total[2]))
+    return tuple(total.tolist())
 
 
 class SandboxScorer:
-    """One of the three exact objectives as a scorer of the reward layer."""
+    """One of the exact objectives as a scorer of the reward layer."""
 
     def __init__(self, spec: SandboxObjective) -> None:
         if spec.name not in world.OBJECTIVES:

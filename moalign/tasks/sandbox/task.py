@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moalign.config.card import AnnotatorSpec, RewardModelSpec, SandboxSpec
+from moalign.config.objectives import TASTED
 from moalign.config.recipe import LoraSpec
 from moalign.core.arrays import Matrix
 from moalign.core.preferences import Preference
@@ -88,7 +89,7 @@ class SandboxTask(Task):
         if not self.card.built_in_base:
             return super().examine(lora, setting)
         with torch.device("meta"):
-            return architecture.with_lora(base.untrained(base.make_tokenizer()), lora, setting)
+            return architecture.with_lora(base.untrained(base.make_tokenizer(self.names)), lora, setting)
 
     def untrained_codec(self) -> Codec:
         """Return what turns text into the base's tokens; needs no base."""
@@ -96,7 +97,7 @@ class SandboxTask(Task):
 
         if not self.card.built_in_base:
             return self.codec
-        return Codec(base.make_tokenizer(), self.card.template, source="the sandbox's base")
+        return Codec(base.make_tokenizer(self.names), self.card.template, source="the sandbox's base")
 
     @property
     def _judged_exactly(self) -> bool:
@@ -186,7 +187,7 @@ class SandboxTask(Task):
         given = self._spec.annotators
         if given is None or given.groups == "specialists" or not self._judged_exactly:
             return None
-        if len(self.names) < len(world.OBJECTIVES):
+        if not set(TASTED) <= set(self.names):
             return None
         return groups_of(given.groups, self.names, given.sharpness)
 
@@ -200,7 +201,7 @@ class SandboxTask(Task):
         from moalign.tasks.sandbox.annotators import worth
 
         assert self._groups is not None  # user_groups says so
-        order = [self.names.index(name) for name in world.OBJECTIVES]
+        order = [self.names.index(name) for name in TASTED]
         return worth(self._groups, np.asarray(raw)[..., order])
 
     @property

@@ -1,8 +1,8 @@
 """The sandbox's world: prompts with a risk and a domain, responses of six slots, what each phrase is worth.
 
 A response fills six slots in order with one of five phrases each (15,625 responses of at most 23 words and
-the end token). Its reward vector (helpfulness, harmlessness, humor) is the sum over slots of a table entry that
-depends on the prompt:
+the end token). Its reward vector (helpfulness, harmlessness, humor, brevity, warmth) is the sum over slots of a table
+entry; the first three depend on the prompt:
 
 * harmlessness is multiplied by the prompt's risk, so caution pays on risky topics and hardly on safe ones;
 * humor counts half on risky topics;
@@ -123,6 +123,19 @@ SLOTS: tuple[tuple[tuple[str, tuple[float, float, float]], ...], ...] = (
     ),
 )
 
+SHORT, PER_CHARACTER = 15, 0.1
+"""Brevity of a phrase: what each character is worth that it has less than so many."""
+
+# How much a phrase encourages who asks, as SLOTS.
+WARMTH: tuple[tuple[float, ...], ...] = (
+    (0.4, 1.0, 0.0, 0.1, -0.6),
+    (0.0, 0.0, 0.0, 0.0, -0.1),
+    (0.3, 0.0, 0.5, -0.9, 0.6),
+    (-0.2, 0.3, 0.0, -0.7, 0.4),
+    (0.4, -0.1, -0.4, 0.2, -0.3),
+    (1.2, 0.6, 0.4, -1.0, 0.7),
+)
+
 ON_TOPIC = 1.5
 """How much likelier (log odds) the right tool is in the corpus: its authors read the question."""
 
@@ -160,8 +173,10 @@ def context_of(prompt: str) -> Context:
 
 
 def slot_rewards(context: Context) -> Matrix:
-    """Return what each phrase is worth in ``context``; float array ``[slots, phrases, 3]``."""
-    table = np.array([[values for _, values in slot] for slot in SLOTS], dtype=np.float64)
+    """Return what each phrase is worth in ``context``; float array ``[slots, phrases, objectives]``."""
+    brevity = [[PER_CHARACTER * (SHORT - len(phrase)) for phrase, _ in slot] for slot in SLOTS]
+    own = np.array([[values for _, values in slot] for slot in SLOTS], dtype=np.float64)
+    table = np.dstack([own, brevity, WARMTH])
     for phrase in range(len(DOMAINS)):
         table[TOOL_SLOT, phrase, 0] = TOOL_RIGHT if phrase == context.domain else TOOL_WRONG
     table[TOOL_SLOT, len(DOMAINS), 0] = TOOL_WRONG
