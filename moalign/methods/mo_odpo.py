@@ -63,9 +63,9 @@ class Config(OnlineConfig, WarmStart):
     scalarisation: Scalarisation = "linear"
     """What responses are ordered by: :mod:`moalign.pareto.scalarisation`. Needs pairing: weighted."""
     labels: Labels = "order"
-    """order: the better response is preferred. bradley-terry: it is preferred with probability
-    ``sigma(s_better - s_worse)`` of the scores, and the loss is the expectation: then, and only then, it has a minimum,
-    at ``pi_ref exp(s / beta) / Z`` (:func:`moalign.losses.dpo.pair_loss`). Needs pairing: weighted."""
+    """order: the better response is preferred, by what ``extremes`` pairs by. bradley-terry: it is preferred with
+    probability ``sigma(s_better - s_worse)`` of the scores, and the loss is the expectation: then, and only then, it
+    has a minimum, at ``pi_ref exp(s / beta) / Z`` (:func:`moalign.losses.dpo.pair_loss`). Needs pairing: weighted."""
 
     extremes: Literal["score", "advantage"] = "score"
     """Which two responses of a prompt are paired: those of the largest and smallest score s, or of the largest and
@@ -201,6 +201,8 @@ def best_against_worst(
 
 def loss(part: Part, config: Config, names: Sequence[str], beta: float) -> tuple[Tensor, dict[str, float | Some]]:
     """Return the mean DPO loss over a part's pairs (a scalar) and metrics; ``names`` are the objectives'."""
+    import torch
+
     from moalign.losses.dpo import log_ratios, pair_loss
     from moalign.training.means import Some
 
@@ -208,12 +210,14 @@ def loss(part: Part, config: Config, names: Sequence[str], beta: float) -> tuple
     labels, weights = part.tensors["labels"].to(ratio.device), part.tensors["weights"].to(ratio.device)
     chance = None if config.labels == "order" else part.tensors["chance"].to(ratio.device)
     value = pair_loss(ratio[0::2], ratio[1::2], labels, weights, beta, chance).mean()
+    # By advantage the first response of a pair may be the one that the score finds worse.
+    preferred = labels if chance is None else labels * (chance - 0.5).sign()
     metrics: dict[str, float | Some] = {}
-    if config.sft_coef:  # the first response of a pair is the preferred one
-        lengths = part.response_mask[0::2].sum(-1).clamp_min(1)
-        nll = -(part.logps[0::2].sum(-1) / lengths).mean()
+    if config.sft_coef:
+        per_token = part.logps.sum(-1) / part.response_mask.sum(-1).clamp_min(1)
+        nll = -torch.where(preferred[:, 0] < 0, per_token[1::2], per_token[0::2]).mean()
         value, metrics = value + config.sft_coef * nll, {"nll": float(nll.detach())}
-    right = ((ratio[0::2] - ratio[1::2]).detach().unsqueeze(-1) * labels > 0).float()[labels != 0]
+    right = ((ratio[0::2] - ratio[1::2]).detach().unsqueeze(-1) * preferred > 0).float()[preferred != 0]
     return value, {"accuracy": Some(float(right.sum()), len(right)), **metrics, **entropies(part, names)}
 
 

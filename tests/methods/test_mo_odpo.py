@@ -195,6 +195,29 @@ def test_what_is_undecided_is_not_right_and_no_one_s_favourite_has_no_entropy() 
     assert metrics == {"accuracy": (1.0, 3), "entropy": 1.0, "entropy/one": (6.0, 6), "entropy/two": (0.0, 0)}
 
 
+def test_what_is_preferred_is_the_score_s_whichever_response_is_further_from_the_closed_form() -> None:
+    """By advantage the first of a pair is the one that has too little so far; here s prefers the second, by 3 to 1."""
+    logps = torch.tensor([[-4.0], [-1.0]])
+    part = Part(
+        logps=logps,
+        entropy=torch.ones(2, 1),
+        response_mask=torch.ones(2, 1, dtype=torch.bool),
+        old_logps=logps,
+        ref_logps=torch.tensor([[-2.0], [-2.0]]),
+        tensors={
+            "labels": torch.ones(1, 1),
+            "chance": torch.full((1, 1), 0.25),
+            "weights": torch.ones(1, 1),
+            "preferences": torch.tensor([[1.0, 0.0]]),
+        },
+    )
+    value, told = loss(part, Config(labels="bradley-terry", extremes="advantage", sft_coef=0.2), ["one", "two"], 1.0)
+    assert told["accuracy"] == (1.0, 1)  # the policy has made what is preferred likelier: D is 1, and -2 of the other
+    assert told["nll"] == pytest.approx(1.0)  # of what is preferred; the other one's is 4
+    expected = 0.25 * np.log1p(np.exp(3)) + 0.75 * np.log1p(np.exp(-3))
+    assert value.item() == pytest.approx(expected + 0.2 * 1.0, abs=1e-5)
+
+
 # -- preferences -----------------------------------------------------------------------------------------------------
 
 
