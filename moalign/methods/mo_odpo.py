@@ -146,7 +146,7 @@ class Pairs:
     tensors: dict[str, Tensor]
     """``labels``, ``chance`` and ``weights`` ``[pairs, labels]``, ``preferences`` ``[pairs, objectives]``."""
     dropped: int
-    """Ties and identical responses."""
+    """Ties, where a preference weighs anything, and identical responses."""
     metrics: dict[str, float]
 
 
@@ -159,9 +159,9 @@ def paired(rollout: Rollout, config: Config, beta: float) -> Pairs:
     if config.extremes == "advantage":
         by = s - beta * (rollout.samples.logps - rollout.ref_logps()).sum(-1).double().cpu().numpy()
     rows, labels = best_against_worst(rollout.z, by, rollout.per_prompt, rollout.responses, config.pairing)
-    useful = np.flatnonzero((labels != 0).any(axis=1))
-    dropped = len(labels) - len(useful)
     weights = np.ones((len(labels), 1)) if config.pairing == "weighted" else rollout.preferences
+    useful = np.flatnonzero((weights * labels != 0).any(axis=1))
+    dropped = len(labels) - len(useful)
     better = s[rows[:, 0]] - s[rows[:, 1]] if config.labels == "bradley-terry" else np.full(len(rows), np.inf)
     chance = np.broadcast_to(1 / (1 + np.exp(-better))[:, None], labels.shape)
     columns = {"labels": labels, "chance": chance, "weights": weights, "preferences": rollout.preferences}

@@ -147,6 +147,13 @@ def test_what_is_kept_brings_its_own_weights() -> None:
     assert chosen.tensors["weights"].tolist() == chosen.tensors["preferences"].tolist() == [[1.0, 0.0]]
 
 
+def test_a_tie_in_all_that_a_preference_weighs_teaches_nothing() -> None:
+    """The second prompt's responses differ in the second objective alone, which its preference (1, 0) leaves out."""
+    chosen = paired(rollout(rewards((1, 5), (3, 2), (7, 0), (7, 4)), TEXTS), Config(pairing="per_objective"), 0.1)
+    assert chosen.rows.tolist() == [0, 1]
+    assert chosen.dropped == 1
+
+
 def test_the_loss_of_a_part_by_hand() -> None:
     """D+ = 2, D- = -1 in the first pair (.554355), the other way round in the second (.854355): mean .704355."""
     lengths = torch.tensor([4, 1, 1, 1])
