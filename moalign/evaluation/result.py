@@ -118,7 +118,8 @@ class EvaluatedPoint(Point):
 
     raw_interval: tuple[Interval, ...]
     nondominated: bool
-    """Whether no other point of the run is at least as good in every objective and better in one."""
+    """Whether no other point of the run is at least as good in every objective and better in one; of equal points, as
+    a policy has that answers all preferences alike, the first alone."""
     optimum_at_kl: OptimumAtKl | None = None
     """None where no optimum or no KL is known, or the KL is an upper bound; the key is then left out."""
     collapsed: float | None = None

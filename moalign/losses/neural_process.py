@@ -47,7 +47,8 @@ def mean_weights(mean: Tensor, variance: Tensor, scale: float, noise: Tensor) ->
     """Return E[w] under q, ``[users, objectives]``, over ``noise`` ``[draws, objectives]`` and its mirror image.
 
     Each draw is used for the objectives in every rotation, forwards and backwards, so that objectives of which a user
-    shows the same are read alike; of two objectives the mirror image is as much.
+    shows the same are read alike: of three these are all orders, of two the mirror image is as much. Of four and more
+    it holds where all are alike; else up to the noise of the draws.
     """
     objectives = noise.shape[-1]
     if objectives > 2:
