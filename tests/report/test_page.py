@@ -293,6 +293,7 @@ def test_one_family_is_shown_in_every_table_and_chart(compared: Build, shown: Ca
     record = compared({label: 0.2 - 0.1 * n for n, label in enumerate(FAMILIES)})
     for row in record["rows"]:
         row["family"] = FAMILIES[row["label"]]
+        row["gap"], row["believed"] = 0.1, {"hypervolume": 0.3, "inner_product": 0.4, "false_wins": []}
     browser = shown(record, answered(record))
 
     def seen(table: str) -> int:
@@ -305,8 +306,17 @@ def test_one_family_is_shown_in_every_table_and_chart(compared: Build, shown: Ca
         browser.run("document.getElementById('family').dispatchEvent(new Event('change'))")
         return seen("board"), seen("cost"), seen("pairs"), len(cards(browser))
 
+    def named(place: str) -> list[str]:
+        """The methods that a chart's legend can be seen to name."""
+        labels = f"[...document.querySelectorAll('#{place} [data-label]')].filter((one) => one.checkVisibility())"
+        found: list[str] = browser.run(f"{labels}.map((one) => one.dataset.label)")
+        return found
+
+    assert named("legend") == named("believed-of") == list(FAMILIES)
     assert choose("offline") == (1, 1, 2, 1)
     assert browser.run("document.querySelectorAll('#front .mark').length") == len(record["grid"])
+    assert browser.run("document.querySelectorAll('#believed-true .mark').length") == 1
+    assert named("legend") == named("believed-of") == ["c'<&\""]
     assert choose("online") == (2, 2, 3, 2)
     assert choose("") == (3, 3, 3, 3)
 

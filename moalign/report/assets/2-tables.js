@@ -39,9 +39,10 @@ function families() {
       const labels = JSON.parse(row.dataset.rows).filter((label) => familyOf.has(label));
       row.hidden = labels.length > 0 && !labels.some(inFamily);
     }
-    for (const label of $("legend").querySelectorAll("[data-label]")) label.hidden = !inFamily(label.dataset.label);
+    for (const label of document.querySelectorAll("[data-label]")) label.hidden = !inFamily(label.dataset.label);
     front();
     cards();
+    believedCharts();
   });
   const label = element("label", "show ");
   label.append(choice);

@@ -6,8 +6,10 @@ const PANEL = { width: 430, height: 330, left: 52, right: 14, top: 14, bottom: 4
 
 const trueOf = (row, quantity) => (quantity === "hypervolume" ? row.hypervolume : row.indicators[quantity]);
 
-function believedCharts(quantity) {
-  const rows = judged.filter((row) => row.believed);
+function believedCharts() {
+  if (!$("quantity")) return;
+  const quantity = $("quantity").value;
+  const rows = judged.filter((row) => row.believed && inFamily(row.label));
   const name = BELIEVED[quantity];
   const points = rows.map((row) => ({
     row, believed: row.believed[quantity], truth: trueOf(row, quantity), kl: row.quality.kl,
@@ -82,15 +84,15 @@ function panel(id, across, marked, up, names, marks) {
 function believed() {
   const place = $("believed-of");
   if (!place) return;
-  const choice = element("select", null, { "aria-label": "quantity" });
+  const choice = element("select", null, { id: "quantity", "aria-label": "quantity" });
   for (const [value, name] of Object.entries(BELIEVED)) choice.append(element("option", name, { value }));
-  choice.addEventListener("change", () => believedCharts(choice.value));
+  choice.addEventListener("change", believedCharts);
   const key = element("span", null, { class: "controls" });
   for (const row of judged.filter((row) => row.believed)) {
-    const label = element("label");
+    const label = element("label", null, { "data-label": row.label });
     label.append(swatch(row), element("span", row.label));
     key.append(label);
   }
   place.append(choice, key);
-  believedCharts(choice.value);
+  believedCharts();
 }
