@@ -396,6 +396,15 @@ def test_pointing_at_a_mark_tells_preference_mean_and_interval(compared: Build, 
     assert cards(browser)[0].endswith("at preference 0")
 
 
+def test_a_mark_that_is_chosen_by_keyboard_keeps_the_focus(compared: Build, shown: Callable[..., Any]) -> None:
+    record = compared({"a": 0.2, "b": 0.0})
+    browser = shown(record, answered(record))
+    browser.run("document.querySelectorAll('#front .mark')[7].focus()")
+    browser.key("Enter")
+    assert cards(browser)[0].endswith("at preference 7")
+    assert browser.run("[...document.querySelectorAll('#front .mark')].indexOf(document.activeElement)") == 7
+
+
 def test_the_leaderboard_sorts(compared: Build, shown: Callable[..., Any]) -> None:
     record = compared({"a": 0.2, "b": 0.0, "c": 0.1}, dead=("x",))
     browser = shown(record, answered(record))

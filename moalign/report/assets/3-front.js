@@ -26,12 +26,15 @@ function scale(axis, from, to) {
 
 function front() {
   const svg = $("front");
+  const focused = [...svg.querySelectorAll(".mark")].indexOf(document.activeElement);
   svg.setAttribute("viewBox", `0 0 ${SIZE.width} ${SIZE.height}`);
   const x = scale(state.x, SIZE.left, SIZE.width - SIZE.right);
   const y = scale(state.y, SIZE.height - SIZE.bottom, SIZE.top);
   svg.replaceChildren(...frame(x, y));
   if (record.optimum) svg.append(...optimum(x, y));
   for (const row of visible()) svg.append(method(row, x, y));
+  // Who has chosen a mark by keyboard goes on from there.
+  if (focused >= 0) svg.querySelectorAll(".mark")[focused]?.focus({ preventScroll: true });
 }
 
 function frame(x, y) {
