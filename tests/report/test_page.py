@@ -463,6 +463,17 @@ def test_a_method_of_other_preferences_says_so(compared: Build, shown: Callable[
     assert notes == ["it answers for its nearest preference, 1, 0"]
 
 
+def test_a_narrow_window_is_never_scrolled_sideways(compared: Build, shown: Callable[..., Any]) -> None:
+    """Tables and charts are, by themselves."""
+    record = compared({"a": 0.2, "b": 0.0})
+    browser = shown(record, answered(record))
+    browser.send("Emulation.setDeviceMetricsOverride", width=360, height=800, deviceScaleFactor=1, mobile=False)
+    try:
+        assert browser.run("document.documentElement.scrollWidth") == 360
+    finally:
+        browser.send("Emulation.clearDeviceMetricsOverride")
+
+
 @pytest.mark.slow
 def test_a_packed_page_opens_and_dark_is_dark(compared: Build, shown: Callable[..., Any]) -> None:
     import io
