@@ -100,6 +100,7 @@ def test_the_page_holds_the_comparison_and_the_answers(compared: Build) -> None:
     text = answers["texts"][answers["rows"]["b"]["texts"][7][2]]
     assert text == "b answers prompt 2 at preference 7" and answers["note"] == ""
     assert answers["rows"]["b"]["scores"][7][2] == [7.2, 7.2]
+    assert b"Answers of each method's first seed that finished" in page.page(record)  # a verdict may warn of another
 
 
 def rows_of(content: bytes, table: str) -> list[str]:
