@@ -238,7 +238,8 @@ def _seeds(rows: Sequence[Row]) -> str:
             "not how much another seed would change (--seeds 3)."
         )
     few = ", so few that their spread is itself uncertain: it is widened by Student's t" if min(counts) < 6 else ""
-    return f"Intervals are over prompts and {min(counts)} training seeds{few}."
+    most = f" to {max(counts)}" if max(counts) > min(counts) else ""
+    return f"Intervals are over prompts and {min(counts)}{most} training seeds{few}."
 
 
 def _listed(names: Sequence[str], most: int = 5) -> str:

@@ -137,6 +137,8 @@ def test_seeds_are_told(compared: Build) -> None:
     assert compared({"a": 0.3, "b": 0.1})["verdict"][-1].startswith("One training seed")
     record = compared({"a": 0.3, "b": 0.1}, seeds=3)
     assert "3 training seeds" in record["verdict"][-1]
+    record["rows"][0]["seeds"] = [0, 1, 2, 3, 4]
+    assert "3 to 5 training seeds" in verdict.sentences(record)[-1]
     row = next(row for row in record["rows"] if row["label"] == "a")
     row["seeds"] = row["seeds"][:1]  # a record of runs that were named one by one
     assert verdict.sentences(record)[-1].startswith("One training seed for a: ")
