@@ -15,6 +15,7 @@ import pytest
 from scipy import stats
 
 from moalign.config import yaml_lines
+from moalign.report.units import count
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 ABLATIONS = sorted((RESULTS / "ablations").glob("*.yaml"))
@@ -150,6 +151,11 @@ def test_the_tables_of_results_say_what_the_records_say(heading: str, task: str,
         assert row["% of optimum (each seed)"] == f"{100 * one['optimal_share']:.0f} %{seeds}"
         assert row["inner product"] == f"{one['indicators']['inner_product']:.3f}"
         assert row["tau"] == f"{one['indicators']['tau']:.2f}"
+        units = {"tokens generated": "tokens_generated", "trained on": "tokens_trained", "reward calls": "reward_calls"}
+        spent = {head: count(one["cost"][unit]) for head, unit in units.items() if head in row}
+        assert {head: row[head] for head in spent} == spent, one["label"]
+        bound = "≤ " if one["quality"]["kl_bound"] else ""
+        assert row.get("KL") in (None, f"{bound}{one['quality']['kl']:.1f}"), one["label"]
 
 
 def test_the_table_of_the_real_llm_says_what_the_record_says(checkout: Path) -> None:
@@ -221,6 +227,9 @@ def test_the_page_on_learned_rewards_says_how_methods_differ_over_reward_models(
         return f"{mean} [{low}, {high}]"
 
     support, best = "MOC with support=2", ("optimal_share", 100.0)
+    mean = {title: f"{100 * np.mean([run['optimal_share'] for run in of]):.0f}" for title, of in runs.items()}
+    assert f"({mean[support]} %; `hindsight`, whose recipe has it, {mean['hindsight']}, and" in page
+    assert f"does not search, {mean['ParetoHqD']})" in page and f"of the front ({mean['MO-ODPO']} %)" in page
     assert f"ahead of `hindsight` by {over(support, 'hindsight', *best, '.1f').replace(' [', ' points [')}" in page
     assert f"of `paretohqd` by {over(support, 'ParetoHqD', *best, '.1f')}" in page
     assert f"are level ({over('hindsight', 'ParetoHqD', *best, '.1f')})" in page
