@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moalign.report import style
+from moalign.report.kl import ticks_up_to
 from moalign.report.record import Row, judged
 from moalign.report.style import Theme, ThemeName
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-NATS = (0, 1, 5, 20, 50, 100, 200, 500, 1000)
-"""Ticks of KL to base on an axis of its square root."""
 QUANTITIES = {"hypervolume": "hypervolume", "inner_product": "inner product"}
 
 
@@ -69,5 +68,7 @@ def _over_kl(panel: Axes, rows: Sequence[tuple[int, Row]], quantity: str, colour
             panel.plot(at, value, **marks, zorder=3, clip_on=False)
     panel.set_xscale("function", functions=(lambda x: np.sqrt(np.clip(x, 0, None)), np.square))
     most = max((row["quality"]["kl"] or 0.0 for _, row in rows), default=0.0)
-    panel.set_xlim(0, 1.1 * max(1.0, most))
-    panel.set_xticks([tick for tick in NATS if tick <= max(1.0, most)], minor=False)
+    end = 1.1 * max(1.0, most)
+    ticks = ticks_up_to(end)
+    panel.set_xlim(0, end)
+    panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)

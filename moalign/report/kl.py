@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_TICKS = (0, 0.1, 0.5, 1, 2, 4, 8, 16, 32, 64, 128)
+_TICKS = (0, 0.1, 0.5, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 """Nats on the axis, which is linear in their square root."""
 _ROOM = 1.08
 _APART = 1 / 14

@@ -93,6 +93,7 @@ def test_the_figure_draws_every_method_that_has_both(record: dict[str, Any]) -> 
     import matplotlib
 
     with matplotlib.rc_context({"svg.fonttype": "none"}):
+        record["rows"][0]["quality"]["kl"] = 15.0
         content = figures.draw_believed(record, ".svg")
         record["rows"][1]["quality"]["kl"] = None  # a method whose KL is not known has no place over it
         assert figures.draw_believed(record, ".svg") not in (None, content)
@@ -100,6 +101,7 @@ def test_the_figure_draws_every_method_that_has_both(record: dict[str, Any]) -> 
     written = content.decode()
     assert ">a</text>" in written and ">b</text>" in written and ">c</text>" not in written
     assert "believed inner product" in written and "true hypervolume" in written
+    assert ">8</text>" in written and ">16</text>" in written  # what lies at 15 nats can be read
 
 
 def test_in_a_browser_both_are_drawn_and_the_quantity_can_be_chosen(

@@ -1,7 +1,7 @@
 // Rewards that were trained on (believed) and the judge's (true): against each other, and both over KL to base.
 
 const BELIEVED = { hypervolume: "hypervolume", inner_product: "inner product" };
-const NATS = [0, 1, 5, 20, 50, 100, 200, 500, 1000];
+const NATS = [0, 0.1, 0.5, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024];
 const PANEL = { width: 430, height: 330, left: 52, right: 14, top: 14, bottom: 44 };
 
 const trueOf = (row, quantity) => (quantity === "hypervolume" ? row.hypervolume : row.indicators[quantity]);
@@ -28,10 +28,14 @@ function believedCharts() {
   const known = points.filter((point) => !missing(point.kl));
   const root = (kl) => Math.sqrt(Math.max(0, kl));
   const most = Math.max(1, ...known.map((point) => point.kl));
-  const marked = NATS.filter((kl) => kl <= most).map((kl) => [root(kl), kl]);
+  const end = 1.06 * root(most);
+  const marked = [];  // As in the figures: far enough from each other to be read.
+  for (const kl of NATS) {
+    if (root(kl) <= end && !(marked.length && root(kl) - marked.at(-1)[0] < end / 14)) marked.push([root(kl), kl]);
+  }
   const both = range(known.flatMap((point) => [point.believed, point.truth]));
   const names = ["KL to base, nats per response (square-root axis)", name];
-  panel("believed-kl", [0, 1.06 * root(most)], marked, both, names, (x, y) =>
+  panel("believed-kl", [0, end], marked, both, names, (x, y) =>
     known.flatMap((point) => {
       const [at, look] = [x(root(point.kl)), lookOf(point.row)];
       const mark = (value, fill) => spot(at, y(value), look, fill, say(point));
