@@ -308,7 +308,6 @@ def test_one_family_is_shown_in_every_table_and_chart(compared: Build, shown: Ca
         return seen("board"), seen("cost"), seen("pairs"), len(cards(browser))
 
     def named(place: str) -> list[str]:
-        """The methods that a chart's legend can be seen to name."""
         labels = f"[...document.querySelectorAll('#{place} [data-label]')].filter((one) => one.checkVisibility())"
         found: list[str] = browser.run(f"{labels}.map((one) => one.dataset.label)")
         return found
@@ -406,6 +405,18 @@ def test_a_mark_that_is_chosen_by_keyboard_keeps_the_focus(compared: Build, show
     assert browser.run("[...document.querySelectorAll('#front .mark')].indexOf(document.activeElement)") == 7
 
 
+def test_one_long_interval_does_not_shrink_all_others(compared: Build, shown: Callable[..., Any]) -> None:
+    record = compared({"a": 0.2, "b": 0.0}, optimum=False)
+    record["rows"][1]["points"][5]["ci"] = [[-20.0, 20.0], [-20.0, 20.0]]
+    browser = shown(record, answered(record))
+    read = "[...document.querySelectorAll('#front {}')].map((one) => one.getBoundingClientRect().{})"
+    least, most = min(browser.run(read.format(".axis", "left"))), max(browser.run(read.format(".axis", "right")))
+    assert min(browser.run(read.format(".bar", "left"))) >= least - 1
+    assert max(browser.run(read.format(".bar", "right"))) <= most + 1
+    shown_by = max(browser.run(read.format(".mark", "right"))) - min(browser.run(read.format(".mark", "left")))
+    assert shown_by > 0.5 * (most - least)
+
+
 def test_the_leaderboard_sorts(compared: Build, shown: Callable[..., Any]) -> None:
     record = compared({"a": 0.2, "b": 0.0, "c": 0.1}, dead=("x",))
     browser = shown(record, answered(record))
@@ -465,7 +476,6 @@ def test_a_method_of_other_preferences_says_so(compared: Build, shown: Callable[
 
 
 def test_a_narrow_window_is_never_scrolled_sideways(compared: Build, shown: Callable[..., Any]) -> None:
-    """Tables and charts are, by themselves."""
     record = compared({"a": 0.2, "b": 0.0})
     browser = shown(record, answered(record))
     browser.send("Emulation.setDeviceMetricsOverride", width=360, height=800, deviceScaleFactor=1, mobile=False)

@@ -13,14 +13,19 @@ function ticks(low, high, count) {
   return values;
 }
 
+// All of the means with room for an interval of middle length; of longer ones what lies there: a few noisy points would
+// shrink all others.
 function scale(axis, from, to) {
-  const values = visible().flatMap((row) => row.points.flatMap((point) => point.ci[axis]));
+  const points = visible().flatMap((row) => row.points);
+  const lengths = points.map((point) => point.ci[axis][1] - point.ci[axis][0]).sort((a, b) => a - b);
+  const middle = lengths[Math.floor(lengths.length / 2)];
+  const values = points.flatMap((point) => [point.mean[axis] - middle, point.mean[axis] + middle]);
   if (record.optimum) values.push(...record.optimum.points.map((point) => point[axis]));
   let [low, high] = [Math.min(...values), Math.max(...values)];
   if (!values.length) [low, high] = [0, 1];
   const room = 0.05 * (high - low || 1);
   [low, high] = [low - room, high + room];
-  const at = (value) => from + ((value - low) / (high - low)) * (to - from);
+  const at = (value) => from + ((Math.min(high, Math.max(low, value)) - low) / (high - low)) * (to - from);
   return { at, low, high };
 }
 
