@@ -7,6 +7,7 @@ those that are there.
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from moalign.core.errors import RequestError
 from moalign.core.preferences import Preference, label
 from moalign.core.progress import Progress, silent
+from moalign.core.text import visible
 from moalign.evaluation import divergence
 from moalign.evaluation.divergence import KlToBase
 from moalign.methods.base import Method, policies_of
@@ -143,17 +145,22 @@ def _keep(context: RunContext, name: str, answered: Answered) -> None:
 
 
 def _waiting(context: RunContext, name: str) -> Answered | None:
-    """Return answers that wait to be judged; None for none, and for those of another card or engine, or damaged."""
-    if not (context.run.path / f"{UNJUDGED}{name}.parquet").is_file():
+    """Return answers that wait to be judged; None for none, and for those of another card or engine.
+
+    None, too, for damaged ones, or those of another version, which are named on stderr.
+    """
+    path = context.run.path / f"{UNJUDGED}{name}.parquet"
+    if not path.is_file():
         return None
     try:
-        table = context.run.read_table(f"{UNJUDGED}{name}")
-    except RequestError:
+        table = context.run.read_table(path.stem)
+        notes: dict[str, Any] = {str(key): value for key, value in table.attrs.items()}
+        made_by = {key: notes.pop(key, "") for key in ("card", "engine")}
+        if made_by != _made_by(context):
+            return None
+        divergences = [KlToBase(nats, bound) for nats, bound in notes.pop("kl")]
+        table.attrs = {}
+        return Answered(table, divergences, **notes)
+    except (RequestError, LookupError, TypeError, ValueError) as error:
+        print(visible(f"warning: {path}: damaged, so these answers are sampled again ({error})"), file=sys.stderr)
         return None
-    notes: dict[str, Any] = {str(key): value for key, value in table.attrs.items()}
-    made_by = {key: notes.pop(key, "") for key in ("card", "engine")}
-    if made_by != _made_by(context):
-        return None
-    divergences = [KlToBase(nats, bound) for nats, bound in notes.pop("kl")]
-    table.attrs = {}
-    return Answered(table, divergences, **notes)

@@ -426,9 +426,9 @@ def test_answers_outlive_an_interruption_while_they_are_judged(
     assert not list(run.path.glob("unjudged-*"))
 
 
-@pytest.mark.parametrize("what", ["card", "damaged"])
+@pytest.mark.parametrize("what", ["card", "damaged", "without KL"])
 def test_answers_that_wait_of_another_card_or_damaged_are_sampled_again(
-    steered: Opened, monkeypatch: pytest.MonkeyPatch, what: str
+    steered: Opened, monkeypatch: pytest.MonkeyPatch, what: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = steered[1].run
     waiting = run.path / "unjudged-responses.parquet"
@@ -440,12 +440,17 @@ def test_answers_that_wait_of_another_card_or_damaged_are_sampled_again(
     else:
         table = pd.read_parquet(waiting)
         assert table.attrs["card"] == steered[1].task.hash
-        table.attrs["card"] = "0123456789abcdef"
+        if what == "card":
+            table.attrs["card"] = "0123456789abcdef"
+        else:
+            del table.attrs["kl"]
         table["response"] = "nothing of the kind"
         table.to_parquet(waiting, index=False)
     before = Speaker.calls
     evaluate(*steered, None)
     assert Speaker.calls > before and not waiting.exists()
+    said = [] if what == "card" else [f"warning: {waiting}: damaged, so these answers are sampled again"]
+    assert [line.partition(" (")[0] for line in capsys.readouterr().err.splitlines()] == said
 
 
 def without_clocks(content: dict[str, Any]) -> dict[str, Any]:
