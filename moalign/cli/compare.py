@@ -46,6 +46,10 @@ def compare(
     """
     from moalign import api
 
+    unused = {"--jobs": jobs, "--executor": None if executor == "local" else executor} if runs else {}
+    for option, value in unused.items():
+        if value is not None:
+            output.note(f"note: {option} {value}: finished runs are named, so nothing is trained; it changes nothing")
     with output.working() as progress:
         comparison = api.compare(
             runs or task,

@@ -68,6 +68,15 @@ def test_options_become_one_request(moalign: Any, monkeypatch: pytest.MonkeyPatc
     assert (request.figure, request.markdown) == (Path("f.png"), Path("m.md"))
 
 
+def test_where_nothing_is_trained_jobs_change_nothing(moalign: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workflow, "compare", Asked())
+    ended = moalign("compare", "one", "two", "--jobs", "2", "--json")
+    assert ended.code == 0 and json.loads(ended.out)["task"] == "sandbox"
+    note = "note: --jobs 2: finished runs are named, so nothing is trained; it changes nothing"
+    assert ended.err.splitlines() == [note, "chatter"]
+    assert "note" not in moalign("compare", "--jobs", "2", "--json").err
+
+
 def test_a_run_that_failed_makes_the_exit_code_1(moalign: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workflow, "compare", Asked(failed=True))
     ended = moalign("compare", "--json")
