@@ -187,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         output.note(f"{how}; finished work is kept: the same command resumes from there")
         return code
     except BrokenPipeError:
-        _discard_output()  # whoever read it has gone, as in: moalign ls runs | head -1
+        output.discard(sys.stdout)  # whoever read it has gone, as in: moalign ls runs | head -1
         return 1
     except OSError as error:
         if error.errno not in _OF_A_FILE or error.filename is None:
@@ -252,14 +252,3 @@ def _traceback(debug: bool) -> None:
         import traceback
 
         output.note(traceback.format_exc().rstrip("\n"), PROSE)
-
-
-def _discard_output() -> None:
-    """Point stdout nowhere: the interpreter flushes it once more at the end, and would complain."""
-    try:
-        descriptor = sys.stdout.fileno()
-    except (AttributeError, OSError, ValueError):
-        return  # stdout is not a file: there is nothing to flush into
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, descriptor)
-    os.close(nowhere)

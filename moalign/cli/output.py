@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from moalign.cli.options import DEFAULT_RESULTS
 from moalign.core import foreign, processes
@@ -47,6 +47,17 @@ def note(text: str, keep: str = "") -> None:
 def warn(text: str) -> None:
     """Write one warning to stderr."""
     note(f"warning: {text}")
+
+
+def discard(stream: TextIO) -> None:
+    """Point a stream nowhere: the interpreter flushes it once more at the end, and would complain."""
+    try:
+        descriptor = stream.fileno()
+    except (AttributeError, OSError, ValueError):
+        return  # it is not a file: there is nothing to flush into
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)
 
 
 def errors(problems: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
 
+from moalign.cli import output
 from moalign.core.text import visible
 from moalign.report.units import duration
 
@@ -58,7 +59,10 @@ class Lines(contextlib.AbstractContextManager["Lines"]):
         stage.finished = done >= total
         if now - self.last >= EVERY or (ends and stage.shown):
             self.last, stage.shown = now, True
-            print(visible(self._line(what, stage, done, total, now)), file=self.stream, flush=True)
+            try:
+                print(visible(self._line(what, stage, done, total, now)), file=self.stream, flush=True)
+            except OSError:  # whoever read it has gone, or the disk of a log is full: the work goes on
+                output.discard(self.stream)
 
     def _line(self, what: str, stage: _Stage, done: int, total: int, now: float) -> str:
         text = f"{what} {done}/{total}"

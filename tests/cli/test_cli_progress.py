@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 
 from moalign.cli import jobs
 from moalign.cli.progress import progress_display
@@ -40,6 +42,29 @@ def test_quick_stages_say_nothing() -> None:
         clock.now += 0.1
         progress("scoring", done, 5)
     assert lines(stream) == []
+
+
+LOST = """
+import sys
+from moalign.cli.progress import progress_display
+sys.stdin.read()  # until nobody reads stderr any more
+times = iter(range(0, 100, 5))
+with progress_display(sys.stderr, clock=lambda: next(times)) as progress:
+    for done in range(5):
+        progress("training", done, 5)
+print("trained")
+"""
+
+
+def test_work_goes_on_when_nobody_reads_its_progress() -> None:
+    """As in ``moalign train METHOD 2> >(head -n 1)``, and when the disk of a log is full."""
+    child = [sys.executable, "-c", LOST]
+    with subprocess.Popen(child, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+        process.stderr.close()
+        process.stdin.close()
+        assert process.stdout.read() == b"trained\n"
+    assert process.returncode == 0
 
 
 def test_a_resumed_stage_does_not_count_what_was_there() -> None:
