@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from moalign.core.errors import RequestError, WorkError
-from moalign.core.paths import cache_root
+from moalign.core.paths import CACHE_REMEDY, cache_root
 from moalign.lm import loading
 from moalign.runs import atomic
 
@@ -109,12 +109,11 @@ def ensure(name: str, where: str) -> Path:
     if cached is not None:
         return cached
     file, folder = _checked(name, where), _place(name)
-    remedy = "free or unlock it, or name another folder with MOALIGN_CACHE=DIR"
-    with atomic.refusals(folder.parent, remedy):
+    with atomic.refusals(folder.parent, CACHE_REMEDY):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(str(folder) + ".lock"):
             if converted(name) is None:
-                with atomic.directory(folder, remedy=remedy) as place:
+                with atomic.directory(folder, remedy=CACHE_REMEDY) as place:
                     _convert(name, file, place)
     return folder
 

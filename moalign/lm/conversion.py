@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from moalign.core.errors import RequestError, WorkError
+from moalign.core.paths import CACHE_REMEDY
 from moalign.lm import model_folder, unpickle
 from moalign.runs import atomic
 
-_REMEDY = "free or unlock it, or name another folder with MOALIGN_CACHE=DIR"
 _PASSED = "PATH HOME LANG LC_ALL TMPDIR LD_LIBRARY_PATH PYTHONHOME PYTHONPATH VIRTUAL_ENV OMP_NUM_THREADS SYSTEMROOT"
 """What the process that unpickles is given of the environment: no tokens."""
 
@@ -57,11 +57,11 @@ def convert(name: str) -> Conversion:
     except OSError as error:
         raise RequestError(f"{where}: its files cannot be read: {error}") from error
     reused = place.is_dir()
-    with atomic.refusals(place.parent, _REMEDY):
+    with atomic.refusals(place.parent, CACHE_REMEDY):
         place.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{place}.lock"):
             if not place.is_dir():
-                with atomic.directory(place, remedy=_REMEDY) as target:
+                with atomic.directory(place, remedy=CACHE_REMEDY) as target:
                     _fill(folder, weights, target, where)
     files = model_folder.weight_files(place, where)
     return Conversion(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from moalign.core.errors import RequestError
 from moalign.core.paths import cache_root, shown
 
 
@@ -15,6 +16,17 @@ def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, t
     assert cache_root() == tmp_path / "x" / "moalign"
     monkeypatch.setenv("MOALIGN_CACHE", str(tmp_path / "y"))
     assert cache_root() == tmp_path / "y"
+
+
+def test_without_a_home_the_cache_has_to_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("XDG_CACHE_HOME", "MOALIGN_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", unknown)
+    with pytest.raises(RequestError, match="name a folder with MOALIGN_CACHE=DIR"):
+        cache_root()
 
 
 def test_a_path_is_shown_short_where_it_lies_in_the_current_folder(

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from moalign.config.load import load_card
+from moalign.core.errors import RequestError
 from moalign.core.paths import cache_root
 from moalign.lm import language_model
 from moalign.lm.sampler import sample, uniforms
@@ -203,6 +204,12 @@ def test_failed_training_leaves_nothing_behind(own_cache: Path, monkeypatch: pyt
     assert [path for path in (own_cache / "sandbox").iterdir() if path.is_dir()] == []
     monkeypatch.setattr(base, "train", untrained)
     assert (base.ensure(NAMES, "warm", 0) / "model.safetensors").is_file()
+
+
+def test_a_cache_that_cannot_be_written_is_told_with_its_variable(own_cache: Path) -> None:
+    own_cache.write_text("no folder")
+    with pytest.raises(RequestError, match="cannot write here: .* name another folder with MOALIGN_CACHE=DIR"):
+        base.ensure(NAMES, "warm", 0)
 
 
 def _ask(start: Any, log: str, out: Any) -> None:

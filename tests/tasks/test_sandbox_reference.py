@@ -53,3 +53,6 @@ def test_they_are_kept_beside_the_base_and_read_back(
         path.write_bytes(path.read_bytes()[:100])  # damaged: made again
     reference.kept_log_probs(lm, [PROMPT], 96, 1.0)
     assert len(calls) == 5
+    (tmp_path / "other-answers").write_text("nothing can be kept here")
+    (table,) = reference.kept_log_probs(replace(lm, source=str(tmp_path / "other")), [PROMPT], 96, 1.0)
+    assert table[0] == -6, "an evaluation does not need the cache"

@@ -29,7 +29,7 @@ from moalign.config.objectives import TASTED
 from moalign.core import preferences
 from moalign.core.arrays import Matrix
 from moalign.core.errors import WorkError
-from moalign.core.paths import cache_root
+from moalign.core.paths import CACHE_REMEDY, cache_root
 from moalign.core.progress import Progress, silent
 from moalign.lm import reproducible
 from moalign.pareto.indicators import controllability
@@ -97,7 +97,8 @@ def identity(objectives: Sequence[str], kind: str, seed: int) -> str:
 def ensure(objectives: Sequence[str], kind: str, seed: int, progress: Progress = silent) -> Path:
     """Return the folder of the trained base, training it when it is not cached yet.
 
-    Of two processes that call this at once, one trains it and the other waits.
+    Of two processes that call this at once, one trains it and the other waits. Raises RequestError when the cache
+    cannot be written.
     """
     from filelock import FileLock
 
@@ -106,14 +107,15 @@ def ensure(objectives: Sequence[str], kind: str, seed: int, progress: Progress =
     folder = cache_root() / "sandbox" / f"{kind}-{len(objectives)}-{identity(objectives, kind, seed)}-{TOKENIZER}"
     if (folder / "model.safetensors").is_file():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(str(folder) + ".lock"):
-        if not (folder / "model.safetensors").is_file():
-            model, tokenizer, facts = train(objectives, kind, seed, progress)
-            with atomic.directory(folder) as place:
-                model.save_pretrained(place, safe_serialization=True)
-                tokenizer.save_pretrained(place)
-                (place / "base.json").write_text(json.dumps(facts, indent=2) + "\n")
+    with atomic.refusals(folder.parent, CACHE_REMEDY):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(str(folder) + ".lock"):
+            if not (folder / "model.safetensors").is_file():
+                model, tokenizer, facts = train(objectives, kind, seed, progress)
+                with atomic.directory(folder, remedy=CACHE_REMEDY) as place:
+                    model.save_pretrained(place, safe_serialization=True)
+                    tokenizer.save_pretrained(place)
+                    (place / "base.json").write_text(json.dumps(facts, indent=2) + "\n")
     return folder
 
 

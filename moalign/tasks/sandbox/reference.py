@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from moalign.core.errors import RequestError
 from moalign.core.progress import Progress, silent
 from moalign.tasks.sandbox import world
 
@@ -56,9 +57,8 @@ def kept_log_probs(
             tables.append(np.load(path, allow_pickle=False))
             continue
         tables.append(log_probs(lm, prompt, temperature))
-        if not atomic.read_only(folder):
-            with atomic.file(path) as place:
-                np.save(place, tables[-1])
+        with contextlib.suppress(RequestError), atomic.file(path) as place:  # a full cache costs time, nothing else
+            np.save(place, tables[-1])
         progress("the base's probability of all answers", done, len(texts))
     return tables
 
