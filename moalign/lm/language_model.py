@@ -19,6 +19,7 @@ from moalign.core.errors import MoalignError, RequestError
 from moalign.lm import backends, loading, model_folder
 from moalign.lm.chat import Codec, Rendered, generation_ends
 from moalign.lm.loading import first_line
+from moalign.runs.environment import usable_cpus
 
 WHERE = "task.model"
 """How messages name the place of the policy's model; ``--set task.model=FOLDER`` sets it."""
@@ -174,10 +175,16 @@ def give_memory_back(parameters: int) -> None:
 
 
 def set_threads(parameters: int) -> int:
-    """Choose the number of CPU threads by model size and return it; OMP_NUM_THREADS or MOALIGN_THREADS wins."""
-    setting = os.environ.get("MOALIGN_THREADS") or os.environ.get("OMP_NUM_THREADS") or ""
+    """Choose the number of CPU threads by model size and return it; OMP_NUM_THREADS or MOALIGN_THREADS wins.
+
+    Raises RequestError for a MOALIGN_THREADS that is not a positive number.
+    """
+    own = os.environ.get("MOALIGN_THREADS", "")
+    if own and not (own.isdecimal() and int(own) > 0):
+        raise RequestError(f"MOALIGN_THREADS={own}: allowed: 1 or more")
+    setting = own or os.environ.get("OMP_NUM_THREADS", "")
     threads = int(setting) if setting.isdecimal() else 0
-    threads = threads or (1 if parameters < TINY else os.cpu_count() or 1)
+    threads = threads or (1 if parameters < TINY else usable_cpus())
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
     return threads

@@ -130,12 +130,19 @@ def test_threads_follow_the_environment_then_the_size(monkeypatch: pytest.Monkey
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
         assert language_model.set_threads(100_000) == 1 == torch.get_num_threads()
         assert language_model.set_threads(10**9) == (os.cpu_count() or 1)
+        with monkeypatch.context() as limited:  # a container's share of a large machine
+            limited.setattr(language_model, "usable_cpus", lambda: 3)
+            assert language_model.set_threads(10**9) == 3
         monkeypatch.setenv("OMP_NUM_THREADS", "2")
         assert language_model.set_threads(100_000) == 2 == torch.get_num_threads()
         monkeypatch.setenv("MOALIGN_THREADS", "1")
         assert language_model.set_threads(10**9) == 1
-        monkeypatch.setenv("MOALIGN_THREADS", "many")
         monkeypatch.setenv("OMP_NUM_THREADS", "0")
+        for wrong in ("many", "0"):
+            monkeypatch.setenv("MOALIGN_THREADS", wrong)
+            with pytest.raises(RequestError, match=f"MOALIGN_THREADS={wrong}: allowed: 1 or more"):
+                language_model.set_threads(100_000)
+        monkeypatch.delenv("MOALIGN_THREADS")
         assert language_model.set_threads(100_000) == 1
     finally:
         torch.set_num_threads(before)
