@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
 from moalign.config.card import SplitSpec
@@ -38,14 +38,14 @@ def split_of(prompt: str, spec: SplitSpec) -> SplitName:
     return "calibration" if share < spec.train + spec.calibration else "eval"
 
 
-def split(prompts: Iterable[str], spec: SplitSpec) -> dict[str, list[str]]:
-    """Return the prompts of every split, in the order given.
+def split(prompts: Iterable[str], spec: SplitSpec, home: Callable[[str], str] = str) -> dict[str, list[str]]:
+    """Return the prompts of every split, in the order given; each is in the split of its ``home``, another prompt.
 
     Raises RequestError when a split stays empty, or eval has a single prompt, with the number of prompts in each.
     """
     parts: dict[str, list[str]] = {name: [] for name in SPLITS}
     for prompt in prompts:
-        parts[split_of(prompt, spec)].append(prompt)
+        parts[split_of(home(prompt), spec)].append(prompt)
     few = [name for name in SPLITS if len(parts[name]) < LEAST[name]]
     if few:
         counts = ", ".join(f"{name} {len(parts[name])}" for name in SPLITS)

@@ -47,9 +47,8 @@ def check_inputs(
     checked.
     """
     model = _check_model(report, card) if with_options else None
-    # Without its folder no prompt is dropped, since none can be measured.
-    update = {} if card.built_in_base else {"overlong": None} if model is None else {"model": str(model)}
-    task = make_task(card.model_copy(update=update), results)
+    task = make_task(card if model is None else card.model_copy(update={"model": str(model)}), results)
+    task.measurable = card.built_in_base or model is not None
     readable = _check_data(report, card) and report.look("splits", lambda: _splits(task))
     here = with_options and (card.built_in_base or model is not None)
     if here and readable:

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -31,6 +31,7 @@ from moalign.data import splits
 from moalign.rewards.normaliser import Normaliser
 from moalign.rewards.panel import RewardPanel
 from moalign.tasks import responses as rows_of
+from moalign.tasks.limit import WithLimit
 from moalign.tasks.pairs import Pairs, from_scores
 from moalign.tasks.responses import Responses, Scored, complete, sampled, shown
 from moalign.tasks.users import WithUsers
@@ -60,7 +61,7 @@ def fingerprint(model: str, revision: str | None, where: str = WHERE) -> str:
     return model_folder.fingerprint(model_folder.resolve(model, revision, where), where)
 
 
-class Task(WithUsers, abc.ABC):
+class Task(WithUsers, WithLimit, abc.ABC):
     """What every kind of task shares; subclasses define where prompts, responses and the base come from."""
 
     def __init__(self, card: TaskCard, results: Path, progress: Progress = silent) -> None:
@@ -134,7 +135,7 @@ class Task(WithUsers, abc.ABC):
                 f"task {self.card.name}: overlong: drop leaves no prompt; all are longer than "
                 f"generation.max_prompt_tokens = {self.card.generation.max_prompt_tokens}"
             )
-        parts = splits.split(fitting, self.card.splits)
+        parts = splits.split(fitting, self.card.splits, self.home)
         splits.check_leaks(parts)
         return parts
 
@@ -147,37 +148,6 @@ class Task(WithUsers, abc.ABC):
     def grid(self) -> list[Preference]:
         """The evaluation preferences."""
         return preferences.grid_of(len(self.names), self.card.grid)
-
-    def left_out(self, prompt: str) -> bool:
-        """Whether the card leaves a prompt out because it is too long (``overlong: drop``)."""
-        return self.card.overlong == "drop" and self._tokens_cut(prompt) > 0
-
-    @functools.cached_property
-    def _tokens_cut(self) -> Callable[[str], int]:
-        """Counts the tokens of a prompt that the limit cuts off, with an even preference beside it."""
-        limit, even = self.card.generation.max_prompt_tokens, (1 / len(self.names),) * len(self.names)
-        # Upper bound of the tokens around a prompt: the bytes of the text there, and the few that a tokenizer adds.
-        around = len(self.renderer.preference("", even).encode()) + 8
-
-        def cut(prompt: str) -> int:
-            if len(prompt.encode(errors="surrogatepass")) + around <= limit:
-                return 0  # a token holds at least one byte
-            return self.renderer.preference(prompt, even).cut
-
-        return cut
-
-    def overlong(self) -> dict[str, int]:
-        """Return :meth:`overlong_report` if any prompt is cut or dropped, else an empty dict."""
-        report = self.overlong_report()
-        return report if report.get("cut") or report.get("dropped") else {}
-
-    def overlong_report(self) -> dict[str, int]:
-        """Return how many prompts of all splits the limit cuts (and of how many tokens in all) or drops."""
-        cuts = [self._tokens_cut(prompt) for prompt in self.all_prompts()]
-        cut = [count for count in cuts if count]
-        if self.card.overlong == "drop":
-            return {"prompts": len(cuts), "dropped": len(cut)}
-        return {"prompts": len(cuts), "cut": len(cut), "cut_tokens": sum(cut)}
 
     # -- the base ------------------------------------------------------------------------------------------
 

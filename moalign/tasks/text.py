@@ -57,7 +57,7 @@ class TextTask(Task):
         for record in load.load_responses(self._data, Path.cwd()):
             # An empty one has no token to learn from.
             if record.response.strip() and not self.left_out(record.prompt):
-                part = parts[splits.split_of(record.prompt, self.card.splits)]
+                part = parts[splits.split_of(self.home(record.prompt), self.card.splits)]
                 part.prompts.append(record.prompt)
                 part.responses.append(Response(record.response, finished=record.finished))
         return parts
@@ -96,7 +96,7 @@ class TextTask(Task):
         return [
             pair
             for pair in load.load_pairs(self._data, Path.cwd(), self.names[objective])
-            if splits.split_of(pair.prompt, self.card.splits) == "train"
+            if splits.split_of(self.home(pair.prompt), self.card.splits) == "train"
             and not self.left_out(pair.prompt)
             and pair.chosen.strip()
             and pair.rejected.strip()

@@ -316,6 +316,34 @@ def test_prompts_that_are_too_long_are_cut_or_left_out(tmp_path: Path, model: Pa
     assert set(cut.pairs(1).prompts) & long
 
 
+def test_prompts_that_are_cut_to_one_text_are_in_one_split(tmp_path: Path, model: Path) -> None:
+    """What is judged on would else be trained on. It is that of the shortest; all others stay."""
+    size = sizes(tmp_path, model)
+    limit, end = max(size.values()), max(size, key=lambda prompt: size[prompt])
+    alike = [f"{start} {end}" for start in PROMPTS[:8]]
+    prompts = sorted([*PROMPTS, *alike])
+    rows = [{"prompt": prompt, "response": "sure ."} for prompt in prompts]
+    pairs = [{"prompt": prompt, "chosen": "sure .", "rejected": "no ."} for prompt in prompts]
+    data = {
+        "prompts": prompts,
+        "responses": write_lines(tmp_path / "rows.jsonl", rows),
+        "pairs": {"short": write_lines(tmp_path / "pairs.jsonl", pairs)},
+    }
+
+    def of(task: TextTask) -> dict[str, str]:
+        for name, part in task.prompts.items():
+            answered = task.data_responses(name)
+            assert answered is not None and answered.prompts == part
+        assert [pair.prompt for pair in task.data_pairs(0)] == task.prompts["train"]
+        return {prompt: name for name, part in task.prompts.items() for prompt in part}
+
+    whole = of(text_task(tmp_path, model, data, generation={"max_prompt_tokens": 512}))
+    assert len({whole[prompt] for prompt in alike}) > 1
+    cut = of(text_task(tmp_path, model, data, generation={"max_prompt_tokens": limit}))
+    assert {cut[prompt] for prompt in alike} == {whole[end]}
+    assert {prompt: cut[prompt] for prompt in PROMPTS} == {prompt: whole[prompt] for prompt in PROMPTS}
+
+
 def test_dropping_every_prompt_is_refused(tmp_path: Path, model: Path) -> None:
     limit = min(sizes(tmp_path, model).values()) - 1
     more: dict[str, Any] = {"generation": {"max_prompt_tokens": limit}}
