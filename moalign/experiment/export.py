@@ -9,10 +9,9 @@ part of the policy that was trained and judged.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,6 +25,7 @@ from moalign.experiment import init
 from moalign.experiment.templates import render
 from moalign.lm import backends, builtin
 from moalign.methods.base import Method, policies_of
+from moalign.runs import atomic
 from moalign.training.job import RunContext
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def export(
     model = _model_of(policy, method, preference)
     exported = _describe(method, context, policy, preference, "model" if merged else "adapter")
     limits = GenerationConfig(**_settings(exported, model.lm.pad))
-    with _filled(out) as place:
+    with atomic.filled(out, FACTS) as place:
         if merged:
             _write_whole(context, model, place, limits)
         else:
@@ -122,25 +122,6 @@ def export(
             limits.save_pretrained(place)
         _write_facts(exported, out, place, model.lm)
     return exported
-
-
-@contextlib.contextmanager
-def _filled(out: Path) -> Iterator[Path]:
-    """Yield a folder to write to that becomes ``out`` when the block ends well.
-
-    An empty folder stays the folder it is: somebody may stand in it, and a mounted one cannot be replaced. What names
-    the others, FACTS, comes last.
-    """
-    from moalign.runs import atomic
-
-    if not out.is_dir():
-        with atomic.directory(out) as place:
-            yield place
-        return
-    with atomic.refusals(out), tempfile.TemporaryDirectory(dir=out, prefix=".tmp-") as place:
-        yield Path(place)
-        for path in sorted(Path(place).iterdir(), key=lambda path: path.name == FACTS):
-            path.rename(out / path.name)
 
 
 def _write_facts(exported: Exported, out: Path, place: Path, lm: LanguageModel) -> None:
@@ -171,7 +152,7 @@ def _export_mixture(
             f"--merged: {method.name} at {label(preference)} mixes {len(parts.experts)} experts at every token, which "
             "no single model does; leave --merged out"
         )
-    with _filled(out) as place:
+    with atomic.filled(out, FACTS) as place:
         control = None if parts.control is None else parts.control.save(place, preference)
         mixture = {
             "experts": len(parts.experts),

@@ -104,7 +104,7 @@ def init(folder: Path, model: str | None = None, data: Path | None = None, objec
 
 def check_free(folder: Path, where: str, remedy: str) -> None:
     """Raise RequestError unless ``folder`` is missing or an empty folder."""
-    if folder.is_dir() and not any(folder.iterdir()):
+    if folder.is_dir() and atomic.is_free(folder):
         return
     if folder.exists() or folder.is_symlink():
         what = "the folder is not empty" if folder.is_dir() else "it is not a folder"

@@ -134,6 +134,39 @@ def directory(path: Path | str, *, replace: bool = True, remedy: str = REMEDY) -
 
 
 @contextlib.contextmanager
+def filled(folder: Path, last: str, remedy: str = REMEDY) -> Iterator[Path]:
+    """Yield a temporary folder; what is in it when the block ends well becomes the content of a new or empty one.
+
+    An empty folder stays the folder it is: somebody may stand in it, and a mounted one cannot be replaced. What names
+    the other files, ``last``, comes last. Raises RequestError as :func:`directory` does.
+    """
+    if not folder.is_dir():
+        with directory(folder, remedy=remedy) as temporary:
+            yield temporary
+        return
+    with refusals(folder, remedy):
+        temporary = _beside(folder / "content", "tmp")
+        temporary.mkdir()
+        try:
+            yield temporary
+            for written in temporary.rglob("*"):
+                _sync(written)
+            for path in sorted(temporary.iterdir(), key=lambda path: path.name == last):
+                path.rename(folder / path.name)
+            _sync(folder)
+        finally:
+            _remove(temporary)
+
+
+def is_free(folder: Path) -> bool:
+    """Whether a folder is empty, but for what a killed writer of its content left there, which is removed."""
+    with contextlib.suppress(OSError):  # of another user: then it is not empty
+        for leftover in filter(_abandoned, folder.glob(".tmp-*")):
+            _remove(leftover)
+    return not any(folder.iterdir())
+
+
+@contextlib.contextmanager
 def _temporary(path: Path | str, fits: Callable[[Path], bool], noun: str, remedy: str) -> Iterator[tuple[Path, Path]]:
     """Yield the real path to write and a hidden name beside it, which is removed on any exception.
 

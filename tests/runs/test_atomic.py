@@ -474,3 +474,29 @@ def test_json_is_strict_and_reads_back_any_text(tmp_path: Path) -> None:
     raw = (tmp_path / "a.json").read_bytes()
     assert raw.endswith(b"}\n")
     assert json.loads(raw) == {"text": text, "loss": None}
+
+
+FILL = """
+import sys, time
+from pathlib import Path
+from moalign.runs import atomic
+with atomic.filled(Path(sys.argv[1]), "last") as place:
+    (place / "part").write_text("half")
+    print("filling", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_an_empty_folder_that_a_killed_process_was_filling_is_free_again(tmp_path: Path) -> None:
+    before = tmp_path.stat().st_ino
+    with python(FILL, str(tmp_path)) as process:
+        assert process.stdout is not None and process.stdout.readline() == "filling\n"
+        assert not atomic.is_free(tmp_path), "somebody is at work there"
+        process.kill()
+    assert [name.split("-")[0] for name in names(tmp_path)] == [".tmp"]
+    assert atomic.is_free(tmp_path) and names(tmp_path) == []
+    with atomic.filled(tmp_path, "last") as place:
+        for name in ("last", "part"):
+            (place / name).write_text("whole")
+    assert names(tmp_path) == ["last", "part"] and tmp_path.stat().st_ino == before
+    assert not atomic.is_free(tmp_path)
