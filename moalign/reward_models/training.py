@@ -102,8 +102,14 @@ def train(job: RewardJob) -> dict[str, Any]:
     Of an ensemble it trains one member after the other. Resumes from the run's checkpoint and skips a phase that is
     done. Raises RequestError for a backbone or tokenizer that cannot be used, WorkError when training diverged.
     """
-    if job.request.settings.members == 1 or job.run.phase_done(PHASE):
-        return _train_one(job)
+    alone = job.request.settings.members == 1 or job.run.phase_done(PHASE)
+    notes = _train_one(job) if alone else _train_members(job)
+    atomic.remove_directory(job.run.path / MEMBERS)  # also after a kill between the two
+    return notes
+
+
+def _train_members(job: RewardJob) -> dict[str, Any]:
+    """Train one member after the other, and put them together."""
     members = [replace(job, member=number) for number in range(job.request.settings.members)]
     notes = [_train_one(member) for member in members]
     with atomic.directory(job.run.path / MODEL) as folder:  # the first member's, with the others inside
@@ -111,7 +117,6 @@ def train(job: RewardJob) -> dict[str, Any]:
             shutil.copytree(member.folder, folder / member.phase if member.member else folder, dirs_exist_ok=True)
     together = {"rows_shortened": sum(note["rows_shortened"] for note in notes)}
     job.run.finish_phase(PHASE, meter=job.meter.state(), notes=together)
-    atomic.remove_directory(job.run.path / MEMBERS)
     return together
 
 

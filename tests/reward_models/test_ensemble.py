@@ -25,6 +25,7 @@ from moalign.rewards.hf_classifier import ClassifierScorer
 from moalign.rewards.panel import RewardPanel
 from moalign.rewards.scorer import build_scorers
 from moalign.rewards.store import Store
+from moalign.runs import atomic
 from moalign.runs.run import Run
 
 Ask = Callable[..., RewardRequest]
@@ -231,9 +232,10 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("at", [3, 7, 8])
+@pytest.mark.parametrize("at", [3, 7, 8, 9])
 def test_an_ensemble_resumes_bit_for_bit(ask: Ask, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stopped in the first member, in the second (four steps each), and when all are trained but not put together."""
+    """Stopped in the first member, in the second (four steps each), and when all are trained but not put together, or
+    put together but not yet cleared away."""
     whole, _ = runs.obtain(ask(1, "whole", members=2))
     steps = 0
 
@@ -250,11 +252,21 @@ def test_an_ensemble_resumes_bit_for_bit(ask: Ask, at: int, monkeypatch: pytest.
                 raise Stop
 
             patch.setattr(shutil, "copytree", no_copy)
+        if at == 9:
+            remove = atomic.remove_directory
+
+            def no_clearing(path: Path) -> None:
+                if path.name == "members":
+                    raise Stop
+                remove(path)
+
+            patch.setattr(atomic, "remove_directory", no_clearing)
         runs.obtain(ask(1, "parts", members=2), stop)
     broken = runs.RewardStore(ask(1, "parts").results).runs()[0]
-    assert broken.record.status == "failed" and not (broken.path / "model").exists()
+    assert broken.record.status == "failed" and (broken.path / "model").exists() == (at == 9)
     resumed, trained_before = runs.obtain(ask(1, "parts", members=2))
     assert (trained_before, resumed.record.status) == (False, "done")
+    assert not (resumed.path / "members").exists() and resumed.record.weights == whole.record.weights
     for left, right in zip(folders(whole, 2), folders(resumed, 2), strict=True):
         assert {path.name: path.read_bytes() for path in left.iterdir() if path.is_file()} == {
             path.name: path.read_bytes() for path in right.iterdir() if path.is_file()
