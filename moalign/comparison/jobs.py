@@ -11,7 +11,7 @@ import importlib
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ from moalign.experiment import train
 from moalign.experiment.train import Plan
 from moalign.methods.base import Method
 from moalign.report.figures import condense
+from moalign.rewards.judge import total
+from moalign.rewards.panel import usage_of
 from moalign.runs.meter import fresh_peak
 from moalign.runs.record import again
 from moalign.runs.run import Run
@@ -61,6 +63,8 @@ class ComparedRun:
     """lo and hi of the normaliser that its scores were made with."""
     table: str | None = None
     """Name of the table of its answers, once it is evaluated."""
+    asked: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    """What LLM judges were asked while the comparison was prepared with this run's task."""
     reported: Sequence[Mapping[str, Any]] = ()
     """Numbers from papers that its recipe quotes."""
     error: str | None = None
@@ -143,10 +147,13 @@ def train_missing(runs: Sequence[ComparedRun], executor: str, jobs: int | None, 
     by_default = _prepare(missing[0], progress)
     if executor == "local" and jobs is None:
         jobs = executors.jobs_requested() or by_default
-    if executor == "local" and (jobs == 1 or len(missing) == 1):
-        train_here(missing, progress)
-    else:
-        train_apart(missing, executor, jobs, progress)
+    try:
+        if executor == "local" and (jobs == 1 or len(missing) == 1):
+            train_here(missing, progress)
+        else:
+            train_apart(missing, executor, jobs, progress)
+    finally:
+        _note_asked(missing)
 
 
 def _prepare(run: ComparedRun, progress: Progress) -> int:
@@ -161,11 +168,25 @@ def _prepare(run: ComparedRun, progress: Progress) -> int:
     for name in HEAVY:
         importlib.import_module(name)
     _ = task.normaliser
+    if any(spec.kind == "judge" for spec in task.card.objectives):
+        run.asked = usage_of(task.panel)
     for models in ("language_model", "panel", "gold_panel", "judge_panel"):
         task.__dict__.pop(models, None)
     jobs = executors.jobs_by_default(task)
     release()
     return jobs
+
+
+def _note_asked(runs: Sequence[ComparedRun]) -> None:
+    """Add what judges were asked in preparation to the first run that was trained, as if it had been alone."""
+    first, asked = next((run.run for run in runs if run.run is not None), None), runs[0].asked
+    if first is None or not any(usage["verdicts"] for usage in asked.values()):
+        return
+    with first.lock(wait=True):
+        judges = first.record.notes.get("judges", {})
+        added = {name: total(usage, judges.get(name, {})) for name, usage in asked.items()}
+        first.record.notes = {**first.record.notes, "judges": {**judges, **added}}
+        first.save_record()
 
 
 def train_here(runs: Sequence[ComparedRun], progress: Progress) -> None:

@@ -203,6 +203,23 @@ def test_a_run_and_its_evaluation_record_what_judges_took_and_the_key_is_nowhere
         assert not file.is_file() or KEY.encode() not in file.read_bytes(), file
 
 
+def test_what_judges_are_asked_before_a_comparison_is_in_its_first_run(
+    moalign: Any, card: Write, judge_server: Any, judge_replies: Any, random_base: Path
+) -> None:
+    """The scale is made once for all methods; as with ``train``, whoever needs it first has asked."""
+    made = card(model=random_base, more="", concurrency=4)
+    judge_server.answer = lambda request: judge_replies.verdict(f"Score: {1 + sum(map(ord, answer_of(request))) % 10}")
+    compare = ("compare", "--task", str(made), "--methods", "best-of-n", "--set", "n=2", "--json")
+    ended = moalign(*compare)
+    assert ended.code == 0, ended.err
+    (run,) = json.loads(ended.out)["rows"][0]["runs"]
+    noted = json.loads(Path(run["run"], "run.json").read_text())["notes"]["judges"]["help"]
+    stored = json.loads(Path(run["run"], "eval.json").read_text())["judges"]["help"]
+    assert noted["verdicts"] + stored["verdicts"] == len(judge_server.requests)
+    assert moalign(*compare).code == 0
+    assert json.loads(Path(run["run"], "run.json").read_text())["notes"]["judges"]["help"] == noted
+
+
 def test_what_was_asked_is_added_up_over_an_attempt_that_fails_and_the_next(
     toys: None, moalign: Any, judge_server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
