@@ -8,6 +8,7 @@ this is the curve of Gao, Schulman and Hilton 2022 (arXiv 2210.10760).
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -184,7 +185,8 @@ def _judged_before(context: RunContext, name: str) -> tuple[dict[tuple[str, int]
     stored = Curve.load(path)
     if stored.card_hash != context.task.hash:
         return {}, []
-    answers = {key: table for key, table in context.run.read_table(name).groupby(["part", "step"], sort=False)}
+    table = context.run.read_table(name, Curve.REMEDY.format(folder=shlex.quote(str(context.run.path))))
+    answers = {key: table for key, table in table.groupby(["part", "step"], sort=False)}
     rows = {_key(row): row for row in stored.rows if _key(row) in answers}
     return rows, [answers[key] for key in rows]
 

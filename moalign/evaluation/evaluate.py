@@ -273,13 +273,14 @@ def _stored_scores(
     context: RunContext, name: str, made: Path, preferences: Sequence[Preference], samples: int
 ) -> Matrix:
     """Return the scores of a stored table of answers; RequestError unless it is the one that ``made`` comes from."""
-    table = context.run.read_table(name)
+    again = f"delete both and evaluate again: {command('eval', context.run.path)}"
+    table = context.run.read_table(name, f"{made.name} was made from it; {again}")
     try:
         return scores_of(context, table, preferences, samples)
     except (LookupError, TypeError, ValueError) as error:
         raise RequestError(
             f"{context.run.path / name}.parquet: not the answers that {made.name} was made from "
-            f"({type(error).__name__}: {error}); delete both and evaluate again: {command('eval', context.run.path)}"
+            f"({type(error).__name__}: {error}); {again}"
         ) from error
 
 

@@ -36,6 +36,9 @@ SNAPSHOTS = "snapshots"
 STAGES = "stages"
 """Folder of the weights that a finished stage ended with, from which an interrupted training goes on."""
 
+REMEDY = "move the run's folder away to train it again"
+"""What to do about a damaged part of a run, unless its reader knows better."""
+
 _POLL = 0.5
 """Seconds between two looks at a lock that is waited for."""
 _GRACE = 0.5
@@ -382,12 +385,12 @@ class Run:
             table.to_parquet(temporary, index=False)
         return path
 
-    def read_table(self, name: str) -> pd.DataFrame:
-        """Read ``<name>.parquet``; RequestError when it is missing or damaged."""
+    def read_table(self, name: str, remedy: str = REMEDY) -> pd.DataFrame:
+        """Read ``<name>.parquet``; RequestError, with the remedy, when it is missing or damaged."""
         path = self._named(name, ".parquet")
         if not path.is_file():
-            raise RequestError(f"{path}: no such table in this run")
-        return read_parquet(path)
+            raise RequestError(f"{path}: no such table in this run; {remedy}")
+        return read_parquet(path, f"; {remedy}")
 
     def save_tensors(self, name: str, tensors: Mapping[str, torch.Tensor]) -> Path:
         """Write ``<name>.safetensors`` atomically; return its path."""

@@ -269,6 +269,15 @@ def test_an_evaluation_of_fewer_preferences_than_its_answers_is_named(steered: O
         evaluate(*steered)
 
 
+@pytest.mark.parametrize("what", ["truncated", "missing"])
+def test_answers_that_are_gone_or_damaged_are_told_with_what_to_do(steered: Opened, what: str) -> None:
+    place = Path(evaluate(*steered).result.run) / "responses.parquet"
+    content = place.read_bytes()
+    place.unlink() if what == "missing" else place.write_bytes(content[:100])
+    with pytest.raises(RequestError, match=r"eval.json was made from it; delete both and evaluate again: moalign eval"):
+        evaluate(*steered)
+
+
 def test_other_preferences_go_to_another_file(steered: Opened) -> None:
     method, context = steered
     own = evaluate(method, context)
