@@ -115,6 +115,13 @@ def ending(code: int) -> str:
     return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
 
 
+_START = (
+    "import json, runpy, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "runpy.run_module(sys.argv[2], run_name='__main__', alter_sys=True)"
+)
+"""``python -m``, with this process's path: a ``random.py`` in the current folder would be taken for the library."""
+
+
 class Child:
     """A process that answers requests, lines of JSON on its stdin, one after another.
 
@@ -124,7 +131,7 @@ class Child:
     def __init__(self, module: str, folder: str | None = None, settings: Mapping[str, str] | None = None) -> None:
         self._messages = tempfile.TemporaryFile("a+", encoding="utf-8", errors="replace")  # noqa: SIM115 - closed with it
         self.process = subprocess.Popen(
-            [sys.executable, "-m", module],
+            [sys.executable, "-P", "-c", _START, json.dumps(list(map(str, sys.path))), module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._messages,
