@@ -30,7 +30,7 @@ from moalign.core.errors import RequestError
 REMEDY = "free or unlock it, or choose another folder with --results DIR"
 
 _REFUSALS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR}
-_REFUSALS |= {errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
+_REFUSALS |= {errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOLCK}
 _READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
 MOST_LEVELS = 100
 """Lists and objects inside each other in a JSON file that is read."""

@@ -208,8 +208,8 @@ class Run:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError as error:
-            # ENOSYS: no flock here, so filelock works by the file's existence, and the file exists.
-            if error.errno in (errno.EAGAIN, errno.EACCES, errno.ENOSYS):
+            # ENOSYS: no flock here, so filelock works by the file's existence, and the file exists. ENOLCK: not known.
+            if error.errno in (errno.EAGAIN, errno.EACCES, errno.ENOSYS, errno.ENOLCK):
                 return True
             raise
         finally:

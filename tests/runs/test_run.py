@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import io
 import json
 import math
@@ -108,6 +109,19 @@ def test_a_lock_that_is_waited_for_is_taken_when_the_other_process_ends(run: Run
         assert time.monotonic() - started > 0.6
         assert process.wait() == -signal.SIGKILL
         assert run.is_locked()
+
+
+def test_a_file_system_that_has_no_locks_is_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a network share whose lock service is down."""
+
+    def none_left(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", none_left)
+    told = "cannot write here: No locks available; .*choose another folder"
+    with pytest.raises(RequestError, match=told), run.lock():
+        pytest.fail("locked")
+    assert run.status == "running", "somebody may be at work"
 
 
 def test_the_lock_is_freed_on_an_exception_and_can_be_taken_again(run: Run) -> None:
