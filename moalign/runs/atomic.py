@@ -372,12 +372,13 @@ def _abandoned(path: Path) -> bool:
     parts = path.name.split("-", 4)
     if len(parts) != 5 or not parts[2].isdecimal() or not path.exists():
         return False  # not one of ours, or gone with the folder it was in
-    if parts[1] == _host() and not _alive(int(parts[2])):
+    if parts[1] == _host() and not alive(int(parts[2])):
         return True
     return time.time() - path.stat().st_mtime > _ABANDONED_AFTER
 
 
-def _alive(pid: int) -> bool:
+def alive(pid: int) -> bool:
+    """Whether there is a process of this number on this machine."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

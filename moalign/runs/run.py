@@ -208,8 +208,10 @@ class Run:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError as error:
-            # ENOSYS: no flock here, so filelock works by the file's existence, and the file exists. ENOLCK: not known.
-            if error.errno in (errno.EAGAIN, errno.EACCES, errno.ENOSYS, errno.ENOLCK):
+            if error.errno == errno.ENOSYS:  # no flock here: the file's existence is the lock
+                owner = self._owner()
+                return owner is None or owner["host"] != platform.node() or atomic.alive(owner["pid"])
+            if error.errno in (errno.EAGAIN, errno.EACCES, errno.ENOLCK):  # the last: not known
                 return True
             raise
         finally:
@@ -218,12 +220,19 @@ class Run:
 
     def busy(self) -> str:
         """Return which other process trains this run, and what to do about it."""
+        owner = self._owner()
+        who = "another process"
+        if owner is not None:
+            who += f" (pid {owner['pid']} on {owner['host']}, since {owner['since'][:19]} UTC)"
+        return f"{self.path}: {who} is training this run; wait for it or stop it, then repeat the command"
+
+    def _owner(self) -> dict[str, Any] | None:
+        """Return pid, host and since of who holds the lock, or did last; None while it has not written its name yet."""
         try:
             owner = atomic.parsed_json((self.path / OWNER).read_bytes())
-            who = f"another process (pid {owner['pid']} on {owner['host']}, since {owner['since'][:19]} UTC)"
+            return {"pid": int(owner["pid"]), "host": str(owner["host"]), "since": str(owner["since"])}
         except (OSError, ValueError, LookupError, TypeError):
-            who = "another process"  # it has the lock but has not written its name yet
-        return f"{self.path}: {who} is training this run; wait for it or stop it, then repeat the command"
+            return None
 
     # -- metrics -----------------------------------------------------------------------------------
 

@@ -373,7 +373,7 @@ def test_a_writer_that_dies_during_a_sweep_loses_nothing(tmp_path: Path, monkeyp
     """It lives when the sweep looks first: whatever the sweep sees later, the only copy stays."""
     leftover(tmp_path, "adapter", number=5)
     looks = iter([True])
-    monkeypatch.setattr(atomic, "_alive", lambda _: next(looks, False))
+    monkeypatch.setattr(atomic, "alive", lambda _: next(looks, False))
     atomic.sweep(tmp_path)
     atomic.sweep(tmp_path)
     assert names(tmp_path) == ["adapter"] and (tmp_path / "adapter" / "content").read_text() == "5"

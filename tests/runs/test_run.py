@@ -111,6 +111,24 @@ def test_a_lock_that_is_waited_for_is_taken_when_the_other_process_ends(run: Run
         assert run.is_locked()
 
 
+def test_without_flock_the_lock_of_a_killed_process_is_seen_to_be_stale(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There a lock is a file, which outlives its process; else ``compare`` would wait for somebody who is gone."""
+
+    def missing(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    process = holder(run)
+    monkeypatch.setattr(fcntl, "flock", missing)
+    assert run.status == "running"
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert run.status == "interrupted"
+    (run.path / runs.OWNER).unlink()
+    assert run.status == "running", "whoever holds it has not written its name yet"
+
+
 def test_a_file_system_that_has_no_locks_is_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a network share whose lock service is down."""
 
