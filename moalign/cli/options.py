@@ -17,9 +17,11 @@ Settings = Annotated[
 
 
 def folder(text: str) -> Path:
-    """Parse the name of a folder; an empty one is refused."""
+    """Parse the name of a folder; an empty one is refused, and one that this locale cannot name."""
     if not str(text):
         raise typer.BadParameter("empty; the name of a folder is needed")
+    if any("\ud800" <= letter <= "\udfff" for letter in str(text)):  # what writes tensors and tables takes UTF-8 alone
+        raise typer.BadParameter(f"{text}: not text in this locale; set PYTHONUTF8=1, or name another folder")
     return Path(os.path.expanduser(text))  # a shell leaves --results=~/x as it is
 
 

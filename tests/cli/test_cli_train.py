@@ -195,6 +195,7 @@ NO_MODEL = "{name: harmlessness, kind: hf-classifier, model: nobody/nothing}"
         (["--grid", "3", "--set", "prefs=[[1,0]]"], "--grid and --set prefs=[[1,0]] contradict each other"),
         (["--snapshots", "3", "--set", "snapshots=5"], "--snapshots and --set snapshots=5 contradict each other"),
         (["--results", ""], "empty; the name of a folder is needed"),
+        (["--results", "r\udcc3"], "not text in this locale; set PYTHONUTF8=1"),
         (["--task", "sandbx"], "unknown task 'sandbx'"),
         (["--task", "nowhere/task.yaml"], "nowhere/task.yaml"),
         (["--recipe", "nowhere.yaml"], "nowhere.yaml"),
