@@ -43,7 +43,7 @@ NUMBERS = {"mean": 0, "sd": 1, "lo": -1, "hi": 1}
         ({"kind": "sandbox"}, "kind: sandbox needs a section sandbox"),
         (
             {"kind": "sandbox", "model": None, "sandbox": {"base": "warm"}, "data": None},
-            "kind: sandbox without a model of its own: unknown objective 'a'; allowed: brevity, harmlessness, helpfulness,",
+            "kind: sandbox without a model of its own: unknown objective 'a'; allowed: brevity, harmlessness,",
         ),
         ({"data": None}, "kind: text needs data.prompts or data.prompt_grammar"),
         (
