@@ -121,6 +121,8 @@ def _prompts(prompt: str | None) -> list[str] | None:
         lines.extend(line.rstrip("\r\n") for line in sys.stdin)
     except UnicodeDecodeError as error:
         raise RequestError(f"PROMPT -: stdin is not UTF-8 text after line {len(lines)} ({error.reason})") from error
+    if lines:
+        lines[0] = lines[0].removeprefix("\ufeff")  # a mark of some editors; in a data file it is no text either
     prompts = [line for line in lines if line.strip()]
     if not prompts:
         raise RequestError("PROMPT -: stdin holds no prompt; give one a line")

@@ -136,7 +136,7 @@ def test_a_comparison_is_found_from_elsewhere(moalign: Any, toys: None, monkeypa
 
 
 def test_a_dash_reads_stdin_a_prompt_a_line(moalign: Any, run: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO("how do i make soup ?\n\nhow do i fix a tap ?\r\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\ufeffhow do i make soup ?\n\nhow do i fix a tap ?\r\n"))
     content = json.loads(moalign("generate", run, "-", "--prefs", "1,0", "--json").out)
     assert [answer["prompt"] for answer in content["answers"]] == ["how do i make soup ?", "how do i fix a tap ?"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
