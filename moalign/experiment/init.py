@@ -21,6 +21,7 @@ from typing import Any
 from moalign.config.card import taken
 from moalign.config.describe import yaml_form
 from moalign.core.errors import RequestError
+from moalign.core.text import command
 from moalign.experiment.templates import render
 from moalign.lm import builtin
 from moalign.rewards.rules import RULES
@@ -78,7 +79,7 @@ def init(folder: Path, model: str | None = None, data: Path | None = None, objec
     base = Path(os.path.realpath(folder))
     texts = {
         "scorers.py": render("scorers.py.j2", functions={name: _function(name) for name in own}),
-        "mo-odpo.yaml": render("mo-odpo.yaml.j2", folder=folder),
+        "mo-odpo.yaml": render("mo-odpo.yaml.j2", command=_train(folder)),
         "task.yaml": _card(folder, base, names, model, data, place),
     }
     if data is None:
@@ -267,6 +268,10 @@ def task_name(base: Path) -> str:
     return re.sub(r"[^a-z0-9._-]+", "-", base.name.lower()).strip("-._") or "my-task"
 
 
+def _train(folder: Path) -> str:
+    return command("train", "mo-odpo", "--task", folder)
+
+
 def _from_card(base: Path, path: Path | str) -> str:
     """Return how a card in ``base`` names a file that the user named from here."""
     given = Path(os.path.expanduser(path))
@@ -284,7 +289,7 @@ def _card(
     chat, count = place is None or _has_chat_template(place), len(objectives)
     return render(
         "task.yaml.j2",
-        folder=folder,
+        command=_train(folder),
         name=task_name(base),
         objectives=[_objective_line(name) for name in objectives],
         model=yaml_form(_from_card(base, model) if os.path.isdir(os.path.expanduser(model)) else model),

@@ -141,6 +141,8 @@ def test_an_empty_folder_is_filled_and_json_tells_what_was_written(
     (tmp_path / "My Task").mkdir()
     content = json.loads(moalign("init", "My Task", "--model", str(random_base), "--json").out)
     assert content["task"] == "my-task"
+    for name in ("task.yaml", "mo-odpo.yaml"):
+        assert "# command: moalign train mo-odpo --task 'My Task'\n" in Path("My Task", name).read_text()
     assert content["files"][-1] == "My Task/task.yaml" and all(Path(name).is_file() for name in content["files"])
 
 
