@@ -174,8 +174,11 @@ def missing_column(where: str, field: str, column: str, available: Sequence[str]
     """Build the error for a column that a record lacks; ``available`` are the columns it has."""
     listed = ", ".join(available[:NAMES_SHOWN]) + (", ..." if len(available) > NAMES_SHOWN else "")
     near = nearest(column, available)
-    hint = f"; did you mean {near!r}? (say so with columns: {{{field}: {near}}})" if near else ""
-    role = "" if field == column else f" (for the field {field!r})"
+    role, hint = "" if field == column else f" (for the field {field!r})", ""
+    if near:  # of files that a command names no card can say so: there it is the column that is renamed
+        hint = f"; did you mean {near!r}? (a task card says so with columns: {{{field}: {near}}})"
+    elif available and not role:
+        hint = f"; a task card names another with columns: {{{field}: NAME}}"
     return RequestError(f"{where}: no column {column!r}{role}; found: {listed or 'none'}{hint}")
 
 

@@ -232,7 +232,10 @@ def test_files_without_records(tmp_path: Path) -> None:
 
 
 def test_a_wrong_column_names_the_nearest(tmp_path: Path, write_jsonl: WriteJsonl) -> None:
-    wrong = "no column 'prompt'; found: promt, response; did you mean 'promt'? (say so with columns: {prompt: promt})"
+    wrong = (
+        "no column 'prompt'; found: promt, response; did you mean 'promt'? "
+        "(a task card says so with columns: {prompt: promt})"
+    )
     assert message(write_jsonl([{"promt": "a", "response": "b"}])) == f"data.jsonl:1: {wrong}"
     (tmp_path / "a.csv").write_text("promt,response\na,b\n")
     assert message(tmp_path / "a.csv") == f"a.csv:1: {wrong}"
@@ -242,7 +245,9 @@ def test_a_wrong_column_names_the_nearest(tmp_path: Path, write_jsonl: WriteJson
 
 def test_a_column_missing_on_a_later_line_only(write_jsonl: WriteJsonl) -> None:
     path = write_jsonl([RECORDS[0], RECORDS[1], {"prompt": "a"}])
-    assert message(path) == "data.jsonl:3: no column 'response'; found: prompt"
+    assert message(path) == (
+        "data.jsonl:3: no column 'response'; found: prompt; a task card names another with columns: {response: NAME}"
+    )
 
 
 def test_a_column_named_in_the_source_must_exist(write_jsonl: WriteJsonl) -> None:
