@@ -30,7 +30,8 @@ def described(error: BaseException, file: Path | None = None) -> str:
     """Return an exception as ``SystemExit: 0 (line 3)``; the line is the last one in ``file``, where it was there."""
     import traceback
 
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+    ran = None if file is None else os.path.realpath(file)  # modules of files are imported by their whole path
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == ran]
     line = f" (line {lines[-1]})" if lines else ""
     return f"{type(error).__name__}: {error}".removesuffix(": ") + line
 

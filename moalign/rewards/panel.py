@@ -311,7 +311,10 @@ class _Column:
                 f"gave scores of shape {list(scores.shape)} for {len(rows)} texts; [{len(rows)}] is needed"
             )
         if scores.dtype == object and all(value is None or isinstance(value, (int, float)) for value in scores):
-            scores = scores.astype(np.float64)
+            try:
+                scores = scores.astype(np.float64)
+            except OverflowError:
+                raise ScorerFault("gave an integer beyond the largest floating-point number") from None
         if scores.dtype.kind not in "fiub":
             raise ScorerFault(f"gave {type(scores[0]).__name__} instead of numbers")
         return scores.astype(np.float64)

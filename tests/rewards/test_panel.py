@@ -130,6 +130,12 @@ def test_a_number_that_is_not_finite_names_objective_and_sample(store: Store, ba
     assert again.scored == ["07", "08", "09"]  # 04 to 06 shared the bad sample's chunk and were kept
 
 
+def test_an_integer_that_no_float_holds_is_a_fault_of_the_scorer(store: Store) -> None:
+    scorer = Recorder(lambda response: 10**400 if response == "b" else 1)
+    with pytest.raises(WorkError, match=r"gave an integer beyond the largest .* for sample 1 .*the 1 of 3 scores"):
+        RewardPanel([scorer], store=store).score(["p"] * 3, ["a", "b", "c"])
+
+
 def test_everything_scored_before_an_exception_is_kept(store: Store) -> None:
     texts = [str(n) for n in range(20)]
 

@@ -13,6 +13,7 @@ from moalign.config.objectives import PythonObjective
 from moalign.core.errors import RequestError
 from moalign.rewards import python_scorer
 from moalign.rewards.python_scorer import GROUP, PythonScorer
+from moalign.rewards.scorer import ScorerFault
 
 MODULE = """
 def count(prompts, responses, word="a"):
@@ -63,6 +64,14 @@ def test_a_file_is_named_by_its_path_and_each_folder_has_its_own(folder: Path) -
     assert (list(first.score(["p"], ["r"])), list(second.score(["p"], ["r"]))) == ([0.5], [2.5])
     assert first.revision.startswith("python:scorers.py:size:")
     assert first.revision != second.revision  # the function's own lines are the same, the file is not
+
+
+def test_a_file_that_fails_is_told_with_its_line_however_it_is_named(folder: Path) -> None:
+    (folder / "task").mkdir()
+    (folder / "scorers.py").write_text("def size(prompts, responses):\n    raise ValueError('no')\n")
+    for scorer in (build(folder, "scorers.py:size"), build(folder / "task", "../scorers.py:size")):
+        with pytest.raises(ScorerFault, match=r"ValueError: no \(line 2\)"):
+            scorer.score(["p"], ["r"])
 
 
 @pytest.mark.parametrize("called", ["scorers.py:nice", "my_test_scorers:nice"])
