@@ -165,6 +165,11 @@ def _check_data(report: Preflight, card: TaskCard) -> bool:
     if spec.responses is not None and _check_source(report, "responses", spec.responses):
         replies = partial(load.load_responses, spec, Path.cwd())
         report.look("responses", lambda: _counted(([row.response] for row in replies()), "rows"))
+    if isinstance(spec.pairs, SourceSpec):
+        report.notes.append(
+            "data.pairs: they are labelled for no objective; methods that learn from an objective's pairs build theirs "
+            f"from scored responses; by objective it is {{{card.objective_names[0]}: {{path: {spec.pairs.path}}}}}"
+        )
     sources = spec.pairs if isinstance(spec.pairs, dict) else {None: spec.pairs}
     for objective, source in sources.items():
         name = "pairs" if objective is None else f"pairs.{objective}"

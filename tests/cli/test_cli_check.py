@@ -112,6 +112,16 @@ def test_prompts_that_are_too_long_are_counted(moalign: Any, recipe: Path) -> No
     assert ended.code == 2 and "8 tokens do not hold what the template writes around a prompt" in ended.errors[0]
 
 
+def test_pairs_without_an_objective_are_told(moalign: Any, recipe: Path) -> None:
+    pair = {"prompt": "Story 1 is about", "chosen": " a cat.", "rejected": " a dog, a cow and a cat."}
+    (recipe.parent / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
+    ended = moalign("check", "tales", "--set", "task.data.pairs={path: tales/pairs.jsonl}")
+    assert ended.code == 0
+    assert "note: data.pairs: they are labelled for no objective; methods that learn from " in ended.err
+    ended = moalign("check", "tales", "--set", "task.data.pairs={brevity: {path: tales/pairs.jsonl}}")
+    assert ended.code == 0 and "labelled for no objective" not in ended.err
+
+
 def test_a_policy_whose_weights_or_targets_do_not_fit_is_a_problem(
     moalign: Any, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
