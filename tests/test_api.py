@@ -339,6 +339,16 @@ def test_scores_in_normalised_units(trained: Any, examples: dict[str, Any]) -> N
     )
 
 
+def test_what_is_no_text_is_a_wrong_request() -> None:
+    """An empty cell of a table is NaN in pandas."""
+    from moalign.experiment.generate import checked
+
+    with pytest.raises(moalign.RequestError, match=r"^PROMPT: prompt 2: found nan \(float\); a text is needed"):
+        checked(["a", np.nan])  # type: ignore[list-item]
+    with pytest.raises(moalign.RequestError, match=r"^response 1: found None \(NoneType\); a text is needed"):
+        moalign.score("sandbox", ["a"], [None])  # type: ignore[list-item]
+
+
 def test_scores_want_a_prompt_for_each_response() -> None:
     with pytest.raises(moalign.RequestError, match="found 1 prompt and 2 responses"):
         moalign.score("sandbox", ["a"], ["b", "c"])

@@ -134,7 +134,7 @@ def reference_point(text: str, objectives: Sequence[str]) -> tuple[float, ...]:
 
 
 def refuse_unequal(prompts: Sequence[str], responses: Sequence[str]) -> None:
-    """Raise RequestError unless both are lists of one length."""
+    """Raise RequestError unless both are lists of one length that hold texts."""
 
     def count(texts: Sequence[str], noun: str) -> str:
         if isinstance(texts, str):
@@ -146,3 +146,12 @@ def refuse_unequal(prompts: Sequence[str], responses: Sequence[str]) -> None:
             f"found {count(prompts, 'prompt')} and {count(responses, 'response')}; allowed: lists of one length, "
             "a prompt for each response"
         )
+    require_texts("prompt", prompts)
+    require_texts("response", responses)
+
+
+def require_texts(noun: str, texts: Iterable[object]) -> None:
+    """Raise RequestError for the first value that is no text, as an empty cell of a table is in pandas."""
+    for number, text in enumerate(texts, start=1):
+        if not isinstance(text, str):
+            raise RequestError(f"{noun} {number}: found {text!r} ({type(text).__name__}); a text is needed")

@@ -15,6 +15,7 @@ from moalign.core.progress import Progress, silent
 from moalign.data.load import load_grouped_pairs
 from moalign.data.readers import check_text
 from moalign.evaluation.evaluate import preferences_for
+from moalign.experiment.arguments import require_texts
 from moalign.methods import registry
 from moalign.methods.base import Infers, Method, policies_of, require_as_trained
 from moalign.training.job import RunContext
@@ -133,6 +134,7 @@ def infer(method: Method, context: RunContext, user: Path, progress: Progress = 
 def checked(prompts: str | Sequence[str]) -> list[str]:
     """Return the prompts (a single text is one); RequestError for an empty one, one that is no text, or none at all."""
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    require_texts("PROMPT: prompt", texts)
     empty = next((number for number, text in enumerate(texts, start=1) if not text.strip()), None)
     if empty is not None or not texts:
         raise RequestError(f"PROMPT: prompt {empty} is empty; a text is needed" if empty else "PROMPT: no prompt given")
