@@ -250,7 +250,8 @@ def generate(
 
     Returns ``[preferences x prompts]`` answers in one list: all prompts at the first preference, then at the next.
     At every preference a prompt draws from the same random numbers. Each answer has ``prompt``, ``preference``,
-    ``response`` and its scores by objective: ``raw`` (larger is better) and ``normalised``.
+    ``response``, its scores by objective, ``raw`` (larger is better) and ``normalised``, and ``cut_tokens``: how many
+    tokens the prompt lost at its beginning, where it is longer than the card's ``generation.max_prompt_tokens``.
 
     Args:
         run: a run, or what :func:`load` finds it by.

@@ -53,6 +53,8 @@ def generate(
     the run answers as if it had been named, and stderr says which one it is. A few pairs say little: with none of them
     all users are alike.
 
+    Of a prompt that is longer than the task's limit its end is read, and stderr says so.
+
     With ``--json`` and one preference: ``run``, ``prefs``, ``objectives``, ``answers``; with several ``prefs`` is a
     list of them and ``answers`` a list for each.
     """
@@ -72,6 +74,10 @@ def generate(
             handle, prefs or (), prompts, temperature=temperature, seed=seed, results=results, progress=progress
         )
     blocks = _blocks(answers)
+    for place, answer in enumerate(blocks[0], start=1):
+        if answer.cut_tokens:
+            limit = "generation.max_prompt_tokens of the task"
+            output.note(f"note: prompt {place}: its first {answer.cut_tokens:,} tokens were not read: over {limit}")
     if as_json:
         output.as_json(_content(handle, blocks))
     elif len(blocks) == 1 and prompts is not None:

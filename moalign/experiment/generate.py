@@ -40,10 +40,12 @@ class Answer:
     """Objective -> score in normalised units."""
     words: str | None = None
     """The card's words for the preference, where the policy read them."""
+    cut_tokens: int = 0
+    """How many tokens the prompt lost at its beginning, since it is longer than the card's limit."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the answer for ``--json``."""
-        return {"prompt": self.prompt, "response": self.response, "raw": self.raw, "normalised": self.normalised}
+        return {name: getattr(self, name) for name in ("prompt", "response", "raw", "normalised", "cut_tokens")}
 
 
 def generate(
@@ -98,6 +100,7 @@ def generate(
             raw=dict(zip(task.names, raw[row].tolist(), strict=True)),
             normalised=dict(zip(task.names, unit[row].tolist(), strict=True)),
             words=_words(context, policy, w, prompt),
+            cut_tokens=getattr(policy.render(prompt), "cut", 0),
         )
         for row, (w, policy, prompt, response) in enumerate(rows)
     ]

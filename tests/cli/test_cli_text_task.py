@@ -95,6 +95,16 @@ def test_prompts_too_long_are_told_by_train_eval_and_the_record(moalign: Any, ca
     assert shown in moalign("eval", content["run"]).out
 
 
+def test_a_prompt_too_long_to_be_read_whole_is_told_by_generate(moalign: Any, card: Path) -> None:
+    run = json.loads(moalign("train", "prompting", "--task", str(card), "--no-eval", "--json").out)["run"]
+    ended = moalign("generate", run, "--prefs", "1,0", "--prefs", "0,1", LONG + "why ?", "--json")
+    for (answer,) in json.loads(ended.out)["answers"]:
+        assert answer["cut_tokens"] > 120
+    assert ended.err.count("note: prompt 1: its first ") == 1
+    ended = moalign("generate", run, "--prefs", "1,0", "how do i make soup ?", "--json")
+    assert json.loads(ended.out)["answers"][0]["cut_tokens"] == 0 and "note:" not in ended.err
+
+
 def test_where_nothing_is_too_long_nothing_is_said(moalign: Any, card: Path) -> None:
     requested = ("train", "prompting", "--task", str(card), "--set", "task.generation.max_prompt_tokens=400")
     ended = moalign(*requested)
