@@ -175,10 +175,9 @@ def missing_column(where: str, field: str, column: str, available: Sequence[str]
     listed = ", ".join(available[:NAMES_SHOWN]) + (", ..." if len(available) > NAMES_SHOWN else "")
     near = nearest(column, available)
     role, hint = "" if field == column else f" (for the field {field!r})", ""
-    if near:  # of files that a command names no card can say so: there it is the column that is renamed
-        hint = f"; did you mean {near!r}? (a task card says so with columns: {{{field}: {near}}})"
-    elif available and not role:
-        hint = f"; a task card names another with columns: {{{field}: NAME}}"
+    if available and (near or not role):
+        rename = f"; did you mean {near!r}? (rename it" if near else " (rename one"
+        hint = f"{rename}, or where a task card names this file: columns: {{{field}: {near or 'NAME'}}})"
     return RequestError(f"{where}: no column {column!r}{role}; found: {listed or 'none'}{hint}")
 
 

@@ -57,7 +57,7 @@ def test_an_unknown_split_names_the_nearest(folder: Path) -> None:
 def test_a_wrong_column_in_a_folder(folder: Path) -> None:
     assert message(folder, columns={"done": "dones"}) == (
         f"{folder}: split train: no column 'dones' (for the field 'done'); found: prompt, done, other; "
-        "did you mean 'done'? (a task card says so with columns: {done: done})"
+        "did you mean 'done'? (rename it, or where a task card names this file: columns: {done: done})"
     )
 
 

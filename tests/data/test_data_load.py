@@ -79,7 +79,7 @@ def test_a_wrong_prompt_column_names_the_nearest(write_jsonl: WriteJsonl) -> Non
     path = write_jsonl([{"promts": "a"}])
     assert refusal(lambda: load_prompts(DataSpec(prompts=source(path))), path.parent) == (
         "data.jsonl:1: no column 'prompt'; found: promts; did you mean 'promts'? "
-        "(a task card says so with columns: {prompt: promts})"
+        "(rename it, or where a task card names this file: columns: {prompt: promts})"
     )
 
 
@@ -89,7 +89,11 @@ def test_a_wrong_prompt_column_names_the_nearest(write_jsonl: WriteJsonl) -> Non
         ({"prompt": None}, "column 'prompt' must be text; found nothing (null)"),
         ({"prompt": 1}, "column 'prompt' must be text; found a number 1"),
         ({"prompt": "\t"}, "column 'prompt' is empty; a text is needed"),
-        ({"chosen": "a"}, "no column 'prompt'; found: chosen; a task card names another with columns: {prompt: NAME}"),
+        (
+            {"chosen": "a"},
+            "no column 'prompt'; found: chosen (rename one, or where a task card names this file: "
+            "columns: {prompt: NAME})",
+        ),
     ],
 )
 def test_bad_prompts_in_a_source(write_jsonl: WriteJsonl, record: dict[str, Any], wrong: str) -> None:
@@ -322,7 +326,7 @@ SAME = "chosen and rejected are the same text; a pair needs two different replie
         (
             {"prompt": "p", "chosen": "a", "reject": "b"},
             "no column 'rejected'; found: prompt, chosen, reject; "
-            "did you mean 'reject'? (a task card says so with columns: {rejected: reject})",
+            "did you mean 'reject'? (rename it, or where a task card names this file: columns: {rejected: reject})",
         ),
     ],
 )

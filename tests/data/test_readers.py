@@ -234,7 +234,7 @@ def test_files_without_records(tmp_path: Path) -> None:
 def test_a_wrong_column_names_the_nearest(tmp_path: Path, write_jsonl: WriteJsonl) -> None:
     wrong = (
         "no column 'prompt'; found: promt, response; did you mean 'promt'? "
-        "(a task card says so with columns: {prompt: promt})"
+        "(rename it, or where a task card names this file: columns: {prompt: promt})"
     )
     assert message(write_jsonl([{"promt": "a", "response": "b"}])) == f"data.jsonl:1: {wrong}"
     (tmp_path / "a.csv").write_text("promt,response\na,b\n")
@@ -246,7 +246,8 @@ def test_a_wrong_column_names_the_nearest(tmp_path: Path, write_jsonl: WriteJson
 def test_a_column_missing_on_a_later_line_only(write_jsonl: WriteJsonl) -> None:
     path = write_jsonl([RECORDS[0], RECORDS[1], {"prompt": "a"}])
     assert message(path) == (
-        "data.jsonl:3: no column 'response'; found: prompt; a task card names another with columns: {response: NAME}"
+        "data.jsonl:3: no column 'response'; found: prompt (rename one, or where a task card names this file: "
+        "columns: {response: NAME})"
     )
 
 
