@@ -53,17 +53,9 @@ def init(
     for text in started.notes:
         output.note(f"note: {text}")
     output.line()
-    where = task_option(started.folder)
+    where = workflow.task_option(started.folder)
     output.next_commands(
         output.command("check", where),
         output.command("preview", "--task", where),
         output.command("train", "mo-odpo", "--task", where),
     )
-
-
-def task_option(folder: Path) -> str:
-    """Return how ``--task`` names the card in a folder: a plain name would be taken for a task of moalign's."""
-    from moalign.config import find
-
-    name = str(folder)
-    return f"./{name}" if not find.is_path(name) and name in find.list_tasks() else name

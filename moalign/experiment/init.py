@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moalign.config import find
 from moalign.config.card import taken
 from moalign.config.describe import yaml_form
 from moalign.core.errors import RequestError
@@ -268,8 +269,14 @@ def task_name(base: Path) -> str:
     return re.sub(r"[^a-z0-9._-]+", "-", base.name.lower()).strip("-._") or "my-task"
 
 
+def task_option(folder: Path) -> str:
+    """Return how ``--task`` names the card in a folder: a plain name would be taken for a task of moalign's."""
+    name = str(folder)
+    return f"./{name}" if not find.is_path(name) and name in find.list_tasks() else name
+
+
 def _train(folder: Path) -> str:
-    return command("train", "mo-odpo", "--task", folder)
+    return command("train", "mo-odpo", "--task", task_option(folder))
 
 
 def _from_card(base: Path, path: Path | str) -> str:

@@ -146,6 +146,13 @@ def test_an_empty_folder_is_filled_and_json_tells_what_was_written(
     assert content["files"][-1] == "My Task/task.yaml" and all(Path(name).is_file() for name in content["files"])
 
 
+def test_a_folder_of_a_task_s_name_is_named_as_a_folder(moalign: Any, random_base: Path) -> None:
+    ended = moalign("init", "sandbox", "--model", str(random_base))
+    assert (ended.code, "  moalign train mo-odpo --task ./sandbox\n" in ended.out) == (0, True)
+    for name in ("task.yaml", "mo-odpo.yaml"):
+        assert "# command: moalign train mo-odpo --task ./sandbox\n" in Path("sandbox", name).read_text()
+
+
 @pytest.mark.parametrize("before", ["task.yaml", "notes.txt"])
 def test_nothing_is_overwritten(moalign: Any, random_base: Path, tmp_path: Path, before: str) -> None:
     (tmp_path / "full").mkdir()
