@@ -226,7 +226,9 @@ def _show(run: RunHandle, results: Path) -> None:
         show_summary(evaluation)
         output.line()
     served = [point.preference for point in evaluation.points] if evaluation is not None else record.preferences
-    task = ("--task", str(record.as_given.get("task") or record.task))
+    # With other settings of the card it is another task.
+    card = [part for text in record.as_given.get("set") or () if text.startswith("task.") for part in ("--set", text)]
+    task = ("--task", str(record.as_given.get("task") or record.task), *card)
     compared = task if record.recipe["card"].get("suite") else (str(run.path),)  # without one there is no other to name
     output.next_commands(
         output.command("eval", str(run.path), "--hypervolume"),

@@ -114,6 +114,8 @@ def test_a_home_folder_in_results_is_the_user_s(moalign: Any, tmp_path: Path, mo
 
 def test_commands_to_paste_carry_the_results_folder(moalign: Any) -> None:
     assert "moalign compare --task sandbox --results other" in moalign("train", "toy", "--results", "other").out
+    ended = moalign("train", "toy", "--set", "task.grid=3", "--set", "steps=2")  # with another card: another task
+    assert "  moalign compare --task sandbox --set task.grid=3\n" in ended.out
 
 
 # -- the plan --------------------------------------------------------------------------------
