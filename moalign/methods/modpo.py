@@ -96,7 +96,10 @@ class Modpo:
         config: Config = job.config
         lm = job.task.language_model
         roles = {w: role_of(w, config, job.task.names) for w in job.preferences}
-        folders = self._experts(job, roles) if config.margin == "implicit" else []
+        experts = config.expert_runs()
+        folders: list[Path] = []
+        if experts is not None and any(w[k] != 1 for w, k in roles.items()):  # at a corner no margin counts
+            _, folders = job.find_experts(*experts)
         used = sorted({k for w, k in roles.items() if w[k] > 0})
         pairs = objective_pairs(job, lm, config, used, scores=config.margin == "reward", counted=bool(folders))
         gaps = {}
@@ -118,17 +121,6 @@ class Modpo:
         from moalign.policies.per_preference import trained_for
 
         return trained_for(context, preference)
-
-    def _experts(self, job: Job, roles: dict[Preference, int]) -> list[Path]:
-        """Return the adapter folders of the DPO experts, one per objective; none when no margin counts."""
-        from moalign.training.grid import adapter_of
-
-        if all(w[k] == 1 for w, k in roles.items()):
-            return []
-        count, (method, settings) = len(job.task.names), job.config.expert_runs()
-        run = job.experts(method, settings, job.config.expert_vectors(count))
-        job.notes["experts"] = {"method": method, "run_id": run.record.run_id}
-        return [run.path / adapter_of(index) for index in range(count)]
 
 
 def implicit_gaps(

@@ -142,8 +142,8 @@ def reference_folders(job: Job) -> list[Path]:
     folders = [adapter_in(text) for text in config.references if text != EXPERTS]
     for folder in folders:
         read(job.task.language_model, folder)  # refused before any expert is trained
-    if EXPERTS in config.references:
-        folders += _experts(job)
+    if (experts := config.expert_runs()) is not None:
+        folders += job.find_experts(*experts)[1]
     found = [file_sum(folder / WEIGHTS) for folder in folders]
     if job.stage_done(STAGE):
         before = job.notes[STAGE]
@@ -156,16 +156,6 @@ def reference_folders(job: Job) -> list[Path]:
         job.notes[STAGE] = found
         job.finish_stage(STAGE)
     return folders
-
-
-def _experts(job: Job) -> list[Path]:
-    """Return the adapter folders of the DPO experts, one per objective, trained or found."""
-    from moalign.training.grid import adapter_of
-
-    count, (method, settings) = len(job.task.names), job.config.expert_runs()
-    run = job.experts(method, settings, job.config.expert_vectors(count))
-    job.notes[EXPERTS] = {"method": method, "run_id": run.record.run_id}
-    return [run.path / adapter_of(index) for index in range(count)]
 
 
 def adapter_in(text: str) -> Path:

@@ -13,11 +13,12 @@ import numpy as np
 
 from moalign.core import processes
 from moalign.core.arrays import Matrix
-from moalign.core.errors import WorkError
-from moalign.core.preferences import Preference
+from moalign.core.errors import RequestError, WorkError
+from moalign.core.preferences import Preference, corner
 from moalign.core.progress import Progress, silent
 from moalign.runs.run import STAGES
 from moalign.training import snapshots
+from moalign.training.grid import adapter_of
 from moalign.training.snapshots import Trained
 
 if TYPE_CHECKING:
@@ -116,6 +117,23 @@ class Job(RunContext):
         raw = np.concatenate(processes.gather(own))
         self.meter.add_reward_calls(raw.size - own.size)
         return raw
+
+    def find_experts(
+        self, method: str, settings: dict[str, Any], vectors: Sequence[Preference] | None = None
+    ) -> tuple[Run, list[Path]]:
+        """Return the run of the experts (see ``experts``), and the folder of each objective's adapter in it.
+
+        They are trained at ``vectors``, one for each objective; None: the corners of the simplex. Raises RequestError
+        when a finished run of experts has lost an adapter.
+        """
+        count = len(self.task.names)
+        run = self.experts(method, settings, vectors or [corner(count, index) for index in range(count)])
+        folders = [run.path / adapter_of(index) for index in range(count)]
+        for folder in folders:
+            if not folder.is_dir():
+                raise RequestError(f"run {run.path}: {folder.name} is missing; move the run away to train it again")
+        self.notes["experts"] = {"method": method, "run_id": run.record.run_id}
+        return run, folders
 
     def advance(self, lm: LanguageModel, phase: str, step: int, steps: int) -> None:
         """Go on after a step of a phase: keep a snapshot of the active adapter where one is due, report progress."""

@@ -19,6 +19,7 @@ from moalign.methods import modpo
 from moalign.methods.modpo import Config, margin_of, role_of
 from moalign.runs.run import Run
 from moalign.training import offline_dpo, reference
+from moalign.training.job import Job
 
 NAMES = ["helpfulness", "harmlessness"]
 THREE = ["a", "b", "c"]
@@ -220,7 +221,7 @@ def test_pairs_are_made_only_of_objectives_that_are_trained_on(
         objectives.append(of)
         raise ZeroDivisionError
 
-    monkeypatch.setattr(modpo.Modpo, "_experts", lambda *_: [])
+    monkeypatch.setattr(Job, "find_experts", lambda *_: (None, []))
     monkeypatch.setattr(offline_dpo, "objective_pairs", reached)
     for prefs in (("0,1",), ("0,1", "0.5,0.5")):
         with pytest.raises(ZeroDivisionError):
