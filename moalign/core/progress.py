@@ -15,3 +15,15 @@ def silent(what: str, done: int, total: int) -> None:
 def prefixed(progress: Progress, prefix: str) -> Progress:
     """Return a ``progress`` that puts ``prefix: `` before every message."""
     return lambda what, done, total: progress(f"{prefix}: {what}", done, total)
+
+
+def counted(progress: Progress, what: str, total: int) -> Callable[[int], None]:
+    """Return ``advance(count)``, which reports that so many more of ``total`` are done."""
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(what, min(done, total), total)
+
+    return advance

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from moalign.core.errors import RequestError
 from moalign.core.preferences import Preference, label
-from moalign.core.progress import Progress, silent
+from moalign.core.progress import Progress, counted, silent
 from moalign.core.text import visible
 from moalign.evaluation import divergence
 from moalign.evaluation.divergence import KlToBase
@@ -101,13 +101,7 @@ def _sample(
     started, meter = time.monotonic(), Meter()
     # Scores by which a policy chooses its answer are a cost of answering; those of the evaluation are not.
     metered = replace(context, panel=context.panel.with_meter(meter))
-    done, total = 0, len(prompts) * len(preferences)
-
-    def answered(count: int) -> None:
-        nonlocal done
-        done += count
-        progress("answering", min(done, total), total)
-
+    answered = counted(progress, "answering", len(prompts) * len(preferences))
     # Loading an adapter draws its initial weights: the states of the global generators are restored afterwards.
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         policies = policies_of(method, metered, preferences)

@@ -135,6 +135,7 @@ def _sample(job: Job) -> None:
     import numpy as np
     import pandas as pd
 
+    from moalign.core.progress import counted
     from moalign.core.seeds import derive
     from moalign.lm.generator import ModelGenerator, shared
     from moalign.policies.policy import Policy, respond_all
@@ -143,13 +144,7 @@ def _sample(job: Job) -> None:
     pool = list(dict.fromkeys(job.task.prompts["train"]))
     rng = np.random.default_rng(derive(job.seed, ANCHORS, "prompts"))
     prompts = [pool[i] for i in rng.permutation(len(pool))[: job.config.anchors]]
-    done = 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        job.progress("anchors: the base answers", done, len(prompts))
-
+    advance = counted(job.progress, "anchors: the base answers", len(prompts))
     base = Policy(shared(ModelGenerator(job.task.language_model)), job.task.renderer.plain)
     limits = job.task.sampling(derive(job.seed, ANCHORS, "responses"))
     answers = respond_all([base], prompts, limits, advance, job.task.engine)

@@ -143,6 +143,7 @@ class ParetoHqd:
         """Let the representatives answer; returns what did not collapse, with raw scores, and what did, by cause."""
         import pandas as pd
 
+        from moalign.core.progress import counted
         from moalign.core.seeds import derive
         from moalign.lm.adapters import ADAPTER
         from moalign.lm.generator import ModelGenerator, shared
@@ -161,13 +162,8 @@ class ParetoHqd:
         limits = job.task.sampling(derive(job.seed, "paretohqd", "answers"), config.temperature)
         limits = replace(limits, top_p=config.top_p)
         policy = Policy(shared(ModelGenerator(lm, ADAPTER)), job.task.renderer.plain)
-        parts, causes, done = [], {}, 0
-
-        def advance(count: int) -> None:
-            nonlocal done
-            done += count
-            job.progress("augment: stage-1 models answer", done, len(chosen) * len(prompts))
-
+        parts, causes = [], {}
+        advance = counted(job.progress, "augment: stage-1 models answer", len(chosen) * len(prompts))
         for index in chosen:
             _put_first(job, lm, index)
             records, sampled = kept_samples.sampled(job, f"{AUGMENT}-{index}", policy, prompts, limits, advance)

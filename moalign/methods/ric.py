@@ -153,6 +153,7 @@ class Ric:
         """Return a round's own samples with the scores they obtained; sampled once and kept in the run."""
         import pandas as pd
 
+        from moalign.core.progress import counted
         from moalign.core.seeds import derive
         from moalign.lm.generator import ModelGenerator, shared
         from moalign.lm.quality import collapse
@@ -172,13 +173,7 @@ class Ric:
         texts = [job.task.renderer.scores(p, t) for p, t in zip(prompts, targets, strict=True)]
         limits = job.task.sampling(derive(job.seed, "ric", number, "samples"), config.temperature)
         limits = replace(limits, top_p=config.top_p)
-        done = 0
-
-        def advance(count: int) -> None:
-            nonlocal done
-            done += count
-            job.progress(stage, done, len(texts))
-
+        advance = counted(job.progress, stage, len(texts))
         # The texts are rendered already: each has its own target.
         policy = Policy(shared(ModelGenerator(lm, "policy")), lambda text: text)
         records, tokens = kept_samples.sampled(job, stage, policy, texts, limits, advance)

@@ -35,19 +35,12 @@ def sampled(
     prompts: list[str],
     texts: Sequence[str],
     sampling: Sampling,
-    progress: Callable[[int, int], None],
+    advance: Callable[[int], None],
 ) -> Responses:
-    """Return a response of the base to each bare prompt, rendered as ``texts``; ``progress(done, total)`` is called."""
+    """Return a response of the base to each bare prompt, rendered as ``texts``; ``advance(count)`` is called."""
     from moalign.lm.generator import ModelGenerator, in_chunks, records
 
-    done = 0
-
-    def moved(count: int) -> None:
-        nonlocal done
-        done += count
-        progress(done, len(prompts))
-
-    generated = in_chunks(ModelGenerator(lm), [(text, row) for row, text in enumerate(texts)], sampling, moved)
+    generated = in_chunks(ModelGenerator(lm), [(text, row) for row, text in enumerate(texts)], sampling, advance)
     return Responses(prompts, records(generated.responses, generated.traces), generated.tokens)
 
 

@@ -25,7 +25,7 @@ from moalign.core.arrays import Matrix
 from moalign.core.errors import RequestError, placed
 from moalign.core.paths import cache_root
 from moalign.core.preferences import Preference
-from moalign.core.progress import Progress, silent
+from moalign.core.progress import Progress, counted, silent
 from moalign.core.records import Labels, Pair, Response
 from moalign.data import splits
 from moalign.rewards.normaliser import Normaliser
@@ -225,7 +225,7 @@ class Task(WithUsers, WithLimit, abc.ABC):
         temperature = self.card.pool.temperature or self.card.generation.temperature or 1.0
         sampling = self.sampling(self.card.pool.seed, temperature)
         texts = [self.renderer.plain(prompt) for prompt in prompts]
-        return sampled(self.language_model, prompts, texts, sampling, functools.partial(self.progress, what))
+        return sampled(self.language_model, prompts, texts, sampling, counted(self.progress, what, len(prompts)))
 
     # -- scorers and their scale ---------------------------------------------------------------------------
 
