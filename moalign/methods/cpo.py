@@ -118,11 +118,8 @@ class Cpo:
     def _edges(self, job: Job) -> Matrix:
         """Return the quintiles of the calibration split's raw scores, ``[4, objectives]``; kept with the run."""
         if not job.stage_done("levels"):
-            calibration = job.task.calibration()
-            job.meter.add_tokens_generated(calibration.sampled)
-            job.meter.add_reward_calls(calibration.raw.size)
             quantiles = np.arange(1, LEVELS) / LEVELS
-            job.notes["level_edges"] = np.quantile(calibration.raw, quantiles, axis=0).tolist()
+            job.notes["level_edges"] = np.quantile(job.calibration().raw, quantiles, axis=0).tolist()
             job.finish_stage("levels")
         return np.array(job.notes["level_edges"], dtype=np.float64)
 
@@ -208,14 +205,12 @@ def conditioned_pairs(
 ) -> tuple[list[Conditioned], dict[str, int]]:
     """Return CDPO's pairs and what was left out (ties, identical texts)."""
     from moalign.tasks.pairs import matches
+    from moalign.tasks.responses import by_prompt
 
-    groups: dict[str, list[int]] = {}
-    for row, prompt in enumerate(scored.prompts):
-        groups.setdefault(prompt, []).append(row)
     rng = np.random.default_rng([seed, 2])
     pairs: list[Conditioned] = []
     left_out = {"ties": 0, "identical": 0}
-    for group in groups.values():
+    for group in by_prompt(scored.prompts).values():
         drawn = matches(group, config.per_prompt, rng)
         conditions = levels[rng.choice(group, size=len(drawn))]
         for (a, b), c, shown in zip(

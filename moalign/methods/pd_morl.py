@@ -122,9 +122,7 @@ def directions_of(job: Job) -> dict[Preference, Sequence[float]]:
     if job.config.directions == "weights":
         return dict(zip(preferences, preferences, strict=True))
     if not job.stage_done("directions"):
-        scored, normaliser = job.task.calibration(), job.task.normaliser
-        job.meter.add_tokens_generated(scored.sampled)
-        job.meter.add_reward_calls(scored.raw.size)
+        scored, normaliser = job.calibration(), job.task.normaliser
         if len(set(scored.prompts)) == len(scored.prompts):
             raise RequestError(
                 "directions: data looks for the best of several responses to a prompt, but the calibration split has "

@@ -10,7 +10,7 @@ import numpy as np
 from moalign.core.arrays import Matrix
 from moalign.core.errors import RequestError
 from moalign.core.records import Labels, Response
-from moalign.tasks.responses import Scored
+from moalign.tasks.responses import Scored, by_prompt
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,7 @@ def from_scores(
     Raises RequestError for a score that is missing, or no pair at all.
     """
     _refuse_missing(scored, values, names)
-    groups: dict[str, list[int]] = {}
-    for row, prompt in enumerate(scored.prompts):
-        groups.setdefault(prompt, []).append(row)
+    groups = by_prompt(scored.prompts)
     rng = np.random.default_rng([seed, objective])
     better, worse, dropped = [], [], {"ties": 0, "identical": 0}
     own = values[:, objective]

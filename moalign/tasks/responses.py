@@ -80,6 +80,14 @@ class Scored:
         )
 
 
+def by_prompt(prompts: Sequence[str]) -> dict[str, list[int]]:
+    """Return the rows of each prompt; prompts in the order of their first rows."""
+    rows: dict[str, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        rows.setdefault(prompt, []).append(row)
+    return rows
+
+
 def complete(raw: Matrix) -> Matrix:
     """Return the rows of scores ``[samples, objectives]`` without those of which a judge left one out."""
     rows: Matrix = raw[~np.isnan(raw).any(axis=1)]

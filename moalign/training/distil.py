@@ -21,6 +21,7 @@ import numpy as np
 from moalign.core.arrays import Matrix
 from moalign.core.errors import RequestError
 from moalign.pareto.scalarisation import Scalarisation, scores
+from moalign.tasks.responses import by_prompt
 from moalign.training.settings import DistilConfig, WarmStart
 
 if TYPE_CHECKING:
@@ -97,9 +98,7 @@ def pools(job: Job, n: int, cap: Cap = "none") -> tuple[list[str], list[list[Res
     Raises RequestError when no prompt has that many.
     """
     scored = job.scored(per_prompt=n)
-    rows: dict[str, list[int]] = {}
-    for i, prompt in enumerate(scored.prompts):
-        rows.setdefault(prompt, []).append(i)
+    rows = by_prompt(scored.prompts)
     complete = {prompt: indices for prompt, indices in rows.items() if len(indices) == n}
     if not complete:
         most = max(len(indices) for indices in rows.values())

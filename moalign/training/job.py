@@ -100,8 +100,13 @@ class Job(RunContext):
         when another run has had them made: a comparison would otherwise depend on who came first.
         """
         scored = self.task.scored()
-        if per_prompt is not None:
-            scored = scored.first(per_prompt)
+        return self._counted(scored if per_prompt is None else scored.first(per_prompt))
+
+    def calibration(self) -> Scored:
+        """Return the calibration split's scored responses, for a method that learns from them; counts their cost."""
+        return self._counted(self.task.calibration())
+
+    def _counted(self, scored: Scored) -> Scored:
         self.meter.add_tokens_generated(scored.sampled)
         self.meter.add_reward_calls(scored.raw.size)
         return scored

@@ -24,6 +24,7 @@ from moalign.core.seeds import derive
 from moalign.lm.chat import training_row
 from moalign.lm.finite import FiniteCheck
 from moalign.losses.neural_process import elbo_loss, mean_weights, posterior, scale_of
+from moalign.tasks.responses import by_prompt, shown
 from moalign.training.reference import mean_states
 
 if TYPE_CHECKING:
@@ -56,11 +57,8 @@ class Pool:
     @classmethod
     def of(cls, prompts: Sequence[str], responses: Sequence[Response], z: Matrix) -> Pool:
         """Return the pool of responses to prompts, ``[rows]``."""
-        groups: dict[str, list[int]] = {}
-        for row, prompt in enumerate(prompts):
-            groups.setdefault(prompt, []).append(row)
-        shown = [response.shown for response in responses]
-        pairs = [(a, b) for group in groups.values() for a, b in combinations(group, 2) if shown[a] != shown[b]]
+        texts, groups = shown(responses), by_prompt(prompts).values()
+        pairs = [(a, b) for group in groups for a, b in combinations(group, 2) if texts[a] != texts[b]]
         return cls(list(prompts), list(responses), z, np.asarray(pairs, dtype=np.intp).reshape(-1, 2))
 
     def labelled(
