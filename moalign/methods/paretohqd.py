@@ -51,7 +51,7 @@ AUGMENT = "augment"
 class Config(CostHints):
     """Settings of ParetoHqD."""
 
-    sampled_by: ClassVar = {"augment_prompts": 3}  # with two objectives once for each of three representatives
+    sampled_by: ClassVar = ("augment_prompts",)
     k: int = Field(default=100, ge=2)
     """Responses of a preference's first set; its second set has half as many."""
     min_pool: int | None = Field(default=None, ge=1)

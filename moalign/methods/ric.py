@@ -46,7 +46,7 @@ MapName = Literal["l2", "linf", "linear"]
 class Config(CostHints):
     """Settings of RiC."""
 
-    sampled_by: ClassVar = {"online_prompts": "online_rounds"}
+    sampled_by: ClassVar = ("online_prompts",)
     repeated_by: ClassVar = {"online": "online_rounds"}
     offline: SftConfig = SftConfig(steps=20_000, batch=8, lr=1.414e-4, schedule="linear", weight_decay=0.01)
     online: SftConfig = SftConfig(steps=4_000, batch=8, lr=1e-5, schedule="constant", weight_decay=0.01)
@@ -65,6 +65,10 @@ class Config(CostHints):
     keep_share: float = Field(default=0.3, gt=0, le=1)
     """nondominated: layers are kept until they hold at least this share of the samples."""
     preference_map: MapName = "l2"
+
+    def responses_sampled(self, task: Amounts) -> int:
+        """See :class:`CostHints`."""
+        return self.online_rounds * self.online_prompts
 
     def learns_from(self, task: Amounts) -> Amount:
         """See :class:`CostHints`."""

@@ -65,15 +65,14 @@ class CostHints(Strict):
     What is said here, ``train`` does: tests compare the two for every method.
     """
 
-    sampled_by: ClassVar[Mapping[str, int | str]] = {}
-    """Settings that count responses sampled between stages -> how often: a number, or the setting that holds it."""
+    sampled_by: ClassVar[Sequence[str]] = ()
+    """Settings that count responses sampled between stages; bench reduces them like steps."""
     repeated_by: ClassVar[Mapping[str, str]] = {}
     """Stages that each policy goes through several times -> the setting that says how often."""
 
     def responses_sampled(self, task: Amounts) -> int:
         """Return how many responses are sampled, and scored, between stages at most."""
-        times = {name: getattr(self, by) if isinstance(by, str) else by for name, by in self.sampled_by.items()}
-        return sum(int(getattr(self, name)) * count for name, count in times.items())
+        return 0
 
     def learns_from(self, task: Amounts) -> Amount:
         """Return which of the task's own responses a run learns from, and counts as its cost."""
