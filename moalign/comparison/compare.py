@@ -324,7 +324,7 @@ def _require_same_base(runs: Sequence[ComparedRun]) -> None:
 
     Older records do not say which base they had.
     """
-    made = [(run, run.run or (run.plan.existing_run if run.plan is not None else None)) for run in runs]
+    made = [(run, run.known) for run in runs]
     known = [(run.folder, of.record.notes["base"]) for run, of in made if of is not None and "base" in of.record.notes]
     if not known:
         return

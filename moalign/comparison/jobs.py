@@ -76,11 +76,15 @@ class ComparedRun:
         """The run's name in progress messages."""
         return f"{self.method.name} seed {self.seed}"
 
+    @property
+    def known(self) -> Run | None:
+        """The run, finished or as it was left; None: the request was not made before."""
+        return self.run or (self.plan.existing_run if self.plan is not None else None)
+
     def take_over(self) -> bool:
         """Take the planned run over where it is finished already; return whether there is a finished run."""
-        existing = self.plan.existing_run if self.plan is not None else None
-        if existing is not None and existing.record.status == "done":
-            self.run, self.plan = _readable(existing), None
+        if self.run is None and (left := self.known) is not None and left.record.status == "done":
+            self.run, self.plan = _readable(left), None
         return self.run is not None
 
     @property
@@ -332,8 +336,8 @@ def _evaluation_files(
 ) -> tuple[Path, Path]:
     """Return the paths of a run's evaluation and of its answers, whether there are any or not; no model is loaded."""
     grid = preferences.grid_of(len(card.objectives), card.grid)
-    existing = run.run or (run.plan.existing_run if run.plan is not None else None)
-    trained = [tuple(row) for row in (existing.record.preferences if existing is not None else None) or grid]
+    known = run.known
+    trained = [tuple(row) for row in (known.record.preferences if known is not None else None) or grid]
     file, table = evaluate.names_on(grid, _served(run.method, trained, grid, requested), samples)
     return run.folder / f"{file}.json", run.folder / f"{table}.parquet"
 
