@@ -251,12 +251,11 @@ def _named_runs(request: CompareRequest) -> tuple[list[ComparedRun], TaskCard, s
     for name in request.runs:
         with _collected(problems):
             run = RunStore(request.results).find(name)
-            if run.status != "done":
-                problems.append(f"run {run.path}: it is {run.status}, not done; finish it with its train command first")
             runs.setdefault(run.path.resolve(), run)
             twin = same_request.setdefault(run.run_id, run.path)
             if twin.resolve() != run.path.resolve():
                 problems.append(f"runs {twin} and {run.path} are of one request and seed; name one of them")
+            run.require_done()
     if problems:
         raise RequestError(*problems)
     first, *others = runs.values()

@@ -247,8 +247,7 @@ def judge(
         given = {"name": "reward", "kind": "hf-classifier", "model": model, "revision": revision, "members": members}
         objective = ClassifierObjective.model_validate(given)
     else:
-        if run.status != "done":
-            raise RequestError(f"run {run.path}: it is {run.status}, not done; finish it with the same train command")
+        run.require_done()
         run.require_weights()
         objective = runs.objective(run)
         if own and reading == Reading():

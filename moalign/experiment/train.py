@@ -392,8 +392,7 @@ def context_of(run: Run, results: Path, progress: Progress = silent) -> tuple[Me
     has changed since.
     """
     record = run.record
-    if run.status != "done":
-        raise RequestError(f"run {run.path}: it is {run.status}, not done; finish it with the same train command first")
+    run.require_done()
     method = method_of(run)
     with damaged(run):
         card = TaskCard.model_validate(record.recipe["card"], context=RECORDED)

@@ -218,6 +218,13 @@ class Run:
             os.close(descriptor)
         return False
 
+    def require_done(self) -> None:
+        """Raise RequestError when the run is not finished."""
+        if self.status != "done":
+            raise RequestError(
+                f"run {self.path}: it is {self.status}, not done; finish it with the same train command first"
+            )
+
     def busy(self) -> str:
         """Return which other process trains this run, and what to do about it."""
         owner = self._owner()
