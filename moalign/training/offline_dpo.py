@@ -2,7 +2,7 @@
 
 From a task's preference pairs (:func:`objective_pairs`) through tokens (:func:`encode_pairs`) to training
 (:func:`train_dpo`); the loss is :func:`moalign.losses.dpo.modpo_losses`, given to the trainer by the public hook
-``compute_loss``. Log-probabilities come from the trainer's own output layer, or with ``share_prompts`` from
+``compute_loss``. Log-probabilities come from :func:`moalign.lm.marked.log_probs`, or with ``share_prompts`` from
 :func:`moalign.lm.log_probs.token_outputs`. One private hook is overridden, ``_prepare_dataset``, since the trainer
 takes no tokenised pairs. The reference's log-probabilities are computed before (:mod:`.reference`): the trainer holds
 no reference model.
@@ -36,7 +36,7 @@ from moalign.losses.dpo import modpo_losses
 from moalign.training.callbacks import order, own_places, train_rows
 from moalign.training.diagnostics import at_the_end
 from moalign.training.dropout import without_dropout
-from moalign.training.reference import Row, pad_around, pad_rows, reference_log_probs
+from moalign.training.reference import Row, distinct_log_probs, pad_around, pad_rows
 from moalign.training.settings import DpoConfig, DpoStage
 
 if TYPE_CHECKING:
@@ -170,13 +170,11 @@ def encode_pairs(
             f"max_tokens = {max_tokens}); a pair needs two different responses"
         )
     both = [(rows[at], rows[count + at]) for at in differing]
-    keys = [[(tuple(ids), length) for ids, length in pair] for pair in both]
-    places = {key: number for number, key in enumerate(dict.fromkeys(key for pair in keys for key in pair))}
-    logps = reference_log_probs(job, lm, [(list(ids), length) for ids, length in places], own_reference)
+    logps = distinct_log_probs(job, lm, [row for pair in both for row in pair], own_reference)
     return PairRows(
         chosen=[chosen for chosen, _ in both],
         rejected=[rejected for _, rejected in both],
-        reference=logps[[[places[key] for key in pair] for pair in keys]],
+        reference=logps.reshape(-1, 2),
         chance=np.ones(len(differing)) if chance is None else np.asarray(chance, dtype=np.float64)[differing],
         kept=np.array(differing, dtype=np.intp),
     )

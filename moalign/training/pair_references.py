@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from moalign.training.reference import reference_log_probs
+from moalign.training.reference import distinct_log_probs
 
 if TYPE_CHECKING:
     from moalign.lm.language_model import LanguageModel
@@ -19,12 +19,9 @@ if TYPE_CHECKING:
 def own_log_probs(job: Job, lm: LanguageModel, rows: PairRows) -> NDArray[np.float32]:
     """Return the active adapter's log-probabilities of chosen and rejected responses, ``[pairs, 2]``.
 
-    A response that several pairs share is read once; looked up in the run's store, as it may have been before.
+    They are looked up in the run's store, as they may have been before.
     """
-    keys = [(tuple(ids), length) for ids, length in [*rows.chosen, *rows.rejected]]
-    places = {key: number for number, key in enumerate(dict.fromkeys(keys))}
-    logps = reference_log_probs(job, lm, [(list(ids), length) for ids, length in places], own=True)
-    return logps[[places[key] for key in keys]].reshape(2, -1).T
+    return distinct_log_probs(job, lm, [*rows.chosen, *rows.rejected], own=True).reshape(2, -1).T
 
 
 def taken(rows: PairRows, which: NDArray[np.intp]) -> PairRows:

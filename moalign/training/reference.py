@@ -52,6 +52,14 @@ def reference_log_probs(job: Job, lm: LanguageModel, rows: Sequence[Row], own: b
         lock.release()
 
 
+def distinct_log_probs(job: Job, lm: LanguageModel, rows: Sequence[Row], own: bool = False) -> NDArray[np.float32]:
+    """Return :func:`reference_log_probs`; a row that comes several times is read once."""
+    keys = [(tuple(ids), length) for ids, length in rows]
+    places = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    logps = reference_log_probs(job, lm, [(list(ids), length) for ids, length in places], own)
+    return logps[[places[key] for key in keys]]
+
+
 def _content(lm: LanguageModel, rows: Sequence[Row], own: bool) -> str:
     """Return 16 hex digits over all that the log-probabilities depend on."""
     from moalign.lm import adapters
