@@ -194,19 +194,6 @@ def test_the_table_holds_every_answer_with_its_raw_scores(steered: Opened) -> No
     assert np.array_equal(table[context.task.names].to_numpy(), raw)
 
 
-def test_the_table_of_a_model_s_answers_holds_their_tokens(small_task: tuple[str, ...], tmp_path: Path) -> None:
-    run, _ = train(plan(TrainRequest("prompting", overrides=small_task, results=tmp_path)))
-    method, context = context_of(run, tmp_path)
-    evaluate(method, context)
-    table, codec = run.read_table("responses"), context.task.codec
-    limit = context.task.card.generation.max_new_tokens
-    assert codec.decode(table["ids"]) == table["response"].tolist()
-    for ids, finished in zip(table["ids"], table["finished"], strict=True):
-        assert finished == (ids[-1] in codec.ends.ids)
-        assert finished or len(ids) == limit
-    assert set(table["finished"]) == {True, False}
-
-
 def test_answers_without_known_tokens_are_finished_texts(steered: Opened) -> None:
     evaluate(*steered)
     table = steered[1].run.read_table("responses")
@@ -239,15 +226,6 @@ def test_reading_back_loads_no_model(
     monkeypatch.setattr(sampler, "sample", lambda *given, **named: pytest.fail("it sampled again"))
     monkeypatch.setattr("moalign.lm.language_model.load", lambda *given: pytest.fail("it loaded a model"))
     assert_equal(evaluate(*context_of(run, tmp_path)), first)
-
-
-@pytest.mark.slow
-def test_the_same_seed_gives_the_same_answers(small_task: tuple[str, ...], tmp_path: Path) -> None:
-    found = []
-    for where in ("a", "b"):
-        run, _ = train(plan(TrainRequest("prompting", overrides=small_task, results=tmp_path / where)))
-        found.append(evaluate(*context_of(run, tmp_path / where)))
-    assert np.array_equal(found[0].scores, found[1].scores)
 
 
 def test_an_evaluation_of_another_card_is_not_read_back(steered: Opened) -> None:
@@ -337,15 +315,6 @@ def test_more_samples_than_the_card_asks_for(small_task: tuple[str, ...], tmp_pa
     assert_equal(evaluate(method, context, samples=2), requested)
     assert_equal(evaluate(method, context, samples=1), own)  # the card's number spelt out is the card's evaluation
     assert Speaker.calls == calls
-
-
-def test_more_samples_narrow_the_intervals(small_task: tuple[str, ...], tmp_path: Path) -> None:
-    """With a policy that samples: prompts differ less when each is the mean of several answers."""
-    run, _ = train(plan(TrainRequest("prompting", overrides=small_task, results=tmp_path)))
-    opened_ = context_of(run, tmp_path)
-    one, many = (evaluate(*opened_, samples=count) for count in (1, 8))
-    spread = [float(result.scores.var(axis=0).mean()) for result in (one, many)]
-    assert spread[1] < 0.5 * spread[0]
 
 
 def test_an_evaluation_that_does_not_say_how_many_answers_is_of_the_cards_number(steered: Opened) -> None:
@@ -516,24 +485,3 @@ def test_held_out_preferences_off_the_grid_are_answered_too(small_task: tuple[st
 
 def test_without_a_holdout_there_is_nothing_to_tell(steered: Opened) -> None:
     assert evaluate(*steered).result.generalisation is None
-
-
-def test_a_holdout_makes_another_run_and_an_old_request_stays_the_same_run(
-    small_task: tuple[str, ...], tmp_path: Path
-) -> None:
-    def made(*overrides: str, **more: Any) -> Any:
-        return plan(TrainRequest("sft", overrides=(*small_task, "steps=0", *overrides), results=tmp_path, **more))
-
-    plain, held = made(), made("holdout=[[0.5, 0.5]]")
-    assert "holdout" not in plain.identity
-    assert plain.folder != held.folder
-    assert held.given == [(0.0, 1.0), (1.0, 0.0)]
-    assert made("holdout=[[0.5, 0.5]]", prefs=("0,1", "1,0")).folder == held.folder
-    assert made(prefs=("0,1", "1,0")).folder != held.folder
-
-
-def test_holding_out_everything_is_refused(small_task: tuple[str, ...], tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="holdout: it holds every preference"):
-        plan(TrainRequest("sft", overrides=(*small_task, "holdout=[[0.5, 0.5]]"), prefs=("0.5,0.5",), results=tmp_path))
-    with pytest.raises(RequestError, match=r"holdout.*0.5,0.6.*sum to 1.1"):
-        plan(TrainRequest("sft", overrides=(*small_task, "holdout=[[0.5, 0.6]]"), results=tmp_path))
