@@ -145,12 +145,11 @@ def _add(work: _Work, resolved: ResolvedRequest, config: Strict, policies: int, 
 
 def _add_stage(work: _Work, stage: SftConfig | OnlineConfig, times: int, row_tokens: int) -> None:
     if isinstance(stage, OnlineConfig):
-        rows = times * stage.steps * stage.batch * stage.samples
+        rows = times * stage.steps * stage.rows
         work.sampled += rows
         work.scored += rows
         work.trained += rows * stage.epochs * row_tokens
-        at_once = min(stage.batch * stage.samples, stage.sample_batch or stage.batch * stage.samples)
-        work.waits += times * stage.steps * -(-stage.batch * stage.samples // at_once)
+        work.waits += times * stage.steps * -(-stage.rows // stage.rows_at_once)
     else:
         per_row = stage.rows_per_pair if isinstance(stage, DpoStage) else 1
         work.trained += times * stage.steps * stage.batch * per_row * stage.max_tokens

@@ -163,11 +163,10 @@ class _Search:
             larger = (n for n in range(config.accumulate + 1, config.batch + 1) if config.batch % n == 0)
             yield from ((f"{where}.accumulate", n) for n in larger)
         elif what == "rollout":
-            rows = config.batch * config.samples
-            yield from _halves(f"{where}.sample_batch", min(rows, config.sample_batch or rows), 1)
+            yield from _halves(f"{where}.sample_batch", config.rows_at_once, 1)
         else:  # pairs are learned from together
-            rows, least = config.batch * config.samples, 1 if isinstance(config, PpoConfig) else 2
-            yield from _halves(f"{where}.micro_batch", min(rows, config.micro_batch), least)
+            least = 1 if isinstance(config, PpoConfig) else 2
+            yield from _halves(f"{where}.micro_batch", min(config.rows, config.micro_batch), least)
 
 
 def _where(stage: str) -> str:

@@ -254,12 +254,6 @@ def _scorer(spec: ModelObjective, sizes: Architecture) -> int:
     return int(linear * (NF4 if spec.bits == 4 else 1)) + (sizes.parameters - linear) * width
 
 
-def _at_once(config: OnlineConfig) -> int:
-    """Return the rows that are sampled together."""
-    rows = config.batch * config.samples
-    return min(rows, config.sample_batch or rows)
-
-
 class _Phases:
     """The phases of one recipe."""
 
@@ -304,9 +298,9 @@ class _Phases:
 
     def online(self, name: str, config: OnlineConfig) -> list[Phase]:
         """Return the phases of a stage in the online engine."""
-        reference = self.adapted * 4 if config.reference == "start" or config.ref_sync_steps else 0
+        reference = self.adapted * 4 if config.own_reference else 0
         adapters = self.adapted * TRAINED + reference
-        rows = min(config.micro_batch, config.batch * config.samples)
+        rows = min(config.micro_batch, config.rows)
         tokens = rows * self.tokens
         again = bool(self.how.gradient_checkpointing)
         read, repeated = self._shared(rows, config) if config.share_prompts else (tokens, 0)
@@ -319,7 +313,7 @@ class _Phases:
         logits = (count if self._whole_head() else min(count, max(AT_ONCE, self.policy.vocabulary))) * (self.width + 12)
         parts = {**self.resident, "adapters": adapters, "value heads": heads, "activations": kept, "logits": logits}
         return [
-            self.sampling(f"{name}: rollout", adapters + heads, _at_once(config)),
+            self.sampling(f"{name}: rollout", adapters + heads, config.rows_at_once),
             Phase(f"{name}: update", {**parts, "rest": self.rest}),
         ]
 
@@ -336,7 +330,7 @@ class _Phases:
 
     def mixture(self, name: str, config: OnlineConfig, control: ControlSpec, readers: int) -> list[Phase]:
         """Return the phases in which frozen experts are mixed, and the small model that weighs them is trained."""
-        tokens = min(config.micro_batch, config.batch * config.samples) * self.tokens
+        tokens = min(config.micro_batch, config.rows) * self.tokens
         body = sizes_of(control.model) if control.model is not None else None
         if control.form == "adapter":
             first = architecture.first_adapted(control.lora, self.policy.layers, "control.lora")
@@ -349,11 +343,11 @@ class _Phases:
             kept = int(body.layers * layer_bytes(body, 4, LoraSpec(r=1, dropout=0.0), 1, autocast=False))
         # Each expert's adapter, and the stack of all that one pass reads.
         experts = self.adapted * 4 * readers * (1 if self.folded else 2)
-        rollout = self.sampling(f"{name}: rollout", experts, _at_once(config), readers)
+        rollout = self.sampling(f"{name}: rollout", experts, config.rows_at_once, readers)
         parts = {part: size for part, size in rollout.parts.items() if part in {*self.resident, "adapters", "folded"}}
         parts |= {"control": count * TRAINED, "activations": tokens * kept, "rest": self.rest}
         if getattr(config, "space", None) == "logit":  # the experts' logits and log-probabilities, and their mixture
-            places = min(config.micro_batch, config.batch * config.samples) * (self.limits.max_new_tokens + 1)
+            places = min(config.micro_batch, config.rows) * (self.limits.max_new_tokens + 1)
             parts["logits"] = places * self.policy.vocabulary * (readers * (self.width + 4) + 8)
         return [
             Phase(rollout.name, {**rollout.parts, "control": count * TRAINED}),

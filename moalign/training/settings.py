@@ -245,6 +245,16 @@ class OnlineConfig(Strict):
         return self
 
     @property
+    def rows(self) -> int:
+        """Responses of a rollout."""
+        return self.batch * self.samples
+
+    @property
+    def rows_at_once(self) -> int:
+        """Most of them that are sampled together."""
+        return min(self.rows, self.sample_batch or self.rows)
+
+    @property
     def own_reference(self) -> bool:
         """Whether the reference is a frozen copy of the adapter instead of the base."""
         return self.reference == "start" or self.ref_sync_steps is not None
