@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 RECORDED = {"recorded": True}
 """Context of validation of what stands in the record of a run that older rules allowed."""
@@ -36,3 +36,8 @@ class Strict(BaseModel):
     def borrows(cls, given: Mapping[str, Any]) -> dict[str, str]:
         """Return section -> method: what ``given`` omits there is taken from the task's recipe of that method."""
         return {}
+
+
+def faults(error: ValidationError) -> list[str]:
+    """Return what is wrong with each value in pydantic's words, after its dotted place; of the whole without one."""
+    return [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}".removeprefix(": ") for fault in error.errors()]

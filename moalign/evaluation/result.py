@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, computed_field
 
+from moalign.config.strict import faults
 from moalign.core.errors import RequestError
 from moalign.core.preferences import Preference
 from moalign.runs import atomic, record
@@ -71,8 +72,8 @@ class StoredResult(Content):
                 raise RequestError(f"{path}: a newer moalign wrote it (version {version} of the file); update moalign")
             return cls.model_validate(cls.migrated(content, path.parent))
         except ValidationError as error:
-            wrong = [f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()[:3]]
-            raise RequestError(f"{path}: not {cls.KIND} that moalign wrote ({'; '.join(wrong)}); {remedy}") from error
+            wrong = "; ".join(faults(error)[:3])
+            raise RequestError(f"{path}: not {cls.KIND} that moalign wrote ({wrong}); {remedy}") from error
         except (LookupError, TypeError, AttributeError) as error:  # of the migration, or no JSON object at all
             raise RequestError(f"{path}: not {cls.KIND} that moalign wrote; {remedy}") from error
         except ValueError as error:  # of the migration, from what it calculates

@@ -16,7 +16,7 @@ from moalign.config import find, load
 from moalign.config.card import TaskCard
 from moalign.config.load import ResolvedRequest
 from moalign.config.recipe import PolicySpec, Recipe, RewardsSpec, RolloutSpec
-from moalign.config.strict import RECORDED
+from moalign.config.strict import RECORDED, faults
 from moalign.core import preferences, processes
 from moalign.core.errors import RequestError
 from moalign.core.memory import release
@@ -257,8 +257,7 @@ def expert_plan(of: Plan, name: str, settings: Mapping[str, Any], wanted: Sequen
     try:
         config = method.Config.model_validate(dict(settings))
     except ValidationError as error:
-        details = "; ".join(f"{'.'.join(map(str, at['loc']))}: {at['msg']}".lstrip(": ") for at in error.errors())
-        raise RequestError(f"experts of {of.method.name}, trained by {name}: {details}") from None
+        raise RequestError(f"experts of {of.method.name}, trained by {name}: {'; '.join(faults(error))}") from None
     plain, policy, vectors = config.model_dump(mode="json"), of.recipe.policy, list(wanted)
     recipe = Recipe(
         method=name, task=of.recipe.task, policy=policy, rewards=of.recipe.rewards, rollout=of.recipe.rollout,
@@ -352,7 +351,7 @@ def damaged(run: Run) -> Iterator[None]:
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         why = f"{type(error).__name__}: {error}"
         if isinstance(error, ValidationError):
-            why = "; ".join(f"{'.'.join(map(str, at['loc']))}: {at['msg']}" for at in error.errors()[:3])
+            why = "; ".join(faults(error)[:3])
         raise RequestError(
             f"{run.path / FILE}: not the record of a run that this moalign can read ({why}); move the run's folder "
             "away to train it again"

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from moalign.config.strict import faults
 from moalign.core.errors import RequestError
 from moalign.core.paths import shown
 from moalign.core.preferences import Preference
@@ -98,10 +99,8 @@ def read(folder: Path) -> RunRecord:
     try:
         return RunRecord.model_validate(atomic.read_json(path, remedy))
     except ValidationError as error:
-        details = "; ".join(
-            f"{'.'.join(map(str, problem['loc'])) or 'the whole file'}: {problem['msg']}" for problem in error.errors()
-        )
-        raise RequestError(f"{path}: not a run record of this moalign: {details}; {remedy}") from error
+        wrong = "; ".join(faults(error))
+        raise RequestError(f"{path}: not a run record of this moalign: {wrong}; {remedy}") from error
 
 
 def again(as_given: Mapping[str, Any], seed: int, prefs: Sequence[Preference] | None, results: Path) -> list[str]:
