@@ -10,9 +10,15 @@ import typer
 
 DEFAULT_RESULTS = Path("results")
 
-Task = Annotated[str | None, typer.Option(metavar="NAME|FILE", help="Task name or card file.  [default: sandbox]")]
+Task = Annotated[
+    str | None, typer.Option(metavar="NAME|FILE", help="Task name, card file or its folder.  [default: sandbox]")
+]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; repeatable.")
+]
+CardSettings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="task.KEY=VALUE", help="Change one setting of the card; repeatable."),
 ]
 
 

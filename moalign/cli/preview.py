@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moalign.cli import output
-from moalign.cli.options import Json
+from moalign.cli.options import CardSettings, Json
 from moalign.core.text import shaped
 
 if TYPE_CHECKING:
@@ -33,9 +33,7 @@ def preview(
     response: Annotated[
         str | None, typer.Option(metavar="TEXT", help="Response of the training row; else the data's, or a stand-in.")
     ] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="task.KEY=VALUE", help="Change one setting of the card.")
-    ] = None,
+    set_: CardSettings = None,
     as_json: Json = False,
 ) -> None:
     """Show what the model reads for a prompt, token by token, what ends its answer, and one training row.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moalign.cli import output
-from moalign.cli.options import DEFAULT_RESULTS, Json, folder
+from moalign.cli.options import DEFAULT_RESULTS, CardSettings, Json, folder
 from moalign.report.record import Row
 from moalign.report.tables import Column
 from moalign.report.units import number, of_judge
@@ -29,9 +29,7 @@ def score(
     out: Annotated[
         Path | None, typer.Option(metavar="FILE.parquet", help="Write raw and normalised scores; else they are shown.")
     ] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="task.KEY=VALUE", help="Change the task card; repeatable.")
-    ] = None,
+    set_: CardSettings = None,
     results: Annotated[
         Path, typer.Option(metavar="DIR", parser=folder, help="Where normalisers and scores are kept.")
     ] = DEFAULT_RESULTS,
