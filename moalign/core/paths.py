@@ -16,7 +16,7 @@ CACHE_REMEDY = "free or unlock it, or name another folder with MOALIGN_CACHE=DIR
 
 
 def cache_root() -> Path:
-    """Return the folder of cached bases: $MOALIGN_CACHE, else the user's cache folder.
+    """Return moalign's cache of bases, converted models and hashes: $MOALIGN_CACHE, else in the user's cache folder.
 
     Raises RequestError where the user has no home.
     """
