@@ -178,8 +178,8 @@ def _state(row: Row) -> str:
     return "installed, converted at its first use" if row["installed"] and row["library"] else "not installed"
 
 
-def _left(heading: str, key: str | None = None, write: Callable[..., str] = str) -> Column:
-    return Column(heading, key or heading, write, left=True)
+def _left(heading: str, write: Callable[..., str] = str) -> Column:
+    return Column(heading, heading, write, left=True)
 
 
 _COLUMNS = {

@@ -222,9 +222,9 @@ def percentile_interval(samples: ArrayLike, level: float = 0.95) -> tuple[float,
     return float(lo), float(hi)
 
 
-def basic_interval(samples: ArrayLike, observed: float, level: float = 0.95) -> tuple[float, float]:
-    """Return the percentile interval of ``samples`` ``[draws]`` reflected about ``observed``."""
-    lo, hi = percentile_interval(samples, level)
+def basic_interval(samples: ArrayLike, observed: float) -> tuple[float, float]:
+    """Return the 95 % percentile interval of ``samples`` ``[draws]`` reflected about ``observed``."""
+    lo, hi = percentile_interval(samples)
     return 2 * observed - hi, 2 * observed - lo
 
 

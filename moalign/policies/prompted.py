@@ -14,14 +14,13 @@ if TYPE_CHECKING:
     from moalign.training.job import RunContext
 
 
-def trained(context: RunContext, folder: str = "adapter") -> ModelGenerator:
+def trained(context: RunContext) -> ModelGenerator:
     """Return the run's trained model; loaded once, so that all policies of a run share one generator."""
-    key = f"generator:{folder}"
-    if key not in context.cache:
-        lm, name = context.task.language_model, adapter_name(context, folder.replace("-", "_"))
-        adapters.load(lm, context.adapter_folder(folder), name)
-        context.cache[key] = ModelGenerator(lm, name)
-    generator: ModelGenerator = context.cache[key]
+    if "trained" not in context.cache:
+        lm, name = context.task.language_model, adapter_name(context, "adapter")
+        adapters.load(lm, context.adapter_folder("adapter"), name)
+        context.cache["trained"] = ModelGenerator(lm, name)
+    generator: ModelGenerator = context.cache["trained"]
     return generator
 
 

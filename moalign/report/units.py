@@ -43,14 +43,14 @@ def percent(share: float | None, digits: int = 0) -> str:
     return NONE if share is None else f"{number(100 * share, digits)} %"
 
 
-def nats(quality: Row, digits: int = 2) -> str:
+def nats(quality: Row) -> str:
     """Return the KL to base that quality guards hold, marked where it is an upper bound.
 
     >>> nats({"kl": 3.208}), nats({"kl": 0.6363, "kl_bound": True}), nats({})
     ('3.21', '≤ 0.64', '–')
     """
     value = quality.get("kl")
-    return f"≤ {number(value, digits)}" if quality.get("kl_bound") and value is not None else number(value, digits)
+    return f"≤ {number(value, 2)}" if quality.get("kl_bound") and value is not None else number(value, 2)
 
 
 def count(value: float | None) -> str:

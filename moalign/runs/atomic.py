@@ -244,9 +244,9 @@ def write_text(path: Path | str, text: str, remedy: str = REMEDY) -> None:
 # -- JSON ------------------------------------------------------------------------------------------------------------
 
 
-def write_json(path: Path | str, value: Any, remedy: str = REMEDY) -> None:
+def write_json(path: Path | str, value: Any) -> None:
     """Write ``value`` as indented JSON (see :func:`plain`) to ``path`` atomically."""
-    write_bytes(path, json_bytes(value, indent=2), remedy)
+    write_bytes(path, json_bytes(value, indent=2))
 
 
 def read_json(path: Path, remedy: str) -> Any:

@@ -33,10 +33,10 @@ themselves and receive the phase's step as one more number."""
 Warn = Callable[[str], None]
 
 
-def require_installed(names: Sequence[str], where: str = "trackers") -> None:
+def require_installed(names: Sequence[str]) -> None:
     """Raise RequestError naming every tracker whose library is not installed."""
     problems = [
-        f"{where}: {name}: the package {PACKAGES[name]} is not installed; pip install {PACKAGES[name]}, or leave "
+        f"trackers: {name}: the package {PACKAGES[name]} is not installed; pip install {PACKAGES[name]}, or leave "
         f"{name} out (metrics.jsonl holds every metric in any case)"
         for name in names
         if importlib.util.find_spec(PACKAGES[name]) is None

@@ -10,6 +10,7 @@ import numpy as np
 from moalign.core.arrays import Matrix
 from moalign.core.errors import RequestError
 from moalign.core.records import Labels, Response
+from moalign.data.dialogue import shorten
 from moalign.tasks.responses import Scored, by_prompt
 
 
@@ -111,9 +112,8 @@ def _refuse_missing(scored: Scored, values: Matrix, names: Sequence[str]) -> Non
         )
     rows, columns = np.nonzero(~np.isfinite(values))
     if len(rows):
-        response = scored.responses[rows[0]].shown
-        shown = response if len(response) <= 60 else response[:57] + "..."
+        shown = shorten(scored.responses[rows[0]].shown)
         raise RequestError(
             f"scored responses: {len(rows)} scores are missing, first that of {names[columns[0]]} for response "
-            f"{int(rows[0])} ({shown!r}); every response needs a score on every objective"
+            f"{int(rows[0])} ({shown}); every response needs a score on every objective"
         )
