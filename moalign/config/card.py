@@ -169,6 +169,11 @@ class GenerationSpec(Strict):
     top_p: float = Field(default=1.0, gt=0, le=1)
     batch_size: int = Field(default=256, ge=1)
 
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens of a prompt and a response together."""
+        return self.max_prompt_tokens + self.max_new_tokens
+
 
 class EvaluationSpec(Strict):
     """The judge's protocol."""

@@ -228,13 +228,12 @@ def _engine(method: Method, task: Task, policy: PolicySpec, rollout: RolloutSpec
     if rollout.engine == "hf":
         return None
     experts = len(task.names) if method.capabilities.interpolates else 1
-    limits = task.card.generation
     return VllmEngine(
         rollout,
         lambda: model_folder.resolve(*task.base_source(), WHERE),
         task.card.dtype,
         policy.lora.r * experts,
-        limits.max_prompt_tokens + limits.max_new_tokens,
+        task.card.generation.max_tokens,
     )
 
 

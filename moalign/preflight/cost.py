@@ -135,7 +135,7 @@ def _add(work: _Work, resolved: ResolvedRequest, config: Strict, policies: int, 
     for name, stage in stages(config):
         if name.split(".")[0] not in experts.STAGES:  # those are of other runs
             times = policies * (getattr(config, hints.repeated_by[name]) if name in hints.repeated_by else 1)
-            _add_stage(work, stage, times, limits.max_prompt_tokens + limits.max_new_tokens)
+            _add_stage(work, stage, times, limits.max_tokens)
     runs = hints.expert_runs()
     if runs is not None:
         method, settings = runs

@@ -269,7 +269,7 @@ class _Phases:
         self.on_cpu, self.rest = on_cpu, LIBRARIES if on_cpu else REST
         self.policy, self.lora, self.adapted = policy, self.how.lora, adapted
         self.objectives, self.limits, self.width = len(card.objectives), card.generation, WIDTH[card.dtype]
-        self.tokens = self.limits.max_prompt_tokens + self.limits.max_new_tokens
+        self.tokens = self.limits.max_tokens
         self.layers = policy.layers - architecture.first_adapted(self.lora, policy.layers)
         """Through which the backward pass goes."""
         weights = [_scorer(spec, sizes) for spec, sizes in models]

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from moalign.core.records import Response
 from moalign.core.seeds import derive
-from moalign.lm.chat import training_row
 from moalign.losses.anchor import Form, anchor_losses
 from moalign.training.callbacks import order
 from moalign.training.offline_dpo import Batches, PairTrainer
-from moalign.training.reference import Row, reference_log_probs
+from moalign.training.reference import Row, reference_log_probs, rows_of
 
 if TYPE_CHECKING:
     from moalign.lm.language_model import LanguageModel
@@ -41,8 +40,7 @@ def encode_anchors(
     job: Job, lm: LanguageModel, texts: Sequence[str], responses: Sequence[Response], max_tokens: int
 ) -> Anchors:
     """Tokenise rendered prompts with the base's responses and look up the reference; empty responses are left out."""
-    cut = [training_row(lm.codec, text, answer, max_tokens) for text, answer in zip(texts, responses, strict=True)]
-    rows = [(head + tail, len(tail)) for head, tail in cut if tail]
+    rows = [row for row in rows_of(lm, texts, responses, max_tokens) if row[1]]
     return Anchors(rows, reference_log_probs(job, lm, rows), derive(job.seed, "anchors", "order"))
 
 

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from moalign.core.records import Response
+from moalign.lm.chat import training_row
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +30,13 @@ BATCH_TOKENS = 4096
 
 Row = tuple[list[int], int]
 """Token ids of prompt and response, and how many of them are the response."""
+
+
+def rows_of(lm: LanguageModel, texts: Iterable[str], responses: Iterable[Response | str], max_tokens: int) -> list[Row]:
+    """Return rendered prompts with their responses as rows of at most ``max_tokens``; of an empty response 0 tokens."""
+    pairs = zip(texts, responses, strict=True)
+    cut = [training_row(lm.codec, text, Response.of(response), max_tokens) for text, response in pairs]
+    return [(head + tail, len(tail)) for head, tail in cut]
 
 
 def reference_log_probs(job: Job, lm: LanguageModel, rows: Sequence[Row], own: bool = False) -> NDArray[np.float32]:

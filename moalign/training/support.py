@@ -21,8 +21,7 @@ import torch
 
 from moalign.core import processes
 from moalign.core.arrays import Matrix
-from moalign.lm.chat import training_row
-from moalign.training.reference import least_log_probs
+from moalign.training.reference import least_log_probs, rows_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -70,12 +69,8 @@ class Support:
 
 def end_of(job: Job, lm: LanguageModel, temperature: float) -> float:
     """Return the log-probability to the base, in nats, of the least likely token of the calibration responses."""
-    scored, limits = job.task.calibration(), job.task.card.generation
-    longest = limits.max_prompt_tokens + limits.max_new_tokens
-    rows = []
-    for prompt, response in zip(scored.prompts, scored.responses, strict=True):
-        head, tail = training_row(lm.codec, job.task.renderer.plain(prompt), response, longest)
-        rows.append((head + tail, len(tail)))
+    scored, most = job.task.calibration(), job.task.card.generation.max_tokens
+    rows = rows_of(lm, map(job.task.renderer.plain, scored.prompts), scored.responses, most)
     return float(least_log_probs(lm, rows, temperature).min())
 
 

@@ -17,14 +17,12 @@ import numpy as np
 import torch
 
 from moalign.core.arrays import Matrix
-from moalign.core.records import Response
 from moalign.core.seeds import derive
-from moalign.lm.chat import training_row
 from moalign.reward_models.hard_em import Groups, agreement, hard_em
 from moalign.rewards.normaliser import Normaliser
 from moalign.rewards.panel import RewardPanel
 from moalign.rewards.scorer import FunctionScorer
-from moalign.training.reference import mean_states
+from moalign.training.reference import mean_states, rows_of
 
 if TYPE_CHECKING:
     from moalign.lm.language_model import LanguageModel
@@ -107,10 +105,5 @@ def panel_of_groups(job: Job, lm: LanguageModel) -> RewardPanel:
 
 def states(job: Job, lm: LanguageModel, prompts: Sequence[str], responses: Sequence[str]) -> Matrix:
     """Return the features of answers to bare prompts, ``[answers, width]``; those of an empty one mean nothing."""
-    limits, renderer = job.task.card.generation, job.task.renderer
-    longest = limits.max_prompt_tokens + limits.max_new_tokens
-    rows = []
-    for prompt, response in zip(prompts, responses, strict=True):
-        head, tail = training_row(lm.codec, renderer.plain(prompt), Response(response), longest)
-        rows.append((head + tail, max(1, len(tail))))
-    return np.asarray(mean_states(lm, rows).double().numpy())
+    rows = rows_of(lm, map(job.task.renderer.plain, prompts), responses, job.task.card.generation.max_tokens)
+    return np.asarray(mean_states(lm, [(ids, max(1, tokens)) for ids, tokens in rows]).double().numpy())

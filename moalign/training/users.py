@@ -21,11 +21,10 @@ from moalign.core.arrays import Matrix
 from moalign.core.errors import RequestError
 from moalign.core.records import Response
 from moalign.core.seeds import derive
-from moalign.lm.chat import training_row
 from moalign.lm.finite import FiniteCheck
 from moalign.losses.neural_process import elbo_loss, mean_weights, posterior, scale_of
 from moalign.tasks.responses import by_prompt, shown
-from moalign.training.reference import mean_states
+from moalign.training.reference import mean_states, rows_of
 
 if TYPE_CHECKING:
     from moalign.lm.language_model import LanguageModel
@@ -102,12 +101,10 @@ def embeddings(
 
     Raises RequestError for a response without tokens.
     """
-    rows = []
-    for number, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        head, tail = training_row(lm.codec, task.renderer.plain(prompt), Response.of(response), max_tokens)
-        if not tail:
+    rows = rows_of(lm, map(task.renderer.plain, prompts), responses, max_tokens)
+    for number, (_, tokens) in enumerate(rows):
+        if not tokens:
             raise RequestError(f"response {number}: it has no tokens")
-        rows.append((head + tail, len(tail)))
     return mean_states(lm, rows, progress)
 
 
