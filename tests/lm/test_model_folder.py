@@ -156,7 +156,7 @@ def read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
 
     monkeypatch.setenv("MOALIGN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(model_folder, "LARGE", 100)
-    monkeypatch.setattr(model_folder, "_sha256", sha256)
+    monkeypatch.setattr(model_folder, "file_sum", sha256)
     monkeypatch.setattr(model_folder, "_file_hash", model_folder._file_hash.__wrapped__)
     return names
 
