@@ -21,7 +21,7 @@ from moalign.core import preferences, processes
 from moalign.core.errors import RequestError
 from moalign.core.memory import release
 from moalign.core.preferences import Preference
-from moalign.core.progress import Progress, silent
+from moalign.core.progress import Progress, prefixed, silent
 from moalign.experiment.arguments import refuse_both, refuse_contradiction
 from moalign.lm import backends, model_folder
 from moalign.lm.vllm_engine import VllmEngine
@@ -147,10 +147,7 @@ class Plan(ResolvedRequest):
 
         def experts(method: str, settings: dict[str, Any], wanted: Sequence[Preference]) -> Run:
             before = meter.seconds
-
-            def report(what: str, done: int, total: int) -> None:
-                progress(f"experts by {method}: {what}", done, total)
-
+            report = prefixed(progress, f"experts by {method}")
             expert, _ = train(expert_plan(self, method, settings, wanted), report, wait=True)
             self.task.progress = progress
             expert.require_weights()

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from moalign.config.objectives import ClassifierObjective
+from moalign.core.progress import prefixed
 from moalign.reward_models.settings import RewardSettings
 
 if TYPE_CHECKING:
@@ -51,8 +52,6 @@ def objectives(task: SandboxTask) -> list[ClassifierObjective]:
     spec, settings, base = task.reward_model, settings_of(task), task.base_source()[0]
     seed = task.annotators.seed if spec.seed is None else spec.seed
     request = runs.make(task.card.name, settings, base, task.pair_sets(), seed=seed, results=task.results)
-    run, _ = runs.obtain(
-        request, lambda what, done, total: task.progress(f"reward models: {what}", done, total), wait=True
-    )
+    run, _ = runs.obtain(request, prefixed(task.progress, "reward models"), wait=True)
     how = spec.model_dump(include={"pessimism", "aggregate"})
     return [runs.objective(run, name, head=name).model_copy(update=how) for name in task.names]
