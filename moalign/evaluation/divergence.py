@@ -25,6 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -76,7 +77,7 @@ def from_base(
         task.language_model,
         list(rows.values()),
         temperature=sampling.temperature,
-        progress=lambda done, total: progress("KL to base", done, total),
+        progress=partial(progress, "KL to base"),
     )
     of_base = dict(zip(rows, log_probabilities.tolist(), strict=True))
     divergences = []
