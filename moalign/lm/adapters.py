@@ -18,6 +18,7 @@ from moalign.config.recipe import LoraSpec
 from moalign.core.errors import RequestError
 from moalign.lm.architecture import first_adapted
 from moalign.lm.language_model import TINY, LanguageModel, reference_mode
+from moalign.lm.loading import first_line
 from moalign.lm.model_folder import header
 from moalign.runs import atomic
 
@@ -52,24 +53,27 @@ def attach(lm: LanguageModel, spec: LoraSpec, seed: int, name: str = ADAPTER) ->
     lm.model.set_adapter(name)
 
 
-def with_adapter(model: Any, spec: LoraSpec, name: str = ADAPTER, where: str = "policy.lora") -> Any:
+def with_adapter(
+    model: Any, spec: LoraSpec, name: str = ADAPTER, where: str = "policy.lora", task: str = "CAUSAL_LM"
+) -> Any:
     """Return the model, wrapped by peft, with a fresh adapter; ``where`` is how a message names ``spec``.
 
-    Raises RequestError when the targets name no layer, or the model has fewer layers than are to have adapters.
+    ``task`` is peft's name of what the model does. Raises RequestError when the targets name no layer, or the model
+    has fewer layers than are to have adapters.
     """
     from peft import get_peft_model
 
-    config = lora_config(model, spec, "CAUSAL_LM", where)
+    config = _config(model, spec, task, where)
     try:
         if not hasattr(model, "peft_config"):
             return get_peft_model(model, config, adapter_name=name)
         model.add_adapter(name, config)
     except ValueError as error:
-        raise RequestError(f"{where}.targets {spec.targets!r}: {str(error).splitlines()[0]}") from None
+        raise RequestError(f"{where}.targets {spec.targets!r}: {first_line(error)}") from None
     return model
 
 
-def lora_config(model: Any, spec: LoraSpec, task: str, where: str) -> Any:
+def _config(model: Any, spec: LoraSpec, task: str, where: str) -> Any:
     """Return peft's settings of adapters on a model; ``where`` is how a message names ``spec``.
 
     Raises RequestError when the model has fewer layers than are to have adapters.

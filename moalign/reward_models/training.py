@@ -27,9 +27,10 @@ from moalign.core.progress import Progress
 from moalign.core.schedule import factor
 from moalign.core.seeds import derive
 from moalign.lm import model_folder, reproducible
-from moalign.lm.adapters import lora_config
+from moalign.lm.adapters import with_adapter
 from moalign.lm.finite import FiniteCheck
 from moalign.lm.language_model import set_threads
+from moalign.lm.loading import first_line
 from moalign.lm.optimizer_state import pack_optimizer, unpack_optimizer
 from moalign.lm.trainers import checkpointing_option, on_one_gpu, run_trainer
 from moalign.reward_models.more import Balancer, HeadWatch, weighted
@@ -168,8 +169,7 @@ def load_backbone(request: RewardRequest, seed: int | None = None) -> tuple[Any,
             ignore_mismatched_sizes=True,  # a backbone that is a classifier already: its head is replaced
         )
     except (OSError, ValueError, RuntimeError) as error:
-        first = str(error).strip().partition("\n")[0]
-        raise RequestError(f"--model {folder}: it cannot be loaded as a classifier ({first})") from error
+        raise RequestError(f"--model {folder}: it cannot be loaded as a classifier ({first_line(error)})") from error
     model.config.id2label = dict(enumerate(heads))
     model.config.label2id = {name: index for index, name in enumerate(heads)}
     if len(heads) > 1:
@@ -211,7 +211,7 @@ def _fit(job: RewardJob, model: Any, tokenizer: Any, encoder: RowEncoder) -> Any
     request, settings = job.request, job.request.settings
     set_threads(model.num_parameters())
     if settings.lora is not None:
-        model = _with_adapters(model, settings)
+        model = with_adapter(model, settings.lora, "default", "lora", "SEQ_CLS")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     sets = job.sets
     rows = encode_pairs(sets, encoder)
@@ -223,17 +223,6 @@ def _fit(job: RewardJob, model: Any, tokenizer: Any, encoder: RowEncoder) -> Any
         run_trainer(make_trainer(loop, model, tokenizer), loop.check.number)
         loop.check.weights({"model": loop.trained})
     return model.merge_and_unload() if settings.lora is not None else model
-
-
-def _with_adapters(model: Any, settings: RewardSettings) -> Any:
-    from peft import get_peft_model
-
-    spec = settings.lora
-    assert spec is not None
-    try:
-        return get_peft_model(model, lora_config(model, spec, "SEQ_CLS", "lora"))
-    except ValueError as error:
-        raise RequestError(f"lora.targets {spec.targets!r}: {str(error).splitlines()[0]}") from None
 
 
 def make_trainer(loop: TrainingLoop, model: Any, tokenizer: Any) -> PairTrainer:
