@@ -100,6 +100,7 @@ results-learned: $(STAMP)  ## over-optimisation of learned rewards: trains what 
 	@$(BIN)/python results/ablations/ablate.py ../learned/remedies-cold
 	@$(BIN)/python results/ablations/ablate.py ../learned/other_models
 	@$(BIN)/python results/ablations/ablate.py ../learned/pairs
+	@$(BIN)/python results/learned/support.py
 	@$(MAKE) --no-print-directory llm llm-human
 	@$(BIN)/python results/learned/reward_models.py
 	@$(BIN)/moalign compare --task assistant-human --methods prompting,hindsight,mo-odpo --results $(RESULTS)

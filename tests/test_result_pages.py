@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+import moalign
 from moalign.config import yaml_lines
 from moalign.report.units import count
 
@@ -356,3 +357,17 @@ def test_the_page_on_learned_rewards_says_what_other_reward_models_gave() -> Non
             (run,) = row["runs"]
             share, true, believed = run["hypervolume"] / run["optimum"], run["inner_product"], run["believed"]
             assert cell == f"{100 * share:.0f} ({true:.3f}, {believed:.3f})", (name, row["label"])
+
+
+def test_the_runs_of_the_least_likely_tokens_are_those_that_its_script_would_train(tmp_path: Path) -> None:
+    class Found(Exception):
+        """Stops a request once it is checked."""
+
+    def stop(plan: Any) -> None:
+        raise Found(plan.folder.name)
+
+    page = (RESULTS / "learned/support.md").read_text(encoding="utf-8")
+    for method, task, settings in script("learned/support.py").RUNS:
+        with pytest.raises(Found) as found:
+            moalign.train(method, task, seed=0, settings=settings, results=tmp_path, planned=stop)
+        assert f"well-formed, of {method} on {task} ({found.value})" in page

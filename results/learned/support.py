@@ -1,9 +1,9 @@
 """How likely the base finds the least likely token of its own answers, and of what policies answer after training.
 
-    python results/learned/support.py RUN [RUN]...       # seconds each; writes support.md beside this file
+    python results/learned/support.py [RUN]...       # seconds each; writes support.md beside this file
 
-The published table names the command of each of its runs; any runs of the sandbox's tasks will do. For
-every run the answers of its evaluation are divided into well-formed ones, of the 15,625 that the world has, and
+Without runs those of the published table, which are trained where they are not there (minutes each); any runs of the
+sandbox's tasks will do. For every run the answers of its evaluation are divided into well-formed ones, of the 15,625 that the world has, and
 malformed ones. Log-probabilities are the base's, with the bare prompt, in nats.
 """
 
@@ -13,13 +13,13 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from moalign.experiment.train import context_of
+import moalign
 from moalign.lm.chat import training_row
 from moalign.runs.record import again
-from moalign.runs.run import Run
 from moalign.tasks.responses import Responses, from_columns
 from moalign.tasks.sandbox import world
 from moalign.tasks.task import Task
@@ -29,6 +29,27 @@ HERE = Path(__file__).resolve().parent
 QUANTILES = (0, 0.01, 0.5, 1)
 EVERY = 8
 """Every eighth answer of an evaluation is looked at."""
+
+FIRST_VERSION: dict[str, Any] = {
+    "labels": "order",
+    "extremes": "score",
+    "scalarisation": "linear",
+    "support": None,
+    "beta": 0.1,
+    "sft_coef": 0.3,
+    "temperature": 1.3,
+    "distil.choose": "best",
+}
+"""Of hindsight: what it was before it was made for learned rewards."""
+MANY_PAIRS = {"task.sandbox.annotators.pairs": 32000}
+RUNS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("hindsight", "sandbox", {}),
+    ("hindsight", "sandbox-learned", {"snapshots": 6}),  # as curves.py trains it
+    ("hindsight", "sandbox-learned", FIRST_VERSION),
+    ("moc", "sandbox-learned", MANY_PAIRS),
+    ("moc", "sandbox-learned", {**MANY_PAIRS, "support": 2}),
+)
+"""Method, task and settings of the runs of the published table, seed 0."""
 
 
 def least(task: Task, answers: Responses) -> np.ndarray:
@@ -46,14 +67,17 @@ def line(name: str, values: np.ndarray) -> str:
     return f"| {name} | {len(values)} | {' | '.join(cells)} |"
 
 
-def main(folders: Sequence[str]) -> None:
+def main(names: Sequence[str]) -> None:
     """Write the table of the base and of the runs."""
-    records = [Run.load(Path(folder)).record for folder in folders]
+    runs = [moalign.load(name) for name in names] or [
+        moalign.train(method, task, seed=0, settings=settings) for method, task, settings in RUNS
+    ]
+    records = [run.record for run in runs]
     commands = [again(record.as_given, record.seed, record.preferences, Path("results")) for record in records]
     lines = [
         "# The least likely token of an answer, to the base",
         "",
-        "Made by `python results/learned/support.py RUN...`: log-probability in nats, bare prompt. The runs are of",
+        "Made by `python results/learned/support.py`: log-probability in nats, bare prompt. The runs are of",
         "",
         *(f"* `{shlex.join(['moalign', *command])}`" for command in commands),
         "",
@@ -61,14 +85,13 @@ def main(folders: Sequence[str]) -> None:
         "|---|---:|---:|---:|---:|---:|",
     ]
     well_formed = {world.response_text(tuple(choice)) for choice in world.all_choices().tolist()}
-    for number, folder in enumerate(folders):
-        run = Run.load(Path(folder))
-        _, context = context_of(run, run.path.parents[3])
-        task, record = context.task, run.record
+    for number, (run, record) in enumerate(zip(runs, records, strict=True)):
+        context = run.opened()[1]
+        task = context.task
         if number == 0:
             own = task._sample_base("calibration", task.card.pool.calibration_per_prompt, "sampling")
             lines.append(line("of the base itself", least(task, own)))
-        table = run.read_table("responses")[::EVERY]
+        table = context.run.read_table("responses")[::EVERY]
         values = least(task, Responses(table["prompt"].tolist(), from_columns(table)))
         whole = table["response"].isin(well_formed).to_numpy()
         name = f"{record.method} on {task.card.name} ({record.run_id})"
