@@ -3,8 +3,8 @@
     python results/learned/support.py [RUN]...       # seconds each; writes support.md beside this file
 
 Without runs those of the published table, which are trained where they are not there (minutes each); any runs of the
-sandbox's tasks will do. For every run the answers of its evaluation are divided into well-formed ones, of the 15,625 that the world has, and
-malformed ones. Log-probabilities are the base's, with the bare prompt, in nats.
+sandbox's tasks will do. For every run the answers of its evaluation are divided into well-formed ones, of the 15,625
+that the world has, and malformed ones. Log-probabilities are the base's, with the bare prompt, in nats.
 """
 
 from __future__ import annotations
