@@ -100,6 +100,8 @@ def read(folder: Path) -> RunRecord:
         return RunRecord.model_validate(atomic.read_json(path, remedy))
     except ValidationError as error:
         wrong = "; ".join(faults(error))
+        if any(fault["type"] == "extra_forbidden" for fault in error.errors()):
+            remedy = f"if a newer moalign wrote it, update moalign; else {remedy}"
         raise RequestError(f"{path}: not a run record of this moalign: {wrong}; {remedy}") from error
 
 

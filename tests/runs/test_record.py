@@ -95,3 +95,4 @@ def test_every_wrong_key_is_named(tmp_path: Path) -> None:
         records.read(tmp_path)
     assert "seed: " in str(caught.value)
     assert "surprise: " in str(caught.value)
+    assert "if a newer moalign wrote it, update moalign; else move the run's folder away" in str(caught.value)
