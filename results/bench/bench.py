@@ -248,11 +248,11 @@ def inside(grid: Path, single: Path, repeats: int) -> dict[str, Any]:
             times[name].append(time.perf_counter() - started)
             answers.judged(arguments[1], "bench")  # nothing waits for the next time
             responses[name] = len(answered.table)
-    middle = {name: round(statistics.median(seconds_of[1:]), 3) for name, seconds_of in times.items()}
+    middle = {name: statistics.median(seconds_of[1:]) for name, seconds_of in times.items()}
     record: dict[str, Any] = {
-        name: {"responses": responses[name], "seconds": seconds} for name, seconds in middle.items()
+        name: {"responses": responses[name], "seconds": round(seconds, 3)} for name, seconds in middle.items()
     }
-    record["ratio"] = round(record["grid"]["seconds"] / record["one"]["seconds"], 3)
+    record["ratio"] = round(middle["grid"] / middle["one"], 3)
     return record
 
 

@@ -39,7 +39,7 @@ def judged(kind: str, loss: str, seed: int, options: argparse.Namespace, folder:
     from moalign.reward_models.settings import RewardSettings
     from moalign.tasks.sandbox import annotators, base, world
 
-    groups = annotators.groups_of(kind, world.OBJECTIVES, options.sharpness)
+    groups = annotators.groups_of(kind, world.OBJECTIVES[:3], options.sharpness)
     sets = annotators.label(groups, world.prompts(), options.pairs, seed)
     settings = RewardSettings(
         loss=loss,

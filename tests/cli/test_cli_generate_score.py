@@ -58,7 +58,7 @@ def test_json_holds_prompt_answer_and_both_kinds_of_scores(moalign: Any, run: st
     content = json.loads(moalign("generate", run, "how do i make soup ?", "--prefs", "1,0", "--json").out)
     assert content["prefs"] == [1.0, 0.0]
     (answer,) = content["answers"]
-    helpful, harmless, _ = rewards(answer["prompt"], answer["response"])
+    helpful, harmless, *_ = rewards(answer["prompt"], answer["response"])
     assert answer["raw"] == {"helpfulness": helpful, "harmlessness": harmless}
     assert answer["normalised"]["helpfulness"] == pytest.approx((helpful + 8) / 16)  # lo -8, hi 8: see conftest
 

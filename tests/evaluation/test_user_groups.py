@@ -28,7 +28,7 @@ def test_the_worst_group_by_hand() -> None:
 
 def test_a_group_is_worth_its_log_odds_over_the_average_answer() -> None:
     """One sd of helpfulness above it is worth 2 x 1 to eager ones, 2 x .6 to sober ones and nothing to careful ones."""
-    mean, sd = z_scale()
+    mean, sd = (values[:3] for values in z_scale())
     groups = annotators.groups_of("diverse", world.OBJECTIVES, 2.0)
     found = annotators.worth(groups, np.stack([mean, mean + sd * [1, 0, 0]]))
     assert found == pytest.approx(np.array([[0] * 5, [2.0, 0.0, 0.0, 1.2, 0.8]]))
