@@ -161,6 +161,41 @@ def test_the_tables_of_results_say_what_the_records_say(heading: str, task: str,
         assert row.get("KL") in (None, f"{bound}{nats}"), one["label"]
 
 
+DIFFERENCES = {
+    "sandbox-3": [
+        ("moc", "hindsight", "hypervolume", "{}"),
+        ("moc", "paretohqd", "hypervolume", "`paretohqd` ({} and"),
+        ("hindsight", "paretohqd", "hypervolume", "and {})"),
+        ("mo-odpo", "moc", "inner product", "`mo-odpo` is ahead of `moc` ({})"),
+        ("mo-odpo", "hindsight", "inner product", "level with `hindsight` ({})"),
+        ("hindsight", "mo-odpo", "hypervolume", "by {} in hypervolume"),
+        ("evo-soups", "rewarded-soups", "hypervolume", "than `rewarded-soups` ({})"),
+        ("bone-soups", "rewarded-soups", "hypervolume", "`bone-soups` less ({})"),
+        ("pcm", "mod", "hypervolume", "ahead of `mod` by {}"),
+    ],
+    "sandbox-5": [
+        ("hindsight", "mo-odpo", "hypervolume", "all but `mo-odpo` ({})"),
+        ("grpo", "mo-odpo", "inner product", "`grpo` over `mo-odpo` by {}, open"),
+        ("mo-odpo", "moc", "inner product", "(`mo-odpo` by {})"),
+    ],
+}
+"""First and second method, what they differ in, and how the section of the task says by how much."""
+
+
+@pytest.mark.parametrize("task", DIFFERENCES)
+def test_sections_of_results_say_how_methods_differ(task: str, checkout: Path) -> None:
+    pairs = {(pair["a"], pair["b"]): pair for pair in record(RESULTS / "published" / task / "compare.json")["pairs"]}
+    page = " ".join((checkout / "results/README.md").read_text(encoding="utf-8").split())
+    for first, second, what, sentence in DIFFERENCES[task]:
+        sign, pair = (1, pairs[first, second]) if (first, second) in pairs else (-1, pairs[second, first])
+        told = pair if what == "hypervolume" else pair["inner_product"]
+        ends = sorted(sign * end for end in told["ci"])
+        middle, low, high = (f"{value:+.3f}" for value in (sign * told["difference"], *ends))
+        plain = [number.replace("+0.", ".").replace("-0.", "-.") for number in (low, high)]
+        number = f"{middle.replace('0.', '.', 1)} [{plain[0]}, {plain[1]}]".replace("[-.000", "[.000")
+        assert sentence.format(number) in page, sentence.format(number)
+
+
 def test_the_table_of_the_real_llm_says_what_the_record_says(checkout: Path) -> None:
     told = record(RESULTS / "published" / "assistant" / "compare.json")
     text = (checkout / "results/README.md").read_text(encoding="utf-8").partition("## A real LLM: assistant\n")[2]

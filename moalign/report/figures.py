@@ -44,22 +44,30 @@ def draw_fronts(record: Row, suffix: str = ".png", theme: ThemeName = "light") -
 
     Two objectives: one panel; of more than :data:`CROWD` methods one with the best of each family, and a small one for
     each family. More objectives: one panel per pair of them, without connecting lines (a simplex of preferences has no
-    single order).
+    single order); of more than :data:`CROWD` methods with the best of each family alone.
     """
-    families = list(dict.fromkeys(row["family"] for row in judged(record) if "family" in row))
-    if len(record["objectives"]) == 2 and len(judged(record)) > CROWD and len(families) > 1:
+    rows = judged(record)
+    families = list(dict.fromkeys(row["family"] for row in rows if "family" in row))
+    crowd = len(rows) > CROWD and len(families) > 1
+    if crowd and len(record["objectives"]) == 2:
         return _family_panels(record, families, suffix, theme)
+    chosen = (
+        [next(i for i, row in enumerate(rows) if row.get("family") == name) for name in families] if crowd else None
+    )
     pairs = list(itertools.combinations(range(len(record["objectives"])), 2))
     single, columns = len(pairs) == 1, min(3, len(pairs))
     tall = max(4.8, style.legend_height([row["label"] for row in record["rows"]]))  # it stands beside a single panel
-    size = (7.6 + 0.6 * (tall - 4.8), tall) if single else (3.5 * columns, 3.3 * math.ceil(len(pairs) / columns) + 0.9)
+    below = 0.9 + 0.45 * max(0, math.ceil((len(chosen or rows) + 1) / 4) - 3)  # a legend of more than three lines
+    lines = math.ceil(len(pairs) / columns)
+    size = (7.6 + 0.6 * (tall - 4.8), tall) if single else (3.5 * columns, 3.3 * lines + below)
     with style.canvas(*size, theme) as (figure, colours):
         panels = style.panels(figure, len(pairs), columns)
         for panel, pair in zip(panels, pairs, strict=True):
-            _front_panel(panel, record, pair, colours)
+            _front_panel(panel, record, pair, colours, chosen)
         handles, labels = panels[0].get_legend_handles_labels()
         shares = "\n(share of the optimum)" if any("%" in label for label in labels) else ""
-        style.legend(figure, handles, labels, f"method, hypervolume{shares}", beside=single)
+        whose = "method" if chosen is None else "the best method of each family"
+        style.legend(figure, handles, labels, f"{whose}, hypervolume{shares}", beside=single)
         title = _fronts_title(record)
         if single:
             figure.draw_without_rendering()  # settles the layout: only then is it known where there is room

@@ -100,8 +100,8 @@ def test_more_methods_than_colours(compared: Build) -> None:
     assert len(lines) == 24, "no two are told apart by their marks alone"
 
 
-def in_families(compared: Build, count: int) -> dict[str, Any]:
-    record = compared({f"m{n}": 0.3 - 0.03 * n for n in range(count)})
+def in_families(compared: Build, count: int, **options: Any) -> dict[str, Any]:
+    record = compared({f"m{n}": 0.3 - 0.03 * n for n in range(count)}, **options)
     for index, row in enumerate(record["rows"]):
         row["family"] = ("online", "offline", "prompted")[index % 3]
     return record
@@ -118,6 +118,24 @@ def test_many_methods_stand_in_panels_of_their_family(compared: Build) -> None:
     assert counts == {f"m{n}": 2 if n < 3 else 1 for n in range(9)}
     assert text.count(">optimum  ") == 4
     assert all(f">{name}</text>" in text for name in ("the best of each family", "online", "offline", "prompted"))
+
+
+def test_many_methods_of_three_objectives_are_those_that_are_the_best_of_their_family(compared: Build) -> None:
+    """In three small panels the lines and the names of all would leave no room for the points."""
+    import matplotlib
+
+    record = in_families(compared, 9, objectives=3)
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        text = draw_fronts(record, ".svg").decode()
+    assert [f">m{n}</text>" in text for n in range(9)] == [True] * 3 + [False] * 6
+    assert ">the best method of each family, hypervolume</text>" in text
+    assert size(draw_fronts(record)) == (round(10.5 * style.DPI), round(4.2 * style.DPI))
+
+
+def test_a_long_legend_below_panels_makes_the_figure_higher(compared: Build) -> None:
+    """Of 26 methods of one family: seven lines of names, four more than there is room for."""
+    record = compared({f"m{n}": 0.3 - 0.01 * n for n in range(26)}, objectives=3)
+    assert size(draw_fronts(record)) == (round(10.5 * style.DPI), round((4.2 + 4 * 0.45) * style.DPI))
 
 
 def test_a_large_family_has_several_panels(compared: Build) -> None:
