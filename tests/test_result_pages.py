@@ -196,6 +196,17 @@ def test_sections_of_results_say_how_methods_differ(task: str, checkout: Path) -
         assert sentence.format(number) in page, sentence.format(number)
 
 
+def test_results_say_what_the_worst_off_group_gets(checkout: Path) -> None:
+    page = " ".join((checkout / "results/README.md").read_text(encoding="utf-8").split())
+    rows = {row["label"]: row for row in record(RESULTS / "published/sandbox-groups/compare.json")["rows"]}
+    worst = {name: f"{row['worst_group']:.2f}".replace("0.", ".", 1) for name, row in rows.items()}
+    assert f"`maxmin-rlhf` {worst['maxmin-rlhf']} (by seed" in page
+    assert f"`prompting` {worst['prompting']}, `sft` {worst['sft']} (one seed each)" in page
+    assert f"`moc` {worst['moc']}, `mo-odpo` {worst['mo-odpo']}." in page
+    shares = {name: f"{100 * row['optimal_share']:.0f}" for name, row in rows.items()}
+    assert f"of the hypervolume it has {shares['maxmin-rlhf']} %, `moc` {shares['moc']}." in page
+
+
 def test_the_table_of_the_real_llm_says_what_the_record_says(checkout: Path) -> None:
     told = record(RESULTS / "published" / "assistant" / "compare.json")
     text = (checkout / "results/README.md").read_text(encoding="utf-8").partition("## A real LLM: assistant\n")[2]
