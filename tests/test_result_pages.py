@@ -196,6 +196,17 @@ def test_sections_of_results_say_how_methods_differ(task: str, checkout: Path) -
         assert sentence.format(number) in page, sentence.format(number)
 
 
+def test_results_say_how_long_the_suite_takes(checkout: Path) -> None:
+    page = " ".join((checkout / "results/README.md").read_text(encoding="utf-8").split())
+    told = record(RESULTS / "bench/suite.json")
+    took, suite = told["training_seconds"], yaml_lines.load(checkout / "recipes/sandbox/task.yaml").data["suite"]
+    assert set(took) == set(suite) and len(took) == 22
+    minutes, seconds = divmod(told["seconds"], 60)
+    assert f"takes {minutes} min {seconds} s on two quiet cores" in page and told["seconds"] <= 12 * 60
+    before = sum(time for method, time in took.items() if method not in told["since_16_methods"])
+    assert f"{sum(took.values()) / before:.1f} times as long as the 16 methods" in page
+
+
 def test_results_say_what_the_worst_off_group_gets(checkout: Path) -> None:
     page = " ".join((checkout / "results/README.md").read_text(encoding="utf-8").split())
     rows = {row["label"]: row for row in record(RESULTS / "published/sandbox-groups/compare.json")["rows"]}
