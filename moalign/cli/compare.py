@@ -46,10 +46,8 @@ def compare(
     """
     from moalign import api
 
-    unused = {"--jobs": jobs, "--executor": None if executor == "local" else executor} if runs else {}
-    for option, value in unused.items():
-        if value is not None:
-            output.note(f"note: {option} {value}: finished runs are named, so nothing is trained; it changes nothing")
+    if runs:
+        _note_unused({"--jobs": jobs, "--executor": None if executor == "local" else executor})
     with output.working() as progress:
         comparison = api.compare(
             runs or task,
@@ -76,6 +74,13 @@ def compare(
     if comparison.failed:
         output.errors([f"{entry.label} failed: {entry.error}" for entry in comparison.entries if entry.error])
         raise typer.Exit(1)
+
+
+def _note_unused(given: Mapping[str, object]) -> None:
+    """Say which options of training were given for nothing."""
+    for option, value in given.items():
+        if value is not None:
+            output.note(f"note: {option} {value}: finished runs are named, so nothing is trained; it changes nothing")
 
 
 def _show(content: Mapping[str, Any], results: Path) -> None:

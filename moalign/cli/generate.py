@@ -74,10 +74,7 @@ def generate(
             handle, prefs or (), prompts, temperature=temperature, seed=seed, results=results, progress=progress
         )
     blocks = _blocks(answers)
-    for place, answer in enumerate(blocks[0], start=1):
-        if answer.cut_tokens:
-            limit = "generation.max_prompt_tokens of the task"
-            output.note(f"note: prompt {place}: its first {answer.cut_tokens:,} tokens were not read: over {limit}")
+    _note_cut(blocks[0])
     if as_json:
         output.as_json(_content(handle, blocks))
     elif len(blocks) == 1 and prompts is not None:
@@ -85,6 +82,14 @@ def generate(
             output.line(answer.response, PROSE)
     else:
         _show(handle, blocks)
+
+
+def _note_cut(answers: list[Answer]) -> None:
+    """Say which prompts were too long to be read whole."""
+    for place, answer in enumerate(answers, start=1):
+        if answer.cut_tokens:
+            limit = "generation.max_prompt_tokens of the task"
+            output.note(f"note: prompt {place}: its first {answer.cut_tokens:,} tokens were not read: over {limit}")
 
 
 def _content(handle: RunHandle, blocks: list[list[Answer]]) -> dict[str, Any]:

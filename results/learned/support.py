@@ -18,12 +18,11 @@ from typing import Any
 import numpy as np
 
 import moalign
-from moalign.lm.chat import training_row
 from moalign.runs.record import again
 from moalign.tasks.responses import Responses, from_columns
 from moalign.tasks.sandbox import world
 from moalign.tasks.task import Task
-from moalign.training.reference import least_log_probs
+from moalign.training.reference import least_log_probs, rows_of
 
 HERE = Path(__file__).resolve().parent
 QUANTILES = (0, 0.01, 0.5, 1)
@@ -54,10 +53,7 @@ RUNS: tuple[tuple[str, str, dict[str, Any]], ...] = (
 
 def least(task: Task, answers: Responses) -> np.ndarray:
     """Return the log-probability of each answer's least likely token, ``[answers]``."""
-    rows = []
-    for prompt, response in zip(answers.prompts, answers.responses, strict=True):
-        head, tail = training_row(task.codec, task.renderer.plain(prompt), response, 512)
-        rows.append((head + tail, len(tail)))
+    rows = rows_of(task.language_model, map(task.renderer.plain, answers.prompts), answers.responses, 512)
     return least_log_probs(task.language_model, rows, task.card.generation.temperature).numpy()
 
 
@@ -72,12 +68,13 @@ def main(names: Sequence[str]) -> None:
     runs = [moalign.load(name) for name in names] or [
         moalign.train(method, task, seed=0, settings=settings) for method, task, settings in RUNS
     ]
+    command = "python results/learned/support.py" + " RUN..." * bool(names)
     records = [run.record for run in runs]
     commands = [again(record.as_given, record.seed, record.preferences, Path("results")) for record in records]
     lines = [
         "# The least likely token of an answer, to the base",
         "",
-        "Made by `python results/learned/support.py`: log-probability in nats, bare prompt. The runs are of",
+        f"Made by `{command}`: log-probability in nats, bare prompt. The runs are of",
         "",
         *(f"* `{shlex.join(['moalign', *command])}`" for command in commands),
         "",

@@ -476,26 +476,8 @@ def test_check_says_what_the_record_will_count_and_what_is_made_once(moalign: An
     assert "once for all runs of the task, counted by none: at most" in moalign("check", "sandbox/ric").out
 
 
-@pytest.mark.parametrize("setting", ["control.lora.targets=[no_such_layer]", "control.lora.layers=99"])
-def test_a_control_model_that_cannot_be_put_on_the_base_is_told_before_experts_are_trained(
-    moalign: Any, setting: str
-) -> None:
-    ended = moalign("check", "sandbox/pcm", "--set", "control.form=adapter", "--set", setting, "--json")
-    problems = json.loads(ended.out)["problems"]
-    assert ended.code == 2 and any("control.lora" in problem for problem in problems), problems
-
-
 def test_a_grid_that_there_is_not_is_told_by_check_and_before_a_run_is_made(moalign: Any) -> None:
     for command in (("check", "sandbox-3/mo-odpo"), ("train", "mo-odpo", "--task", "sandbox-3")):
         ended = moalign(*command, "--set", "task.grid=11")
         assert ended.code == 2 and "no even grid over 3 objectives has 11 points; nearest: 10 or 15" in ended.err
     assert not Path("results").exists()
-
-
-def test_a_base_that_is_not_here_is_not_fetched_to_look_at_a_control_model(moalign: Any, tmp_path: Path) -> None:
-    (tmp_path / "q.jsonl").write_text("".join(json.dumps({"prompt": f"question {n}"}) + "\n" for n in range(200)))
-    data = "task.data={prompts: {path: q.jsonl}}"
-    ended = moalign("check", "hh-rlhf/pcm", "--set", "task.model=Qwen/Qwen2.5-1.5B-Instruct", "--set", data, "--json")
-    problems = json.loads(ended.out)["problems"]
-    assert any(text.startswith("model 'Qwen/Qwen2.5-1.5B-Instruct': not in the local hub cache") for text in problems)
-    assert not any(text.startswith("task.model") for text in problems), "nobody else has looked for it"

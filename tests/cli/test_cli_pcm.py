@@ -189,3 +189,21 @@ def test_a_control_model_that_is_not_there_is_a_problem_of_the_request(
     assert ended.code == 2 and "control.model './gone': there is no such folder" in ended.err
     there = sets((f'control={{"form": "folder", "model": "{random_base}"}}',))
     assert "whole safetensors weights, content" in moalign("check", "sandbox/pcm", *there).out
+
+
+@pytest.mark.parametrize("setting", ["control.lora.targets=[no_such_layer]", "control.lora.layers=99"])
+def test_a_control_model_that_cannot_be_put_on_the_base_is_told_before_experts_are_trained(
+    moalign: Any, setting: str
+) -> None:
+    ended = moalign("check", "sandbox/pcm", "--set", "control.form=adapter", "--set", setting, "--json")
+    problems = json.loads(ended.out)["problems"]
+    assert ended.code == 2 and any("control.lora" in problem for problem in problems), problems
+
+
+def test_a_base_that_is_not_here_is_not_fetched_to_look_at_a_control_model(moalign: Any, tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps({"prompt": f"question {n}"}) + "\n" for n in range(200)))
+    data = "task.data={prompts: {path: q.jsonl}}"
+    ended = moalign("check", "hh-rlhf/pcm", "--set", "task.model=Qwen/Qwen2.5-1.5B-Instruct", "--set", data, "--json")
+    problems = json.loads(ended.out)["problems"]
+    assert any(text.startswith("model 'Qwen/Qwen2.5-1.5B-Instruct': not in the local hub cache") for text in problems)
+    assert not any(text.startswith("task.model") for text in problems), "nobody else has looked for it"

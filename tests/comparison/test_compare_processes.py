@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import weakref
 from pathlib import Path
@@ -145,3 +146,13 @@ def test_a_fresh_peak_of_memory() -> None:
     del block
     fresh_peak()
     assert process_peak_bytes() < high - 200_000_000
+
+
+def test_a_file_of_the_current_folder_is_not_taken_for_a_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither by the command itself, which a script has started, nor by its children."""
+    (tmp_path / "random.py").write_text("raise RuntimeError('a file of the user')")
+    monkeypatch.chdir(tmp_path)
+    with contextlib.closing(executors.Processes()) as processes:
+        assert processes.run(["ls", "models"]) == (0, "")

@@ -367,16 +367,6 @@ def test_runs_are_made_by_ray_and_fail_by_themselves(runs: list[Any], ray: FakeR
     assert ray.calls[-1] == "shutdown"
 
 
-def test_a_file_of_the_current_folder_is_not_taken_for_a_library(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Neither by the command itself, which a script has started, nor by its children."""
-    (tmp_path / "random.py").write_text("raise RuntimeError('a file of the user')")
-    monkeypatch.chdir(tmp_path)
-    with contextlib.closing(executors.Processes()) as processes:
-        assert processes.run(["ls", "models"]) == (0, "")
-
-
 def test_jobs_bounds_how_many_tasks_there_are_at_once(
     runs: list[Any], ray: FakeRay, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import errno
-import json
-import math
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 import moalign.core.errors
@@ -446,34 +442,6 @@ def test_remove_directory(tmp_path: Path) -> None:
     atomic.remove_directory(tmp_path / "a")
     atomic.remove_directory(tmp_path / "a")
     assert names(tmp_path) == []
-
-
-def test_plain_values() -> None:
-    value = {
-        1: (np.float32(0.5), np.int64(3), np.array([[1.0, math.nan]])),
-        "inf": -math.inf,
-        "flag": True,
-        "path": Path("a/b"),
-        "time": datetime(2025, 1, 2, tzinfo=UTC),
-        "none": None,
-    }
-    assert atomic.plain(value) == {
-        "1": [0.5, 3, [[1.0, None]]],
-        "inf": None,
-        "flag": True,
-        "path": "a/b",
-        "time": "2025-01-02T00:00:00+00:00",
-        "none": None,
-    }
-    assert atomic.plain(True) is True
-
-
-def test_json_is_strict_and_reads_back_any_text(tmp_path: Path) -> None:
-    text = 'é "quoted" \n \ud800 \U0001f600'
-    atomic.write_json(tmp_path / "a.json", {"text": text, "loss": math.nan})
-    raw = (tmp_path / "a.json").read_bytes()
-    assert raw.endswith(b"}\n")
-    assert json.loads(raw) == {"text": text, "loss": None}
 
 
 FILL = """
